@@ -1,0 +1,41 @@
+# PYTHON runs everything; give another to use an environment of your own: make test PYTHON=python
+PYTHON ?= .venv/bin/python
+SYSTEM_PYTHON ?= python3
+INSTALL = .venv/bin/python -m pip install --disable-pip-version-check -q
+
+export OMP_NUM_THREADS ?= 1
+
+ifeq ($(PYTHON),.venv/bin/python)
+ENVIRONMENT = .venv/installed
+endif
+
+.PHONY: .venv check test test-all bench clean
+
+.venv: .venv/installed
+
+# torch by its exact version before whatever depends on it, so that nothing pulls in another build of it.
+# fairscale and deepspeed are source packages: without build isolation they see that torch, and DeepSpeed compiles nothing.
+.venv/installed: setup.py constraints.txt
+	$(SYSTEM_PYTHON) -m venv .venv
+	$(INSTALL) -c constraints.txt torch==2.13.0 numpy
+	$(INSTALL) -c constraints.txt setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation -c constraints.txt -e '.[all]'
+	touch $@
+
+check: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy memshard
+	$(PYTHON) -m pytest -q tests/test_house.py
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -q -n 2 -m "not slow and not cluster"
+
+test-all: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -q -n 2
+
+bench: $(ENVIRONMENT)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find memshard tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

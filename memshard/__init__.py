@@ -1,0 +1,48 @@
+"""memshard: language models whose capacity sits in huge, sparsely read memories.
+
+The names below load their module, and with it torch, when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memshard.models.memory.product_key import ProductKeyMemory
+    from memshard.models.memory.table import externalize_tables
+    from memshard.parallel.tables.shard import shard_tables
+    from memshard.trainer.checkpoint.load_model import load
+    from memshard.trainer.evaluation.usage import memory_usage
+    from memshard.trainer.optim.combined import CombinedOptimizer
+    from memshard.trainer.optim.row_adam import RowAdam
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CombinedOptimizer",
+    "ProductKeyMemory",
+    "RowAdam",
+    "externalize_tables",
+    "load",
+    "memory_usage",
+    "shard_tables",
+]
+
+_HOMES = {
+    "CombinedOptimizer": "trainer.optim.combined",
+    "ProductKeyMemory": "models.memory.product_key",
+    "RowAdam": "trainer.optim.row_adam",
+    "externalize_tables": "models.memory.table",
+    "load": "trainer.checkpoint.load_model",
+    "memory_usage": "trainer.evaluation.usage",
+    "shard_tables": "parallel.tables.shard",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memshard' has no attribute '{name}'")
+    return getattr(import_module(f"memshard.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

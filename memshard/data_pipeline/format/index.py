@@ -1,0 +1,126 @@
+"""The index of a data folder: which shards each split has, and what they hold."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+TRAIN, HELD_OUT = "train", "heldout"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of tokens and its sidecar, an int64 array [documents, 2] of (byte offset in the tar, tokens)."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+    sidecar: str
+    sidecar_sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Totals over the shards of a split; tokens count the <eos> after each document, text bytes and words do not."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    words: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Content of index.json."""
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokenizer: str
+    tokenizer_sha256: str
+    splits: dict[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything the index says, so over every shard's and the tokenizer's hash."""
+        return hashlib.sha256(dump_index(self).encode()).hexdigest()
+
+
+def dump_index(index: Index) -> str:
+    """The text of index.json."""
+    return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(index)}, indent=1) + "\n"
+
+
+def load_index(path: str | os.PathLike[str]) -> Index:
+    """Read and check the index of the data folder `path`: every file it names must be there with the right size.
+
+    Raises FileNotFoundError or ValueError that name the file and the fix.
+    """
+    folder = Path(path)
+    file = folder / INDEX_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build SRC --out {folder}`")
+    index = _parse(file)
+    names = [index.tokenizer] + [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
+            raise ValueError(f"{file} names the file {name!r}: only plain names inside the folder are allowed; build the data set again")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: copy it back, or build the data set again")
+    for split in index.splits.values():
+        for shard in split.shards:
+            size = (folder / shard.file).stat().st_size
+            if size != shard.bytes:
+                raise ValueError(
+                    f"{folder / shard.file} has {size:,} bytes but {INDEX_FILE} says {shard.bytes:,}: "
+                    "it was cut or changed; copy it again, or build the data set again"
+                )
+    return index
+
+
+def _parse(file: Path) -> Index:
+    try:
+        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = fields.pop("format")
+        if version == FORMAT_VERSION:
+            splits = {
+                name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+                for name, split in fields.pop("splits").items()
+            }
+            index = Index(**fields, splits=splits)
+            _check(index)
+            return index
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again, or build the data set again") from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(f"{file} has format {version} and this memshard reads up to {FORMAT_VERSION}: update memshard")
+    raise ValueError(f"{file} has the unknown format {version!r}: build the data set again")
+
+
+def _check(index: Index) -> None:
+    if set(index.splits) != {TRAIN, HELD_OUT}:
+        raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}")
+    if index.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
+    for name, split in index.splits.items():
+        for total in ("documents", "tokens"):
+            if getattr(split, total) != sum(getattr(shard, total) for shard in split.shards):
+                raise ValueError(f"the {total} of split {name} do not add up")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,7 @@
+"""From token shards to batches: order, lanes, held-out windows."""
+
+from memshard.data_pipeline.stream.batch import IGNORE, Batch
+from memshard.data_pipeline.stream.held_out import HeldOutStream
+from memshard.data_pipeline.stream.train import TrainStream
+
+__all__ = ["IGNORE", "Batch", "HeldOutStream", "TrainStream"]

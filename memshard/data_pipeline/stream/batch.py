@@ -1,0 +1,36 @@
+"""What a stream gives: rows of inputs with the token to predict at each place."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # torch's default ignore_index of cross_entropy
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; all tensors int64.
+
+    inputs [n, length]; targets [n, length], the next token or IGNORE where there is none to predict; documents
+    [n, length], number of the document within the row, from 0; positions [n, length], 0 to length - 1; samples [n],
+    global sample numbers, -1 for filler rows.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor
+    positions: Tensor
+    samples: Tensor
+
+
+def make_batch(tokens: np.ndarray, documents: np.ndarray, samples: np.ndarray) -> Batch:
+    """Shift rows of length + 1 tokens, int64 [n, length + 1], into inputs and targets."""
+    count, length = tokens.shape[0], tokens.shape[1] - 1
+    return Batch(
+        inputs=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+        targets=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+        documents=torch.from_numpy(np.ascontiguousarray(documents[:, :-1])),
+        positions=torch.arange(length).repeat(count, 1),
+        samples=torch.from_numpy(samples),
+    )

@@ -1,0 +1,112 @@
+"""Lossless sentencepiece tokenizer: any string decodes back to itself, whitespace and control characters included."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+TokenizerModel = Literal["bpe", "unigram"]
+TOKENIZER_FILE = "tokenizer.model"
+
+# sentencepiece writes a space as U+2581 inside pieces, so a real U+2581 has to go through its bytes.
+SPACE_MARK = "\u2581"
+MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above 4192 bytes
+
+
+def training_lines(text: str) -> Iterator[str]:
+    """Lines of a text as training takes them: not blank, long ones in pieces."""
+    for line in text.split("\n"):
+        if not line.isspace():
+            yield from (line[start : start + MAX_LINE] for start in range(0, len(line), MAX_LINE))
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int, model: TokenizerModel = "bpe") -> bytes:
+    """Train a vocabulary of exactly `vocab_size` pieces on `training_lines` and return the serialised model.
+
+    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, runs of spaces included. The result depends
+    on the lines alone, not on the machine's cores. Raises ValueError when the text cannot fill the vocabulary.
+    """
+    proto = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line.replace(SPACE_MARK, " ") for line in lines),
+            model_writer=proto,
+            vocab_size=vocab_size,
+            model_type=model,
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            eos_id=1,
+            eos_piece="<eos>",
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=16,  # fixed: it decides the order of sums in unigram training
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(str(error), vocab_size)) from error
+    return proto.getvalue()
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    if largest := re.search(r"too high .*<= (\d+)", message):
+        return f"--vocab {vocab_size} is more than this text supports: set --vocab to at most {largest[1]}, or give more text"
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"--vocab {vocab_size} cannot hold the characters of this text: set --vocab to at least {smallest[1]}"
+    return f"the tokenizer could not be trained with --vocab {vocab_size}: {message}"
+
+
+class Tokenizer:
+    """A trained tokenizer, read from a model file or from the data folder that holds one."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        file = Path(path)
+        file = file / TOKENIZER_FILE if file.is_dir() else file
+        try:
+            proto = file.read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file}: no such tokenizer; `memshard data build` writes one") from None
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:
+            raise ValueError(f"{file} is not a sentencepiece model: build the data set again") from error
+        self.sha256 = hashlib.sha256(proto).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
+        self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without <eos>."""
+        return self.encode_batch([text], threads=1)[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = -1) -> list[list[int]]:
+        """Token ids of every text. `threads` of -1 uses all cores; the result does not depend on it."""
+        parts = [text.split(SPACE_MARK) for text in texts]
+        encoded = iter(self._encode_parts(list(chain.from_iterable(parts)), threads))
+        ids = []
+        for count in map(len, parts):
+            text_ids = next(encoded)
+            for _ in range(count - 1):
+                text_ids += self._space_mark + next(encoded)
+            ids.append(text_ids)
+        return ids
+
+    def _encode_parts(self, parts: list[str], threads: int) -> list[list[int]]:
+        try:
+            return self._processor.encode(parts, out_type=int, num_threads=threads)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError("the text is not a string, or holds half a surrogate pair, which UTF-8 cannot write: remove it") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; <eos> is dropped and an incomplete UTF-8 sequence becomes U+FFFD."""
+        return self._processor.decode([int(token) for token in ids])

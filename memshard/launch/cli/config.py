@@ -1,0 +1,55 @@
+"""memshard config: what a recipe resolves to, what a key means, how two runs differ."""
+
+import argparse
+from typing import Any
+
+from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("config", help="what a recipe resolves to, what a key means, how two runs differ")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    show = actions.add_parser("show", help="print the whole recipe, defaults included")
+    show.add_argument("recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
+    show.set_defaults(run=run_show)
+
+    explain = actions.add_parser("explain", help="print type, default and meaning of keys")
+    explain.add_argument("key", nargs="?", default="", metavar="KEY", help="such as model.memory or model.memory.topk; all by default")
+    explain.set_defaults(run=run_explain)
+
+    diff = actions.add_parser("diff", help="print the keys in which two recipes differ")
+    diff.add_argument("a", metavar="A", help="a bundled name, a YAML file or a run folder")
+    diff.add_argument("b", metavar="B", help="another one")
+    diff.set_defaults(run=run_diff)
+
+
+def run_show(args: argparse.Namespace) -> dict[str, Any]:
+    with usage_errors():
+        from memshard.trainer.config.load import dump, load_recipe, to_dict
+
+        recipe = load_recipe(args.recipe, args.overrides)
+    print(dump(recipe), end="")
+    return to_dict(recipe)
+
+
+def run_explain(args: argparse.Namespace) -> dict[str, Any]:
+    with usage_errors():
+        from memshard.trainer.config.explain import explain, matching
+
+        print(explain(args.key))
+        return {key.name: {"type": key.type, "default": key.default, "doc": key.doc} for key in matching(args.key)}
+
+
+def run_diff(args: argparse.Namespace) -> dict[str, Any]:
+    with usage_errors():
+        from memshard.trainer.config.diff import diff
+        from memshard.trainer.config.explain import show
+        from memshard.trainer.config.load import load_recipe
+
+        differences = diff(load_recipe(args.a), load_recipe(args.b))
+    for key, left, right in differences:
+        print(f"{key}: {show(left)} -> {show(right)}")
+    return {key: [left, right] for key, left, right in differences}

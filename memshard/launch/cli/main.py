@@ -1,0 +1,103 @@
+"""The `memshard` command: parses, runs one command, and turns its end into output and exit code.
+
+Exit codes: 0 done, 2 bad usage or recipe, 75 stopped early but resumable, 1 anything else. With --json, standard output
+holds exactly one JSON object, written by rank 0; whatever else is printed goes to standard error.
+"""
+
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from typing import Any, TextIO
+
+import memshard
+from memshard.launch.cli.outcome import Stopped, UsageError, describe, rank
+from memshard.launch.cli.parser import CommandParser
+
+COMMANDS = [
+    importlib.import_module(f"memshard.launch.cli.{name}")
+    for name in ("train", "eval", "generate", "plan", "data", "config")
+    if find_spec(f"memshard.launch.cli.{name}")
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--json" not in argv:
+        return _run(argv)[0]
+    with _stdout_to_stderr() as out:
+        code, result = _run(argv)
+        if rank() == 0:
+            print(json.dumps(_plain(result), allow_nan=False), file=out)
+    return code
+
+
+def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
+    try:
+        args = _parser().parse_command(argv)
+        result = args.run(args) or {}
+        sys.stdout.flush()
+        return 0, result
+    except Stopped as stop:
+        return _fail(argv, 75, "stopped", str(stop), stop.result)
+    except KeyboardInterrupt:
+        return _fail(argv, 75, "stopped", "interrupted; run the same command again to resume", {})
+    except UsageError as error:
+        return _fail(argv, 2, "error", describe(error), {})
+    except Exception as error:
+        message = f"{type(error).__name__}: {describe(error)}"
+        if "--debug" not in argv:
+            message += " (run again with --debug for the traceback)"
+        return _fail(argv, 1, "error", message, {})
+
+
+def _fail(argv: list[str], code: int, kind: str, message: str, result: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Says why, and returns what JSON says. The user's mistakes and stops are the same on all ranks, so only rank 0 speaks of them."""
+    if "--debug" in argv:
+        traceback.print_exc()
+    if rank() == 0:
+        print(f"memshard: {kind}: {message}", file=sys.stderr)
+    elif code == 1:
+        print(f"memshard: {kind}: rank {rank()}: {message}", file=sys.stderr)
+    return code, {**result, kind: message}
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="memshard", description="Train language models with product-key memory layers.")
+    parser.add_argument("--version", action="version", version=f"memshard {memshard.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[TextIO]:
+    """Yields the real standard output; everything else, child processes and C libraries included, reaches standard error."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(real), "w", encoding="utf-8") as out, redirect_stdout(sys.stderr):
+            yield out
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def _plain(value: Any) -> Any:
+    """A result as JSON has it: infinities and NaN become null, which strict readers accept."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,39 @@
+"""How a command ends, other than by returning its result: exit code 2 for the user's mistakes, 75 for stopping early."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class UsageError(Exception):
+    """A mistake in the command line, the recipe or the files they name; the message is one line with the fix. Exit code 2."""
+
+
+class Stopped(Exception):
+    """The run ended before its last step and can be resumed; `result` is what it has to report so far. Exit code 75."""
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result or {}
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Wraps a command's set-up: a ValueError or OSError in here is the user's to mend. Later ones, from inside the work, are bugs."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(describe(error)) from error
+
+
+def describe(error: BaseException) -> str:
+    """The error's message on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def rank() -> int:
+    """This process's number in the run that torchrun, srun or nothing has set up."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)

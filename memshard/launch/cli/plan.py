@@ -1,0 +1,158 @@
+"""memshard plan: what a recipe costs on given ranks, before anything is allocated."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import Subparsers
+
+if TYPE_CHECKING:
+    from memshard.trainer.config.recipe import Recipe
+    from memshard.trainer.estimate import Estimate
+
+CARDS = {
+    "v100-16g": (15.8, False),
+    "v100-32g": (31.7, False),
+    "a100-40g": (39.4, True),
+    "a100-80g": (79.1, True),
+    "h100-80g": (79.1, True),
+    "h200-141g": (139.8, True),
+}
+"""GiB that the driver leaves, and whether precision auto means bf16."""
+
+USABLE = 0.92
+"""Share of a card that a run can fill: the CUDA context, NCCL's buffers and fragmentation take the rest."""
+
+ASSUMED_VOCABULARY = 32_768
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("plan", help="what a recipe costs: bytes per rank, traffic, operations; allocates nothing")
+    parser.add_argument("recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
+    parser.add_argument("--device", choices=[*CARDS, "cpu"], default="cpu", help="of every rank; cpu is this machine, shared by all ranks")
+    parser.add_argument("--vocab", type=int, metavar="N", help="vocabulary where neither recipe nor data set says it")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    with usage_errors():
+        from memshard.trainer.config.load import load_recipe
+        from memshard.trainer.estimate import estimate, remedies
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        vocab_size, source = _vocabulary(recipe, args.vocab)
+        bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and args.device in CARDS and CARDS[args.device][1])
+        cost = estimate(recipe, args.world, vocab_size, bf16)
+    available = _available(args.device, args.world)
+    fits = cost.bytes.total <= available
+    found = [] if fits else remedies(recipe, args.world, vocab_size, bf16, available)
+    if args.device == "cpu":
+        # More ranks on one machine do not give it more memory.
+        found = [remedy for remedy in found if "ranks" not in remedy]
+    if not args.json:
+        print(_report(args, recipe, cost, vocab_size, source, bf16, available, found))
+    return {
+        "recipe": args.recipe,
+        "device": args.device,
+        "vocab_size": vocab_size,
+        "vocab_source": source,
+        "bf16": bf16,
+        **asdict(cost),
+        "bytes": {**asdict(cost.bytes), "total": cost.bytes.total},
+        "available": available,
+        "fits": fits,
+        "remedies": found,
+    }
+
+
+def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
+    """The vocabulary's size and who says it."""
+    from memshard.data_pipeline.format.index import INDEX_FILE, load_index
+
+    if recipe.model.vocab_size is not None:
+        return recipe.model.vocab_size, "model.vocab_size"
+    if (Path(recipe.data.path) / INDEX_FILE).exists():
+        return load_index(recipe.data.path).vocab_size, "tokenizer of data.path"
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"--vocab is {given}; it must be at least 1")
+        return given, "--vocab"
+    return ASSUMED_VOCABULARY, f"assumed: no data set at {recipe.data.path} yet; say it with --vocab"
+
+
+def _available(device: str, world: int) -> float:
+    """Bytes a rank can use."""
+    import torch
+
+    from memshard.trainer.available_memory import available_memory
+
+    if device == "cpu":
+        return available_memory(torch.device("cpu"), ranks_here=world)
+    return CARDS[device][0] * 2**30 * USABLE
+
+
+def _report(
+    args: argparse.Namespace,
+    recipe: "Recipe",
+    cost: "Estimate",
+    vocab_size: int,
+    source: str,
+    bf16: bool,
+    available: float,
+    remedies: list[str],
+) -> str:
+    memory, parameters, need = recipe.model.memory, cost.parameters, cost.bytes
+    ranks = "1 rank" if cost.ranks == 1 else f"{cost.ranks} ranks"
+    slots = f"{parameters.tables} x {memory.slots:,} slots" if parameters.tables else "no memory layer"
+    batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
+    lines = [
+        f"{args.recipe} on {ranks}, {args.device}, {'bf16' if bf16 else 'fp32'}",
+        "",
+        f"vocabulary      {vocab_size:,} ({source})",
+        f"parameters      dense {_short(parameters.dense)}, table {_short(parameters.table)} ({slots})",
+        f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of {cost.micro_batch} x {recipe.data.length}",
+        f"operations      {_short(cost.flops_per_token)}FLOP a token, {_short(cost.flops_per_token * cost.tokens_per_step)}FLOP a step",
+    ]
+    if cost.ranks > 1:
+        tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
+        lines.append(
+            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups (layout rows), {_gb(cost.lookup_traffic * tokens)} a step; "
+            f"{_gb(cost.gradient_traffic)} a step for dense gradients"
+        )
+    rows = f"{cost.rows_per_rank:,} of {memory.slots:,} rows" if parameters.tables else ""
+    table = [
+        ("dense weights", need.dense_weights, "fp32 and a bf16 copy" if bf16 else "fp32"),
+        ("dense gradients", need.dense_gradients, "fp32"),
+        ("dense moments", need.dense_moments, "AdamW, fp32"),
+        ("table rows", need.table_rows, rows),
+        ("table moments", need.table_moments, "fp32" if parameters.tables else ""),
+        ("activations", need.activations, f"of {cost.micro_batch} sequences"),
+        ("reads", need.reads, "kept for the row update" if parameters.tables else ""),
+        ("workspace", need.workspace, "of backward or row update"),
+    ]
+    lines += ["", "bytes on a rank"]
+    lines += [f"  {name:<16}{_gb(size):>11}   {note}".rstrip() for name, size, note in table]
+    share = need.total / available
+    verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
+    usable = "are free a rank on this machine" if args.device == "cpu" else f"are usable on a {args.device}"
+    lines.append(f"  {'total':<16}{_gb(need.total):>11}   {verdict} the {_gb(available)} that {usable}")
+    if share > 1:
+        advice = ", or ".join(remedies) or "no single change of ranks, train.micro_batch or model.memory.keys is enough: combine them"
+        lines.append(f"what to change: {advice}")
+    return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+
+
+def _short(number: float) -> str:
+    """1,234,567 as 1.23 M."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g} "

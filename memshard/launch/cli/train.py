@@ -1,0 +1,77 @@
+"""`memshard train`: train a recipe, or resume its run."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memshard.launch.cli.outcome import Stopped, usage_errors
+from memshard.launch.cli.parser import Subparsers
+
+if TYPE_CHECKING:
+    from memshard.trainer.run import Run
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("train", help="train or resume")
+    parser.add_argument("recipe", help="a YAML file, the name of a bundled recipe, or a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    parser.add_argument("--run", dest="folder", metavar="DIR", help="the run's folder (default runs/RECIPE); one that exists is resumed")
+    parser.add_argument("--stop-at", type=int, metavar="STEP", help="save at this step and exit with code 75, to be resumed later")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains; raises Stopped if the last step was not reached."""
+    with usage_errors():
+        from memshard.trainer.config.load import load_recipe
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        folder = _folder(args)
+    from memshard.launch.env import joined_ranks
+    from memshard.trainer.loop import train
+    from memshard.trainer.run import set_up
+
+    with joined_ranks() as device:
+        with usage_errors():
+            prepared = set_up(recipe, folder, device)
+        with _log_file(prepared):
+            if prepared.rank == 0:
+                print(opening(prepared), flush=True)
+            result = train(prepared, args.stop_at)
+    if not result["finished"]:
+        # torchrun restarts nothing here: the same command line goes on where this one stopped.
+        command = f"memshard train {args.recipe} {' '.join(args.overrides)} --run {folder}".replace("  ", " ")
+        raise Stopped(f"at step {result['step']} of {prepared.recipe.train.steps}, saved; resume with: {command}", result)
+    if not args.json and prepared.rank == 0:
+        print(f"done: {result['checkpoint']}")
+    return result
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    if args.folder:
+        return Path(args.folder)
+    named = Path(args.recipe)
+    return named if named.is_dir() else Path("runs") / named.stem
+
+
+@contextmanager
+def _log_file(prepared: "Run") -> Iterator[None]:
+    """Warnings and errors of this rank go to log/rank<N>.log in the run's folder, as well as to standard error."""
+    folder = prepared.folder / "log"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank{prepared.rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except Exception:
+        logging.getLogger(__name__).exception("the run failed at step %d", prepared.progress.step)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

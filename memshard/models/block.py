@@ -1,0 +1,54 @@
+"""The three-slot block: a mixer, a feedforward (or memory, or both), and the residual that joins them."""
+
+from torch import Tensor, nn
+
+from memshard.models.context import Context
+from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer
+from memshard.models.random import dropout
+from memshard.models.residual import Residual
+
+_MIXER_BRANCH, _FEEDFORWARD_BRANCH = 0, 1
+
+
+class Block(nn.Module):
+    """One layer. Where both a feedforward and a memory are given, their outputs are added."""
+
+    def __init__(
+        self,
+        layer: int,
+        mixer: SoftmaxMixer,
+        feedforward: nn.Module | None,
+        memory: ProductKeyMemory | None,
+        residuals: tuple[Residual, Residual],
+        dropout_rate: float,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mixer = mixer
+        self.feedforward = feedforward
+        self.memory = memory
+        self.mixer_residual, self.feedforward_residual = residuals
+        self.dropout_rate = dropout_rate
+
+    def forward(self, x: Tensor, ctx: Context, state: KeyValueState | None = None) -> tuple[Tensor, KeyValueState | None]:
+        """x: [batch, length, dim]; returns the same shape and the mixer's advanced state."""
+
+        def mix(h: Tensor) -> Tensor:
+            nonlocal state
+            y, state = self.mixer(h, ctx, state)
+            return self._dropout(y, ctx, _MIXER_BRANCH)
+
+        def feed(h: Tensor) -> Tensor:
+            parts = [] if self.feedforward is None else [self.feedforward(h)]
+            if self.memory is not None:
+                parts.append(self.memory(h, ctx.padding))
+            return self._dropout(sum(parts[1:], parts[0]), ctx, _FEEDFORWARD_BRANCH)
+
+        x = self.mixer_residual(x, mix)
+        return self.feedforward_residual(x, feed), state
+
+    def _dropout(self, y: Tensor, ctx: Context, branch: int) -> Tensor:
+        if not self.training or not self.dropout_rate or ctx.random is None:
+            return y
+        return dropout(y, self.dropout_rate, ctx.random, ctx.positions, self.layer, branch)

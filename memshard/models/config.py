@@ -1,0 +1,152 @@
+"""What a model is made of: the settings of the three-slot block and of its memory layers.
+
+Plain frozen dataclasses, so that importing a layer loads nothing but torch. Each field's docstring is what
+`memshard config explain` prints.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Activation = Literal["relu", "gelu", "swiglu", "squared_relu"]
+QueryNormKind = Literal["batch", "layer", "rms", "lagged", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """How tokens exchange information."""
+
+    kind: Literal["softmax"] = "softmax"
+    """Which mixer: softmax is scaled dot-product attention."""
+
+    heads: int = 8
+    """Attention heads; divides model.dim."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardConfig:
+    """The position-wise network of layers without a memory."""
+
+    activation: Activation = "gelu"
+    """Nonlinearity: relu, gelu, swiglu (gated) or squared_relu (Primer)."""
+
+    hidden: int | None = None
+    """Width of the hidden layer; by default 4 x dim, or 8/3 x dim for swiglu (equal parameters)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Product-key memory (Lample et al. 2019), and its gated form Memory+ (Berges et al. 2024)."""
+
+    layers: tuple[int, ...] = ()
+    """Layers that hold a memory, counted from 0; empty for a model without memory."""
+
+    mode: Literal["replace", "add"] = "replace"
+    """Whether the memory replaces the layer's feedforward or is added to it."""
+
+    share: bool = False
+    """One value table read by all memory layers (each with its own queries and keys) instead of one table each."""
+
+    keys: int = 128
+    """Sub-keys per half; the table has keys squared slots."""
+
+    heads: int = 4
+    """Query heads; their readings are summed."""
+
+    topk: int = 32
+    """Slots read per head and token."""
+
+    key_dim: int = 256
+    """Width of a query, split into two halves; even."""
+
+    value_dim: int | None = None
+    """Width of a value; model.dim by default. Another width needs gate: true, which projects it back."""
+
+    query_norm: QueryNormKind = "batch"
+    """Normalisation of queries: batch (the paper's best), layer, rms, lagged (running statistics of earlier steps: causal) or none."""
+
+    gate: bool = False
+    """Memory+: multiply the reading by silu(W1 x), then project by W2."""
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "heads", "topk", "key_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.memory.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.topk > self.keys:
+            raise ValueError(
+                f"model.memory.topk is {self.topk} but there are only {self.keys} sub-keys per half: "
+                f"set model.memory.topk to at most {self.keys}, or raise model.memory.keys"
+            )
+        if self.key_dim % 2:
+            raise ValueError(f"model.memory.key_dim is {self.key_dim}; it is split into two halves and must be even")
+
+    @property
+    def slots(self) -> int:
+        """Rows of the value table."""
+        return self.keys * self.keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of three-slot blocks: mixer, feedforward or memory, residual."""
+
+    vocab_size: int | None = None
+    """Tokens in the vocabulary; by default that of the data set's tokenizer."""
+
+    layers: int = 6
+    """Blocks."""
+
+    dim: int = 256
+    """Width of the residual stream."""
+
+    max_length: int | None = None
+    """Longest sequence with learned positions; by default data.length."""
+
+    mixer: MixerConfig = field(default_factory=MixerConfig)
+    """How tokens exchange information."""
+
+    feedforward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+    """The position-wise network of layers without a memory."""
+
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Product-key memory layers."""
+
+    residual: Literal["pre", "post"] = "pre"
+    """Where the norm stands: pre is x + f(norm(x)), post is norm(x + f(x))."""
+
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm or RMSNorm."""
+
+    position: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    """How positions enter: added embeddings, added sinusoids, rotated queries and keys, or not at all."""
+
+    tie_head: bool = True
+    """Use the embedding matrix as output head."""
+
+    dropout: float = 0.0
+    """Dropout of embeddings and branch outputs, drawn from (seed, step, sample, layer, branch)."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.dim < 1:
+            raise ValueError(f"model.layers is {self.layers} and model.dim {self.dim}; both must be at least 1")
+        if self.dim % self.mixer.heads:
+            raise ValueError(f"model.mixer.heads is {self.mixer.heads}; it must divide model.dim, {self.dim}")
+        if self.position == "rotary" and self.dim // self.mixer.heads % 2:
+            raise ValueError(
+                f"model.position is rotary, which turns pairs of channels, but a head has {self.dim // self.mixer.heads}: "
+                "make model.dim / model.mixer.heads even"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+        for layer in self.memory.layers:
+            if not 0 <= layer < self.layers:
+                raise ValueError(
+                    f"model.memory.layers names layer {layer}, but the model has {self.layers} layers: "
+                    f"use numbers from 0 to {self.layers - 1}"
+                )
+        if len(set(self.memory.layers)) < len(self.memory.layers):
+            raise ValueError(f"model.memory.layers names a layer twice: {list(self.memory.layers)}")
+        if self.memory.value_dim not in (None, self.dim) and not self.memory.gate:
+            raise ValueError(
+                f"model.memory.value_dim is {self.memory.value_dim} and model.dim {self.dim}: "
+                "set model.memory.gate=true, whose output projection brings values back to model.dim"
+            )

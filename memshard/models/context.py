@@ -1,0 +1,46 @@
+"""What a layer may know about the tokens it sees, besides their features."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from memshard.models.random import RandomKey
+
+
+@dataclass(frozen=True)
+class Context:
+    """Facts about a batch of tokens, shared by all layers.
+
+    positions: [batch, length] int64, place of each token in its sequence.
+    documents: [batch, length] int64 or None; attention stays inside a document where given.
+    padding: [batch, length] bool or None, True for real tokens.
+    random: key of this pass's draws; None draws nothing (evaluation, or a model without dropout).
+    """
+
+    positions: Tensor
+    documents: Tensor | None = None
+    padding: Tensor | None = None
+    random: RandomKey | None = None
+
+    @staticmethod
+    def of(tokens: Tensor, start: int = 0) -> "Context":
+        """The context of plain unpadded text. tokens: [batch, length], first at position `start`."""
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        return Context(positions=positions.expand(tokens.shape[0], -1))
+
+    @cached_property
+    def attention_mask(self) -> Tensor | None:
+        """[batch, 1, length, length] bool, True where a query (row) may see a key (column); None when merely causal."""
+        if self.documents is None and self.padding is None:
+            return None
+        length = self.positions.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.positions.device).tril()
+        mask = causal.expand(self.positions.shape[0], -1, -1)
+        if self.documents is not None:
+            mask = mask & (self.documents[:, :, None] == self.documents[:, None, :])
+        if self.padding is not None:
+            mask = mask & self.padding[:, None, :]
+        # A padded query sees itself: a row of the mask without a key would give NaN.
+        return (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]

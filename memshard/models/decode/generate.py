@@ -1,0 +1,121 @@
+"""Text from a model, token by token, with cached states."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from memshard.models.transformer import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: Tensor,
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    topk: int | None = None,
+    topp: float | None = None,
+    stop: int | None = None,
+    seed: int = 0,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continue every row of `prompt`.
+
+    prompt: [batch, length] int64, unpadded. Returns the new tokens, [batch, n] int64: n is max_tokens, or less once every
+    row has met `stop`; a row that met it earlier is filled with it. temperature: divides the logits; 0 takes the best
+    token. topk: draw among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
+    temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds give equal draws on one
+    device. on_token: called with each new column, [batch]. ValueError as in `check_request`.
+    """
+    check_request(model, prompt, max_tokens, temperature=temperature, topk=topk, topp=topp)
+    prompt = prompt.to(model.embedding.weight.device)
+    batch, length = prompt.shape
+    random = torch.Generator(prompt.device).manual_seed(seed)
+    # The last new token is never fed.
+    states = model.init_states(batch, length + max_tokens - 1)
+    ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    columns: list[Tensor] = []
+    fed = prompt
+    while len(columns) < max_tokens and not bool(ended.all()):
+        logits, advanced = model(fed, states=states)
+        states = advanced
+        tokens = _draw(restrict(logits[:, -1].float(), temperature, topk, topp), temperature, random)
+        if stop is not None:
+            tokens = tokens.masked_fill(ended, stop)
+            ended = tokens == stop
+        columns.append(tokens)
+        if on_token is not None:
+            on_token(tokens)
+        fed = tokens[:, None]
+    return torch.stack(columns, dim=1)
+
+
+def check_request(
+    model: Transformer,
+    prompt: Tensor,
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    topk: int | None = None,
+    topp: float | None = None,
+) -> None:
+    """ValueError, with the fix, for what `generate` cannot do; see there for the arguments."""
+    if model.training:
+        raise ValueError("the model is in training mode, where memories normalise queries over the batch: call model.eval() first")
+    if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != torch.int64:
+        raise ValueError(f"the prompt is {prompt.dtype} {list(prompt.shape)}; expected int64 [batch, length] with at least one token a row")
+    vocabulary = model.embedding.num_embeddings
+    if int(prompt.min()) < 0 or int(prompt.max()) >= vocabulary:
+        raise ValueError(f"the prompt holds tokens outside the model's vocabulary of {vocabulary}: encode it with the model's tokenizer")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 takes the best token)")
+    if topk is not None and topk < 1:
+        raise ValueError(f"topk is {topk}; it must be at least 1")
+    if topp is not None and not 0 < topp <= 1:
+        raise ValueError(f"topp is {topp}; it must be above 0 and at most 1")
+    possible = possible_tokens(model, prompt.shape[1])
+    if possible is not None and max_tokens > possible:
+        advice = f"set max_tokens to at most {possible}, or shorten the prompt" if possible else "shorten the prompt"
+        raise ValueError(
+            f"{max_tokens} new tokens were asked for and {possible} are possible: the model has {model.config.max_length} learned "
+            f"positions and the prompt {prompt.shape[1]} tokens; {advice}"
+        )
+
+
+def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
+    """How many tokens the model's learned positions allow after a prompt; None where positions have no end."""
+    if model.config.position != "learned":
+        return None
+    assert model.config.max_length is not None
+    if prompt_length > model.config.max_length:
+        return 0
+    return model.config.max_length - prompt_length + 1
+
+
+def restrict(logits: Tensor, temperature: float, topk: int | None, topp: float | None) -> Tensor:
+    """Logits divided by temperature (unless that is 0), -inf where topk and topp leave a token out. logits: [batch, vocabulary]."""
+    if temperature:
+        # Largest logit to 0 first: a tiny temperature then overflows to -inf at worst, never to inf.
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if topk is not None and topk < logits.shape[-1]:
+        best = logits.topk(topk, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
+    if topp is not None and topp < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        # The first token always stays, even if rounding lifts `before` to topp.
+        left_out = before >= topp
+        left_out[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
+    return logits
+
+
+def _draw(logits: Tensor, temperature: float, random: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]

@@ -1,0 +1,21 @@
+"""Initial weights that depend on (seed, name of the module) alone."""
+
+import zlib
+
+import torch
+from torch import nn
+
+from memshard.models.random import fold
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Draw every parameter and reset every buffer by its module's own `reset_parameters`.
+
+    Each module's draws are seeded by its name, so a model with a memory and one without start from the same trunk, and
+    a table's shards (drawn by row number) agree on any number of ranks. Draws on CPU generators only.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "reset_parameters"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(fold(seed, zlib.crc32(name.encode())) & (1 << 62) - 1)
+                module.reset_parameters()

@@ -1,0 +1,108 @@
+"""Product-key memory (Lample et al. 2019) and its gated form Memory+ (Berges et al. 2024)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memshard.models.memory.query_norm import QueryNorm
+from memshard.models.memory.search import product_topk
+from memshard.models.memory.table import ValueTable
+
+
+class ProductKeyMemory(nn.Module):
+    """A position-wise layer that reads heads x topk of keys^2 values.
+
+    Each head's query, split in two halves, scores two sets of `keys` sub-keys; the slots (i1, i2) with the highest summed
+    scores are read, weighted by a softmax over the topk, and summed over heads.
+
+    dim: width of input and output. key_dim: width of a query, even. value_dim: width of a value, by default dim; another
+    width needs `gate`, which makes the output W2(reading * silu(W1 x)). query_norm: see QueryNorm. values: a table to
+    share with other layers; by default a new one of keys^2 rows. ValueError on sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        keys: int = 512,
+        heads: int = 4,
+        topk: int = 32,
+        key_dim: int = 256,
+        value_dim: int | None = None,
+        query_norm: str = "batch",
+        gate: bool = False,
+        values: ValueTable | None = None,
+    ) -> None:
+        super().__init__()
+        value_dim = value_dim or dim
+        if not 1 <= topk <= keys:
+            raise ValueError(f"topk is {topk}, but there are {keys} sub-keys per half: use topk from 1 to {keys}, or more keys")
+        if key_dim % 2:
+            raise ValueError(f"key_dim is {key_dim}; it is split into two halves and must be even")
+        if value_dim != dim and not gate:
+            raise ValueError(f"value_dim is {value_dim} and dim {dim}: set gate=True, whose output projection brings values back to dim")
+        if values is not None and (values.slots, values.dim) != (keys**2, value_dim):
+            raise ValueError(f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x {value_dim}")
+        self.heads, self.topk = heads, topk
+        self.query = nn.Linear(dim, heads * key_dim)
+        self.query_norm = QueryNorm(query_norm, heads, key_dim)
+        self.sub_keys = SubKeys(heads, keys, key_dim // 2)
+        self.values = values if values is not None else ValueTable(keys**2, value_dim)
+        self.gate = nn.Linear(dim, value_dim, bias=False) if gate else None
+        self.output = nn.Linear(value_dim, dim, bias=False) if gate else None
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and touch nothing."""
+        if padding is not None:
+            real = self(x[padding])
+            return real.new_zeros(x.shape).index_put((padding,), real)
+        tokens = x.reshape(-1, x.shape[-1])
+        rows, weights = self.lookup(tokens)
+        y = self.values.weighted_sum(rows, weights).to(x.dtype)
+        if self.gate is not None and self.output is not None:
+            y = self.output(y * F.silu(self.gate(tokens)))
+        return y.view(x.shape)
+
+    def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows to read and their weights. tokens: [n, dim]; returns int64 and fp32 (at least), both [n, heads * topk]."""
+        z = self.query(tokens).unflatten(-1, (self.heads, -1))
+        # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim multiplications a token.
+        with torch.autocast(tokens.device.type, enabled=False):
+            first, second = self.sub_keys.scores(self.query_norm(z))
+            scores, i1, i2 = product_topk(first, second, self.topk)
+            weights = scores.softmax(-1)
+        return slot_rows(i1, i2, first.shape[-1]).flatten(1), weights.flatten(1)
+
+
+class SubKeys(nn.Module):
+    """Two separate codebooks of sub-keys per head: weight [heads, 2, keys, half], from U(-1/sqrt(half), 1/sqrt(half))."""
+
+    def __init__(self, heads: int, keys: int, half: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, 2, keys, half))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the sub-keys."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of both halves. queries: [tokens, heads, key_dim], fp32 at least; returns two [tokens, heads, keys]."""
+        halves = queries.unflatten(-1, (2, -1))
+        scores = torch.einsum("thad,hand->thna", halves, self.weight.to(queries.dtype))
+        return scores[..., 0], scores[..., 1]
+
+
+def slot_rows(i1: Tensor, i2: Tensor, keys: int) -> Tensor:
+    """Row of slot (i1, i2) in the table: ordered by diagonal (i1 + i2) mod keys, then by i1.
+
+    A contiguous range of rows then holds equally many slots of every sub-key, so hot sub-keys spread over all ranks,
+    whatever their number.
+    """
+    return (i1 + i2) % keys * keys + i1
+
+
+def row_slots(rows: Tensor, keys: int) -> Tensor:
+    """The slot number i1 * keys + i2 that is stored in each row; the inverse of `slot_rows`."""
+    i1, diagonal = rows % keys, rows // keys
+    return i1 * keys + (diagonal - i1) % keys

@@ -1,0 +1,110 @@
+"""Normalisation of memory queries: what spreads the reads over the whole table (Lample et al. 2019, section 4.5)."""
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from memshard.models.config import QueryNormKind
+
+_EPS = 1e-5
+_MOMENTUM = 0.1
+
+
+class QueryNorm(nn.Module):
+    """Normalise queries of shape [tokens, heads, key_dim].
+
+    kind:
+        batch   by mean and variance of each feature over the batch; running statistics in evaluation. Mixes positions.
+        lagged  by the running statistics of earlier steps, in training too: causal.
+        layer   each query by its own mean and variance.
+        rms     each query by its own root mean square.
+        none    not at all.
+
+    Statistics cover the tokens that are passed in: leave padding out. `reduce` sums a tensor over the ranks that share
+    a batch and lets gradients through; `parallel/` sets it. With `deferred`, running statistics are collected and enter
+    at `commit`, so that a skipped step leaves them alone; otherwise they enter at once, as in torch's BatchNorm.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, kind: str, heads: int, key_dim: int) -> None:
+        super().__init__()
+        if kind not in get_args(QueryNormKind):
+            raise ValueError(f"query_norm is {kind!r}; choose one of {', '.join(get_args(QueryNormKind))}")
+        self.kind = kind
+        self.tracks_statistics = kind in ("batch", "lagged")
+        self.reduce: Callable[[Tensor], Tensor] = _alone
+        self.deferred = False
+        self._collected: list[tuple[Tensor, Tensor]] = []
+        self.weight = nn.Parameter(torch.empty(heads, key_dim)) if kind != "none" else None
+        self.bias = nn.Parameter(torch.empty(heads, key_dim)) if kind not in ("none", "rms") else None
+        if self.tracks_statistics:
+            self.register_buffer("running_mean", torch.empty(heads, key_dim))
+            self.register_buffer("running_var", torch.empty(heads, key_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Identity scale and shift, unknown statistics as mean 0 and variance 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.tracks_statistics:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: [tokens, heads, key_dim]; same shape back, in fp32 at least."""
+        z = z.float() if z.dtype.itemsize < 4 else z
+        if self.tracks_statistics:
+            z = self._by_statistics(z)
+        elif self.kind == "layer":
+            z = nn.functional.layer_norm(z, z.shape[-1:], eps=_EPS)
+        elif self.kind == "rms":
+            z = nn.functional.rms_norm(z, z.shape[-1:], eps=_EPS)
+        if self.weight is not None:
+            z = z * self.weight
+        return z if self.bias is None else z + self.bias
+
+    def commit(self) -> None:
+        """Let the statistics collected since the last commit enter the running ones, averaged over the passes."""
+        if self._collected:
+            means, variances = zip(*self._collected, strict=True)
+            self.running_mean.lerp_(torch.stack(means).mean(0), _MOMENTUM)
+            self.running_var.lerp_(torch.stack(variances).mean(0), _MOMENTUM)
+        self._collected.clear()
+
+    def discard(self) -> None:
+        """Drop the statistics collected since the last commit: the step was skipped."""
+        self._collected.clear()
+
+    def _by_statistics(self, z: Tensor) -> Tensor:
+        if self.training and self.kind == "batch":
+            mean, var = self._measure(z)
+            return (z - mean) * torch.rsqrt(var + _EPS)
+        normalised = (z - self.running_mean) * torch.rsqrt(self.running_var + _EPS)
+        if self.training:
+            # Afterwards: this pass must not see its own statistics.
+            with torch.no_grad():
+                self._measure(z)
+        return normalised
+
+    def _measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance over the tokens of all ranks; the unbiased variance goes to the running statistics."""
+        count = self.reduce(z.new_tensor(float(z.shape[0])))
+        mean = self.reduce(z.sum(0)) / count.clamp(min=1)
+        var = self.reduce((z - mean).square().sum(0)) / count.clamp(min=1)
+        if count > 0:
+            unbiased = var.detach() * (count / (count - 1).clamp(min=1))
+            self._collected.append((mean.detach(), unbiased))
+            if not self.deferred:
+                self.commit()
+        return mean, var
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The sum over one rank; a named function, so that the layer can be pickled."""
+    return x

@@ -1,0 +1,49 @@
+"""Exact top-k over keys x keys product scores from keys + keys of them, with a fixed order of ties."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def product_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k slots with the highest first[i1] + second[i2] (Lample et al. 2019, section 3.2).
+
+    first, second: [..., keys] scores of the sub-keys. Returns scores, i1, i2, each [..., k], best first. Gradients flow
+    to the selected entries of `first` and `second`.
+
+    Equal sums are ordered by rank of i1 in its half, then of i2; ranks order by score, then by index. Where sub-keys
+    themselves tie this is the lowest slot number i1 * keys + i2.
+    """
+    with torch.no_grad():
+        i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
+        x, y = (ranks.to(first.device) for ranks in _candidates(k))
+        sums = first.gather(-1, i1)[..., x] + second.gather(-1, i2)[..., y]
+        chosen = ranked_topk(sums, k)
+        i1, i2 = i1.gather(-1, x[chosen]), i2.gather(-1, y[chosen])
+    return first.gather(-1, i1) + second.gather(-1, i2), i1, i2
+
+
+@cache
+def _candidates(k: int) -> tuple[Tensor, Tensor]:
+    """Rank pairs (x, y), from 0, that can be among the k best sums: (x + 1)(y + 1) <= k, in lexicographic order.
+
+    A pair is beaten by the (x + 1)(y + 1) - 1 pairs of lower or equal ranks: 119 pairs remain of 1024 at k = 32.
+    """
+    ranks = torch.arange(1, k + 1, device="cpu")
+    x, y = torch.nonzero(ranks[:, None] * ranks <= k, as_tuple=True)
+    return x, y
+
+
+def ranked_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k highest scores, best first, equal ones by index. scores: [..., n], without NaN; returns [..., k].
+
+    torch.topk leaves the order of ties open. Sorting its result settles all ties but those that straddle the k-th
+    place; these are rare, so a full stable sort (2.5 times slower) is kept for them.
+    """
+    indices = scores.topk(k, dim=-1).indices.sort(dim=-1).values
+    values, order = torch.sort(scores.gather(-1, indices), dim=-1, descending=True, stable=True)
+    at_least_last = (scores >= values[..., -1:]).sum(-1)
+    if bool((at_least_last > k).any()):
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    return indices.gather(-1, order)

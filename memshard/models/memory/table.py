@@ -1,0 +1,180 @@
+"""The value table: interface, local form, and how it is hidden from dense optimizers and wrappers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memshard.models.random import normal_rows
+
+_INIT_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Read:
+    """One weighted read of a table, kept until the optimizer turns it into row gradients: about 5 KB a token.
+
+    rows, weights: [reads]; offsets: [bags], where each bag's reads start; upstream: [bags, dim] gradient of its sum.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    offsets: Tensor
+    upstream: Tensor
+
+
+class ReadObserver(Protocol):
+    """Whoever wants to see which rows are read, and how strongly."""
+
+    def observe(self, rows: Tensor, weights: Tensor) -> None:
+        """rows: [reads] int64, of this rank's part of the table; weights: [reads]."""
+
+
+class ValueTable(nn.Module):
+    """slots x dim values, read as weighted sums of rows. held: the rows of this part of a table; all by default.
+
+    `weight` [rows, dim] is an ordinary parameter until `hide`: then it is a plain tensor that `parameters()` does not
+    show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is collected as `reads` for a
+    row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient counts the reads, scaled as the
+    loss is, and is NaN if one of them was not finite.
+    """
+
+    def __init__(self, slots: int, dim: int, held: range | None = None) -> None:
+        super().__init__()
+        held = range(slots) if held is None else held
+        self.slots = slots
+        self.dim = dim
+        self.first_row = held.start
+        self.observer: ReadObserver | None = None
+        self.gradient_scale = 1.0
+        """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own tokens, as under DDP."""
+        self.weight = nn.Parameter(torch.empty(len(held), dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw rows from N(0, 1/dim) (Lample et al. 2019), each from its number and one draw of torch's generator."""
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            for start in range(0, len(self.weight), _INIT_ROWS):
+                block = self.weight[start : start + _INIT_ROWS]
+                rows = normal_rows(seed, self.first_row + start, len(block), self.dim, self.weight.device)
+                block.copy_(rows * self.dim**-0.5)
+
+    def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """sum_j weights[t, j] * weight[rows[t, j]].
+
+        rows: [tokens, reads] int64; weights: the same shape. Returns [tokens, dim] in the table's dtype. Gradients to
+        weights are exact; those to the table are dense, or collected once it is hidden.
+        """
+        offsets = torch.arange(len(rows), device=rows.device) * rows.shape[1]
+        return self._local_sum(rows.flatten(), weights.flatten(), offsets)
+
+    def _local_sum(self, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+        """Weighted sums of the rows this rank holds, one a bag. rows, weights: [reads]; offsets: [bags]."""
+        weights = weights.to(self.weight.dtype)
+        if self.observer is not None:
+            self.observer.observe(rows, weights.detach())
+        out = F.embedding_bag(rows, self.weight, offsets, mode="sum", per_sample_weights=weights)
+        if self.hidden and torch.is_grad_enabled():
+            out = _CollectRead.apply(out, self.anchor, self, rows, weights.detach(), offsets)
+        return out
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the table is out of `parameters()`."""
+        return "weight" not in self._parameters
+
+    def hide(self) -> None:
+        """Take the table out of `parameters()`."""
+        if not self.hidden:
+            values = self.weight.data
+            del self.weight
+            self.hold(values)
+
+    def hold(self, values: Tensor) -> None:
+        """Make `values` [rows, dim] the hidden table's content."""
+        self.weight = values
+        self.reads: list[Read] = []
+        self.anchor = self._new_anchor().requires_grad_()
+
+    def drop_reads(self) -> None:
+        """Forget the collected gradient."""
+        self.reads.clear()
+        self.anchor.grad = None
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        if self.hidden:
+            self.weight = fn(self.weight)
+            self._place_anchor()
+        return self
+
+    def _new_anchor(self) -> Tensor:
+        # Optimizers cast their state to this dtype when they load it.
+        return torch.zeros((), dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device)
+
+    def _place_anchor(self) -> None:
+        if self.anchor.is_meta:
+            self.anchor = self._new_anchor().requires_grad_()
+        else:
+            # An optimizer may know the table by its anchor, so that stays the same object.
+            self.anchor.data = self._new_anchor()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.hidden:
+            destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        hidden = self.hidden
+        if hidden:
+            # A parameter while it loads: torch's own checks then serve hidden tables too.
+            values = self.weight
+            del self.weight
+            self.weight = nn.Parameter(values, requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if hidden:
+            values = self.weight.data
+            del self.weight
+            self.weight = values
+            self._place_anchor()
+
+
+class _CollectRead(torch.autograd.Function):
+    """The identity on sums, whose backward keeps what the row gradients need."""
+
+    @staticmethod
+    def forward(ctx, out, anchor, table, rows, weights, offsets):  # type: ignore[no-untyped-def]
+        ctx.table = table
+        ctx.save_for_backward(rows, weights, offsets)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        rows, weights, offsets = ctx.saved_tensors
+        ctx.table.reads.append(Read(rows, weights, offsets, upstream))
+        finite = torch.isfinite(upstream).all() & torch.isfinite(weights).all()
+        return upstream, torch.where(finite, 1.0, torch.nan), None, None, None, None
+
+
+def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:
+    """(name, table) of every table in the model; one shared by several layers comes once, under its first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, ValueTable):
+            yield name, module
+
+
+def externalize_tables(model: nn.Module) -> list[ValueTable]:
+    """Hide all value tables of the model from `parameters()` and return them, for `RowAdam`.
+
+    Call it before any wrapping: DDP and DeepSpeed broadcast, cast and all-reduce whatever `parameters()` shows.
+    """
+    tables = [table for _, table in find_tables(model)]
+    for table in tables:
+        table.hide()
+    return tables

@@ -1,0 +1,60 @@
+"""How much of a table is used, and how evenly (Lample et al. 2019, section 4.3)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memshard.models.memory.table import ValueTable
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """Over all slots and all reads: the share of slots read at all; KL divergence of the read distribution from the
+    uniform one in nats, weighted by softmax weight (kl_weighted) and by count (kl_count); reads per slot, since usage
+    grows with the amount of text.
+    """
+
+    usage: float
+    kl_weighted: float
+    kl_count: float
+    reads_per_slot: float
+
+
+class UsageCounter:
+    """Sums softmax weights and reads of every row this rank holds, in fp64 (fp32 sums stall at 2^24)."""
+
+    def __init__(self, table: ValueTable) -> None:
+        self.table = table
+        self.weights = torch.zeros(len(table.weight), dtype=torch.float64, device=table.weight.device)
+        self.counts = torch.zeros_like(self.weights)
+
+    def observe(self, rows: Tensor, weights: Tensor) -> None:
+        """Count reads. rows: [reads] int64; weights: [reads]."""
+        self.weights.index_add_(0, rows, weights.double())
+        self.counts.index_add_(0, rows, torch.ones_like(weights, dtype=torch.float64))
+
+    def report(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> UsageReport:
+        """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows."""
+        parts = [self._local_parts(self.weights), self._local_parts(self.counts)]
+        (weight_total, weight_entropy, _), (reads, count_entropy, used) = reduce(torch.stack(parts)).tolist()
+        slots = self.table.slots
+        return UsageReport(
+            usage=used / slots,
+            kl_weighted=_divergence(weight_total, weight_entropy, slots),
+            kl_count=_divergence(reads, count_entropy, slots),
+            reads_per_slot=reads / slots,
+        )
+
+    @staticmethod
+    def _local_parts(sums: Tensor) -> Tensor:
+        """sum c, sum c log c and the number of non-zero c: what the ranks add up."""
+        return torch.stack((sums.sum(), torch.special.xlogy(sums, sums).sum(), (sums > 0).sum().double()))
+
+
+def _divergence(total: float, weighted_log: float, slots: int) -> float:
+    """log N + sum p log p with p = c / total, from sum c and sum c log c."""
+    if total == 0:
+        return 0.0
+    return (torch.tensor(slots * 1.0, dtype=torch.float64) / total).log().item() + weighted_log / total

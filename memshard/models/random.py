@@ -1,0 +1,95 @@
+"""Counter-based randomness: every draw is a pure function of its key, so layouts, recomputation and resume agree.
+
+A draw never depends on what was drawn before it or on which rank draws it, and only integer arithmetic and one table
+look-up stand between key and value, so CPU and GPU agree bit for bit.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+_NORMAL_BITS = 16
+
+
+@dataclass(frozen=True)
+class RandomKey:
+    """What the draws of one forward pass depend on, besides layer and branch.
+
+    seed, step: of the run. samples: [batch] int64, global number of each row's sample.
+    """
+
+    seed: int
+    step: int
+    samples: Tensor
+
+
+def fold(*numbers: int) -> int:
+    """Mix numbers into one 64-bit key (splitmix64 steps); the result is signed, as torch stores it."""
+    key = 0
+    for number in numbers:
+        key = (key ^ (number & _MASK_64)) + 0x9E3779B97F4A7C15 & _MASK_64
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
+        key = (key ^ key >> 27) * 0x94D049BB133111EB & _MASK_64
+        key ^= key >> 31
+    return key - (1 << 64) if key >> 63 else key
+
+
+def fold_tensor(key: int, numbers: Tensor) -> Tensor:
+    """`fold` of a key with each of many numbers. numbers: int64 of any shape; returns int64 of that shape."""
+    mixed = (numbers ^ key) + (0x9E3779B97F4A7C15 - (1 << 64))
+    mixed = (mixed ^ _shift(mixed, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    mixed = (mixed ^ _shift(mixed, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return mixed ^ _shift(mixed, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return x >> bits & ((1 << 64 - bits) - 1)
+
+
+def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
+    """32 random bits for every (key, counter). keys: int64, counters: int32, broadcast; returns int32."""
+    bits = _mix(counters ^ keys.to(torch.int32))
+    return _mix(bits ^ (keys >> 32).to(torch.int32))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers with low bias (Wellons 2018); int32 arithmetic wraps around."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def dropout(x: Tensor, rate: float, key: RandomKey, positions: Tensor, layer: int, branch: int) -> Tensor:
+    """Zero elements with probability `rate` and scale the others by 1 / (1 - rate).
+
+    x: [batch, length, dim]; positions: [batch, length] int64, of each token in its sample; layer, branch: where in the
+    model. The same token of the same sample meets the same mask in every layout.
+    """
+    keys = fold_tensor(fold(key.seed, key.step, layer, branch), key.samples.to(x.device))
+    channels = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
+    counters = (positions * x.shape[-1]).to(torch.int32)[..., None] + channels
+    keep = random_bits(keys[:, None, None], counters) & 0x7FFFFFFF >= int(rate * (1 << 31))
+    return torch.where(keep, x / (1 - rate), 0)
+
+
+def normal_rows(seed: int, first: int, count: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal values of rows first .. first + count - 1 of an endless matrix; [count, dim] fp32.
+
+    A row depends on (seed, row number) alone. Values are quantiles of a 16-bit grid: exact on every device, at most 4.3.
+    """
+    keys = fold_tensor(fold(seed), torch.arange(first, first + count, device=device))
+    pairs = torch.arange((dim + 1) // 2, device=device, dtype=torch.int32)
+    bits = random_bits(keys[:, None], pairs)
+    halves = torch.stack((bits & 0xFFFF, bits >> 16 & 0xFFFF), dim=-1).view(count, -1)[:, :dim]
+    return _normal_quantiles().to(device)[halves.long()]
+
+
+@cache
+def _normal_quantiles() -> Tensor:
+    """Quantiles of the standard normal at (i + 1/2) / 2^16, rounded from fp64."""
+    steps = torch.arange(1 << _NORMAL_BITS, dtype=torch.float64, device="cpu")
+    return torch.special.ndtri((steps + 0.5) / (1 << _NORMAL_BITS)).float()

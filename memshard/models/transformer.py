@@ -1,0 +1,111 @@
+"""A decoder-only language model of three-slot blocks."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from memshard.models.block import Block
+from memshard.models.config import ModelConfig
+from memshard.models.context import Context
+from memshard.models.feedforward import FeedForward
+from memshard.models.linear import Projection, TokenEmbedding
+from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.table import ValueTable
+from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer
+from memshard.models.norm import build_norm
+from memshard.models.position import sinusoids
+from memshard.models.random import dropout
+from memshard.models.residual import Residual
+
+_EMBEDDING_LAYER = -1
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, head. `config.vocab_size` must be set, and `config.max_length` for learned positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: give the size of the tokenizer's vocabulary")
+        self.config = config
+        self.embedding = TokenEmbedding(config.vocab_size, config.dim)
+        self.positions = _build_positions(config)
+        shared = _build_table(config) if config.memory.layers and config.memory.share else None
+        self.blocks = nn.ModuleList(_build_block(config, layer, shared) for layer in range(config.layers))
+        self.norm = build_norm(config.norm, config.dim) if config.residual == "pre" else nn.Identity()
+        self.head = None if config.tie_head else Projection(config.dim, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, ctx: Context | None = None, states: Sequence[KeyValueState] | None = None
+    ) -> tuple[Tensor, list[KeyValueState] | None]:
+        """Logits of the next token at every position.
+
+        tokens: [batch, length] int64. ctx: plain unpadded text from position 0 if left out. states: one per block from
+        `init_states`, when tokens continue what they have seen. Returns [batch, length, vocabulary] and the advanced states.
+        """
+        ctx = ctx or Context.of(tokens, states[0].length if states else 0)
+        x = self._embed(tokens, ctx)
+        advanced = []
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            x, state = block(x, ctx, state)
+            advanced.append(state)
+        x = self.norm(x)
+        logits = self.embedding.logits(x) if self.head is None else self.head(x)
+        return logits, advanced if states else None
+
+    def init_states(self, batch: int, capacity: int) -> list[KeyValueState]:
+        """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
+        return [block.mixer.init_state(batch, capacity) for block in self.blocks]
+
+    def memories(self) -> Iterator[tuple[int, ProductKeyMemory]]:
+        """(layer, memory) of the blocks that hold one."""
+        for block in self.blocks:
+            if block.memory is not None:
+                yield block.layer, block.memory
+
+    def _embed(self, tokens: Tensor, ctx: Context) -> Tensor:
+        x = self.embedding(tokens)
+        if self.config.position == "learned":
+            x = x + self.positions(ctx.positions)
+        elif self.config.position == "sinusoidal":
+            # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up to meet the sinusoids.
+            x = x * self.config.dim**0.5 + sinusoids(ctx.positions, self.config.dim).to(x.dtype)
+        if self.training and self.config.dropout and ctx.random is not None:
+            x = dropout(x, self.config.dropout, ctx.random, ctx.positions, _EMBEDDING_LAYER, 0)
+        return x
+
+
+def _build_positions(config: ModelConfig) -> nn.Module | None:
+    if config.position != "learned":
+        return None
+    if config.max_length is None:
+        raise ValueError("model.max_length is not set: learned positions need the longest sequence")
+    return TokenEmbedding(config.max_length, config.dim)
+
+
+def _build_table(config: ModelConfig) -> ValueTable:
+    return ValueTable(config.memory.slots, config.memory.value_dim or config.dim)
+
+
+def _build_block(config: ModelConfig, layer: int, shared: ValueTable | None) -> Block:
+    output_scale = (2 * config.layers) ** -0.5
+    mixer = SoftmaxMixer(config.dim, config.mixer.heads, config.position == "rotary", output_scale)
+    memory = None
+    if layer in config.memory.layers:
+        settings = config.memory
+        memory = ProductKeyMemory(
+            config.dim,
+            keys=settings.keys,
+            heads=settings.heads,
+            topk=settings.topk,
+            key_dim=settings.key_dim,
+            value_dim=settings.value_dim,
+            query_norm=settings.query_norm,
+            gate=settings.gate,
+            values=shared if shared is not None else _build_table(config),
+        )
+    feedforward = None
+    if memory is None or config.memory.mode == "add":
+        feedforward = FeedForward(config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale)
+    residuals = (Residual(config.residual, config.norm, config.dim), Residual(config.residual, config.norm, config.dim))
+    return Block(layer, mixer, feedforward, memory, residuals, config.dropout)

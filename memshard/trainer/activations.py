@@ -1,0 +1,55 @@
+"""How many bytes a forward pass keeps for its backward pass, in closed form."""
+
+from memshard.models.config import ModelConfig
+
+_HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
+_QUERY_COPIES = {"batch": 4, "layer": 3, "rms": 3, "lagged": 2, "none": 1}
+
+
+def activation_bytes(config: ModelConfig, length: int, ranks: int = 1, *, bf16: bool = False, document_mask: bool = False) -> float:
+    """Bytes kept for each token of a micro-batch, loss included; weights and their bf16 copies not.
+
+    The sum, for a values of bytes (4, or 2 under bf16 autocast), width d, per block:
+        attention   a d (5, or 7 in bf16, which casts the input once for each of three projections), 4 heads
+        two norms   4 d each (twice that for RMSNorm)
+        feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
+        memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation; 8 heads keys of scores;
+                    28 heads topk of indices and weights (40 and 24 ranks if the table is sharded); gate 16 value_dim
+        extras      d for each dropout mask, a length for an explicit mask
+    and 4 vocabulary + (a + 4) d for the head. The test compares it with what autograd really saves.
+    """
+    assert config.vocab_size is not None
+    a, d = (2, config.dim) if bf16 else (4, config.dim)
+    norm = 4 * d * (2 if config.norm == "rms" else 1) + 8
+    attention = a * d * (7 if bf16 else 5) + 4 * config.mixer.heads
+    if document_mask:
+        attention += a * length
+    memories = len(config.memory.layers)
+    feedforwards = config.layers - (memories if config.memory.mode == "replace" else 0)
+    dropout = (2 * config.layers + 1) * d if config.dropout else 0
+    head = a * d + 4 * config.vocab_size + (norm if config.residual == "pre" else 0)
+    return (
+        config.layers * (attention + 2 * norm)
+        + feedforwards * _feedforward(config, a)
+        + memories * _memory(config, a, ranks)
+        + dropout
+        + head
+    )
+
+
+def _feedforward(config: ModelConfig, a: int) -> float:
+    settings = config.feedforward
+    gated = settings.activation == "swiglu"
+    hidden = settings.hidden or (config.dim * 8 // 3 if gated else config.dim * 4)
+    inputs = 2 if gated and a == 2 else 1
+    return a * (inputs * config.dim + _HIDDEN_COPIES[settings.activation] * hidden)
+
+
+def _memory(config: ModelConfig, a: int, ranks: int) -> float:
+    settings = config.memory
+    reads = settings.heads * settings.topk
+    queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
+    scores = 8 * settings.heads * settings.keys
+    lookup = 28 * reads if ranks == 1 else 40 * reads + 24 * ranks
+    gate = (4 + 3 * a) * (settings.value_dim or config.dim) + (a * config.dim if a == 2 else 0) if settings.gate else 0
+    return a * config.dim + queries + scores + lookup + gate

@@ -1,0 +1,37 @@
+"""Checkpoint folders of a run: what counts as committed, which is newest, which may go."""
+
+import shutil
+from pathlib import Path
+
+COMMIT = "COMMITTED"
+_PREFIX = "step-"
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives under a run's `checkpoints` folder."""
+    return root / f"{_PREFIX}{step:08d}"
+
+
+def committed(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in root.glob(f"{_PREFIX}*/{COMMIT}") if path.parent.name[len(_PREFIX) :].isdigit())
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest committed one of a run folder. ValueError if there is none."""
+    if (path / COMMIT).exists():
+        return path
+    found = committed(path / "checkpoints")
+    if not found:
+        what = "does not exist" if not path.exists() else "holds no committed checkpoint"
+        raise ValueError(f"{path} {what}: give a run folder (such as runs/quickstart) or one of its checkpoints/{_PREFIX}* folders")
+    return found[-1]
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what interrupted saves left behind."""
+    for path in committed(root)[:-keep]:
+        (path / COMMIT).unlink()  # first: a half-removed folder must not look complete
+        shutil.rmtree(path)
+    for path in root.glob(f"{_PREFIX}*.tmp"):
+        shutil.rmtree(path)

@@ -1,0 +1,38 @@
+"""A trained model in one process, whatever number of ranks trained it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memshard.data_pipeline.tokenizer import Tokenizer
+from memshard.models.memory.table import externalize_tables
+from memshard.models.transformer import Transformer
+from memshard.trainer.checkpoint.folders import find_checkpoint
+from memshard.trainer.checkpoint.store import load_state, load_tensors
+from memshard.trainer.checkpoint.tensors import model_tensors
+from memshard.trainer.config.load import load_recipe
+from memshard.trainer.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tables whole and hidden; its tokenizer and recipe; where it comes from."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    recipe: Recipe
+    step: int
+    path: Path
+
+
+def load(path: str | Path) -> LoadedModel:
+    """Load a run folder (its newest committed checkpoint) or a checkpoint, on CPU. ValueError if there is none."""
+    folder = find_checkpoint(Path(path))
+    recipe = load_recipe(str(folder / "config.yaml"), [])
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    externalize_tables(model)
+    model.to_empty(device="cpu")
+    load_tensors(folder, model_tensors(model, {}, None), alone=True)
+    return LoadedModel(model.eval(), Tokenizer(folder / "tokenizer.model"), recipe, load_state(folder)["step"], folder)

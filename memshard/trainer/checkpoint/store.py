@@ -1,0 +1,61 @@
+"""Write and read checkpoints: tensors through torch's distributed checkpoint (DCP), everything else as JSON."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from memshard.trainer.checkpoint.folders import COMMIT
+
+_STATE = "state.json"
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], files: list[Path]) -> None:
+    """Write a checkpoint: into a temporary folder, then commit marker, then rename. All ranks take part.
+
+    state: JSON values, rank 0's count. files: copied in, so that the checkpoint stands alone.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    temporary = folder.with_name(folder.name + ".tmp")
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    with _quiet():
+        dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    if first:
+        for file in files:
+            shutil.copy2(file, temporary / file.name)
+        (temporary / _STATE).write_text(json.dumps(state, indent=1))
+        with (temporary / COMMIT).open("w") as marker:
+            os.fsync(marker.fileno())
+        os.replace(temporary, folder)
+    _barrier()
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    """Fill tensors in place from a checkpoint saved on any number of ranks. alone: read in this process only."""
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=folder, no_dist=alone or not dist.is_initialized())
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint."""
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    return state
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _quiet() -> warnings.catch_warnings:
+    """DCP warns about its own use of deprecated torch calls, and that a single process needs no process group."""
+    return warnings.catch_warnings(action="ignore")

@@ -1,0 +1,52 @@
+"""The tensors of a checkpoint, by name and global shape."""
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from memshard.models.memory.table import find_tables
+from memshard.parallel.spec import ShardSpec
+from memshard.trainer.optim.row_adam import RowAdam
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """Parameters, buffers and tables as `model.<name>`; tensors that `placement` splits come as DTensors over their axis.
+
+    The tensors share memory with the model, so loading into them loads the model. A shared table comes once.
+    """
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors |= dict(model.named_buffers())
+    for name, table in find_tables(model):
+        tensors[f"{name}.weight"] = _global(f"{name}.weight", table.weight, table.slots, placement, mesh)
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(
+    model: nn.Module, dense: Optimizer, rows: RowAdam | None, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
+) -> dict[str, Tensor]:
+    """Moments of dense parameters and of tables as `exp_avg.<name>` and so on, and the dense step counts."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key in (*_MOMENTS, "step"):
+            if parameter.requires_grad:
+                tensors[f"{key}.{name}"] = dense.state[parameter][key]
+    if rows is None:
+        return tensors
+    for table_name, table in find_tables(model):
+        name = f"{table_name}.weight"
+        for key in _MOMENTS:
+            tensors[f"{key}.{name}"] = _global(name, rows.state[table.anchor][key], table.slots, placement, mesh)
+    return tensors
+
+
+def _global(name: str, local: Tensor, rows: int, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
+    if name not in placement:
+        return local.detach()
+    assert mesh is not None
+    spec = placement[name]
+    shape = (rows, *local.shape[1:])
+    strides = local.stride() if len(local) else (local.shape[1], 1)
+    return DTensor.from_local(local.detach(), mesh[spec.axis], [Shard(spec.dim)], run_check=False, shape=shape, stride=strides)

@@ -1,0 +1,112 @@
+"""What each recipe key means: its type, default and docstring, read from the dataclasses of the recipe."""
+
+import ast
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, is_dataclass
+from dataclasses import fields as dataclass_fields
+from functools import cache
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from memshard.trainer.config.recipe import Recipe
+
+SECTION = "section"
+
+
+class Key(NamedTuple):
+    """One dotted key: `type` is `section` for a group of keys, `default` is text as YAML writes it, or `required`."""
+
+    name: str
+    type: str
+    default: str
+    doc: str
+
+
+@cache
+def fields() -> list[Key]:
+    """All keys of a recipe, sections before what they hold, in the order of the dataclasses."""
+    return list(_walk(Recipe, ""))
+
+
+def matching(key: str = "") -> list[Key]:
+    """A key, a section with all that it holds, or everything. Raises ValueError for an unknown key."""
+    found = [entry for entry in fields() if not key or entry.name == key or entry.name.startswith(f"{key}.")]
+    if not found:
+        raise ValueError(f"unknown key '{key}'{suggestion(key)}")
+    return found
+
+
+def explain(key: str = "") -> str:
+    """Type, default and meaning of the keys that `matching` finds, as text."""
+    blocks = []
+    for entry in matching(key):
+        facts = "required" if entry.default == "required" else f"default {entry.default}"
+        head = f"{entry.name} ({SECTION})" if entry.type == SECTION else f"{entry.name}: {entry.type}; {facts}"
+        blocks.append(f"{head}\n{textwrap.indent(entry.doc, '    ')}")
+    return "\n".join(blocks)
+
+
+def suggestion(key: str) -> str:
+    """`; did you mean '...'?` for a misspelt or misplaced key, or nothing."""
+    names = [entry.name for entry in fields()]
+    section, _, last = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
+    close = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1)]
+    elsewhere = [name for name in names if name.rpartition(".")[2] == last]
+    found = close or elsewhere or difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def show(value: Any) -> str:
+    """A value as YAML writes it, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(show(item) for item in value)}]"
+    return str(value)
+
+
+def _walk(cls: Any, prefix: str) -> Iterator[Key]:
+    hints, docs = get_type_hints(cls), _docstrings(cls)
+    for item in dataclass_fields(cls):
+        name, hint, doc = prefix + item.name, hints[item.name], docs.get(item.name, "")
+        if is_dataclass(hint):
+            yield Key(name, SECTION, "", doc)
+            yield from _walk(hint, f"{name}.")
+        else:
+            yield Key(name, _type_name(hint), _default(item), doc)
+
+
+def _default(item: "Field[Any]") -> str:
+    if item.default is not MISSING:
+        return show(item.default)
+    return "required" if item.default_factory is MISSING else show(item.default_factory())
+
+
+def _type_name(hint: Any) -> str:
+    """A type in words: integer, number, text, true or false, list [integer, ...], one of relu, gelu."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(show(arg) for arg in args)}"
+    if origin in (Union, UnionType):
+        return " or ".join(_type_name(arg) for arg in args)
+    if origin is tuple:
+        return f"list [{', '.join('...' if arg is Ellipsis else _type_name(arg) for arg in args)}]"
+    return {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}.get(hint, str(hint))
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """The string literal under each field, which Python itself does not keep."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for item, after in pairwise(tree.body):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[item.target.id] = inspect.cleandoc(ast.literal_eval(after.value))
+    return docs

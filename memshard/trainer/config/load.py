@@ -1,0 +1,178 @@
+"""From YAML files and command line overrides to a checked recipe, and back.
+
+A recipe file may name one parent (`base: NAME_OR_PATH`, a path counting from the file) and states only what differs.
+Values later in line win: ancestors, the file itself, then overrides. Every error names the file or override and the key.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from memshard.trainer.config.explain import SECTION, Key, fields, suggestion
+from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.config.text import parse, render
+
+BUNDLED = Path(__file__).parents[2] / "recipes"
+
+
+class Setting(NamedTuple):
+    """A value and where it was written."""
+
+    value: Any
+    source: str
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, a bundled name or a run folder (its config.yaml), with `key=value` overrides.
+
+    Raises ValueError for whatever is wrong in a recipe or override, FileNotFoundError for a path that does not exist.
+    """
+    settings: dict[str, Setting] = {}
+    for path, values in reversed(_lineage(_find(str(name_or_path), Path()))):
+        settings.update(_flatten(values, "", str(path)))
+    for override in overrides:
+        settings.update(_override(override))
+    return _build(settings, str(name_or_path))
+
+
+def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe of nested values such as `to_dict` returns; `source` names them in errors."""
+    return _build(dict(_flatten(values, "", source)), source)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested dicts, lists and scalars, as YAML and JSON hold them."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return values
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal recipe."""
+    return render(to_dict(recipe))
+
+
+def bundled() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def _find(name: str, beside: Path) -> Path:
+    if name in bundled():
+        return BUNDLED / f"{name}.yaml"
+    path = beside / Path(name).expanduser()
+    if path.is_dir():
+        path /= "config.yaml"
+    if path.is_file():
+        return path
+    if "/" in name or path.suffix:
+        raise FileNotFoundError(f"there is no recipe file {path}")
+    close = difflib.get_close_matches(name, bundled(), n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    raise ValueError(f"no recipe named '{name}'{hint} bundled ones: {', '.join(bundled()) or 'none'}; or give the path of a YAML file")
+
+
+def _lineage(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The file, its base, the base of that, and so on, each with its own values."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    resolved: list[Path] = []
+    while True:
+        if path.resolve() in resolved:
+            raise ValueError(f"recipes are each other's base: {' -> '.join(str(step) for step in [*(p for p, _ in found), path])}")
+        resolved.append(path.resolve())
+        values = _read(path)
+        base = values.pop("base", None)
+        found.append((path, values))
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base is {base!r}; expected the name or path of one recipe")
+        try:
+            path = _find(base, path.parent)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{path}: base: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a recipe: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    values = parse(text, str(path))
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{path}: not a recipe: expected sections such as 'data:' and 'model:', found {str(values)[:40]!r}")
+    return values or {}
+
+
+def _override(text: str) -> Iterator[tuple[str, Setting]]:
+    key, equals, value_text = text.partition("=")
+    source = f"override '{text}'"
+    if not equals or not key:
+        raise ValueError(f"{source}: expected key=value, such as model.layers=12")
+    value = parse(value_text, source)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return _flatten(value, "", source)
+
+
+def _flatten(values: dict[str, Any], prefix: str, source: str) -> Iterator[tuple[str, Setting]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        known = _keys().get(name)
+        if known is None:
+            raise ValueError(f"{source}: unknown key '{name}'{suggestion(name)}")
+        if known.type != SECTION:
+            yield name, Setting(value, source)
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{name}.", source)
+        else:
+            inside = next(entry.name for entry in fields() if entry.name.startswith(f"{name}."))
+            raise ValueError(f"{source}: {name} is {value!r}; expected a section with keys such as {inside}")
+
+
+def _build(settings: dict[str, Setting], source: str) -> Recipe:
+    nested: dict[str, Any] = {}
+    for key in fields():
+        *sections, last = key.name.split(".")
+        place = nested
+        for section in sections:
+            place = place[section]
+        if key.type == SECTION:
+            place[last] = {}
+        elif key.name in settings:
+            place[last] = settings[key.name].value
+    try:
+        # Through JSON, whose strict mode takes lists for tuples and mappings for dataclasses, but no "3" or 3.7 for an integer.
+        return _adapter().validate_json(json.dumps(nested), strict=True)
+    except ValidationError as error:
+        raise _readable(error, settings, source) from None
+
+
+def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:
+    """The first problem as one line; wrong types and missing keys before what a dataclass says about its own values."""
+    problem = min(error.errors(), key=lambda entry: entry["type"] == "value_error")
+    if problem["type"] == "value_error":
+        own: ValueError = problem["ctx"]["error"]
+        return own
+    # Below a key, the location goes on with list positions and the members of a union.
+    paths = [".".join(map(str, problem["loc"][:end])) for end in range(1, len(problem["loc"]) + 1)]
+    key = _keys()[next(path for path in reversed(paths) if path in _keys())]
+    if key.name not in settings:
+        return ValueError(f"{source}: {key.name} is required: {key.doc} Add it to the file, or to the command as {key.name}=...")
+    value, where = settings[key.name]
+    return ValueError(f"{where}: {key.name} is {value!r} ({type(value).__name__}); expected {key.type}")
+
+
+@cache
+def _keys() -> dict[str, Key]:
+    return {key.name: key for key in fields()}
+
+
+@cache
+def _adapter() -> TypeAdapter[Recipe]:
+    return TypeAdapter(Recipe)

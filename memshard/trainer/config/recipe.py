@@ -1,0 +1,128 @@
+"""A recipe: everything that decides one training run. Each field's docstring is what `memshard config explain` prints."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from memshard.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which token shards to read, and how they are cut."""
+
+    path: str
+    """Folder that `memshard data build` wrote."""
+
+    length: int = 256
+    """Tokens in a training sequence."""
+
+    document_mask: bool = False
+    """Keep attention inside a document (slower: an explicit mask) instead of letting packed documents see each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+
+    batch: int = 32
+    """Sequences in a step, over all ranks; the number of ranks never changes what a step trains on."""
+
+    micro_batch: int | None = None
+    """Sequences a rank processes at once; by default the rank's whole share of the batch."""
+
+    seed: int = 0
+    """Decides initial weights, data order and dropout."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of matrix products: auto is bf16 on GPUs that have it, else fp32. Parameters stay fp32."""
+
+    clip: float = 1.0
+    """Largest global norm of the dense gradient; 0 switches clipping off. Tables are not clipped."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+    eval_every: int = 200
+    """Steps between two evaluations on held-out text; 0 evaluates only at the end."""
+
+    eval_tokens: int = 262_144
+    """Held-out tokens read in an evaluation during training, at most."""
+
+    save_every: int = 200
+    """Steps between two checkpoints; the last step is always saved."""
+
+    keep: int = 2
+    """Newest checkpoints to keep, at least 2."""
+
+    max_skipped: int = 10
+    """Consecutive steps that may be skipped because of a gradient that is not finite, before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "save_every", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep < 2:
+            raise ValueError(f"train.keep is {self.keep}; at least 2, so that a damaged newest checkpoint costs little")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW over the dense parameters."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the first and second moment."""
+
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
+
+    schedule: Literal["constant", "inverse_sqrt", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, lr * sqrt(warmup / step), or half a cosine to final_lr at train.steps."""
+
+    warmup: int = 100
+    """Steps of linear warm-up from 0."""
+
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of lr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptimizerConfig:
+    """Row-sparse Adam over the value tables: constant learning rate, no decay (Lample et al. 2019)."""
+
+    lr: float = 1e-3
+    """Learning rate, constant."""
+
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the first and second moment of a touched row."""
+
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    data: DataConfig
+    """Which token shards to read, and how they are cut."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """A decoder-only transformer of three-slot blocks."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW over the dense parameters."""
+
+    tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
+    """Row-sparse Adam over the value tables."""

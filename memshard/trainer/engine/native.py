@@ -1,0 +1,63 @@
+"""The dense half of a step on plain torch: DDP, accumulation, gradient norm, AdamW."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from memshard.trainer.config.recipe import OptimizerConfig
+from memshard.trainer.optim.dense import build_adamw, learning_rate
+
+
+class NativeEngine:
+    """Wraps a model whose tables are hidden. The losses of all ranks and micro-batches must add up to the batch's loss."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None) -> None:
+        self.config = config
+        self.optimizer = build_adamw(model, config)
+        self.model: nn.Module = model
+        if mesh is not None:
+            # Buffers are query statistics, which the ranks sum themselves.
+            self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.model.register_comm_hook(None, _sum_gradients)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def forward_context(self, last: bool) -> Any:
+        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last one only."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch."""
+        loss.backward()
+
+    def gradient_norm(self) -> Tensor:
+        """Global 2-norm of the dense gradient; the same on all ranks."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def step(self, step: int, steps: int, norm: Tensor, clip: float) -> float:
+        """Clip to norm `clip` (0: not at all), update, and clear the gradients; returns the learning rate used."""
+        rate = learning_rate(self.config, step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+        self.optimizer.step()
+        self.clear()
+        return rate
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+
+def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for adding gradients up; its default averages them."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,205 @@
+"""What a run costs, in closed form: parameters, bytes per rank, traffic, operations. Allocates nothing."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from memshard.models.config import ModelConfig
+from memshard.models.memory.table import find_tables
+from memshard.models.transformer import Transformer
+from memshard.trainer.activations import activation_bytes
+from memshard.trainer.available_memory import available_memory
+from memshard.trainer.config.recipe import Recipe
+
+_ID_BYTES, _VALUE_BYTES, _MOMENT_BYTES = 8, 4, 4
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters. active: those of the dense ones that a token multiplies; looked-up embeddings are not."""
+
+    dense: int
+    active: int
+    table: int
+    tables: int
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes on the rank that holds most.
+
+    dense_weights: fp32, and under bf16 autocast a copy in bf16. activations: what one micro-batch's forward keeps.
+    workspace: what backward (logits, scores, their gradients) or the row update (sorted reads) holds for a moment.
+    reads: what the row update needs of all the step's tokens.
+    """
+
+    dense_weights: float
+    dense_gradients: float
+    dense_moments: float
+    table_rows: float
+    table_moments: float
+    activations: float
+    workspace: float
+    reads: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+    @property
+    def dense(self) -> float:
+        """Weights, gradients and moments of the dense parameters."""
+        return self.dense_weights + self.dense_gradients + self.dense_moments
+
+    @property
+    def table(self) -> float:
+        """Values and moments of the tables."""
+        return self.table_rows + self.table_moments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The costs of a run on `ranks` ranks.
+
+    rows_per_rank: of each table. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank sends for
+    each of its tokens, forward and backward. gradient_traffic: bytes a rank sends in a step for dense gradients.
+    """
+
+    ranks: int
+    parameters: Parameters
+    rows_per_rank: int
+    bytes: RankBytes
+    micro_batch: int
+    micro_batches: int
+    tokens_per_step: int
+    flops_per_token: float
+    lookup_traffic: float
+    gradient_traffic: float
+
+
+def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False) -> Estimate:
+    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. bf16: under bf16 autocast."""
+    if world < 1:
+        raise ValueError(f"the number of ranks is {world}; it must be at least 1")
+    length = recipe.data.length
+    model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=recipe.model.max_length or length)
+    assert model.vocab_size is not None
+    parameters = count_parameters(model)
+    rows = math.ceil(model.memory.slots / world) if parameters.tables else 0
+    value_dim = model.memory.value_dim or model.dim
+    values = parameters.tables * rows * value_dim
+
+    share = math.ceil(recipe.train.batch / world)
+    micro_batch = min(recipe.train.micro_batch or share, share)
+    tokens = micro_batch * length
+    activations = tokens * activation_bytes(model, length, world, bf16=bf16, document_mask=recipe.data.document_mask)
+    reads, update = _read_bytes(model, world)
+    backward = tokens * max(2 * 4 * model.vocab_size, 3 * 8 * model.memory.heads * model.memory.keys if parameters.tables else 0)
+    return Estimate(
+        ranks=world,
+        parameters=parameters,
+        rows_per_rank=rows,
+        bytes=RankBytes(
+            dense_weights=parameters.dense * (6 if bf16 else 4),
+            dense_gradients=parameters.dense * 4,
+            dense_moments=parameters.dense * 8,
+            table_rows=values * _VALUE_BYTES,
+            table_moments=values * 2 * _MOMENT_BYTES,
+            activations=activations,
+            # The row update runs when activations are gone.
+            workspace=max(backward, share * length * update - activations),
+            reads=share * length * reads,
+        ),
+        micro_batch=micro_batch,
+        micro_batches=math.ceil(share / micro_batch),
+        tokens_per_step=recipe.train.batch * length,
+        flops_per_token=flops_per_token(model, length),
+        lookup_traffic=len(model.memory.layers) * lookup_traffic(world, value_dim, model.memory.heads * model.memory.topk),
+        gradient_traffic=2 * (world - 1) / world * parameters.dense * 4,
+    )
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Counts of a model, built on the meta device. `vocab_size` must be set, and `max_length` for learned positions."""
+    # Tables draw a seed when they are built; the caller's generator is none of our business.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = Transformer(config)
+    tables = [table for _, table in find_tables(model)]
+    table = sum(table.weight.numel() for table in tables)
+    dense = sum(parameter.numel() for parameter in model.parameters()) - table
+    looked_up = [] if config.tie_head else list(model.embedding.parameters())
+    if model.positions is not None:
+        looked_up += model.positions.parameters()
+    return Parameters(dense, dense - sum(parameter.numel() for parameter in looked_up), table, len(tables))
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Operations of forward and backward for one token: 6 a parameter it multiplies, sub-keys included; 6 length dim a
+    layer for causal attention (half the square); 6 heads topk value_dim a memory for the weighted sum and its gradients.
+    Recomputation, norms and updates do not count. `vocab_size` must be set, and `max_length` for learned positions.
+    """
+    memory = config.memory
+    attention = config.layers * length * config.dim
+    lookup = len(memory.layers) * memory.heads * memory.topk * (memory.value_dim or config.dim)
+    return 6.0 * (count_parameters(config).active + attention + lookup)
+
+
+def lookup_traffic(ranks: int, value_dim: int, reads: int, value_bytes: int = _VALUE_BYTES, id_bytes: int = _ID_BYTES) -> float:
+    """Bytes a rank sends for one of its tokens and one memory layer, forward and backward, in the layout `rows`.
+
+    Ids and weights go to the owners, which return one partial sum each, and the gradients the other way:
+    2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b), and (P - 1) i for how many of the token's reads each owner gets.
+    """
+    return 2 * (ranks - 1) * value_dim * value_bytes + (ranks - 1) / ranks * reads * (id_bytes + 2 * value_bytes) + (ranks - 1) * id_bytes
+
+
+def _read_bytes(model: ModelConfig, ranks: int) -> tuple[float, float]:
+    """Per token of the step: bytes kept by all tables' reads, and bytes that the update of one table needs besides."""
+    memory = model.memory
+    reads, value_dim = memory.heads * memory.topk, memory.value_dim or model.dim
+    # An owner gets a bag, with its upstream gradient, for every token of every rank.
+    bags = ranks * (4 * value_dim + 8)
+    readers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)
+    return len(memory.layers) * (12 * reads + bags), readers_of_a_table * (44 * reads + bags)
+
+
+def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:
+    """ValueError if a rank's part of the tables does not fit beside the dense model into what the device has available."""
+    needed = estimate(recipe, world, vocab_size).bytes
+    available = available_memory(device) - needed.dense
+    if needed.table > available:
+        raise ValueError(
+            f"the value table needs {needed.table / 1e9:.3g} GB a rank (values and moments) and {max(available, 0) / 1e9:.3g} GB are "
+            "available: lower model.memory.keys, or use more ranks"
+        )
+
+
+def remedies(recipe: Recipe, world: int, vocab_size: int, bf16: bool, available: float) -> list[str]:
+    """Single changes of the recipe, or of the number of ranks, after which `available` bytes a rank are enough."""
+
+    def fits(changed: Recipe, ranks: int = world) -> bool:
+        return estimate(changed, ranks, vocab_size, bf16).bytes.total <= available
+
+    found = []
+    ranks = next((ranks for ranks in (world << power for power in range(1, 11)) if fits(recipe, ranks)), None)
+    if ranks is not None:
+        found.append(f"use {ranks} ranks")
+    micro_batch = estimate(recipe, world, vocab_size).micro_batch // 2
+    while micro_batch and not fits(_changed(recipe, "train", micro_batch=micro_batch)):
+        micro_batch //= 2
+    if micro_batch:
+        found.append(f"set train.micro_batch={micro_batch}")
+    memory = recipe.model.memory
+    keys = memory.keys // 2 if memory.layers else 0
+    while keys >= memory.topk and not fits(_changed(recipe, "model", memory=replace(memory, keys=keys))):
+        keys //= 2
+    if memory.layers and keys >= memory.topk:
+        found.append(f"set model.memory.keys={keys}")
+    return found
+
+
+def _changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})

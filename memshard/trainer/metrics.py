@@ -1,0 +1,74 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Rank 0's writer; other ranks pass folder=None and write nothing.
+
+    first: the step the run (re)starts from; lines of later steps, which an interrupted run left behind, are dropped.
+    """
+
+    def __init__(self, folder: Path | None, first: int, steps: int) -> None:
+        self.enabled = folder is not None
+        if folder is None:
+            return
+        path = folder / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=first, total=steps, unit="step", dynamic_ncols=True, disable=not terminal)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record the numbers of a step, counted from 1."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches; above the progress bar where there is one."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def advance(self, loss: float | None = None) -> None:
+        """One step further."""
+        if self.enabled:
+            self._bar.update()
+            if loss is not None:
+                self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    @property
+    def shows_bar(self) -> bool:
+        """Whether a progress bar is on the terminal, so that plain lines would only repeat it."""
+        return self.enabled and not self._bar.disable
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.enabled:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,56 @@
+"""Several optimizers behind one, for trainers and schedulers that know a single one."""
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch.optim import Optimizer
+
+
+class CombinedOptimizer(Optimizer):
+    """Steps each of the given optimizers, which must not share parameters.
+
+    `param_groups` and `state` are theirs, in order, so learning-rate schedulers, GradScaler, Lightning and Hugging Face's
+    Trainer see one ordinary optimizer, and its `state_dict` is an ordinary one.
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        for optimizer in optimizers:
+            self.state.update(optimizer.state)
+        self._share()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of each."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of each."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore all of them."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """Point every optimizer at its part of the common groups and at the common state."""
+        first = 0
+        for optimizer in self.optimizers:
+            count = len(optimizer.param_groups)
+            optimizer.param_groups = self.param_groups[first : first + count]
+            optimizer.state = self.state
+            first += count

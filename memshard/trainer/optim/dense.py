@@ -1,0 +1,36 @@
+"""AdamW for the dense parameters, and its learning rate."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from memshard.trainer.config.recipe import OptimizerConfig
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over what `parameters()` shows; vectors (norms, biases) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    for p in parameters:
+        # What the first step would make; a checkpoint loads into it.
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of a step, counted from 0, in a run of `steps`: linear warm-up, then the schedule."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "inverse_sqrt":
+        return config.lr * math.sqrt(max(config.warmup, 1) / (step + 1))
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+        return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.lr

@@ -1,0 +1,35 @@
+"""A run's folder and identity: what may resume here, and what must not."""
+
+import os
+from pathlib import Path
+
+from memshard.trainer.config.diff import diff
+from memshard.trainer.config.load import dump, load_recipe
+from memshard.trainer.config.recipe import Recipe
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+_FREE_TO_CHANGE = ("train.steps", "train.micro_batch", "train.log_every", "train.eval_every", "train.eval_tokens")
+_FREE_TO_CHANGE += ("train.save_every", "train.keep", "train.max_skipped", "train.precision", "data.path")
+
+
+def check_identity(folder: Path, recipe: Recipe) -> None:
+    """ValueError, with the differences, if the folder holds a run of another model, data order or optimizer.
+
+    More steps, other intervals, other ranks and a data folder that moved (its content is checked by hash) are the same run.
+    """
+    config = folder / CONFIG_FILE
+    if not config.exists():
+        return
+    changes = [change for change in diff(load_recipe(str(config), []), recipe) if change[0] not in _FREE_TO_CHANGE]
+    if changes:
+        listed = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in changes)
+        raise ValueError(f"{folder} holds another run ({listed}): choose another folder with --run, or the same settings")
+
+
+def write_config(folder: Path, recipe: Recipe) -> None:
+    """Save the resolved recipe in the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{CONFIG_FILE}.tmp"
+    temporary.write_text(dump(recipe))
+    os.replace(temporary, folder / CONFIG_FILE)

@@ -1,0 +1,36 @@
+"""Language modelling: from a batch of token sequences to the sum of its next-token losses."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memshard.data_pipeline.stream.batch import IGNORE, Batch
+from memshard.models.context import Context
+from memshard.models.loss import token_losses
+from memshard.models.random import RandomKey
+
+
+@dataclass(frozen=True)
+class LanguageModelTask:
+    """document_mask: keep attention inside a document. seed: of the run's dropout."""
+
+    device: torch.device
+    document_mask: bool
+    seed: int
+
+    def loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
+        """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn."""
+        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
+        random = None if step is None else RandomKey(self.seed, step, batch.samples)
+        logits, _ = model(batch.inputs, self._context(batch, random))
+        return token_losses(logits, batch.targets).sum()
+
+    def _context(self, batch: Batch, random: RandomKey | None) -> Context:
+        predicts = batch.targets != IGNORE
+        return Context(
+            positions=batch.positions,
+            documents=batch.documents if self.document_mask else None,
+            padding=None if bool(predicts.all()) else predicts,
+            random=random,
+        )

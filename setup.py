@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Lower bounds are versions that the tests have really run with; constraints.txt holds the exact set.
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.19"],
+    "tensor-parallel": ["fairscale>=0.4.13"],
+    "data": [],
+    "eval": ["matplotlib>=3.11", "safetensors>=0.8"],
+    "bench": ["psutil>=7.2"],
+    "dev": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12"],
+}
+
+setup(
+    name="memshard",
+    version="0.1.0",
+    description="Language models with product-key memory layers: sharded value tables, row-sparse Adam, one trainer",
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["memshard", "memshard.*"]),
+    package_data={"memshard": ["recipes/*.yaml", "py.typed"]},
+    install_requires=[
+        "torch>=2.13",
+        "numpy>=2.4",
+        "sentencepiece>=0.2.3",
+        "webdataset>=1.0",
+        "tensorboard>=2.21",
+        "pyyaml>=6.0",
+        "pydantic>=2.14",
+        "tqdm>=4.70",
+    ],
+    extras_require={**EXTRAS, "all": sorted({package for packages in EXTRAS.values() for package in packages})},
+    entry_points={"console_scripts": ["memshard = memshard.launch.cli.main:main"]},
+)

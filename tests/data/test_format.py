@@ -1,0 +1,121 @@
+"""The data folder: stock webdataset reads it, and damage is found and named."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from memshard.data_pipeline.format import load_index
+from memshard.data_pipeline.format.shards import read_sidecar
+from memshard.data_pipeline.format.verify import verify_data
+from memshard.data_pipeline.stream import TrainStream
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "data"))
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads((folder / "index.json").read_text())
+    change(fields)
+    (folder / "index.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
+def test_stock_webdataset_reads_the_shards(data: Path) -> None:
+    split = load_index(data).splits["train"]
+    urls = [str(data / shard.file) for shard in split.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    gc.collect()
+    lengths = np.concatenate([sample["lengths.npy"] for sample in samples])
+    tokens = np.concatenate([sample["tokens.npy"] for sample in samples])
+    assert tokens.dtype == np.uint16 and lengths.dtype == np.uint32
+    assert (len(lengths), len(tokens)) == (split.documents, split.tokens)
+    assert (tokens[np.cumsum(lengths) - 1] == load_index(data).eos_id).all()
+    assert len({sample["__key__"] for sample in samples}) == len(samples) < split.documents / 8
+    sidecars = np.concatenate([read_sidecar(data, shard) for shard in split.shards])
+    assert (sidecars[:, 1] == lengths).all()
+
+
+def test_verify_passes_a_good_folder(data: Path) -> None:
+    assert verify_data(data)["train"]["tokens"] == load_index(data).splits["train"].tokens
+
+
+def test_not_a_data_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not a data folder.*memshard data build"):
+        load_index(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train-00001.tar", "train-00000.index.npy", "tokenizer.model"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        load_index(copy)
+
+
+def test_a_truncated_shard_is_named_wherever_it_is_cut(copy: Path) -> None:
+    shard = copy / "train-00000.tar"
+    content = shard.read_bytes()
+    for size in range(0, len(content), 3000):
+        shard.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=rf"train-00000.tar has {size:,} bytes but index.json says {len(content):,}"):
+            TrainStream(copy, 16, 4, 0)
+
+
+def test_verify_finds_every_changed_file(copy: Path) -> None:
+    for name, place in (("train-00000.tar", 5000), ("heldout-00000.index.npy", -1), ("tokenizer.model", 100)):
+        content = bytearray((copy / name).read_bytes())
+        content[place] ^= 1
+        (copy / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        verify_data(copy)
+    for name in ("train-00000.tar", "heldout-00000.index.npy", "tokenizer.model"):
+        assert f"{name}: content differs from its hash" in str(caught.value)
+    assert "train-00001" not in str(caught.value)
+
+
+def test_tokens_outside_the_vocabulary_never_reach_a_model(copy: Path) -> None:
+    with (copy / "train-00000.tar").open("r+b") as stream:
+        stream.seek(512 + 128)
+        stream.write(b"\xff" * 2000)
+    stream_ = TrainStream(copy, 16, 4, 0)
+    with pytest.raises(ValueError, match="tokens outside the vocabulary.*memshard data verify"):
+        stream_.batch(0, stream_.samples_per_epoch)
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "a/b.tar", "..", "", "C:\\x", 5])
+def test_path_tricks_are_refused(copy: Path, name: object) -> None:
+    edit_index(copy, lambda fields: fields["splits"]["train"]["shards"][0].update(file=name))
+    with pytest.raises(ValueError, match="only plain names inside the folder"):
+        load_index(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields.update(format=99), r"has format 99 and this memshard reads up to 1: update memshard"),
+        (lambda fields: fields.update(format="x"), r"unknown format 'x'"),
+        (lambda fields: fields.pop("format"), r"index.json is damaged"),
+        (lambda fields: fields["splits"].pop("heldout"), r"index.json is damaged \(splits are \['train'\]"),
+        (lambda fields: fields.update(dtype="float32"), r"index.json is damaged \(dtype is 'float32'"),
+        (lambda fields: fields["splits"]["train"].update(tokens=1), r"tokens of split train do not add up"),
+        (lambda fields: fields["splits"]["train"]["shards"][0].pop("sha256"), r"index.json is damaged.*sha256"),
+    ],
+)
+def test_a_wrong_index_is_explained(copy: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit_index(copy, change)
+    with pytest.raises(ValueError, match=message):
+        load_index(copy)
+
+
+def test_a_cut_index_is_explained(copy: Path) -> None:
+    (copy / "index.json").write_text((copy / "index.json").read_text()[:100])
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        load_index(copy)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch import Tensor
+
+from memshard.models.random import RandomKey, dropout
+
+
+def _mask(samples: list[int], step: int = 0, layer: int = 0, branch: int = 0, seed: int = 0, start: int = 0) -> Tensor:
+    x = torch.ones(len(samples), 6, 40)
+    positions = torch.arange(start, start + 6).expand(len(samples), -1)
+    return dropout(x, 0.3, RandomKey(seed, step, torch.tensor(samples)), positions, layer, branch)
+
+
+def test_masks_do_not_depend_on_the_split_of_the_batch() -> None:
+    whole = _mask([3, 4, 5, 6])
+    assert torch.equal(whole, torch.cat((_mask([3]), _mask([4, 5]), _mask([6]))))
+    assert torch.equal(whole, _mask([6, 5, 4, 3]).flip(0))
+
+
+def test_masks_follow_positions() -> None:
+    assert torch.equal(_mask([1], start=2)[:, :4], _mask([1])[:, 2:])
+
+
+@pytest.mark.parametrize("change", [{"step": 1}, {"layer": 1}, {"layer": -1}, {"branch": 1}, {"seed": 1}, {"samples": [7, 8, 9]}])
+def test_masks_differ_in_all_else(change: dict) -> None:
+    a, b = _mask([0, 1, 2]), _mask(**({"samples": [0, 1, 2]} | change))
+    # Independent masks agree in 0.3^2 + 0.7^2 = 58 % of the places.
+    assert 0.5 < (a == b).float().mean() < 0.66
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_rate_and_expectation(rate: float) -> None:
+    x = torch.rand(64, 32, 48) + 0.5
+    y = dropout(x, rate, RandomKey(1, 2, torch.arange(64)), torch.arange(32).expand(64, -1), 0, 0)
+    assert abs((y == 0).float().mean() - rate) < 0.005
+    assert abs(y.mean() / x.mean() - 1) < 0.02
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / (1 - rate))
+    for dim in range(3):
+        # No place, sample or channel is dropped noticeably more often than others: 5 standard deviations.
+        rates = (y == 0).float().mean([d for d in range(3) if d != dim])
+        assert (rates - rate).abs().max() < 5 * (rate * (1 - rate) * x.shape[dim] / x.numel()) ** 0.5
+
+
+def test_gradient_passes_where_values_do() -> None:
+    x = torch.ones(2, 3, 5, requires_grad=True)
+    y = dropout(x, 0.5, RandomKey(0, 0, torch.arange(2)), torch.arange(3).expand(2, -1), 0, 0)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())

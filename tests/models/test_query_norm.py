@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memshard.models.memory.query_norm import QueryNorm
+
+HEADS, KEY_DIM = 2, 3
+
+
+def _batches(count: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(7, HEADS, KEY_DIM, dtype=torch.float64) * (i + 1) + i for i in range(count)]
+
+
+def _norm(kind: str) -> QueryNorm:
+    return QueryNorm(kind, HEADS, KEY_DIM).double()
+
+
+def test_batch_is_torchs_batch_norm_in_training_and_evaluation() -> None:
+    ours, theirs = _norm("batch"), nn.BatchNorm1d(HEADS * KEY_DIM, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in ((ours.weight, theirs.weight), (ours.bias, theirs.bias)):
+            assert a is not None
+            b.copy_(a.copy_(torch.randn_like(a)).flatten())
+    for training in (True, True, False, True):
+        ours.train(training)
+        theirs.train(training)
+        for z in _batches(2):
+            x1, x2 = z.clone().requires_grad_(), z.flatten(1).requires_grad_()
+            y1, y2 = ours(x1), theirs(x2)
+            torch.testing.assert_close(y1.flatten(1), y2)
+            upstream = torch.linspace(-1, 3, y1.numel(), dtype=z.dtype).view(y2.shape)
+            g1 = torch.autograd.grad(y1.flatten(1), [x1, ours.weight, ours.bias], upstream)
+            g2 = torch.autograd.grad(y2, [x2, theirs.weight, theirs.bias], upstream)
+            for a, b in zip(g1, g2, strict=True):
+                torch.testing.assert_close(a.flatten(), b.flatten())
+        torch.testing.assert_close(ours.running_mean.flatten(), theirs.running_mean)
+        torch.testing.assert_close(ours.running_var.flatten(), theirs.running_var)
+
+
+@pytest.mark.parametrize("kind", ["batch", "lagged"])
+def test_deferred_statistics_wait_for_commit(kind: str) -> None:
+    deferred, single = _norm(kind), _norm(kind)
+    deferred.deferred = True
+    a, b, c = _batches(3)
+    deferred(a)
+    deferred.discard()
+    deferred.commit()
+    assert not deferred.running_mean.any() and (deferred.running_var == 1).all()
+    deferred(b)
+    deferred(c)
+    assert not deferred.running_mean.any()
+    deferred.commit()
+    torch.testing.assert_close(deferred.running_mean, 0.1 * torch.stack((b.mean(0), c.mean(0))).mean(0))
+    torch.testing.assert_close(deferred.running_var, 0.9 + 0.1 * torch.stack((b.var(0), c.var(0))).mean(0))
+    single(b)
+    torch.testing.assert_close(single.running_mean, 0.1 * b.mean(0))
+
+
+def test_lagged_sees_earlier_steps_only() -> None:
+    norm = _norm("lagged")
+    a, b = _batches(2)
+    torch.testing.assert_close(norm(a), a, rtol=1e-5, atol=1e-5)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    expected = (b - mean) / (var + 1e-5).sqrt()
+    torch.testing.assert_close(norm(b), expected)
+    assert not torch.equal(norm.running_mean, mean)
+    norm.eval()
+    torch.testing.assert_close(norm(a), (a - norm.running_mean) / (norm.running_var + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize("kind", ["batch", "lagged"])
+def test_evaluation_moves_no_statistics(kind: str) -> None:
+    norm = _norm(kind).eval()
+    for z in _batches(2):
+        norm(z)
+    assert not norm.running_mean.any() and (norm.running_var == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer", "rms", "lagged", "none"])
+def test_half_precision_queries_are_normalised_in_fp32(kind: str) -> None:
+    z = (torch.randn(9, HEADS, KEY_DIM) * 300).half()
+    y = QueryNorm(kind, HEADS, KEY_DIM)(z)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, QueryNorm(kind, HEADS, KEY_DIM)(z.float()))

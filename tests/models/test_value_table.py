@@ -1,0 +1,132 @@
+import io
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.table import ValueTable, externalize_tables, find_tables
+
+
+def _model(hidden: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = ProductKeyMemory(6, keys=4, heads=2, topk=3, key_dim=4, query_norm="layer")
+    model = nn.Sequential(first, ProductKeyMemory(6, keys=4, heads=2, topk=3, key_dim=4, values=first.values))
+    if hidden:
+        externalize_tables(model)
+    return model
+
+
+def _state_bytes(model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def test_only_the_table_leaves_the_parameters() -> None:
+    visible, hidden = _model(False), _model(True)
+    names = dict(visible.named_parameters()).keys() - dict(hidden.named_parameters()).keys()
+    assert names == {"0.values.weight"}
+    assert visible.state_dict().keys() == hidden.state_dict().keys()
+    assert [name for name, _ in find_tables(hidden)] == ["0.values"]
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("target", [False, True])
+def test_states_load_into_hidden_and_visible_tables(source: bool, target: bool) -> None:
+    saved, loaded = _model(source), _model(target)
+    with torch.no_grad():
+        for tensor in saved.state_dict().values():
+            tensor.add_(1)
+    loaded.load_state_dict(torch.load(io.BytesIO(_state_bytes(saved)), weights_only=True))
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(loaded(torch.ones(3, 6)), saved(torch.ones(3, 6)))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_wrong_states_are_refused(hidden: bool) -> None:
+    model = _model(hidden)
+    state = dict(model.state_dict())
+    missing = {name: tensor for name, tensor in state.items() if "values" not in name}
+    with pytest.raises(RuntimeError, match="Missing key.*0.values.weight"):
+        model.load_state_dict(missing)
+    model.load_state_dict(missing, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch for 0.values.weight"):
+        model.load_state_dict(state | {"0.values.weight": torch.zeros(15, 6)})
+    with pytest.raises(RuntimeError, match="Unexpected key.*0.values.other"):
+        model.load_state_dict(state | {"0.values.other": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_to_and_deepcopy(hidden: bool) -> None:
+    model = _model(hidden)
+    copy = deepcopy(model).to(torch.float64)
+    table, other = model[0].values, copy[0].values
+    assert isinstance(table, ValueTable) and isinstance(other, ValueTable)
+    assert other.weight.dtype == torch.float64 and table.weight.dtype == torch.float32
+    assert torch.equal(table.weight.double(), other.weight) and copy[1].values is other and other.hidden == hidden
+    with torch.no_grad():
+        other.weight.add_(1)
+    assert not torch.equal(table.weight.double(), other.weight)
+    copy(torch.ones(3, 6, dtype=torch.float64)).sum().backward()
+    if hidden:
+        assert len(other.reads) == 2 and not table.reads
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_model_can_be_pickled_whole(hidden: bool) -> None:
+    model = _model(hidden)
+    copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy(torch.ones(3, 6)), model(torch.ones(3, 6)))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_meta_to_empty_and_assign(hidden: bool) -> None:
+    with torch.device("meta"):
+        empty, assigned = _model(hidden), _model(hidden)
+    model = _model(hidden)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    for copy in (empty, assigned):
+        y = copy(torch.ones(3, 6))
+        assert torch.equal(y, model(torch.ones(3, 6)))
+        y.sum().backward()
+
+
+def test_evaluation_collects_nothing() -> None:
+    model = _model(True)
+    with torch.no_grad():
+        model(torch.ones(3, 6))
+    model(torch.ones(3, 6))
+    table = model[0].values
+    assert not table.reads and table.anchor.grad is None
+
+
+@pytest.mark.parametrize("where", ["weights", "upstream"])
+def test_what_is_not_finite_shows_in_the_anchor(where: str) -> None:
+    table = ValueTable(4, 2)
+    table.hide()
+    rows, weights = torch.tensor([[0, 3]]), torch.ones(1, 2)
+    for poison in (1.0, float("inf"), 1.0):
+        # The product is finite in the sum of both directions, so only the check of single parts can see it.
+        scale = poison if where == "upstream" else 1.0
+        table.weighted_sum(rows, weights * (poison if where == "weights" else 1.0)).backward(torch.full((1, 2), scale))
+        assert table.anchor.grad is not None
+        if poison == 1.0 and len(table.reads) == 1:
+            assert torch.isfinite(table.anchor.grad)
+    assert torch.isnan(table.anchor.grad)
+    table.drop_reads()
+    assert not table.reads and table.anchor.grad is None
+
+
+def test_rows_start_with_variance_one_over_dim_whatever_range_is_held() -> None:
+    torch.manual_seed(3)
+    whole = ValueTable(5000, 16)
+    torch.manual_seed(3)
+    part = ValueTable(5000, 16, held=range(4090, 4100))
+    assert torch.equal(whole.weight[4090:4100], part.weight)
+    assert abs(whole.weight.var() * 16 - 1) < 0.02 and abs(whole.weight.mean()) < 0.005
+    assert len(whole.weight.unique(dim=0)) == 5000
+    assert len(ValueTable(5, 2, held=range(5, 5)).weight) == 0

@@ -1,0 +1,47 @@
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import run_distributed
+
+
+def _sum(rank: int, world_size: int, start: torch.Tensor) -> tuple[int, torch.Tensor]:
+    start += rank
+    dist.all_reduce(start)
+    return rank, start
+
+
+def _fail_on_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("the reason")
+    dist.barrier()
+
+
+def _hang_or_die(rank: int, world_size: int, how: str) -> None:
+    if rank == 1:
+        os._exit(3) if how == "die" else time.sleep(600)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_form_a_group_and_own_their_arguments(world_size: int) -> None:
+    results = run_distributed(_sum, world_size, torch.ones(2))
+    total = float(sum(1 + rank for rank in range(world_size)))
+    assert [rank for rank, _ in results] == list(range(world_size))
+    assert all(torch.equal(value, torch.full((2,), total)) for _, value in results)
+
+
+def test_a_failing_rank_is_named_with_its_traceback() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 failed.*_fail_on_one.*ValueError: the reason"):
+        run_distributed(_fail_on_one, 2)
+
+
+@pytest.mark.parametrize(("how", "message"), [("hang", r"ranks \[0, 1\] of 2 not done after 3 s"), ("die", "rank 1 of 2 died")])
+def test_hanging_and_dying_ranks_do_not_hang_the_test(how: str, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=message):
+        run_distributed(_hang_or_die, 2, how, timeout=3)
+    assert time.monotonic() - started < 60

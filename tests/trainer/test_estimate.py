@@ -1,0 +1,192 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memshard.launch.cli.main import main
+from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.context import Context
+from memshard.models.loss import token_losses
+from memshard.models.memory.table import ValueTable, externalize_tables
+from memshard.models.random import RandomKey
+from memshard.models.transformer import Transformer
+from memshard.parallel.tables.shard import shard_tables
+from memshard.trainer.activations import activation_bytes
+from memshard.trainer.config.recipe import DataConfig, Recipe, TrainConfig
+from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, lookup_traffic, remedies
+from memshard.trainer.peak import peak_flops
+from tests.distributed import run_distributed
+
+MEMORY = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
+MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4), memory=MEMORY)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "model",
+    [
+        MODEL,
+        replace(MODEL, memory=MemoryConfig(), feedforward=FeedForwardConfig(activation="swiglu"), vocab_size=3000),
+        replace(MODEL, memory=replace(MEMORY, query_norm="rms", gate=True, value_dim=96, mode="add"), norm="rms", dropout=0.1),
+        replace(MODEL, memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True), residual="post"),
+        replace(MODEL, position="rotary", feedforward=FeedForwardConfig(activation="relu"), memory=MemoryConfig(), tie_head=False),
+        replace(MODEL, memory=replace(MEMORY, keys=200, topk=32, query_norm="none")),
+    ],
+)
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_activations_are_what_autograd_saves(model: ModelConfig, bf16: bool, document_mask: bool) -> None:
+    batch, length = 16, 64
+    transformer = Transformer(model).train()
+    tables = externalize_tables(transformer)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*transformer.parameters(), *(table.weight for table in tables)]}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(100, (batch, length))
+    documents = torch.zeros_like(tokens) if document_mask else None
+    ctx = Context(torch.arange(length).expand(batch, -1), documents, random=RandomKey(0, 0, torch.arange(batch)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        token_losses(transformer(tokens, ctx)[0], tokens).sum()
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    if bf16:  # the copies of weights, which the estimate counts as weights
+        measured -= 2 * count_parameters(model).active
+    predicted = batch * length * activation_bytes(model, length, bf16=bf16, document_mask=document_mask)
+    assert predicted == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("tie_head", [False, True])
+def test_parameters_are_the_models(tie_head: bool) -> None:
+    config = replace(MODEL, tie_head=tie_head, memory=replace(MEMORY, layers=(0, 2), share=True, gate=True))
+    state = torch.get_rng_state()
+    parameters = count_parameters(config)
+    assert torch.equal(state, torch.get_rng_state())
+    model = Transformer(config)
+    tables = externalize_tables(model)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    assert (parameters.dense, parameters.table, parameters.tables) == (dense, tables[0].weight.numel(), 1)
+    assert parameters.active == dense - 64 * 64 - (0 if tie_head else 100 * 64)
+
+
+def test_paper_size_model_by_hand() -> None:
+    memory = MemoryConfig(layers=(5,), keys=1024)
+    recipe = Recipe(
+        data=DataConfig(path="nowhere", length=512),
+        model=ModelConfig(layers=16, dim=1024, memory=memory, mixer=MixerConfig(heads=16)),
+        train=TrainConfig(batch=256, micro_batch=4),
+    )
+    cost = estimate(recipe, 32, 50_000)
+    assert cost.parameters.table == 2**30 and cost.rows_per_rank == 2**15
+    assert cost.bytes.table_rows == 2**15 * 1024 * 4 and cost.bytes.table_moments == 2 * cost.bytes.table_rows
+    dense = 50_000 * 1024 + 512 * 1024 + 16 * 4 * 1024**2 + 15 * 8 * 1024**2 + 1024 * 1024 + 1024 * 1024
+    assert cost.parameters.dense == pytest.approx(dense, rel=0.001)
+    assert (cost.micro_batch, cost.micro_batches, cost.tokens_per_step) == (4, 2, 256 * 512)
+    assert cost.flops_per_token == pytest.approx(6 * (dense - 512 * 1024 + 16 * 512 * 1024 + 128 * 1024), rel=0.001)
+    assert estimate(recipe, 33, 50_000).rows_per_rank * 33 >= 2**20
+
+
+def test_flops_of_attention_and_lookup_count() -> None:
+    longer = flops_per_token(MODEL, 64) - flops_per_token(MODEL, 32)
+    assert longer == 6 * 3 * 32 * 64
+    wider = replace(MODEL, memory=replace(MEMORY, topk=16))
+    assert flops_per_token(wider, 64) - flops_per_token(MODEL, 64) == 6 * 4 * 8 * 64
+
+
+def _sent_bytes(rank: int, world: int) -> float:
+    """What this rank really sends to others for a read of 24 tokens and its backward."""
+    table = ValueTable(slots=64, dim=16)
+    (sharded,) = shard_tables(torch.nn.Sequential(table))
+    sent = 0
+    exchange = dist.all_to_all_single
+
+    def counted(out: Tensor, x: Tensor, out_sizes: list[int], in_sizes: list[int], **kwargs: object) -> object:
+        nonlocal sent
+        row = x.element_size() * (x.numel() // max(len(x), 1))
+        sent += row * (sum(in_sizes) - in_sizes[rank])
+        return exchange(out, x, out_sizes, in_sizes, **kwargs)
+
+    dist.all_to_all_single = counted
+    rows = torch.arange(24 * 8).view(24, 8) % 64
+    weights = torch.rand(24, 8, requires_grad=True)
+    sharded.weighted_sum(rows, weights).sum().backward()
+    return sent
+
+
+def test_traffic_is_what_the_ranks_send() -> None:
+    for sent in run_distributed(_sent_bytes, 2):
+        assert sent == pytest.approx(24 * lookup_traffic(2, 16, 8), rel=0.02)
+    assert lookup_traffic(1, 16, 8) == 0
+
+
+RECIPE = Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, max_length=None), train=TrainConfig(batch=64))
+
+
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_allocated() -> None:
+    check_fits(RECIPE, 1, 100, torch.device("cpu"))
+    huge = replace(RECIPE, model=replace(MODEL, max_length=None, memory=replace(MEMORY, keys=100_000)))
+    with pytest.raises(ValueError, match=r"the value table needs 7.68e\+03 GB a rank .*lower model.memory.keys, or use more ranks"):
+        check_fits(huge, 1, 100, torch.device("cpu"))
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(RECIPE, model=replace(MODEL, max_length=None, memory=replace(MEMORY, keys=128)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
+    with pytest.raises(ValueError, match="the value table needs"):
+        check_fits(small, 1, 100, torch.device("cpu"))
+
+
+def test_every_remedy_works() -> None:
+    available = estimate(RECIPE, 1, 100).bytes.total / 2
+    found = remedies(RECIPE, 1, 100, False, available)
+    assert any("ranks" in remedy for remedy in found)
+    for remedy in found:
+        changed, ranks = RECIPE, 1
+        if "ranks" in remedy:
+            ranks = int(remedy.split()[1])
+        elif "micro_batch" in remedy:
+            changed = replace(RECIPE, train=replace(RECIPE.train, micro_batch=int(remedy.rpartition("=")[2])))
+        else:
+            changed = replace(RECIPE, model=replace(RECIPE.model, memory=replace(MEMORY, keys=int(remedy.rpartition("=")[2]))))
+        assert estimate(changed, ranks, 100).bytes.total <= available
+    assert remedies(RECIPE, 1, 100, False, 1000) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_is_a_plausible_number_of_this_machine(dtype: torch.dtype) -> None:
+    assert 1e9 < peak_flops(torch.device("cpu"), dtype) < 1e14
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    text = "data: {path: nowhere}\nmodel: {layers: 3, dim: 64, memory: {layers: [1], keys: 64}}\ntrain: {batch: 64}\n"
+    (tmp_path / "small.yaml").write_text(text)
+    return str(tmp_path / "small.yaml")
+
+
+def test_plan_prints_a_table_and_says_what_to_change(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe_file, "--world", "8", "--device", "v100-16g"]) == 0
+    out = capsys.readouterr().out
+    assert "fits" in out and "32,768" in out and "vocabulary" in out
+    assert main(["plan", recipe_file, "model.memory.keys=8192", "--world", "1", "--device", "v100-16g"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "ranks" in out and "model.memory.keys=" in out
+
+
+def test_plan_as_json(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe_file, "--world", "2", "--device", "a100-80g", "--vocab", "1000", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["fits"] is True and result["vocab_size"] == 1000
+    assert result["parameters"]["table"] == 64 * 64 * 64 and result["bytes"]["table_rows"] == 64 * 64 * 64 * 4 / 2
+    assert result["bytes"]["total"] == pytest.approx(sum(value for name, value in result["bytes"].items() if name != "total"))
+
+
+def test_plan_refuses_no_ranks(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe_file, "--world", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
