@@ -1,6 +1,7 @@
 """A decoder-only language model of three-slot blocks."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ class Transformer(nn.Module):
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.positions = _build_positions(config)
         shared = _build_table(config) if config.memory.layers and config.memory.share else None
-        self.blocks = nn.ModuleList(_build_block(config, layer, shared) for layer in range(config.layers))
+        blocks = nn.ModuleList(_build_block(config, layer, shared) for layer in range(config.layers))
+        self.blocks = cast("list[Block]", blocks)
         self.norm = build_norm(config.norm, config.dim) if config.residual == "pre" else nn.Identity()
         self.head = None if config.tie_head else Projection(config.dim, config.vocab_size)
 
@@ -46,12 +48,13 @@ class Transformer(nn.Module):
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         x = self._embed(tokens, ctx)
         advanced = []
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-            x, state = block(x, ctx, state)
-            advanced.append(state)
+        for layer, block in enumerate(self.blocks):
+            x, state = block(x, ctx, states[layer] if states else None)
+            if state is not None:
+                advanced.append(state)
         x = self.norm(x)
         logits = self.embedding.logits(x) if self.head is None else self.head(x)
-        return logits, advanced if states else None
+        return logits, advanced or None
 
     def init_states(self, batch: int, capacity: int) -> list[KeyValueState]:
         """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
@@ -65,7 +68,7 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: Tensor, ctx: Context) -> Tensor:
         x = self.embedding(tokens)
-        if self.config.position == "learned":
+        if self.positions is not None:
             x = x + self.positions(ctx.positions)
         elif self.config.position == "sinusoidal":
             # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up to meet the sinusoids.

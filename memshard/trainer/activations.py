@@ -15,13 +15,16 @@ def activation_bytes(config: ModelConfig, length: int, ranks: int = 1, *, bf16: 
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
         memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation; 8 heads keys of scores;
                     28 heads topk of indices and weights (40 and 24 ranks if the table is sharded); gate 16 value_dim
-        extras      d for each dropout mask, a length for an explicit mask
+        extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for rotary positions
     and 4 vocabulary + (a + 4) d for the head. The test compares it with what autograd really saves.
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if bf16 else (4, config.dim)
     norm = 4 * d * (2 if config.norm == "rms" else 1) + 8
     attention = a * d * (7 if bf16 else 5) + 4 * config.mixer.heads
+    if config.position == "rotary":
+        # Turned queries are contiguous by head, so attention's output is copied back: twice in memory.
+        attention += a * (d + 2 * d // config.mixer.heads)
     if document_mask:
         attention += a * length
     memories = len(config.memory.layers)

@@ -9,8 +9,11 @@ from memshard.trainer.config.recipe import Recipe
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-_FREE_TO_CHANGE = ("train.steps", "train.micro_batch", "train.log_every", "train.eval_every", "train.eval_tokens")
-_FREE_TO_CHANGE += ("train.save_every", "train.keep", "train.max_skipped", "train.precision", "data.path")
+_FREE_TO_CHANGE = {
+    "data.path",
+    *(f"train.{key}" for key in ("steps", "micro_batch", "precision", "max_skipped")),
+    *(f"train.{key}" for key in ("log_every", "eval_every", "eval_tokens", "save_every", "keep")),
+}
 
 
 def check_identity(folder: Path, recipe: Recipe) -> None:

@@ -189,23 +189,23 @@ def test_an_existing_folder_is_never_overwritten(corpus: Path, tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == ["data"]
 
 
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "memshard", *map(str, arguments)]
+    return subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True)
+
+
 def test_command_line(corpus: Path, tmp_path: Path) -> None:
-    code = (
-        "import argparse, json, sys\nfrom memshard.launch.cli import data\n"
-        "assert not {'numpy', 'torch', 'sentencepiece'} & set(sys.modules)\n"
-        "parser = argparse.ArgumentParser()\nparser.add_argument('--json', action='store_true')\n"
-        "data.add_parser(parser.add_subparsers())\nargs = parser.parse_args()\nresult = args.run(args)\n"
-        "if args.json: print(json.dumps(result))\n"
-    )
-
-    def command(*arguments: str) -> str:
-        run = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(run, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-
-    built = json.loads(command("--json", "data", "build", str(corpus), "--out", str(tmp_path / "data"), "--vocab", "500"))
-    assert built["vocabulary"] == 500 and built["splits"]["train"]["documents"] + built["splits"]["heldout"]["documents"] == 300
-    assert "every hash and count is right" in command("data", "verify", str(tmp_path / "data"))
-    assert "heldout" in command("data", "build", str(corpus), "--out", str(tmp_path / "table"), "--vocab", "500")
+    built = command("data", "build", corpus, "--out", tmp_path / "data", "--vocab", 500, "--json")
+    report = json.loads(built.stdout)
+    assert report["vocabulary"] == 500
+    assert report["splits"]["train"]["documents"] + report["splits"]["heldout"]["documents"] == 300
+    verified = command("data", "verify", tmp_path / "data")
+    assert verified.returncode == 0 and "every hash and count is right" in verified.stdout
+    (tmp_path / "data" / "train-00000.tar").unlink()
+    missing = command("data", "verify", tmp_path / "data")
+    again = command("data", "build", corpus, "--out", tmp_path / "data")
+    for failed, message in ((missing, "train-00000.tar is missing"), (again, "exists already: choose another --out")):
+        assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not WIKIPEDIA.exists(), reason="the sample data are not here")

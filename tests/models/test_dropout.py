@@ -30,10 +30,10 @@ def test_masks_differ_in_all_else(change: dict) -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_rate_and_expectation(rate: float) -> None:
-    x = torch.rand(64, 32, 48) + 0.5
+    x = torch.rand(64, 32, 48, generator=torch.Generator().manual_seed(0)) + 0.5
     y = dropout(x, rate, RandomKey(1, 2, torch.arange(64)), torch.arange(32).expand(64, -1), 0, 0)
     assert abs((y == 0).float().mean() - rate) < 0.005
-    assert abs(y.mean() / x.mean() - 1) < 0.02
+    assert abs(y.mean() / x.mean() - 1) < 4 * (rate / (1 - rate) / x.numel()) ** 0.5
     kept = y != 0
     torch.testing.assert_close(y[kept], x[kept] / (1 - rate))
     for dim in range(3):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,9 @@ from memshard.models.transformer import Transformer
 VOCABULARY = 37
 
 
-def build(position: str = "learned", max_length: int = 48, query_norm: str = "batch") -> Transformer:
+def build(position: Any = "learned", max_length: int = 48) -> Transformer:
     torch.manual_seed(0)
-    memory = MemoryConfig(layers=(1,), keys=12, heads=2, topk=4, key_dim=8, query_norm=query_norm)
+    memory = MemoryConfig(layers=(1,), keys=12, heads=2, topk=4, key_dim=8)
     config = ModelConfig(
         vocab_size=VOCABULARY, layers=3, dim=32, max_length=max_length, position=position, mixer=MixerConfig(heads=4), memory=memory
     )

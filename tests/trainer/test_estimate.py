@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_activations_are_what_autograd_saves(model: ModelConfig, bf16: bool, doc
     if bf16:  # the copies of weights, which the estimate counts as weights
         measured -= 2 * count_parameters(model).active
     predicted = batch * length * activation_bytes(model, length, bf16=bf16, document_mask=document_mask)
-    assert predicted == pytest.approx(measured, rel=0.25)
+    assert predicted == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("tie_head", [False, True])
@@ -106,13 +107,13 @@ def _sent_bytes(rank: int, world: int) -> float:
     sent = 0
     exchange = dist.all_to_all_single
 
-    def counted(out: Tensor, x: Tensor, out_sizes: list[int], in_sizes: list[int], **kwargs: object) -> object:
+    def counted(out: Tensor, x: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup) -> Any:
         nonlocal sent
         row = x.element_size() * (x.numel() // max(len(x), 1))
         sent += row * (sum(in_sizes) - in_sizes[rank])
-        return exchange(out, x, out_sizes, in_sizes, **kwargs)
+        return exchange(out, x, out_sizes, in_sizes, group)
 
-    dist.all_to_all_single = counted
+    dist.all_to_all_single = counted  # type: ignore[assignment]
     rows = torch.arange(24 * 8).view(24, 8) % 64
     weights = torch.rand(24, 8, requires_grad=True)
     sharded.weighted_sum(rows, weights).sum().backward()
@@ -179,9 +180,9 @@ def test_plan_prints_a_table_and_says_what_to_change(recipe_file: str, capsys: p
     assert "does not fit" in out and "ranks" in out and "model.memory.keys=" in out
 
 
-def test_plan_as_json(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_as_json(recipe_file: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe_file, "--world", "2", "--device", "a100-80g", "--vocab", "1000", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(capfd.readouterr().out)
     assert result["fits"] is True and result["vocab_size"] == 1000
     assert result["parameters"]["table"] == 64 * 64 * 64 and result["bytes"]["table_rows"] == 64 * 64 * 64 * 4 / 2
     assert result["bytes"]["total"] == pytest.approx(sum(value for name, value in result["bytes"].items() if name != "total"))

@@ -4,6 +4,7 @@ import argparse
 import time
 
 from memshard.data_pipeline.build.sources import EXCLUDED_FOLDERS, TEXT_SUFFIXES
+from memshard.launch.cli.outcome import usage_errors
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -45,11 +46,12 @@ def run_build(args: argparse.Namespace) -> dict:
     from memshard.data_pipeline.build.sources import Sources, find_files
 
     began = time.perf_counter()
-    sources = Sources(find_files(args.sources, args.suffix, args.exclude), args.documents, args.text_key)
-    report = build_data(
-        sources, args.out, vocab_size=args.vocab, model=args.model, held_out=args.held_out,
-        shard_tokens=args.shard_tokens, seed=args.seed,
-    )
+    with usage_errors():
+        sources = Sources(find_files(args.sources, args.suffix, args.exclude), args.documents, args.text_key)
+        report = build_data(
+            sources, args.out, vocab_size=args.vocab, model=args.model, held_out=args.held_out,
+            shard_tokens=args.shard_tokens, seed=args.seed,
+        )
     result = {"data": args.out, "seconds": round(time.perf_counter() - began, 1), **report}
     if not args.json:
         show(result)
@@ -76,7 +78,8 @@ def run_verify(args: argparse.Namespace) -> dict:
     """Check a data folder and print its totals."""
     from memshard.data_pipeline.format.verify import verify_data
 
-    result = verify_data(args.path)
+    with usage_errors():
+        result = verify_data(args.path)
     if not args.json:
         print(f"{args.path}: {result['shards']} shards, {result['bytes']:,} bytes, every hash and count is right")
     return result

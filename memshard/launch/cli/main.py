@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 bad usage or recipe, 75 stopped early but resumable, 1 any
 holds exactly one JSON object, written by rank 0; whatever else is printed goes to standard error.
 """
 
-import importlib
 import json
 import math
 import os
@@ -12,18 +11,15 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
 from typing import Any, TextIO
 
 import memshard
+from memshard.launch.cli import config, data, generate, plan, train
+from memshard.launch.cli import eval as evaluate
 from memshard.launch.cli.outcome import Stopped, UsageError, describe, rank
 from memshard.launch.cli.parser import CommandParser
 
-COMMANDS = [
-    importlib.import_module(f"memshard.launch.cli.{name}")
-    for name in ("train", "eval", "generate", "plan", "data", "config")
-    if find_spec(f"memshard.launch.cli.{name}")
-]
+COMMANDS = (train, evaluate, generate, plan, data, config)
 
 
 def main(argv: list[str] | None = None) -> int:

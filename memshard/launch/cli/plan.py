@@ -120,22 +120,21 @@ def _report(
     if cost.ranks > 1:
         tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
         lines.append(
-            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups (layout rows), {_gb(cost.lookup_traffic * tokens)} a step; "
-            f"{_gb(cost.gradient_traffic)} a step for dense gradients"
+            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups (layout rows), "
+            f"{_gb(cost.lookup_traffic * tokens)} a step; {_gb(cost.gradient_traffic)} a step for dense gradients"
         )
-    rows = f"{cost.rows_per_rank:,} of {memory.slots:,} rows" if parameters.tables else ""
     table = [
         ("dense weights", need.dense_weights, "fp32 and a bf16 copy" if bf16 else "fp32"),
         ("dense gradients", need.dense_gradients, "fp32"),
         ("dense moments", need.dense_moments, "AdamW, fp32"),
-        ("table rows", need.table_rows, rows),
-        ("table moments", need.table_moments, "fp32" if parameters.tables else ""),
+        ("table rows", need.table_rows, f"{cost.rows_per_rank:,} of {memory.slots:,} rows"),
+        ("table moments", need.table_moments, "fp32"),
         ("activations", need.activations, f"of {cost.micro_batch} sequences"),
-        ("reads", need.reads, "kept for the row update" if parameters.tables else ""),
+        ("reads", need.reads, "kept for the row update"),
         ("workspace", need.workspace, "of backward or row update"),
     ]
     lines += ["", "bytes on a rank"]
-    lines += [f"  {name:<16}{_gb(size):>11}   {note}".rstrip() for name, size, note in table]
+    lines += [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in table if size]
     share = need.total / available
     verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
     usable = "are free a rank on this machine" if args.device == "cpu" else f"are usable on a {args.device}"

@@ -51,6 +51,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def opening(prepared: "Run") -> str:
+    """What is about to run: sizes, bytes, layout and kernels with the reason, and where its results go."""
+    from memshard.trainer.estimate import estimate
+
+    recipe = prepared.recipe
+    assert recipe.model.vocab_size is not None
+    bf16 = prepared.dtype.itemsize == 2
+    cost = estimate(recipe, prepared.ranks, recipe.model.vocab_size, bf16)
+    begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else "starts"
+    lines = [
+        f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, {cost.parameters.table / 1e6:,.1f} M in value tables",
+        f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {cost.bytes.table / 1e6:,.0f} MB table (weights, gradients, moments), "
+        f"about {cost.bytes.total / 1e6:,.0f} MB in all",
+        f"a step       {cost.tokens_per_step:,} tokens; ranks: {prepared.ranks}, each {cost.micro_batches} x {cost.micro_batch} sequences",
+        f"arithmetic   {'bf16' if bf16 else 'fp32'} on {prepared.device}",
+    ]
+    if cost.parameters.tables:
+        lines.append(
+            f"tables       split by rows over {prepared.ranks} ranks, sums pooled at the owner"
+            if prepared.ranks > 1
+            else "tables       whole on this rank: there is only one"
+        )
+    return "\n".join([*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"])
+
+
 def _folder(args: argparse.Namespace) -> Path:
     if args.folder:
         return Path(args.folder)

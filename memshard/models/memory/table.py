@@ -42,6 +42,8 @@ class ValueTable(nn.Module):
     loss is, and is NaN if one of them was not finite.
     """
 
+    weight: Tensor
+
     def __init__(self, slots: int, dim: int, held: range | None = None) -> None:
         super().__init__()
         held = range(slots) if held is None else held

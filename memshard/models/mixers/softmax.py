@@ -71,8 +71,7 @@ class SoftmaxMixer(nn.Module):
     @staticmethod
     def reorder(state: KeyValueState, rows: Tensor) -> KeyValueState:
         """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
-        buffers = (state.keys, state.values, state.visible, state.documents)
-        return KeyValueState(*(buffer[rows] for buffer in buffers), length=state.length)
+        return KeyValueState(state.keys[rows], state.values[rows], state.visible[rows], state.documents[rows], state.length)
 
     @staticmethod
     def rollback(state: KeyValueState, tokens: int) -> KeyValueState:

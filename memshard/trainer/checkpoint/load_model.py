@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
@@ -25,6 +26,11 @@ class LoadedModel:
     step: int
     path: Path
 
+    def check_tokenizer(self, data: str) -> None:
+        """ValueError unless the data folder was built with this model's tokenizer."""
+        if load_index(data).tokenizer_sha256 != self.tokenizer.sha256:
+            raise ValueError(f"{data} was built with another tokenizer than {self.path}: its tokens mean nothing to this model")
+
 
 def load(path: str | Path) -> LoadedModel:
     """Load a run folder (its newest committed checkpoint) or a checkpoint, on CPU. ValueError if there is none."""
@@ -35,4 +41,4 @@ def load(path: str | Path) -> LoadedModel:
     externalize_tables(model)
     model.to_empty(device="cpu")
     load_tensors(folder, model_tensors(model, {}, None), alone=True)
-    return LoadedModel(model.eval(), Tokenizer(folder / "tokenizer.model"), recipe, load_state(folder)["step"], folder)
+    return LoadedModel(model.eval(), Tokenizer(folder / "tokenizer.model"), recipe, load_state(folder)["progress"]["step"], folder)

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint, by name and global shape."""
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -47,6 +48,6 @@ def _global(name: str, local: Tensor, rows: int, placement: dict[str, ShardSpec]
         return local.detach()
     assert mesh is not None
     spec = placement[name]
-    shape = (rows, *local.shape[1:])
+    shape = torch.Size((rows, *local.shape[1:]))
     strides = local.stride() if len(local) else (local.shape[1], 1)
     return DTensor.from_local(local.detach(), mesh[spec.axis], [Shard(spec.dim)], run_check=False, shape=shape, stride=strides)

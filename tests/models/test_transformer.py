@@ -1,0 +1,132 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memshard.models.context import Context
+from memshard.models.feedforward import FeedForward
+from memshard.models.initialize import initialize
+from memshard.models.loss import IGNORE, token_losses
+from memshard.models.random import RandomKey
+from memshard.models.residual import Residual
+from memshard.models.transformer import Transformer
+from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
+
+_VARIANTS: list[dict[str, Any]] = [
+    {"activation": "relu"},
+    {"activation": "gelu", "norm": "rms", "position": "none"},
+    {"activation": "swiglu", "residual": "post", "memory": {"share": True, "query_norm": "layer"}},
+    {"activation": "squared_relu", "tie_head": False, "position": "rotary", "memory": {"mode": "add", "query_norm": "lagged"}},
+    {"position": "sinusoidal", "memory": {"gate": True, "value_dim": 5, "query_norm": "rms", "share": True}},
+    {"memory": {"layers": ()}, "residual": "post", "norm": "rms"},
+    {"memory": {"layers": (0,), "query_norm": "none", "mode": "add"}, "dropout": 0.3},
+]
+
+
+@pytest.mark.parametrize("changes", _VARIANTS, ids=str)
+def test_initialize_fills_everything_and_every_parameter_learns(changes: dict[str, Any]) -> None:
+    model = Transformer(tiny_config(**changes))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    initialize(model, 0)
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    tokens = tiny_tokens(2, 9)
+    ctx = Context(torch.arange(9).expand(2, -1), random=RandomKey(0, 0, torch.arange(2)))
+    logits, _ = model(tokens, ctx)
+    losses = token_losses(logits, tokens.roll(-1, dims=1))
+    # Small weights: the first guess is nearly uniform.
+    assert abs(losses.mean().item() - torch.tensor(VOCABULARY).log().item()) < 1
+    losses.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    before = torch.get_rng_state()
+    states = {}
+    for name, seed, memory in (("one", 1, {}), ("again", 1, {}), ("two", 2, {}), ("bare", 1, {"layers": ()}), ("added", 1, {"mode": "add"})):
+        model = Transformer(tiny_config(memory))
+        torch.set_rng_state(before)
+        initialize(model, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        states[name] = model.state_dict()
+    for name, tensor in states["one"].items():
+        assert torch.equal(tensor, states["again"][name]), name
+        for other in ("bare", "added"):
+            assert name not in states[other] or torch.equal(tensor, states[other][name]), (other, name)
+    matrices = [name for name, tensor in states["one"].items() if tensor.std() > 0]
+    assert all(not torch.equal(states["one"][name], states["two"][name]) for name in matrices)
+    assert len({states["one"][name].flatten()[0].item() for name in matrices if "memory.values" not in name}) > 15
+
+
+def test_shared_and_own_tables() -> None:
+    shared, own = tiny_model(tiny_config({"share": True})), tiny_model(tiny_config())
+    tables = [[memory.values for _, memory in model.memories()] for model in (shared, own)]
+    assert tables[0][0] is tables[0][1] and tables[1][0] is not tables[1][1]
+    assert [layer for layer, _ in own.memories()] == [1, 2]
+
+
+def test_tied_heads_save_a_matrix() -> None:
+    def parameters(tied: bool) -> int:
+        return sum(p.numel() for p in Transformer(tiny_config(tie_head=tied)).parameters())
+
+    assert parameters(False) - parameters(True) == VOCABULARY * 16
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_pre_and_post_norm(norm: str) -> None:
+    x = torch.randn(3, 8)
+
+    def normed(h: Tensor) -> Tensor:
+        return F.layer_norm(h, (8,)) if norm == "layer" else F.rms_norm(h, (8,), eps=1e-6)
+
+    torch.testing.assert_close(Residual("pre", norm, 8)(x, torch.sin), x + normed(x).sin())
+    torch.testing.assert_close(Residual("post", norm, 8)(x, torch.sin), normed(x + x.sin()))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "squared_relu", "swiglu"])
+def test_activations(activation: str) -> None:
+    layer, x = FeedForward(6, activation).double(), torch.randn(4, 6).double()
+    h = x @ layer.up.weight.T
+    if layer.gate is None:
+        functions = {"relu": F.relu, "gelu": nn.GELU(approximate="tanh"), "squared_relu": lambda h: F.relu(h) ** 2}
+        h = functions[activation](h)
+    else:
+        h = h * F.silu(x @ layer.gate.weight.T)
+    torch.testing.assert_close(layer(x), h @ layer.down.weight.T)
+    assert layer.up.out_features == (16 if activation == "swiglu" else 24)
+
+
+def test_dropout_of_a_model_does_not_depend_on_the_split_of_the_batch() -> None:
+    model = tiny_model(tiny_config({"query_norm": "layer"}, dropout=0.4)).train()
+    tokens = tiny_tokens(4, 8)
+
+    def run(rows: slice, step: int = 0) -> Tensor:
+        samples = torch.arange(10, 14)[rows]
+        ctx = Context(torch.arange(8).expand(len(samples), -1), random=RandomKey(0, step, samples))
+        return model(tokens[rows], ctx)[0]
+
+    whole = run(slice(0, 4))
+    torch.testing.assert_close(whole, torch.cat((run(slice(0, 1)), run(slice(1, 4)))), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(whole, run(slice(0, 4), step=1))
+    model.eval()
+    assert torch.equal(run(slice(0, 4)), run(slice(0, 4), step=1))
+
+
+def test_losses_skip_ignored_targets() -> None:
+    logits, targets = torch.randn(2, 3, 7), torch.tensor([[1, IGNORE, 6], [IGNORE, 0, 0]])
+    losses = token_losses(logits, targets)
+    expected = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(losses, torch.where(targets == IGNORE, 0.0, expected))
+    assert token_losses(logits.half(), targets).dtype == torch.float32
+
+
+def test_missing_sizes_are_explained() -> None:
+    with pytest.raises(ValueError, match="model.vocab_size is not set"):
+        Transformer(tiny_config(vocab_size=None))
+    with pytest.raises(ValueError, match="model.max_length is not set"):
+        Transformer(tiny_config(max_length=None))

@@ -1,0 +1,38 @@
+"""A small transformer for tests."""
+
+from typing import Any
+
+import torch
+
+from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.initialize import initialize
+from memshard.models.transformer import Transformer
+
+VOCABULARY = 23
+
+
+def tiny_config(memory: dict[str, Any] | None = None, activation: Any = "gelu", **changes: Any) -> ModelConfig:
+    """Three layers of width 16; memories in layers 1 and 2 unless told otherwise."""
+    defaults: dict[str, Any] = {"layers": (1, 2), "keys": 6, "heads": 2, "topk": 3, "key_dim": 8}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "layers": 3, "dim": 16, "max_length": 32, **changes}
+    return ModelConfig(
+        mixer=MixerConfig(heads=2),
+        feedforward=FeedForwardConfig(activation=activation),
+        memory=MemoryConfig(**(defaults | (memory or {}))),
+        **sizes,
+    )
+
+
+def tiny_model(config: ModelConfig | None = None, seed: int = 0, spread: float = 0.3) -> Transformer:
+    """The model in fp64. spread: size of a random change to every weight, so that no two parts are alike or nearly zero."""
+    model = Transformer(config or tiny_config())
+    initialize(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model.double()
+
+
+def tiny_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
