@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.models.memory.query_norm import QueryNorm
-from memshard.models.memory.table import externalize_tables, find_tables
+from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.parallel.collectives import differentiable_sum
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.shard import shard_tables
@@ -24,4 +24,6 @@ def apply(model: nn.Module, mesh: DeviceMesh | None) -> dict[str, ShardSpec]:
     for module in model.modules():
         if isinstance(module, QueryNorm):
             module.reduce = lambda x: differentiable_sum(x, memory)
-    return {f"{name}.weight": ShardSpec(dim=0, axis="memory") for name, _ in find_tables(model)}
+    # A shared table stands in `state_dict()` under the name of every reader.
+    names = (name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, ValueTable))
+    return {f"{name}.weight": ShardSpec(dim=0, axis="memory") for name in names}

@@ -1,9 +1,12 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from memshard.data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from memshard.launch.cli.generate import GrowingText
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.decode.generate import generate, possible_tokens, restrict
 from memshard.models.transformer import Transformer
@@ -126,3 +129,13 @@ def test_bad_requests_say_what_is_wrong(change: dict, message: str, prompt: Tens
 def test_training_mode_is_refused(prompt: Tensor) -> None:
     with pytest.raises(ValueError, match="eval"):
         generate(build().train(), prompt, 3)
+
+
+def test_streamed_text_never_shows_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["some plain words to learn from"] * 20, vocab_size=290))
+    tokenizer = Tokenizer(tmp_path)
+    text = " some \u00e9 \u4e2d\U0001f600 words\n"
+    growing = GrowingText(tokenizer)
+    pieces = [growing.add(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert "" in pieces and max(map(len, pieces)) < 10

@@ -116,7 +116,7 @@ def test_tables_in_half_precision_have_moments_in_fp32(dtype: torch.dtype) -> No
     table = _table(dtype=dtype)
     with torch.no_grad():
         table.weight.zero_()
-    optimizer = RowAdam([table], lr=0.01)
+    optimizer = RowAdam([table], lr=0.01, eps=1e-12)
     rows = torch.tensor([[1, 2]])
     table.weighted_sum(rows, torch.ones(1, 2, dtype=dtype)).backward(torch.full((1, 3), 1e-5, dtype=dtype))
     optimizer.step()

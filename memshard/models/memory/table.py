@@ -12,6 +12,9 @@ from memshard.models.random import normal_rows
 
 _INIT_ROWS = 4096
 
+ANCHOR_UNIT = 2.0**-40
+"""What one read adds to the anchor's gradient: nothing beside the gradients that share a norm with it, exact when scaled."""
+
 
 @dataclass(frozen=True)
 class Read:
@@ -38,8 +41,8 @@ class ValueTable(nn.Module):
 
     `weight` [rows, dim] is an ordinary parameter until `hide`: then it is a plain tensor that `parameters()` does not
     show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is collected as `reads` for a
-    row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient counts the reads, scaled as the
-    loss is, and is NaN if one of them was not finite.
+    row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient counts the reads in ANCHOR_UNITs
+    (a loss scaler then divides it as it does all gradients) and is NaN if one of them was not finite.
     """
 
     weight: Tensor
@@ -161,7 +164,7 @@ class _CollectRead(torch.autograd.Function):
         rows, weights, offsets = ctx.saved_tensors
         ctx.table.reads.append(Read(rows, weights, offsets, upstream))
         finite = torch.isfinite(upstream).all() & torch.isfinite(weights).all()
-        return upstream, torch.where(finite, 1.0, torch.nan), None, None, None, None
+        return upstream, torch.where(finite, ANCHOR_UNIT, torch.nan), None, None, None, None
 
 
 def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:

@@ -1,5 +1,8 @@
 """A value table split by rows over a group of ranks, sums pooled at the owner."""
 
+from copy import deepcopy
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +26,14 @@ class RowShardedTable(ValueTable):
         super().__init__(slots, dim, held=range(first, min(first + self.rows_per_rank, slots)))
         self.group = group
         self.hide()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowShardedTable":
+        # A process group cannot be copied; the copy answers to the same ranks.
+        memo[id(self.group)] = self.group
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its own tokens."""

@@ -22,7 +22,7 @@ class NativeEngine:
         self.model: nn.Module = model
         if mesh is not None:
             # Buffers are query statistics, which the ranks sum themselves.
-            self.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
             self.model.register_comm_hook(None, _sum_gradients)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from memshard.models.memory.row_gradient import row_gradients
-from memshard.models.memory.table import ValueTable
+from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
 
 _BLOCK_ROWS = 1024
 """Rows updated at a time: temporaries then stay in cache (2 to 3 times faster than all at once)."""
@@ -20,8 +20,9 @@ class RowAdam(Optimizer):
     fp32 at least, as large as the table. Gradients of all micro-batches and of all layers that share a table are summed
     before the one update.
 
-    In `param_groups` a table is represented by its scalar `anchor`: GradScaler's unscaling and inf check act on the
-    anchor's gradient, and `step` scales the row gradients accordingly. `zero_grad` forgets collected reads.
+    In `param_groups` a table is represented by its scalar `anchor`: GradScaler's unscaling and inf check, and clipping by
+    the norm of all groups, act on the anchor's gradient, and `step` scales the row gradients accordingly. The anchor adds
+    nothing to that norm. `zero_grad` forgets collected reads.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ def _update(table: ValueTable, state: dict[str, Any], group: dict[str, Any]) -> 
     if not table.reads:
         return 0, 0
     assert table.anchor.grad is not None
-    # Each backward pass through a read added 1 to the anchor's gradient; a loss scaler has since divided it by its scale.
-    scale = float(table.anchor.grad) / len(table.reads) * table.gradient_scale
+    # What scaled the dense gradients since the backward passes (a loss scaler, clipping) has scaled the anchor's with them.
+    scale = float(table.anchor.grad) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
     reads = sum(len(read.rows) for read in table.reads)
     beta1, beta2 = group["betas"]
     state["step"] += 1
