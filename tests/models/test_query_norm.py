@@ -18,10 +18,10 @@ def _norm(kind: str) -> QueryNorm:
 
 def test_batch_is_torchs_batch_norm_in_training_and_evaluation() -> None:
     ours, theirs = _norm("batch"), nn.BatchNorm1d(HEADS * KEY_DIM, dtype=torch.float64)
+    assert ours.weight is not None and ours.bias is not None
     with torch.no_grad():
-        for a, b in ((ours.weight, theirs.weight), (ours.bias, theirs.bias)):
-            assert a is not None
-            b.copy_(a.copy_(torch.randn_like(a)).flatten())
+        for mine, other in ((ours.weight, theirs.weight), (ours.bias, theirs.bias)):
+            other.copy_(mine.copy_(torch.randn_like(mine)).flatten())
     for training in (True, True, False, True):
         ours.train(training)
         theirs.train(training)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,7 +49,8 @@ def test_initialize_fills_everything_and_every_parameter_learns(changes: dict[st
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     before = torch.get_rng_state()
     states = {}
-    for name, seed, memory in (("one", 1, {}), ("again", 1, {}), ("two", 2, {}), ("bare", 1, {"layers": ()}), ("added", 1, {"mode": "add"})):
+    bare: dict[str, Any] = {"layers": ()}
+    for name, seed, memory in (("one", 1, {}), ("again", 1, {}), ("two", 2, {}), ("bare", 1, bare), ("added", 1, {"mode": "add"})):
         model = Transformer(tiny_config(memory))
         torch.set_rng_state(before)
         initialize(model, seed)
@@ -93,7 +95,11 @@ def test_activations(activation: str) -> None:
     layer, x = FeedForward(6, activation).double(), torch.randn(4, 6).double()
     h = x @ layer.up.weight.T
     if layer.gate is None:
-        functions = {"relu": F.relu, "gelu": nn.GELU(approximate="tanh"), "squared_relu": lambda h: F.relu(h) ** 2}
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "relu": F.relu,
+            "gelu": nn.GELU(approximate="tanh"),
+            "squared_relu": lambda h: F.relu(h) ** 2,
+        }
         h = functions[activation](h)
     else:
         h = h * F.silu(x @ layer.gate.weight.T)

@@ -100,7 +100,7 @@ def test_evaluation_collects_nothing() -> None:
     with torch.no_grad():
         model(torch.ones(3, 6))
     model(torch.ones(3, 6))
-    table = model[0].values
+    ((_, table),) = find_tables(model)
     assert not table.reads and table.anchor.grad is None
 
 
@@ -109,14 +109,13 @@ def test_what_is_not_finite_shows_in_the_anchor(where: str) -> None:
     table = ValueTable(4, 2)
     table.hide()
     rows, weights = torch.tensor([[0, 3]]), torch.ones(1, 2)
-    for poison in (1.0, float("inf"), 1.0):
-        # The product is finite in the sum of both directions, so only the check of single parts can see it.
-        scale = poison if where == "upstream" else 1.0
-        table.weighted_sum(rows, weights * (poison if where == "weights" else 1.0)).backward(torch.full((1, 2), scale))
+    upstream = torch.ones(1, 2)
+    for number in range(3):
+        # One bad read among good ones.
+        (weights if where == "weights" else upstream)[0, 1] = torch.inf if number == 1 else 1.0
+        table.weighted_sum(rows, weights.clone()).backward(upstream.clone())
         assert table.anchor.grad is not None
-        if poison == 1.0 and len(table.reads) == 1:
-            assert torch.isfinite(table.anchor.grad)
-    assert torch.isnan(table.anchor.grad)
+        assert bool(table.anchor.grad.isfinite()) == (number == 0)
     table.drop_reads()
     assert not table.reads and table.anchor.grad is None
 

@@ -20,9 +20,11 @@ class _Run:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         memory = ProductKeyMemory(6, keys=6, heads=2, topk=3, key_dim=4, query_norm="layer")
-        self.model = nn.Sequential(nn.Linear(6, 6), memory, nn.Linear(6, 1)).to(dtype)
+        self.first = nn.Linear(6, 6)
+        self.model = nn.Sequential(self.first, memory, nn.Linear(6, 1)).to(dtype)
         (self.table,) = externalize_tables(self.model)
-        dense = AdamW([{"params": self.model[0].parameters(), "lr": 0.02}, {"params": self.model[1:].parameters()}], lr=0.01)
+        groups: list[dict[str, Any]] = [{"params": self.first.parameters(), "lr": 0.02}, {"params": self.model[1:].parameters()}]
+        dense = AdamW(groups, lr=0.01)
         self.optimizer = CombinedOptimizer(dense, RowAdam([self.table], lr=0.05))
         self.dtype = dtype
 
@@ -84,13 +86,14 @@ def test_an_overflow_anywhere_leaves_everything_untouched(where: str, unscale_fi
     run.optimizer.zero_grad()
     scaler.scale(run.loss(1)).backward()
     if where == "dense":
-        run.model[0].weight.grad[0, 0] = torch.inf
+        assert run.first.weight.grad is not None
+        run.first.weight.grad[0, 0] = torch.inf
     else:
         # A read whose weights are constants: only the table hears of the overflow.
         weights, upstream = torch.ones(1, 2), torch.ones(1, 6)
         (upstream if where == "table" else weights)[0, 0] = torch.inf
         run.table.weighted_sum(torch.tensor([[1, 2]]), weights).backward(upstream)
-        assert all(p.grad.isfinite().all() for p in run.model.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in run.model.parameters())
     if unscale_first:
         scaler.unscale_(run.optimizer)
     scaler.step(run.optimizer)
@@ -111,7 +114,7 @@ def test_clipping_all_parameters_of_the_optimizer_is_clipping_the_dense_ones() -
     run, unclipped = _Run(), _Run()
     for each in (run, unclipped):
         (each.loss(0) * 1000).backward()
-    dense = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
+    dense = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     shown = [p for group in run.optimizer.param_groups for p in group["params"]]
     assert torch.equal(torch.nn.utils.clip_grad_norm_(shown, 1.0), dense)
     torch.nn.utils.clip_grad_value_(shown, 1e-3)
@@ -161,17 +164,17 @@ def test_a_run_continues_from_its_states_bit_by_bit(dtype: torch.dtype) -> None:
 
 
 def test_a_closure_is_called_once() -> None:
-    run, calls = _Run(), []
+    run, calls = _Run(), list[None]()
 
-    def closure() -> Any:
+    def closure() -> float:
         calls.append(None)
         run.optimizer.zero_grad()
         loss = run.loss(0)
         loss.backward()
-        return loss
+        return loss.item()
 
     twin = _Run()
-    assert run.optimizer.step(closure).item() == twin.step(0)
+    assert run.optimizer.step(closure) == twin.step(0)
     assert len(calls) == 1
     _assert_equal_bits(run.everything(), twin.everything())
 

@@ -87,21 +87,22 @@ def test_nothing_read_changes_nothing() -> None:
 def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
     """Two layers over one table against dense gradients of the same model, summed by autograd."""
 
-    def build() -> torch.nn.Sequential:
+    def build() -> list[ProductKeyMemory]:
         torch.manual_seed(0)
         first = ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer")
-        return torch.nn.Sequential(first, ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, values=first.values)).double()
+        return [first.double(), ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, values=first.values).double()]
 
     model, twin = build(), build()
-    tables = externalize_tables(model)
+    tables = externalize_tables(torch.nn.ModuleList(model))
     assert len(tables) == 1
     ours = RowAdam(tables, lr=0.1)
     values = twin[0].values.weight
+    assert isinstance(values, torch.nn.Parameter)
     theirs = torch.optim.SparseAdam([values], lr=0.1)
     for step in range(3):
         x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         for layers in (model, twin):
-            layers(x).square().sum().backward()
+            layers[1](layers[0](x)).square().sum().backward()
         assert values.grad is not None
         values.grad = values.grad.to_sparse(1)
         ours.step()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.models.initialize import initialize
-from memshard.models.memory.table import ValueTable, externalize_tables
+from memshard.models.memory.table import ValueTable, externalize_tables, find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
@@ -72,13 +72,13 @@ def _check_life(rank: int, world: int) -> None:
     holder = torch.nn.ModuleDict({"a": ValueTable(7, 4)})
     (shard,) = shard_tables(holder)
     assert shard.gradient_scale == 1 / world
-    copy = deepcopy(holder).double()
-    assert torch.equal(copy["a"].weight, shard.weight.double()) and copy["a"].gradient_scale == 1 / world
-    state = {name: tensor + 1 for name, tensor in copy.state_dict().items()}
+    ((_, copy),) = find_tables(deepcopy(holder).double())
+    assert torch.equal(copy.weight, shard.weight.double()) and copy.gradient_scale == 1 / world
+    state = {f"a.{name}": tensor + 1 for name, tensor in copy.state_dict().items()}
     holder.load_state_dict(state)
     torch.testing.assert_close(shard.weight.double(), state["a.weight"])
-    y = copy["a"].weighted_sum(torch.tensor([[0, 6]]), torch.ones(1, 2).double())
-    whole = torch.cat([t for t in _gather(copy["a"].weight, 7, world)])
+    y = copy.weighted_sum(torch.tensor([[0, 6]]), torch.ones(1, 2).double())
+    whole = torch.cat(_gather(copy.weight, 7, world))
     torch.testing.assert_close(y[0], whole[0] + whole[6])
 
 

@@ -16,7 +16,7 @@ def _naive(mixer: SoftmaxMixer, x: Tensor, ctx: Context) -> Tensor:
         half = DIM // HEADS // 2
         angle = ctx.positions[..., None, None] * (10_000.0 ** (-torch.arange(half) / half)).double()
         turn = torch.polar(torch.ones_like(angle), angle)
-        q, k = ((torch.complex(h[..., :half], h[..., half:]) * turn for h in (q, k)))
+        q, k = (torch.complex(h[..., :half], h[..., half:]) * turn for h in (q, k))
         q, k = (torch.cat((h.real, h.imag), dim=-1) for h in (q, k))
     for b in range(BATCH):
         for t in range(LENGTH):

@@ -138,7 +138,8 @@ def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> No
     visible = dict(layers.named_parameters())
     assert set(visible) - set(dict(hidden.named_parameters())) == {"0.values.weight"}
     for name, parameter in hidden.named_parameters():
-        assert torch.equal(parameter.grad, visible[name].grad), name
+        ours, dense = parameter.grad, visible[name].grad
+        assert ours is not None and dense is not None and torch.equal(ours, dense), name
 
     blocks = list(row_gradients(table.reads, torch.float64, block))
     rows = torch.cat([rows for rows, _ in blocks])

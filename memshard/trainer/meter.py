@@ -1,0 +1,58 @@
+"""What happens between two lines of metrics: losses, speed, table traffic."""
+
+import time
+
+import torch
+
+from memshard.models.memory.table import find_tables
+from memshard.parallel.collectives import all_sum
+from memshard.trainer.estimate import flops_per_token
+from memshard.trainer.peak import peak_flops
+from memshard.trainer.run import Run
+from memshard.trainer.step import StepOutcome
+
+
+class Meter:
+    """Sums the outcomes of steps until they are read."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.flops = flops_per_token(run.recipe.model, run.recipe.data.length)
+        self.peak = peak_flops(run.device, run.dtype) * run.ranks
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: at first, after reading, and after an evaluation or save, whose time is not training's."""
+        self.loss = torch.zeros((), device=self.run.device)
+        self.steps = 0
+        self.data_wait = 0.0
+        self.begun = time.perf_counter()
+
+    def add(self, outcome: StepOutcome) -> None:
+        """Count a step."""
+        self.loss += outcome.loss
+        self.steps += 1
+        self.data_wait += outcome.data_wait
+        self.last = outcome
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading; all ranks call it."""
+        seconds = time.perf_counter() - self.begun
+        recipe = self.run.recipe
+        tokens_per_s = self.steps * recipe.train.batch * recipe.data.length / seconds
+        values = {
+            "train/loss": float(all_sum(self.loss)) / self.steps,
+            "train/lr": self.last.rate,
+            "train/grad_norm": self.last.norm,
+            "train/skipped": float(self.run.progress.skipped),
+            "speed/tokens_per_s": tokens_per_s,
+            "speed/step_s": seconds / self.steps,
+            "speed/mfu": tokens_per_s * self.flops / self.peak,
+            "speed/data_wait": self.data_wait / seconds,
+        }
+        if self.run.rows is not None:
+            touched = all_sum(torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)).tolist()
+            for (name, table), (reads, rows) in zip(find_tables(self.run.model), touched, strict=True):
+                values |= {f"{name}/touched": rows / table.slots, f"{name}/duplicates": reads / max(rows, 1)}
+        self.restart()
+        return values
