@@ -9,7 +9,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
 endif
 
-.PHONY: .venv check test test-all bench clean
+.PHONY: .venv demo check test test-all bench clean
 
 .venv: .venv/installed
 
@@ -21,6 +21,19 @@ endif
 	$(INSTALL) -c constraints.txt setuptools wheel ninja packaging
 	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation -c constraints.txt -e '.[all]'
 	touch $@
+
+# From the text of this machine's Python standard library to a trained, evaluated, generating model: data, training on two
+# processes with the value table split between them, a resume on the way, evaluation with pictures, a sample.
+TORCHRUN = $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 -m --
+demo: $(ENVIRONMENT) data/quickstart
+	$(TORCHRUN) memshard train quickstart train.steps=100
+	$(TORCHRUN) memshard train quickstart
+	$(PYTHON) -m memshard eval runs/quickstart --pictures runs/quickstart/pictures
+	$(PYTHON) -m memshard generate runs/quickstart --prompt "def read(self, size=None):" --max-tokens 90 --temperature 0.7
+
+data/quickstart: | $(ENVIRONMENT)
+	$(PYTHON) -m memshard data build "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
+		--suffix .py --vocab 4096 --out $@
 
 check: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

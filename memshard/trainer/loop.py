@@ -26,23 +26,23 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
         with StopSignal() as stop:
             stopping = False
             while progress.step < last and not stopping:
-                outcome = train_step(run, stop.received)
+                outcome = train_step(run, stop)
                 meter.add(outcome)
                 step, stopping = progress.step, outcome.stopping
                 metrics.advance()
-                if step % settings.log_every == 0 or step == last:
+                if step % settings.log_every == 0 or step == last or stopping:
                     values = meter.read()
                     metrics.write(step, values)
                     if not metrics.shows_bar:
                         metrics.say(_line(step, settings.steps, values))
                 if step == settings.steps or (settings.eval_every and step % settings.eval_every == 0):
-                    evaluation = evaluate_run(run)
+                    with meter.paused():
+                        evaluation = evaluate_run(run)
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
-                    meter.restart()
                 if step % settings.save_every == 0:
-                    run.save()
-                    meter.restart()
+                    with meter.paused():
+                        run.save()
             checkpoint = run.save()
     finally:
         metrics.close()
@@ -50,7 +50,7 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
     if evaluation is not None:
         result |= {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
         result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
-    return result | {"finished": progress.step == settings.steps}
+    return result | {"finished": progress.step >= settings.steps}
 
 
 def evaluate_run(run: Run) -> Evaluation:

@@ -1,6 +1,8 @@
 """What happens between two lines of metrics: losses, speed, table traffic."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,11 +24,18 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew: at first, after reading, and after an evaluation or save, whose time is not training's."""
+        """Begin anew."""
         self.loss = torch.zeros((), device=self.run.device)
         self.steps = 0
         self.data_wait = 0.0
         self.begun = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around an evaluation or save, whose time is not training's."""
+        begun = time.perf_counter()
+        yield
+        self.begun += time.perf_counter() - begun
 
     def add(self, outcome: StepOutcome) -> None:
         """Count a step."""

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ class Metrics:
             return
         path = folder / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary = path.with_suffix(".tmp")  # a kill must not cost the lines that are kept
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         terminal = sys.stderr.isatty()
@@ -37,18 +40,18 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if "train/loss" in values:
+            self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
 
     def say(self, text: str) -> None:
         """A line for the person who watches; above the progress bar where there is one."""
         if self.enabled:
             tqdm.write(text, file=sys.stderr)
 
-    def advance(self, loss: float | None = None) -> None:
+    def advance(self) -> None:
         """One step further."""
         if self.enabled:
             self._bar.update()
-            if loss is not None:
-                self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     @property
     def shows_bar(self) -> bool:
@@ -64,11 +67,13 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; damaged ones, such as a last line that a kill cut short, are left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines

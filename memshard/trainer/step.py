@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memshard.data_pipeline.stream.share import rank_share
-from memshard.trainer.guards import agree, gradients_finite
+from memshard.trainer.guards import StopSignal, agree, gradients_finite
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
 
@@ -25,10 +25,10 @@ class StepOutcome:
     stopping: bool
 
 
-def train_step(run: Run, stop: bool = False) -> StepOutcome:
+def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     """Train on the next batch, or skip the update on all ranks if any rank's gradient is not finite.
 
-    stop: whether this rank was told to stop. RuntimeError if too many steps in a row were skipped.
+    stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too many steps in a row were skipped.
     """
     settings, progress = run.recipe.train, run.progress
     run.model.train()
@@ -47,7 +47,7 @@ def train_step(run: Run, stop: bool = False) -> StepOutcome:
 
     norm = run.engine.gradient_norm()
     finite = gradients_finite(norm, run.rows.tables if run.rows else ())
-    broken, stopping = agree(not finite, stop, device=run.device)
+    broken, stopping = agree(not finite, stop is not None and stop.received, device=run.device)
     rate = 0.0 if broken else _update(run, norm)
     if broken:
         _skip(run)

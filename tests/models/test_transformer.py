@@ -136,3 +136,26 @@ def test_missing_sizes_are_explained() -> None:
         Transformer(tiny_config(vocab_size=None))
     with pytest.raises(ValueError, match="model.max_length is not set"):
         Transformer(tiny_config(max_length=None))
+
+
+@pytest.mark.parametrize(
+    ("position", "sees_order", "sees_place"),
+    [
+        ("learned", True, True),
+        ("sinusoidal", True, True),
+        ("rotary", True, False),
+        ("none", False, False),
+    ],
+)
+def test_what_positions_tell(position: str, sees_order: bool, sees_place: bool) -> None:
+    """Order: swapping earlier tokens changes the last output of a single layer. Place: so does moving the whole text."""
+    model = tiny_model(tiny_config({"layers": ()}, layers=1, position=position)).eval()
+    tokens = torch.tensor([[3, 8, 5, 2]])
+
+    def last(order: list[int], start: int = 0) -> Tensor:
+        return model(tokens[:, order], Context.of(tokens, start))[0][:, -1]
+
+    base = last([0, 1, 2, 3])
+    assert torch.allclose(base, last([1, 0, 2, 3]), atol=1e-6) != sees_order
+    # Angles are fp32.
+    assert torch.allclose(base, last([0, 1, 2, 3], start=7), atol=1e-5) != sees_place

@@ -28,9 +28,9 @@ def make_batch(tokens: np.ndarray, documents: np.ndarray, samples: np.ndarray) -
     """Shift rows of length + 1 tokens, int64 [n, length + 1], into inputs and targets."""
     count, length = tokens.shape[0], tokens.shape[1] - 1
     return Batch(
-        inputs=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
-        targets=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
-        documents=torch.from_numpy(np.ascontiguousarray(documents[:, :-1])),
+        inputs=torch.from_numpy(tokens[:, :-1].copy()),  # copies: inputs and targets of a single row would share memory
+        targets=torch.from_numpy(tokens[:, 1:].copy()),
+        documents=torch.from_numpy(documents[:, :-1].copy()),
         positions=torch.arange(length).repeat(count, 1),
         samples=torch.from_numpy(samples),
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         recipe = load_recipe(args.recipe, args.overrides)
         folder = _folder(args)
+        if args.stop_at is not None and args.stop_at < 1:
+            raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
     from memshard.trainer.loop import train
     from memshard.trainer.run import set_up
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             result = train(prepared, args.stop_at)
     if not result["finished"]:
         # torchrun restarts nothing here: the same command line goes on where this one stopped.
-        command = f"memshard train {args.recipe} {' '.join(args.overrides)} --run {folder}".replace("  ", " ")
+        command = shlex.join(["memshard", "train", args.recipe, *args.overrides, "--run", str(folder)])
         raise Stopped(f"at step {result['step']} of {prepared.recipe.train.steps}, saved; resume with: {command}", result)
     if not args.json and prepared.rank == 0:
         print(f"done: {result['checkpoint']}")

@@ -33,5 +33,6 @@ def prune(root: Path, keep: int) -> None:
     for path in committed(root)[:-keep]:
         (path / COMMIT).unlink()  # first: a half-removed folder must not look complete
         shutil.rmtree(path)
-    for path in root.glob(f"{_PREFIX}*.tmp"):
-        shutil.rmtree(path)
+    for path in root.glob(f"{_PREFIX}*"):
+        if path.suffix == ".tmp" or not (path / COMMIT).exists():
+            shutil.rmtree(path)

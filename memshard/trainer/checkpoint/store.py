@@ -35,6 +35,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, A
         (temporary / _STATE).write_text(json.dumps(state, indent=1))
         with (temporary / COMMIT).open("w") as marker:
             os.fsync(marker.fileno())
+        shutil.rmtree(folder, ignore_errors=True)  # a folder without commit marker may stand there
         os.replace(temporary, folder)
     _barrier()
 

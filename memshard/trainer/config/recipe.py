@@ -64,6 +64,11 @@ class TrainConfig:
         for name in ("steps", "batch", "log_every", "save_every", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"train.micro_batch is {self.micro_batch}; it must be at least 1, or null for the rank's whole share")
+        for name in ("clip", "eval_every", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
         if self.keep < 2:
             raise ValueError(f"train.keep is {self.keep}; at least 2, so that a damaged newest checkpoint costs little")
 

@@ -15,11 +15,18 @@ class CombinedOptimizer(Optimizer):
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
+        self.optimizers: tuple[Optimizer, ...] = ()
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         for optimizer in optimizers:
             self.state.update(optimizer.state)
+        self.optimizers = optimizers
         self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """ValueError once built: a new group would belong to none of the optimizers."""
+        if self.optimizers:
+            raise ValueError("a CombinedOptimizer takes no more groups: add the group to one of its optimizers before combining them")
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -1,0 +1,113 @@
+"""The number of ranks, and of micro-batches, changes nothing but the speed."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.tensor import DTensor
+
+from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
+from memshard.trainer.loop import evaluate_run
+from tests.distributed import run_distributed
+from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, prepare, train_run
+
+LONG = ("train.steps=50", "train.eval_every=10", "train.save_every=10", "train.keep=9", "optimizer.lr=3e-3")
+SAVED = "step-00000010"
+FEW = ("train.batch=2", "data.length=16", "train.micro_batch=1", "model.memory.query_norm=layer")
+
+
+def _copy_with_one_checkpoint(run: Path, copy: Path) -> None:
+    """The run as it was at step 10."""
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").iterdir():
+        if path.name != SAVED:
+            shutil.rmtree(path)
+
+
+def _load(recipe: Path, folder: Path) -> dict[str, Any]:
+    """What a checkpoint saved on two ranks becomes on these: whole tensors, and its evaluation."""
+    run = prepare(recipe, folder, *LONG)
+    tensors = model_tensors(run.model, run.placement, run.mesh)
+    tensors |= optimizer_tensors(run.model, run.engine.optimizer, run.rows, run.placement, run.mesh)
+    whole = {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone() for name, tensor in tensors.items()}
+    evaluation = evaluate_run(run)
+    return {**whole, "loss": evaluation.loss, **{name: asdict(report) for name, report in evaluation.usage.items()}}
+
+
+def _three_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
+    loaded = _load(recipe, folder / "on 3")
+    train_run(recipe, folder / "on 3", *LONG, stop_at=20)
+    train_run(recipe, folder / "3 ranks", *LONG, stop_at=10)
+    train_run(recipe, folder / "3 ranks, few rows", *FEW)
+    return loaded
+
+
+def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> None:
+    train_run(recipe, folder / "2 ranks", *LONG)
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of all runs, and what the three ranks loaded."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_distributed(_two_ranks, 2, recipe, folder)
+    for name in ("on 1", "on 3"):
+        _copy_with_one_checkpoint(folder / "2 ranks", folder / name)
+    train_run(recipe, folder / "1 rank", *LONG)
+    train_run(recipe, folder / "1 rank, few rows", *FEW)
+    return folder, run_distributed(_three_ranks, 3, recipe, folder)
+
+
+def losses(folder: Path, steps: int) -> list[float]:
+    values = numbers(folder, "train/loss")
+    return [values[step] for step in range(1, steps + 1)]
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = runs
+    one = losses(folder / "1 rank", 50)
+    assert one[-1] < one[0] - 1
+    assert losses(folder / "2 ranks", 10) == pytest.approx(one[:10], rel=1e-5)
+    assert losses(folder / "2 ranks", 50) == pytest.approx(one, rel=1e-4)
+    # Eight sequences on three ranks: one is a filler.
+    assert losses(folder / "3 ranks", 10) == pytest.approx(one[:10], rel=1e-5)
+
+
+def test_a_rank_may_have_nothing_to_do(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Two sequences on three ranks."""
+    folder, _ = runs
+    assert losses(folder / "3 ranks, few rows", 10) == pytest.approx(losses(folder / "1 rank, few rows", 10), rel=1e-5)
+
+
+def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(runs: tuple[Path, list[dict[str, Any]]], recipe: Path) -> None:
+    folder, on_three = runs
+    saved = checkpoint_state(folder / "2 ranks/checkpoints" / SAVED)
+    for loaded in (_load(recipe, folder / "on 1"), *on_three):
+        names = [name for name in saved if name.startswith(("model.", "exp_avg", "step."))]
+        assert_same({name: loaded[name] for name in names}, {name: saved[name] for name in names})
+
+
+def test_training_goes_on_with_the_same_losses(runs: tuple[Path, list[dict[str, Any]]], recipe: Path) -> None:
+    folder, _ = runs
+    train_run(recipe, folder / "on 1", *LONG, stop_at=20)
+    for name in ("on 1", "on 3"):
+        assert losses(folder / name, 20) == pytest.approx(losses(folder / "2 ranks", 20), rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, on_three = runs
+    table = "blocks.0.memory.values"
+    for loaded in on_three:
+        assert loaded["loss"] == pytest.approx(numbers(folder / "2 ranks", "eval/loss")[10], rel=1e-6)
+        for key, value in loaded[table].items():
+            assert value == pytest.approx(numbers(folder / "2 ranks", f"{table}/{key}")[10], rel=1e-9), key
+
+
+@pytest.mark.parametrize("query_norm", ["layer", "rms"])
+def test_micro_batches_change_nothing_where_queries_are_normalised_alone(query_norm: str, recipe: Path, tmp_path: Path) -> None:
+    norm = f"model.memory.query_norm={query_norm}"
+    train_run(recipe, tmp_path / "whole", norm)
+    train_run(recipe, tmp_path / "micro", norm, "train.micro_batch=3")
+    assert losses(tmp_path / "micro", 10) == pytest.approx(losses(tmp_path / "whole", 10), rel=1e-5)

@@ -1,0 +1,80 @@
+"""Real runs, as small as they get: what the tests of the trainer and of its commands share."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from memshard.trainer.checkpoint.folders import find_checkpoint
+from memshard.trainer.checkpoint.store import load_state, load_tensors
+from memshard.trainer.config.load import load_recipe
+from memshard.trainer.loop import train
+from memshard.trainer.metrics import METRICS_FILE, read_metrics
+from memshard.trainer.run import Run, set_up
+
+RECIPE = """\
+data: {{path: {data}, length: 32}}
+model:
+  layers: 2
+  dim: 16
+  mixer: {{heads: 2}}
+  memory: {{layers: [0, 1], share: true, keys: 8, heads: 2, topk: 3, key_dim: 8}}
+  dropout: 0.1
+train: {{steps: 10, batch: 8, log_every: 1, eval_every: 0, save_every: 1000}}
+optimizer: {{lr: 1e-2, schedule: constant, warmup: 3}}
+"""
+"""All that could go wrong on resume at once: dropout, batch statistics, a shared table, and an epoch of 8 steps."""
+
+TABLE = "blocks.0.memory.values"
+
+
+def prepare(recipe: Path, folder: Path, *overrides: str) -> Run:
+    """The run, ready to train, on the ranks that are there."""
+    return set_up(load_recipe(recipe, overrides), folder, torch.device("cpu"))
+
+
+def train_run(recipe: Path, folder: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+    """Train or resume in this process, with the ranks that are there; returns the result."""
+    return train(prepare(recipe, folder, *overrides), stop_at)
+
+
+def memshard(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
+    """Start the real command in a process of its own."""
+    command = [sys.executable, "-m", "memshard", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """Everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors, step counts, progress."""
+    folder = find_checkpoint(path)
+    tensors: dict[str, Tensor] = {}
+    for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    load_tensors(folder, tensors, alone=True)
+    return {**tensors, **load_state(folder)}
+
+
+def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
+    """Equal to the last bit."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        same = torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        assert same, f"{name} differs"
+
+
+def numbers(folder: Path, key: str) -> dict[int, float]:
+    """Step -> value of one metric of a run."""
+    return {line["step"]: line[key] for line in read_metrics(folder / METRICS_FILE) if key in line}
+
+
+def json_of(process: "subprocess.Popen[str]", timeout: float = 60) -> tuple[int, dict[str, Any], str]:
+    """Wait for a command with --json: its exit code, its result, and standard error."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, json.loads(out), err
