@@ -78,8 +78,8 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
         drawn.append(str(folder / "loss.png"))
     keys = loaded.recipe.model.memory.keys
     for name, counter in evaluation.counters.items():
-        in_slot_order = torch.empty_like(counter.weights)
-        in_slot_order[row_slots(torch.arange(len(counter.weights)), keys)] = counter.weights
+        in_slot_order = torch.empty_like(counter.counts)
+        in_slot_order[row_slots(torch.arange(len(counter.counts)), keys)] = counter.counts
         picture = folder / f"{name.removesuffix('.memory.values')}.png"
         usage_map(in_slot_order, keys, picture)
         drawn.append(str(picture))
