@@ -7,8 +7,8 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "tensor-parallel": ["fairscale>=0.4.13"],
     "data": [],
-    "eval": ["matplotlib>=3.11", "safetensors>=0.8"],
-    "bench": ["psutil>=7.2"],
+    "eval": ["matplotlib>=3.11"],
+    "bench": [],
     "dev": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12"],
 }
 

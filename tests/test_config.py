@@ -31,7 +31,7 @@ def test_later_values_win_along_base_file_and_overrides(write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("2", 2.0), ("-1.5e+2", -150.0), (".5", 0.5), ("1_000.0", 1000.0)]
+    ("text", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("2", 2.0), ("1.5e+2", 150.0), (".5", 0.5), ("1_000.0", 1000.0)]
 )
 def test_numbers_are_read_as_people_write_them(write, text: str, value: float) -> None:
     path = write(f"{MINIMAL}optimizer: {{lr: {text}}}")

@@ -21,6 +21,10 @@ class MixerConfig:
     heads: int = 8
     """Attention heads; divides model.dim."""
 
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise ValueError(f"model.mixer.heads is {self.heads}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
@@ -31,6 +35,10 @@ class FeedForwardConfig:
 
     hidden: int | None = None
     """Width of the hidden layer; by default 4 x dim, or 8/3 x dim for swiglu (equal parameters)."""
+
+    def __post_init__(self) -> None:
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"model.feedforward.hidden is {self.hidden}; it must be at least 1, or null for the default")
 
 
 @dataclass(frozen=True, kw_only=True)

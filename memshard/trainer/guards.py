@@ -43,7 +43,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # torchrun passes a Ctrl-C on as SIGTERM, in addition to the terminal's own SIGINT: only SIGINT counts as impatience.
+        # Launchers pass a Ctrl-C on and may add a SIGTERM of their own: only SIGINT counts as impatience.
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt

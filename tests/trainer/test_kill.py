@@ -1,5 +1,6 @@
 """Real signals to real commands: whatever ends a run, the next start goes on as if nothing had happened."""
 
+import json
 import os
 import random
 import shlex
@@ -7,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -15,9 +18,11 @@ from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.guards import StopSignal
 from memshard.trainer.metrics import METRICS_FILE
-from tests.trainer.tiny_run import assert_same, checkpoint_state, json_of, memshard, numbers, train_run
+from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run
 
 ENDLESS = "train.steps=100000"
+
+Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 
 
 def _wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]", timeout: float = 60) -> None:
@@ -28,14 +33,32 @@ def _wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]", ti
         time.sleep(0.01)
 
 
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts commands, and ends those that a failed test leaves behind."""
+    processes = []
+
+    def start(*command: object, **options: Any) -> "subprocess.Popen[str]":
+        line = [sys.executable, "-m", *map(str, command)]
+        processes.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()  # torchrun must live to end its ranks
+            process.communicate(timeout=60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, start: Start, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a run"
-    process = memshard("train", recipe, "optimizer.betas=[0.9, 0.95]", "--run", folder, ENDLESS, "--json")
+    process = start("memshard", "train", recipe, "optimizer.betas=[0.9, 0.95]", "--run", folder, ENDLESS, "--json")
     _wait_for_step(folder, 3, process)
     process.send_signal(number)
-    code, result, err = json_of(process)
-    assert code == 75, err
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    result = json.loads(out)
     step = result["step"]
     assert [path.name for path in committed(folder / "checkpoints")] == [f"step-{step:08d}"]
 
@@ -49,11 +72,11 @@ def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, recipe: Pa
     assert (folder / METRICS_FILE).read_text().count("train/loss") == step + 3
 
 
-def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(recipe: Path, tmp_path: Path) -> None:
+def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(start: Start, recipe: Path, tmp_path: Path) -> None:
     """Saving after every other step takes most of the time, so kills hit it, too."""
     folder, draw = tmp_path / "run", random.Random(0)
     for reached in (3, 8, 13):
-        process = memshard("train", recipe, "--run", folder, ENDLESS, "train.save_every=2")
+        process = start("memshard", "train", recipe, "--run", folder, ENDLESS, "train.save_every=2")
         _wait_for_step(folder, reached, process)
         time.sleep(draw.random() * 0.1)
         process.kill()
@@ -69,17 +92,13 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(recipe: Path, tmp
     assert (folder / METRICS_FILE).read_text().count("train/loss") == len(losses)
 
 
-def test_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(recipe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(start: Start, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    command = [*launcher, "memshard", "train", str(recipe), "--run", str(folder), ENDLESS]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _wait_for_step(folder, 3, process)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "--")
+    process = start(*torchrun, "memshard", "train", recipe, "--run", folder, ENDLESS, start_new_session=True)
+    _wait_for_step(folder, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert err.count("memshard: stopped: at step ") == 1 and "memshard: error" not in err, err
     (checkpoint,) = committed(folder / "checkpoints")

@@ -1,8 +1,5 @@
 """Real runs, as small as they get: what the tests of the trainer and of its commands share."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +41,6 @@ def train_run(recipe: Path, folder: Path, *overrides: str, stop_at: int | None =
     return train(prepare(recipe, folder, *overrides), stop_at)
 
 
-def memshard(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
-    """Start the real command in a process of its own."""
-    command = [sys.executable, "-m", "memshard", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """Everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors, step counts, progress."""
     folder = find_checkpoint(path)
@@ -72,9 +63,3 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
 def numbers(folder: Path, key: str) -> dict[int, float]:
     """Step -> value of one metric of a run."""
     return {line["step"]: line[key] for line in read_metrics(folder / METRICS_FILE) if key in line}
-
-
-def json_of(process: "subprocess.Popen[str]", timeout: float = 60) -> tuple[int, dict[str, Any], str]:
-    """Wait for a command with --json: its exit code, its result, and standard error."""
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, json.loads(out), err

@@ -4,16 +4,20 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from memshard.trainer.checkpoint.folders import COMMIT
 
 _STATE = "state.json"
+_REMEDY = "copy it again, or delete that folder to go on from the checkpoint before it"
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], files: list[Path]) -> None:
@@ -27,7 +31,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, A
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _barrier()
-    with _quiet():
+    with _one_line_errors(f"{temporary} could not be written", "is the disk full?"):
         dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     if first:
         for file in files:
@@ -41,14 +45,20 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
-    """Fill tensors in place from a checkpoint saved on any number of ranks. alone: read in this process only."""
-    with _quiet():
+    """Fill tensors in place from a checkpoint saved on any number of ranks; ValueError if it is damaged.
+
+    alone: read in this process only.
+    """
+    with _one_line_errors(f"{folder} is damaged", _REMEDY):
         dcp.load(tensors, checkpoint_id=folder, no_dist=alone or not dist.is_initialized())
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    """The JSON values of a checkpoint; ValueError if they are damaged."""
+    try:
+        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / _STATE} is damaged ({error}): {_REMEDY}") from error
     return state
 
 
@@ -57,6 +67,15 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _quiet() -> warnings.catch_warnings:
-    """DCP warns about its own use of deprecated torch calls, and that a single process needs no process group."""
-    return warnings.catch_warnings(action="ignore")
+@contextmanager
+def _one_line_errors(what: str, remedy: str) -> Iterator[None]:
+    """DCP's exceptions, whose text is every rank's traceback and which no `except Exception` catches, as ValueError.
+
+    Its warnings about its own use of deprecated torch calls, and that a single process needs no process group, are dropped.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{what} ({type(reason).__name__}: {reason}): {remedy}") from error

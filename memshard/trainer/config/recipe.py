@@ -69,6 +69,8 @@ class TrainConfig:
         for name in ("clip", "eval_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"train.seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.keep < 2:
             raise ValueError(f"train.keep is {self.keep}; at least 2, so that a damaged newest checkpoint costs little")
 
@@ -98,6 +100,12 @@ class OptimizerConfig:
     final_lr: float = 0.1
     """Where the cosine ends, as a share of lr."""
 
+    def __post_init__(self) -> None:
+        _check_adam("optimizer", self.lr, self.betas, self.eps)
+        for name in ("weight_decay", "warmup", "final_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
@@ -111,6 +119,17 @@ class TableOptimizerConfig:
 
     eps: float = 1e-8
     """Added to the denominator."""
+
+    def __post_init__(self) -> None:
+        _check_adam("tables", self.lr, self.betas, self.eps)
+
+
+def _check_adam(section: str, lr: float, betas: tuple[float, float], eps: float) -> None:
+    for name, value in (("lr", lr), ("eps", eps)):
+        if not value >= 0:  # NaN, too
+            raise ValueError(f"{section}.{name} is {value}; it must be at least 0")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{section}.betas is {list(betas)}; both must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

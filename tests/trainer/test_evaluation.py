@@ -1,0 +1,112 @@
+"""Held-out loss and memory usage against plain loops in fp64."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import memshard
+from memshard.data_pipeline.stream.held_out import HeldOutStream
+from memshard.data_pipeline.stream.reader import SplitReader
+from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.usage import UsageReport
+from memshard.trainer.checkpoint.load_model import LoadedModel, load
+from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
+from memshard.trainer.tasks.language_model import LanguageModelTask
+from tests.trainer.tiny_run import TABLE, train_run
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("evaluation") / "run"
+    train_run(recipe, folder)
+    return load(folder)
+
+
+def held_out_windows(data: Path) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets, [1, length or less], of the held-out text end to end."""
+    reader = SplitReader(data, "heldout")
+    starts = np.concatenate([[0], np.cumsum(reader.lengths)])
+    tokens, _ = reader.read(np.arange(len(reader.lengths)), starts, np.array([0]), int(starts[-1]))
+    pieces = [torch.from_numpy(tokens[:, start : start + LENGTH + 1]) for start in range(0, tokens.shape[1] - 1, LENGTH)]
+    return [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
+
+
+def expected_report(slots: int, reads: list[tuple[Tensor, Tensor]]) -> UsageReport:
+    """From (rows, weights) of all lookups: the spec's formulas, slot by slot."""
+    weighted, counted = np.zeros(slots), np.zeros(slots)
+    for rows, weights in reads:
+        np.add.at(weighted, rows.flatten().numpy(), weights.detach().flatten().double().numpy())
+        np.add.at(counted, rows.flatten().numpy(), 1.0)
+
+    def divergence(sums: np.ndarray) -> float:
+        shares = sums / sums.sum()
+        return math.log(slots) + sum(share * math.log(share) for share in shares.tolist() if share > 0)
+
+    return UsageReport(float((counted > 0).mean()), divergence(weighted), divergence(counted), counted.sum() / slots)
+
+
+def evaluation(trained: LoadedModel, data: Path, rows: int, max_tokens: int | None = None) -> Evaluation:
+    task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
+    return evaluate(trained.model, task, HeldOutStream(data, LENGTH, max_tokens), rows, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_held_out_loss_and_usage_are_those_of_a_plain_loop(rows: int, trained: LoadedModel, data: Path) -> None:
+    """rows: windows at a time; fillers after the last one must not count."""
+    reads: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        memory.register_forward_pre_hook(lambda layer, args: reads.append(layer.lookup(args[0].flatten(0, -2))))
+        for _, memory in trained.model.memories()
+    ]
+    total = tokens = 0.0
+    with torch.no_grad():
+        for inputs, targets in held_out_windows(data):
+            logits, _ = trained.model(inputs)
+            total += float(F.cross_entropy(logits[0].double(), targets[0], reduction="sum"))
+            tokens += targets.numel()
+    for hook in hooks:
+        hook.remove()
+
+    measured = evaluation(trained, data, rows)
+    assert measured.tokens == tokens
+    assert measured.loss == pytest.approx(total / tokens, rel=1e-6)
+    expected = expected_report(64, reads)
+    assert vars(measured.usage[TABLE]) == pytest.approx(vars(expected), rel=1e-5)
+    assert measured.usage[TABLE].usage == expected.usage and 0 < expected.kl_weighted < math.log(64)
+
+
+def test_a_limit_cuts_the_text_at_that_token(trained: LoadedModel, data: Path) -> None:
+    (inputs, targets), *_ = held_out_windows(data)
+    with torch.no_grad():
+        logits, _ = trained.model(inputs)
+    expected = F.cross_entropy(logits[0, :10], targets[0, :10])
+    for rows in (1, 3):
+        assert evaluation(trained, data, rows, max_tokens=10).loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_memory_usage_of_a_plain_model() -> None:
+    """Any model, its table an ordinary parameter, tensors or mappings as batches; dropout off meanwhile."""
+    torch.manual_seed(0)
+    memory = ProductKeyMemory(8, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer")
+    model = nn.Sequential(nn.Dropout(0.5), memory)
+    batches = [torch.randn(7, 8) for _ in range(3)]
+    reads = [memory.lookup(batch) for batch in batches]
+    (report,) = memshard.memory_usage(model, batches).values()
+    assert vars(report) == pytest.approx(vars(expected_report(25, reads)), rel=1e-6)
+    assert model.training and memory.values.observer is None
+    (mapped,) = memshard.memory_usage(model, [{"input": batch} for batch in batches]).values()
+    assert mapped == report
+
+
+def test_reads_of_a_single_slot_and_none_at_all() -> None:
+    memory = ProductKeyMemory(4, keys=3, heads=1, topk=1, key_dim=2, query_norm="none")
+    (report,) = memshard.memory_usage(memory, [torch.zeros(5, 4)]).values()
+    assert report.kl_count == pytest.approx(math.log(9)) and report.usage == pytest.approx(1 / 9)
+    assert memshard.memory_usage(memory, [])["values"] == UsageReport(0, 0, 0, 0)
