@@ -9,6 +9,7 @@ from typing import Literal
 
 Activation = Literal["relu", "gelu", "swiglu", "squared_relu"]
 QueryNormKind = Literal["batch", "layer", "rms", "lagged", "none"]
+_MOST_KEYS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ class MemoryConfig:
         for name in ("keys", "heads", "topk", "key_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.memory.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keys > _MOST_KEYS:
+            raise ValueError(f"model.memory.keys is {self.keys}; more than {_MOST_KEYS:,} (a trillion slots) is surely a slip")
         if self.topk > self.keys:
             raise ValueError(
                 f"model.memory.topk is {self.topk} but there are only {self.keys} sub-keys per half: "

@@ -1,6 +1,7 @@
 """Sums and exchanges over ranks; without a process group they are the identity."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,15 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def differentiable_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -36,7 +37,9 @@ class Metrics:
         """Record the numbers of a step, counted from 1."""
         if not self.enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN: what is not a finite number is null.
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

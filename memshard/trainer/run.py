@@ -17,6 +17,7 @@ from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
+from memshard.parallel.collectives import from_first
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune
@@ -69,7 +70,8 @@ class Run:
         """Write a checkpoint of the finished step, if there is none yet; returns its folder. All ranks take part."""
         root = self.folder / CHECKPOINTS
         folder = checkpoint_folder(root, self.progress.step)
-        if folder not in committed(root):
+        # One rank looks: on a slow shared file system the others may not see the same folders yet.
+        if from_first(folder not in committed(root)):
             files = [self.folder / CONFIG_FILE, Path(self.recipe.data.path) / TOKENIZER_FILE]
             save_checkpoint(folder, self._tensors(), self._state(), files)
             if self.rank == 0:
@@ -78,16 +80,16 @@ class Run:
 
     def resume(self) -> None:
         """Continue from the newest committed checkpoint, if there is one. ValueError if the data has changed since."""
-        found = committed(self.folder / CHECKPOINTS)
-        if not found:
+        newest = from_first(next(reversed(committed(self.folder / CHECKPOINTS)), None))
+        if newest is None:
             return
-        state = load_state(found[-1])
+        state = load_state(newest)
         if state["stream"] != self.stream.fingerprint:
             raise ValueError(
-                f"{self.recipe.data.path} is not the data that {found[-1]} was trained on: "
+                f"{self.recipe.data.path} is not the data that {newest} was trained on: "
                 "give the original folder as data.path, or another --run folder"
             )
-        load_tensors(found[-1], self._tensors())
+        load_tensors(newest, self._tensors())
         self.progress = Progress(**state["progress"])
         for name, table in find_tables(self.model):
             assert self.rows is not None

@@ -1,12 +1,13 @@
 """Pictures of a run: its loss curve, and which slots of a table are read. Needs matplotlib (extra `eval`)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from memshard.trainer.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,24 +148,15 @@ def _shrink(image: npt.NDArray[np.float64], block: int) -> npt.NDArray[np.float6
 
 
 def _read_losses(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """(step, loss) rows of training and of evaluation; a last line that a kill cut short is left out."""
-    train: list[tuple[float, float]] = []
-    held_out: list[tuple[float, float]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(lines, 1):
-        try:
-            line: dict[str, Any] = json.loads(text)
-            step = float(line["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: expected a JSON object with \"step\", as memshard train writes") from error
-        for key, curve in (("train/loss", train), ("eval/loss", held_out)):
-            if line.get(key) is not None:
-                curve.append((step, float(line[key])))
-    if not train and not held_out:
+    """(step, loss) rows of training and of evaluation."""
+    lines = read_metrics(path)
+    train, held_out = (
+        np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None], dtype=np.float64).reshape(-1, 2)
+        for key in ("train/loss", "eval/loss")
+    )
+    if not len(train) and not len(held_out):
         raise ValueError(f"{path} has no train/loss or eval/loss: train for at least train.log_every steps")
-    return np.array(train).reshape(-1, 2), np.array(held_out).reshape(-1, 2)
+    return train, held_out
 
 
 def _span(curves: Any) -> tuple[float | None, float | None]:
