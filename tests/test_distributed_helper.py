@@ -39,9 +39,11 @@ def test_a_failing_rank_is_named_with_its_traceback() -> None:
         run_distributed(_fail_on_one, 2)
 
 
-@pytest.mark.parametrize(("how", "message"), [("hang", r"ranks \[0, 1\] of 2 not done after 3 s"), ("die", "rank 1 of 2 died")])
-def test_hanging_and_dying_ranks_do_not_hang_the_test(how: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "timeout", "message"), [("hang", 3, r"ranks \[0, 1\] of 2 not done after 3 s"), ("die", 300, "rank 1 of 2 died")]
+)
+def test_hanging_and_dying_ranks_do_not_hang_the_test(how: str, timeout: int, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError, match=message):
-        run_distributed(_hang_or_die, 2, how, timeout=3)
-    assert time.monotonic() - started < 60
+        run_distributed(_hang_or_die, 2, how, timeout=timeout)
+    assert time.monotonic() - started < 200
