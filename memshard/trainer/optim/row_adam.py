@@ -1,12 +1,12 @@
 """Row-sparse Adam for externalised value tables; works with or without the trainer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
 
 _BLOCK_ROWS = 1024
@@ -33,7 +33,7 @@ class RowAdam(Optimizer):
             if not table.hidden:
                 raise ValueError("RowAdam needs externalised tables: pass it what externalize_tables(model) returns")
         self.touched = [(0, 0) for _ in self.tables]
-        """(reads, distinct rows) of every table in the last step, on this rank."""
+        """Of every table in the last step: reads that this rank's tokens asked for, and rows updated here."""
         super().__init__([table.anchor for table in self.tables], {"lr": lr, "betas": betas, "eps": eps})
         for table in self.tables:
             moments_dtype = torch.promote_types(table.weight.dtype, torch.float32)
@@ -73,14 +73,13 @@ def _update(table: ValueTable, state: dict[str, Any], group: dict[str, Any]) -> 
     assert table.anchor.grad is not None
     # What scaled the dense gradients since the backward passes (a loss scaler, clipping) has scaled the anchor's with them.
     scale = float(table.anchor.grad) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
-    reads = sum(len(read.rows) for read in table.reads)
+    reads = table.reads_asked
     beta1, beta2 = group["betas"]
     state["step"] += 1
     correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
     step_size = group["lr"] * correction2**0.5 / correction1
     distinct = 0
-    for rows, gradient in row_gradients(table.reads, state["exp_avg"].dtype, _BLOCK_ROWS):
-        gradient *= scale
+    for rows, gradient in _blocks(table, scale):
         exp_avg = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
         exp_avg_sq = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         state["exp_avg"].index_copy_(0, rows, exp_avg)
@@ -90,3 +89,10 @@ def _update(table: ValueTable, state: dict[str, Any], group: dict[str, Any]) -> 
         distinct += len(rows)
     table.drop_reads()
     return reads, distinct
+
+
+def _blocks(table: ValueTable, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in table.gradients(scale):
+        for first in range(0, len(part.rows), _BLOCK_ROWS):
+            last = min(first + _BLOCK_ROWS, len(part.rows))
+            yield part.rows[first:last], part.sums(first, last)
