@@ -24,7 +24,7 @@ from memshard.trainer.checkpoint.store import load_state, load_tensors, save_che
 from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.estimate import check_fits
+from memshard.trainer.estimate import check_fits, layout_choice
 from memshard.trainer.optim.row_adam import RowAdam
 from memshard.trainer.precision import compute_dtype
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_identity, write_config
@@ -117,10 +117,11 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     held_out = HeldOutStream(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
-    mesh = build_mesh(device.type)
+    mesh = build_mesh(device.type, recipe.parallel.memory)
+    layout = layout_choice(recipe, ranks)
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    placement = apply(model, mesh)
+    placement = apply(model, mesh, layout.layout, layout.exchange)
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
     for _, memory in model.memories():

@@ -1,4 +1,4 @@
-"""The number of ranks, and of micro-batches, changes nothing but the speed."""
+"""The number of ranks, the layout of tables, and the number of micro-batches change nothing but the speed."""
 
 import shutil
 from dataclasses import asdict
@@ -26,9 +26,9 @@ def _copy_with_one_checkpoint(run: Path, copy: Path) -> None:
             shutil.rmtree(path)
 
 
-def _load(recipe: Path, folder: Path) -> dict[str, Any]:
+def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
     """What a checkpoint saved on two ranks becomes on these: whole tensors, and its evaluation."""
-    run = prepare(recipe, folder, *LONG)
+    run = prepare(recipe, folder, *LONG, *layout)
     tensors = model_tensors(run.model, run.placement, run.mesh)
     tensors |= optimizer_tensors(run.model, run.engine.optimizer, run.rows, run.placement, run.mesh)
     whole = {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone() for name, tensor in tensors.items()}
@@ -37,10 +37,11 @@ def _load(recipe: Path, folder: Path) -> dict[str, Any]:
 
 
 def _three_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
-    loaded = _load(recipe, folder / "on 3")
-    train_run(recipe, folder / "on 3", *LONG, stop_at=20)
-    train_run(recipe, folder / "3 ranks", *LONG, stop_at=10)
-    train_run(recipe, folder / "3 ranks, few rows", *FEW)
+    loaded = _load(recipe, folder / "on 3", "parallel.layout=columns")
+    train_run(recipe, folder / "on 3", *LONG, "parallel.layout=columns", stop_at=20)
+    train_run(recipe, folder / "3 ranks", *LONG, "parallel.exchange=unique", stop_at=10)
+    # Every rank with a copy of the table.
+    train_run(recipe, folder / "3 ranks, few rows", *FEW, "parallel.memory=1")
     return loaded
 
 

@@ -30,10 +30,8 @@ def add_replicas(
     block = max(1, _BLOCK_BYTES // max(1, dim * like.element_size()))
     for first in range(0, len(rows), block):
         part = rows[first : first + block]
-        if everything is None:
-            sums = like.new_zeros(len(part), dim)
-        else:
-            sums = everything.sums(first, first + len(part)).to(like.dtype)
+        own_sums = like.new_zeros(len(part), dim) if everything is None else everything.sums(first, first + len(part))
+        sums = own_sums.to(like.dtype)
         dist.all_reduce(sums, group=group)
         traffic.replicas += 2 * (ranks - 1) * sums.numel() * sums.element_size() // ranks
         numbers = torch.arange(len(part) + 1, device=rows.device)

@@ -114,6 +114,24 @@ class TableOptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How value tables are spread over ranks; nothing here changes what is trained."""
+
+    memory: int | None = None
+    """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose row gradients are summed."""
+
+    layout: Literal["auto", "rows", "columns"] = "auto"
+    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least (`memshard plan` tells)."""
+
+    exchange: Literal["auto", "pooled", "unique"] = "auto"
+    """What travels with layout rows: pooled sums of each token's reads, or each distinct row once; auto takes what sends least."""
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run."""
 
@@ -131,3 +149,6 @@ class Recipe:
 
     tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
     """Row-sparse Adam over the value tables."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How value tables are spread over ranks; nothing here changes what is trained."""
