@@ -15,8 +15,6 @@ from memshard.trainer.available_memory import available_memory
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.traffic import LayoutChoice, choose_layout, uniform_duplicates
 
-_VALUE_BYTES, _MOMENT_BYTES = 4, 4
-
 
 @dataclass(frozen=True)
 class Parameters:
@@ -119,8 +117,8 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False, du
             dense_weights=parameters.dense * (6 if bf16 else 4),
             dense_gradients=parameters.dense * 4,
             dense_moments=parameters.dense * 8,
-            table_rows=values * _VALUE_BYTES,
-            table_moments=values * 2 * _MOMENT_BYTES,
+            table_rows=values * recipe.tables.value_bytes,
+            table_moments=values * recipe.tables.state_bytes,
             activations=activations,
             # The row update runs when activations are gone.
             workspace=max(backward, share * length * update - activations),
@@ -146,7 +144,8 @@ def layout_choice(recipe: Recipe, world: int, duplicates: float | None = None) -
     duplicates = duplicates or uniform_duplicates(tokens * reads, memory.slots)
     holders = memory_ranks(recipe.parallel.memory, world)
     value_dim = memory.value_dim or recipe.model.dim
-    return choose_layout(recipe.parallel.layout, recipe.parallel.exchange, holders, value_dim, reads, duplicates)
+    asked = recipe.parallel
+    return choose_layout(asked.layout, asked.exchange, holders, value_dim, reads, duplicates, recipe.tables.value_bytes)
 
 
 def _shares(recipe: Recipe, world: int) -> tuple[int, int]:

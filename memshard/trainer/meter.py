@@ -68,6 +68,8 @@ class Meter:
             "speed/data_wait": self.data_wait / seconds,
         }
         if self.run.rows is not None:
+            if self.run.rows.norm is not None:
+                values["train/table_norm"] = self.run.rows.norm
             touched = all_sum(torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)).tolist()
             for (name, table), (reads, rows) in zip(find_tables(self.run.model), touched, strict=True):
                 if isinstance(table, ShardedTable):

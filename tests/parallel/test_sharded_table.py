@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,41 @@ def _compare(
         assert asdict(usage)[key] == pytest.approx(value, rel=1e-9, abs=1e-9), (case, key)
 
 
+def _check_optimizers(rank: int, world: int) -> None:
+    """Every semantics, half-precision values and clipping: the same bits, or nearly so, in all layouts."""
+    options: list[dict[str, Any]] = [
+        {"semantics": "row-step", "clip": 0.3},
+        {"semantics": "catch-up"},
+        {"semantics": "dense"},
+        {"rounding": "stochastic"},
+        {"rounding": "master", "semantics": "row-step"},
+    ]
+    for number, option in enumerate(options):
+        for memory in {1, world}:
+            for layout, exchange in _FORMS:
+                torch.manual_seed(number)
+                whole = ValueTable(9, 6).to(torch.float16 if "rounding" in option else torch.float64)
+                holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
+                group, replicas = _groups(rank, world, memory)
+                (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
+                whole.hide()
+                optimizers = RowAdam([whole], lr=0.1, **option), RowAdam([shard], lr=0.1, **option)
+                for _ in range(3):
+                    rows = torch.randint(4, (world, 3)) + torch.randint(6, ())
+                    weights, upstream = torch.rand(world, 3, dtype=torch.float64), torch.randn(world, 6, dtype=torch.float64)
+                    dtype = torch.promote_types(whole.weight.dtype, torch.float32)
+                    whole.weighted_sum(rows, weights.to(dtype)).backward(upstream.to(dtype))
+                    shard.weighted_sum(rows[rank, None], weights[rank, None].to(dtype)).backward(upstream[rank, None].to(dtype))
+                    for optimizer in optimizers:
+                        optimizer.step()
+                case = f"{option}, {layout}, {exchange}, {memory} of {world} ranks"
+                part = _piece(whole.weight, memory, rank % memory, int(layout == "columns"))
+                tolerance = 2e-3 if "rounding" in option else 1e-10
+                torch.testing.assert_close(shard.weight, part, rtol=tolerance, atol=tolerance, msg=case)
+                if "clip" in option:
+                    assert optimizers[1].norm == pytest.approx(optimizers[0].norm, rel=1e-10), case
+
+
 def _check_life(rank: int, world: int) -> None:
     """deepcopy, dtype changes and states of a shard."""
     torch.manual_seed(1)
@@ -140,6 +176,7 @@ _INITIAL: list[tuple[bool, Layout]] = [(False, "rows"), (True, "rows"), (True, "
 
 def _body(rank: int, world: int) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     _check_parity(rank, world)
+    _check_optimizers(rank, world)
     _check_life(rank, world)
     return [_initial_state(share, layout) for share, layout in _INITIAL]
 

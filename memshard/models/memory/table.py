@@ -45,6 +45,8 @@ class ValueTable(nn.Module):
         self.observer: ReadObserver | None = None
         self.gradient_scale = 1.0
         """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own tokens, as under DDP."""
+        self.copies = 1
+        """How many ranks hold the same part."""
         self.reads_asked = 0
         """Reads that this rank's own tokens have asked for, gradients wanted, since the collected gradient was last dropped."""
         self.weight = nn.Parameter(torch.empty(len(held), len(self.columns)))
@@ -98,6 +100,10 @@ class ValueTable(nn.Module):
         merged = sort_reads(self.reads)
         if merged is not None:
             yield merged.scaled(scale)
+
+    def sum_over_parts(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the parts of the table."""
+        return x
 
     @property
     def hidden(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memshard.models.memory.row_gradient import SortedReads, sort_reads
 from memshard.models.memory.table import ValueTable
-from memshard.parallel.collectives import Traffic
+from memshard.parallel.collectives import Traffic, all_sum
 from memshard.parallel.tables.replicas import add_replicas
 
 _SAMPLE_EVERY = 64
@@ -36,16 +36,16 @@ class ShardedTable(ValueTable):
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.replicas = replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
+        self.copies = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.traffic = Traffic()
         self.duplicates: float | None = None
         """Reads of a row by one rank in one micro-batch, of the rows it reads at all; measured now and then."""
         self._calls = 0
         self.hide()
 
-    @property
-    def copies(self) -> int:
-        """How many ranks hold the same part."""
-        return 1 if self.replicas is None else dist.get_world_size(self.replicas)
+    def sum_over_parts(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of the group, which must all call it."""
+        return all_sum(x, self.group)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
         """As `ValueTable.gradients`; with replicas all of them must call it."""

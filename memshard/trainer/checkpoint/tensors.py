@@ -28,7 +28,7 @@ def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: Devic
 def optimizer_tensors(
     model: nn.Module, dense: Optimizer, rows: RowAdam | None, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
 ) -> dict[str, Tensor]:
-    """Moments of dense parameters and of tables as `exp_avg.<name>` and so on, and the dense step counts."""
+    """Moments and step counts of dense parameters, and all that is kept for the rows of tables, as `exp_avg.<name>` and so on."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key in (*_MOMENTS, "step"):
@@ -38,8 +38,9 @@ def optimizer_tensors(
         return tensors
     for table_name, table in find_tables(model):
         name = f"{table_name}.weight"
-        for key in _MOMENTS:
-            tensors[f"{key}.{name}"] = _global(name, rows.state[table.anchor][key], table, placement, mesh)
+        for key, value in rows.state[table.anchor].items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}.{name}"] = _global(name, value, table, placement, mesh)
     return tensors
 
 
@@ -49,6 +50,9 @@ def _global(name: str, local: Tensor, table: ValueTable, placement: dict[str, Sh
         return local.detach()
     assert mesh is not None
     spec = placement[name]
+    if spec.dim >= local.ndim:
+        # A number a row, while the ranks split columns: each has them all.
+        return local.detach()
     places = [Replicate(), Shard(spec.dim)]
-    shape = torch.Size((table.slots, table.dim))
-    return DTensor.from_local(local.detach(), mesh["replica", spec.axis], places, run_check=False, shape=shape, stride=(table.dim, 1))
+    shape, stride = ((table.slots, table.dim), (table.dim, 1)) if local.ndim > 1 else ((table.slots,), (1,))
+    return DTensor.from_local(local.detach(), mesh["replica", spec.axis], places, run_check=False, shape=torch.Size(shape), stride=stride)

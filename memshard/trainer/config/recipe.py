@@ -40,7 +40,7 @@ class TrainConfig:
     """Arithmetic of matrix products: auto is bf16 on GPUs that have it, else fp32. Parameters stay fp32."""
 
     clip: float = 1.0
-    """Largest global norm of the dense gradient; 0 switches clipping off. Tables are not clipped."""
+    """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own, tables.clip."""
 
     log_every: int = 10
     """Steps between two lines of metrics."""
@@ -101,7 +101,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
-    """Row-sparse Adam over the value tables: constant learning rate, no decay (Lample et al. 2019)."""
+    """The value tables and their row-sparse Adam: constant learning rate, no decay (Lample et al. 2019)."""
 
     lr: float = 1e-3
     """Learning rate, constant."""
@@ -111,6 +111,33 @@ class TableOptimizerConfig:
 
     eps: float = 1e-8
     """Added to the denominator."""
+
+    semantics: Literal["lazy", "row-step", "catch-up", "dense"] = "lazy"
+    """Rows that a step does not read: lazy lets their moments wait, catch-up decays them later, row-step counts each row's own steps,
+    dense moves every row in every step."""
+
+    clip: float = 0.0
+    """Largest norm of all tables' gradients together; 0 switches clipping off and saves a pass over the gradients."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """How values are stored; moments, sums and gradients stay fp32."""
+
+    rounding: Literal["master", "stochastic"] = "master"
+    """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at random (4 bytes a value less)."""
+
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise ValueError(f"tables.clip is {self.clip}; it must be at least 0")
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one stored value."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def state_bytes(self) -> int:
+        """Of two moments, and of the fp32 copy where there is one."""
+        return 12 if self.dtype != "fp32" and self.rounding == "master" else 8
 
 
 @dataclass(frozen=True, kw_only=True)
