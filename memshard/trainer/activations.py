@@ -16,8 +16,8 @@ def activation_bytes(
         attention   a d (5, or 7 in bf16, which casts the input once for each of three projections), 4 heads
         two norms   4 d each (twice that for RMSNorm)
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
-        memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation; 8 heads keys of scores;
-                    28 heads topk of indices and weights, and what the layout adds; gate 16 value_dim
+        memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
+                    16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim
         extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for rotary positions
     and 4 vocabulary + (a + 4) d for the head. The test compares it with what autograd really saves.
     """
@@ -56,13 +56,12 @@ def _memory(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None
     reads = settings.heads * settings.topk
     value_dim = settings.value_dim or config.dim
     queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
-    scores = 8 * settings.heads * settings.keys
-    lookup = 28.0 * reads
+    lookup = 16.0 * reads
     if ranks > 1 and layout is not None:
         lookup += {
-            "rows, pooled": 16 * reads + 24 * ranks,
+            "rows, pooled": 24 * reads + 24 * ranks,
             "rows, unique": reads / layout.duplicates * (4 * value_dim + 4),
             "columns": 8 * reads * (ranks - 1),
         }[layout.name]
     gate = (4 + 3 * a) * value_dim + (a * config.dim if a == 2 else 0) if settings.gate else 0
-    return a * config.dim + queries + scores + lookup + gate
+    return a * config.dim + queries + lookup + gate

@@ -73,6 +73,7 @@ def opening(prepared: "Run") -> str:
     ]
     if cost.parameters.tables:
         lines.append(f"tables       {spread(cost)}")
+        lines.append(f"table path   {_path(prepared)}")
     return "\n".join([*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"])
 
 
@@ -83,6 +84,16 @@ def spread(cost: "Estimate") -> str:
     if copies > 1:
         text += f", {copies} copies whose row gradients are summed"
     return text if cost.memory_ranks == 1 else f"{text} ({cost.layout.reason})"
+
+
+def _path(prepared: "Run") -> str:
+    """What sums and updates rows, and why."""
+    from memshard.models.kernels.select import compiled
+
+    if prepared.device.type != "cpu":
+        return f"plain torch: compiled kernels are for the CPU, tables are on {prepared.device}"
+    kernels, why = compiled()
+    return f"compiled kernels ({why})" if kernels else f"plain torch ({why})"
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models.memory.bags import bag_of_each_read, gather_sum
+from memshard.models.kernels.plain import bag_of_each_read
+from memshard.models.kernels.select import kernels_for
+from memshard.models.memory.bags import gather_sum
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Read:
 class SortedReads:
     """All reads of a step, by row: the gradient of rows[i] is the sum of weights[j] * upstream[bags[j]] for j from starts[i].
 
-    rows: [distinct] int64, ascending; starts: [distinct + 1] int64; bags: [reads] int64; weights: [reads]; upstream:
+    rows: [distinct] int64, ascending; starts: [distinct + 1] int64; bags: [reads] integers; weights: [reads]; upstream:
     [bags, dim], of the weights' dtype.
     """
 
@@ -60,19 +62,20 @@ def sort_reads(reads: Sequence[Read]) -> SortedReads | None:
     if not sum(len(read.rows) for read in reads):
         return None
     dtype = torch.promote_types(reads[0].weights.dtype, torch.float32)
-    rows, order = torch.sort(_cat([read.rows for read in reads]), stable=True)
+    rows, upstream = _cat([read.rows for read in reads]), _cat([read.upstream for read in reads]).to(dtype)
     firsts = [0]
     for read in reads:
         firsts.append(firsts[-1] + len(read.offsets))
     bags = _cat([bag_of_each_read(read.offsets, len(read.rows)) + first for read, first in zip(reads, firsts, strict=False)])
-    distinct, counts = torch.unique_consecutive(rows, return_counts=True)
-    return SortedReads(
-        rows=distinct.long(),
-        starts=F.pad(counts.cumsum(0), (1, 0)),
-        bags=bags[order],
-        weights=_cat([read.weights for read in reads])[order].to(dtype),
-        upstream=_cat([read.upstream for read in reads]).to(dtype),
-    )
+    kernels = kernels_for(upstream, upstream) if rows.dtype == torch.int32 else None
+    if kernels is not None:
+        order, distinct, starts = kernels.sort_reads(rows, int(rows.max()) + 1)
+    else:
+        ascending, order = torch.sort(rows, stable=True)
+        distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
+        starts = F.pad(counts.cumsum(0), (1, 0))
+    weights = _cat([read.weights for read in reads])[order].to(dtype)
+    return SortedReads(distinct.long(), starts, bags.to(rows.dtype)[order], weights, upstream)
 
 
 def row_gradients(reads: Sequence[Read], block: int) -> Iterator[tuple[Tensor, Tensor]]:

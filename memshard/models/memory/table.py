@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.memory.bags import gather_sum, score_gradients
+from memshard.models.memory.pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import Read, SortedReads, sort_reads
 from memshard.models.random import normal_rows
 
@@ -49,7 +50,7 @@ class ValueTable(nn.Module):
         """How many ranks hold the same part."""
         self.reads_asked = 0
         """Reads that this rank's own tokens have asked for, gradients wanted, since the collected gradient was last dropped."""
-        self.weight = nn.Parameter(torch.empty(len(held), len(self.columns)))
+        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(len(held), len(self.columns))))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,7 +133,7 @@ class ValueTable(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
         if self.hidden:
-            self.weight = fn(self.weight)
+            self.weight = prefer_huge_pages(fn(self.weight))
             self._place_anchor()
         return self
 

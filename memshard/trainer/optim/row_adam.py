@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch.optim import Optimizer
 
+from memshard.models.memory.pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
-from memshard.trainer.optim.row_update import BLOCK_ROWS, Step, update_rows
+from memshard.trainer.optim.compiled_update import update_rows_compiled
+from memshard.trainer.optim.row_update import BLOCK_ROWS, Step, factors, update_rows_plain
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
 Rounding = Literal["master", "stochastic"]
@@ -110,7 +112,9 @@ class RowAdam(Optimizer):
         parts = table.gradients(_scale(table) * factor)
         for part in _with_all_rows(parts, table) if self.semantics == "dense" else parts:
             updated += len(part.rows)
-            update_rows(table, state, step, part)
+            found = factors(step, state, part.rows)
+            if not update_rows_compiled(table, state, step, part, found):
+                update_rows_plain(table, state, step, part, found)
         table.drop_reads()
         return asked, updated
 
@@ -139,9 +143,9 @@ def _new_state(table: ValueTable, semantics: Semantics, rounding: Rounding) -> d
     dtype = torch.promote_types(table.weight.dtype, torch.float32)
     state: dict[str, Any] = {"step": 0}
     for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = torch.zeros_like(table.weight, dtype=dtype)
+        state[name] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).zero_()
     if table.weight.dtype != dtype and rounding == "master":
-        state["master"] = table.weight.detach().to(dtype)
+        state["master"] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).copy_(table.weight)
     # Floating point, because optimizers cast what they load to the dtype of the anchor; exact up to 2^24 steps.
     if semantics == "row-step":
         state["row_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)

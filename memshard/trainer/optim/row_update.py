@@ -61,9 +61,8 @@ def factors(step: Step, state: dict[str, Any], rows: Tensor) -> Factors:
     return Factors(size, eps, {name: value.to(state["exp_avg"].dtype) for name, value in by_row.items()})
 
 
-def update_rows(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads) -> None:
+def update_rows_plain(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
     """One Adam step on part.rows; the others keep their bits."""
-    found = factors(step, state, part.rows)
     if len(part.rows) >= DENSE_SHARE * len(table.weight):
         masked_pass(table, state, step, part, found)
     else:
@@ -131,9 +130,14 @@ def _adam(table: ValueTable, rows: Tensor, old: dict[str, Tensor], gradient: Ten
     return new
 
 
+def rounding_key(step: Step) -> int:
+    """What the random bits of a step's rounding depend on, besides row and column."""
+    return fold(_ROUNDING_STREAM, step.number)
+
+
 def _random(table: ValueTable, step: Step, rows: Tensor) -> Tensor:
     """32 random bits for each value, the same in every layout."""
-    keys = fold_tensor(fold(_ROUNDING_STREAM, step.number), rows + table.first_row)
+    keys = fold_tensor(rounding_key(step), rows + table.first_row)
     counters = torch.arange(table.columns.start, table.columns.stop, device=rows.device, dtype=torch.int32)
     return random_bits(keys[:, None], counters)
 
