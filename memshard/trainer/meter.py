@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from memshard.models.memory.table import find_tables
+from memshard.models.memory.table import ValueTable, find_tables
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.estimate import flops_per_token
@@ -72,6 +72,7 @@ class Meter:
                 values["train/table_norm"] = self.run.rows.norm
             touched = all_sum(torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)).tolist()
             for (name, table), (reads, rows) in zip(find_tables(self.run.model), touched, strict=True):
+                values[f"{name}/never_updated"] = self._never_updated(table) / table.slots
                 if isinstance(table, ShardedTable):
                     # Every column of a row, and every copy of it, is updated somewhere.
                     rows /= table.observers * table.copies
@@ -83,3 +84,11 @@ class Meter:
                 values |= {f"{name}/touched": rows / table.slots, f"{name}/duplicates": reads / max(rows, 1)}
         self.restart()
         return values
+
+    def _never_updated(self, table: ValueTable) -> float:
+        """Rows that no step has touched: their second moment is 0, as its first column tells."""
+        assert self.run.rows is not None
+        second = self.run.rows.state[table.anchor]["exp_avg_sq"][:, :1]
+        found = table.sum_over_parts(torch.stack(((second == 0).sum(), torch.tensor(second.shape[1], device=second.device))))
+        # Ranks that split columns all count the same rows, but for those that hold no column.
+        return float(found[0]) / max(1, min(int(found[1]), table.observers))

@@ -16,6 +16,7 @@ from memshard.models.memory.usage import UsageCounter
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
+from memshard.parallel.tables.columns import ColumnShardedTable
 from memshard.parallel.tables.shard import Exchange, Layout, shard_tables
 from memshard.trainer.evaluation.usage import usage_reports
 from memshard.trainer.optim.row_adam import RowAdam
@@ -98,6 +99,29 @@ def _compare(
         assert asdict(usage)[key] == pytest.approx(value, rel=1e-9, abs=1e-9), (case, key)
 
 
+def _check_same_reads(rank: int, world: int) -> None:
+    """Columns over ranks that all read the same, as tensor-parallel ranks do."""
+    torch.manual_seed(1)
+    whole = ValueTable(7, 5).double()
+    group = dist.group.WORLD
+    assert group is not None
+    shard = ColumnShardedTable(7, 5, group, same_reads=True)
+    whole.hide()
+    shard.hold(_piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format))
+    optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
+    for _ in range(2):
+        rows, upstream = torch.randint(7, (4, 3)), torch.randn(4, 5, dtype=torch.float64)
+        weights = [torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2)]
+        sums = [table.weighted_sum(rows, each) for table, each in zip((whole, shard), weights, strict=True)]
+        for each in sums:
+            each.backward(upstream)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weights[1].grad, weights[0].grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(shard.weight, _piece(whole.weight, world, rank, dim=1), rtol=1e-10, atol=1e-10)
+
+
 def _check_optimizers(rank: int, world: int) -> None:
     """Every semantics, half-precision values and clipping: the same bits, or nearly so, in all layouts."""
     options: list[dict[str, Any]] = [
@@ -176,6 +200,7 @@ _INITIAL: list[tuple[bool, Layout]] = [(False, "rows"), (True, "rows"), (True, "
 
 def _body(rank: int, world: int) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     _check_parity(rank, world)
+    _check_same_reads(rank, world)
     _check_optimizers(rank, world)
     _check_life(rank, world)
     return [_initial_state(share, layout) for share, layout in _INITIAL]

@@ -76,6 +76,16 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict
     assert losses(folder / "3 ranks", 10) == pytest.approx(one[:10], rel=1e-5)
 
 
+def test_table_metrics_do_not_depend_on_ranks_and_layouts(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = runs
+    for key in ("touched", "duplicates", "never_updated"):
+        one = numbers(folder / "1 rank", f"blocks.0.memory.values/{key}")
+        for other, step in (("2 ranks", 1), ("3 ranks", 1), ("on 3", 11)):
+            assert numbers(folder / other, f"blocks.0.memory.values/{key}")[step] == pytest.approx(one[step], rel=1e-3), (key, other)
+    few = (numbers(folder / f"{ranks}, few rows", "blocks.0.memory.values/touched")[1] for ranks in ("1 rank", "3 ranks"))
+    assert next(few) == pytest.approx(next(few))
+
+
 def test_a_rank_may_have_nothing_to_do(runs: tuple[Path, list[dict[str, Any]]]) -> None:
     """Two sequences on three ranks."""
     folder, _ = runs

@@ -48,6 +48,8 @@ class ValueTable(nn.Module):
         """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own tokens, as under DDP."""
         self.copies = 1
         """How many ranks hold the same part."""
+        self.observers = 1
+        """How many ranks of those that split the table see each read."""
         self.reads_asked = 0
         """Reads that this rank's own tokens have asked for, gradients wanted, since the collected gradient was last dropped."""
         self.weight = nn.Parameter(prefer_huge_pages(torch.empty(len(held), len(self.columns))))

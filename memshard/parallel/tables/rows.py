@@ -17,7 +17,6 @@ class RowShardedTable(ShardedTable):
     """
 
     spec_dim = 0
-    observers = 1
 
     def __init__(self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None = None) -> None:
         self.rows_per_rank = -(-slots // dist.get_world_size(group))

@@ -26,9 +26,6 @@ class ShardedTable(ValueTable):
     spec_dim: int
     """The dim of the whole table that the ranks split, in pieces as `torch.chunk` cuts them."""
 
-    observers: int
-    """How many ranks of the group see each read that the group makes."""
-
     def __init__(
         self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, held: range, columns: range | None = None
     ) -> None:
