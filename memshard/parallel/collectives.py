@@ -1,11 +1,21 @@
 """Sums and exchanges over ranks; without a process group they are the identity."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent to others: for reads, their sums and gradients, and to add row gradients up over replicas."""
+
+    reads: int = 0
+    replicas: int = 0
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -31,12 +41,19 @@ def differentiable_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _AllReduce.apply(x, group)
 
 
-def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, traffic: Traffic | None = None) -> Tensor:
     """Send send[r] leading rows of x to each rank r in turn, get receive[r] from it; differentiable.
 
-    x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part, backward too.
+    x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part, backward too. traffic: where to
+    count the bytes.
     """
-    return _Exchange.apply(x, list(send), list(receive), group)
+    return _Exchange.apply(x, list(send), list(receive), group, traffic)
+
+
+def share_counts(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Tell every rank r counts[r]; returns what the ranks tell this one. Waits for the device."""
+    ranks = len(counts)
+    return exchange(torch.tensor(counts, device=device), [1] * ranks, [1] * ranks, group).tolist()
 
 
 class _AllReduce(torch.autograd.Function):
@@ -52,16 +69,19 @@ class _AllReduce(torch.autograd.Function):
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, send, receive, group):  # type: ignore[no-untyped-def]
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(x, send, receive, group)
+    def forward(ctx, x, send, receive, group, traffic):  # type: ignore[no-untyped-def]
+        ctx.send, ctx.receive, ctx.group, ctx.traffic = send, receive, group, traffic
+        return _all_to_all(x, send, receive, group, traffic)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return _all_to_all(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
+        return _all_to_all(gradient, ctx.receive, ctx.send, ctx.group, ctx.traffic), None, None, None, None
 
 
-def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic | None) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    if traffic is not None:
+        to_others = sum(send) - send[dist.get_rank(group)]
+        traffic.reads += to_others * math.prod(x.shape[1:]) * x.element_size()
     return out

@@ -1,20 +1,23 @@
 """How many bytes a forward pass keeps for its backward pass, in closed form."""
 
 from memshard.models.config import ModelConfig
+from memshard.trainer.traffic import LayoutChoice
 
 _HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
 _QUERY_COPIES = {"batch": 4, "layer": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
-def activation_bytes(config: ModelConfig, length: int, ranks: int = 1, *, bf16: bool = False, document_mask: bool = False) -> float:
-    """Bytes kept for each token of a micro-batch, loss included; weights and their bf16 copies not.
+def activation_bytes(
+    config: ModelConfig, length: int, ranks: int = 1, layout: LayoutChoice | None = None, *, bf16: bool = False, document_mask: bool = False
+) -> float:
+    """Bytes kept for each token of a micro-batch, loss included; weights and their bf16 copies not. ranks: that split a table.
 
     The sum, for a values of bytes (4, or 2 under bf16 autocast), width d, per block:
         attention   a d (5, or 7 in bf16, which casts the input once for each of three projections), 4 heads
         two norms   4 d each (twice that for RMSNorm)
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
-        memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation; 8 heads keys of scores;
-                    28 heads topk of indices and weights (40 and 24 ranks if the table is sharded); gate 16 value_dim
+        memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
+                    16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim
         extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for rotary positions
     and 4 vocabulary + (a + 4) d for the head. The test compares it with what autograd really saves.
     """
@@ -34,7 +37,7 @@ def activation_bytes(config: ModelConfig, length: int, ranks: int = 1, *, bf16: 
     return (
         config.layers * (attention + 2 * norm)
         + feedforwards * _feedforward(config, a)
-        + memories * _memory(config, a, ranks)
+        + memories * _memory(config, a, ranks, layout)
         + dropout
         + head
     )
@@ -48,11 +51,17 @@ def _feedforward(config: ModelConfig, a: int) -> float:
     return a * (inputs * config.dim + _HIDDEN_COPIES[settings.activation] * hidden)
 
 
-def _memory(config: ModelConfig, a: int, ranks: int) -> float:
+def _memory(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None) -> float:
     settings = config.memory
     reads = settings.heads * settings.topk
+    value_dim = settings.value_dim or config.dim
     queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
-    scores = 8 * settings.heads * settings.keys
-    lookup = 28 * reads if ranks == 1 else 40 * reads + 24 * ranks
-    gate = (4 + 3 * a) * (settings.value_dim or config.dim) + (a * config.dim if a == 2 else 0) if settings.gate else 0
-    return a * config.dim + queries + scores + lookup + gate
+    lookup = 16.0 * reads
+    if ranks > 1 and layout is not None:
+        lookup += {
+            "rows, pooled": 24 * reads + 24 * ranks,
+            "rows, unique": reads / layout.duplicates * (4 * value_dim + 4),
+            "columns": 8 * reads * (ranks - 1),
+        }[layout.name]
+    gate = (4 + 3 * a) * value_dim + (a * config.dim if a == 2 else 0) if settings.gate else 0
+    return a * config.dim + queries + lookup + gate

@@ -9,11 +9,11 @@ import torch
 from memshard.models.config import ModelConfig
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
+from memshard.parallel.mesh import memory_ranks
 from memshard.trainer.activations import activation_bytes
 from memshard.trainer.available_memory import available_memory
 from memshard.trainer.config.recipe import Recipe
-
-_ID_BYTES, _VALUE_BYTES, _MOMENT_BYTES = 8, 4, 4
+from memshard.trainer.traffic import LayoutChoice, choose_layout, uniform_duplicates
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,16 @@ class RankBytes:
 class Estimate:
     """The costs of a run on `ranks` ranks.
 
-    rows_per_rank: of each table. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank sends for
-    each of its tokens, forward and backward. gradient_traffic: bytes a rank sends in a step for dense gradients.
+    memory_ranks: how many of them split a table. table_part: rows and columns of each table on a rank. micro_batch:
+    sequences a rank processes at once. lookup_traffic: bytes a rank sends for each of its tokens, forward and backward;
+    gradient_traffic and replica_traffic: in a step, for dense gradients and for row gradients between copies of a table.
     """
 
     ranks: int
+    memory_ranks: int
     parameters: Parameters
-    rows_per_rank: int
+    table_part: tuple[int, int]
+    layout: LayoutChoice
     bytes: RankBytes
     micro_batch: int
     micro_batches: int
@@ -78,36 +81,44 @@ class Estimate:
     flops_per_token: float
     lookup_traffic: float
     gradient_traffic: float
+    replica_traffic: float
 
 
-def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False) -> Estimate:
-    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. bf16: under bf16 autocast."""
+def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False, duplicates: float | None = None) -> Estimate:
+    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. bf16: under bf16 autocast.
+    duplicates: as measured (see `layout_choice`).
+    """
     if world < 1:
         raise ValueError(f"the number of ranks is {world}; it must be at least 1")
     length = recipe.data.length
     model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=recipe.model.max_length or length)
     assert model.vocab_size is not None
     parameters = count_parameters(model)
-    rows = math.ceil(model.memory.slots / world) if parameters.tables else 0
-    value_dim = model.memory.value_dim or model.dim
-    values = parameters.tables * rows * value_dim
+    memory, value_dim = model.memory, model.memory.value_dim or model.dim
+    layout, holders = layout_choice(recipe, world, duplicates), memory_ranks(recipe.parallel.memory, world)
+    by_columns = layout.layout == "columns"
+    part = (memory.slots, math.ceil(value_dim / holders)) if by_columns else (math.ceil(memory.slots / holders), value_dim)
+    values = parameters.tables * part[0] * part[1]
 
-    share = math.ceil(recipe.train.batch / world)
-    micro_batch = min(recipe.train.micro_batch or share, share)
+    share, micro_batch = _shares(recipe, world)
     tokens = micro_batch * length
-    activations = tokens * activation_bytes(model, length, world, bf16=bf16, document_mask=recipe.data.document_mask)
-    reads, update = _read_bytes(model, world)
-    backward = tokens * max(2 * 4 * model.vocab_size, 3 * 8 * model.memory.heads * model.memory.keys if parameters.tables else 0)
+    activations = tokens * activation_bytes(model, length, holders, layout, bf16=bf16, document_mask=recipe.data.document_mask)
+    reads, update = _read_bytes(model, holders, layout)
+    backward = tokens * max(2 * 4 * model.vocab_size, 3 * 8 * memory.heads * memory.keys if parameters.tables else 0)
+    copies = world // holders
+    touched = -math.expm1(-recipe.train.batch * length * memory.heads * memory.topk / memory.slots)
     return Estimate(
         ranks=world,
+        memory_ranks=holders,
         parameters=parameters,
-        rows_per_rank=rows,
+        table_part=part if parameters.tables else (0, 0),
+        layout=layout,
         bytes=RankBytes(
             dense_weights=parameters.dense * (6 if bf16 else 4),
             dense_gradients=parameters.dense * 4,
             dense_moments=parameters.dense * 8,
-            table_rows=values * _VALUE_BYTES,
-            table_moments=values * 2 * _MOMENT_BYTES,
+            table_rows=values * recipe.tables.value_bytes,
+            table_moments=values * recipe.tables.state_bytes,
             activations=activations,
             # The row update runs when activations are gone.
             workspace=max(backward, share * length * update - activations),
@@ -117,9 +128,30 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False) ->
         micro_batches=math.ceil(share / micro_batch),
         tokens_per_step=recipe.train.batch * length,
         flops_per_token=flops_per_token(model, length),
-        lookup_traffic=len(model.memory.layers) * lookup_traffic(world, value_dim, model.memory.heads * model.memory.topk),
+        lookup_traffic=len(memory.layers) * layout.sent[layout.name],
         gradient_traffic=2 * (world - 1) / world * parameters.dense * 4,
+        replica_traffic=2 * (copies - 1) / copies * touched * values * 4,
     )
+
+
+def layout_choice(recipe: Recipe, world: int, duplicates: float | None = None) -> LayoutChoice:
+    """How the recipe's tables are laid out on `world` ranks. duplicates: how often a rank reads a row in a micro-batch, of the
+    rows it reads, as measured; by default as if reads were spread evenly, so that the choice is the recipe's alone.
+    """
+    memory = recipe.model.memory
+    reads = memory.heads * memory.topk
+    tokens = _shares(recipe, world)[1] * recipe.data.length
+    duplicates = duplicates or uniform_duplicates(tokens * reads, memory.slots)
+    holders = memory_ranks(recipe.parallel.memory, world)
+    value_dim = memory.value_dim or recipe.model.dim
+    asked = recipe.parallel
+    return choose_layout(asked.layout, asked.exchange, holders, value_dim, reads, duplicates, recipe.tables.value_bytes)
+
+
+def _shares(recipe: Recipe, world: int) -> tuple[int, int]:
+    """Sequences of a rank in a step and in a micro-batch, at most."""
+    share = math.ceil(recipe.train.batch / world)
+    return share, min(recipe.train.micro_batch or share, share)
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
@@ -147,23 +179,21 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return 6.0 * (count_parameters(config).active + attention + lookup)
 
 
-def lookup_traffic(ranks: int, value_dim: int, reads: int, value_bytes: int = _VALUE_BYTES, id_bytes: int = _ID_BYTES) -> float:
-    """Bytes a rank sends for one of its tokens and one memory layer, forward and backward, in the layout `rows`.
-
-    Ids and weights go to the owners, which return one partial sum each, and the gradients the other way:
-    2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b), and (P - 1) i for how many of the token's reads each owner gets.
-    """
-    return 2 * (ranks - 1) * value_dim * value_bytes + (ranks - 1) / ranks * reads * (id_bytes + 2 * value_bytes) + (ranks - 1) * id_bytes
-
-
-def _read_bytes(model: ModelConfig, ranks: int) -> tuple[float, float]:
+def _read_bytes(model: ModelConfig, ranks: int, layout: LayoutChoice) -> tuple[float, float]:
     """Per token of the step: bytes kept by all tables' reads, and bytes that the update of one table needs besides."""
     memory = model.memory
-    reads, value_dim = memory.heads * memory.topk, memory.value_dim or model.dim
-    # An owner gets a bag, with its upstream gradient, for every token of every rank.
-    bags = ranks * (4 * value_dim + 8)
+    reads, value_dim = float(memory.heads * memory.topk), memory.value_dim or model.dim
+    bags = 4 * value_dim + 8.0
+    if layout.name == "rows, unique" and ranks > 1:
+        # An owner gets a bag, with its gradient, for every distinct row of every rank; evenly spread, that is what a rank reads.
+        reads /= layout.duplicates
+        bags *= reads
+    elif layout.name == "rows, pooled":
+        bags *= ranks
+    else:
+        reads, bags = reads * ranks, 4 * value_dim + 8.0 * ranks
     readers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)
-    return len(memory.layers) * (12 * reads + bags), readers_of_a_table * (44 * reads + bags)
+    return len(memory.layers) * (8 * reads + bags), readers_of_a_table * (44 * reads + bags)
 
 
 def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
-from memshard.models.memory.table import find_tables
+from memshard.models.memory.table import ValueTable, find_tables
 from memshard.parallel.collectives import all_sum
+from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.estimate import flops_per_token
 from memshard.trainer.peak import peak_flops
 from memshard.trainer.run import Run
@@ -21,6 +22,7 @@ class Meter:
         self.run = run
         self.flops = flops_per_token(run.recipe.model, run.recipe.data.length)
         self.peak = peak_flops(run.device, run.dtype) * run.ranks
+        self.sent: dict[str, int] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -32,10 +34,16 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around an evaluation or save, whose time is not training's."""
+        """Around an evaluation or save, whose time and traffic are not training's."""
         begun = time.perf_counter()
+        sent = {name: table.traffic.reads for name, table in self._sharded()}
         yield
         self.begun += time.perf_counter() - begun
+        for name, table in self._sharded():
+            table.traffic.reads = sent[name]
+
+    def _sharded(self) -> Iterator[tuple[str, ShardedTable]]:
+        return ((name, table) for name, table in find_tables(self.run.model) if isinstance(table, ShardedTable))
 
     def add(self, outcome: StepOutcome) -> None:
         """Count a step."""
@@ -60,8 +68,27 @@ class Meter:
             "speed/data_wait": self.data_wait / seconds,
         }
         if self.run.rows is not None:
+            if self.run.rows.norm is not None:
+                values["train/table_norm"] = self.run.rows.norm
             touched = all_sum(torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)).tolist()
             for (name, table), (reads, rows) in zip(find_tables(self.run.model), touched, strict=True):
+                values[f"{name}/never_updated"] = self._never_updated(table) / table.slots
+                if isinstance(table, ShardedTable):
+                    # Every column of a row, and every copy of it, is updated somewhere.
+                    rows /= table.observers * table.copies
+                    tokens = self.steps * recipe.train.batch * recipe.data.length / self.run.ranks
+                    values[f"{name}/sent_per_token"] = (table.traffic.reads - self.sent.get(name, 0)) / tokens
+                    self.sent[name] = table.traffic.reads
+                    if table.duplicates is not None:
+                        values[f"{name}/micro_batch_duplicates"] = table.duplicates
                 values |= {f"{name}/touched": rows / table.slots, f"{name}/duplicates": reads / max(rows, 1)}
         self.restart()
         return values
+
+    def _never_updated(self, table: ValueTable) -> float:
+        """Rows that no step has touched: their second moment is 0, as its first column tells."""
+        assert self.run.rows is not None
+        second = self.run.rows.state[table.anchor]["exp_avg_sq"][:, :1]
+        found = table.sum_over_parts(torch.stack(((second == 0).sum(), torch.tensor(second.shape[1], device=second.device))))
+        # Ranks that split columns all count the same rows, but for those that hold no column.
+        return float(found[0]) / max(1, min(int(found[1]), table.observers))

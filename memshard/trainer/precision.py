@@ -3,6 +3,11 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
+
+from memshard.models.memory.table import find_tables
+
+TABLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -17,3 +22,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """The context of forward passes: parameters stay fp32, matrix products run in `dtype`."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def store_tables(model: nn.Module, dtype: str) -> None:
+    """Give all value tables of the model the recipe's dtype."""
+    for _, table in find_tables(model):
+        table.to(TABLE_DTYPES[dtype])

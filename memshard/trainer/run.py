@@ -14,7 +14,7 @@ from memshard.data_pipeline.stream.train import TrainStream
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.initialize import initialize
 from memshard.models.memory.query_norm import QueryNorm
-from memshard.models.memory.table import find_tables
+from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.parallel.collectives import from_first
@@ -23,11 +23,11 @@ from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune
 from memshard.trainer.checkpoint.store import load_state, load_tensors, save_checkpoint
 from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
-from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
 from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.estimate import check_fits
+from memshard.trainer.estimate import check_fits, layout_choice
 from memshard.trainer.optim.row_adam import RowAdam
-from memshard.trainer.precision import compute_dtype
+from memshard.trainer.precision import compute_dtype, store_tables
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_identity, write_config
 from memshard.trainer.tasks.language_model import LanguageModelTask
 
@@ -119,16 +119,17 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     held_out = HeldOutStream(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
-    mesh = build_mesh(device.type)
+    mesh = build_mesh(device.type, recipe.parallel.memory)
+    layout = layout_choice(recipe, ranks)
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    placement = apply(model, mesh)
+    placement = apply(model, mesh, layout.layout, layout.exchange)
+    store_tables(model, recipe.tables.dtype)
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
     for _, memory in model.memories():
         memory.query_norm.deferred = True
     tables = [table for _, table in find_tables(model)]
-    adam = recipe.tables
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -140,7 +141,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         model=model,
         placement=placement,
         engine=NativeEngine(model, recipe.optimizer, mesh),
-        rows=RowAdam(tables, lr=adam.lr, betas=adam.betas, eps=adam.eps) if tables else None,
+        rows=_row_adam(tables, recipe.tables) if tables else None,
         task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed),
         stream=stream,
         held_out=held_out,
@@ -149,6 +150,10 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     if rank == 0:
         write_config(folder, recipe)
     return run
+
+
+def _row_adam(tables: list[ValueTable], config: TableOptimizerConfig) -> RowAdam:
+    return RowAdam(tables, config.lr, config.betas, config.eps, config.semantics, config.rounding, config.clip)
 
 
 def resolve(recipe: Recipe) -> Recipe:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import ValueTable, externalize_tables, find_tables
 
 
@@ -102,6 +103,21 @@ def test_evaluation_collects_nothing() -> None:
     model(torch.ones(3, 6))
     ((_, table),) = find_tables(model)
     assert not table.reads and table.anchor.grad is None
+
+
+def test_micro_batches_keep_5_kb_a_token() -> None:
+    """128 reads of 1024 values in fp32: the rows and weights of the reads, and one upstream gradient."""
+    table = ValueTable(64, 1024)
+    table.hide()
+    tokens = 0
+    for _ in range(4):
+        weights = torch.rand(8, 128, requires_grad=True)
+        table.weighted_sum(torch.randint(64, (8, 128)), weights).backward(torch.randn(8, 1024))
+        tokens += 8
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for read in table.reads for x in vars(read).values()}
+    assert len(table.reads) == 4 and sum(kept.values()) < 5.2 * 1024 * tokens
+    # Summed in blocks: no more than 5 rows' gradients at a time, none of them dense.
+    assert sum(len(rows) for rows, gradient in row_gradients(table.reads, 5) if gradient.shape == (len(rows), 1024)) == 64
 
 
 @pytest.mark.parametrize("where", ["weights", "upstream"])

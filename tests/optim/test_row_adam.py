@@ -4,8 +4,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import ValueTable, externalize_tables
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim import row_adam, row_update
+from memshard.trainer.optim.row_adam import Rounding, RowAdam, Semantics
+from memshard.trainer.optim.row_update import round_stochastically
 
 
 def _table(slots: int = 50, dim: int = 3, dtype: torch.dtype = torch.float64) -> ValueTable:
@@ -111,19 +114,162 @@ def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
         torch.testing.assert_close(tables[0].weight, values.data, rtol=1e-10, atol=1e-10)
 
 
+def _gradient(step: int) -> Tensor:
+    """Of a table of 50 rows: all of them, or every third."""
+    gradient = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    gradient[torch.arange(50) % 3 != step % 3] = 0
+    return gradient
+
+
+def _read_with(table: ValueTable, gradient: Tensor) -> None:
+    """Make `gradient` the table's; rows without any are not read."""
+    rows = gradient.any(1).nonzero()
+    table.weighted_sum(rows, torch.ones_like(rows, dtype=gradient.dtype)).backward(gradient[rows[:, 0]])
+
+
+@pytest.mark.parametrize("semantics", ["lazy", "row-step", "catch-up", "dense"])
+def test_every_semantics_is_dense_adam_when_all_rows_are_read(semantics: Semantics) -> None:
+    table = _table()
+    twin = torch.nn.Parameter(table.weight.clone())
+    ours = RowAdam([table], lr=0.02, betas=(0.8, 0.95), eps=1e-12, semantics=semantics)
+    theirs = torch.optim.Adam([twin], lr=0.02, betas=(0.8, 0.95), eps=1e-12)
+    for step in range(12):
+        gradient = sum((_gradient(3 * step + part) for part in range(3)), torch.zeros(50, 3).double())
+        _read_with(table, gradient)
+        twin.grad = gradient
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(table.weight, twin.data, rtol=1e-8, atol=1e-8)
+
+
+def test_dense_is_torchs_adam_whatever_is_read() -> None:
+    table = _table()
+    twin = torch.nn.Parameter(table.weight.clone())
+    ours = RowAdam([table], lr=0.02, betas=(0.8, 0.95), eps=1e-3, semantics="dense")
+    theirs = torch.optim.Adam([twin], lr=0.02, betas=(0.8, 0.95), eps=1e-3)
+    for step in range(12):
+        _read_with(table, _gradient(step))
+        twin.grad = _gradient(step)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(table.weight, twin.data, rtol=1e-12, atol=1e-12)
+    assert ours.touched[0][1] == 50
+
+
+def test_catch_up_has_dense_adams_moments_in_the_rows_it_reads() -> None:
+    table = _table()
+    twin = torch.nn.Parameter(table.weight.clone())
+    ours = RowAdam([table], lr=0.02, betas=(0.8, 0.95), semantics="catch-up")
+    theirs = torch.optim.Adam([twin], lr=0.02, betas=(0.8, 0.95))
+    for step in (0, 1, 2, 3, 3, 5, 0, 1):
+        _read_with(table, _gradient(step))
+        twin.grad = _gradient(step)
+        ours.step()
+        theirs.step()
+        read = _gradient(step).any(1)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours.state[table.anchor][name][read], theirs.state[twin][name][read], rtol=1e-10, atol=1e-14)
+
+
+def test_row_step_corrects_each_row_by_its_own_steps() -> None:
+    """A row that is first read late moves by the learning rate, as in its own first step."""
+    table = _table()
+    optimizer = RowAdam([table], lr=0.1, eps=1e-12, semantics="row-step")
+    for row, times in ((1, 20), (2, 1)):
+        for _ in range(times):
+            before = table.weight.clone()
+            table.weighted_sum(torch.tensor([[row]]), torch.ones(1, 1).double()).sum().backward()
+            optimizer.step()
+            torch.testing.assert_close(before[row] - table.weight[row], torch.full((3,), 0.1).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("semantics", ["lazy", "row-step", "catch-up"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_the_masked_pass_over_all_rows_gives_the_same_bits(
+    semantics: Semantics, dtype: torch.dtype, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_adam, "update_rows_compiled", lambda *_: False)
+    monkeypatch.setattr(row_update, "BLOCK_ROWS", 16)
+    results = []
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(row_update, "DENSE_SHARE", share)
+        table = _table(slots=50, dim=21, dtype=dtype)
+        optimizer = RowAdam([table], lr=0.02, semantics=semantics, rounding=rounding)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            rows = torch.randint(50, (5, 4), generator=generator)
+            table.weighted_sum(rows, torch.rand(5, 4, generator=generator)).backward(torch.randn(5, 21, generator=generator))
+            optimizer.step()
+        results.append([table.weight, *(value for value in optimizer.state[table.anchor].values() if isinstance(value, Tensor))])
+    assert len(results[0]) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_tables_in_half_precision_have_moments_in_fp32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_tables_in_half_precision_have_moments_in_fp32(dtype: torch.dtype, rounding: Rounding) -> None:
     """Gradients of 1e-5, whose squares are 0 in half precision, move the table by the learning rate."""
     table = _table(dtype=dtype)
     with torch.no_grad():
         table.weight.zero_()
-    optimizer = RowAdam([table], lr=0.01, eps=1e-12)
+    optimizer = RowAdam([table], lr=0.01, eps=1e-12, rounding=rounding)
     rows = torch.tensor([[1, 2]])
     table.weighted_sum(rows, torch.ones(1, 2, dtype=dtype)).backward(torch.full((1, 3), 1e-5, dtype=dtype))
     optimizer.step()
     assert optimizer.state[table.anchor]["exp_avg_sq"].dtype == torch.float32
     torch.testing.assert_close(table.weight[1:3].float(), torch.full((2, 3), -0.01), rtol=0.01, atol=0)
     assert not table.weight[3:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_changes_below_the_resolution_of_the_values_add_up(dtype: torch.dtype, rounding: Rounding) -> None:
+    """400 steps of 1e-5, at values of 1 whose neighbours are 5e-4 or more away."""
+    table = _table(slots=4, dim=512, dtype=dtype)
+    with torch.no_grad():
+        table.weight.fill_(1)
+    optimizer = RowAdam([table], lr=1e-5, eps=1e-12, rounding=rounding)
+    for _ in range(400):
+        table.weighted_sum(torch.tensor([[0, 1, 2]]), torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert table.weight[:3].float().mean() == pytest.approx(1 - 400e-5, abs=4e-4)
+    assert (table.weight[3] == 1).all()
+
+
+def test_stochastic_rounding_hits_both_neighbours_with_the_right_mean() -> None:
+    exact = torch.tensor([1.0001, -3e-6, 0.3, 1000.4, 2.0, -6e-8, 0.0])
+    bits = torch.randint(-(2**31), 2**31 - 1, (4000, 7), generator=torch.Generator().manual_seed(0)).int()
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = round_stochastically(exact.expand(4000, -1).contiguous(), bits, dtype)
+        distance = (exact - exact.to(dtype).float()).abs().clamp(min=1e-9) + torch.finfo(dtype).eps * exact.abs() + 6e-8
+        assert ((rounded.float() - exact).abs() <= distance).all()
+        torch.testing.assert_close(rounded.double().mean(0), exact.double(), rtol=4e-4, atol=2e-8)
+        assert (rounded[:, [4, 6]].float() == exact[[4, 6]]).all()
+
+
+def test_clipping_by_the_norm_of_all_tables() -> None:
+    """Each row counts once, with all its reads."""
+    tables, twins = [_table(), _table()], [_table(), _table()]
+    clipped, plain = RowAdam(tables, clip=0.5), RowAdam(twins)
+    for number, pair in enumerate(zip(tables, twins, strict=True)):
+        for table in pair:
+            for micro in range(2):
+                rows, weights, upstream = _reads(number, micro, 5)
+                table.weighted_sum(rows, weights).backward(upstream)
+    squares = sum(gradient.square().sum() for table in twins for _, gradient in row_gradients(table.reads, 3))
+    clipped.step()
+    plain.step()
+    assert clipped.norm == pytest.approx(float(squares) ** 0.5)
+    for table, twin in zip(tables, twins, strict=True):
+        moments = clipped.state[table.anchor]["exp_avg"], plain.state[twin.anchor]["exp_avg"]
+        torch.testing.assert_close(moments[0], moments[1] * 0.5 / float(squares) ** 0.5, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("option", "value"), [("semantics", "lasy"), ("rounding", "up")])
+def test_unknown_options_are_explained(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is '{value}'; choose one of"):
+        RowAdam([_table()], **{option: value})  # type: ignore[arg-type]
 
 
 def test_gradient_scale() -> None:

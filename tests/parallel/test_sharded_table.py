@@ -1,18 +1,24 @@
-"""A table split by rows over ranks is the local table: reads, gradients, updates, initial values."""
+"""A table spread over ranks, in every layout, is the local table: reads, gradients, updates, usage, initial values."""
 
 from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from memshard.models.initialize import initialize
 from memshard.models.memory.table import ValueTable, externalize_tables, find_tables
+from memshard.models.memory.usage import UsageCounter
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
-from memshard.parallel.tables.shard import shard_tables
+from memshard.parallel.tables.columns import ColumnShardedTable
+from memshard.parallel.tables.shard import Exchange, Layout, shard_tables
+from memshard.trainer.evaluation.usage import usage_reports
 from memshard.trainer.optim.row_adam import RowAdam
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config
@@ -30,40 +36,125 @@ _CASES = {
 }
 
 
-def _piece(x: Tensor, world: int, rank: int) -> Tensor:
-    """Rank's rows as torch.chunk cuts them; the last ranks may have none."""
-    size = -(-len(x) // world)
-    return x[rank * size : (rank + 1) * size]
+_FORMS: list[tuple[Layout, Exchange]] = [("rows", "pooled"), ("rows", "unique"), ("columns", "pooled")]
+
+
+def _piece(x: Tensor, world: int, rank: int, dim: int = 0) -> Tensor:
+    """Rank's part as torch.chunk cuts it; the last ranks may have none."""
+    size = -(-x.shape[dim] // world)
+    first = min(rank * size, x.shape[dim])
+    return x.narrow(dim, first, min(size, x.shape[dim] - first))
+
+
+def _groups(rank: int, world: int, memory: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The rank's memory group, of neighbouring ranks, and the ranks that hold the same part."""
+    mesh = init_device_mesh("cpu", (world // memory, memory), mesh_dim_names=("replica", "memory"))
+    return mesh.get_group("memory"), mesh.get_group("replica")
 
 
 def _check_parity(rank: int, world: int) -> None:
     """On every rank the sharded table against a local copy that reads the tokens of all ranks."""
-    for name, (slots, counts, below) in _CASES.items():
-        tokens = counts[:world] if world < 4 else counts
-        torch.manual_seed(1)
-        whole = ValueTable(slots, 5).double()
-        holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
-        (shard,) = shard_tables(holder, average=False)
-        whole.hide()
-        assert holder["a"] is shard and not list(holder.parameters())
-        assert torch.equal(shard.weight, _piece(whole.weight, world, rank)), name
-        optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
-        mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    for memory in (size for size in (1, 2, 3, 4) if world % size == 0 and (size > 1 or world < 3)):
+        group, replicas = _groups(rank, world, memory)
+        for layout, exchange in _FORMS:
+            for name, (slots, counts, below) in _CASES.items():
+                tokens = counts[:world] if world < 4 else counts
+                case = f"{name}, {layout}, {exchange}, {memory} of {world} ranks"
+                torch.manual_seed(1)
+                whole = ValueTable(slots, 5).double()
+                holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
+                (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
+                whole.hide()
+                assert holder["a"] is shard and not list(holder.parameters())
+                part = int(layout == "columns"), memory, rank % memory
+                assert torch.equal(shard.weight, _piece(whole.weight, part[1], part[2], part[0])), case
+                _compare(whole, shard, tokens, below, part, case, rank)
+
+
+def _compare(
+    whole: ValueTable, shard: ValueTable, tokens: tuple[int, ...], below: int, part: tuple[int, int, int], case: str, rank: int
+) -> None:
+    optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
+    mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    whole.observer, shard.observer = counters = UsageCounter(whole), UsageCounter(shard)
+    for _ in range(2):
         for _ in range(2):
-            for _ in range(2):
-                rows = torch.randint(below, (sum(tokens), 6))
-                weights = torch.randn(rows.shape, dtype=torch.float64)
-                upstream = torch.randn(len(rows), 5, dtype=torch.float64)
-                all_weights, my_weights = weights.clone().requires_grad_(), weights[mine].clone().requires_grad_()
-                expected, y = whole.weighted_sum(rows, all_weights), shard.weighted_sum(rows[mine], my_weights)
-                torch.testing.assert_close(y, expected[mine], rtol=1e-12, atol=1e-12, msg=name)
-                expected.backward(upstream)
-                y.backward(upstream[mine])
-                assert my_weights.grad is not None and all_weights.grad is not None
-                torch.testing.assert_close(my_weights.grad, all_weights.grad[mine], rtol=1e-12, atol=1e-12, msg=name)
-            for optimizer in optimizers:
-                optimizer.step()
-            torch.testing.assert_close(shard.weight, _piece(whole.weight, world, rank), rtol=1e-10, atol=1e-10, msg=name)
+            rows = torch.randint(below, (sum(tokens), 6))
+            weights = torch.rand(rows.shape, dtype=torch.float64)
+            upstream = torch.randn(len(rows), 5, dtype=torch.float64)
+            all_weights, my_weights = weights.clone().requires_grad_(), weights[mine].clone().requires_grad_()
+            expected, y = whole.weighted_sum(rows, all_weights), shard.weighted_sum(rows[mine], my_weights)
+            torch.testing.assert_close(y, expected[mine], rtol=1e-12, atol=1e-12, msg=case)
+            expected.backward(upstream)
+            y.backward(upstream[mine])
+            assert my_weights.grad is not None and all_weights.grad is not None
+            torch.testing.assert_close(my_weights.grad, all_weights.grad[mine], rtol=1e-12, atol=1e-12, msg=case)
+        for optimizer in optimizers:
+            optimizer.step()
+        expected = _piece(whole.weight, part[1], part[2], part[0])
+        torch.testing.assert_close(shard.weight, expected, rtol=1e-10, atol=1e-10, msg=case)
+        assert optimizers[0].state[whole.anchor]["step"] == optimizers[1].state[shard.anchor]["step"], case
+    expected_usage, usage = counters[0].report(), usage_reports({"a": counters[1]})["a"]
+    for key, value in asdict(expected_usage).items():
+        assert asdict(usage)[key] == pytest.approx(value, rel=1e-9, abs=1e-9), (case, key)
+
+
+def _check_same_reads(rank: int, world: int) -> None:
+    """Columns over ranks that all read the same, as tensor-parallel ranks do."""
+    torch.manual_seed(1)
+    whole = ValueTable(7, 5).double()
+    group = dist.group.WORLD
+    assert group is not None
+    shard = ColumnShardedTable(7, 5, group, same_reads=True)
+    whole.hide()
+    shard.hold(_piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format))
+    optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
+    for _ in range(2):
+        rows, upstream = torch.randint(7, (4, 3)), torch.randn(4, 5, dtype=torch.float64)
+        weights = [torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2)]
+        sums = [table.weighted_sum(rows, each) for table, each in zip((whole, shard), weights, strict=True)]
+        for each in sums:
+            each.backward(upstream)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weights[1].grad, weights[0].grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(shard.weight, _piece(whole.weight, world, rank, dim=1), rtol=1e-10, atol=1e-10)
+
+
+def _check_optimizers(rank: int, world: int) -> None:
+    """Every semantics, half-precision values and clipping: the same bits, or nearly so, in all layouts."""
+    options: list[dict[str, Any]] = [
+        {"semantics": "row-step", "clip": 0.3},
+        {"semantics": "catch-up"},
+        {"semantics": "dense"},
+        {"rounding": "stochastic"},
+        {"rounding": "master", "semantics": "row-step"},
+    ]
+    for number, option in enumerate(options):
+        for memory in {1, world}:
+            for layout, exchange in _FORMS:
+                torch.manual_seed(number)
+                whole = ValueTable(9, 6).to(torch.float16 if "rounding" in option else torch.float64)
+                holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
+                group, replicas = _groups(rank, world, memory)
+                (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
+                whole.hide()
+                optimizers = RowAdam([whole], lr=0.1, **option), RowAdam([shard], lr=0.1, **option)
+                for _ in range(3):
+                    rows = torch.randint(4, (world, 3)) + torch.randint(6, ())
+                    weights, upstream = torch.rand(world, 3, dtype=torch.float64), torch.randn(world, 6, dtype=torch.float64)
+                    dtype = torch.promote_types(whole.weight.dtype, torch.float32)
+                    whole.weighted_sum(rows, weights.to(dtype)).backward(upstream.to(dtype))
+                    shard.weighted_sum(rows[rank, None], weights[rank, None].to(dtype)).backward(upstream[rank, None].to(dtype))
+                    for optimizer in optimizers:
+                        optimizer.step()
+                case = f"{option}, {layout}, {exchange}, {memory} of {world} ranks"
+                part = _piece(whole.weight, memory, rank % memory, int(layout == "columns"))
+                tolerance = 2e-3 if "rounding" in option else 1e-10
+                torch.testing.assert_close(shard.weight, part, rtol=tolerance, atol=tolerance, msg=case)
+                if "clip" in option:
+                    assert optimizers[1].norm == pytest.approx(optimizers[0].norm, rel=1e-10), case
 
 
 def _check_life(rank: int, world: int) -> None:
@@ -91,11 +182,11 @@ def _gather(x: Tensor, slots: int, world: int) -> list[Tensor]:
     return parts
 
 
-def _initial_state(share: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _initial_state(share: bool, layout: Layout) -> tuple[dict[str, Tensor], dict[str, int]]:
     """This rank's state of a model that was built on meta, spread, and only then given memory."""
     with torch.device("meta"):
         model = Transformer(tiny_config({"keys": 5, "share": share}))
-    placement = apply(model, build_mesh("cpu"))
+    placement = apply(model, build_mesh("cpu"), layout)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -104,17 +195,22 @@ def _initial_state(share: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
     return dict(model.state_dict()), {name: spec.dim for name, spec in placement.items()}
 
 
+_INITIAL: list[tuple[bool, Layout]] = [(False, "rows"), (True, "rows"), (True, "columns")]
+
+
 def _body(rank: int, world: int) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     _check_parity(rank, world)
+    _check_same_reads(rank, world)
+    _check_optimizers(rank, world)
     _check_life(rank, world)
-    return [_initial_state(share) for share in (False, True)]
+    return [_initial_state(share, layout) for share, layout in _INITIAL]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_a_sharded_table_equals_the_local_one(world: int) -> None:
     """All checks at once: starting ranks is what takes time."""
     ranks = run_distributed(_body, world)
-    for index, share in enumerate((False, True)):
+    for index, (share, layout) in enumerate(_INITIAL):
         model = Transformer(tiny_config({"keys": 5, "share": share}))
         externalize_tables(model)
         initialize(model, 7)
@@ -125,7 +221,7 @@ def test_a_sharded_table_equals_the_local_one(world: int) -> None:
             placements = [states[index][1] for states in ranks]
             assert all(set(placement) == (split if world > 1 else set()) for placement in placements)
             if name in placements[0]:
-                assert sum(len(piece) for piece in pieces) == 25
+                assert placements[0][name] == int(layout == "columns")
                 assert torch.equal(torch.cat(pieces, dim=placements[0][name]), tensor), name
             else:
                 assert all(torch.equal(piece, tensor) for piece in pieces), name

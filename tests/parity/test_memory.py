@@ -141,7 +141,7 @@ def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> No
         ours, dense = parameter.grad, visible[name].grad
         assert ours is not None and dense is not None and torch.equal(ours, dense), name
 
-    blocks = list(row_gradients(table.reads, torch.float64, block))
+    blocks = list(row_gradients(table.reads, block))
     rows = torch.cat([rows for rows, _ in blocks])
     assert all(len(rows) <= block for rows, _ in blocks)
     assert rows.diff().gt(0).all()
@@ -155,7 +155,7 @@ def test_equal_reads_give_equal_bits() -> None:
     gradients = []
     for _ in range(2):
         hidden(_tokens(50).float()).square().sum().backward()
-        gradients.append(torch.cat([gradient for _, gradient in row_gradients(table.reads, torch.float32, 16)]))
+        gradients.append(torch.cat([gradient for _, gradient in row_gradients(table.reads, 16)]))
         table.drop_reads()
     assert torch.equal(*gradients)
 

@@ -16,10 +16,12 @@ from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
 from memshard.parallel.tables.shard import shard_tables
+from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.activations import activation_bytes
-from memshard.trainer.config.recipe import DataConfig, Recipe, TrainConfig
-from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, lookup_traffic, remedies
+from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe, TrainConfig
+from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies
 from memshard.trainer.peak import peak_flops
+from memshard.trainer.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates
 from tests.distributed import run_distributed
 
 MEMORY = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
@@ -82,15 +84,16 @@ def test_paper_size_model_by_hand() -> None:
         data=DataConfig(path="nowhere", length=512),
         model=ModelConfig(layers=16, dim=1024, memory=memory, mixer=MixerConfig(heads=16)),
         train=TrainConfig(batch=256, micro_batch=4),
+        parallel=ParallelConfig(layout="rows"),
     )
     cost = estimate(recipe, 32, 50_000)
-    assert cost.parameters.table == 2**30 and cost.rows_per_rank == 2**15
+    assert cost.parameters.table == 2**30 and cost.table_part == (2**15, 1024)
     assert cost.bytes.table_rows == 2**15 * 1024 * 4 and cost.bytes.table_moments == 2 * cost.bytes.table_rows
     dense = 50_000 * 1024 + 512 * 1024 + 16 * 4 * 1024**2 + 15 * 8 * 1024**2 + 1024 * 1024 + 1024 * 1024
     assert cost.parameters.dense == pytest.approx(dense, rel=0.001)
     assert (cost.micro_batch, cost.micro_batches, cost.tokens_per_step) == (4, 2, 256 * 512)
     assert cost.flops_per_token == pytest.approx(6 * (dense - 512 * 1024 + 16 * 512 * 1024 + 128 * 1024), rel=0.001)
-    assert estimate(recipe, 33, 50_000).rows_per_rank * 33 >= 2**20
+    assert estimate(recipe, 33, 50_000).table_part[0] * 33 >= 2**20
 
 
 def test_flops_of_attention_and_lookup_count() -> None:
@@ -100,10 +103,8 @@ def test_flops_of_attention_and_lookup_count() -> None:
     assert flops_per_token(wider, 64) - flops_per_token(MODEL, 64) == 6 * 4 * 8 * 64
 
 
-def _sent_bytes(rank: int, world: int) -> float:
-    """What this rank really sends to others for a read of 24 tokens and its backward."""
-    table = ValueTable(slots=64, dim=16)
-    (sharded,) = shard_tables(torch.nn.Sequential(table))
+def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
+    """Bytes that this rank really sends to others for a read of 48 tokens and its backward, and how often it read a row."""
     sent = 0
     exchange = dist.all_to_all_single
 
@@ -114,16 +115,49 @@ def _sent_bytes(rank: int, world: int) -> float:
         return exchange(out, x, out_sizes, in_sizes, group)
 
     dist.all_to_all_single = counted  # type: ignore[assignment]
-    rows = torch.arange(24 * 8).view(24, 8) % 64
-    weights = torch.rand(24, 8, requires_grad=True)
-    sharded.weighted_sum(rows, weights).sum().backward()
-    return sent
+    found = {}
+    for layout, how in LAYOUTS:
+        (table,) = shard_tables(torch.nn.Sequential(ValueTable(slots=64, dim=36)), layout=layout, exchange=how)
+        rows = torch.randint(64, (48, 8), generator=torch.Generator().manual_seed(rank))
+        before = sent
+        table.weighted_sum(rows, torch.rand(48, 8, requires_grad=True)).sum().backward()
+        assert isinstance(table, ShardedTable) and table.duplicates is not None
+        assert table.traffic.reads == pytest.approx(sent - before, rel=0.01)
+        found[layout_name(layout, how)] = (table.traffic.reads, table.duplicates)
+    return found
 
 
-def test_traffic_is_what_the_ranks_send() -> None:
-    for sent in run_distributed(_sent_bytes, 2):
-        assert sent == pytest.approx(24 * lookup_traffic(2, 16, 8), rel=0.02)
-    assert lookup_traffic(1, 16, 8) == 0
+@pytest.mark.parametrize("world", [2, 3])
+def test_traffic_is_what_the_ranks_send(world: int) -> None:
+    for found in run_distributed(_sent_bytes, world):
+        for layout, how in LAYOUTS:
+            counted, duplicates = found[layout_name(layout, how)]
+            # Rows do not divide by 3, so ranks differ a little.
+            predicted = 48 * sent_per_token(layout, how, world, 36, 8, duplicates)
+            assert counted == pytest.approx(predicted, rel=0.05), (layout, how)
+    assert all(sent_per_token(layout, how, 1, 16, 8) == 0 for layout, how in LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "duplicates", "expected"), [(2, 1.0, "columns"), (64, 1.0, "rows, pooled"), (64, 16.0, "rows, unique"), (8, 16.0, "columns")]
+)
+def test_the_layout_that_sends_least_is_chosen(ranks: int, duplicates: float, expected: str) -> None:
+    choice = choose_layout("auto", "auto", ranks, 1024, 128, duplicates)
+    assert choice.name == expected and expected in choice.reason
+    others = {**choice.sent, "columns": float("inf")} if choice.name != "columns" else choice.sent
+    assert choice.sent[expected] == min(others.values())
+
+
+def test_a_recipe_can_ask_for_a_layout() -> None:
+    assert choose_layout("rows", "auto", 2, 1024, 128, 1.0).name == "rows, pooled"
+    assert choose_layout("auto", "unique", 2, 1024, 128, 1.0).name == "rows, unique"
+    assert choose_layout("columns", "auto", 64, 64, 128, 1.0).name == "columns"
+
+
+@pytest.mark.parametrize(("reads", "measured"), [(256 * 128, 1.1), (1024 * 128, 1.3), (4096 * 128, 2.5), (8192 * 128, 4.3)])
+def test_duplicates_of_batch_normalised_queries(reads: int, measured: float) -> None:
+    """Against reads of a 512^2 memory that were counted."""
+    assert uniform_duplicates(reads, 512**2) == pytest.approx(measured, rel=0.1)
 
 
 RECIPE = Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, max_length=None), train=TrainConfig(batch=64))

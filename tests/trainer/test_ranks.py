@@ -1,4 +1,4 @@
-"""The number of ranks, and of micro-batches, changes nothing but the speed."""
+"""The number of ranks, the layout of tables, and the number of micro-batches change nothing but the speed."""
 
 import shutil
 from dataclasses import asdict
@@ -26,9 +26,9 @@ def _copy_with_one_checkpoint(run: Path, copy: Path) -> None:
             shutil.rmtree(path)
 
 
-def _load(recipe: Path, folder: Path) -> dict[str, Any]:
+def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
     """What a checkpoint saved on two ranks becomes on these: whole tensors, and its evaluation."""
-    run = prepare(recipe, folder, *LONG)
+    run = prepare(recipe, folder, *LONG, *layout)
     tensors = model_tensors(run.model, run.placement, run.mesh)
     tensors |= optimizer_tensors(run.model, run.engine.optimizer, run.rows, run.placement, run.mesh)
     whole = {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone() for name, tensor in tensors.items()}
@@ -37,10 +37,11 @@ def _load(recipe: Path, folder: Path) -> dict[str, Any]:
 
 
 def _three_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
-    loaded = _load(recipe, folder / "on 3")
-    train_run(recipe, folder / "on 3", *LONG, stop_at=20)
-    train_run(recipe, folder / "3 ranks", *LONG, stop_at=10)
-    train_run(recipe, folder / "3 ranks, few rows", *FEW)
+    loaded = _load(recipe, folder / "on 3", "parallel.layout=columns")
+    train_run(recipe, folder / "on 3", *LONG, "parallel.layout=columns", stop_at=20)
+    train_run(recipe, folder / "3 ranks", *LONG, "parallel.exchange=unique", stop_at=10)
+    # Every rank with a copy of the table.
+    train_run(recipe, folder / "3 ranks, few rows", *FEW, "parallel.memory=1")
     return loaded
 
 
@@ -73,6 +74,16 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict
     assert losses(folder / "2 ranks", 50) == pytest.approx(one, rel=1e-4)
     # Eight sequences on three ranks: one is a filler.
     assert losses(folder / "3 ranks", 10) == pytest.approx(one[:10], rel=1e-5)
+
+
+def test_table_metrics_do_not_depend_on_ranks_and_layouts(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = runs
+    for key in ("touched", "duplicates", "never_updated"):
+        one = numbers(folder / "1 rank", f"blocks.0.memory.values/{key}")
+        for other, step in (("2 ranks", 1), ("3 ranks", 1), ("on 3", 11)):
+            assert numbers(folder / other, f"blocks.0.memory.values/{key}")[step] == pytest.approx(one[step], rel=1e-3), (key, other)
+    few = (numbers(folder / f"{ranks}, few rows", "blocks.0.memory.values/touched")[1] for ranks in ("1 rank", "3 ranks"))
+    assert next(few) == pytest.approx(next(few))
 
 
 def test_a_rank_may_have_nothing_to_do(runs: tuple[Path, list[dict[str, Any]]]) -> None:

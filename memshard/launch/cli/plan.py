@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.train import spread
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
@@ -35,6 +36,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
     parser.add_argument("--device", choices=[*CARDS, "cpu"], default="cpu", help="of every rank; cpu is this machine, shared by all ranks")
     parser.add_argument("--vocab", type=int, metavar="N", help="vocabulary where neither recipe nor data set says it")
+    parser.add_argument(
+        "--duplicates", type=float, metavar="X",
+        help="reads of a row by a rank in a micro-batch (default: as a run folder has measured it, else as if reads were spread evenly)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -46,7 +51,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         recipe = load_recipe(args.recipe, args.overrides)
         vocab_size, source = _vocabulary(recipe, args.vocab)
         bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and args.device in CARDS and CARDS[args.device][1])
-        cost = estimate(recipe, args.world, vocab_size, bf16)
+        duplicates = args.duplicates or _measured_duplicates(args.recipe)
+        if duplicates is not None and duplicates < 1:
+            raise ValueError(f"--duplicates is {duplicates}; it must be at least 1")
+        cost = estimate(recipe, args.world, vocab_size, bf16, duplicates)
     available = _available(args.device, args.world)
     fits = cost.bytes.total <= available
     found = [] if fits else remedies(recipe, args.world, vocab_size, bf16, available)
@@ -84,6 +92,16 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
     return ASSUMED_VOCABULARY, f"assumed: no data set at {recipe.data.path} yet; say it with --vocab"
 
 
+def _measured_duplicates(recipe: str) -> float | None:
+    """What a run last measured, if `recipe` is a run folder of several ranks."""
+    from memshard.trainer.metrics import METRICS_FILE, read_metrics
+
+    file = Path(recipe) / METRICS_FILE
+    lines = read_metrics(file) if file.exists() else []
+    found = [value for line in lines for key, value in line.items() if key.endswith("/micro_batch_duplicates")]
+    return found[-1] if found else None
+
+
 def _available(device: str, world: int) -> float:
     """Bytes a rank can use."""
     import torch
@@ -119,16 +137,19 @@ def _report(
     ]
     if cost.ranks > 1:
         tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
+        if parameters.tables:
+            lines.append(f"tables          {spread(cost)}")
+        replicas = f"; {_gb(cost.replica_traffic)} for row gradients between copies" if cost.replica_traffic else ""
         lines.append(
-            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups (layout rows), "
-            f"{_gb(cost.lookup_traffic * tokens)} a step; {_gb(cost.gradient_traffic)} a step for dense gradients"
+            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, {_gb(cost.lookup_traffic * tokens)} a step; "
+            f"{_gb(cost.gradient_traffic)} a step for dense gradients{replicas}"
         )
     table = [
         ("dense weights", need.dense_weights, "fp32 and a bf16 copy" if bf16 else "fp32"),
         ("dense gradients", need.dense_gradients, "fp32"),
         ("dense moments", need.dense_moments, "AdamW, fp32"),
-        ("table rows", need.table_rows, f"{cost.rows_per_rank:,} of {memory.slots:,} rows"),
-        ("table moments", need.table_moments, "fp32"),
+        ("table rows", need.table_rows, f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}"),
+        ("table moments", need.table_moments, "fp32, and an fp32 copy of the values" if recipe.tables.state_bytes > 8 else "fp32"),
         ("activations", need.activations, f"of {cost.micro_batch} sequences"),
         ("reads", need.reads, "kept for the row update"),
         ("workspace", need.workspace, "of backward or row update"),

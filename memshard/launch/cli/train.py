@@ -12,6 +12,7 @@ from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers
 
 if TYPE_CHECKING:
+    from memshard.trainer.estimate import Estimate
     from memshard.trainer.run import Run
 
 
@@ -71,12 +72,28 @@ def opening(prepared: "Run") -> str:
         f"arithmetic   {'bf16' if bf16 else 'fp32'} on {prepared.device}",
     ]
     if cost.parameters.tables:
-        lines.append(
-            f"tables       split by rows over {prepared.ranks} ranks, sums pooled at the owner"
-            if prepared.ranks > 1
-            else "tables       whole on this rank: there is only one"
-        )
+        lines.append(f"tables       {spread(cost)}")
+        lines.append(f"table path   {_path(prepared)}")
     return "\n".join([*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"])
+
+
+def spread(cost: "Estimate") -> str:
+    """How the tables are laid out, and why."""
+    copies = cost.ranks // cost.memory_ranks
+    text = "whole on each rank" if cost.memory_ranks == 1 else f"split by {cost.layout.name}, over {cost.memory_ranks} ranks"
+    if copies > 1:
+        text += f", {copies} copies whose row gradients are summed"
+    return text if cost.memory_ranks == 1 else f"{text} ({cost.layout.reason})"
+
+
+def _path(prepared: "Run") -> str:
+    """What sums and updates rows, and why."""
+    from memshard.models.kernels.select import compiled
+
+    if prepared.device.type != "cpu":
+        return f"plain torch: compiled kernels are for the CPU, tables are on {prepared.device}"
+    kernels, why = compiled()
+    return f"compiled kernels ({why})" if kernels else f"plain torch ({why})"
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -21,7 +21,23 @@ def product_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor,
         sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)
         chosen = ranked_topk(sums, k)
         i1, i2 = i1.gather(-1, x[chosen]), i2.gather(-1, y[chosen])
-    return first.gather(-1, i1) + second.gather(-1, i2), i1, i2
+    return _PickedSums.apply(first, second, i1, i2), i1, i2
+
+
+class _PickedSums(torch.autograd.Function):
+    """first[i1] + second[i2]. gather would keep all scores for backward, 8 heads keys bytes a token; this keeps the indices, in int32."""
+
+    @staticmethod
+    def forward(ctx, first, second, i1, i2):  # type: ignore[no-untyped-def]
+        ctx.shape = first.shape
+        ctx.save_for_backward(i1.int(), i2.int())
+        return first.gather(-1, i1) + second.gather(-1, i2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        scattered = (gradient.new_zeros(ctx.shape).scatter_add_(-1, i.long(), gradient) for i in ctx.saved_tensors)
+        return *scattered, None, None
 
 
 @cache

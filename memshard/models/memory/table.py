@@ -1,13 +1,15 @@
 """The value table: interface, local form, and how it is hidden from dense optimizers and wrappers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models.memory.bags import gather_sum, score_gradients
+from memshard.models.memory.pages import prefer_huge_pages
+from memshard.models.memory.row_gradient import Read, SortedReads, sort_reads
 from memshard.models.random import normal_rows
 
 _INIT_ROWS = 4096
@@ -16,30 +18,17 @@ ANCHOR_UNIT = 2.0**-40
 """What one read adds to the anchor's gradient: nothing beside the gradients that share a norm with it, exact when scaled."""
 
 
-@dataclass(frozen=True)
-class Read:
-    """One weighted read of a table, kept until the optimizer turns it into row gradients: about 5 KB a token.
-
-    rows, weights: [reads]; offsets: [bags], where each bag's reads start; upstream: [bags, dim] gradient of its sum.
-    """
-
-    rows: Tensor
-    weights: Tensor
-    offsets: Tensor
-    upstream: Tensor
-
-
 class ReadObserver(Protocol):
     """Whoever wants to see which rows are read, and how strongly."""
 
-    def observe(self, rows: Tensor, weights: Tensor) -> None:
-        """rows: [reads] int64, of this rank's part of the table; weights: [reads]."""
+    def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
+        """rows: [reads] integers, of this rank's part of the table; weights: [reads], each the sum of `counts` reads (1 if left out)."""
 
 
 class ValueTable(nn.Module):
-    """slots x dim values, read as weighted sums of rows. held: the rows of this part of a table; all by default.
+    """slots x dim values, read as weighted sums of rows. held, columns: the part of the table that is here; all by default.
 
-    `weight` [rows, dim] is an ordinary parameter until `hide`: then it is a plain tensor that `parameters()` does not
+    `weight` [rows, columns] is an ordinary parameter until `hide`: then it is a plain tensor that `parameters()` does not
     show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is collected as `reads` for a
     row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient counts the reads in ANCHOR_UNITs
     (a loss scaler then divides it as it does all gradients) and is NaN if one of them was not finite.
@@ -47,16 +36,23 @@ class ValueTable(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, slots: int, dim: int, held: range | None = None) -> None:
+    def __init__(self, slots: int, dim: int, held: range | None = None, columns: range | None = None) -> None:
         super().__init__()
         held = range(slots) if held is None else held
         self.slots = slots
         self.dim = dim
         self.first_row = held.start
+        self.columns = range(dim) if columns is None else columns
         self.observer: ReadObserver | None = None
         self.gradient_scale = 1.0
         """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own tokens, as under DDP."""
-        self.weight = nn.Parameter(torch.empty(len(held), dim))
+        self.copies = 1
+        """How many ranks hold the same part."""
+        self.observers = 1
+        """How many ranks of those that split the table see each read."""
+        self.reads_asked = 0
+        """Reads that this rank's own tokens have asked for, gradients wanted, since the collected gradient was last dropped."""
+        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(len(held), len(self.columns))))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,30 +60,53 @@ class ValueTable(nn.Module):
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if self.weight.is_meta:
             return
+        columns = slice(self.columns.start, self.columns.stop)
         with torch.no_grad():
             for start in range(0, len(self.weight), _INIT_ROWS):
                 block = self.weight[start : start + _INIT_ROWS]
                 rows = normal_rows(seed, self.first_row + start, len(block), self.dim, self.weight.device)
-                block.copy_(rows * self.dim**-0.5)
+                block.copy_(rows[:, columns] * self.dim**-0.5)
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights[t, j] * weight[rows[t, j]].
 
-        rows: [tokens, reads] int64; weights: the same shape. Returns [tokens, dim] in the table's dtype. Gradients to
-        weights are exact; those to the table are dense, or collected once it is hidden.
+        rows: [tokens, reads] integers; weights: the same shape. Returns [tokens, dim], in the wider of the two dtypes once
+        the table is hidden and in the table's before. Gradients to weights are exact; those to the table are dense, or
+        collected once it is hidden.
         """
-        offsets = torch.arange(len(rows), device=rows.device) * rows.shape[1]
-        return self._local_sum(rows.flatten(), weights.flatten(), offsets)
+        self._count(rows)
+        return self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
+
+    def _count(self, rows: Tensor) -> None:
+        if self.hidden and torch.is_grad_enabled():
+            self.reads_asked += rows.numel()
 
     def _local_sum(self, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        """Weighted sums of the rows this rank holds, one a bag. rows, weights: [reads]; offsets: [bags]."""
-        weights = weights.to(self.weight.dtype)
+        """Weighted sums of the part that is here, one a bag. rows, weights: [reads]; offsets: [bags]."""
         if self.observer is not None:
             self.observer.observe(rows, weights.detach())
-        out = F.embedding_bag(rows, self.weight, offsets, mode="sum", per_sample_weights=weights)
-        if self.hidden and torch.is_grad_enabled():
-            out = _CollectRead.apply(out, self.anchor, self, rows, weights.detach(), offsets)
-        return out
+        if not self.hidden:
+            return F.embedding_bag(rows, self.weight, offsets, mode="sum", per_sample_weights=weights.to(self.weight.dtype))
+        weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
+        # Half the memory of what is kept until the update.
+        rows = rows.to(torch.int32) if self.slots < 2**31 else rows
+        return _WeightedSum.apply(weights, self.anchor, self, rows, offsets)
+
+    def collect(self, read: Read) -> Tensor:
+        """Keep a read's gradient for the optimizer; returns what it adds to the anchor's."""
+        self.reads.append(read)
+        finite = torch.isfinite(read.upstream).all() & torch.isfinite(read.weights).all()
+        return torch.where(finite, ANCHOR_UNIT, torch.nan).to(self.anchor.dtype)
+
+    def gradients(self, scale: float) -> Iterator[SortedReads]:
+        """The collected gradient times `scale`: ascending parts without common rows, summed over all that hold the same rows."""
+        merged = sort_reads(self.reads)
+        if merged is not None:
+            yield merged.scaled(scale)
+
+    def sum_over_parts(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the parts of the table."""
+        return x
 
     @property
     def hidden(self) -> bool:
@@ -110,12 +129,13 @@ class ValueTable(nn.Module):
     def drop_reads(self) -> None:
         """Forget the collected gradient."""
         self.reads.clear()
+        self.reads_asked = 0
         self.anchor.grad = None
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
         if self.hidden:
-            self.weight = fn(self.weight)
+            self.weight = prefer_huge_pages(fn(self.weight))
             self._place_anchor()
         return self
 
@@ -150,21 +170,28 @@ class ValueTable(nn.Module):
             self._place_anchor()
 
 
-class _CollectRead(torch.autograd.Function):
-    """The identity on sums, whose backward keeps what the row gradients need."""
+class _WeightedSum(torch.autograd.Function):
+    """Sums of a hidden table's rows; backward gives exact gradients to the weights and keeps what the row gradients need."""
 
     @staticmethod
-    def forward(ctx, out, anchor, table, rows, weights, offsets):  # type: ignore[no-untyped-def]
+    def forward(ctx, weights, anchor, table, rows, offsets):  # type: ignore[no-untyped-def]
         ctx.table = table
-        ctx.save_for_backward(rows, weights, offsets)
-        return out.view_as(out)
+        # The values are saved for autograd's check that nobody has changed them in between.
+        ctx.save_for_backward(table.weight, rows, weights, offsets)
+        return gather_sum(table.weight, rows, weights, offsets)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        rows, weights, offsets = ctx.saved_tensors
-        ctx.table.reads.append(Read(rows, weights, offsets, upstream))
-        finite = torch.isfinite(upstream).all() & torch.isfinite(weights).all()
-        return upstream, torch.where(finite, ANCHOR_UNIT, torch.nan), None, None, None, None
+        values, rows, weights, offsets = ctx.saved_tensors
+        anchor = ctx.table.collect(Read(rows, weights, offsets, upstream.contiguous()))
+        scores = score_gradients(values, rows, offsets, upstream) if ctx.needs_input_grad[0] else None
+        return scores, anchor, None, None, None
+
+
+def bag_offsets(rows: Tensor) -> Tensor:
+    """Where each token's reads start in rows.flatten(). rows: [tokens, reads]; returns [tokens] int64."""
+    return torch.arange(len(rows), device=rows.device) * rows.shape[1]
 
 
 def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:

@@ -30,10 +30,14 @@ class UsageCounter:
         self.weights = torch.zeros(len(table.weight), dtype=torch.float64, device=table.weight.device)
         self.counts = torch.zeros_like(self.weights)
 
-    def observe(self, rows: Tensor, weights: Tensor) -> None:
-        """Count reads. rows: [reads] int64; weights: [reads]."""
+    def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
+        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads."""
         self.weights.index_add_(0, rows, weights.double())
-        self.counts.index_add_(0, rows, torch.ones_like(weights, dtype=torch.float64))
+        self.counts.index_add_(0, rows, torch.ones_like(weights, dtype=torch.float64) if counts is None else counts.double())
+
+    def merge(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Add the counts of the ranks that count reads of the same rows. add: sums a tensor over them."""
+        self.weights, self.counts = add(self.weights), add(self.counts)
 
     def report(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> UsageReport:
         """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows."""

@@ -1,44 +1,32 @@
 """A value table split by rows over a group of ranks, sums pooled at the owner."""
 
-from copy import deepcopy
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.models.memory.table import ValueTable
 from memshard.parallel.collectives import exchange
+from memshard.parallel.tables.sharded import ShardedTable, piece
 
 
-class RowShardedTable(ValueTable):
-    """Each rank holds a contiguous range of rows, trains it and answers reads of it. Hidden from the start.
+class RowShardedTable(ShardedTable):
+    """Each rank holds a contiguous range of rows, trains it and answers reads of it.
 
     A read travels as (row, weight) to the row's owner, which returns one partial sum per token and rank:
-    2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b) bytes a token, forward and backward (d values of b bytes, ids of i
-    bytes, P ranks). Gradients to weights are exact. All ranks of the group must read at the same time, if only 0 tokens.
+    2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b) bytes a token, forward and backward, and (P - 1) i for how many of the
+    token's reads each owner gets (d values; sums, weights and gradients of b = 4 bytes, ids of i = 4; P ranks).
     """
 
-    def __init__(self, slots: int, dim: int, group: dist.ProcessGroup) -> None:
-        self.ranks = dist.get_world_size(group)
-        self.rows_per_rank = -(-slots // self.ranks)
-        first = min(dist.get_rank(group) * self.rows_per_rank, slots)
-        super().__init__(slots, dim, held=range(first, min(first + self.rows_per_rank, slots)))
-        self.group = group
-        self.hide()
+    spec_dim = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RowShardedTable":
-        # A process group cannot be copied; the copy answers to the same ranks.
-        memo[id(self.group)] = self.group
-        copy = type(self).__new__(type(self))
-        memo[id(self)] = copy
-        copy.__dict__.update(deepcopy(self.__dict__, memo))
-        return copy
+    def __init__(self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None = None) -> None:
+        self.rows_per_rank = -(-slots // dist.get_world_size(group))
+        super().__init__(slots, dim, group, replicas, held=piece(slots, group))
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its own tokens."""
+        self._count(rows)
         tokens, ranks = len(rows), self.ranks
-        owner = torch.div(rows, self.rows_per_rank, rounding_mode="floor")
+        owner = self._owner(rows)
         order = torch.sort(owner.flatten(), stable=True).indices
         # How many of each token's reads go to each owner, [ranks, tokens]: the lengths of the bags that the owner sums.
         bags = owner * tokens + torch.arange(tokens, device=rows.device)[:, None]
@@ -48,8 +36,17 @@ class RowShardedTable(ValueTable):
         their_reads, their_tokens = exchange(sizes, [1] * ranks, [1] * ranks, self.group).T.tolist()
         our_reads, our_tokens = reads.tolist(), [tokens] * ranks
 
-        their_lengths = exchange(lengths.flatten(), our_tokens, their_tokens, self.group)
-        their_rows = exchange(rows.flatten()[order], our_reads, their_reads, self.group) - self.first_row
-        their_weights = exchange(weights.flatten()[order].to(self.weight.dtype), our_reads, their_reads, self.group)
+        their_lengths = exchange(lengths.flatten().int(), our_tokens, their_tokens, self.group, self.traffic).long()
+        their_rows = exchange(self._wire(rows.flatten()[order]), our_reads, their_reads, self.group, self.traffic) - self.first_row
+        weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
+        their_weights = exchange(weights.flatten()[order], our_reads, their_reads, self.group, self.traffic)
         partial = self._local_sum(their_rows, their_weights, their_lengths.cumsum(0) - their_lengths)
-        return exchange(partial, their_tokens, our_tokens, self.group).view(ranks, tokens, self.dim).sum(0)
+        return exchange(partial, their_tokens, our_tokens, self.group, self.traffic).view(ranks, tokens, self.dim).sum(0)
+
+    def _owner(self, rows: Tensor) -> Tensor:
+        """The rank that holds each row, int64."""
+        return torch.div(rows, self.rows_per_rank, rounding_mode="floor").long()
+
+    def _wire(self, rows: Tensor) -> Tensor:
+        """Row numbers as they travel."""
+        return rows.to(torch.int32 if self.slots < 2**31 else torch.int64)

@@ -1,26 +1,43 @@
 """Replace the tables of a model by sharded ones."""
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from memshard.models.memory.table import ValueTable, find_tables
+from memshard.parallel.tables.columns import ColumnShardedTable
 from memshard.parallel.tables.rows import RowShardedTable
+from memshard.parallel.tables.sharded import ShardedTable
+from memshard.parallel.tables.unique import UniqueRowTable
+
+Layout = Literal["rows", "columns"]
+Exchange = Literal["pooled", "unique"]
 
 
-def shard_tables(model: nn.Module, group: dist.ProcessGroup | None = None, average: bool = True) -> list[ValueTable]:
-    """Split every table of the model by rows over the ranks of a group (default: all), hide them, and return them.
+def shard_tables(
+    model: nn.Module,
+    group: dist.ProcessGroup | None = None,
+    average: bool = True,
+    layout: Layout = "rows",
+    exchange: Exchange = "pooled",
+    replicas: dist.ProcessGroup | None = None,
+) -> list[ValueTable]:
+    """Split every table of the model over the ranks of a group (default: all), hide them, and return them.
 
-    Values are kept: each rank cuts its rows from its own copy, so all ranks must hold the same model; a table on the meta
+    Values are kept: each rank cuts its part from its own copy, so all ranks must hold the same model; a table on the meta
     device stays there. average: divide row gradients by the number of ranks, to match DDP, where each rank's loss is a
-    mean over its own tokens; False where the losses of the ranks add up to the total.
+    mean over its own tokens; False where the losses of the ranks add up to the total. layout: rows or columns; exchange: of
+    rows, whether the owner pools sums or sends unique rows. replicas: the ranks that hold the same part in other groups.
     """
     group = group or dist.group.WORLD
     assert group is not None
-    sharded: dict[nn.Module, RowShardedTable] = {}
+    form = ColumnShardedTable if layout == "columns" else UniqueRowTable if exchange == "unique" else RowShardedTable
+    sharded: dict[nn.Module, ShardedTable] = {}
     for _, table in find_tables(model):
-        sharded[table] = _shard(table, group)
-        sharded[table].gradient_scale = 1 / dist.get_world_size(group) if average else 1.0
+        shard = sharded[table] = _shard(table, form, group, replicas)
+        shard.gradient_scale = 1 / (shard.ranks * shard.copies) if average else 1.0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if child in sharded:
@@ -28,8 +45,11 @@ def shard_tables(model: nn.Module, group: dist.ProcessGroup | None = None, avera
     return list(sharded.values())
 
 
-def _shard(table: ValueTable, group: dist.ProcessGroup) -> RowShardedTable:
+def _shard(
+    table: ValueTable, form: type[RowShardedTable] | type[ColumnShardedTable], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+) -> ShardedTable:
     with torch.device("meta"):
-        shard = RowShardedTable(table.slots, table.dim, group)
-    shard.hold(table.weight.data[shard.first_row : shard.first_row + len(shard.weight)].clone())
+        shard = form(table.slots, table.dim, group, replicas)
+    rows = slice(shard.first_row, shard.first_row + len(shard.weight))
+    shard.hold(table.weight.data[rows, shard.columns.start : shard.columns.stop].clone(memory_format=torch.contiguous_format))
     return shard

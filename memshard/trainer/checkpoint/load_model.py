@@ -14,6 +14,7 @@ from memshard.trainer.checkpoint.store import load_state, load_tensors
 from memshard.trainer.checkpoint.tensors import model_tensors
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.precision import store_tables
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def load(path: str | Path) -> LoadedModel:
     with torch.device("meta"):
         model = Transformer(recipe.model)
     externalize_tables(model)
+    store_tables(model, recipe.tables.dtype)
     model.to_empty(device="cpu")
     load_tensors(folder, model_tensors(model, {}, None), alone=True)
     return LoadedModel(model.eval(), Tokenizer(folder / "tokenizer.model"), recipe, load_state(folder)["progress"]["step"], folder)

@@ -40,7 +40,7 @@ class TrainConfig:
     """Arithmetic of matrix products: auto is bf16 on GPUs that have it, else fp32. Parameters stay fp32."""
 
     clip: float = 1.0
-    """Largest global norm of the dense gradient; 0 switches clipping off. Tables are not clipped."""
+    """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own, tables.clip."""
 
     log_every: int = 10
     """Steps between two lines of metrics."""
@@ -109,7 +109,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
-    """Row-sparse Adam over the value tables: constant learning rate, no decay (Lample et al. 2019)."""
+    """The value tables and their row-sparse Adam: constant learning rate, no decay (Lample et al. 2019)."""
 
     lr: float = 1e-3
     """Learning rate, constant."""
@@ -120,8 +120,51 @@ class TableOptimizerConfig:
     eps: float = 1e-8
     """Added to the denominator."""
 
+    semantics: Literal["lazy", "row-step", "catch-up", "dense"] = "lazy"
+    """Rows that a step does not read: lazy lets their moments wait, catch-up decays them later, row-step counts each row's own steps,
+    dense moves every row in every step."""
+
+    clip: float = 0.0
+    """Largest norm of all tables' gradients together; 0 switches clipping off and saves a pass over the gradients."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """How values are stored; moments, sums and gradients stay fp32."""
+
+    rounding: Literal["master", "stochastic"] = "master"
+    """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at random (4 bytes a value less)."""
+
     def __post_init__(self) -> None:
         _check_adam("tables", self.lr, self.betas, self.eps)
+        if not self.clip >= 0:
+            raise ValueError(f"tables.clip is {self.clip}; it must be at least 0")
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one stored value."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def state_bytes(self) -> int:
+        """Of two moments, and of the fp32 copy where there is one."""
+        return 12 if self.dtype != "fp32" and self.rounding == "master" else 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How value tables are spread over ranks; nothing here changes what is trained."""
+
+    memory: int | None = None
+    """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose row gradients are summed."""
+
+    layout: Literal["auto", "rows", "columns"] = "auto"
+    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least (`memshard plan` tells)."""
+
+    exchange: Literal["auto", "pooled", "unique"] = "auto"
+    """What travels with layout rows: pooled sums of each token's reads, or each distinct row once; auto takes what sends least."""
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks")
 
 
 def _check_adam(section: str, lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -150,3 +193,6 @@ class Recipe:
 
     tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
     """Row-sparse Adam over the value tables."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How value tables are spread over ranks; nothing here changes what is trained."""

@@ -10,6 +10,7 @@ from torch import nn
 from memshard.models.memory.table import find_tables
 from memshard.models.memory.usage import UsageCounter, UsageReport
 from memshard.parallel.collectives import all_sum
+from memshard.parallel.tables.sharded import ShardedTable
 
 
 @contextmanager
@@ -26,8 +27,17 @@ def observed_usage(model: nn.Module) -> Iterator[dict[str, UsageCounter]]:
 
 
 def usage_reports(counters: dict[str, UsageCounter]) -> dict[str, UsageReport]:
-    """Reports over the rows of all ranks, and over all ranks' reads. Every rank must call it."""
-    return {name: counter.report(all_sum) for name, counter in counters.items()}
+    """Reports over the rows of all ranks, and over all ranks' reads. Every rank must call it, once."""
+    return {name: _report(counter) for name, counter in counters.items()}
+
+
+def _report(counter: UsageCounter) -> UsageReport:
+    table = counter.table
+    if not isinstance(table, ShardedTable):
+        return counter.report(all_sum)
+    if table.replicas is not None:
+        counter.merge(lambda counts: all_sum(counts, table.replicas))
+    return counter.report(lambda parts: all_sum(parts, table.group) / table.observers)
 
 
 def memory_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:

@@ -1,0 +1,90 @@
+"""A value table whose ranks each hold a slice of every value."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memshard.models.memory.table import bag_offsets
+from memshard.parallel.collectives import all_sum, exchange, share_counts
+from memshard.parallel.tables.sharded import ShardedTable, piece
+
+
+class ColumnShardedTable(ShardedTable):
+    """Each rank holds some columns of all rows: every rank sees all reads, and returns its slice of every token's sum.
+
+    2 (P - 1) / P * d b + (P - 1) * reads * (i + 2 b) bytes a token, forward and backward (d values; sums, weights and gradients of
+    b = 4 bytes, ids of i = 4; P ranks). The load is even whatever is read, but each rank sorts the reads of all.
+
+    same_reads: all ranks read the same for the same tokens, as under tensor parallelism, and get the same gradient of the sums; then only
+    slices and the gradients of weights travel, (P - 1) / P * b (d + 2 reads) bytes a token.
+    """
+
+    spec_dim = 1
+
+    def __init__(
+        self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None = None, same_reads: bool = False
+    ) -> None:
+        super().__init__(slots, dim, group, replicas, held=range(slots), columns=piece(dim, group))
+        self.observers = self.ranks
+        self.same_reads = same_reads
+
+    def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """As `ValueTable.weighted_sum`. Each rank passes its own tokens."""
+        if not self.same_reads or dist.get_rank(self.group) == 0:
+            self._count(rows)
+        tokens, ranks = len(rows), self.ranks
+        if self.same_reads:
+            weights = _SummedGradient.apply(weights, self)
+            slices = self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
+            return _AllColumns.apply(slices, self)
+        ours = [tokens] * ranks
+        theirs = share_counts(ours, self.group, rows.device)
+        wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
+        weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
+        all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
+        # Backward of the repetition adds the ranks' gradients up: each knows the part of its own columns.
+        all_weights = exchange(weights.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
+        slices = self._local_sum(all_rows.flatten(), all_weights.flatten(), bag_offsets(all_rows))
+
+        return self.join(slices, theirs, tokens)
+
+    def join(self, slices: Tensor, theirs: list[int], tokens: int) -> Tensor:
+        """Send every rank its tokens' slices, get the other slices of our own. slices: [sum(theirs), columns]; returns [tokens, dim]."""
+        width, widths = len(self.columns), self._widths()
+        receive = [tokens * other for other in widths]
+        parts = exchange(slices.flatten(), [count * width for count in theirs], receive, self.group, self.traffic).split(receive)
+        return torch.cat([part.view(tokens, other) for part, other in zip(parts, widths, strict=True)], dim=1)
+
+    def _widths(self) -> list[int]:
+        """How many columns each rank holds."""
+        width = -(-self.dim // self.ranks)
+        return [min(max(self.dim - rank * width, 0), width) for rank in range(self.ranks)]
+
+
+class _SummedGradient(torch.autograd.Function):
+    """The identity on weights that all ranks share; each knows the part of their gradient that its columns give."""
+
+    @staticmethod
+    def forward(ctx, weights, table):  # type: ignore[no-untyped-def]
+        ctx.table = table
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        table = ctx.table
+        table.traffic.reads += 2 * (table.ranks - 1) * gradient.numel() * gradient.element_size() // table.ranks
+        return all_sum(gradient, table.group), None
+
+
+class _AllColumns(torch.autograd.Function):
+    """All ranks' slices of the same tokens; the gradient is the same on all ranks, so each takes its own columns of it."""
+
+    @staticmethod
+    def forward(ctx, slices, table):  # type: ignore[no-untyped-def]
+        ctx.columns = slice(table.columns.start, table.columns.stop)
+        tokens = len(slices)
+        return table.join(slices.repeat(table.ranks, 1), [tokens] * table.ranks, tokens)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient[:, ctx.columns], None

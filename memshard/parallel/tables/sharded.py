@@ -1,0 +1,76 @@
+"""What all sharded forms of a value table have in common."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memshard.models.memory.row_gradient import SortedReads, sort_reads
+from memshard.models.memory.table import ValueTable
+from memshard.parallel.collectives import Traffic, all_sum
+from memshard.parallel.tables.replicas import add_replicas
+
+_SAMPLE_EVERY = 64
+
+
+class ShardedTable(ValueTable):
+    """A table whose parts lie on the ranks of `group`; hidden from the start. All ranks of the group read at the same time,
+    if only 0 tokens, and step at the same time.
+
+    replicas: the ranks of other groups that hold the same part, this one included; their row gradients are added up.
+    """
+
+    spec_dim: int
+    """The dim of the whole table that the ranks split, in pieces as `torch.chunk` cuts them."""
+
+    def __init__(
+        self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, held: range, columns: range | None = None
+    ) -> None:
+        super().__init__(slots, dim, held, columns)
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.replicas = replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
+        self.copies = 1 if self.replicas is None else dist.get_world_size(self.replicas)
+        self.traffic = Traffic()
+        self.duplicates: float | None = None
+        """Reads of a row by one rank in one micro-batch, of the rows it reads at all; measured now and then."""
+        self._calls = 0
+        self.hide()
+
+    def sum_over_parts(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of the group, which must all call it."""
+        return all_sum(x, self.group)
+
+    def gradients(self, scale: float) -> Iterator[SortedReads]:
+        """As `ValueTable.gradients`; with replicas all of them must call it."""
+        merged = sort_reads(self.reads)
+        merged = merged if merged is None else merged.scaled(scale)
+        if self.replicas is not None:
+            yield from add_replicas(merged, self.weight.shape[1], self.anchor, self.replicas, self.traffic)
+        elif merged is not None:
+            yield merged
+
+    def _count(self, rows: Tensor) -> None:
+        super()._count(rows)
+        if self._calls % _SAMPLE_EVERY == 0 and rows.numel():
+            self.duplicates = rows.numel() / len(torch.unique(rows))
+        self._calls += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedTable":
+        # A process group cannot be copied; the copy answers to the same ranks.
+        memo[id(self.group)] = self.group
+        memo[id(self.replicas)] = self.replicas
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
+
+
+def piece(size: int, group: dist.ProcessGroup) -> range:
+    """This rank's part of `size` things, as `torch.chunk` cuts them; the last ranks may have none."""
+    width = -(-size // dist.get_world_size(group))
+    first = min(dist.get_rank(group) * width, size)
+    return range(first, min(first + width, size))
