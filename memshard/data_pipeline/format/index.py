@@ -11,12 +11,12 @@ from typing import Any
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
-TRAIN, HELD_OUT = "train", "heldout"
+TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of tokens and its sidecar, an int64 array [documents, 2] of (byte offset in the tar, tokens)."""
+    """One tar of tokens and its sidecar, an int64 array [documents, 3] of (byte offset in the tar, tokens, CRC-32)."""
 
     file: str
     documents: int
@@ -107,8 +107,8 @@ def _parse(file: Path) -> Index:
 
 
 def _check(index: Index) -> None:
-    if set(index.splits) != {TRAIN, HELD_OUT}:
-        raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}")
+    if set(index.splits) - {TEST} != {TRAIN, HELD_OUT}:
+        raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}, perhaps {TEST}")
     if index.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
     for name, split in index.splits.items():

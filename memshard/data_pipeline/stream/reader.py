@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from memshard.data_pipeline.format.index import Index, load_index
-from memshard.data_pipeline.format.shards import read_sidecar
+from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
 
 
 class SplitReader:
@@ -18,7 +18,7 @@ class SplitReader:
         self._shards = self.index.splits[split].shards
         self._dtype = np.dtype(self.index.dtype).newbyteorder("<")
         sidecars = [read_sidecar(self.folder, shard) for shard in self._shards]
-        entries = np.concatenate(sidecars) if sidecars else np.zeros((0, 2), dtype=np.int64)
+        entries = np.concatenate(sidecars) if sidecars else np.zeros((0, SIDECAR_COLUMNS), dtype=np.int64)
         self.lengths = np.ascontiguousarray(entries[:, 1])
         self._offsets = entries[:, 0] // self._dtype.itemsize
         self._shard_of = np.repeat(np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars])
