@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.data_pipeline.format.index import load_index
+from memshard.data_pipeline.format.remote import local_copy
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.train import TrainStream
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
@@ -70,7 +71,7 @@ class Run:
         root = self.folder / CHECKPOINTS
         folder = checkpoint_folder(root, self.progress.step)
         if folder not in committed(root):
-            files = [self.folder / CONFIG_FILE, Path(self.recipe.data.path) / TOKENIZER_FILE]
+            files = [self.folder / CONFIG_FILE, local_copy(self.recipe.data.path, TOKENIZER_FILE)]
             save_checkpoint(folder, self._tensors(), self._state(), files)
             if self.rank == 0:
                 prune(root, self.recipe.train.keep)
@@ -113,7 +114,9 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     recipe = resolve(recipe)
     assert recipe.model.vocab_size is not None
     check_identity(folder, recipe)
-    stream = TrainStream(recipe.data.path, recipe.data.length, recipe.train.batch, recipe.train.seed)
+    stream = TrainStream(
+        recipe.data.path, recipe.data.length, recipe.train.batch, recipe.train.seed, recipe.data.damage_tolerance
+    )
     held_out = HeldOutStream(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 

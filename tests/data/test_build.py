@@ -205,7 +205,7 @@ def test_command_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "train-00000.tar").unlink()
     missing = command("data", "verify", tmp_path / "data")
     again = command("data", "build", corpus, "--out", tmp_path / "data")
-    for failed, message in ((missing, "train-00000.tar is missing"), (again, "exists already: choose another --out")):
+    for failed, message in ((missing, "train-00000.tar: is missing"), (again, "exists already: choose another --out")):
         assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
 
 

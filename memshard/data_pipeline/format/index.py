@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memshard.data_pipeline.format.remote import local_copy
+from memshard.data_pipeline.sources.fetch import is_url
+
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
@@ -61,22 +64,23 @@ def dump_index(index: Index) -> str:
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
-    """Read and check the index of the data folder `path`: every file it names must be there with the right size.
+    """Read and check the index of the data folder `path`, a folder or a URL: every file it names must be there with the right size;
+    of a URL that shows when it is read.
 
     Raises FileNotFoundError or ValueError that name the file and the fix.
     """
-    folder = Path(path)
-    file = folder / INDEX_FILE
+    folder, remote = Path(path), is_url(str(path))
+    file = local_copy(path, INDEX_FILE)
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build SRC --out {folder}`")
-    index = _parse(file)
+    index = read_index(file.parent)
     names = [index.tokenizer] + [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
     for name in names:
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
             raise ValueError(f"{file} names the file {name!r}: only plain names inside the folder are allowed; build the data set again")
-        if not (folder / name).is_file():
+        if not remote and not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: copy it back, or build the data set again")
-    for split in index.splits.values():
+    for split in () if remote else index.splits.values():
         for shard in split.shards:
             size = (folder / shard.file).stat().st_size
             if size != shard.bytes:
@@ -87,7 +91,9 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     return index
 
 
-def _parse(file: Path) -> Index:
+def read_index(folder: Path) -> Index:
+    """The index of a local folder, whatever the state of the files it names. ValueError if it is damaged."""
+    file = folder / INDEX_FILE
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = fields.pop("format")

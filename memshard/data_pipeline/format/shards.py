@@ -10,6 +10,8 @@ from typing import BinaryIO
 import numpy as np
 
 from memshard.data_pipeline.format.index import Shard, sha256_file
+from memshard.data_pipeline.format.remote import local_copy
+from memshard.data_pipeline.sources.fetch import is_url
 
 DOCUMENTS_PER_SAMPLE = 64  # tar headers and padding cost 2.5 % there, 12 % with one document a sample
 SIDECAR_COLUMNS = 3
@@ -95,12 +97,12 @@ def _to_disk(stream: BinaryIO) -> None:
     stream.close()
 
 
-def read_sidecar(folder: Path, shard: Shard) -> np.ndarray:
+def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     """The sidecar of a shard, int64 [documents, 3] of (byte offset, tokens, CRC-32 of the tokens' bytes), checked against the index.
 
     Sidecars of the first builds have no checksums; they are -1 here.
     """
-    path = folder / shard.sidecar
+    path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
     try:
         entries: np.ndarray = np.load(path)
     except (ValueError, EOFError) as error:

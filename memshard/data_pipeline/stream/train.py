@@ -8,7 +8,7 @@ import numpy as np
 from memshard.data_pipeline.format.index import TRAIN
 from memshard.data_pipeline.stream.batch import Batch, make_batch
 from memshard.data_pipeline.stream.order import epoch_order
-from memshard.data_pipeline.stream.reader import SplitReader
+from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
 
 class TrainStream:
@@ -17,13 +17,14 @@ class TrainStream:
     `lanes` is the global batch size in sequences: a batch takes one sequence of each lane, and sample s is at position
     s // lanes of lane s % lanes. Neighbouring sequences of a lane overlap by one token, so every token but a lane's first
     is predicted once an epoch. Which samples a rank reads is the caller's arithmetic: nothing here knows about ranks.
+    tolerance: share of the tokens that may be damaged, see SplitReader.
     """
 
-    def __init__(self, path: str | os.PathLike[str], length: int, lanes: int, seed: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], length: int, lanes: int, seed: int, tolerance: float = TOLERANCE) -> None:
         for name, value, least in (("data.length", length, 1), ("train.batch", lanes, 1), ("train.seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        self._reader = SplitReader(path, TRAIN)
+        self._reader = SplitReader(path, TRAIN, tolerance)
         self._length, self._lanes, self._seed = length, lanes, seed
         tokens = int(self._reader.lengths.sum())
         self._lane_tokens = tokens // lanes
@@ -49,7 +50,7 @@ class TrainStream:
             self._reader.read(*self._order(int(epoch)), begins[epochs == epoch], self._length + 1)
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
-        return make_batch(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), samples)
+        return make_batch(*(np.concatenate(fields) for fields in zip(*parts, strict=True)), samples)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of an epoch in order and where each begins in the epoch's tokens; the last two epochs are kept."""

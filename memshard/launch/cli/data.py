@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--held-out", type=float, metavar="AMOUNT",
         help="kept for evaluation: share of the documents or a number (default 0.01; WARC 5000, at most 1 %%)",
     )
-    build.add_argument("--test", type=float, metavar="AMOUNT", help="kept for a final test, likewise (default none; for WARC as --held-out)")
+    build.add_argument("--test", type=float, metavar="AMOUNT", help="kept for a final test, likewise (default none; WARC: as --held-out)")
     build.add_argument(
         "--suffix", nargs="+", default=TEXT_SUFFIXES, metavar="END",
         help=f"endings of files to take from directories (default {' '.join(TEXT_SUFFIXES)}; each also .gz)",
