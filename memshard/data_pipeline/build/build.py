@@ -18,7 +18,7 @@ from pathlib import Path
 from memshard.data_pipeline.build.documents import Filters, Unit, plan_units, read_texts, write_unit
 from memshard.data_pipeline.build.report import make_report
 from memshard.data_pipeline.build.shards import tokens_dtype, write_shards
-from memshard.data_pipeline.build.sources import Sources, is_warc
+from memshard.data_pipeline.build.sources import PAIR, Sources, is_warc
 from memshard.data_pipeline.build.split import TRAIN_SIDE, Splits, split_documents
 from memshard.data_pipeline.build.workers import cores, run_tasks
 from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
@@ -59,7 +59,7 @@ def build_data(
     filters = filters or Filters()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
-    with _alone(work):
+    with alone(work):
         units = plan_units(sources, filters, work)
         todo = [unit for unit in units if not unit.folder.is_dir()]
         limit = page_seconds if any(is_warc(file) for unit in units for file in unit.files) else None
@@ -71,23 +71,34 @@ def build_data(
             raise ValueError(f"the corpus is empty: {_describe(sources, stages, _not_utf8(units))}; name sources with text")
 
         proto = Tokenizer(tokenizer).proto if tokenizer else _trained(units, splits, work, vocab_size, model, seed)
-        final = work / f"data-{_digest(proto, splits.sides.tobytes(), shard_bytes, *(unit.folder.name for unit in units))}"
+        final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *(unit.folder.name for unit in units))}"
         final.mkdir(exist_ok=True)
         (final / TOKENIZER_FILE).write_bytes(proto)
-        written = write_shards(units, splits, final, shard_bytes)
+        written = write_shards(units, splits, final, shard_bytes, workers or cores(), PAIR if sources.documents == "pairs" else None)
         used = Tokenizer(final)
-        index = Index(tokens_dtype(used.vocab_size), used.vocab_size, used.eos_id, TOKENIZER_FILE, used.sha256, written)
+        index = Index(tokens_dtype(used.vocab_size), used.vocab_size, used.eos_id, TOKENIZER_FILE, used.sha256, written, _kind(sources))
         report = make_report(len(sources.files), _not_utf8(units), stages, index)
-        (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
-        for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
-            if leftover.name not in (REPORT_FILE, INDEX_FILE):
-                leftover.unlink()
-        if target.exists():
-            target.rmdir()  # empty, or _check had refused it
-        final.rename(target)
+        publish(final, target, index, report)
         shutil.rmtree(work)
     return report
+
+
+def publish(final: Path, target: Path, index: Index, report: dict) -> None:
+    """Make the folder `final` of finished shards the data folder `target`."""
+    (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
+    for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
+        if leftover.name not in (REPORT_FILE, INDEX_FILE):
+            leftover.unlink()
+    if target.exists():
+        target.rmdir()  # empty, or check_target had refused it
+    final.rename(target)
+
+
+def check_target(target: Path) -> None:
+    """ValueError if there is something at `target` already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already: choose another --out, or remove it first")
 
 
 def _amounts(held_out: float | None, test: float | None, web: bool, units: list[Unit]) -> tuple[float, float]:
@@ -98,8 +109,7 @@ def _amounts(held_out: float | None, test: float | None, web: bool, units: list[
 
 
 def _check(target: Path, held_out: float | None, test: float | None, vocab_size: int, shard_bytes: int) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already: choose another --out, or remove it first")
+    check_target(target)
     for name, amount in (("--held-out", held_out), ("--test", test)):
         if amount is not None and (amount < 0 or 1 < amount != int(amount) or (name == "--held-out" and not amount)):
             raise ValueError(f"{name} is {amount}; it is a share of the documents, above 0 and below 1, or a number of documents")
@@ -110,7 +120,7 @@ def _check(target: Path, held_out: float | None, test: float | None, vocab_size:
 
 
 @contextmanager
-def _alone(work: Path) -> Iterator[None]:
+def alone(work: Path) -> Iterator[None]:
     """The work folder, locked and free of half-written results; removed at the end if it holds none. ValueError if another build has it."""
     (work / "units").mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -127,6 +137,10 @@ def _alone(work: Path) -> Iterator[None]:
                 shutil.rmtree(partial, ignore_errors=True)
             if work.exists() and not any((work / "units").iterdir()):
                 shutil.rmtree(work)
+
+
+def _kind(sources: Sources) -> str:
+    return "pairs" if sources.documents == "pairs" else "text"
 
 
 def _stages(units: list[Unit], splits: Splits) -> Counter[str]:
@@ -153,7 +167,7 @@ def _describe(sources: Sources, stages: Counter[str], not_utf8: list[str]) -> st
 
 def _trained(units: list[Unit], splits: Splits, work: Path, vocab_size: int, model: TokenizerModel, seed: int) -> bytes:
     """A tokenizer trained on a uniform sample of the training documents' lines (reservoir sampling)."""
-    cached = work / f"tokenizer-{_digest(splits.sides.tobytes(), vocab_size, model, seed, *(unit.folder.name for unit in units))}"
+    cached = work / f"tokenizer-{digest(splits.sides.tobytes(), vocab_size, model, seed, *(unit.folder.name for unit in units))}"
     if cached.exists():
         return cached.read_bytes()
     train = splits.sides == TRAIN_SIDE
@@ -166,7 +180,7 @@ def _trained(units: list[Unit], splits: Splits, work: Path, vocab_size: int, mod
     for number, unit in enumerate(units):
         own = slice(int(splits.first[number]), int(splits.first[number + 1]))
         for text in read_texts(unit, splits.sizes[own], train[own]):
-            for line in training_lines(text):
+            for line in training_lines(text.replace(PAIR, "\n")):
                 seen += 1
                 if len(lines) < SAMPLE_LINES:
                     lines.append(line)
@@ -179,8 +193,9 @@ def _trained(units: list[Unit], splits: Splits, work: Path, vocab_size: int, mod
     return proto
 
 
-def _digest(*facts: object) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def digest(*facts: object) -> str:
+    """A name for what is made of these facts."""
+    total = hashlib.blake2b(digest_size=8)
     for fact in facts:
-        digest.update(fact if isinstance(fact, bytes) else f"{fact};".encode())
-    return digest.hexdigest()
+        total.update(fact if isinstance(fact, bytes) else f"{fact};".encode())
+    return total.hexdigest()

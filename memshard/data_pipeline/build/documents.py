@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from memshard.data_pipeline.build.duplicates import BANDS, band_keys, exact_hash
-from memshard.data_pipeline.build.sources import Sources, is_utf8, is_warc, read_documents
+from memshard.data_pipeline.build.sources import Sources, is_utf8, is_warc, read_documents, read_pairs
 from memshard.data_pipeline.build.workers import ItemTimeout, Watch
 from memshard.data_pipeline.sources.fetch import fetch, is_url
 
@@ -50,6 +50,12 @@ def plan_units(sources: Sources, filters: Filters, work: Path) -> list[Unit]:
     """Units in the order of the sources."""
     groups: list[list[str]] = []
     room = 0
+    if sources.documents == "pairs":
+        names = [str(file) for file in sources.files]
+        if len(names) % 2 or any(map(is_url, names)):
+            raise ValueError(f"--documents pairs needs source and target files in turn, on this machine, and got {len(names)}: {names}")
+        groups = [names[place : place + 2] for place in range(0, len(names), 2)]
+        return [Unit(tuple(group), work / "units" / _key(group, sources, filters)) for group in groups]
     for file in map(str, sources.files):
         size = 0 if is_url(file) else Path(file).stat().st_size
         if not groups or is_warc(file) or is_url(file) or size > room:
@@ -114,6 +120,9 @@ def read_texts(unit: Unit, sizes: np.ndarray, wanted: np.ndarray) -> Iterator[st
 def _documents(
     watch: Watch, unit: Unit, sources: Sources, filters: Filters, counts: Counter[str], skipped: list[str], scratch: Path
 ) -> Iterator[str]:
+    if sources.documents == "pairs":
+        yield from _filtered(watch, read_pairs(Path(unit.files[0]), Path(unit.files[1]), counts), filters, counts)
+        return
     for name in unit.files:
         file = fetch(name, scratch) if is_url(name) else Path(name)
         if is_warc(name):

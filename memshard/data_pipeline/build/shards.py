@@ -11,7 +11,7 @@ import numpy as np
 
 from memshard.data_pipeline.build.documents import Unit, read_texts
 from memshard.data_pipeline.build.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, Splits
-from memshard.data_pipeline.build.workers import Watch, cores, run_tasks
+from memshard.data_pipeline.build.workers import Watch, run_tasks
 from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Shard, Split
 from memshard.data_pipeline.format.shards import ShardWriter, partial_path
 from memshard.data_pipeline.tokenizer import Tokenizer
@@ -22,17 +22,23 @@ NAMES = {TRAIN: TRAIN_SIDE, HELD_OUT: HELD_OUT_SIDE, TEST: TEST_SIDE}
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard: a stretch of documents, of which those on one side go in. parts: (unit, sizes [documents], wanted [documents])."""
+    """One shard: a stretch of documents, of which those on one side go in. separator: between the sentences of a pair. parts: (unit, sizes
+    [documents], wanted [documents]).
+    """
 
     name: str
     dtype: str
+    separator: str | None
     parts: tuple[tuple[Unit, np.ndarray, np.ndarray], ...]
 
 
-def write_shards(units: Sequence[Unit], splits: Splits, folder: Path, shard_bytes: int) -> dict[str, Split]:
+def write_shards(
+    units: Sequence[Unit], splits: Splits, folder: Path, shard_bytes: int, workers: int, separator: str | None = None
+) -> dict[str, Split]:
     """Tokenise with the tokenizer in `folder` and write every split's shards there; those that are there already stay.
 
-    A shard ends with the document that brings its text to `shard_bytes`.
+    separator: what stands between the sentences of a pair; it becomes an <eos>. A shard ends with the document that
+    brings its text to `shard_bytes`.
     """
     tokenizer = Tokenizer(folder)
     dtype = tokens_dtype(tokenizer.vocab_size)
@@ -44,10 +50,14 @@ def write_shards(units: Sequence[Unit], splits: Splits, folder: Path, shard_byte
             name = f"{split}-{len(names[split]):05d}"
             names[split].append(name)
             if not (folder / f"{name}.json").exists():
-                todo.append((ShardPlan(name, dtype, tuple(_parts(units, splits, side, begin, end))), folder))
-    workers = min(cores(), len(todo))
-    run_tasks(write_shard, [(*task, 1 if workers > 1 else cores()) for task in todo], workers, "tokenising")
-    return {split: _split(folder, names[split], splits, side) for split, side in NAMES.items() if names[split] or split != TEST}
+                todo.append((ShardPlan(name, dtype, separator, tuple(_parts(units, splits, side, begin, end))), folder))
+    processes = min(workers, len(todo))
+    run_tasks(write_shard, [(*task, 1 if processes > 1 else workers) for task in todo], processes, "tokenising")
+    return {
+        split: finished_split(folder, names[split], int(splits.sizes[own].sum()), int(splits.words[own].sum()))
+        for split, own in ((split, splits.sides == side) for split, side in NAMES.items())
+        if names[split] or split != TEST
+    }
 
 
 def tokens_dtype(vocab_size: int) -> str:
@@ -58,15 +68,28 @@ def tokens_dtype(vocab_size: int) -> str:
 def write_shard(watch: Watch, plan: ShardPlan, folder: Path, threads: int) -> None:
     """Write a shard, then its entry of the index as NAME.json."""
     tokenizer = Tokenizer(folder)
-    writer = ShardWriter(folder, plan.name, plan.dtype)
     texts = (text for part in plan.parts for text in read_texts(*part))
-    while batch := list(islice(texts, BATCH_DOCUMENTS)):
-        with watch.item(0):
-            for ids in tokenizer.encode_batch(batch, threads):
-                writer.add(np.array([*ids, tokenizer.eos_id], dtype=plan.dtype))
-    entry = folder / f"{plan.name}.json"
+    with ShardWriter(folder, plan.name, plan.dtype) as writer:
+        while batch := list(islice(texts, BATCH_DOCUMENTS)):
+            with watch.item(0):
+                for ids in _tokens(tokenizer, batch, plan.separator, threads):
+                    writer.add(np.array(ids, dtype=plan.dtype))
+        finish_shard(writer, folder, plan.name)
+
+
+def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
+    """Close the shard and write its entry of the index, the sign that it is whole."""
+    entry = folder / f"{name}.json"
     partial_path(entry).write_text(json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8")
     partial_path(entry).replace(entry)
+
+
+def _tokens(tokenizer: Tokenizer, batch: list[str], separator: str | None, threads: int) -> Iterator[list[int]]:
+    """Tokens of every document, <eos> behind it and between the sentences of a pair."""
+    sides = [text.split(separator) if separator else [text] for text in batch]
+    encoded = iter(tokenizer.encode_batch([side for pair in sides for side in pair], threads))
+    for pair in sides:
+        yield [token for _ in pair for token in (*next(encoded), tokenizer.eos_id)]
 
 
 def _cuts(splits: Splits, side: int, shard_bytes: int) -> Iterator[tuple[int, int]]:
@@ -90,13 +113,8 @@ def _parts(units: Sequence[Unit], splits: Splits, side: int, begin: int, end: in
             yield unit, splits.sizes[start:stop], wanted
 
 
-def _split(folder: Path, names: list[str], splits: Splits, side: int) -> Split:
+def finished_split(folder: Path, names: Sequence[str], text_bytes: int, words: int) -> Split:
+    """The index entry of a split whose shards are written."""
     shards = tuple(Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in names)
-    own = splits.sides == side
-    return Split(
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=int(splits.sizes[own].sum()),
-        words=int(splits.words[own].sum()),
-        shards=shards,
-    )
+    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    return Split(documents, tokens, text_bytes, words, shards)

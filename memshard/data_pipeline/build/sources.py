@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, TextIO, cast
 
 from memshard.data_pipeline.sources.fetch import is_url
 
-DocumentKind = Literal["auto", "file", "line", "wikiextractor"]
+DocumentKind = Literal["auto", "file", "line", "wikiextractor", "pairs"]
+PAIR = "\x1e"  # between the sentences of a pair, until they are tokens
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl", ".warc")
 EXCLUDED_FOLDERS = ("site-packages", "dist-packages")
@@ -119,6 +121,20 @@ def read_documents(file: Path, sources: Sources, counts: Counter[str]) -> Iterat
                 parts += 1
             counts["empty"] += parts == 0
             counts["cut"] += parts > 1
+
+
+def read_pairs(source: Path, target: Path, counts: Counter[str]) -> Iterator[str]:
+    """Line n of both files, with PAIR between. ValueError if one has more lines. Counts `empty` pairs, those with an empty side."""
+    with _open(source) as left, _open(target) as right:
+        for number, (one, other) in enumerate(zip_longest(left, right), 1):
+            if one is None or other is None:
+                short, long = (source, target) if one is None else (target, source)
+                raise ValueError(f"{short} ends at line {number - 1} and {long} goes on: pairs need as many lines in both files")
+            sides = [line.strip().replace(PAIR, " ") for line in (one, other)]
+            if all(sides):
+                yield PAIR.join(sides)
+            else:
+                counts["empty"] += 1
 
 
 def _split(file: Path, stream: TextIO, sources: Sources) -> Iterator[TextIO]:

@@ -51,12 +51,15 @@ def split_documents(units: list[Unit], filters: Filters, deduplicate: bool, held
             alone = labels == np.arange(len(labels))
             _count(counts, "near_duplicate", lengths[keep & ~alone])
             keep = alone
-    sides = np.where(keep, _sides(exact, keep, held_out, test), DROPPED).astype(np.uint8)
+    sides = np.where(keep, choose_sides(exact, keep, held_out, test), DROPPED).astype(np.uint8)
     return Splits(sides, np.array(first), lengths, word_counts, exact, counts)
 
 
-def _sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: float) -> np.ndarray:
-    """Equal hashes are on one side whether they are kept or not. ValueError with the fix if one side would be empty."""
+def choose_sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: float) -> np.ndarray:
+    """TRAIN_SIDE, HELD_OUT_SIDE or TEST_SIDE of every document, by the order of the kept ones' hashes: equal hashes are on one side.
+
+    ValueError with the fix if nothing were left to train on.
+    """
     kept = np.unique(hashes[keep])
     if not len(kept):
         return np.full(len(hashes), DROPPED)

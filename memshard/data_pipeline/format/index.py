@@ -14,6 +14,7 @@ from memshard.data_pipeline.sources.fetch import is_url
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
+KINDS = ("text", "pairs", "images")
 TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 
@@ -43,7 +44,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Index:
-    """Content of index.json."""
+    """Content of index.json.
+
+    kind: text (packed by the stream), pairs (source <eos> target <eos>) or images (one token a colour value, then <eos>).
+    shape: height, width, channels of every image.
+    """
 
     dtype: str
     vocab_size: int
@@ -51,6 +56,8 @@ class Index:
     tokenizer: str
     tokenizer_sha256: str
     splits: dict[str, Split]
+    kind: str = "text"
+    shape: tuple[int, int, int] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +67,12 @@ class Index:
 
 def dump_index(index: Index) -> str:
     """The text of index.json."""
-    return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(index)}, indent=1) + "\n"
+    fields = dataclasses.asdict(index)
+    if index.kind == "text":  # as before there were other kinds, so that fingerprints stay
+        del fields["kind"]
+    if index.shape is None:
+        del fields["shape"]
+    return json.dumps({"format": FORMAT_VERSION, **fields}, indent=1) + "\n"
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
@@ -74,7 +86,8 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build SRC --out {folder}`")
     index = read_index(file.parent)
-    names = [index.tokenizer] + [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
+    names = [index.tokenizer] * (index.kind != "images")
+    names += [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
     for name in names:
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
             raise ValueError(f"{file} names the file {name!r}: only plain names inside the folder are allowed; build the data set again")
@@ -102,7 +115,7 @@ def read_index(folder: Path) -> Index:
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
                 for name, split in fields.pop("splits").items()
             }
-            index = Index(**fields, splits=splits)
+            index = Index(**{**fields, "shape": tuple(fields["shape"]) if "shape" in fields else None}, splits=splits)
             _check(index)
             return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -117,6 +130,8 @@ def _check(index: Index) -> None:
         raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}, perhaps {TEST}")
     if index.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
+    if index.kind not in KINDS:
+        raise ValueError(f"kind is {index.kind!r}, expected one of {', '.join(KINDS)}")
     for name, split in index.splits.items():
         for total in ("documents", "tokens"):
             if getattr(split, total) != sum(getattr(shard, total) for shard in split.shards):

@@ -35,6 +35,12 @@ class ShardWriter:
         self._sidecar: list[np.ndarray] = []
         self._samples = 0
 
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def add(self, tokens: np.ndarray) -> None:
         """Add a document: its tokens [n] with the closing <eos>."""
         self._sample.append(tokens.astype(self._dtype, copy=False))

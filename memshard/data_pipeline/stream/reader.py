@@ -114,7 +114,7 @@ class SplitReader:
         if tokens > allowed:
             raise RuntimeError(
                 f"{self._path}: {tokens:,} tokens of {int(self.damaged.sum())} documents are damaged, more than the {allowed:,.0f} "
-                f"that are tolerated, the last one {name} ({reason}): find all with `memshard data verify {self._path}` and copy these files again"
+                f"that are tolerated, the last one {name} ({reason}): find all with `memshard data verify {self._path}`, copy them again"
             )
 
 

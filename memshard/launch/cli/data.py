@@ -36,9 +36,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     build.add_argument("--prefix", default="", help="put before every line of a list file, e.g. https://data.commoncrawl.org/")
     build.add_argument(
-        "--documents", choices=("auto", "file", "line", "wikiextractor"), default="auto",
-        help="what a document is in a text file (default auto: articles if the file begins with '<doc ', else the whole file)",
+        "--documents", choices=("auto", "file", "line", "wikiextractor", "pairs"), default="auto",
+        help="what a document is in a text file (default auto: articles if the file begins with '<doc ', else the whole file); "
+        "pairs: SRC are source and target files in turn, a sentence pair a line",
     )
+    build.add_argument("--images", action="store_true", help="SRC are folders of images: one record an image, a token a colour value")
+    build.add_argument("--image-size", type=int, default=32, metavar="N", help="pixels of an image's side (default 32)")
+    build.add_argument("--gray", action="store_true", help="images in shades of gray")
     build.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in jsonl (default text)")
     build.add_argument(
         "--extractor", choices=("trafilatura", "resiliparse"), default="trafilatura",
@@ -70,6 +74,8 @@ def run_build(args: argparse.Namespace) -> dict:
     from memshard.data_pipeline.build.sources import Sources, find_files, is_warc
 
     began = time.perf_counter()
+    if args.images:
+        return _build_images(args, began)
     with usage_errors():
         sources = Sources(find_files(args.sources, args.suffix, args.exclude, args.prefix), args.documents, args.text_key)
         web = any(map(is_warc, sources.files))
@@ -85,6 +91,24 @@ def run_build(args: argparse.Namespace) -> dict:
     result = {"data": args.out, "seconds": round(time.perf_counter() - began, 1), **report}
     if not args.json:
         show(result)
+    return result
+
+
+def _build_images(args: argparse.Namespace, began: float) -> dict:
+    from pathlib import Path
+
+    from memshard.data_pipeline.build.images import IMAGE_SUFFIXES, build_images
+    from memshard.data_pipeline.build.sources import find_files
+
+    with usage_errors():
+        files = [Path(file) for file in find_files(args.sources, IMAGE_SUFFIXES, args.exclude)]
+        report = build_images(
+            files, args.out, size=args.image_size, gray=args.gray, held_out=args.held_out or 0.01, test=args.test or 0, workers=args.workers
+        )
+    result = {"data": args.out, "seconds": round(time.perf_counter() - began, 1), **report}
+    if not args.json:
+        splits = ", ".join(f"{name} {split['documents']:,} ({split['tokens']:,} tokens)" for name, split in report["splits"].items())
+        print(f"{args.out}: {report['images']:,} images ({report['equal']:,} files equal to another) in {result['seconds']} s: {splits}")
     return result
 
 
