@@ -52,7 +52,8 @@ class TrainStream:
             self._reader.read(*self._order(int(epoch)), begins[epochs == epoch], self._length + 1)
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
-        return make_batch(*(np.concatenate(fields) for fields in zip(*parts, strict=True)), samples)
+        tokens, documents, masked = (np.concatenate(fields) for fields in zip(*parts, strict=True))
+        return make_batch(tokens, documents, masked, samples)
 
     def continues(self, samples: Tensor) -> Tensor:
         """Which samples go on where the one `lanes` before them, their lane's last, ended; the others begin an epoch.
