@@ -10,7 +10,7 @@ from enum import Enum
 from typing import BinaryIO
 
 MAGIC = b"\x1f\x8b\x08"
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 16
 PIECE_BYTES = 1 << 20  # decompressed at a time, whatever the ratio
 
 

@@ -20,6 +20,7 @@ from memshard.data_pipeline.sources.gzip_members import PIECE_BYTES, Event, read
 MAX_HEADER = 1 << 16
 MAX_RECORD = 1 << 26  # bytes; larger ones are videos and archives, which hold no article
 LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+NEWLINES = re.compile(rb"[\r\n]*")
 HEADER = re.compile(rb"WARC/[01]\.\d")
 RECORD = re.compile(rb"\nWARC/[01]\.\d")
 HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -153,7 +154,8 @@ class _Framer:
         """The record at the start of the buffer, if there is one, and the bytes done with; 0 bytes: more are needed first."""
         buffer = self._buffer
         known = len(buffer)
-        start = known - len(buffer.lstrip(b"\r\n"))
+        newlines = NEWLINES.match(buffer)
+        start = newlines.end() if newlines else 0
         if not HEADER.match(buffer, start):
             if start == known or (known - start < 8 and not ended):
                 return None, known if ended else 0
@@ -174,7 +176,8 @@ class _Framer:
             return None, 0
         rest = buffer[end : end + 16].lstrip(b"\r\n")
         if end <= known and (not rest or rest.startswith(b"WARC/")):
-            return bytes(buffer[start:end]), end
+            with memoryview(buffer) as view:
+                return bytes(view[start:end]), end
         following = RECORD.search(buffer, begin)
         if following is None and not ended and known - start <= MAX_RECORD:
             return None, 0
