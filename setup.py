@@ -6,9 +6,10 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "tensor-parallel": ["fairscale>=0.4.13"],
-    "data": [],
+    # Web archives; FastWARC and Resiliparse 2 are rewrites that break code for 1.
+    "data": ["FastWARC>=2.0.1,<3", "Resiliparse>=2.0.1,<3", "trafilatura>=2.3.1", "lxml_html_clean>=0.4", "py3langid>=0.4", "pillow>=13"],
     "eval": ["matplotlib>=3.11"],
-    "bench": [],
+    "bench": ["tokenizers>=0.23", "warcio>=1.8"],
     "dev": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12"],
 }
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 import sentencepiece
 
+from memshard.data_pipeline.format.remote import local_copy
+from memshard.data_pipeline.sources.fetch import is_url
+
 TokenizerModel = Literal["bpe", "unigram"]
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -70,8 +73,7 @@ class Tokenizer:
     """A trained tokenizer, read from a model file or from the data folder that holds one."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = Path(path)
-        file = file / TOKENIZER_FILE if file.is_dir() else file
+        file = local_copy(path, TOKENIZER_FILE) if is_url(str(path)) or Path(path).is_dir() else Path(path)
         try:
             proto = file.read_bytes()
         except FileNotFoundError:
@@ -80,6 +82,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
             raise ValueError(f"{file} is not a sentencepiece model: build the data set again") from error
+        self.proto = proto
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()

@@ -44,3 +44,14 @@ class Context:
             mask = mask & self.padding[:, None, :]
         # A padded query sees itself: a row of the mask without a key would give NaN.
         return (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
+
+    @cached_property
+    def document_sizes(self) -> list[list[int]]:
+        """Of every row, the lengths of its stretches of one document, padding apart, in order. Waits for the device once a batch."""
+        changes = torch.zeros_like(self.positions[:, 1:], dtype=torch.bool)
+        for field in (self.documents, self.padding):
+            if field is not None:
+                changes = changes | (field[:, 1:] != field[:, :-1])
+        length = self.positions.shape[1]
+        ends = [[*(place + 1 for place, change in enumerate(row) if change), length] for row in changes.tolist()]
+        return [[end - begin for begin, end in zip([0, *row[:-1]], row, strict=True)] for row in ends]

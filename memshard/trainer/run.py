@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.data_pipeline.format.index import load_index
+from memshard.data_pipeline.format.remote import local_copy
 from memshard.data_pipeline.stream.held_out import HeldOutStream
-from memshard.data_pipeline.stream.train import TrainStream
+from memshard.data_pipeline.stream.open import AnyStream, open_held_out, open_train
+from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.initialize import initialize
 from memshard.models.memory.query_norm import QueryNorm
@@ -57,8 +59,8 @@ class Run:
     engine: NativeEngine
     rows: RowAdam | None
     task: LanguageModelTask
-    stream: TrainStream
-    held_out: HeldOutStream
+    stream: AnyStream
+    held_out: HeldOutStream | HeldOutRecords
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -72,7 +74,9 @@ class Run:
         folder = checkpoint_folder(root, self.progress.step)
         # One rank looks: on a slow shared file system the others may not see the same folders yet.
         if from_first(folder not in committed(root)):
-            files = [self.folder / CONFIG_FILE, Path(self.recipe.data.path) / TOKENIZER_FILE]
+            files = [self.folder / CONFIG_FILE]
+            if load_index(self.recipe.data.path).kind != "images":
+                files.append(local_copy(self.recipe.data.path, TOKENIZER_FILE))
             save_checkpoint(folder, self._tensors(), self._state(), files)
             if self.rank == 0:
                 prune(root, self.recipe.train.keep)
@@ -115,8 +119,10 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     recipe = resolve(recipe)
     assert recipe.model.vocab_size is not None
     check_identity(folder, recipe)
-    stream = TrainStream(recipe.data.path, recipe.data.length, recipe.train.batch, recipe.train.seed)
-    held_out = HeldOutStream(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
+    data = recipe.data
+    by_epochs = data.mixture_by == "epochs"
+    stream = open_train(data.path, data.length, recipe.train.batch, recipe.train.seed, data.damage_tolerance, data.mixture, by_epochs)
+    held_out = open_held_out(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
     mesh = build_mesh(device.type, recipe.parallel.memory)

@@ -11,6 +11,7 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 _FREE_TO_CHANGE = {
     "data.path",
+    "data.damage_tolerance",
     *(f"train.{key}" for key in ("steps", "micro_batch", "precision", "max_skipped")),
     *(f"train.{key}" for key in ("log_every", "eval_every", "eval_tokens", "save_every", "keep")),
     *(f"parallel.{key}" for key in ("memory", "layout", "exchange")),

@@ -36,7 +36,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     batches = rank_share(run.stream, progress.step, settings.batch, run.rank, run.ranks, settings.micro_batch)
     data_wait = time.perf_counter() - begun
 
-    tokens = settings.batch * run.recipe.data.length
+    tokens = run.stream.predicted(progress.step)
     total = torch.zeros((), device=run.device)
     for number, batch in enumerate(batches, 1):
         with run.engine.forward_context(last=number == len(batches)):

@@ -20,8 +20,8 @@ def write_corpus(folder: Path, documents: int = 300, seed: int = 0) -> None:
         (folder / f"{number:04d}.txt").write_text(" ".join(words) + ".\n", encoding="utf-8")
 
 
-def build(source: Path, out: Path, vocab_size: int = 500, held_out: float = 0.1, shard_tokens: int = 20_000) -> dict:
-    return build_data(Sources(find_files([source])), out, vocab_size=vocab_size, held_out=held_out, shard_tokens=shard_tokens)
+def build(source: Path, out: Path, vocab_size: int = 500, held_out: float = 0.1, shard_bytes: int = 80_000) -> dict:
+    return build_data(Sources(find_files([source])), out, vocab_size=vocab_size, held_out=held_out, shard_bytes=shard_bytes, workers=1)
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def test_large_vocabularies_use_uint32(corpus: Path, tmp_path: Path) -> None:
     words = ["".join(draw.choices("abcdefghijklmnop", k=8)) for _ in range(80_000)]
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text("\n".join(words[number::40] * 2))
-    build(tmp_path, tmp_path / "data", vocab_size=66_000, shard_tokens=1 << 26)
+    build(tmp_path, tmp_path / "data", vocab_size=66_000, shard_bytes=1 << 28)
     assert load_index(tmp_path / "data").dtype == "uint32"
     assert sorted(texts_of(tmp_path / "data", "train"))[0] in {file.read_text() for file in tmp_path.glob("*.txt")}
     verify_data(tmp_path / "data")
@@ -161,7 +161,8 @@ def test_bad_input_names_file_and_fix(tmp_path: Path, name: str, content: bytes,
     with pytest.raises(ValueError, match=message) as caught:
         build(source, tmp_path / "new" / "data")
     assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == [source], "a failed build must leave nothing behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, "new"])
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= {".data.work"}, "only finished stages may stay"
 
 
 def test_bad_settings_name_the_option(corpus: Path, tmp_path: Path) -> None:
@@ -171,8 +172,8 @@ def test_bad_settings_name_the_option(corpus: Path, tmp_path: Path) -> None:
         find_files([tmp_path])
     with pytest.raises(ValueError, match="--held-out is 1.5"):
         build(corpus, tmp_path / "data", held_out=1.5)
-    with pytest.raises(ValueError, match="--shard-tokens is 0"):
-        build(corpus, tmp_path / "data", shard_tokens=0)
+    with pytest.raises(ValueError, match="--shard-bytes is 0"):
+        build(corpus, tmp_path / "data", shard_bytes=0)
     with pytest.raises(ValueError, match="fall into the held-out split: lower --held-out"):
         build(corpus, tmp_path / "data", held_out=0.999999999)
     with pytest.raises(ValueError, match="does not begin with '<doc '.*--documents"):
@@ -204,7 +205,7 @@ def test_command_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "train-00000.tar").unlink()
     missing = command("data", "verify", tmp_path / "data")
     again = command("data", "build", corpus, "--out", tmp_path / "data")
-    for failed, message in ((missing, "train-00000.tar is missing"), (again, "exists already: choose another --out")):
+    for failed, message in ((missing, "train-00000.tar: is missing"), (again, "exists already: choose another --out")):
         assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
 
 

@@ -1,43 +1,33 @@
-"""Build a data folder: tokenizer, train and held-out token shards, index and report.
+"""Build a data folder: documents, duplicates, held-out split, tokenizer, token shards, index and report.
 
-Two passes over the sources, so memory does not grow with the corpus: the first counts and samples lines for the
-tokenizer, the second tokenises and writes.
+Every stage keeps what it has finished in a work folder beside the output, under names that say what went in. A build that was
+killed goes on there; other settings redo what they change. The outcome is the same, byte for byte.
 """
 
-import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from memshard.data_pipeline.build.sources import Sources, is_utf8, read_documents
-from memshard.data_pipeline.format.index import HELD_OUT, INDEX_FILE, TRAIN, Index, dump_index
-from memshard.data_pipeline.format.shards import ShardWriter
+from memshard.data_pipeline.build.documents import Filters, Unit, plan_units, read_texts, write_unit
+from memshard.data_pipeline.build.report import make_report
+from memshard.data_pipeline.build.shards import tokens_dtype, write_shards
+from memshard.data_pipeline.build.sources import PAIR, Sources, is_warc
+from memshard.data_pipeline.build.split import TRAIN_SIDE, Splits, split_documents
+from memshard.data_pipeline.build.workers import cores, run_tasks
+from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerModel, train_tokenizer, training_lines
 
 SAMPLE_LINES = 200_000
-BATCH_DOCUMENTS = 512  # tokenised at a time: 32 MB of text at most, enough to keep all cores busy
+SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
+HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
 REPORT_FILE = "report.json"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the first pass found."""
-
-    files: tuple[Path, ...]
-    not_utf8: tuple[Path, ...]
-    counts: Counter[str]
-    held_out_below: int
-    lines: list[str]
 
 
 def build_data(
@@ -46,146 +36,166 @@ def build_data(
     *,
     vocab_size: int = 8192,
     model: TokenizerModel = "bpe",
-    held_out: float = 0.01,
-    shard_tokens: int = 1 << 26,
+    tokenizer: str | os.PathLike[str] | None = None,
+    filters: Filters | None = None,
+    deduplicate: bool = False,
+    held_out: float | None = None,
+    test: float | None = None,
+    web: bool = False,
+    shard_bytes: int = 1 << 28,
     seed: int = 0,
+    page_seconds: float = 20.0,
+    workers: int | None = None,
 ) -> dict:
     """Write the data folder `out` and return its report. The same sources and settings give the same bytes.
 
-    held_out: share of the documents, chosen by a hash of their text, so equal texts are on one side. Everything is written
-    to a folder beside `out` and renamed at the end. Raises ValueError or FileNotFoundError with the fix.
+    tokenizer: a model file or data folder whose tokenizer is taken, instead of training one. held_out, test: share of the
+    documents (below 1) or number of them, chosen by the hash of their text; by default 1 % and none, with `web` 5,000 each but no
+    more than 1 % (Lample et al. 2019, section 4.1, hold out 5,000 + 5,000 articles). workers: processes, all cores by default.
+    Raises ValueError or FileNotFoundError with the fix; what was finished stays in the work folder, and nothing in `out`.
     """
     target = Path(out).resolve()
-    _check(target, held_out, vocab_size, shard_tokens)
-    survey = _survey(sources, held_out, seed)
-    proto = train_tokenizer(survey.lines, vocab_size, model)
-
+    _check(target, held_out, test, vocab_size, shard_bytes)
+    filters = filters or Filters()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        (partial / TOKENIZER_FILE).write_bytes(proto)
-        index = _write_shards(sources, survey, partial, shard_tokens)
-        report = _report(sources, survey, index)
-        (partial / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (partial / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    work = target.parent / f".{target.name}.work"
+    with alone(work):
+        units = plan_units(sources, filters, work)
+        todo = [unit for unit in units if not unit.folder.is_dir()]
+        limit = page_seconds if any(is_warc(file) for unit in units for file in unit.files) else None
+        tasks = [(unit, sources, filters) for unit in todo]
+        run_tasks(write_unit, tasks, min(workers or cores(), len(tasks)), "reading", limit)
+        splits = split_documents(units, filters, deduplicate, *(_amounts(held_out, test, web, units)))
+        stages = _stages(units, splits)
+        if not stages["kept.documents"]:
+            raise ValueError(f"the corpus is empty: {_describe(sources, stages, _not_utf8(units))}; name sources with text")
+
+        proto = Tokenizer(tokenizer).proto if tokenizer else _trained(units, splits, work, vocab_size, model, seed)
+        final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *(unit.folder.name for unit in units))}"
+        final.mkdir(exist_ok=True)
+        (final / TOKENIZER_FILE).write_bytes(proto)
+        written = write_shards(units, splits, final, shard_bytes, workers or cores(), PAIR if sources.documents == "pairs" else None)
+        used = Tokenizer(final)
+        index = Index(tokens_dtype(used.vocab_size), used.vocab_size, used.eos_id, TOKENIZER_FILE, used.sha256, written, _kind(sources))
+        report = make_report(len(sources.files), _not_utf8(units), stages, index)
+        publish(final, target, index, report)
+        shutil.rmtree(work)
     return report
 
 
-def _check(target: Path, held_out: float, vocab_size: int, shard_tokens: int) -> None:
+def publish(final: Path, target: Path, index: Index, report: dict) -> None:
+    """Make the folder `final` of finished shards the data folder `target`."""
+    (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
+    for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
+        if leftover.name not in (REPORT_FILE, INDEX_FILE):
+            leftover.unlink()
+    if target.exists():
+        target.rmdir()  # empty, or check_target had refused it
+    final.rename(target)
+
+
+def check_target(target: Path) -> None:
+    """ValueError if there is something at `target` already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --out, or remove it first")
-    if not 0 < held_out < 1:
-        raise ValueError(f"--held-out is {held_out}; it is the share of documents kept for evaluation, above 0 and below 1")
+
+
+def _amounts(held_out: float | None, test: float | None, web: bool, units: list[Unit]) -> tuple[float, float]:
+    if held_out is None:
+        documents = sum(_outcome(unit)["counts"].get("kept.documents", 0) for unit in units)
+        held_out = HELD_OUT_ARTICLES if web and documents > HELD_OUT_ARTICLES / HELD_OUT_SHARE else HELD_OUT_SHARE
+    return held_out, (held_out if web else 0.0) if test is None else test
+
+
+def _check(target: Path, held_out: float | None, test: float | None, vocab_size: int, shard_bytes: int) -> None:
+    check_target(target)
+    for name, amount in (("--held-out", held_out), ("--test", test)):
+        if amount is not None and (amount < 0 or 1 < amount != int(amount) or (name == "--held-out" and not amount)):
+            raise ValueError(f"{name} is {amount}; it is a share of the documents, above 0 and below 1, or a number of documents")
     if vocab_size < 1:
         raise ValueError(f"--vocab is {vocab_size}; it must be at least 1")
-    if shard_tokens < 1:
-        raise ValueError(f"--shard-tokens is {shard_tokens}; it must be at least 1")
+    if shard_bytes < 1:
+        raise ValueError(f"--shard-bytes is {shard_bytes}; it must be at least 1")
 
 
-def _survey(sources: Sources, held_out: float, seed: int) -> Survey:
-    """First pass: count documents, find the held-out threshold, sample lines of training documents."""
-    counts: Counter[str] = Counter()
-    not_utf8 = []
-    lowest, highest, threshold = 1 << 64, 0, int(held_out * (1 << 64))
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """The work folder, locked and free of half-written results; removed at the end if it holds none. ValueError if another build has it."""
+    (work / "units").mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another build is at work in {work}: wait for it, or choose another --out") from None
+        for partial in work.glob("units/*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            yield
+        finally:
+            for partial in work.glob("units/*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            if work.exists() and not any((work / "units").iterdir()):
+                shutil.rmtree(work)
+
+
+def _kind(sources: Sources) -> str:
+    return "pairs" if sources.documents == "pairs" else "text"
+
+
+def _stages(units: list[Unit], splits: Splits) -> Counter[str]:
+    stages: Counter[str] = Counter()
+    for unit in units:
+        stages.update(_outcome(unit)["counts"])
+    return stages + splits.counts
+
+
+def _not_utf8(units: list[Unit]) -> list[str]:
+    return [name for unit in units for name in _outcome(unit)["not_utf8"]]
+
+
+def _outcome(unit: Unit) -> dict:
+    outcome: dict = json.loads((unit.folder / "counts.json").read_text(encoding="utf-8"))
+    return outcome
+
+
+def _describe(sources: Sources, stages: Counter[str], not_utf8: list[str]) -> str:
+    skipped = f"{len(not_utf8)} not UTF-8 text, e.g. {not_utf8[0]}" if not_utf8 else "all readable"
+    left_out = {key.removesuffix(".documents"): number for key, number in stages.items() if key.endswith(".documents")}
+    return f"{len(sources.files)} files ({skipped}), {stages['empty']} empty and {stages['invalid']} invalid documents, stages {left_out}"
+
+
+def _trained(units: list[Unit], splits: Splits, work: Path, vocab_size: int, model: TokenizerModel, seed: int) -> bytes:
+    """A tokenizer trained on a uniform sample of the training documents' lines (reservoir sampling)."""
+    cached = work / f"tokenizer-{digest(splits.sides.tobytes(), vocab_size, model, seed, *(unit.folder.name for unit in units))}"
+    if cached.exists():
+        return cached.read_bytes()
+    train = splits.sides == TRAIN_SIDE
+    total = int(splits.sizes[train].sum())
+    if total > SAMPLE_BYTES:  # documents of a sample of hashes; not the lowest ones, those are held out
+        train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
     draw = random.Random(seed)
     lines: list[str] = []
     seen = 0
-    for file in tqdm(sources.files, "reading", unit="file", disable=None, leave=False):
-        if not is_utf8(file):
-            not_utf8.append(file)
-            continue
-        for text in read_documents(file, sources, counts):
-            number = text_hash(text)
-            lowest, highest = min(lowest, number), max(highest, number)
-            counts["documents"] += 1
-            if number < threshold:
-                counts["held_out"] += 1
-                continue
-            for line in training_lines(text):  # a uniform sample of bounded size (reservoir sampling)
+    for number, unit in enumerate(units):
+        own = slice(int(splits.first[number]), int(splits.first[number + 1]))
+        for text in read_texts(unit, splits.sizes[own], train[own]):
+            for line in training_lines(text.replace(PAIR, "\n")):
                 seen += 1
                 if len(lines) < SAMPLE_LINES:
                     lines.append(line)
                 elif (place := int(draw.random() * seen)) < SAMPLE_LINES:
                     lines[place] = line
-    files = tuple(file for file in sources.files if file not in set(not_utf8))
-    if not counts["documents"]:
-        raise ValueError(f"the corpus is empty: {_describe(sources, counts, not_utf8)}; name sources with text")
-    if lowest == highest:
-        raise ValueError(
-            f"the corpus is one document ({counts['documents']} times), so none is left to train on after the held-out split: "
-            "give more text, or take every line as a document with --documents line"
-        )
-    if not counts["held_out"]:
-        threshold = lowest + 1
-    elif counts["held_out"] == counts["documents"]:
-        raise ValueError(f"all {counts['documents']} documents fall into the held-out split: lower --held-out, or give more documents")
-    return Survey(files, tuple(not_utf8), counts, threshold, lines)
+    proto = train_tokenizer(lines, vocab_size, model)
+    partial = cached.with_suffix(".partial")
+    partial.write_bytes(proto)
+    partial.replace(cached)
+    return proto
 
 
-def _describe(sources: Sources, counts: Counter[str], not_utf8: list[Path]) -> str:
-    skipped = f"{len(not_utf8)} not UTF-8 text, e.g. {not_utf8[0]}" if not_utf8 else "all UTF-8 text"
-    return f"{len(sources.files)} files ({skipped}), {counts['empty']} empty and {counts['invalid']} invalid documents"
-
-
-def text_hash(text: str) -> int:
-    """64-bit hash of a text; the same on every machine and in every corpus."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _write_shards(sources: Sources, survey: Survey, folder: Path, shard_tokens: int) -> Index:
-    """Second pass: tokenise and write."""
-    tokenizer = Tokenizer(folder)
-    dtype = "uint16" if tokenizer.vocab_size <= 65_535 else "uint32"
-    writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, HELD_OUT)}
-    documents = (text for file in survey.files for text in read_documents(file, sources, Counter()))
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    progress = tqdm(total=survey.counts["documents"], desc="tokenising", unit="document", unit_scale=True, disable=None, leave=False)
-    try:
-        with progress:
-            for batch in _batches(documents, BATCH_DOCUMENTS):
-                for text, ids in zip(batch, tokenizer.encode_batch(batch, threads), strict=True):
-                    split = HELD_OUT if text_hash(text) < survey.held_out_below else TRAIN
-                    tokens = np.array([*ids, tokenizer.eos_id], dtype=dtype)
-                    writers[split].add(tokens, text_bytes=len(text.encode()), words=len(text.split()))
-                progress.update(len(batch))
-        splits = {name: writer.finish() for name, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abort()
-    written = sum(split.documents for split in splits.values())
-    if written != survey.counts["documents"]:
-        raise ValueError(f"the sources changed while they were read ({survey.counts['documents']} documents, then {written}): build again")
-    return Index(dtype, tokenizer.vocab_size, tokenizer.eos_id, TOKENIZER_FILE, tokenizer.sha256, splits)
-
-
-def _batches(documents: Iterator[str], size: int) -> Iterable[list[str]]:
-    while batch := list(islice(documents, size)):
-        yield batch
-
-
-def _report(sources: Sources, survey: Survey, index: Index) -> dict:
-    totals = {name: dataclasses.asdict(split) for name, split in index.splits.items()}
-    return {
-        "files": len(sources.files),
-        "files_not_utf8": len(survey.not_utf8),
-        "files_not_utf8_first": [str(file) for file in survey.not_utf8[:20]],
-        "documents": survey.counts["documents"],
-        "documents_empty": survey.counts["empty"],
-        "documents_invalid": survey.counts["invalid"],
-        "documents_cut": survey.counts["cut"],
-        "vocabulary": index.vocab_size,
-        "splits": {
-            name: {
-                **{key: totals[name][key] for key in ("documents", "tokens", "text_bytes", "words")},
-                "bytes_per_token": round(split.text_bytes / split.tokens, 4),
-                "shards": len(split.shards),
-            }
-            for name, split in index.splits.items()
-        },
-    }
+def digest(*facts: object) -> str:
+    """A name for what is made of these facts."""
+    total = hashlib.blake2b(digest_size=8)
+    for fact in facts:
+        total.update(fact if isinstance(fact, bytes) else f"{fact};".encode())
+    return total.hexdigest()

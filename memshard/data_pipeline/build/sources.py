@@ -1,4 +1,4 @@
-"""From source paths to documents: text files, jsonl, directories of them, WikiExtractor output, each also gzipped."""
+"""From source names to input files, and from text files (plain, jsonl, WikiExtractor output, each also gzipped) to documents."""
 
 import gzip
 import html
@@ -10,12 +10,17 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from glob import glob
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, TextIO, cast
 
-DocumentKind = Literal["auto", "file", "line", "wikiextractor"]
+from memshard.data_pipeline.sources.fetch import is_url
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")
+DocumentKind = Literal["auto", "file", "line", "wikiextractor", "pairs"]
+PAIR = "\x1e"  # between the sentences of a pair, until they are tokens
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl", ".warc")
 EXCLUDED_FOLDERS = ("site-packages", "dist-packages")
 MAX_DOCUMENT = 65_536  # characters; longer documents are cut, so that one big file still spreads over lanes and splits
 READ_CHARACTERS = 1 << 20
@@ -23,9 +28,9 @@ READ_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Sources:
-    """Where documents come from, and how files are cut into them."""
+    """Where documents come from, paths or URLs, and how text files are cut into them."""
 
-    files: tuple[Path, ...]
+    files: tuple[Path | str, ...]
     documents: DocumentKind = "auto"
     text_key: str = "text"
 
@@ -34,27 +39,49 @@ def find_files(
     sources: Iterable[str | os.PathLike[str]],
     suffixes: Iterable[str] = TEXT_SUFFIXES,
     exclude: Iterable[str] = EXCLUDED_FOLDERS,
-) -> tuple[Path, ...]:
-    """The files behind `sources`: files as named, directories recursively in sorted order, each file once.
+    prefix: str = "",
+) -> tuple[Path | str, ...]:
+    """The inputs behind `sources`, each once: files and URLs as named, globs and directories (recursively) in sorted order, and
+    those in list files (*.paths, *.paths.gz: one a line, `prefix` before each).
 
     In directories only files with one of `suffixes` (or that and .gz) count; hidden folders and those named in `exclude` are
     left out. Raises FileNotFoundError for a missing source, ValueError for a directory without such files.
     """
     endings = tuple("." + suffix.lstrip(".") for suffix in suffixes)
     excluded = set(exclude)
-    found: dict[Path, Path] = {}
-    for source in map(Path, sources):
+    found: dict[Path | str, Path | str] = {}
+    for name in _listed(map(str, sources), prefix):
+        source = Path(name)
+        if is_url(name):
+            found.setdefault(name, name)
+            continue
         if source.is_dir():
             files = [file for file in _walk(source, excluded) if file.name.removesuffix(".gz").endswith(endings)]
             if not files:
                 raise ValueError(f"{source} holds no file ending in {' '.join(endings)} (or with .gz): name other endings with --suffix")
         elif source.exists():
             files = [source]
+        elif files := [Path(match) for match in sorted(glob(name, recursive=True)) if Path(match).is_file()]:
+            pass
         else:
             raise FileNotFoundError(f"{source}: no such file or folder; check the path of the source")
         for file in files:
             found.setdefault(file.resolve(), file)
     return tuple(found.values())
+
+
+def is_warc(name: Path | str) -> bool:
+    """Whether an input is a web archive, by its name; a command's is in the command."""
+    return ".warc" in str(name) if str(name).startswith("pipe:") else str(name).removesuffix(".gz").endswith(".warc")
+
+
+def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
+    for name in sources:
+        if is_url(name) or not name.removesuffix(".gz").endswith(".paths"):
+            yield name
+            continue
+        with _open(Path(name)) as stream:
+            yield from (prefix + line.strip() for line in stream if line.strip())
 
 
 def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
@@ -94,6 +121,20 @@ def read_documents(file: Path, sources: Sources, counts: Counter[str]) -> Iterat
                 parts += 1
             counts["empty"] += parts == 0
             counts["cut"] += parts > 1
+
+
+def read_pairs(source: Path, target: Path, counts: Counter[str]) -> Iterator[str]:
+    """Line n of both files, with PAIR between. ValueError if one has more lines. Counts `empty` pairs, those with an empty side."""
+    with _open(source) as left, _open(target) as right:
+        for number, (one, other) in enumerate(zip_longest(left, right), 1):
+            if one is None or other is None:
+                short, long = (source, target) if one is None else (target, source)
+                raise ValueError(f"{short} ends at line {number - 1} and {long} goes on: pairs need as many lines in both files")
+            sides = [line.strip().replace(PAIR, " ") for line in (one, other)]
+            if all(sides):
+                yield PAIR.join(sides)
+            else:
+                counts["empty"] += 1
 
 
 def _split(file: Path, stream: TextIO, sources: Sources) -> Iterator[TextIO]:

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memshard.data_pipeline.format.remote import local_copy
+from memshard.data_pipeline.sources.fetch import is_url
+
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
-TRAIN, HELD_OUT = "train", "heldout"
+KINDS = ("text", "pairs", "images")
+TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of tokens and its sidecar, an int64 array [documents, 2] of (byte offset in the tar, tokens)."""
+    """One tar of tokens and its sidecar, an int64 array [documents, 3] of (byte offset in the tar, tokens, CRC-32)."""
 
     file: str
     documents: int
@@ -40,7 +44,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Index:
-    """Content of index.json."""
+    """Content of index.json.
+
+    kind: text (packed by the stream), pairs (source <eos> target <eos>) or images (one token a colour value, then <eos>).
+    shape: height, width, channels of every image.
+    """
 
     dtype: str
     vocab_size: int
@@ -48,6 +56,8 @@ class Index:
     tokenizer: str
     tokenizer_sha256: str
     splits: dict[str, Split]
+    kind: str = "text"
+    shape: tuple[int, int, int] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -57,26 +67,33 @@ class Index:
 
 def dump_index(index: Index) -> str:
     """The text of index.json."""
-    return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(index)}, indent=1) + "\n"
+    fields = dataclasses.asdict(index)
+    if index.kind == "text":  # as before there were other kinds, so that fingerprints stay
+        del fields["kind"]
+    if index.shape is None:
+        del fields["shape"]
+    return json.dumps({"format": FORMAT_VERSION, **fields}, indent=1) + "\n"
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
-    """Read and check the index of the data folder `path`: every file it names must be there with the right size.
+    """Read and check the index of the data folder `path`, a folder or a URL: every file it names must be there with the right size;
+    of a URL that shows when it is read.
 
     Raises FileNotFoundError or ValueError that name the file and the fix.
     """
-    folder = Path(path)
-    file = folder / INDEX_FILE
+    folder, remote = Path(path), is_url(str(path))
+    file = local_copy(path, INDEX_FILE)
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build SRC --out {folder}`")
-    index = _parse(file)
-    names = [index.tokenizer] + [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
+    index = read_index(file.parent)
+    names = [index.tokenizer] * (index.kind != "images")
+    names += [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
     for name in names:
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
             raise ValueError(f"{file} names the file {name!r}: only plain names inside the folder are allowed; build the data set again")
-        if not (folder / name).is_file():
+        if not remote and not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: copy it back, or build the data set again")
-    for split in index.splits.values():
+    for split in () if remote else index.splits.values():
         for shard in split.shards:
             size = (folder / shard.file).stat().st_size
             if size != shard.bytes:
@@ -87,7 +104,9 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     return index
 
 
-def _parse(file: Path) -> Index:
+def read_index(folder: Path) -> Index:
+    """The index of a local folder, whatever the state of the files it names. ValueError if it is damaged."""
+    file = folder / INDEX_FILE
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = fields.pop("format")
@@ -96,7 +115,7 @@ def _parse(file: Path) -> Index:
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
                 for name, split in fields.pop("splits").items()
             }
-            index = Index(**fields, splits=splits)
+            index = Index(**{**fields, "shape": tuple(fields["shape"]) if "shape" in fields else None}, splits=splits)
             _check(index)
             return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,10 +126,12 @@ def _parse(file: Path) -> Index:
 
 
 def _check(index: Index) -> None:
-    if set(index.splits) != {TRAIN, HELD_OUT}:
-        raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}")
+    if set(index.splits) - {TEST} != {TRAIN, HELD_OUT}:
+        raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}, perhaps {TEST}")
     if index.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
+    if index.kind not in KINDS:
+        raise ValueError(f"kind is {index.kind!r}, expected one of {', '.join(KINDS)}")
     for name, split in index.splits.items():
         for total in ("documents", "tokens"):
             if getattr(split, total) != sum(getattr(shard, total) for shard in split.shards):

@@ -3,23 +3,22 @@
 import io
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from memshard.data_pipeline.format.index import Index, Shard, load_index, sha256_file
+from memshard.data_pipeline.format.index import INDEX_FILE, Index, Shard, load_index, read_index, sha256_file
 from memshard.data_pipeline.format.shards import read_sidecar
 
 
 def verify_data(path: str | os.PathLike[str]) -> dict:
     """Re-hash everything and compare counts; return totals, or raise ValueError naming every bad file."""
     folder = Path(path)
-    index = load_index(folder)
-    problems = []
-    if sha256_file(folder / index.tokenizer) != index.tokenizer_sha256:
-        problems.append(f"{index.tokenizer}: content differs from its hash")
+    index = read_index(folder) if (folder / INDEX_FILE).is_file() else load_index(folder)
     shards = [shard for split in index.splits.values() for shard in split.shards]
+    problems = _file_problems(folder / index.tokenizer, None, index.tokenizer_sha256) if index.kind != "images" else []
     for shard in tqdm(shards, "verifying", unit="shard", disable=None, leave=False):
         problems += _problems(folder, index, shard)
     if problems:
@@ -29,26 +28,46 @@ def verify_data(path: str | os.PathLike[str]) -> dict:
     }
 
 
+def _file_problems(file: Path, size: int | None, sha256: str) -> list[str]:
+    if not file.is_file():
+        return [f"{file.name}: is missing"]
+    found = file.stat().st_size
+    if size is not None and found != size:
+        return [f"{file.name}: is empty" if not found else f"{file.name}: has {found:,} bytes instead of {size:,}"]
+    return [] if sha256_file(file) == sha256 else [f"{file.name}: content differs from its hash"]
+
+
 def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
-    changed = [
-        name
-        for name, sha256 in ((shard.file, shard.sha256), (shard.sidecar, shard.sidecar_sha256))
-        if sha256_file(folder / name) != sha256
-    ]
-    if changed:
-        return [f"{name}: content differs from its hash" for name in changed]
+    sidecar = _file_problems(folder / shard.sidecar, None, shard.sidecar_sha256)
+    tar = _file_problems(folder / shard.file, shard.bytes, shard.sha256)
+    if tar and not sidecar and tar[0].endswith("hash"):
+        tar = [f"{tar[0]} ({_bad_documents(folder, index, shard) or 'no document of it'})"]
+    if tar or sidecar:
+        return tar + sidecar
     entries = read_sidecar(folder, shard)
-    documents, largest = [], 0
-    with tarfile.open(folder / shard.file) as tar:
-        members = list(tar)
+    documents, largest = [np.zeros((0, 2), dtype=np.int64)], 0
+    with tarfile.open(folder / shard.file) as archive:
+        members = list(archive)
         for tokens, lengths in zip(members[::2], members[1::2], strict=True):
-            ids, counts = _array(tar, tokens), _array(tar, lengths)
+            ids, counts = _array(archive, tokens), _array(archive, lengths)
             begins = tokens.offset_data + tokens.size - ids.nbytes + (np.cumsum(counts, dtype=np.int64) - counts) * ids.itemsize
             documents.append(np.stack([begins, counts], axis=1))
             largest = max(largest, int(ids.max()))
-    if not np.array_equal(np.concatenate(documents), entries):
+    if not np.array_equal(np.concatenate(documents), entries[:, :2]) or _bad_documents(folder, index, shard):
         return [f"{shard.sidecar}: does not list the documents of {shard.file}"]
     return [f"{shard.file}: token {largest} is outside the vocabulary"] if largest >= index.vocab_size else []
+
+
+def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
+    """Which documents fail their checksum, the first ten of them."""
+    size = np.dtype(index.dtype).itemsize
+    bad = []
+    with (folder / shard.file).open("rb") as stream:
+        for number, (offset, tokens, checksum) in enumerate(read_sidecar(folder, shard).tolist()):
+            stream.seek(offset)
+            if checksum >= 0 and zlib.crc32(stream.read(tokens * size)) != checksum:
+                bad.append(str(number))
+    return f"documents {', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}" if bad else ""
 
 
 def _array(tar: tarfile.TarFile, member: tarfile.TarInfo) -> np.ndarray:

@@ -24,12 +24,12 @@ class Batch(NamedTuple):
     samples: Tensor
 
 
-def make_batch(tokens: np.ndarray, documents: np.ndarray, samples: np.ndarray) -> Batch:
-    """Shift rows of length + 1 tokens, int64 [n, length + 1], into inputs and targets."""
+def make_batch(tokens: np.ndarray, documents: np.ndarray, masked: np.ndarray, samples: np.ndarray) -> Batch:
+    """Shift rows of length + 1 tokens, int64 [n, length + 1], into inputs and targets; nothing is predicted of or from masked ones."""
     count, length = tokens.shape[0], tokens.shape[1] - 1
     return Batch(
         inputs=torch.from_numpy(tokens[:, :-1].copy()),  # copies: inputs and targets of a single row would share memory
-        targets=torch.from_numpy(tokens[:, 1:].copy()),
+        targets=torch.from_numpy(np.where(masked[:, 1:] | masked[:, :-1], IGNORE, tokens[:, 1:])),
         documents=torch.from_numpy(documents[:, :-1].copy()),
         positions=torch.arange(length).repeat(count, 1),
         samples=torch.from_numpy(samples),

@@ -39,8 +39,8 @@ class HeldOutStream:
         """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE, samples -1)."""
         windows = first + np.arange(count)
         begins = np.minimum(windows * self._length, self._starts[-1] - 1)
-        tokens, documents = self._reader.read(self._order, self._starts, begins, self._length + 1)
-        batch = make_batch(tokens, documents, np.where(windows < self.windows, windows, -1))
+        tokens, documents, masked = self._reader.read(self._order, self._starts, begins, self._length + 1)
+        batch = make_batch(tokens, documents, masked, np.where(windows < self.windows, windows, -1))
         predicted = windows[:, None] * self._length + np.arange(self._length)
         batch.targets.numpy()[predicted >= self.tokens] = IGNORE
         return batch

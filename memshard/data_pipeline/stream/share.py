@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
-from memshard.data_pipeline.stream.train import TrainStream
+from memshard.data_pipeline.stream.open import AnyStream
 
 
-def rank_share(stream: TrainStream, step: int, batch: int, rank: int, ranks: int, micro_batch: int | None) -> list[Batch]:
+def rank_share(stream: AnyStream, step: int, batch: int, rank: int, ranks: int, micro_batch: int | None) -> list[Batch]:
     """What `rank` of `ranks` trains on in a step of `batch` sequences, at most `micro_batch` at a time (default: all).
 
     Ranks take contiguous rows, so together they see the same global batch whatever their number. Where it does not

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         import torch
 
-        from memshard.data_pipeline.stream.held_out import HeldOutStream
+        from memshard.data_pipeline.stream.open import open_held_out
         from memshard.trainer.checkpoint.load_model import load
         from memshard.trainer.evaluation.perplexity import evaluate
         from memshard.trainer.tasks.language_model import LanguageModelTask
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--batch is {args.batch}; it must be at least 1")
         loaded = load(args.checkpoint)
         data = args.data or loaded.recipe.data.path
-        held_out = HeldOutStream(data, loaded.recipe.data.length, args.max_tokens)
+        held_out = open_held_out(data, loaded.recipe.data.length, args.max_tokens)
         loaded.check_tokenizer(data)
     device = torch.device("cpu")
     task = LanguageModelTask(device, loaded.recipe.data.document_mask, loaded.recipe.train.seed)

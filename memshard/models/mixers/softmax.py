@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from memshard.models.context import Context
 from memshard.models.linear import Projection
+from memshard.models.mixers.per_document import DENSE_LENGTH, attend_per_document
 from memshard.models.position import rotate
 
 
@@ -52,8 +53,12 @@ class SoftmaxMixer(nn.Module):
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
         if state is None:
-            mask = ctx.attention_mask
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            masked = ctx.documents is not None or ctx.padding is not None
+            if masked and x.shape[1] > DENSE_LENGTH:
+                y = attend_per_document(q, k, v, ctx)
+            else:
+                mask = ctx.attention_mask
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         else:
             state = _append(state, k, v, ctx)
             seen = slice(0, state.length)

@@ -11,13 +11,22 @@ class DataConfig:
     """Which token shards to read, and how they are cut."""
 
     path: str
-    """Folder that `memshard data build` wrote."""
+    """Folder that `memshard data build` wrote, or the http(s) or s3 URL of a copy, or `pipe:` and a command that prints {file}."""
 
     length: int = 256
-    """Tokens in a training sequence."""
+    """Tokens in a training sequence; the most in a record (pair or image), longer ones are left out."""
+
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Folders to train on together, each with its weight, built with the same tokenizer; `path` is then for evaluation only."""
+
+    mixture_by: Literal["weight", "epochs"] = "weight"
+    """What a folder's weight in the mixture says: its share of the samples, or how often it is read while the others are once."""
 
     document_mask: bool = False
     """Keep attention inside a document (slower: an explicit mask) instead of letting packed documents see each other."""
+
+    damage_tolerance: float = 0.001
+    """Share of the tokens that may be unreadable: they are masked, and beyond it the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memshard.data_pipeline.stream.held_out import HeldOutStream
+from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.models.memory.usage import UsageCounter, UsageReport
 from memshard.parallel.collectives import all_sum
 from memshard.trainer.evaluation.usage import observed_usage, usage_reports
@@ -39,7 +40,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: LanguageModelTask, held_out: HeldOutStream, rows: int, dtype: torch.dtype, rank: int = 0, ranks: int = 1
+    model: nn.Module,
+    task: LanguageModelTask,
+    held_out: HeldOutStream | HeldOutRecords,
+    rows: int,
+    dtype: torch.dtype,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Evaluation:
     """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the same arguments."""
     training = model.training

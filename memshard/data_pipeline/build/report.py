@@ -1,0 +1,50 @@
+"""What went into a build and came out of each of its stages."""
+
+from collections import Counter
+
+from memshard.data_pipeline.format.index import Index
+
+READ = ("records", "responses", "status", "not_html", "empty_body", "too_large", "skipped_bytes")
+STAGES = (
+    "pages", "page_large", "page_timeout", "page_failed", "page_language", "page_empty", "text", "language", "timeout", "quality",
+    "exact_duplicate", "near_duplicate",
+)  # fmt: skip
+
+
+def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: Index) -> dict:
+    """The content of report.json. stages: documents and bytes that a stage took in (pages, text) or left out (the others)."""
+    stages = {
+        name: {"documents": counts[f"{name}.documents"], "bytes": counts[f"{name}.bytes"]}
+        for name in dict.fromkeys(key.rpartition(".")[0] for key in sorted(counts, key=_place) if key.endswith(".documents"))
+        if name != "kept"
+    }
+    return {
+        "files": files,
+        "files_not_utf8": len(not_utf8),
+        "files_not_utf8_first": not_utf8[:20],
+        "documents": sum(split.documents for split in index.splits.values()),
+        "documents_empty": counts["empty"],
+        "documents_invalid": counts["invalid"],
+        "documents_cut": counts["cut"],
+        "archive": {name: counts[name] for name in READ if counts[name]},
+        "faults": {name.removeprefix("fault_"): counts[name] for name in sorted(counts) if name.startswith("fault_")},
+        "stages": stages,
+        "vocabulary": index.vocab_size,
+        "splits": {
+            name: {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "text_bytes": split.text_bytes,
+                "words": split.words,
+                "bytes_per_token": round(split.text_bytes / split.tokens, 4) if split.tokens else None,
+                "shards": len(split.shards),
+            }
+            for name, split in index.splits.items()
+        },
+    }
+
+
+def _place(key: str) -> tuple[int, str]:
+    name = key.rpartition(".")[0]
+    order = STAGES.index(name.partition(".")[0]) if name.partition(".")[0] in STAGES else len(STAGES)
+    return order, name

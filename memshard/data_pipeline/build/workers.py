@@ -1,0 +1,153 @@
+"""Tasks in worker processes, each killed and started again without the item it hangs on or dies of."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tqdm import tqdm
+
+NO_ITEM = -1
+GRACE_SECONDS = 5.0  # for an item past its time to stop by itself, before its process is killed
+
+
+class ItemTimeout(BaseException):
+    """An item took too long. No Exception, because libraries catch those."""
+
+
+@dataclass
+class Watch:
+    """A task's view of its items: which is in work, since when, and which to leave out because they killed a worker before."""
+
+    seconds: float | None = None
+    skip: frozenset[int] = frozenset()
+    state: Any = field(default_factory=lambda: [float(NO_ITEM), 0.0])  # item, start; shared with the parent in a worker
+    parent: int | None = None
+
+    @contextmanager
+    def item(self, number: int) -> Iterator[None]:
+        """Work on an item; raises ItemTimeout after `seconds`."""
+        if self.parent is not None and os.getppid() != self.parent:
+            os._exit(1)  # the build was killed: do not go on writing beside the one that resumes it
+        self.state[0], self.state[1] = float(number), time.time()
+        if self.seconds:
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        try:
+            yield
+        finally:
+            if self.seconds:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            self.state[0] = float(NO_ITEM)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(function: Callable[..., None], tasks: Sequence[tuple], workers: int, label: str, seconds: float | None = None) -> None:
+    """Call `function(watch, *task)` for every task, at most `workers` at a time; one worker and no time limit: in this process.
+
+    seconds: limit of an item of a task. An item that takes longer in code that cannot be interrupted, or kills its worker, is left
+    out when its task starts again. Raises what a task raised, ValueError and OSError as such, others as RuntimeError.
+    """
+    progress = tqdm(total=len(tasks), desc=label, disable=None, leave=False)
+    with progress:
+        if seconds is None and (workers == 1 or len(tasks) == 1):
+            for task in tasks:
+                function(Watch(), *task)
+                progress.update()
+            return
+        waiting = deque(_Job(function, task, seconds) for task in tasks)
+        active: list[_Job] = []
+        try:
+            while waiting or active:
+                while waiting and len(active) < workers:
+                    active.append(waiting.popleft())
+                    active[-1].start()
+                wait([job.process.sentinel for job in active if job.process], timeout=0.5)
+                for job in list(active):
+                    if job.finished():
+                        active.remove(job)
+                        if job.done:
+                            progress.update()
+                        else:
+                            waiting.appendleft(job)
+        finally:
+            for job in active:
+                job.kill()
+
+
+class _Job:
+    """A task and the process that works on it."""
+
+    def __init__(self, function: Callable[..., None], task: tuple, seconds: float | None) -> None:
+        self._call = (function, task)
+        self._seconds = seconds
+        self._skip: frozenset[int] = frozenset()
+        self.done = False
+        self.process: BaseProcess | None = None
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._state = context.Array("d", [float(NO_ITEM), 0.0], lock=False)
+        self._reader, writer = context.Pipe(duplex=False)
+        arguments = (*self._call, self._seconds, self._skip, self._state, os.getpid(), writer)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        writer.close()
+
+    def finished(self) -> bool:
+        """Whether the process has ended, by itself or because it hung. Raises the task's error."""
+        assert self.process is not None
+        item, since = int(self._state[0]), self._state[1]
+        if self.process.is_alive():
+            if not (self._seconds and item != NO_ITEM and time.time() - since > self._seconds + GRACE_SECONDS):
+                return False
+            self.process.kill()
+        self.process.join()
+        code, item = self.process.exitcode, int(self._state[0])
+        error = self._reader.recv() if self._reader.poll() and code == 1 else None
+        self.kill()
+        if isinstance(error, BaseException):
+            raise error
+        if code == 0:
+            self.done = True
+        elif item == NO_ITEM:
+            raise RuntimeError(f"a worker process died with code {code}: the machine may be out of memory; run the same command to resume")
+        else:
+            self._skip |= {item}
+        return True
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self._reader.close()
+
+
+def _work(
+    function: Callable[..., None], task: tuple, seconds: float | None, skip: frozenset[int], state: Any, parent: int, writer: Connection
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    if seconds:
+        signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        function(Watch(seconds, skip, state, parent), *task)
+    except (ValueError, OSError) as error:
+        writer.send(error)
+        os._exit(1)
+    except BaseException as error:
+        writer.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        os._exit(1)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise ItemTimeout

@@ -1,0 +1,130 @@
+"""Data folders elsewhere: a local mirror of the small files, and a cache of limited size for the blocks of shards that are read.
+
+http(s) folders are read by range requests, so that a rank fetches only what its lanes need; s3 and pipe: come by whole files. A pipe:
+folder is a command with {file} where the file's name goes. MEMSHARD_CACHE names the cache's folder (default ~/.cache/memshard),
+MEMSHARD_CACHE_BYTES its limit (default 64 GiB).
+"""
+
+import hashlib
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+from memshard.data_pipeline.sources.fetch import fetch, is_url, read_range, retry
+
+BLOCK_BYTES = 1 << 22
+DEFAULT_LIMIT = 64 << 30
+BLOCKS_IN_MEMORY = 8
+
+
+def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = None) -> Path:
+    """The file `name` of a data folder: itself, or of a URL a copy, fetched if it is absent or, given a hash, different."""
+    if not is_url(str(path)):
+        return Path(path) / name
+    folder = cache_folder(str(path))
+    target = folder / name
+    if sha256 is not None and target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
+        return target
+
+    def copy() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            file = fetch(file_url(str(path), name), Path(scratch))
+            if sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+                raise OSError(f"{name} has another content than index.json says")
+            file.replace(target)
+
+    retry(str(path), copy)
+    return target
+
+
+def cache_folder(url: str) -> Path:
+    """Where files of the data folder at `url` are kept."""
+    root = Path(os.environ.get("MEMSHARD_CACHE") or Path.home() / ".cache" / "memshard")
+    folder = root / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def file_url(url: str, name: str) -> str:
+    """The URL of a file in the data folder at `url`."""
+    return url.replace("{file}", name) if url.startswith("pipe:") else f"{url.rstrip('/')}/{name}"
+
+
+class BlockCache:
+    """Byte ranges of the shards at `url`; blocks least recently used go when the limit is passed, whichever process wrote them."""
+
+    def __init__(self, url: str, limit: int | None = None) -> None:
+        self._url = url
+        self._ranges = url.startswith(("http://", "https://"))
+        self._folder = cache_folder(url) / "blocks"
+        self._folder.mkdir(exist_ok=True)
+        self._limit = int(os.environ.get("MEMSHARD_CACHE_BYTES", DEFAULT_LIMIT)) if limit is None else limit
+        self._written = self._limit  # look at the folder before the first block is added
+        self._memory: OrderedDict[str, bytes] = OrderedDict()
+
+    def read(self, name: str, size: int, begin: int, end: int) -> bytes:
+        """Bytes begin to end - 1 of the file `name`, which has `size` bytes. OSError if they cannot be had."""
+        step = BLOCK_BYTES if self._ranges else size
+        parts = []
+        for number in range(begin // step, -(-end // step)):
+            first = number * step
+            block = self._block(name, number, first, min(first + step, size))
+            parts.append(block[max(begin - first, 0) : end - first])
+        return b"".join(parts)
+
+    def _block(self, name: str, number: int, begin: int, end: int) -> bytes:
+        key = f"{name}.{number}"
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
+        file = self._folder / key
+        try:
+            content = file.read_bytes()
+            os.utime(file)
+        except FileNotFoundError:
+            content = b""
+        if len(content) != end - begin:
+            content = self._fetch(name, begin, end)
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".partial", delete=False) as stream:
+                stream.write(content)
+            os.replace(stream.name, file)
+            self._make_room(len(content))
+        self._memory[key] = content
+        while len(self._memory) > (BLOCKS_IN_MEMORY if self._ranges else 1):
+            self._memory.popitem(last=False)
+        return content
+
+    def _fetch(self, name: str, begin: int, end: int) -> bytes:
+        url = file_url(self._url, name)
+        if self._ranges:
+            return read_range(url, begin, end)
+
+        def whole() -> bytes:
+            with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+                content = fetch(url, Path(scratch)).read_bytes()
+            if len(content) != end:
+                raise OSError(f"{len(content)} bytes came instead of {end}")
+            return content
+
+        return retry(url, whole)
+
+    def _make_room(self, added: int) -> None:
+        self._written += added
+        if self._written <= self._limit:
+            return
+        found = []
+        for file in self._folder.iterdir():
+            try:
+                facts = file.stat()
+            except FileNotFoundError:
+                continue  # another process was quicker
+            if file.is_file():
+                found.append((facts.st_mtime_ns, facts.st_size, file))
+        total = sum(size for _, size, _ in found)
+        for _, size, file in sorted(found, key=lambda item: item[0])[:-1]:  # never the newest, which was just read
+            if total <= self._limit:
+                break
+            file.unlink(missing_ok=True)
+            total -= size
+        self._written = total

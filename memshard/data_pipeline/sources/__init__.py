@@ -1,0 +1,1 @@
+"""From web archives to documents: records, main text, language, quality."""

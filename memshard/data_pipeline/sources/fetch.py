@@ -1,0 +1,96 @@
+"""Files from elsewhere: http(s), and s3 or anything else through a command; with retries, and going on where a transfer broke off."""
+
+import http.client
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+RETRIES = 5
+FIRST_WAIT = 1.0  # seconds; doubles with every try
+TIMEOUT = 60.0
+S3_COMMAND = "aws s3 cp --quiet {url} -"  # another in MEMSHARD_S3_COMMAND, e.g. "s5cmd cat {url}"
+Result = TypeVar("Result")
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is something to fetch: http(s)://, s3://, pipe:COMMAND."""
+    return name.startswith(("http://", "https://", "s3://", "pipe:"))
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Copy what `url` names into a file in `folder`. OSError after RETRIES tries."""
+    target = folder / re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-100:].lstrip(".-")
+    target.unlink(missing_ok=True)
+    if url.startswith(("http://", "https://")):
+        retry(url, lambda: _download(url, target))
+    else:
+        retry(url, lambda: _run(_command(url), target))
+    return target
+
+
+def read_range(url: str, begin: int, end: int) -> bytes:
+    """Bytes begin to end - 1 of an http(s) URL. OSError after RETRIES tries, or when the server sends something else."""
+
+    def read() -> bytes:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-{end - 1}"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            if response.status != 206:
+                raise OSError(f"the server does not answer range requests (status {response.status})")
+            content: bytes = response.read(end - begin)
+        if len(content) != end - begin:
+            raise OSError(f"{len(content)} bytes came instead of {end - begin}")
+        return content
+
+    return retry(url, read)
+
+
+def retry(url: str, action: Callable[[], Result]) -> Result:
+    """The result of `action`, tried again after failures with doubling waits, but not where the server says it has no such thing."""
+    for attempt in range(RETRIES):
+        try:
+            return action()
+        except (OSError, http.client.HTTPException) as error:
+            gone = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410)
+            if gone or attempt == RETRIES - 1:
+                times = "once" if attempt == 0 else f"{attempt + 1} times"
+                raise OSError(f"{url} could not be read, tried {times}: {error}; check the address and the network") from error
+            time.sleep(FIRST_WAIT * 2**attempt)
+    raise AssertionError
+
+
+def _download(url: str, target: Path) -> None:
+    done = target.stat().st_size if target.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if response.status != 206:
+            done = 0
+        length = response.headers.get("Content-Length")
+        with target.open("r+b" if done else "wb") as stream:
+            stream.seek(done)
+            shutil.copyfileobj(response, stream, 1 << 20)
+            stream.truncate()
+    if length is not None and target.stat().st_size != done + int(length):
+        raise OSError(f"{target.stat().st_size - done} bytes came instead of {length}")
+
+
+def _command(url: str) -> str:
+    if url.startswith("pipe:"):
+        return url.removeprefix("pipe:")
+    return os.environ.get("MEMSHARD_S3_COMMAND", S3_COMMAND).replace("{url}", shlex.quote(url))
+
+
+def _run(command: str, target: Path) -> None:
+    """Write the standard output of a shell command; an exit code other than 0 is a failure even if all seems to have come."""
+    with target.open("wb") as stream:
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], stdout=stream, stderr=subprocess.PIPE)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError(f"`{command}` ended with code {done.returncode}: {lines[-1] if lines else 'it said nothing'}")

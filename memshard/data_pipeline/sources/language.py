@@ -1,0 +1,22 @@
+"""Which language a text is in, without a model to download."""
+
+from resiliparse.parse.lang import detect_fast
+
+CERTAIN_RANK = 400  # resiliparse's distance to its nearest profile; above it, or on short text, it errs often
+CERTAIN_CHARACTERS = 600
+OPINION_CHARACTERS = 1000
+
+
+def detect_language(text: str) -> str:
+    """ISO 639-1 code: resiliparse's linear-time detector where it is certain, else py3langid's opinion."""
+    language, rank = detect_fast(text)
+    if rank <= CERTAIN_RANK and len(text) >= CERTAIN_CHARACTERS:
+        return str(language)
+    import py3langid
+
+    return str(py3langid.classify(text[:OPINION_CHARACTERS])[0])
+
+
+def may_be(text: str, language: str) -> bool:
+    """Quick and lenient: False only where the text is surely in another language."""
+    return detect_fast(text, n_results=1)[0] == language or detect_language(text) == language

@@ -1,0 +1,66 @@
+"""Runs on pairs, images, mixtures and damaged data."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memshard.data_pipeline.build.build import build_data
+from memshard.data_pipeline.build.images import build_images
+from memshard.data_pipeline.build.sources import Sources, find_files
+from memshard.data_pipeline.format import load_index
+from memshard.data_pipeline.format.shards import read_sidecar
+from tests.trainer.tiny_run import RECIPE, numbers, train_run
+
+
+def recipe_for(data: Path, folder: Path, extra: str = "") -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(RECIPE.format(data=data).replace("length: 32", f"length: 48{extra}").replace("eval_every: 0", "eval_every: 5"))
+    return file
+
+
+def test_a_run_on_pairs_resumes(tmp_path: Path) -> None:
+    for side in "ab":
+        (tmp_path / f"{side}.txt").write_text("\n".join(f"{side} sentence {number} " + "word " * (number % 9) for number in range(200)))
+    build_data(Sources((tmp_path / "a.txt", tmp_path / "b.txt"), "pairs"), tmp_path / "data", vocab_size=300, held_out=10, workers=1)
+    recipe = recipe_for(tmp_path / "data", tmp_path)
+    whole = train_run(recipe, tmp_path / "whole")
+    train_run(recipe, tmp_path / "parts", stop_at=4)
+    parts = train_run(recipe, tmp_path / "parts")
+    assert whole["finished"] and parts["loss"] == whole["loss"]
+    losses = numbers(tmp_path / "whole", "train/loss")
+    assert losses[10] < losses[1] and 3 < losses[1] < 7, "a mean over the tokens that are predicted"
+
+
+def test_a_run_on_images(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{number}.png")
+    build_images([Path(file) for file in find_files([tmp_path / "in"], ["png"])], tmp_path / "data", size=4, held_out=4, workers=1)
+    assert train_run(recipe_for(tmp_path / "data", tmp_path), tmp_path / "run")["finished"]
+
+
+def test_a_run_on_a_mixture(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    mixture = json.dumps({str(data): 2.0, str(copy): 1.0})
+    whole = train_run(recipe_for(data, tmp_path, f", mixture: {mixture}"), tmp_path / "run")
+    assert whole["finished"]
+    with pytest.raises(ValueError, match="data.mixture"):
+        train_run(recipe_for(data, tmp_path), tmp_path / "run")
+
+
+def test_a_damaged_document_costs_its_tokens_and_past_the_tolerance_the_run(data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    shard = load_index(copy).splits["train"].shards[0]
+    offset, tokens, _ = read_sidecar(copy, shard)[2].tolist()
+    content = bytearray((copy / shard.file).read_bytes())
+    content[offset : offset + tokens] = bytes(tokens)
+    (copy / shard.file).write_bytes(content)
+    recipe = recipe_for(copy, tmp_path)
+    assert train_run(recipe, tmp_path / "run", "data.damage_tolerance=0.9")["finished"]
+    with pytest.raises(RuntimeError, match="train-00000.tar, document 2"):
+        train_run(recipe, tmp_path / "other")
