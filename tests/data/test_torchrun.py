@@ -32,7 +32,7 @@ def test_random_restarts_on_other_ranks_and_workers(data: Path, tmp_path: Path) 
     step = stream.samples_per_epoch // LANES - 9  # the fifth restart is past the epoch's end
     for ranks in (1, 8, 3, 4, 6, 2):
         count, micro_batch, workers = draw.randrange(1, 5), draw.choice([1, 2, 5]), draw.randrange(4)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(tmp_path / "reader.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(tmp_path / "reader.py")]
         arguments = [str(data), str(tmp_path), str(step), str(step + count), str(micro_batch), str(workers)]
         environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
         subprocess.run([*command, *arguments], check=True, capture_output=True, env=environment, timeout=300)
