@@ -1,5 +1,6 @@
 """One training run, set up: every piece the loop needs, built from a recipe."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.format.remote import local_copy
+from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.open import AnyStream, open_held_out, open_train
+from memshard.data_pipeline.stream.prefetch import prefetched
 from memshard.data_pipeline.stream.records import HeldOutRecords
+from memshard.data_pipeline.stream.share import rank_share
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.initialize import initialize
 from memshard.models.memory.query_norm import QueryNorm
@@ -62,6 +66,17 @@ class Run:
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
     progress: Progress = field(default_factory=Progress)
+    _ahead: Iterator[list[Batch]] | None = None
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step; to be called once a step."""
+        settings, step, workers = self.recipe.train, self.progress.step, self.recipe.data.workers
+        if not workers:
+            return rank_share(self.stream, step, settings.batch, self.rank, self.ranks, settings.micro_batch)
+        if self._ahead is None:
+            share = settings.batch, self.rank, self.ranks, settings.micro_batch
+            self._ahead = prefetched(self.stream, step, settings.steps, *share, workers)
+        return next(self._ahead)
 
     @property
     def query_norms(self) -> list[QueryNorm]:

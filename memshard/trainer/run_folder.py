@@ -12,6 +12,7 @@ CHECKPOINTS = "checkpoints"
 _FREE_TO_CHANGE = {
     "data.path",
     "data.damage_tolerance",
+    "data.workers",
     *(f"train.{key}" for key in ("steps", "micro_batch", "precision", "max_skipped")),
     *(f"train.{key}" for key in ("log_every", "eval_every", "eval_tokens", "save_every", "keep")),
     *(f"parallel.{key}" for key in ("memory", "layout", "exchange")),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memshard.data_pipeline.stream.share import rank_share
 from memshard.trainer.guards import StopSignal, agree, gradients_finite
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
@@ -33,7 +32,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     settings, progress = run.recipe.train, run.progress
     run.model.train()
     begun = time.perf_counter()
-    batches = rank_share(run.stream, progress.step, settings.batch, run.rank, run.ranks, settings.micro_batch)
+    batches = run.next_batches()
     data_wait = time.perf_counter() - begun
 
     tokens = run.stream.predicted(progress.step)

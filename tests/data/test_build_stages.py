@@ -204,3 +204,12 @@ def test_list_files_and_globs(tmp_path: Path) -> None:
     found = find_files([str(tmp_path / "a*.txt"), tmp_path / "warc.paths", "pipe:cat x.warc"], prefix="https://data.commoncrawl.org/")
     assert found[:2] == (tmp_path / "a1.txt", tmp_path / "a2.txt")
     assert found[2:] == ("https://data.commoncrawl.org/a/b.warc.gz", "https://data.commoncrawl.org/a/c.warc.gz", "pipe:cat x.warc")
+
+
+def test_a_full_disk_is_an_error_and_the_build_resumes(corpus: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "memshard", "data", "build", str(corpus), "--vocab", "500", "--out", str(tmp_path / "data")]
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000,) * 2); os.execv(sys.argv[1], sys.argv[1:])"
+    full = subprocess.run([sys.executable, "-c", limit, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    assert full.returncode == 2 and "File too large" in full.stderr and not (tmp_path / "data").exists()
+    assert subprocess.run(arguments, cwd=REPOSITORY, capture_output=True).returncode == 0
+    assert verify_data(tmp_path / "data")["train"]["documents"] + load_index(tmp_path / "data").splits["heldout"].documents == 300

@@ -56,7 +56,7 @@ def test_a_run_on_a_mixture(data: Path, tmp_path: Path) -> None:
 def test_a_damaged_document_costs_its_tokens_and_past_the_tolerance_the_run(data: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "data"))
     shard = load_index(copy).splits["train"].shards[0]
-    offset, tokens, _ = read_sidecar(copy, shard)[2].tolist()
+    offset, tokens, *_ = read_sidecar(copy, shard)[2].tolist()
     content = bytearray((copy / shard.file).read_bytes())
     content[offset : offset + tokens] = bytes(tokens)
     (copy / shard.file).write_bytes(content)

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 NO_ITEM = -1
-GRACE_SECONDS = 5.0  # for an item past its time to stop by itself, before its process is killed
+GRACE = 10  # times an item's seconds, on the clock, before its process is killed: it sleeps, or hangs where no signal gets through
 
 
 class ItemTimeout(BaseException):
@@ -33,17 +33,18 @@ class Watch:
 
     @contextmanager
     def item(self, number: int) -> Iterator[None]:
-        """Work on an item; raises ItemTimeout after `seconds`."""
+        """Work on an item; raises ItemTimeout after `seconds` of CPU time, which other work on the machine does not change."""
         if self.parent is not None and os.getppid() != self.parent:
             os._exit(1)  # the build was killed: do not go on writing beside the one that resumes it
-        self.state[0], self.state[1] = float(number), time.time()
+        self.state[1] = time.time()  # first, so that the parent never takes an older item's start for this one's
+        self.state[0] = float(number)
         if self.seconds:
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            signal.setitimer(signal.ITIMER_PROF, self.seconds)
         try:
             yield
         finally:
             if self.seconds:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
             self.state[0] = float(NO_ITEM)
 
 
@@ -55,7 +56,7 @@ def cores() -> int:
 def run_tasks(function: Callable[..., None], tasks: Sequence[tuple], workers: int, label: str, seconds: float | None = None) -> None:
     """Call `function(watch, *task)` for every task, at most `workers` at a time; one worker and no time limit: in this process.
 
-    seconds: limit of an item of a task. An item that takes longer in code that cannot be interrupted, or kills its worker, is left
+    seconds: CPU time of an item of a task. One that takes longer in code that cannot be interrupted, or kills its worker, is left
     out when its task starts again. Raises what a task raised, ValueError and OSError as such, others as RuntimeError.
     """
     progress = tqdm(total=len(tasks), desc=label, disable=None, leave=False)
@@ -109,7 +110,7 @@ class _Job:
         assert self.process is not None
         item, since = int(self._state[0]), self._state[1]
         if self.process.is_alive():
-            if not (self._seconds and item != NO_ITEM and time.time() - since > self._seconds + GRACE_SECONDS):
+            if not (self._seconds and item != NO_ITEM and time.time() - since > self._seconds * GRACE):
                 return False
             self.process.kill()
         self.process.join()
@@ -138,7 +139,7 @@ def _work(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     if seconds:
-        signal.signal(signal.SIGALRM, _interrupt)
+        signal.signal(signal.SIGPROF, _interrupt)
     try:
         function(Watch(seconds, skip, state, parent), *task)
     except (ValueError, OSError) as error:

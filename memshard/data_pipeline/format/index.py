@@ -14,7 +14,7 @@ from memshard.data_pipeline.sources.fetch import is_url
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
-KINDS = ("text", "pairs", "images")
+KINDS = ("text", "raw", "pairs", "images")
 TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 
@@ -46,8 +46,8 @@ class Split:
 class Index:
     """Content of index.json.
 
-    kind: text (packed by the stream), pairs (source <eos> target <eos>) or images (one token a colour value, then <eos>).
-    shape: height, width, channels of every image.
+    kind: text (packed by the stream), raw (the same, text still to be tokenised), pairs (source <eos> target <eos>) or images (one
+    token a colour value, then <eos>). shape: height, width, channels of every image. suffix: of the members with raw text.
     """
 
     dtype: str
@@ -58,6 +58,7 @@ class Index:
     splits: dict[str, Split]
     kind: str = "text"
     shape: tuple[int, int, int] | None = None
+    suffix: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -70,8 +71,9 @@ def dump_index(index: Index) -> str:
     fields = dataclasses.asdict(index)
     if index.kind == "text":  # as before there were other kinds, so that fingerprints stay
         del fields["kind"]
-    if index.shape is None:
-        del fields["shape"]
+    for name in ("shape", "suffix"):
+        if fields[name] is None:
+            del fields[name]
     return json.dumps({"format": FORMAT_VERSION, **fields}, indent=1) + "\n"
 
 

@@ -14,7 +14,7 @@ from memshard.data_pipeline.format.remote import local_copy
 from memshard.data_pipeline.sources.fetch import is_url
 
 DOCUMENTS_PER_SAMPLE = 64  # tar headers and padding cost 2.5 % there, 12 % with one document a sample
-SIDECAR_COLUMNS = 3
+SIDECAR_COLUMNS = 4
 
 
 class ShardWriter:
@@ -52,7 +52,7 @@ class ShardWriter:
         self._write_sample()
         self._tar.close()
         _to_disk(self._file)
-        entries = np.concatenate(self._sidecar) if self._sidecar else np.zeros((0, SIDECAR_COLUMNS), dtype=np.int64)
+        entries = np.concatenate(self._sidecar) if self._sidecar else np.zeros((0, 3), dtype=np.int64)
         with partial_path(self._sidecar_path).open("wb") as stream:
             np.save(stream, entries)
             _to_disk(stream)
@@ -104,17 +104,19 @@ def _to_disk(stream: BinaryIO) -> None:
 
 
 def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
-    """The sidecar of a shard, int64 [documents, 3] of (byte offset, tokens, CRC-32 of the tokens' bytes), checked against the index.
+    """The sidecar of a shard, int64 [documents, 4] of (byte offset, tokens, CRC-32 of the bytes, bytes), checked against the index.
 
-    Sidecars of the first builds have no checksums; they are -1 here.
+    In the file bytes stand only with raw text; those of tokens follow from their number and are 0 here. Sidecars of the first
+    builds have no checksums; they are -1 here.
     """
     path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
     try:
         entries: np.ndarray = np.load(path)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or build the data set again") from error
-    if entries.shape == (shard.documents, 2):
-        entries = np.concatenate([entries, np.full((len(entries), 1), -1, dtype=entries.dtype)], axis=1)
+    for columns, missing in ((2, -1), (3, 0)):
+        if entries.shape == (shard.documents, columns):
+            entries = np.concatenate([entries, np.full((len(entries), 1), missing, dtype=entries.dtype)], axis=1)
     if entries.shape != (shard.documents, SIDECAR_COLUMNS) or entries.dtype != np.int64 or entries[:, 1].sum() != shard.tokens:
         raise ValueError(f"{path} does not list {shard.documents:,} documents with {shard.tokens:,} tokens: build the data set again")
     if entries[:, :2].min(initial=0) < 0 or (entries[:, 0] > shard.bytes).any():

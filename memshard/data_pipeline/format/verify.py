@@ -44,6 +44,9 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
         tar = [f"{tar[0]} ({_bad_documents(folder, index, shard) or 'no document of it'})"]
     if tar or sidecar:
         return tar + sidecar
+    if index.kind == "raw":
+        bad = _bad_documents(folder, index, shard)
+        return [f"{shard.sidecar}: does not list the documents of {shard.file} ({bad})"] if bad else []
     entries = read_sidecar(folder, shard)
     documents, largest = [np.zeros((0, 2), dtype=np.int64)], 0
     with tarfile.open(folder / shard.file) as archive:
@@ -63,9 +66,9 @@ def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
     size = np.dtype(index.dtype).itemsize
     bad = []
     with (folder / shard.file).open("rb") as stream:
-        for number, (offset, tokens, checksum) in enumerate(read_sidecar(folder, shard).tolist()):
+        for number, (offset, tokens, checksum, raw) in enumerate(read_sidecar(folder, shard).tolist()):
             stream.seek(offset)
-            if checksum >= 0 and zlib.crc32(stream.read(tokens * size)) != checksum:
+            if checksum >= 0 and zlib.crc32(stream.read(raw or tokens * size)) != checksum:
                 bad.append(str(number))
     return f"documents {', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}" if bad else ""
 

@@ -25,11 +25,11 @@ def open_train(
     if mixture:
         streams = [TrainStream(folder, length, lanes, seed, tolerance) for folder in mixture]
         return MixtureStream(streams, list(mixture.values()), seed, by_epochs)
-    kind = TrainStream if load_index(path).kind == "text" else RecordStream
+    kind = TrainStream if load_index(path).kind in ("text", "raw") else RecordStream
     return kind(path, length, lanes, seed, tolerance)
 
 
 def open_held_out(path: str, length: int, max_tokens: int | None = None) -> HeldOutStream | HeldOutRecords:
     """The held-out stream of a folder."""
-    kind = HeldOutStream if load_index(path).kind == "text" else HeldOutRecords
+    kind = HeldOutStream if load_index(path).kind in ("text", "raw") else HeldOutRecords
     return kind(path, length, max_tokens)

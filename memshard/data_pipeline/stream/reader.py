@@ -3,6 +3,7 @@
 import logging
 import os
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from memshard.data_pipeline.format.index import Index, Shard, load_index
 from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
 from memshard.data_pipeline.sources.fetch import is_url
+from memshard.data_pipeline.tokenizer import Tokenizer
 
 TOLERANCE = 0.001
+TOKENIZED_DOCUMENTS = 4096  # of raw text kept, because the next rows of their lanes go on in them
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +36,9 @@ class SplitReader:
         entries = np.concatenate(sidecars) if sidecars else np.zeros((0, SIDECAR_COLUMNS), dtype=np.int64)
         self.lengths = np.ascontiguousarray(entries[:, 1])
         self._offsets = np.ascontiguousarray(entries[:, 0])
-        self._checksums = entries[:, 2].copy()
+        self._checksums, self._raw_bytes = entries[:, 2].copy(), entries[:, 3].copy()
+        self._tokenizer = Tokenizer(path) if self.index.kind == "raw" else None
+        self._tokenized: OrderedDict[int, np.ndarray] = OrderedDict()
         self._shard_of = np.repeat(np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars])
         self._first_of = np.concatenate([[0], np.cumsum([len(sidecar) for sidecar in sidecars], dtype=np.int64)])
         self._checked = np.zeros(len(entries), dtype=bool)
@@ -62,17 +67,15 @@ class SplitReader:
         for document in chosen[~self._checked[chosen]].tolist():
             self._check(document)
 
-        source = self._offsets[chosen] + (piece_begin - starts[slots]) * self._dtype.itemsize
+        source = piece_begin - starts[slots]
         tokens = np.full(len(begins) * count, self.index.eos_id, dtype=np.int64)
         masked = np.zeros(len(tokens), dtype=bool)
-        for document, shard, at, to, size in zip(
-            chosen.tolist(), self._shard_of[chosen].tolist(), source.tolist(), target.tolist(), sizes.tolist(), strict=True
-        ):
-            content = b"" if self.damaged[document] else self._content(document, shard, at, size)
-            if content:
-                tokens[to : to + size] = np.frombuffer(content, dtype=self._dtype)
-            else:
+        for document, at, to, size in zip(chosen.tolist(), source.tolist(), target.tolist(), sizes.tolist(), strict=True):
+            piece = None if self.damaged[document] else self._piece(document, at, size)
+            if piece is None:
                 masked[to : to + size] = True
+            else:
+                tokens[to : to + size] = piece
         if tokens.max(initial=0) >= self.index.vocab_size:
             raise ValueError(
                 f"a shard of {self._path} holds tokens outside the vocabulary: "
@@ -84,26 +87,49 @@ class SplitReader:
 
     def _check(self, document: int) -> None:
         """Read a document for the first time."""
-        if self._checked[document]:
+        if self._checked[document] or self._tokenizer is not None:  # raw text is read whole, and tested, every time
             return
         self._checked[document] = True
         if self._checksums[document] >= 0:
-            size = int(self.lengths[document]) * self._dtype.itemsize
-            content = self._content(document, int(self._shard_of[document]), int(self._offsets[document]), size // self._dtype.itemsize)
-            if content and zlib.crc32(content) != self._checksums[document]:
+            content = self._bytes(document, 0, int(self.lengths[document]) * self._dtype.itemsize)
+            if content is not None and zlib.crc32(content) != self._checksums[document]:
                 self._mask(document, "its content differs from its checksum")
 
-    def _content(self, document: int, shard: int, at: int, tokens: int) -> bytes:
-        """Bytes of a document, or none if they cannot be read."""
-        size = tokens * self._dtype.itemsize
+    def _piece(self, document: int, begin: int, size: int) -> np.ndarray | None:
+        """Tokens begin to begin + size - 1 of a document, or None if they cannot be read."""
+        if self._tokenizer is not None:
+            tokens = self._tokens(document, self._tokenizer)
+            return None if tokens is None else tokens[begin : begin + size]
+        content = self._bytes(document, begin * self._dtype.itemsize, size * self._dtype.itemsize)
+        return None if content is None else np.frombuffer(content, dtype=self._dtype)
+
+    def _tokens(self, document: int, tokenizer: Tokenizer) -> np.ndarray | None:
+        """All tokens of a document of raw text."""
+        if document not in self._tokenized:
+            content = self._bytes(document, 0, int(self._raw_bytes[document]))
+            if content is None:
+                return None
+            if zlib.crc32(content) != self._checksums[document]:
+                self._mask(document, "its content differs from its checksum")
+                return None
+            tokens = np.array([*tokenizer.encode(content.decode("utf-8-sig")), self.index.eos_id])
+            if len(tokens) != self.lengths[document]:
+                raise ValueError(f"{self._path} was indexed with another tokenizer: build the index again")
+            self._tokenized[document] = tokens
+            while len(self._tokenized) > TOKENIZED_DOCUMENTS:
+                self._tokenized.popitem(last=False)
+        return self._tokenized[document]
+
+    def _bytes(self, document: int, begin: int, size: int) -> bytes | None:
+        """Bytes begin to begin + size - 1 of a document, or None if they cannot be read."""
         try:
-            content = self._files.read(shard, at, size)
+            content = self._files.read(int(self._shard_of[document]), int(self._offsets[document]) + begin, size)
             if len(content) == size:
                 return content
             self._mask(document, f"the file ends {size - len(content)} bytes early")
         except OSError as error:
             self._mask(document, str(error))
-        return b""
+        return None
 
     def _mask(self, document: int, reason: str) -> None:
         shard = int(self._shard_of[document])

@@ -10,7 +10,7 @@ from memshard.launch.cli.outcome import usage_errors
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `data` command with its two subcommands."""
     data = subparsers.add_parser("data", help="turn text into token shards, or check them")
-    commands = data.add_subparsers(dest="data_command", required=True, metavar="build|verify")
+    commands = data.add_subparsers(dest="data_command", required=True, metavar="build|index|verify")
 
     build = commands.add_parser("build", help="WARC, text, jsonl (also .gz), folders or URLs of them -> shards, index, tokenizer")
     build.add_argument(
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--extractor", choices=("trafilatura", "resiliparse"), default="trafilatura",
         help="finds the article in a page: trafilatura (default, better) or resiliparse (7 times as fast)",
     )
-    build.add_argument("--page-seconds", type=float, default=20, metavar="S", help="longest a page may take (default 20)")
+    build.add_argument("--page-seconds", type=float, default=20, metavar="S", help="most CPU time a page may take (default 20)")
     build.add_argument("--language", metavar="CODE", help="keep documents in this language, e.g. en, or any (default any; for WARC en)")
     build.add_argument(
         "--quality", action=argparse.BooleanOptionalAction, default=None,
@@ -61,6 +61,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     build.add_argument("--seed", type=int, default=0, help="draws the lines that train the tokenizer (default 0)")
     build.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one a core)")
     build.set_defaults(run=run_build)
+
+    index = commands.add_parser("index", help="use existing WebDataset tars of text as they are; they are tokenised when they are read")
+    index.add_argument("sources", nargs="+", metavar="TAR", help="uncompressed tar on this machine")
+    index.add_argument("--out", required=True, metavar="DIR", help="folder to write; it will hold links to the tars")
+    index.add_argument("--member", default="txt", metavar="END", help="ending of the members that are text (default txt)")
+    index.add_argument("--vocab", type=int, default=8192, help="pieces in the vocabulary (default 8192)")
+    index.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="kind of tokenizer (default bpe)")
+    index.add_argument("--tokenizer", metavar="FILE", help="take this tokenizer (model file or data folder), train none")
+    index.add_argument("--held-out", type=float, default=0.01, metavar="AMOUNT", help="kept for evaluation: share or number (default 0.01)")
+    index.add_argument("--test", type=float, default=0, metavar="AMOUNT", help="kept for a final test, likewise (default none)")
+    index.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one a core)")
+    index.set_defaults(run=run_index)
 
     verify = commands.add_parser("verify", help="re-hash every shard and check every count")
     verify.add_argument("path", metavar="DIR", help="folder that `memshard data build` wrote")
@@ -135,6 +147,26 @@ def show(report: dict) -> None:
             f"  {name:<9}{split['documents']:>12,}{split['tokens']:>16,}{split['text_bytes']:>16,}{split['words']:>14,}"
             f"{split['bytes_per_token'] or 0:>13.2f}{split['shards']:>8,}"
         )
+
+
+def run_index(args: argparse.Namespace) -> dict:
+    """Index tars of text and print what they hold."""
+    from pathlib import Path
+
+    from memshard.data_pipeline.build.raw import index_tars
+    from memshard.data_pipeline.build.sources import find_files
+
+    with usage_errors():
+        tars = [Path(file) for file in find_files(args.sources, (".tar",))]
+        report = index_tars(
+            tars, args.out, suffix=args.member, vocab_size=args.vocab, model=args.model, tokenizer=args.tokenizer,
+            held_out=args.held_out, test=args.test, workers=args.workers,
+        )
+    if not args.json:
+        splits = ", ".join(f"{name} {split['documents']:,} ({split['tokens']:,} tokens)" for name, split in report["splits"].items())
+        print(f"{args.out}: {splits}")
+        print("  the text is tokenised again in every epoch, at some 1 million tokens/s a core: set data.workers, or build token shards")
+    return {"data": args.out, **report}
 
 
 def run_verify(args: argparse.Namespace) -> dict:

@@ -25,6 +25,9 @@ class DataConfig:
     document_mask: bool = False
     """Keep attention inside a document (slower: an explicit mask) instead of letting packed documents see each other."""
 
+    workers: int = 0
+    """Processes a rank reads ahead with: of use for raw text, which is tokenised while it is read."""
+
     damage_tolerance: float = 0.001
     """Share of the tokens that may be unreadable: they are masked, and beyond it the run fails."""
 
