@@ -49,6 +49,9 @@ class MemoryConfig:
     layers: tuple[int, ...] = ()
     """Layers that hold a memory, counted from 0; empty for a model without memory."""
 
+    kind: Literal["pkm", "peer"] = "pkm"
+    """What a slot is: a value (product-key memory), or an expert of one neuron, gelu(down . x) times a value (PEER; two tables)."""
+
     mode: Literal["replace", "add"] = "replace"
     """Whether the memory replaces the layer's feedforward or is added to it."""
 
@@ -89,6 +92,11 @@ class MemoryConfig:
             )
         if self.key_dim % 2:
             raise ValueError(f"model.memory.key_dim is {self.key_dim}; it is split into two halves and must be even")
+
+    @property
+    def tables(self) -> int:
+        """Value tables of a memory."""
+        return 2 if self.kind == "peer" else 1
 
     @property
     def slots(self) -> int:
@@ -156,6 +164,8 @@ class ModelConfig:
                 )
         if len(set(self.memory.layers)) < len(self.memory.layers):
             raise ValueError(f"model.memory.layers names a layer twice: {list(self.memory.layers)}")
+        if self.memory.kind == "peer" and (self.memory.gate or self.memory.value_dim not in (None, self.dim)):
+            raise ValueError("model.memory.kind is peer, whose experts take and give model.dim: leave out model.memory.gate and value_dim")
         if self.memory.value_dim not in (None, self.dim) and not self.memory.gate:
             raise ValueError(
                 f"model.memory.value_dim is {self.memory.value_dim} and model.dim {self.dim}: "

@@ -10,6 +10,7 @@ from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.feedforward import FeedForward
 from memshard.models.linear import Projection, TokenEmbedding
+from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
 from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer
@@ -31,7 +32,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.positions = _build_positions(config)
-        shared = _build_table(config) if config.memory.layers and config.memory.share else None
+        shared = [_build_table(config) for _ in range(config.memory.tables)] if config.memory.layers and config.memory.share else []
         blocks = nn.ModuleList(_build_block(config, layer, shared) for layer in range(config.layers))
         self.blocks = cast("list[Block]", blocks)
         self.norm = build_norm(config.norm, config.dim) if config.residual == "pre" else nn.Identity()
@@ -90,23 +91,21 @@ def _build_table(config: ModelConfig) -> ValueTable:
     return ValueTable(config.memory.slots, config.memory.value_dim or config.dim)
 
 
-def _build_block(config: ModelConfig, layer: int, shared: ValueTable | None) -> Block:
+def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMemory:
+    settings = config.memory
+    tables = shared or [_build_table(config) for _ in range(settings.tables)]
+    common = {"keys": settings.keys, "heads": settings.heads, "topk": settings.topk, "key_dim": settings.key_dim}
+    if settings.kind == "peer":
+        return Peer(config.dim, **common, query_norm=settings.query_norm, values=tables[0], down=tables[1])
+    return ProductKeyMemory(
+        config.dim, **common, value_dim=settings.value_dim, query_norm=settings.query_norm, gate=settings.gate, values=tables[0]
+    )
+
+
+def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:
     output_scale = (2 * config.layers) ** -0.5
     mixer = SoftmaxMixer(config.dim, config.mixer.heads, config.position == "rotary", output_scale)
-    memory = None
-    if layer in config.memory.layers:
-        settings = config.memory
-        memory = ProductKeyMemory(
-            config.dim,
-            keys=settings.keys,
-            heads=settings.heads,
-            topk=settings.topk,
-            key_dim=settings.key_dim,
-            value_dim=settings.value_dim,
-            query_norm=settings.query_norm,
-            gate=settings.gate,
-            values=shared if shared is not None else _build_table(config),
-        )
+    memory = _build_memory(config, shared) if layer in config.memory.layers else None
     feedforward = None
     if memory is None or config.memory.mode == "add":
         feedforward = FeedForward(config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale)

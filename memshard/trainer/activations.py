@@ -57,8 +57,11 @@ def _memory(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None
     value_dim = settings.value_dim or config.dim
     queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
     lookup = 16.0 * reads
+    if settings.kind == "peer":
+        # Rows again, products and their gelu, and the product with the weights; the tokens in fp32.
+        lookup += 16 * reads + (4 * config.dim if a == 2 else 0)
     if ranks > 1 and layout is not None:
-        lookup += {
+        lookup += settings.tables * {
             "rows, pooled": 24 * reads + 24 * ranks,
             "rows, unique": reads / layout.duplicates * (4 * value_dim + 4),
             "columns": 8 * reads * (ranks - 1),

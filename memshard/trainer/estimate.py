@@ -128,7 +128,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False, du
         micro_batches=math.ceil(share / micro_batch),
         tokens_per_step=recipe.train.batch * length,
         flops_per_token=flops_per_token(model, length),
-        lookup_traffic=len(memory.layers) * layout.sent[layout.name],
+        lookup_traffic=len(memory.layers) * memory.tables * layout.sent[layout.name],
         gradient_traffic=2 * (world - 1) / world * parameters.dense * 4,
         replica_traffic=2 * (copies - 1) / copies * touched * values * 4,
     )
@@ -170,12 +170,12 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """Operations of forward and backward for one token: 6 a parameter it multiplies, sub-keys included; 6 length dim a
-    layer for causal attention (half the square); 6 heads topk value_dim a memory for the weighted sum and its gradients.
+    layer for causal attention (half the square); 6 heads topk value_dim a memory (twice for PEER) for the sums and their gradients.
     Recomputation, norms and updates do not count. `vocab_size` must be set, and `max_length` for learned positions.
     """
     memory = config.memory
     attention = config.layers * length * config.dim
-    lookup = len(memory.layers) * memory.heads * memory.topk * (memory.value_dim or config.dim)
+    lookup = len(memory.layers) * memory.tables * memory.heads * memory.topk * (memory.value_dim or config.dim)
     return 6.0 * (count_parameters(config).active + attention + lookup)
 
 
@@ -193,7 +193,7 @@ def _read_bytes(model: ModelConfig, ranks: int, layout: LayoutChoice) -> tuple[f
     else:
         reads, bags = reads * ranks, 4 * value_dim + 8.0 * ranks
     readers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)
-    return len(memory.layers) * (8 * reads + bags), readers_of_a_table * (44 * reads + bags)
+    return len(memory.layers) * memory.tables * (8 * reads + bags), readers_of_a_table * (44 * reads + bags)
 
 
 def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:

@@ -120,15 +120,16 @@ def test_micro_batches_keep_5_kb_a_token() -> None:
     assert sum(len(rows) for rows, gradient in row_gradients(table.reads, 5) if gradient.shape == (len(rows), 1024)) == 64
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("where", ["weights", "upstream"])
-def test_what_is_not_finite_shows_in_the_anchor(where: str) -> None:
+def test_what_is_not_finite_shows_in_the_anchor(where: str, bad: float) -> None:
     table = ValueTable(4, 2)
     table.hide()
     rows, weights = torch.tensor([[0, 3]]), torch.ones(1, 2)
     upstream = torch.ones(1, 2)
     for number in range(3):
         # One bad read among good ones.
-        (weights if where == "weights" else upstream)[0, 1] = torch.inf if number == 1 else 1.0
+        (weights if where == "weights" else upstream)[0, 1] = bad if number == 1 else 1.0
         table.weighted_sum(rows, weights.clone()).backward(upstream.clone())
         assert table.anchor.grad is not None
         assert bool(table.anchor.grad.isfinite()) == (number == 0)
@@ -145,3 +146,29 @@ def test_rows_start_with_variance_one_over_dim_whatever_range_is_held() -> None:
     assert abs(whole.weight.var() * 16 - 1) < 0.02 and abs(whole.weight.mean()) < 0.005
     assert len(whole.weight.unique(dim=0)) == 5000
     assert len(ValueTable(5, 2, held=range(5, 5)).weight) == 0
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dot_products_and_their_gradients(hidden: bool, dtype: torch.dtype) -> None:
+    table = ValueTable(6, 5).to(dtype)
+    twin = table.weight.detach().clone().requires_grad_()
+    if hidden:
+        table.hide()
+    rows = torch.tensor([[0, 3, 3], [5, 0, 1]])
+    upstream = torch.randn(2, 3, dtype=dtype)
+    x = torch.randn(2, 5, dtype=dtype, requires_grad=True)
+    products, expected = table.dot(rows, x), (twin[rows] * x[:, None]).sum(-1)
+    torch.testing.assert_close(products, expected)
+    (to_x,) = torch.autograd.grad(products, x, upstream, retain_graph=True)
+    table.drop_reads() if hidden else None
+    products.backward(upstream)
+    x.grad = None
+    expected.backward(upstream)
+    torch.testing.assert_close(to_x, x.grad)
+    dense = table.weight.grad
+    if hidden:
+        dense = torch.zeros_like(table.weight)
+        for found, gradient in row_gradients(table.reads, 10):
+            dense[found] = gradient
+    torch.testing.assert_close(dense, twin.grad)

@@ -6,7 +6,6 @@ from torch import Tensor
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import ValueTable, externalize_tables
-from memshard.trainer.optim import row_adam, row_update
 from memshard.trainer.optim.row_adam import Rounding, RowAdam, Semantics
 from memshard.trainer.optim.row_update import round_stochastically
 
@@ -181,29 +180,6 @@ def test_row_step_corrects_each_row_by_its_own_steps() -> None:
             table.weighted_sum(torch.tensor([[row]]), torch.ones(1, 1).double()).sum().backward()
             optimizer.step()
             torch.testing.assert_close(before[row] - table.weight[row], torch.full((3,), 0.1).double(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("semantics", ["lazy", "row-step", "catch-up"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_the_masked_pass_over_all_rows_gives_the_same_bits(
-    semantics: Semantics, dtype: torch.dtype, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(row_adam, "update_rows_compiled", lambda *_: False)
-    monkeypatch.setattr(row_update, "BLOCK_ROWS", 16)
-    results = []
-    for share in (0.0, 2.0):
-        monkeypatch.setattr(row_update, "DENSE_SHARE", share)
-        table = _table(slots=50, dim=21, dtype=dtype)
-        optimizer = RowAdam([table], lr=0.02, semantics=semantics, rounding=rounding)
-        for step in range(3):
-            generator = torch.Generator().manual_seed(step)
-            rows = torch.randint(50, (5, 4), generator=generator)
-            table.weighted_sum(rows, torch.rand(5, 4, generator=generator)).backward(torch.randn(5, 21, generator=generator))
-            optimizer.step()
-        results.append([table.weight, *(value for value in optimizer.state[table.anchor].values() if isinstance(value, Tensor))])
-    assert len(results[0]) >= 3
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

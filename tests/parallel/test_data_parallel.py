@@ -23,6 +23,7 @@ _MEMORIES: list[dict[str, Any]] = [
     {"share": True},
     {"share": False, "gate": True, "value_dim": 7},
     {"query_norm": "lagged"},
+    {"kind": "peer", "share": True},
 ]
 
 

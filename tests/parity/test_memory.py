@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory, row_slots, slot_rows
 from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import externalize_tables
@@ -67,6 +68,36 @@ def test_every_query_norm(query_norm: str, training: bool) -> None:
 def test_every_size(changes: dict[str, Any]) -> None:
     memory, x = _memory(**changes), _tokens(6)
     _assert_same(_results(memory(x), memory, x), _results(naive_memory(memory, x), memory, x))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
+    """Against each token's experts, one by one; gradients to the input, every parameter and both tables."""
+    torch.manual_seed(0)
+    peer = Peer(dim=5, keys=4, heads=2, topk=3, key_dim=6, query_norm="layer").double()
+    naive, x = deepcopy(peer), _tokens(6)
+    tables = externalize_tables(peer) if hidden else []
+    y = peer(x)
+    rows, weights = naive.lookup(x)
+    parts = []
+    for token, found, scores in zip(x, rows, weights, strict=True):
+        experts = zip(found, scores, strict=True)
+        parts.append(sum(w * torch.nn.functional.gelu(naive.down.weight[r] @ token) * naive.values.weight[r] for r, w in experts))
+    expected = torch.stack(parts)  # type: ignore[arg-type]
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    y.square().sum().backward()
+    ours, x.grad = x.grad, None
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours, x.grad, rtol=1e-10, atol=1e-10)
+    theirs = dict(naive.named_parameters())
+    for name, parameter in peer.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=name)
+    if hidden:
+        for table, name in zip(tables, ("values.weight", "down.weight"), strict=True):
+            gradient = torch.zeros_like(table.weight)
+            for found, part in row_gradients(table.reads, 3):
+                gradient[found] = part
+            torch.testing.assert_close(gradient, theirs[name].grad, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("keys", [1, 8])

@@ -38,6 +38,7 @@ MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=Mixer
         replace(MODEL, memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True), residual="post"),
         replace(MODEL, position="rotary", feedforward=FeedForwardConfig(activation="relu"), memory=MemoryConfig(), tie_head=False),
         replace(MODEL, memory=replace(MEMORY, keys=200, topk=32, query_norm="none")),
+        replace(MODEL, memory=replace(MEMORY, kind="peer", topk=32)),
     ],
 )
 @pytest.mark.parametrize("document_mask", [False, True])

@@ -56,11 +56,15 @@ class ProductKeyMemory(nn.Module):
             real = self(x[padding])
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
-        rows, weights = self.lookup(tokens)
-        y = self.values.weighted_sum(rows, weights).to(x.dtype)
+        y = self.read(tokens).to(x.dtype)
         if self.gate is not None and self.output is not None:
             y = self.output(y * F.silu(self.gate(tokens)))
         return y.view(x.shape)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """The weighted sum of the values read. tokens: [n, dim]; returns [n, value_dim]."""
+        rows, weights = self.lookup(tokens)
+        return self.values.weighted_sum(rows, weights)
 
     def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows to read and their weights. tokens: [n, dim]; returns int64 and fp32 (at least), both [n, heads * topk]."""

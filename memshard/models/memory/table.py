@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memshard.models.memory.bags import gather_sum, score_gradients
 from memshard.models.memory.pages import prefer_huge_pages
-from memshard.models.memory.row_gradient import Read, SortedReads, sort_reads
+from memshard.models.memory.row_gradient import Read, SortedReads, row_gradients, sort_reads
 from memshard.models.random import normal_rows
 
 _INIT_ROWS = 4096
@@ -77,6 +77,15 @@ class ValueTable(nn.Module):
         self._count(rows)
         return self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
 
+    def dot(self, rows: Tensor, x: Tensor) -> Tensor:
+        """x[t] . weight[rows[t, j]].
+
+        rows: [tokens, reads] integers; x: [tokens, dim]. Returns [tokens, reads], in the wider of the two dtypes. Gradients to x are
+        exact; those to the table as in `weighted_sum`.
+        """
+        self._count(rows)
+        return self._local_dot(rows.flatten(), x, bag_offsets(rows)).view(rows.shape)
+
     def _count(self, rows: Tensor) -> None:
         if self.hidden and torch.is_grad_enabled():
             self.reads_asked += rows.numel()
@@ -92,10 +101,20 @@ class ValueTable(nn.Module):
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         return _WeightedSum.apply(weights, self.anchor, self, rows, offsets)
 
+    def _local_dot(self, rows: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+        """Products of the part that is here with its bag's x. rows: [reads]; x: [bags, columns]; offsets: [bags]; returns [reads]."""
+        if self.observer is not None:
+            self.observer.observe(rows, x.new_ones(len(rows)))
+        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        rows = rows.to(torch.int32) if self.slots < 2**31 else rows
+        return _Dot.apply(x, self.anchor if self.hidden else self.weight, self, rows, offsets)
+
     def collect(self, read: Read) -> Tensor:
         """Keep a read's gradient for the optimizer; returns what it adds to the anchor's."""
         self.reads.append(read)
-        finite = torch.isfinite(read.upstream).all() & torch.isfinite(read.weights).all()
+        # One pass without temporaries; NaN goes through a maximum, too.
+        largest = [torch.linalg.vector_norm(x, torch.inf) for x in (read.upstream, read.weights) if x.numel()]
+        finite = torch.isfinite(torch.stack(largest)).all() if largest else torch.tensor(True, device=self.anchor.device)
         return torch.where(finite, ANCHOR_UNIT, torch.nan).to(self.anchor.dtype)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
@@ -187,6 +206,31 @@ class _WeightedSum(torch.autograd.Function):
         anchor = ctx.table.collect(Read(rows, weights, offsets, upstream.contiguous()))
         scores = score_gradients(values, rows, offsets, upstream) if ctx.needs_input_grad[0] else None
         return scores, anchor, None, None, None
+
+
+class _Dot(torch.autograd.Function):
+    """Products of rows and tokens. Their gradient to a row is a weighted sum of tokens, so it is collected as that of a read."""
+
+    @staticmethod
+    def forward(ctx, x, anchor_or_values, table, rows, offsets):  # type: ignore[no-untyped-def]
+        ctx.table = table
+        ctx.save_for_backward(table.weight, rows, x, offsets)
+        return score_gradients(table.weight, rows, offsets, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        values, rows, x, offsets = ctx.saved_tensors
+        upstream = upstream.contiguous()
+        read = Read(rows, upstream, offsets, x.contiguous())
+        if ctx.table.hidden:
+            to_table = ctx.table.collect(read)
+        else:
+            to_table = torch.zeros_like(values)
+            for found, gradient in row_gradients([read], _INIT_ROWS):
+                to_table[found] = gradient.to(values.dtype)
+        to_x = gather_sum(values, rows, upstream, offsets) if ctx.needs_input_grad[0] else None
+        return to_x, to_table, None, None, None
 
 
 def bag_offsets(rows: Tensor) -> Tensor:

@@ -48,6 +48,26 @@ class ColumnShardedTable(ShardedTable):
 
         return self.join(slices, theirs, tokens)
 
+    def dot(self, rows: Tensor, x: Tensor) -> Tensor:
+        """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back; the same bytes as for `weighted_sum`."""
+        if not self.same_reads or dist.get_rank(self.group) == 0:
+            self._count(rows)
+        tokens, ranks = len(rows), self.ranks
+        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        if self.same_reads:
+            own = _SummedGradient.apply(x, self)[:, self.columns.start : self.columns.stop]
+            return _SummedProducts.apply(self._local_dot(rows.flatten(), own, bag_offsets(rows)), self).view(rows.shape)
+        ours = [tokens] * ranks
+        theirs = share_counts(ours, self.group, rows.device)
+        wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
+        all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
+        widths, width = self._widths(), len(self.columns)
+        slices = torch.cat([part.flatten() for part in x.split(widths, dim=1)])
+        send, receive = [tokens * other for other in widths], [count * width for count in theirs]
+        all_x = exchange(slices, send, receive, self.group, self.traffic).view(sum(theirs), width)
+        products = self._local_dot(all_rows.flatten(), all_x, bag_offsets(all_rows)).view(all_rows.shape)
+        return exchange(products, theirs, ours, self.group, self.traffic).view(ranks, *rows.shape).sum(0)
+
     def join(self, slices: Tensor, theirs: list[int], tokens: int) -> Tensor:
         """Send every rank its tokens' slices, get the other slices of our own. slices: [sum(theirs), columns]; returns [tokens, dim]."""
         width, widths = len(self.columns), self._widths()
@@ -88,3 +108,16 @@ class _AllColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         return gradient[:, ctx.columns], None
+
+
+class _SummedProducts(torch.autograd.Function):
+    """The sum over ranks of what each one's columns give; its gradient is the same on all ranks."""
+
+    @staticmethod
+    def forward(ctx, products, table):  # type: ignore[no-untyped-def]
+        table.traffic.reads += 2 * (table.ranks - 1) * products.numel() * products.element_size() // table.ranks
+        return all_sum(products, table.group)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient, None

@@ -1,5 +1,7 @@
 """A value table split by rows over a group of ranks, sums pooled at the owner."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +27,26 @@ class RowShardedTable(ShardedTable):
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its own tokens."""
         self._count(rows)
+        route = self._ask(rows)
+        weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
+        their_weights = exchange(weights.flatten()[route.order], route.our_reads, route.their_reads, self.group, self.traffic)
+        partial = self._local_sum(route.rows, their_weights, route.offsets)
+        our_tokens = [len(rows)] * self.ranks
+        sums = exchange(partial, route.their_tokens, our_tokens, self.group, self.traffic)
+        return sums.view(self.ranks, len(rows), self.dim).sum(0)
+
+    def dot(self, rows: Tensor, x: Tensor) -> Tensor:
+        """As `ValueTable.dot`: tokens travel to all owners, products back; the same bytes as for `weighted_sum`."""
+        self._count(rows)
+        route = self._ask(rows)
+        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        their_x = exchange(x.repeat(self.ranks, 1), [len(rows)] * self.ranks, route.their_tokens, self.group, self.traffic)
+        products = self._local_dot(route.rows, their_x, route.offsets)
+        ours = exchange(products, route.their_reads, route.our_reads, self.group, self.traffic)
+        return ours[torch.argsort(route.order)].view(rows.shape)
+
+    def _ask(self, rows: Tensor) -> "_Route":
+        """Send each read's row number to its owner."""
         tokens, ranks = len(rows), self.ranks
         owner = self._owner(rows)
         order = torch.sort(owner.flatten(), stable=True).indices
@@ -34,14 +56,10 @@ class RowShardedTable(ShardedTable):
         reads = lengths.sum(1)
         sizes = torch.stack((reads, torch.full_like(reads, tokens)), dim=1)
         their_reads, their_tokens = exchange(sizes, [1] * ranks, [1] * ranks, self.group).T.tolist()
-        our_reads, our_tokens = reads.tolist(), [tokens] * ranks
-
-        their_lengths = exchange(lengths.flatten().int(), our_tokens, their_tokens, self.group, self.traffic).long()
+        our_reads = reads.tolist()
+        their_lengths = exchange(lengths.flatten().int(), [tokens] * ranks, their_tokens, self.group, self.traffic).long()
         their_rows = exchange(self._wire(rows.flatten()[order]), our_reads, their_reads, self.group, self.traffic) - self.first_row
-        weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
-        their_weights = exchange(weights.flatten()[order], our_reads, their_reads, self.group, self.traffic)
-        partial = self._local_sum(their_rows, their_weights, their_lengths.cumsum(0) - their_lengths)
-        return exchange(partial, their_tokens, our_tokens, self.group, self.traffic).view(ranks, tokens, self.dim).sum(0)
+        return _Route(order, our_reads, their_reads, their_tokens, their_rows, their_lengths.cumsum(0) - their_lengths)
 
     def _owner(self, rows: Tensor) -> Tensor:
         """The rank that holds each row, int64."""
@@ -50,3 +68,17 @@ class RowShardedTable(ShardedTable):
     def _wire(self, rows: Tensor) -> Tensor:
         """Row numbers as they travel."""
         return rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Where reads went. order: [reads] of our own by owner; our_reads, their_reads, their_tokens: to and from each rank; rows,
+    offsets: [their reads], [their bags], what the others ask of this rank.
+    """
+
+    order: Tensor
+    our_reads: list[int]
+    their_reads: list[int]
+    their_tokens: list[int]
+    rows: Tensor
+    offsets: Tensor

@@ -9,11 +9,11 @@ from memshard.models.kernels.cpu import CpuKernels
 from memshard.models.kernels.select import kernels_for
 from memshard.models.memory.row_gradient import Read, SortedReads, sort_reads
 from memshard.models.memory.table import ValueTable
-from memshard.trainer.optim.row_update import Factors, Step, rounding_key, sparse_pass
+from memshard.trainer.optim.row_update import Factors, Step, rounding_key, update_rows
 
 
 def update_rows_compiled(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> bool:
-    """As `sparse_pass`; False, and nothing done, where only plain torch can."""
+    """As `update_rows`; False, and nothing done, where only plain torch can."""
     kernels = kernels_for(table.weight, part.upstream)
     if kernels is None or state["exp_avg"].dtype != torch.float32 or not table.weight.is_contiguous() or not _agrees(kernels):
         return False
@@ -77,7 +77,7 @@ def _agrees(kernels: CpuKernels) -> bool:
                 if fast:
                     _call(kernels, table, state, step, part, found)
                 else:
-                    sparse_pass(table, state, step, part, found)
+                    update_rows(table, state, step, part, found)
                 results.append([table.weight.float(), state["exp_avg"], state["exp_avg_sq"]])
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2
             if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*results, strict=True)):

@@ -11,7 +11,7 @@ from memshard.models.memory.pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
 from memshard.trainer.optim.compiled_update import update_rows_compiled
-from memshard.trainer.optim.row_update import BLOCK_ROWS, Step, factors, update_rows_plain
+from memshard.trainer.optim.row_update import BLOCK_ROWS, Step, factors, update_rows
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
 Rounding = Literal["master", "stochastic"]
@@ -114,7 +114,7 @@ class RowAdam(Optimizer):
             updated += len(part.rows)
             found = factors(step, state, part.rows)
             if not update_rows_compiled(table, state, step, part, found):
-                update_rows_plain(table, state, step, part, found)
+                update_rows(table, state, step, part, found)
         table.drop_reads()
         return asked, updated
 

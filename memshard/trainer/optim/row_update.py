@@ -14,9 +14,6 @@ from memshard.models.random import fold, fold_tensor, random_bits
 BLOCK_ROWS = 1024
 """Rows updated at a time: temporaries then stay in cache (2 to 3 times faster than all at once)."""
 
-DENSE_SHARE = 0.2
-"""Share of touched rows from which a pass over all rows, with a mask, replaces picking and scattering them."""
-
 _ROUNDING_STREAM = 0x524F554E44
 
 
@@ -61,44 +58,16 @@ def factors(step: Step, state: dict[str, Any], rows: Tensor) -> Factors:
     return Factors(size, eps, {name: value.to(state["exp_avg"].dtype) for name, value in by_row.items()})
 
 
-def update_rows_plain(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
-    """One Adam step on part.rows; the others keep their bits."""
-    if len(part.rows) >= DENSE_SHARE * len(table.weight):
-        masked_pass(table, state, step, part, found)
-    else:
-        sparse_pass(table, state, step, part, found)
-
-
-def sparse_pass(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
-    """Pick rows, update them, put them back; block by block."""
+def update_rows(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
+    """One Adam step on part.rows: pick rows, update them, put them back, block by block. The others keep their bits."""
     for first in range(0, len(part.rows), BLOCK_ROWS):
         last = min(first + BLOCK_ROWS, len(part.rows))
         own = Factors(found.step_size, found.eps, {name: value[first:last] for name, value in found.by_row.items()})
         rows = part.rows[first:last]
         old = {name: tensor.index_select(0, rows) for name, tensor in _tensors(table, state)}
-        new = _adam(table, rows, old, part.sums(first, last), step, own)
+        _adam(table, rows, old, part.sums(first, last), step, own)
         for name, tensor in _tensors(table, state):
-            tensor.index_copy_(0, rows, new[name])
-
-
-def masked_pass(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
-    """Update whole ranges of rows and keep the result where a row was read: the bits of `sparse_pass`."""
-    bounds = torch.arange(0, len(table.weight) + BLOCK_ROWS, BLOCK_ROWS, device=part.rows.device)
-    edges = torch.searchsorted(part.rows, bounds).tolist()
-    for block, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        if low == high:
-            continue
-        first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(table.weight))
-        rows = torch.arange(first, last, device=part.rows.device)
-        touched = part.rows[low:high] - first
-        by_row = {name: value.new_ones(len(rows)).index_copy_(0, touched, value[low:high]) for name, value in found.by_row.items()}
-        sums = part.sums(low, high)
-        gradient = sums.new_zeros(last - first, sums.shape[1]).index_copy_(0, touched, sums)
-        mask = torch.zeros(last - first, 1, dtype=torch.bool, device=rows.device).index_fill_(0, touched, True)
-        old = {name: tensor[first:last] for name, tensor in _tensors(table, state)}
-        new = _adam(table, rows, old, gradient, step, Factors(found.step_size, found.eps, by_row))
-        for name, tensor in old.items():
-            tensor.copy_(torch.where(mask, new[name], tensor))
+            tensor.index_copy_(0, rows, old[name])
 
 
 def _tensors(table: ValueTable, state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -108,26 +77,27 @@ def _tensors(table: ValueTable, state: dict[str, Any]) -> Iterator[tuple[str, Te
             yield name, state[name]
 
 
-def _adam(table: ValueTable, rows: Tensor, old: dict[str, Tensor], gradient: Tensor, step: Step, own: Factors) -> dict[str, Tensor]:
-    """New values and moments. old: [rows, dim] each; gradient: [rows, dim]."""
-    exp_avg, exp_avg_sq = old["exp_avg"], old["exp_avg_sq"]
+def _adam(table: ValueTable, rows: Tensor, old: dict[str, Tensor], gradient: Tensor, step: Step, own: Factors) -> None:
+    """Bring values and moments up to date, in place: fresh memory for each result would cost more than the arithmetic.
+
+    old: [rows, dim] each; gradient: [rows, dim].
+    """
+    exp_avg, exp_avg_sq, values = old["exp_avg"], old["exp_avg_sq"], old["values"]
     if "decay1" in own.by_row:
-        exp_avg, exp_avg_sq = exp_avg * own.by_row["decay1"][:, None], exp_avg_sq * own.by_row["decay2"][:, None]
-    exp_avg = exp_avg.lerp(gradient, 1 - step.beta1)
-    exp_avg_sq = (exp_avg_sq * step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
+        exp_avg.mul_(own.by_row["decay1"][:, None])
+        exp_avg_sq.mul_(own.by_row["decay2"][:, None])
+    exp_avg.lerp_(gradient, 1 - step.beta1)
+    exp_avg_sq.mul_(step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
     size = own.by_row["step_size"][:, None] if "step_size" in own.by_row else own.step_size
-    change = exp_avg / exp_avg_sq.sqrt().add_(own.eps) * size
-    new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    dtype = old["values"].dtype
+    change = torch.sqrt(exp_avg_sq, out=gradient).add_(own.eps)
+    torch.div(exp_avg, change, out=change).mul_(size)
     if "master" in old:
-        new["master"] = old["master"] - change
-        new["values"] = new["master"].to(dtype)
-    elif dtype == exp_avg.dtype:
-        new["values"] = old["values"] - change
+        values.copy_(old["master"].sub_(change))
+    elif values.dtype == exp_avg.dtype:
+        values.sub_(change)
     else:
-        exact = old["values"].to(exp_avg.dtype) - change
-        new["values"] = round_stochastically(exact, _random(table, step, rows), dtype)
-    return new
+        exact = values.to(exp_avg.dtype).sub_(change)
+        values.copy_(round_stochastically(exact, _random(table, step, rows), values.dtype))
 
 
 def rounding_key(step: Step) -> int:

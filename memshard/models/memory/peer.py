@@ -1,0 +1,37 @@
+"""Parameter-efficient expert retrieval (PEER; He 2024, arXiv 2407.04153): a memory whose slots are experts of one neuron."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.table import ValueTable
+
+
+class Peer(ProductKeyMemory):
+    """Reads heads x topk of keys^2 experts, each gelu(down . x) times a value: y = sum_j weight_j gelu(down_j . x) values_j.
+
+    Search and weights are those of `ProductKeyMemory`. down, values: tables to share with other layers; by default new ones of
+    keys^2 rows of `dim`. ValueError on sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        keys: int = 512,
+        heads: int = 8,
+        topk: int = 16,
+        key_dim: int = 256,
+        query_norm: str = "batch",
+        values: ValueTable | None = None,
+        down: ValueTable | None = None,
+    ) -> None:
+        super().__init__(dim, keys, heads, topk, key_dim, query_norm=query_norm, values=values)
+        if down is not None and (down.slots, down.dim) != (keys**2, dim):
+            raise ValueError(f"the shared table is {down.slots} x {down.dim}; this layer's experts take {keys**2} x {dim}")
+        self.down = down if down is not None else ValueTable(keys**2, dim)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """The experts' sum. tokens: [n, dim]; returns [n, dim]."""
+        rows, weights = self.lookup(tokens)
+        hidden = F.gelu(self.down.dot(rows, tokens.to(weights.dtype)))
+        return self.values.weighted_sum(rows, weights * hidden)
