@@ -46,8 +46,10 @@ test: $(ENVIRONMENT)
 test-all: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -q -n 2
 
+# Those that need no data; docs/benchmarks.md has the commands of the others.
 bench: $(ENVIRONMENT)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+	$(PYTHON) benchmarks/search.py
+	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/values.py --threads 2 --rounds 3
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
