@@ -33,7 +33,7 @@ def held_out_windows(data: Path) -> list[tuple[Tensor, Tensor]]:
     """Inputs and targets, [1, length or less], of the held-out text end to end."""
     reader = SplitReader(data, "heldout")
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
-    tokens, _ = reader.read(np.arange(len(reader.lengths)), starts, np.array([0]), int(starts[-1]))
+    tokens, *_ = reader.read(np.arange(len(reader.lengths)), starts, np.array([0]), int(starts[-1]))
     pieces = [torch.from_numpy(tokens[:, start : start + LENGTH + 1]) for start in range(0, tokens.shape[1] - 1, LENGTH)]
     return [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
 
