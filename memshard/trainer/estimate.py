@@ -202,7 +202,7 @@ def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device
     available = available_memory(device) - needed.dense
     if needed.table > available:
         raise ValueError(
-            f"the value table needs {needed.table / 1e9:.3g} GB a rank (values and moments) and {max(available, 0) / 1e9:.3g} GB are "
+            f"the value table needs {needed.table / 1e9:,.1f} GB a rank (values and moments) and {max(available, 0) / 1e9:,.1f} GB are "
             "available: lower model.memory.keys, or use more ranks"
         )
 
