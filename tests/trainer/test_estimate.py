@@ -167,7 +167,7 @@ RECIPE = Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, max_length
 def test_a_table_that_does_not_fit_is_refused_before_anything_is_allocated() -> None:
     check_fits(RECIPE, 1, 100, torch.device("cpu"))
     huge = replace(RECIPE, model=replace(MODEL, max_length=None, memory=replace(MEMORY, keys=100_000)))
-    with pytest.raises(ValueError, match=r"the value table needs 7.68e\+03 GB a rank .*lower model.memory.keys, or use more ranks"):
+    with pytest.raises(ValueError, match=r"the value table needs 7,68\d\.\d GB a rank .*lower model.memory.keys, or use more ranks"):
         check_fits(huge, 1, 100, torch.device("cpu"))
 
 
