@@ -56,10 +56,11 @@ def main() -> None:
         rounds = {name: [] for name in competitors}
         for number in range(args.rounds + 1):
             reads = draw(tokens, args, seed=number)
+            touched = {"rows": float(len(torch.unique(reads[0])))}
             for name, step in competitors.items():
                 begun, used = time.perf_counter(), time.process_time()
                 parts = step(*reads)
-                parts |= {"total": time.perf_counter() - begun, "cpu": time.process_time() - used}
+                parts |= {"total": time.perf_counter() - begun, "cpu": time.process_time() - used} | touched
                 if number:  # the first is a warm-up
                     rounds[name].append(parts)
         result["tokens"][tokens] = report(tokens, rounds, args, bandwidth)
@@ -164,7 +165,7 @@ def report(tokens: int, rounds: dict[str, list[dict[str, float]]], args: argpars
     print("| | forward | backward | update | step, ms | processor time, ms | ours is faster by | by processor time |")
     print("|---|---|---|---|---|---|---|---|")
     for name, times in rounds.items():
-        medians = {part: statistics.median(time[part] for time in times) for part in (*PARTS, "cpu")}
+        medians = {part: statistics.median(time[part] for time in times) for part in (*PARTS, "cpu", "rows")}
         ratios = [time["total"] / own["total"] for time, own in zip(times, rounds["memshard"], strict=True)]
         spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
         cpu = statistics.median(time["cpu"] / own["cpu"] for time, own in zip(times, rounds["memshard"], strict=True))
@@ -175,6 +176,8 @@ def report(tokens: int, rounds: dict[str, list[dict[str, float]]], args: argpars
     read = tokens * args.reads * args.dim * (4 if args.dtype == "fp32" else 2)
     bound = read / bandwidth
     print(f"forward: {lines['memshard']['forward'] / bound:.2f} x (bytes of all reads) / (stream read bandwidth)")
+    own = lines["memshard"]
+    print(f"distinct rows a step: {own['rows']:,.0f}; ours takes {own['total'] / own['rows'] * 1e6:.2f} us for each")
     return {"competitors": lines, "forward_over_bound": lines["memshard"]["forward"] / bound}
 
 

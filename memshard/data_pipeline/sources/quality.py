@@ -12,14 +12,10 @@ MIN_WORDS, MAX_WORDS = 50, 100_000
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
 REPEATED_NGRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))  # largest share of characters in the most frequent n-gram
-RULES = (
-    "words", "word_length", "symbols", "bullets", "ellipses", "alphabetic", "stop_words", "repeated_lines", "repeated_ngrams",
-    "sentences", "lorem_ipsum", "curly_bracket",
-)  # fmt: skip
 
 
 def failed_rule(text: str, english: bool = True) -> str | None:
-    """Name of the first of RULES that the text fails, or None. english: also ask for English stop words."""
+    """Name of the first rule that the text fails, or None. english: also ask for English stop words."""
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS:
         return "words"

@@ -41,11 +41,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     return _build(settings, str(name_or_path))
 
 
-def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """The recipe of nested values such as `to_dict` returns; `source` names them in errors."""
-    return _build(dict(_flatten(values, "", source)), source)
-
-
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts, lists and scalars, as YAML and JSON hold them."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
