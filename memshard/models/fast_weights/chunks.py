@@ -1,0 +1,66 @@
+"""Cutting sequences into chunks, and how writes fade inside one.
+
+B batch, H heads, L length, N chunks, C tokens a chunk, D key features, M value features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fading:
+    """What is left of earlier writes, between 0 and 1; shapes broadcast over heads.
+
+    pair: [B, H, N, C, C], of token j's write when token i reads; 0 for j > i. carried: [B, H, N, C, 1], of the state before the
+    chunk when token i reads. kept: [B, H, N, C, 1], of token i's write at the end of the chunk. whole: [B, H, N, 1, 1], of the
+    state before the chunk at its end.
+    """
+
+    pair: Tensor
+    carried: Tensor
+    kept: Tensor
+    whole: Tensor
+
+
+def cut(x: Tensor, chunk: int) -> Tensor:
+    """[B, H, L, ...] to [B, H, N, C, ...], zeros at the end: a token with key 0 writes nothing."""
+    short = -x.shape[2] % chunk
+    if short:
+        x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, short])
+    return x.unflatten(2, (-1, chunk))
+
+
+def join(x: Tensor, length: int) -> Tensor:
+    """Undo `cut`."""
+    return x.flatten(2, 3)[:, :, :length]
+
+
+def fading(log_decay: Tensor | None, resets: Tensor | None, chunk: int) -> Fading | None:
+    """How writes fade; None if they do not.
+
+    log_decay: [B, H, L], at most 0: the state is multiplied by its exponential before a token reads or writes. resets:
+    [B, L] bool, True where a token starts anew, with an empty state.
+    """
+    if log_decay is None and resets is None:
+        return None
+    causal = None
+    if resets is not None:
+        document = cut(resets[:, None].long(), chunk).cumsum(-1)
+        pair = document[..., :, None] == document[..., None, :]
+        carried, kept = document == 0, document == document[..., -1:]
+        causal = pair.tril()
+    if log_decay is None:
+        assert causal is not None
+        return Fading(causal.float(), carried[..., None].float(), kept[..., None].float(), carried[..., -1, None, None].float())
+    total = cut(log_decay, chunk).cumsum(-1)
+    if causal is None:
+        causal = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).tril()
+        carried = kept = torch.ones((), dtype=torch.bool, device=total.device)
+    # Masked before the exponential: above the diagonal differences are positive and may overflow.
+    pairs = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    since = total.masked_fill(~carried, float("-inf")).exp()
+    until = (total[..., -1:] - total).masked_fill(~kept, float("-inf")).exp()
+    return Fading(pairs, since[..., None], until[..., None], since[..., -1, None, None])

@@ -1,0 +1,109 @@
+"""Promises of fast weights beyond their equations: streams, stability, memory, feature maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.feature_maps import FeatureMap, elu_plus_one
+from memshard.models.fast_weights.sum_rule import sum_rule
+
+
+def test_any_split_of_a_stream_gives_the_same() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 200, 8, dtype=torch.float64) for _ in range(3))
+    k, beta = F.normalize(k, dim=-1), torch.rand(2, 2, 200, dtype=torch.float64)
+    whole, last = delta_rule(q, k, v, beta)
+    state, parts = None, []
+    for first, end in [(0, 1), (1, 2), (2, 90), (90, 131), (131, 200)]:
+        out, state = delta_rule(*(x[:, :, first:end] for x in (q, k, v, beta)), state)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
+
+
+def test_a_long_stream_stays_bounded() -> None:
+    """200,000 random tokens: the delta rule's state has the size of a few values, the sum rule's grows with the stream."""
+    torch.manual_seed(0)
+    features = FeatureMap("elu", 16)
+    delta, total = None, None
+    for _ in range(20):
+        k, v = features(torch.randn(1, 1, 10_000, 16)), torch.randn(1, 1, 10_000, 16)
+        beta = torch.rand(1, 1, 10_000)
+        out, delta = delta_rule(k, k, v, beta, delta)
+        total = sum_rule(k, k, v, total)[1]
+    assert out.isfinite().all() and float(delta.norm()) < 40 < float(total.norm())
+
+
+def test_memory_grows_with_the_length() -> None:
+    """What autograd keeps for four times the tokens is four times as much, and no [length, dim, dim] tensor."""
+
+    def kept(length: int) -> int:
+        total = 0
+
+        def count(x: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += x.numel() * x.element_size()
+            return x
+
+        inputs = [torch.randn(1, 2, length, 32).requires_grad_() for _ in range(3)]
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            delta_rule(*inputs, torch.rand(1, 2, length))
+        return total
+
+    short, long = kept(512), kept(2048)
+    assert long <= 4.1 * short
+    assert long < 2 * 2048 * 32 * 32 * 4 / 4
+
+
+@pytest.mark.parametrize("kind", ["elu", "dpfp", "favor"])
+@pytest.mark.parametrize("normalise", ["sum", "l2"])
+def test_features_are_not_negative_and_have_their_norm(kind: str, normalise: str) -> None:
+    torch.manual_seed(0)
+    features = FeatureMap(kind, 8, width=2, normalise=normalise)
+    y = features(torch.randn(3, 100, 8, dtype=torch.bfloat16) * 30)
+    assert y.shape == (3, 100, features.features) and y.dtype == torch.float32 and (y >= 0).all()
+    norm = y.sum(-1) if normalise == "sum" else y.norm(dim=-1)
+    torch.testing.assert_close(norm, torch.ones_like(norm), rtol=1e-4, atol=1e-4)
+
+
+def test_dpfp_is_equation_37() -> None:
+    x = torch.tensor([1.0, -2.0])
+    r = [1.0, 0.0, 0.0, 2.0]
+    expected = [r[i] * r[(i - shift) % 4] for shift in (1, 2) for i in range(4)]
+    assert FeatureMap("dpfp", 2, width=2, normalise="none")(x).tolist() == expected
+
+
+def test_a_zero_vector_gives_zero_features_and_gradients() -> None:
+    x = torch.zeros(1, 8, requires_grad=True)
+    y = FeatureMap("dpfp", 8)(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert not y.any() and gradient.isfinite().all()
+
+
+def test_dpfp_refuses_an_odd_width() -> None:
+    with pytest.raises(ValueError, match="even width"):
+        FeatureMap("dpfp", 7)
+
+
+def test_elu_keeps_small_values_in_half_precision() -> None:
+    x = torch.tensor([-8.0], dtype=torch.bfloat16)
+    assert 3e-4 < float(elu_plus_one(x)) < 4e-4
+
+
+def test_favor_is_a_softmax_of_its_projections_and_the_published_form_underflows() -> None:
+    torch.manual_seed(0)
+    stable, paper = FeatureMap("favor", 64, width=64), FeatureMap("favor", 64, width=64, paper_faithful=True)
+    paper.directions = stable.directions
+    x = torch.randn(10, 64, dtype=torch.float64)
+    torch.testing.assert_close(stable(x * 64**0.25), paper(x))
+    long = torch.randn(10, 64) * 2
+    assert stable(long).isfinite().all() and not paper(long).isfinite().all()
+
+
+def test_l2_normalised_keys_are_overwritten_exactly() -> None:
+    torch.manual_seed(0)
+    k = FeatureMap("dpfp", 8, normalise="l2")(torch.randn(1, 1, 1, 8, dtype=torch.float64)).expand(1, 1, 3, -1)
+    v = torch.randn(1, 1, 3, 4, dtype=torch.float64)
+    out, _ = delta_rule(k, k, v, torch.ones(1, 1, 3, dtype=torch.float64))
+    torch.testing.assert_close(out, v)
