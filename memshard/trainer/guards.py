@@ -2,7 +2,8 @@
 
 import math
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import median
 from types import FrameType
 
 import torch
@@ -18,13 +19,24 @@ def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> bool:
     return math.isfinite(float(norm)) and all(math.isfinite(float(grad)) for grad in anchors)
 
 
-def agree(*flags: bool, device: torch.device) -> list[bool]:
-    """Each flag, true if it is set on any rank: one small all-reduce."""
-    if not dist.is_initialized():
-        return list(flags)
-    verdict = torch.tensor([float(flag) for flag in flags], device=device)
-    dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in verdict.tolist()]
+def agree(loss: Tensor, *flags: bool) -> tuple[float, list[bool]]:
+    """The sum of the ranks' losses, and each flag, true if it is set on any rank: one small all-reduce."""
+    verdict = torch.tensor([float(loss), *flags], dtype=torch.float64, device=loss.device)
+    if dist.is_initialized():
+        dist.all_reduce(verdict)
+    total, *votes = verdict.tolist()
+    return total, [bool(vote) for vote in votes]
+
+
+def is_spike(loss: float, recent: Sequence[float], threshold: float) -> bool:
+    """Whether a loss stands out above the recent ones by more than `threshold` robust standard deviations.
+
+    The deviation is 1.4826 times the median distance from the median, what a normal distribution has, so that earlier spikes do not
+    hide the next; at least 1 % of the median, so that a loss that hardly moves is not called a spike for its noise.
+    """
+    middle = median(recent)
+    deviation = 1.4826 * median(abs(value - middle) for value in recent)
+    return loss > middle + threshold * max(deviation, 0.01 * abs(middle))
 
 
 class StopSignal:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
@@ -8,7 +9,7 @@ from memshard.trainer.guards import StopSignal
 from memshard.trainer.meter import Meter
 from memshard.trainer.metrics import Metrics
 from memshard.trainer.run import Run
-from memshard.trainer.step import train_step
+from memshard.trainer.step import StepOutcome, train_step
 
 
 def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
@@ -17,18 +18,30 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
     Returns the result, with `finished` telling whether the recipe's last step was reached. RuntimeError if too many steps
     in a row had a gradient that is not finite.
     """
-    settings, progress = run.recipe.train, run.progress
+    settings = run.recipe.train
     last = min(settings.steps, stop_at or settings.steps)
-    metrics = Metrics(run.folder if run.rank == 0 else None, progress.step, settings.steps)
+    metrics = Metrics(run.folder if run.rank == 0 else None, run.progress.step, settings.steps)
     meter = Meter(run)
+    if run.recipe.guards.loss_spike == "rewind":
+        run.save()  # something to go back to
     evaluation: Evaluation | None = None
     try:
         with StopSignal() as stop:
             stopping = False
-            while progress.step < last and not stopping:
+            while run.progress.step < last and not stopping:
                 outcome = train_step(run, stop)
                 meter.add(outcome)
-                step, stopping = progress.step, outcome.stopping
+                stopping = outcome.stopping
+                if outcome.spiked:
+                    metrics.say(_spike_line(run, outcome))
+                if outcome.rewind:
+                    run.rewind()
+                    metrics.close()
+                    metrics = Metrics(run.folder if run.rank == 0 else None, run.progress.step, settings.steps)
+                    metrics.say(f"back to step {run.progress.step}, rewind {run.progress.rewinds} of {run.recipe.guards.rewinds}")
+                    meter.restart()
+                    continue
+                step = run.progress.step
                 metrics.advance()
                 if step % settings.log_every == 0 or step == last or stopping:
                     values = meter.read()
@@ -46,6 +59,7 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
             checkpoint = run.save()
     finally:
         metrics.close()
+    progress = run.progress
     result: dict[str, Any] = {"step": progress.step, "skipped": progress.skipped, "checkpoint": str(checkpoint)}
     if evaluation is not None:
         result |= {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
@@ -65,6 +79,11 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
     for name, report in evaluation.usage.items():
         values |= {f"{name}/{key}": value for key, value in asdict(report).items()}
     return values
+
+
+def _spike_line(run: Run, outcome: StepOutcome) -> str:
+    done = {"warn": "trained on all the same", "skip": "not trained on", "rewind": "going back"}[run.recipe.guards.loss_spike]
+    return f"step {run.progress.step}: loss {outcome.loss:.4f} against a median of {median(run.progress.losses):.4f}: {done}"
 
 
 def _line(step: int, steps: int, values: dict[str, float]) -> str:

@@ -27,7 +27,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begin anew."""
-        self.loss = torch.zeros((), device=self.run.device)
+        self.loss = 0.0
         self.steps = 0
         self.data_wait = 0.0
         self.begun = time.perf_counter()
@@ -58,10 +58,12 @@ class Meter:
         recipe = self.run.recipe
         tokens_per_s = self.steps * recipe.train.batch * recipe.data.length / seconds
         values = {
-            "train/loss": float(all_sum(self.loss)) / self.steps,
+            "train/loss": self.loss / self.steps,
             "train/lr": self.last.rate,
             "train/grad_norm": self.last.norm,
             "train/skipped": float(self.run.progress.skipped),
+            "train/spikes": float(self.run.progress.spikes),
+            "train/rewinds": float(self.run.progress.rewinds),
             "speed/tokens_per_s": tokens_per_s,
             "speed/step_s": seconds / self.steps,
             "speed/mfu": tokens_per_s * self.flops / self.peak,

@@ -26,7 +26,7 @@ from memshard.parallel.apply import apply
 from memshard.parallel.collectives import from_first
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune
+from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune, remove
 from memshard.trainer.checkpoint.store import load_state, load_tensors, save_checkpoint
 from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
@@ -40,11 +40,25 @@ from memshard.trainer.tasks.language_model import LanguageModelTask
 
 @dataclass
 class Progress:
-    """What changes from step to step, besides tensors. step: finished; skipped: steps without update; in_a_row: the latest of them."""
+    """What changes from step to step, besides tensors. step: finished; skipped: steps without update; in_a_row: the latest of them.
+
+    losses: of the last updates, at most guards.window. spikes, rewinds: how often. left_out: batches that rewinds have passed over.
+    rewound_to: the step of the checkpoint that the last one took.
+    """
 
     step: int = 0
     skipped: int = 0
     in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)
+    spikes: int = 0
+    rewinds: int = 0
+    left_out: int = 0
+    rewound_to: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of the next batch."""
+        return self.step + self.left_out
 
 
 @dataclass
@@ -70,12 +84,12 @@ class Run:
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next step; to be called once a step."""
-        settings, step, workers = self.recipe.train, self.progress.step, self.recipe.data.workers
+        settings, batch, workers = self.recipe.train, self.progress.batch, self.recipe.data.workers
         if not workers:
-            return rank_share(self.stream, step, settings.batch, self.rank, self.ranks, settings.micro_batch)
+            return rank_share(self.stream, batch, settings.batch, self.rank, self.ranks, settings.micro_batch)
         if self._ahead is None:
             share = settings.batch, self.rank, self.ranks, settings.micro_batch
-            self._ahead = prefetched(self.stream, step, settings.steps, *share, workers)
+            self._ahead = prefetched(self.stream, batch, settings.steps + self.progress.left_out, *share, workers)
         return next(self._ahead)
 
     @property
@@ -102,6 +116,38 @@ class Run:
         newest = from_first(next(reversed(committed(self.folder / CHECKPOINTS)), None))
         if newest is None:
             return
+        self._load(newest)
+
+    def rewind(self) -> None:
+        """Back to the newest checkpoint, on with the data after the last batch. All ranks call it.
+
+        Where the last rewind went to that checkpoint too, the one before it is taken. RuntimeError if guards.rewinds are used up.
+        """
+        guards, left = self.recipe.guards, self.progress
+        if left.rewinds >= guards.rewinds:
+            raise RuntimeError(
+                f"the loss spiked again at step {left.step} after {left.rewinds} rewinds (guards.rewinds): "
+                "lower optimizer.lr or tables.lr, or look at the data there"
+            )
+        root = self.folder / CHECKPOINTS
+        self._load(from_first(self._rewind_target(root)))
+        self.progress = replace(
+            self.progress,
+            spikes=left.spikes,
+            rewinds=left.rewinds + 1,
+            left_out=left.batch - self.progress.step,
+            rewound_to=self.progress.step,
+        )
+        self._ahead = None
+
+    def _rewind_target(self, root: Path) -> Path:
+        """The checkpoint to go back to; rank 0 removes a later one, which is not of the branch that is to be."""
+        found = committed(root)
+        if len(found) > 1 and found[-1] == checkpoint_folder(root, self.progress.rewound_to or 0) and self.rank == 0:
+            remove(found.pop())
+        return found[-1]
+
+    def _load(self, newest: Path) -> None:
         state = load_state(newest)
         if state["stream"] != self.stream.fingerprint:
             raise ValueError(

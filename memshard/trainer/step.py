@@ -6,36 +6,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memshard.trainer.guards import StopSignal, agree, gradients_finite
+from memshard.trainer.guards import StopSignal, agree, gradients_finite, is_spike
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """loss: this rank's share of the batch's mean loss. norm: of the dense gradient. rate: learning rate, 0 if the step was
-    skipped. data_wait: seconds spent on reading. stopping: whether any rank was told to stop.
+    """loss: the batch's mean loss, of all ranks. norm: of the dense gradient. rate: learning rate, 0 if the step was skipped.
+    data_wait: seconds spent on reading. stopping: whether any rank was told to stop. spiked: whether the loss stands out.
+    rewind: whether to go back to a checkpoint.
     """
 
-    loss: Tensor
+    loss: float
     norm: float
     rate: float
     data_wait: float
     stopping: bool
+    spiked: bool
+    rewind: bool
 
 
 def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
-    """Train on the next batch, or skip the update on all ranks if any rank's gradient is not finite.
+    """Train on the next batch, or skip the update on all ranks: if any rank's gradient is not finite, or for a loss spike.
 
     stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too many steps in a row were skipped.
     """
-    settings, progress = run.recipe.train, run.progress
+    guards, progress = run.recipe.guards, run.progress
     run.model.train()
     begun = time.perf_counter()
     batches = run.next_batches()
     data_wait = time.perf_counter() - begun
 
-    tokens = run.stream.predicted(progress.step)
+    tokens = run.stream.predicted(progress.batch)
     total = torch.zeros((), device=run.device)
     for number, batch in enumerate(batches, 1):
         with run.engine.forward_context(last=number == len(batches)):
@@ -46,17 +49,25 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
 
     norm = run.engine.gradient_norm()
     finite = gradients_finite(norm, run.rows.tables if run.rows else ())
-    broken, stopping = agree(not finite, stop is not None and stop.received, device=run.device)
-    rate = 0.0 if broken else _update(run, norm)
-    if broken:
+    batch_loss, (broken, stopping) = agree(total, not finite, stop is not None and stop.received)
+    # All ranks have the same loss and history, and so the same opinion.
+    spiked = not broken and len(progress.losses) == guards.window and is_spike(batch_loss, progress.losses, guards.threshold)
+    rate = 0.0
+    if broken or (spiked and guards.loss_spike != "warn"):
         _skip(run)
+    else:
+        rate = _update(run, norm)
+        progress.losses = [*progress.losses, batch_loss][-guards.window :]
     progress.step += 1
-    if progress.in_a_row > settings.max_skipped:
+    progress.spikes += spiked
+    hopeless = progress.in_a_row > run.recipe.train.max_skipped
+    rewind = guards.loss_spike == "rewind" and (spiked or hopeless)
+    if hopeless and not rewind:
         raise RuntimeError(
-            f"{progress.in_a_row} steps in a row, up to step {progress.step}, had a gradient that is not finite (norm {float(norm)}): "
-            "lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
+            f"{progress.in_a_row} steps in a row, up to step {progress.step}, had a gradient that is not finite or a loss spike "
+            f"(norm {float(norm)}, loss {batch_loss}): lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
         )
-    return StepOutcome(total, float(norm), rate, data_wait, stopping)
+    return StepOutcome(batch_loss, float(norm), rate, data_wait, stopping, spiked, rewind)
 
 
 def _update(run: Run, norm: Tensor) -> float:

@@ -14,7 +14,7 @@ from memshard.trainer.optim.dense import learning_rate
 from tests.trainer.tiny_run import TABLE, numbers, train_run
 
 TRAINING = {
-    *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "skipped")),
+    *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "skipped", "spikes", "rewinds")),
     *(f"speed/{name}" for name in ("tokens_per_s", "step_s", "mfu", "data_wait")),
     *(f"{TABLE}/{name}" for name in ("touched", "duplicates", "never_updated")),
 }

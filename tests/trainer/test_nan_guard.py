@@ -68,7 +68,7 @@ def _skip_and_go_on(rank: int, world: int, recipe: Path, folder: Path) -> dict[s
             outcome = train_step(run)
         assert outcome.rate == 0
         assert_same(_snapshot(run), before)
-        assert vars(run.progress) == {"step": 2 * number, "skipped": number, "in_a_row": 1}
+        assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (2 * number, number, 1)
         reference.progress.step += 1
         train_step(run)
         train_step(reference)

@@ -28,11 +28,16 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint."""
+    (path / COMMIT).unlink()  # first: a half-removed folder must not look complete
+    shutil.rmtree(path)
+
+
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what interrupted saves left behind."""
     for path in committed(root)[:-keep]:
-        (path / COMMIT).unlink()  # first: a half-removed folder must not look complete
-        shutil.rmtree(path)
+        remove(path)
     for path in root.glob(f"{_PREFIX}*"):
         if path.suffix == ".tmp" or not (path / COMMIT).exists():
             shutil.rmtree(path)

@@ -179,6 +179,32 @@ class ParallelConfig:
             raise ValueError(f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuardsConfig:
+    """What to do about a loss that jumps. A gradient that is not finite is always skipped."""
+
+    loss_spike: Literal["warn", "skip", "rewind"] = "warn"
+    """A step whose loss stands out: say so, drop its update, or go back to the last checkpoint and on with the data after it.
+    With rewind, more than train.max_skipped skipped steps in a row rewind, too."""
+
+    threshold: float = 6.0
+    """How many robust standard deviations (median distance from the median) above the median of recent losses is a spike."""
+
+    window: int = 64
+    """How many recent losses that is; before so many steps nothing is a spike."""
+
+    rewinds: int = 5
+    """How often a run may rewind before it stops."""
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ValueError(f"guards.threshold is {self.threshold}; it must be above 0")
+        if self.window < 2:
+            raise ValueError(f"guards.window is {self.window}; it must be at least 2")
+        if self.rewinds < 0:
+            raise ValueError(f"guards.rewinds is {self.rewinds}; it must be at least 0")
+
+
 def _check_adam(section: str, lr: float, betas: tuple[float, float], eps: float) -> None:
     for name, value in (("lr", lr), ("eps", eps)):
         if not value >= 0:  # NaN, too
@@ -208,3 +234,6 @@ class Recipe:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How value tables are spread over ranks; nothing here changes what is trained."""
+
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """What to do about a loss that jumps."""
