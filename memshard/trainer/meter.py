@@ -74,7 +74,7 @@ class Meter:
                 values["train/table_norm"] = self.run.rows.norm
             touched = all_sum(torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)).tolist()
             for (name, table), (reads, rows) in zip(find_tables(self.run.model), touched, strict=True):
-                values[f"{name}/never_updated"] = self._never_updated(table) / table.slots
+                values[f"{name}/never_updated"], values[f"{name}/dead"] = self._dead(table)
                 if isinstance(table, ShardedTable):
                     # Every column of a row, and every copy of it, is updated somewhere.
                     rows /= table.observers * table.copies
@@ -87,10 +87,11 @@ class Meter:
         self.restart()
         return values
 
-    def _never_updated(self, table: ValueTable) -> float:
-        """Rows that no step has touched: their second moment is 0, as its first column tells."""
+    def _dead(self, table: ValueTable) -> tuple[float, float]:
+        """The shares of rows that no step has read, and that none of the last `tables.dead_after` has."""
         assert self.run.rows is not None
-        second = self.run.rows.state[table.anchor]["exp_avg_sq"][:, :1]
-        found = table.sum_over_parts(torch.stack(((second == 0).sum(), torch.tensor(second.shape[1], device=second.device))))
-        # Ranks that split columns all count the same rows, but for those that hold no column.
-        return float(found[0]) / max(1, min(int(found[1]), table.observers))
+        state = self.run.rows.state[table.anchor]
+        last, horizon = state["last_step"], state["step"] - self.run.recipe.tables.dead_after
+        never, lately = table.sum_over_parts(torch.stack(((last == 0).sum(), (last <= horizon).sum()))).tolist()
+        # Ranks that split columns all count the same rows.
+        return never / table.observers / table.slots, lately / table.observers / table.slots

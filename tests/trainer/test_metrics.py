@@ -16,7 +16,7 @@ from tests.trainer.tiny_run import TABLE, numbers, train_run
 TRAINING = {
     *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "skipped", "spikes", "rewinds")),
     *(f"speed/{name}" for name in ("tokens_per_s", "step_s", "mfu", "data_wait")),
-    *(f"{TABLE}/{name}" for name in ("touched", "duplicates", "never_updated")),
+    *(f"{TABLE}/{name}" for name in ("touched", "duplicates", "never_updated", "dead")),
 }
 EVALUATION = {"eval/loss", "eval/perplexity", *(f"{TABLE}/{name}" for name in ("usage", "kl_weighted", "kl_count", "reads_per_slot"))}
 

@@ -78,7 +78,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict
 
 def test_table_metrics_do_not_depend_on_ranks_and_layouts(runs: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = runs
-    for key in ("touched", "duplicates", "never_updated"):
+    for key in ("touched", "duplicates", "never_updated", "dead"):
         one = numbers(folder / "1 rank", f"blocks.0.memory.values/{key}")
         for other, step in (("2 ranks", 1), ("3 ranks", 1), ("on 3", 11)):
             assert numbers(folder / other, f"blocks.0.memory.values/{key}")[step] == pytest.approx(one[step], rel=1e-3), (key, other)

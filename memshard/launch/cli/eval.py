@@ -1,6 +1,7 @@
 """`memshard eval`: held-out loss, perplexity, bits per byte, and how the memory is used."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at a time (default 16)")
     parser.add_argument("--pictures", metavar="DIR", help="draw the loss curve and each table's used-slots map (needs memshard[eval])")
+    parser.add_argument("--dead-rows", metavar="FILE", help="write the slots i1 * keys + i2 that no held-out token reads, by table, as JSON")
     parser.set_defaults(run=run)
 
 
@@ -55,12 +57,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result["word_perplexity"] = evaluation.word_perplexity(held_out.words)
         result["bits_per_byte"] = evaluation.bits_per_byte(held_out.text_bytes)
     result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
+    if args.dead_rows:
+        with usage_errors():
+            _write_dead_rows(loaded, evaluation, Path(args.dead_rows))
+        result["dead_rows"] = args.dead_rows
     if args.pictures:
         with usage_errors():
             result["pictures"] = _draw(loaded, evaluation, Path(args.pictures))
     if not args.json:
         _show(result)
     return result
+
+
+def _write_dead_rows(loaded: "LoadedModel", evaluation: "Evaluation", file: Path) -> None:
+    from memshard.models.memory.product_key import row_slots
+
+    keys = loaded.recipe.model.memory.keys
+    dead = {name: row_slots((counter.counts == 0).nonzero().flatten(), keys) for name, counter in evaluation.counters.items()}
+    file.write_text(json.dumps({name: slots.sort().values.tolist() for name, slots in dead.items()}))
 
 
 def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list[str]:
@@ -97,5 +111,7 @@ def _show(result: dict[str, Any]) -> None:
             f"  {name}: {report['usage']:.1%} of slots read ({report['reads_per_slot']:.1f} reads a slot), "
             f"KL to uniform {report['kl_weighted']:.3f} weighted, {report['kl_count']:.3f} by count"
         )
+    if "dead_rows" in result:
+        print(f"  {result['dead_rows']}")
     for picture in result.get("pictures", ()):
         print(f"  {picture}")

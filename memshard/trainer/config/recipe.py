@@ -145,10 +145,15 @@ class TableOptimizerConfig:
     rounding: Literal["master", "stochastic"] = "master"
     """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at random (4 bytes a value less)."""
 
+    dead_after: int = 1000
+    """Steps without a read after which a row counts as dead."""
+
     def __post_init__(self) -> None:
         _check_adam("tables", self.lr, self.betas, self.eps)
         if not self.clip >= 0:
             raise ValueError(f"tables.clip is {self.clip}; it must be at least 0")
+        if self.dead_after < 1:
+            raise ValueError(f"tables.dead_after is {self.dead_after}; it must be at least 1")
 
     @property
     def value_bytes(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args, overload
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from memshard.models.memory.pages import prefer_huge_pages
@@ -25,7 +26,8 @@ class RowAdam(Optimizer):
         row-step  bias correction counts the row's own steps, so its first ones are not too large.
         catch-up  before a step its moments decay as often as it was left out: dense Adam's moments, without its drift.
         dense     torch.optim.Adam: every row moves in every step. No longer sparse in time.
-    No weight decay. Moments are fp32 at least, as large as the table. rounding, of tables in half precision: master keeps
+    No weight decay. Moments are fp32 at least, as large as the table; `last_step` in a table's state says when each row was last read,
+    0 if never. rounding, of tables in half precision: master keeps
     an fp32 copy of the values; stochastic rounds up or down at random, so that small changes count on average. clip: largest
     norm of all tables' gradients together, each row counted once over all ranks; 0 is none and saves a pass.
 
@@ -115,6 +117,7 @@ class RowAdam(Optimizer):
             found = factors(step, state, part.rows)
             if not update_rows_compiled(table, state, step, part, found):
                 update_rows(table, state, step, part, found)
+            state["last_step"][_read_rows(part)] = step.number
         table.drop_reads()
         return asked, updated
 
@@ -124,6 +127,11 @@ def _scale(table: ValueTable) -> float:
     if table.anchor.grad is None:
         return 1.0
     return float(table.anchor.grad) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
+
+
+def _read_rows(part: SortedReads) -> Tensor:
+    """Those of the part's rows that have reads."""
+    return part.rows[part.starts.diff() > 0]
 
 
 def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[SortedReads]:
@@ -147,8 +155,7 @@ def _new_state(table: ValueTable, semantics: Semantics, rounding: Rounding) -> d
     if table.weight.dtype != dtype and rounding == "master":
         state["master"] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).copy_(table.weight)
     # Floating point, because optimizers cast what they load to the dtype of the anchor; exact up to 2^24 steps.
+    state["last_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)
     if semantics == "row-step":
         state["row_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)
-    if semantics == "catch-up":
-        state["last_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)
     return state

@@ -53,7 +53,6 @@ def factors(step: Step, state: dict[str, Any], rows: Tensor) -> Factors:
         by_row["step_size"] = step.lr * (1 - step.beta2**numbers).sqrt() / (1 - step.beta1**numbers)
     if step.semantics == "catch-up":
         missed = step.number - 1 - state["last_step"][rows].double()
-        state["last_step"][rows] = step.number
         by_row |= {"decay1": step.beta1**missed, "decay2": step.beta2**missed}
     return Factors(size, eps, {name: value.to(state["exp_avg"].dtype) for name, value in by_row.items()})
 
