@@ -16,7 +16,7 @@ from memshard.models.memory.table import ValueTable
 def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> bool:
     """Whether this rank's dense gradient and the reads it keeps for its tables are finite."""
     anchors = [table.anchor.grad for table in tables if table.anchor.grad is not None]
-    return math.isfinite(float(norm)) and all(math.isfinite(float(grad)) for grad in anchors)
+    return math.isfinite(float(norm)) and all(bool(grad.isfinite().all()) for grad in anchors)
 
 
 def agree(loss: Tensor, *flags: bool) -> tuple[float, list[bool]]:

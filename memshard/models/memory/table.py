@@ -30,8 +30,9 @@ class ValueTable(nn.Module):
 
     `weight` [rows, columns] is an ordinary parameter until `hide`: then it is a plain tensor that `parameters()` does not
     show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is collected as `reads` for a
-    row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient counts the reads in ANCHOR_UNITs
-    (a loss scaler then divides it as it does all gradients) and is NaN if one of them was not finite.
+    row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient [2] counts the reads in ANCHOR_UNITs
+    (a loss scaler then divides it as it does all gradients), and its second number is NaN if one of them was not finite. Reads whose
+    count was scaled or cleared, and that no step followed before the next backward, belong to a skipped step and are dropped.
     """
 
     weight: Tensor
@@ -109,13 +110,18 @@ class ValueTable(nn.Module):
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         return _Dot.apply(x, self.anchor if self.hidden else self.weight, self, rows, offsets)
 
-    def collect(self, read: Read) -> Tensor:
-        """Keep a read's gradient for the optimizer; returns what it adds to the anchor's."""
+    def collect(self, read: Read) -> None:
+        """Keep a read's gradient for the optimizer, and count it in the anchor's."""
+        if self.reads and (self.anchor.grad is None or float(self.anchor.grad[0]) != len(self.reads) * ANCHOR_UNIT):
+            # A loss scaler has unscaled these and skipped the step, and model.zero_grad() does not see hidden tables.
+            self.reads.clear()
+            self.anchor.grad = None
         self.reads.append(read)
         # One pass without temporaries; NaN goes through a maximum, too.
         largest = [torch.linalg.vector_norm(x, torch.inf) for x in (read.upstream, read.weights) if x.numel()]
         finite = torch.isfinite(torch.stack(largest)).all() if largest else torch.tensor(True, device=self.anchor.device)
-        return torch.where(finite, ANCHOR_UNIT, torch.nan).to(self.anchor.dtype)
+        count = torch.stack((torch.full_like(self.anchor[0], ANCHOR_UNIT), torch.where(finite, 0.0, torch.nan).to(self.anchor.dtype)))
+        self.anchor.grad = count if self.anchor.grad is None else self.anchor.grad.add_(count)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
         """The collected gradient times `scale`: ascending parts without common rows, summed over all that hold the same rows."""
@@ -160,7 +166,7 @@ class ValueTable(nn.Module):
 
     def _new_anchor(self) -> Tensor:
         # Optimizers cast their state to this dtype when they load it.
-        return torch.zeros((), dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device)
+        return torch.zeros(2, dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device)
 
     def _place_anchor(self) -> None:
         if self.anchor.is_meta:
@@ -203,9 +209,9 @@ class _WeightedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         values, rows, weights, offsets = ctx.saved_tensors
-        anchor = ctx.table.collect(Read(rows, weights, offsets, upstream.contiguous()))
+        ctx.table.collect(Read(rows, weights, offsets, upstream.contiguous()))
         scores = score_gradients(values, rows, offsets, upstream) if ctx.needs_input_grad[0] else None
-        return scores, anchor, None, None, None
+        return scores, None, None, None, None
 
 
 class _Dot(torch.autograd.Function):
@@ -223,8 +229,9 @@ class _Dot(torch.autograd.Function):
         values, rows, x, offsets = ctx.saved_tensors
         upstream = upstream.contiguous()
         read = Read(rows, upstream, offsets, x.contiguous())
+        to_table = None
         if ctx.table.hidden:
-            to_table = ctx.table.collect(read)
+            ctx.table.collect(read)
         else:
             to_table = torch.zeros_like(values)
             for found, gradient in row_gradients([read], _INIT_ROWS):

@@ -53,14 +53,14 @@ class UniqueRowTable(RowShardedTable):
         """The wanted rows, [distinct, dim]."""
         return exchange(self.weight.index_select(0, plan.wanted), plan.theirs, plan.ours, self.group, self.traffic)
 
-    def give_back(self, plan: "_Fetch", weights: Tensor, upstream: Tensor) -> Tensor:
-        """Send the fetched rows' gradients, sums of weights and upstream vectors, to the owners; returns what the anchor gets."""
+    def give_back(self, plan: "_Fetch", weights: Tensor, upstream: Tensor) -> None:
+        """Send the fetched rows' gradients, sums of weights and upstream vectors, to the owners."""
         # Every fetched row has been read, so row i of the merged reads is the i-th fetched.
         merged = sort_reads([Read(plan.inverse, weights, plan.offsets, upstream)])
         sums = upstream.new_zeros(0, self.dim) if merged is None else merged.sums(0, len(merged.rows))
         received = exchange(sums.to(weights.dtype), plan.ours, plan.theirs, self.group, self.traffic)
         numbers = torch.arange(len(plan.wanted), device=received.device)
-        return self.collect(Read(plan.wanted, received.new_ones(len(numbers)), numbers, received))
+        self.collect(Read(plan.wanted, received.new_ones(len(numbers)), numbers, received))
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         fetched, weights = ctx.saved_tensors
         upstream = upstream.contiguous()
-        anchor = ctx.table.give_back(ctx.plan, weights, upstream)
+        ctx.table.give_back(ctx.plan, weights, upstream)
         scores = score_gradients(fetched, ctx.plan.inverse, ctx.plan.offsets, upstream) if ctx.needs_input_grad[0] else None
-        return scores, anchor, None, None
+        return scores, None, None, None
 
 
 class _Dot(torch.autograd.Function):
@@ -107,6 +107,6 @@ class _Dot(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         fetched, x = ctx.saved_tensors
         upstream = upstream.contiguous()
-        anchor = ctx.table.give_back(ctx.plan, upstream, x.contiguous())
+        ctx.table.give_back(ctx.plan, upstream, x.contiguous())
         to_x = gather_sum(fetched, ctx.plan.inverse, upstream, ctx.plan.offsets) if ctx.needs_input_grad[0] else None
-        return to_x, anchor, None, None
+        return to_x, None, None, None

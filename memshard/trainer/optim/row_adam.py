@@ -34,7 +34,7 @@ class RowAdam(Optimizer):
     Gradients of all micro-batches and of all layers that share a table are summed before the one update. Where tables are
     sharded, all ranks must step together.
 
-    In `param_groups` a table is represented by its scalar `anchor`: GradScaler's unscaling and inf check, and clipping by
+    In `param_groups` a table is represented by its `anchor` of two numbers: GradScaler's unscaling and inf check, and clipping by
     the norm of all groups, act on the anchor's gradient, and `step` scales the row gradients accordingly. The anchor adds
     nothing to that norm. `zero_grad` forgets collected reads.
     """
@@ -126,7 +126,7 @@ def _scale(table: ValueTable) -> float:
     """What scaled the dense gradients since the backward passes (a loss scaler, clipping) has scaled the anchor's with them."""
     if table.anchor.grad is None:
         return 1.0
-    return float(table.anchor.grad) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
+    return float(table.anchor.grad[0]) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
 
 
 def _read_rows(part: SortedReads) -> Tensor:
