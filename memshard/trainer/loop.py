@@ -55,7 +55,7 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
                     metrics.say(_evaluation_line(step, evaluation))
                 if step % settings.save_every == 0:
                     with meter.paused():
-                        run.save()
+                        run.save(wait=False)
             checkpoint = run.save()
     finally:
         metrics.close()

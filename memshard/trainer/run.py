@@ -1,5 +1,6 @@
 """One training run, set up: every piece the loop needs, built from a recipe."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from memshard.parallel.apply import apply
 from memshard.parallel.collectives import from_first
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune, remove
-from memshard.trainer.checkpoint.store import load_state, load_tensors, save_checkpoint
+from memshard.trainer.checkpoint.background import BackgroundSave
+from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune, remove, set_aside
+from memshard.trainer.checkpoint.store import DamagedCheckpoint, load_state_together, load_tensors
 from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
 from memshard.trainer.engine.native import NativeEngine
@@ -36,6 +38,8 @@ from memshard.trainer.optim.row_adam import RowAdam
 from memshard.trainer.precision import compute_dtype, store_tables
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_identity, write_config
 from memshard.trainer.tasks.language_model import LanguageModelTask
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Run:
     task: LanguageModelTask
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
+    saving: BackgroundSave = field(default_factory=BackgroundSave)
     progress: Progress = field(default_factory=Progress)
     _ahead: Iterator[list[Batch]] | None = None
 
@@ -97,8 +102,13 @@ class Run:
         """The memories' query norms."""
         return [memory.query_norm for _, memory in self.model.memories()]
 
-    def save(self) -> Path:
-        """Write a checkpoint of the finished step, if there is none yet; returns its folder. All ranks take part."""
+    def save(self, wait: bool = True) -> Path:
+        """Write a checkpoint of the finished step, if there is none yet; returns its folder. All ranks take part.
+
+        wait: until it is committed; otherwise until training may go on, and the next save, or the one that waits, raises what
+        went wrong with this one.
+        """
+        self.saving.wait()
         root = self.folder / CHECKPOINTS
         folder = checkpoint_folder(root, self.progress.step)
         # One rank looks: on a slow shared file system the others may not see the same folders yet.
@@ -106,17 +116,33 @@ class Run:
             files = [self.folder / CONFIG_FILE]
             if load_index(self.recipe.data.path).kind != "images":
                 files.append(local_copy(self.recipe.data.path, TOKENIZER_FILE))
-            save_checkpoint(folder, self._tensors(), self._state(), files)
-            if self.rank == 0:
-                prune(root, self.recipe.train.keep)
+            settings, tensors = self.recipe.train, self._tensors()
+            # Tables are too large for a second copy, so they are written before training goes on.
+            tables = tuple(f".{name}.weight" for name, _ in find_tables(self.model))
+            in_place = [name for name in tensors if name.endswith(tables)] if tables else []
+            self.saving.start(folder, tensors, self._state(), files, in_place, lambda: prune(root, settings.keep, settings.keep_every))
+        if wait:
+            self.saving.wait()
         return folder
 
     def resume(self) -> None:
-        """Continue from the newest committed checkpoint, if there is one. ValueError if the data has changed since."""
-        newest = from_first(next(reversed(committed(self.folder / CHECKPOINTS)), None))
-        if newest is None:
-            return
-        self._load(newest)
+        """Continue from the newest committed checkpoint, if there is one; from one before it, with a warning, if that is damaged.
+
+        ValueError if the data has changed since, or if all are damaged.
+        """
+        damaged: dict[Path, DamagedCheckpoint] = {}
+        found = from_first(committed(self.folder / CHECKPOINTS))
+        for folder in reversed(found):
+            try:
+                self._load(folder)
+                break
+            except DamagedCheckpoint as error:
+                damaged[folder] = error
+        if found and len(damaged) == len(found):
+            raise damaged[found[-1]]
+        if self.rank == 0:
+            for folder, problem in damaged.items():
+                log.warning("%s is damaged (%s): the run goes on from step %d", set_aside(folder), problem.reason, self.progress.step)
 
     def rewind(self) -> None:
         """Back to the newest checkpoint, on with the data after the last batch. All ranks call it.
@@ -129,6 +155,7 @@ class Run:
                 f"the loss spiked again at step {left.step} after {left.rewinds} rewinds (guards.rewinds): "
                 "lower optimizer.lr or tables.lr, or look at the data there"
             )
+        self.saving.wait()
         root = self.folder / CHECKPOINTS
         self._load(from_first(self._rewind_target(root)))
         self.progress = replace(
@@ -147,14 +174,14 @@ class Run:
             remove(found.pop())
         return found[-1]
 
-    def _load(self, newest: Path) -> None:
-        state = load_state(newest)
+    def _load(self, folder: Path) -> None:
+        state = load_state_together(folder)
         if state["stream"] != self.stream.fingerprint:
             raise ValueError(
-                f"{self.recipe.data.path} is not the data that {newest} was trained on: "
+                f"{self.recipe.data.path} is not the data that {folder} was trained on: "
                 "give the original folder as data.path, or another --run folder"
             )
-        load_tensors(newest, self._tensors())
+        load_tensors(folder, self._tensors())
         self.progress = Progress(**state["progress"])
         for name, table in find_tables(self.model):
             assert self.rows is not None

@@ -8,7 +8,7 @@ import pytest
 
 from memshard.launch.cli.main import main
 from tests.data.conftest import build, write_corpus
-from tests.trainer.tiny_run import assert_same, checkpoint_state, train_run
+from tests.trainer.tiny_run import checkpoint_state, train_run
 
 
 def refused(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -101,23 +101,6 @@ def test_data_that_changed_under_a_run(data: Path, recipe: Path, tmp_path: Path,
     error = refused(capfd, "train", recipe, "--run", tmp_path / "run", "train.steps=4", f"data.path={moved}")
     assert f"{moved} is not the data that" in error and "give the original folder as data.path, or another --run folder" in error
     assert (tmp_path / "run/config.yaml").read_bytes() == before and checkpoint_state(tmp_path / "run")["progress"]["step"] == 3
-
-
-@pytest.mark.parametrize(
-    ("pattern", "left"), [("state.json", 10), ("state.json", None), ("*.distcp", 1000), ("*.distcp", None), (".metadata", None)]
-)
-def test_a_damaged_checkpoint(pattern: str, left: int | None, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_run(recipe, tmp_path / "run", "train.steps=4", "train.save_every=2")
-    newest = tmp_path / "run/checkpoints/step-00000004"
-    (file,) = newest.glob(pattern)
-    file.unlink() if left is None else os.truncate(file, left)
-    for command in (("train", recipe, "--run", tmp_path / "run"), ("eval", tmp_path / "run")):
-        error = refused(capfd, *command)
-        assert str(newest) in error and "is damaged (" in error and "delete that folder to go on from the checkpoint before it" in error
-    shutil.rmtree(newest)
-    train_run(recipe, tmp_path / "run")
-    train_run(recipe, tmp_path / "whole")
-    assert_same(checkpoint_state(tmp_path / "run"), checkpoint_state(tmp_path / "whole"))
 
 
 def test_nothing_to_evaluate(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

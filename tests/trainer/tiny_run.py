@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from memshard.trainer.checkpoint.folders import find_checkpoint
+from memshard.trainer.checkpoint.folders import find_checkpoints
+from memshard.trainer.checkpoint.index import read_index
 from memshard.trainer.checkpoint.store import load_state, load_tensors
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.loop import train
@@ -43,11 +42,10 @@ def train_run(recipe: Path, folder: Path, *overrides: str, stop_at: int | None =
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """Everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors, step counts, progress."""
-    folder = find_checkpoint(path)
+    folder = find_checkpoints(path)[0]
     tensors: dict[str, Tensor] = {}
-    for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in read_index(folder).items():
+        tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
     load_tensors(folder, tensors, alone=True)
     return {**tensors, **load_state(folder)}
 

@@ -69,6 +69,9 @@ class TrainConfig:
     keep: int = 2
     """Newest checkpoints to keep, at least 2."""
 
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none but the newest."""
+
     max_skipped: int = 10
     """Consecutive steps that may be skipped because of a gradient that is not finite, before the run stops."""
 
@@ -78,7 +81,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"train.micro_batch is {self.micro_batch}; it must be at least 1, or null for the rank's whole share")
-        for name in ("clip", "eval_every", "max_skipped"):
+        for name in ("clip", "eval_every", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.seed < 1 << 63:

@@ -1,0 +1,35 @@
+"""The pieces of a checkpoint's tensors, read and compared with their hashes."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memshard.trainer.checkpoint.index import Chunk, StoredTensor
+
+
+def read_pieces(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, wanted: range | None = None) -> Iterator[tuple[range, Tensor]]:
+    """The pieces of a chunk that hold one of the wanted rows (default: all), each with its rows, counted in the chunk.
+
+    ValueError if a piece does not match its hash.
+    """
+    _, row_bytes = chunk.rows(dtype.itemsize)
+    with (folder / chunk.file).open("rb") as file:
+        for rows, expected in zip(chunk.pieces(dtype.itemsize), chunk.sha256, strict=True):
+            if wanted is not None and (rows.stop <= wanted.start or rows.start >= wanted.stop):
+                continue
+            file.seek(chunk.at + rows.start * row_bytes)
+            data = bytearray(len(rows) * row_bytes)
+            if file.readinto(data) < len(data) or hashlib.sha256(data).hexdigest() != expected:
+                raise ValueError(f"{name}: rows {rows.start} to {rows.stop - 1} in {chunk.file} do not match their hash")
+            yield rows, torch.frombuffer(data, dtype=dtype).view(len(rows), *chunk.sizes[1:])
+
+
+def verify(folder: Path, index: dict[str, StoredTensor]) -> None:
+    """Read everything once. ValueError if any piece does not match its hash."""
+    for name, tensor in index.items():
+        for chunk in tensor.chunks:
+            for _ in read_pieces(folder, name, chunk, tensor.dtype):
+                pass
