@@ -8,12 +8,12 @@ _QUERY_COPIES = {"batch": 4, "layer": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
 def activation_bytes(
-    config: ModelConfig, length: int, ranks: int = 1, layout: LayoutChoice | None = None, *, bf16: bool = False, document_mask: bool = False
+    config: ModelConfig, length: int, ranks: int = 1, layout: LayoutChoice | None = None, *, half: bool = False, document_mask: bool = False
 ) -> float:
-    """Bytes kept for each token of a micro-batch, loss included; weights and their bf16 copies not. ranks: that split a table.
+    """Bytes kept for each token of a micro-batch, loss included; weights and their copies in half precision not. ranks: that split a table.
 
-    The sum, for a values of bytes (4, or 2 under bf16 autocast), width d, per block:
-        attention   a d (5, or 7 in bf16, which casts the input once for each of three projections), 4 heads
+    The sum, for a values of bytes (4, or 2 under bf16 or fp16 autocast), width d, per block:
+        attention   a d (5, or 7 under autocast, which casts the input once for each of three projections), 4 heads
         two norms   4 d each (twice that for RMSNorm)
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
         memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
@@ -22,9 +22,9 @@ def activation_bytes(
     and 4 vocabulary + (a + 4) d for the head. The test compares it with what autograd really saves.
     """
     assert config.vocab_size is not None
-    a, d = (2, config.dim) if bf16 else (4, config.dim)
+    a, d = (2, config.dim) if half else (4, config.dim)
     norm = 4 * d * (2 if config.norm == "rms" else 1) + 8
-    attention = a * d * (7 if bf16 else 5) + 4 * config.mixer.heads
+    attention = a * d * (7 if half else 5) + 4 * config.mixer.heads
     if config.position == "rotary":
         # Turned queries are contiguous by head, so attention's output is copied back: twice in memory.
         attention += a * (d + 2 * d // config.mixer.heads)

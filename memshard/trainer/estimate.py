@@ -30,7 +30,7 @@ class Parameters:
 class RankBytes:
     """Bytes on the rank that holds most.
 
-    dense_weights: fp32, and under bf16 autocast a copy in bf16. activations: what one micro-batch's forward keeps.
+    dense_weights: fp32, and under autocast a copy in half precision. activations: what one micro-batch's forward keeps.
     workspace: what backward (logits, scores, their gradients) or the row update (sorted reads) holds for a moment.
     reads: what the row update needs of all the step's tokens.
     """
@@ -84,8 +84,8 @@ class Estimate:
     replica_traffic: float
 
 
-def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False, duplicates: float | None = None) -> Estimate:
-    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. bf16: under bf16 autocast.
+def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, duplicates: float | None = None) -> Estimate:
+    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. half: under bf16 or fp16 autocast.
     duplicates: as measured (see `layout_choice`).
     """
     if world < 1:
@@ -102,7 +102,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False, du
 
     share, micro_batch = _shares(recipe, world)
     tokens = micro_batch * length
-    activations = tokens * activation_bytes(model, length, holders, layout, bf16=bf16, document_mask=recipe.data.document_mask)
+    activations = tokens * activation_bytes(model, length, holders, layout, half=half, document_mask=recipe.data.document_mask)
     reads, update = _read_bytes(model, holders, layout)
     backward = tokens * max(2 * 4 * model.vocab_size, 3 * 8 * memory.heads * memory.keys if parameters.tables else 0)
     copies = world // holders
@@ -114,7 +114,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, bf16: bool = False, du
         table_part=part if parameters.tables else (0, 0),
         layout=layout,
         bytes=RankBytes(
-            dense_weights=parameters.dense * (6 if bf16 else 4),
+            dense_weights=parameters.dense * (6 if half else 4),
             dense_gradients=parameters.dense * 4,
             dense_moments=parameters.dense * 8,
             table_rows=values * recipe.tables.value_bytes,
@@ -207,11 +207,11 @@ def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device
         )
 
 
-def remedies(recipe: Recipe, world: int, vocab_size: int, bf16: bool, available: float) -> list[str]:
+def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available: float) -> list[str]:
     """Single changes of the recipe, or of the number of ranks, after which `available` bytes a rank are enough."""
 
     def fits(changed: Recipe, ranks: int = world) -> bool:
-        return estimate(changed, ranks, vocab_size, bf16).bytes.total <= available
+        return estimate(changed, ranks, vocab_size, half).bytes.total <= available
 
     found = []
     ranks = next((ranks for ranks in (world << power for power in range(1, 11)) if fits(recipe, ranks)), None)

@@ -1,6 +1,5 @@
 """What may stop a run or a step, decided once for all ranks."""
 
-import math
 import signal
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -13,15 +12,15 @@ from torch import Tensor
 from memshard.models.memory.table import ValueTable
 
 
-def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> bool:
-    """Whether this rank's dense gradient and the reads it keeps for its tables are finite."""
-    anchors = [table.anchor.grad for table in tables if table.anchor.grad is not None]
-    return math.isfinite(float(norm)) and all(bool(grad.isfinite().all()) for grad in anchors)
+def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> Tensor:
+    """Whether this rank's dense gradient and the reads it keeps for its tables are finite: one truth value, on the device."""
+    anchors = [table.anchor.grad.to(norm) for table in tables if table.anchor.grad is not None]
+    return torch.cat([norm.view(1), *anchors]).isfinite().all()
 
 
-def agree(loss: Tensor, *flags: bool) -> tuple[float, list[bool]]:
-    """The sum of the ranks' losses, and each flag, true if it is set on any rank: one small all-reduce."""
-    verdict = torch.tensor([float(loss), *flags], dtype=torch.float64, device=loss.device)
+def agree(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
+    """The sum of the ranks' losses, and each flag, true if it is set on any rank: one small all-reduce, one wait for the device."""
+    verdict = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in (loss, *flags)])
     if dist.is_initialized():
         dist.all_reduce(verdict)
     total, *votes = verdict.tolist()

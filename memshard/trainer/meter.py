@@ -69,6 +69,8 @@ class Meter:
             "speed/mfu": tokens_per_s * self.flops / self.peak,
             "speed/data_wait": self.data_wait / seconds,
         }
+        if self.run.loss_scale.dynamic:
+            values["train/loss_scale"] = self.run.loss_scale.value
         if self.run.rows is not None:
             if self.run.rows.norm is not None:
                 values["train/table_norm"] = self.run.rows.norm

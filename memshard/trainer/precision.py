@@ -1,4 +1,4 @@
-"""Which arithmetic a device gets."""
+"""Which arithmetic a device gets, and the loss scale that fp16 needs."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,17 +6,21 @@ import torch
 from torch import nn
 
 from memshard.models.memory.table import find_tables
+from memshard.trainer.config.recipe import LossScaleConfig
 
-TABLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. precision: "auto", "fp32" or "bf16"; auto is bf16 from CUDA capability 8.0 on."""
-    if precision == "auto":
-        # is_bf16_supported() says yes to emulation on older cards; the capability does not.
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    """The dtype of matrix products. precision: "fp32", "fp16", "bf16" or "auto", which is bf16 from CUDA capability 8.0 on, fp16
+    below, and fp32 on CPU.
+    """
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    # is_bf16_supported() says yes to emulation on older cards; the capability does not.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
@@ -27,4 +31,44 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 def store_tables(model: nn.Module, dtype: str) -> None:
     """Give all value tables of the model the recipe's dtype."""
     for _, table in find_tables(model):
-        table.to(TABLE_DTYPES[dtype])
+        table.to(DTYPES[dtype])
+
+
+class LossScale:
+    """What losses are multiplied by before backward, so that small gradients survive fp16; 1 in other arithmetic.
+
+    Dynamic (Micikevicius et al. 2018, section 3.2): lower after a gradient that is not finite, higher after `growth_interval`
+    steps without one.
+    """
+
+    def __init__(self, config: LossScaleConfig, dtype: torch.dtype) -> None:
+        self.config = config
+        self.dynamic = dtype == torch.float16
+        self.value = config.initial if self.dynamic else 1.0
+        self.clean_steps = 0
+        """Steps since the scale last changed."""
+
+    def update(self, overflow: bool) -> None:
+        """Adapt to a step whose gradient overflowed on some rank, or on none."""
+        if not self.dynamic:
+            return
+        self.clean_steps = 0 if overflow else self.clean_steps + 1
+        if overflow:
+            self.value *= self.config.backoff
+        elif self.clean_steps == self.config.growth_interval:
+            self.value /= self.config.backoff
+            self.clean_steps = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the scale is below the smallest that is allowed."""
+        return self.dynamic and self.value < self.config.minimum
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps; nothing unless dynamic."""
+        return {"value": self.value, "clean_steps": self.clean_steps} if self.dynamic else {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint; from the initial scale if that was trained in other arithmetic."""
+        if self.dynamic and state:
+            self.value, self.clean_steps = state["value"], int(state["clean_steps"])

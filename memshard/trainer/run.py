@@ -35,7 +35,7 @@ from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.estimate import check_fits, layout_choice
 from memshard.trainer.optim.row_adam import RowAdam
-from memshard.trainer.precision import compute_dtype, store_tables
+from memshard.trainer.precision import LossScale, compute_dtype, store_tables
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_identity, write_config
 from memshard.trainer.tasks.language_model import LanguageModelTask
 
@@ -80,6 +80,7 @@ class Run:
     placement: dict[str, ShardSpec]
     engine: NativeEngine
     rows: RowAdam | None
+    loss_scale: LossScale
     task: LanguageModelTask
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
@@ -116,7 +117,7 @@ class Run:
             files = [self.folder / CONFIG_FILE]
             if load_index(self.recipe.data.path).kind != "images":
                 files.append(local_copy(self.recipe.data.path, TOKENIZER_FILE))
-            settings, tensors = self.recipe.train, self._tensors()
+            settings, tensors = self.recipe.train, self.tensors()
             # Tables are too large for a second copy, so they are written before training goes on.
             tables = tuple(f".{name}.weight" for name, _ in find_tables(self.model))
             in_place = [name for name in tensors if name.endswith(tables)] if tables else []
@@ -181,13 +182,15 @@ class Run:
                 f"{self.recipe.data.path} is not the data that {folder} was trained on: "
                 "give the original folder as data.path, or another --run folder"
             )
-        load_tensors(folder, self._tensors())
+        load_tensors(folder, self.tensors())
         self.progress = Progress(**state["progress"])
+        self.loss_scale.restore(state["loss_scale"])
         for name, table in find_tables(self.model):
             assert self.rows is not None
             self.rows.state[table.anchor]["step"] = state["table_steps"][name]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint keeps as tensors, by name; they share memory with the run."""
         dense = self.engine.optimizer
         return model_tensors(self.model, self.placement, self.mesh) | optimizer_tensors(
             self.model, dense, self.rows, self.placement, self.mesh
@@ -195,7 +198,12 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         steps = {name: self.rows.state[table.anchor]["step"] for name, table in find_tables(self.model)} if self.rows else {}
-        return {"progress": vars(self.progress), "table_steps": steps, "stream": self.stream.fingerprint}
+        return {
+            "progress": vars(self.progress),
+            "loss_scale": self.loss_scale.state(),
+            "table_steps": steps,
+            "stream": self.stream.fingerprint,
+        }
 
 
 def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
@@ -224,11 +232,12 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     for _, memory in model.memories():
         memory.query_norm.deferred = True
     tables = [table for _, table in find_tables(model)]
+    dtype = compute_dtype(recipe.train.precision, device)
     run = Run(
         recipe=recipe,
         folder=folder,
         device=device,
-        dtype=compute_dtype(recipe.train.precision, device),
+        dtype=dtype,
         rank=rank,
         ranks=ranks,
         mesh=mesh,
@@ -236,6 +245,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         placement=placement,
         engine=NativeEngine(model, recipe.optimizer, mesh),
         rows=_row_adam(tables, recipe.tables) if tables else None,
+        loss_scale=LossScale(recipe.train.loss_scale, dtype),
         task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed),
         stream=stream,
         held_out=held_out,

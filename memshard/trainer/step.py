@@ -32,7 +32,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
 
     stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too many steps in a row were skipped.
     """
-    guards, progress = run.recipe.guards, run.progress
+    guards, progress, scale = run.recipe.guards, run.progress, run.loss_scale.value
     run.model.train()
     begun = time.perf_counter()
     batches = run.next_batches()
@@ -44,36 +44,36 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
         with run.engine.forward_context(last=number == len(batches)):
             with autocast(run.dtype, run.device):
                 loss = run.task.loss(run.engine.model, batch, progress.step) / tokens
-            run.engine.backward(loss)
+            run.engine.backward(loss, scale)
         total += loss.detach()
 
-    norm = run.engine.gradient_norm()
+    norm = run.engine.gradient_norm(scale)
     finite = gradients_finite(norm, run.rows.tables if run.rows else ())
-    batch_loss, (broken, stopping) = agree(total, not finite, stop is not None and stop.received)
+    batch_loss, (broken, stopping) = agree(total, ~finite, stop is not None and stop.received)
     # All ranks have the same loss and history, and so the same opinion.
     spiked = not broken and len(progress.losses) == guards.window and is_spike(batch_loss, progress.losses, guards.threshold)
     rate = 0.0
     if broken or (spiked and guards.loss_spike != "warn"):
         _skip(run)
     else:
-        rate = _update(run, norm)
+        rate = _update(run, norm, scale)
         progress.losses = [*progress.losses, batch_loss][-guards.window :]
     progress.step += 1
     progress.spikes += spiked
-    hopeless = progress.in_a_row > run.recipe.train.max_skipped
-    rewind = guards.loss_spike == "rewind" and (spiked or hopeless)
+    run.loss_scale.update(broken)
+    hopeless = _hopeless(run, broken)
+    rewind = guards.loss_spike == "rewind" and (spiked or bool(hopeless))
     if hopeless and not rewind:
-        raise RuntimeError(
-            f"{progress.in_a_row} steps in a row, up to step {progress.step}, had a gradient that is not finite or a loss spike "
-            f"(norm {float(norm)}, loss {batch_loss}): lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
-        )
+        advice = "lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
+        raise RuntimeError(f"{hopeless} (norm {float(norm)}, loss {batch_loss}): {advice}")
     return StepOutcome(batch_loss, float(norm), rate, data_wait, stopping, spiked, rewind)
 
 
-def _update(run: Run, norm: Tensor) -> float:
+def _update(run: Run, norm: Tensor, scale: float) -> float:
     settings = run.recipe.train
-    rate = run.engine.step(run.progress.step, settings.steps, norm, settings.clip)
+    rate = run.engine.step(run.progress.step, settings.steps, norm, settings.clip, scale)
     if run.rows is not None:
+        run.rows.unscale(scale)
         run.rows.step()
     for query_norm in run.query_norms:
         query_norm.commit()
@@ -89,3 +89,14 @@ def _skip(run: Run) -> None:
         query_norm.discard()
     run.progress.skipped += 1
     run.progress.in_a_row += 1
+
+
+def _hopeless(run: Run, overflow: bool) -> str | None:
+    """Why the run cannot go on, if it cannot."""
+    scale, progress = run.loss_scale, run.progress
+    if scale.exhausted:
+        return f"the loss scale fell to {scale.value:g}, below train.loss_scale.minimum, and the gradient is still not finite"
+    # Overflows that lower the loss scale are not yet failures.
+    if progress.in_a_row > run.recipe.train.max_skipped and not (overflow and scale.dynamic):
+        return f"{progress.in_a_row} steps in a row, up to step {progress.step}, had a gradient that is not finite or a loss spike"
+    return None

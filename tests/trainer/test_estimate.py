@@ -28,7 +28,7 @@ MEMORY = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
 MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4), memory=MEMORY)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(
     "model",
     [
@@ -42,7 +42,7 @@ MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=Mixer
     ],
 )
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_activations_are_what_autograd_saves(model: ModelConfig, bf16: bool, document_mask: bool) -> None:
+def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, document_mask: bool) -> None:
     batch, length = 16, 64
     transformer = Transformer(model).train()
     tables = externalize_tables(transformer)
@@ -57,12 +57,12 @@ def test_activations_are_what_autograd_saves(model: ModelConfig, bf16: bool, doc
     tokens = torch.randint(100, (batch, length))
     documents = torch.zeros_like(tokens) if document_mask else None
     ctx = Context(torch.arange(length).expand(batch, -1), documents, random=RandomKey(0, 0, torch.arange(batch)))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
         token_losses(transformer(tokens, ctx)[0], tokens).sum()
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    if bf16:  # the copies of weights, which the estimate counts as weights
+    if half:  # the copies of weights, which the estimate counts as weights
         measured -= 2 * count_parameters(model).active
-    predicted = batch * length * activation_bytes(model, length, bf16=bf16, document_mask=document_mask)
+    predicted = batch * length * activation_bytes(model, length, half=half, document_mask=document_mask)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 

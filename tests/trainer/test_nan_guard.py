@@ -10,30 +10,20 @@ import torch
 from torch import Tensor
 
 from memshard.launch.cli.main import main
-from memshard.models.memory.table import find_tables
-from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from memshard.trainer.run import Run
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
-from tests.trainer.tiny_run import TABLE, assert_same, prepare
+from tests.trainer.tiny_run import TABLE, assert_same, prepare, snapshot
 
 SETTINGS = ("train.micro_batch=2", "train.max_skipped=2", "model.memory.query_norm=lagged")
 
 
-def _snapshot(run: Run) -> dict[str, Any]:
-    """Copies of this rank's weights, rows, moments, step counts and running statistics."""
-    assert run.rows is not None
-    tensors = model_tensors(run.model, {}, None) | optimizer_tensors(run.model, run.engine.optimizer, run.rows, {}, None)
-    steps = {name: run.rows.state[table.anchor]["step"] for name, table in find_tables(run.model)}
-    return {name: tensor.clone() for name, tensor in tensors.items()} | steps
-
-
-def _poisoned(run: Run, poison: Callable[[Run], None]) -> Callable[[Tensor], None]:
+def _poisoned(run: Run, poison: Callable[[Run], None]) -> Callable[[Tensor, float], None]:
     """The engine's backward, after which a gradient on the last rank is not finite."""
     backward = type(run.engine).backward
 
-    def wrapped(loss: Tensor) -> None:
-        backward(run.engine, loss)
+    def wrapped(loss: Tensor, scale: float) -> None:
+        backward(run.engine, loss, scale)
         if run.rank == run.ranks - 1:
             poison(run)
 
@@ -62,18 +52,18 @@ def _skip_and_go_on(rank: int, world: int, recipe: Path, folder: Path) -> dict[s
     train_step(run)
     train_step(reference)
     for number, poison in enumerate((_poison_dense, _poison_read), 1):
-        before = _snapshot(run)
+        before = snapshot(run)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run.engine, "backward", _poisoned(run, poison))
             outcome = train_step(run)
         assert outcome.rate == 0
-        assert_same(_snapshot(run), before)
+        assert_same(snapshot(run), before)
         assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (2 * number, number, 1)
         reference.progress.step += 1
         train_step(run)
         train_step(reference)
-        after = _snapshot(run)
-        assert_same(after, _snapshot(reference))
+        after = snapshot(run)
+        assert_same(after, snapshot(reference))
         assert run.progress.in_a_row == 0 and run.progress.skipped == number
         for name in ("model.embedding.weight", "model.blocks.1.memory.query_norm.running_mean", f"exp_avg.{TABLE}.weight"):
             assert not torch.equal(after[name], before[name]) and after[name].isfinite().all(), name
@@ -85,7 +75,7 @@ def _skip_and_go_on(rank: int, world: int, recipe: Path, folder: Path) -> dict[s
         train_step(run)
         with pytest.raises(RuntimeError, match=r"^3 steps in a row, up to step 8, had a gradient that is not finite .*: lower"):
             train_step(run)
-    return {name: value for name, value in _snapshot(run).items() if ".values." not in name}
+    return {name: value for name, value in snapshot(run).items() if ".values." not in name}
 
 
 @pytest.mark.parametrize("world", [1, 2])

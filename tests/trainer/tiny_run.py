@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.folders import find_checkpoints
 from memshard.trainer.checkpoint.index import read_index
 from memshard.trainer.checkpoint.store import load_state, load_tensors
@@ -48,6 +50,13 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
         tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
     load_tensors(folder, tensors, alone=True)
     return {**tensors, **load_state(folder)}
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """Copies of all that a step may change on this rank, but for what counts steps."""
+    tensors = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in run.tensors().items()}
+    steps = {name: run.rows.state[table.anchor]["step"] for name, table in find_tables(run.model)} if run.rows else {}
+    return {name: tensor.clone() for name, tensor in tensors.items()} | steps
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:

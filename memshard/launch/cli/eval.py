@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at a time (default 16)")
     parser.add_argument("--pictures", metavar="DIR", help="draw the loss curve and each table's used-slots map (needs memshard[eval])")
-    parser.add_argument("--dead-rows", metavar="FILE", help="write the slots i1 * keys + i2 that no held-out token reads, by table, as JSON")
+    parser.add_argument("--dead-rows", metavar="FILE", help="write slots i1 * keys + i2 that no held-out token reads, as JSON by table")
     parser.set_defaults(run=run)
 
 

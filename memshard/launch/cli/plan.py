@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from memshard.trainer.estimate import Estimate
 
 CARDS = {
-    "v100-16g": (15.8, False),
-    "v100-32g": (31.7, False),
-    "a100-40g": (39.4, True),
-    "a100-80g": (79.1, True),
-    "h100-80g": (79.1, True),
-    "h200-141g": (139.8, True),
+    "v100-16g": (15.8, "fp16"),
+    "v100-32g": (31.7, "fp16"),
+    "a100-40g": (39.4, "bf16"),
+    "a100-80g": (79.1, "bf16"),
+    "h100-80g": (79.1, "bf16"),
+    "h200-141g": (139.8, "bf16"),
 }
-"""GiB that the driver leaves, and whether precision auto means bf16."""
+"""GiB that the driver leaves, and what precision auto means."""
 
 USABLE = 0.92
 """Share of a card that a run can fill: the CUDA context, NCCL's buffers and fragmentation take the rest."""
@@ -50,25 +50,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         recipe = load_recipe(args.recipe, args.overrides)
         vocab_size, source = _vocabulary(recipe, args.vocab)
-        bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and args.device in CARDS and CARDS[args.device][1])
+        precision: str = recipe.train.precision
+        if precision == "auto":
+            precision = CARDS[args.device][1] if args.device in CARDS else "fp32"
+        half = precision != "fp32"
         duplicates = args.duplicates or _measured_duplicates(args.recipe)
         if duplicates is not None and duplicates < 1:
             raise ValueError(f"--duplicates is {duplicates}; it must be at least 1")
-        cost = estimate(recipe, args.world, vocab_size, bf16, duplicates)
+        cost = estimate(recipe, args.world, vocab_size, half, duplicates)
     available = _available(args.device, args.world)
     fits = cost.bytes.total <= available
-    found = [] if fits else remedies(recipe, args.world, vocab_size, bf16, available)
+    found = [] if fits else remedies(recipe, args.world, vocab_size, half, available)
     if args.device == "cpu":
         # More ranks on one machine do not give it more memory.
         found = [remedy for remedy in found if "ranks" not in remedy]
     if not args.json:
-        print(_report(args, recipe, cost, vocab_size, source, bf16, available, found))
+        print(_report(args, recipe, cost, vocab_size, source, precision, available, found))
     return {
         "recipe": args.recipe,
         "device": args.device,
         "vocab_size": vocab_size,
         "vocab_source": source,
-        "bf16": bf16,
+        "precision": precision,
         **asdict(cost),
         "bytes": {**asdict(cost.bytes), "total": cost.bytes.total},
         "available": available,
@@ -119,7 +122,7 @@ def _report(
     cost: "Estimate",
     vocab_size: int,
     source: str,
-    bf16: bool,
+    precision: str,
     available: float,
     remedies: list[str],
 ) -> str:
@@ -128,7 +131,7 @@ def _report(
     slots = f"{parameters.tables} x {memory.slots:,} slots" if parameters.tables else "no memory layer"
     batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
     lines = [
-        f"{args.recipe} on {ranks}, {args.device}, {'bf16' if bf16 else 'fp32'}",
+        f"{args.recipe} on {ranks}, {args.device}, {precision}",
         "",
         f"vocabulary      {vocab_size:,} ({source})",
         f"parameters      dense {_short(parameters.dense)}, table {_short(parameters.table)} ({slots})",
@@ -145,7 +148,7 @@ def _report(
             f"{_gb(cost.gradient_traffic)} a step for dense gradients{replicas}"
         )
     table = [
-        ("dense weights", need.dense_weights, "fp32 and a bf16 copy" if bf16 else "fp32"),
+        ("dense weights", need.dense_weights, "fp32" if precision == "fp32" else f"fp32 and a copy in {precision}"),
         ("dense gradients", need.dense_gradients, "fp32"),
         ("dense moments", need.dense_moments, "AdamW, fp32"),
         ("table rows", need.table_rows, f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}"),

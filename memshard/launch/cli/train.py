@@ -61,20 +61,28 @@ def opening(prepared: "Run") -> str:
 
     recipe = prepared.recipe
     assert recipe.model.vocab_size is not None
-    bf16 = prepared.dtype.itemsize == 2
-    cost = estimate(recipe, prepared.ranks, recipe.model.vocab_size, bf16)
+    cost = estimate(recipe, prepared.ranks, recipe.model.vocab_size, half=prepared.dtype.itemsize == 2)
     begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else "starts"
     lines = [
         f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, {cost.parameters.table / 1e6:,.1f} M in value tables",
         f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {cost.bytes.table / 1e6:,.0f} MB table (weights, gradients, moments), "
         f"about {cost.bytes.total / 1e6:,.0f} MB in all",
         f"a step       {cost.tokens_per_step:,} tokens; ranks: {prepared.ranks}, each {cost.micro_batches} x {cost.micro_batch} sequences",
-        f"arithmetic   {'bf16' if bf16 else 'fp32'} on {prepared.device}",
+        f"arithmetic   {_arithmetic(prepared)}",
     ]
     if cost.parameters.tables:
         lines.append(f"tables       {spread(cost)}")
         lines.append(f"table path   {_path(prepared)}")
     return "\n".join([*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"])
+
+
+def _arithmetic(prepared: "Run") -> str:
+    """Dtype and device of matrix products, and the loss scale where there is one."""
+    from memshard.trainer.precision import DTYPES
+
+    name = next(name for name, dtype in DTYPES.items() if dtype == prepared.dtype)
+    scale = f", loss scale {prepared.loss_scale.value:g}" if prepared.loss_scale.dynamic else ""
+    return f"{name} on {prepared.device}{scale}"
 
 
 def spread(cost: "Estimate") -> str:

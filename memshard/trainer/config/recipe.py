@@ -33,6 +33,33 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossScaleConfig:
+    """The dynamic loss scale of fp16; idle in other arithmetic."""
+
+    initial: float = 65536.0
+    """First scale. Too high costs a few skipped steps at the start."""
+
+    growth_interval: int = 1000
+    """Steps without overflow after which the scale grows; each growth that turns out too much costs a skipped step."""
+
+    backoff: float = 0.5
+    """Factor of the scale after an overflow; growth undoes one. Powers of 2 keep the arithmetic exact."""
+
+    minimum: float = 1.0
+    """The run stops when the scale falls below this: the gradients are then not just too large for fp16."""
+
+    def __post_init__(self) -> None:
+        if self.growth_interval < 1:
+            raise ValueError(f"train.loss_scale.growth_interval is {self.growth_interval}; it must be at least 1")
+        if not 0 < self.backoff < 1:
+            raise ValueError(f"train.loss_scale.backoff is {self.backoff}; it must be between 0 and 1")
+        if not 0 < self.minimum <= self.initial < float("inf"):
+            raise ValueError(
+                f"train.loss_scale goes from {self.initial} down to {self.minimum}; minimum must be above 0 and initial at least minimum"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop."""
 
@@ -48,8 +75,12 @@ class TrainConfig:
     seed: int = 0
     """Decides initial weights, data order and dropout."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of matrix products: auto is bf16 on GPUs that have it, else fp32. Parameters stay fp32."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Arithmetic of matrix products: auto is bf16 on GPUs of capability 8.0 and newer, fp16 on older ones, fp32 on CPU. Parameters
+    stay fp32."""
+
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    """The dynamic loss scale of fp16; idle in other arithmetic."""
 
     clip: float = 1.0
     """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own, tables.clip."""
@@ -73,7 +104,8 @@ class TrainConfig:
     """Checkpoints of steps that this divides are kept for good; 0 keeps none but the newest."""
 
     max_skipped: int = 10
-    """Consecutive steps that may be skipped because of a gradient that is not finite, before the run stops."""
+    """Consecutive steps that may be skipped because of a gradient that is not finite, before the run stops; in fp16, where such
+    steps lower the loss scale, loss_scale.minimum decides instead."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "log_every", "save_every", "eval_tokens"):

@@ -32,19 +32,24 @@ class NativeEngine:
             return nullcontext()
         return self.model.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch."""
-        loss.backward()
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Add the gradients of a micro-batch, times `scale`."""
+        (loss * scale).backward()
 
-    def gradient_norm(self) -> Tensor:
-        """Global 2-norm of the dense gradient; the same on all ranks."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+    def gradient_norm(self, scale: float) -> Tensor:
+        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]) / scale
 
-    def step(self, step: int, steps: int, norm: Tensor, clip: float) -> float:
-        """Clip to norm `clip` (0: not at all), update, and clear the gradients; returns the learning rate used."""
+    def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
+        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and clear them; returns the
+        learning rate used.
+        """
         rate = learning_rate(self.config, step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if scale != 1:
+            torch._foreach_mul_(gradients, 1 / scale)
         if clip:
             nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
         self.optimizer.step()

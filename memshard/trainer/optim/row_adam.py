@@ -89,6 +89,12 @@ class RowAdam(Optimizer):
         for table in self.tables:
             table.drop_reads()
 
+    def unscale(self, scale: float) -> None:
+        """Take a loss scale out of the collected gradients, as GradScaler.unscale_ does."""
+        for table in self.tables:
+            if table.anchor.grad is not None:
+                table.anchor.grad.div_(scale)
+
     def _clipping(self) -> float:
         """The factor that brings the norm of all tables' gradients down to `clip`."""
         squares = 0.0

@@ -21,16 +21,14 @@ class LanguageModelTask:
 
     def loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
         """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn."""
-        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
-        random = None if step is None else RandomKey(self.seed, step, batch.samples)
-        logits, _ = model(batch.inputs, self._context(batch, random))
-        return token_losses(logits, batch.targets).sum()
-
-    def _context(self, batch: Batch, random: RandomKey | None) -> Context:
         predicts = batch.targets != IGNORE
-        return Context(
+        padded = not bool(predicts.all())  # asked on the CPU: the device may be busy
+        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
+        ctx = Context(
             positions=batch.positions,
             documents=batch.documents if self.document_mask else None,
-            padding=None if bool(predicts.all()) else predicts,
-            random=random,
+            padding=predicts.to(self.device, non_blocking=True) if padded else None,
+            random=None if step is None else RandomKey(self.seed, step, batch.samples),
         )
+        logits, _ = model(batch.inputs, ctx)
+        return token_losses(logits, batch.targets).sum()
