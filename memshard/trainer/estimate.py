@@ -18,9 +18,12 @@ from memshard.trainer.traffic import LayoutChoice, choose_layout, uniform_duplic
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters. active: those of the dense ones that a token multiplies; looked-up embeddings are not."""
+    """Numbers of parameters. active: those of the dense ones that a token multiplies; looked-up embeddings are not. largest: of the
+    largest dense one.
+    """
 
     dense: int
+    largest: int
     active: int
     table: int
     tables: int
@@ -66,7 +69,7 @@ class Estimate:
 
     memory_ranks: how many of them split a table. table_part: rows and columns of each table on a rank. micro_batch:
     sequences a rank processes at once. lookup_traffic: bytes a rank sends for each of its tokens, forward and backward;
-    gradient_traffic and replica_traffic: in a step, for dense gradients and for row gradients between copies of a table.
+    gradient_traffic and replica_traffic: in a step, for dense gradients (and, with ZeRO, parameters) and for row gradients between copies of a table.
     """
 
     ranks: int
@@ -116,7 +119,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         bytes=RankBytes(
             dense_weights=parameters.dense * (6 if half else 4),
             dense_gradients=parameters.dense * 4,
-            dense_moments=parameters.dense * 8,
+            dense_moments=(max(parameters.dense / world, parameters.largest) if recipe.train.zero else parameters.dense) * 8,
             table_rows=values * recipe.tables.value_bytes,
             table_moments=values * recipe.tables.state_bytes,
             activations=activations,
@@ -129,7 +132,8 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         tokens_per_step=recipe.train.batch * length,
         flops_per_token=flops_per_token(model, length),
         lookup_traffic=len(memory.layers) * memory.tables * layout.sent[layout.name],
-        gradient_traffic=2 * (world - 1) / world * parameters.dense * 4,
+        # An all-reduce is a reduce-scatter and an all-gather; ZeRO then sends the updated parameters, too.
+        gradient_traffic=(3 if recipe.train.zero else 2) * (world - 1) / world * parameters.dense * 4,
         replica_traffic=2 * (copies - 1) / copies * touched * values * 4,
     )
 
@@ -165,7 +169,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
     looked_up = [] if config.tie_head else list(model.embedding.parameters())
     if model.positions is not None:
         looked_up += model.positions.parameters()
-    return Parameters(dense, dense - sum(parameter.numel() for parameter in looked_up), table, len(tables))
+    largest = max(parameter.numel() for parameter in model.parameters() if not any(parameter is table.weight for table in tables))
+    return Parameters(dense, largest, dense - sum(parameter.numel() for parameter in looked_up), table, len(tables))
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -243,7 +243,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         mesh=mesh,
         model=model,
         placement=placement,
-        engine=NativeEngine(model, recipe.optimizer, mesh),
+        engine=NativeEngine(model, recipe.optimizer, mesh, shard_states=recipe.train.zero > 0),
         rows=_row_adam(tables, recipe.tables) if tables else None,
         loss_scale=LossScale(recipe.train.loss_scale, dtype),
         task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed),

@@ -226,3 +226,12 @@ def test_plan_as_json(recipe_file: str, capfd: pytest.CaptureFixture[str]) -> No
 def test_plan_refuses_no_ranks(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe_file, "--world", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_zero_splits_the_moments_down_to_the_largest_parameter() -> None:
+    recipe = Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, vocab_size=1000), train=TrainConfig(batch=64, zero=1))
+    parameters = count_parameters(replace(MODEL, vocab_size=1000))
+    assert parameters.largest == 64 * 1000
+    assert estimate(recipe, 2, 0).bytes.dense_moments == parameters.dense * 4
+    assert estimate(recipe, 64, 0).bytes.dense_moments == 64_000 * 8
+    assert estimate(replace(recipe, train=TrainConfig(batch=64)), 64, 0).bytes.dense_moments == parameters.dense * 8

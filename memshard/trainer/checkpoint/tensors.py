@@ -28,11 +28,13 @@ def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: Devic
 def optimizer_tensors(
     model: nn.Module, dense: Optimizer, rows: RowAdam | None, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
 ) -> dict[str, Tensor]:
-    """Moments and step counts of dense parameters, and all that is kept for the rows of tables, as `exp_avg.<name>` and so on."""
+    """Moments and step counts of the dense parameters that `dense` updates, and all that is kept for the rows of tables, as
+    `exp_avg.<name>` and so on.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key in (*_MOMENTS, "step"):
-            if parameter.requires_grad:
+            if parameter in dense.state:
                 tensors[f"{key}.{name}"] = dense.state[parameter][key]
     if rows is None:
         return tensors

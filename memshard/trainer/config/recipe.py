@@ -82,6 +82,9 @@ class TrainConfig:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     """The dynamic loss scale of fp16; idle in other arithmetic."""
 
+    zero: Literal[0, 1] = 0
+    """ZeRO stage: 1 splits AdamW's moments over the ranks, with the same results."""
+
     clip: float = 1.0
     """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own, tables.clip."""
 

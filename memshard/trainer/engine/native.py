@@ -1,4 +1,4 @@
-"""The dense half of a step on plain torch: DDP, accumulation, gradient norm, AdamW."""
+"""The dense half of a step on plain torch: DDP, accumulation, gradient norm, AdamW, ZeRO-1."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -10,21 +10,31 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from memshard.trainer.config.recipe import OptimizerConfig
-from memshard.trainer.optim.dense import build_adamw, learning_rate
+from memshard.trainer.optim.dense import build_adamw, learning_rate, owners
 
 
 class NativeEngine:
-    """Wraps a model whose tables are hidden. The losses of all ranks and micro-batches must add up to the batch's loss."""
+    """Wraps a model whose tables are hidden. The losses of all ranks and micro-batches must add up to the batch's loss.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None) -> None:
+    shard_states: each rank keeps AdamW's moments of some parameters only, updates those and sends them to the others: ZeRO stage 1
+    (Rajbhandari et al. 2020, section 5). Whole parameters, so the update is the same to the last bit and a checkpoint needs no gathering.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None, shard_states: bool = False) -> None:
         self.config = config
-        self.optimizer = build_adamw(model, config)
         self.model: nn.Module = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.owners = [0] * len(self.parameters)
+        self.own = self.parameters
         if mesh is not None:
             # Buffers are query statistics, which the ranks sum themselves.
             self.model = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
             self.model.register_comm_hook(None, _sum_gradients)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+            if shard_states:
+                self.owners = owners([p.numel() for p in self.parameters], mesh.size())
+                self.own = [p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == dist.get_rank()]
+        self.shares_updates = mesh is not None and shard_states
+        self.optimizer = build_adamw(self.own, config)
 
     def forward_context(self, last: bool) -> Any:
         """The context of a micro-batch's forward and backward: ranks exchange gradients on the last one only."""
@@ -47,18 +57,24 @@ class NativeEngine:
         rate = learning_rate(self.config, step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if scale != 1:
+        gradients = [p.grad for p in self.own if p.grad is not None]
+        if scale != 1 and gradients:
             torch._foreach_mul_(gradients, 1 / scale)
         if clip:
-            nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+            nn.utils.clip_grads_with_norm_(self.own, clip, norm)
         self.optimizer.step()
+        if self.shares_updates:
+            sent = [dist.broadcast(p.data, owner, async_op=True) for p, owner in zip(self.parameters, self.owners, strict=True)]
+            for work in sent:
+                assert work is not None
+                work.wait()
         self.clear()
         return rate
 
     def clear(self) -> None:
         """Drop the gradients."""
-        self.optimizer.zero_grad()
+        for p in self.parameters:
+            p.grad = None
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -1,27 +1,37 @@
 """AdamW for the dense parameters, and its learning rate."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import AdamW
 
 from memshard.trainer.config.recipe import OptimizerConfig
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over what `parameters()` shows; vectors (norms, biases) are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_adamw(parameters: Sequence[Tensor], config: OptimizerConfig) -> AdamW:
+    """AdamW over the parameters, possibly none; vectors (norms, biases) are not decayed."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     for p in parameters:
         # What the first step would make; a checkpoint loads into it.
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Which rank keeps the optimizer state of each parameter: the largest first, each to the rank that has least."""
+    held = [0] * ranks
+    found = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        found[number] = held.index(min(held))
+        held[found[number]] += sizes[number]
+    return found
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
