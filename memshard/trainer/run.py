@@ -18,7 +18,7 @@ from memshard.data_pipeline.stream.open import AnyStream, open_held_out, open_tr
 from memshard.data_pipeline.stream.prefetch import prefetched
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.stream.share import rank_share
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.initialize import initialize
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable, find_tables
@@ -28,7 +28,8 @@ from memshard.parallel.collectives import from_first
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.background import BackgroundSave
-from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, prune, remove, set_aside
+from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, find_checkpoints, prune, remove, set_aside
+from memshard.trainer.checkpoint.init_from import init_from
 from memshard.trainer.checkpoint.store import DamagedCheckpoint, load_state_together, load_tensors
 from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
@@ -127,9 +128,10 @@ class Run:
         return folder
 
     def resume(self) -> None:
-        """Continue from the newest committed checkpoint, if there is one; from one before it, with a warning, if that is damaged.
+        """Continue from the newest committed checkpoint; from one before it, with a warning, if that is damaged. If there is none,
+        begin with the recipe's `init_from`.
 
-        ValueError if the data has changed since, or if all are damaged.
+        ValueError if the data has changed since, if all are damaged, or if what the run is to begin with does not fit.
         """
         damaged: dict[Path, DamagedCheckpoint] = {}
         found = from_first(committed(self.folder / CHECKPOINTS))
@@ -144,6 +146,15 @@ class Run:
         if self.rank == 0:
             for folder, problem in damaged.items():
                 log.warning("%s is damaged (%s): the run goes on from step %d", set_aside(folder), problem.reason, self.progress.step)
+        if not found and self.recipe.init_from is not None:
+            self._begin_with(from_first(find_checkpoints(Path(self.recipe.init_from))[0]))
+
+    def _begin_with(self, checkpoint: Path) -> None:
+        """Take over what another run has learned."""
+        tokenizer, data = checkpoint / TOKENIZER_FILE, self.recipe.data.path
+        if tokenizer.exists() and Tokenizer(tokenizer).sha256 != load_index(data).tokenizer_sha256:
+            raise ValueError(f"{data} was built with another tokenizer than {checkpoint}: its tokens mean nothing to that model")
+        init_from(checkpoint, self.model, self.tensors(), self.rows)
 
     def rewind(self) -> None:
         """Back to the newest checkpoint, on with the data after the last batch. All ranks call it.

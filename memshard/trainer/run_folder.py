@@ -10,6 +10,7 @@ from memshard.trainer.config.recipe import Recipe
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 _FREE_TO_CHANGE = {
+    "init_from",
     "data.path",
     "data.damage_tolerance",
     "data.workers",

@@ -62,7 +62,8 @@ def opening(prepared: "Run") -> str:
     recipe = prepared.recipe
     assert recipe.model.vocab_size is not None
     cost = estimate(recipe, prepared.ranks, recipe.model.vocab_size, half=prepared.dtype.itemsize == 2)
-    begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else "starts"
+    begun = "starts" if recipe.init_from is None else f"starts from {recipe.init_from}"
+    begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else begun
     lines = [
         f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, {cost.parameters.table / 1e6:,.1f} M in value tables",
         f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {cost.bytes.table / 1e6:,.0f} MB table (weights, gradients, moments), "

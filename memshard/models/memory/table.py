@@ -129,6 +129,15 @@ class ValueTable(nn.Module):
         if merged is not None:
             yield merged.scaled(scale)
 
+    def pick(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
+        """x[rows] of what is split as the rows of a table of `slots` (by default: as this one's). rows: [n] int64, of the whole table."""
+        return x[rows]
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the part that has most."""
+        return len(self.weight)
+
     def sum_over_parts(self, x: Tensor) -> Tensor:
         """The sum of a tensor over the parts of the table."""
         return x

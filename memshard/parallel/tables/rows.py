@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.parallel.collectives import exchange
+from memshard.parallel.collectives import exchange, share_counts
 from memshard.parallel.tables.sharded import ShardedTable, piece
 
 
@@ -44,6 +44,22 @@ class RowShardedTable(ShardedTable):
         products = self._local_dot(route.rows, their_x, route.offsets)
         ours = exchange(products, route.their_reads, route.our_reads, self.group, self.traffic)
         return ours[torch.argsort(route.order)].view(rows.shape)
+
+    def pick(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
+        """As `ValueTable.pick`; all ranks of the group must call it, each for the rows it wants."""
+        slots = slots or self.slots
+        owner = torch.div(rows, -(-slots // self.ranks), rounding_mode="floor")
+        order = torch.sort(owner, stable=True).indices
+        ours = torch.bincount(owner, minlength=self.ranks).tolist()
+        theirs = share_counts(ours, self.group, rows.device)
+        asked = exchange(rows[order], ours, theirs, self.group) - piece(slots, self.group).start
+        found = exchange(x[asked], theirs, ours, self.group)
+        return torch.empty_like(found).index_copy_(0, order, found)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the rank that holds most."""
+        return self.rows_per_rank
 
     def _ask(self, rows: Tensor) -> "_Route":
         """Send each read's row number to its owner."""
