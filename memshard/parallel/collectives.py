@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 @dataclass
@@ -34,6 +36,14 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def set_timeout(seconds: float, but: dist.ProcessGroup | None = None) -> None:
+    """How long collectives wait for a rank, from the next one on, in all process groups but one."""
+    groups = distributed_c10d._world.pg_map if dist.is_initialized() else ()
+    for group in groups:
+        if group is not but:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def differentiable_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

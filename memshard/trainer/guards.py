@@ -1,9 +1,7 @@
-"""What may stop a run or a step, decided once for all ranks."""
+"""What may stop a run or spoil a step, decided once for all ranks."""
 
-import signal
 from collections.abc import Iterable, Sequence
 from statistics import median
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -36,26 +34,3 @@ def is_spike(loss: float, recent: Sequence[float], threshold: float) -> bool:
     middle = median(recent)
     deviation = 1.4826 * median(abs(value - middle) for value in recent)
     return loss > middle + threshold * max(deviation, 0.01 * abs(middle))
-
-
-class StopSignal:
-    """Set by Ctrl-C or SIGTERM; a second Ctrl-C aborts at once. Use as a context manager around the loop."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._interrupts = 0
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Launchers pass a Ctrl-C on and may add a SIGTERM of their own: only SIGINT counts as impatience.
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        self.received = True

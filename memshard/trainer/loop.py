@@ -1,44 +1,49 @@
 """The training loop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from memshard.parallel.collectives import set_timeout
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
-from memshard.trainer.guards import StopSignal
 from memshard.trainer.meter import Meter
 from memshard.trainer.metrics import Metrics
 from memshard.trainer.run import Run
 from memshard.trainer.step import StepOutcome, train_step
+from memshard.trainer.stop_signal import StopSignal
 
 
-def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
+def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
     """Train to the recipe's last step, or to `stop_at`, or until told to stop; the last step is always saved.
 
-    Returns the result, with `finished` telling whether the recipe's last step was reached. RuntimeError if too many steps
-    in a row had a gradient that is not finite.
+    stop: who listens; by default the loop itself does. Returns the result, with `finished` telling whether the recipe's last
+    step was reached. RuntimeError if too many steps in a row had a gradient that is not finite.
     """
-    settings = run.recipe.train
+    settings, guards = run.recipe.train, run.recipe.guards
     last = min(settings.steps, stop_at or settings.steps)
     metrics = Metrics(run.folder if run.rank == 0 else None, run.progress.step, settings.steps)
     meter = Meter(run)
-    if run.recipe.guards.loss_spike == "rewind":
+    if guards.loss_spike == "rewind":
         run.save()  # something to go back to
     evaluation: Evaluation | None = None
     try:
-        with StopSignal() as stop:
+        with nullcontext(stop) if stop else StopSignal() as stop:
             stopping = False
             while run.progress.step < last and not stopping:
                 outcome = train_step(run, stop)
+                _be_impatient(run)  # the first step connects and compiles
                 meter.add(outcome)
                 stopping = outcome.stopping
                 if outcome.spiked:
                     metrics.say(_spike_line(run, outcome))
                 if outcome.rewind:
-                    run.rewind()
+                    with _patience(run):
+                        run.rewind()
                     metrics.close()
                     metrics = Metrics(run.folder if run.rank == 0 else None, run.progress.step, settings.steps)
-                    metrics.say(f"back to step {run.progress.step}, rewind {run.progress.rewinds} of {run.recipe.guards.rewinds}")
+                    metrics.say(f"back to step {run.progress.step}, rewind {run.progress.rewinds} of {guards.rewinds}")
                     meter.restart()
                     continue
                 step = run.progress.step
@@ -49,14 +54,15 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
                     if not metrics.shows_bar:
                         metrics.say(_line(step, settings.steps, values))
                 if step == settings.steps or (settings.eval_every and step % settings.eval_every == 0):
-                    with meter.paused():
+                    with meter.paused(), _patience(run):
                         evaluation = evaluate_run(run)
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
                 if step % settings.save_every == 0:
-                    with meter.paused():
+                    with meter.paused(), _patience(run):
                         run.save(wait=False)
-            checkpoint = run.save()
+            with _patience(run):
+                checkpoint = run.save()
     finally:
         metrics.close()
     progress = run.progress
@@ -64,11 +70,26 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
     if evaluation is not None:
         result |= {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
         result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
-    return result | {"finished": progress.step >= settings.steps}
+    finished = progress.step >= settings.steps
+    run.phase = "done" if finished else "stopped"
+    return result | {"finished": finished}
+
+
+@contextmanager
+def _patience(run: Run) -> Iterator[None]:
+    """Around an evaluation or save, in which a rank may be alone for long."""
+    set_timeout(run.recipe.guards.first_timeout)
+    yield
+    _be_impatient(run)
+
+
+def _be_impatient(run: Run) -> None:
+    set_timeout(run.recipe.guards.timeout, but=run.saving.group)  # a save that goes on behind the steps may take its time
 
 
 def evaluate_run(run: Run) -> Evaluation:
     """Evaluate on the held-out text, with the rows of a training micro-batch at a time."""
+    run.phase = "evaluating"
     rows = run.recipe.train.micro_batch or -(-run.recipe.train.batch // run.ranks)
     return evaluate(run.model, run.task, run.held_out, rows, run.dtype, run.rank, run.ranks)
 

@@ -66,6 +66,11 @@ class Progress:
         return self.step + self.left_out
 
 
+_STEP_PHASES = ("reading data", "forward and backward", "agreeing on a verdict", "updating")
+PHASES = ("starting", *_STEP_PHASES, "evaluating", "saving", "done", "stopped")
+"""What a rank is doing, in the order of a step."""
+
+
 @dataclass
 class Run:
     """A run ready to go on from `progress`. `rows` is None for a model without memory."""
@@ -87,6 +92,7 @@ class Run:
     held_out: HeldOutStream | HeldOutRecords
     saving: BackgroundSave = field(default_factory=BackgroundSave)
     progress: Progress = field(default_factory=Progress)
+    phase: str = PHASES[0]
     _ahead: Iterator[list[Batch]] | None = None
 
     def next_batches(self) -> list[Batch]:
@@ -110,6 +116,7 @@ class Run:
         wait: until it is committed; otherwise until training may go on, and the next save, or the one that waits, raises what
         went wrong with this one.
         """
+        self.phase = "saving"
         self.saving.wait()
         root = self.folder / CHECKPOINTS
         folder = checkpoint_folder(root, self.progress.step)

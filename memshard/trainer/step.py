@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memshard.trainer.guards import StopSignal, agree, gradients_finite, is_spike
+from memshard.trainer.guards import agree, gradients_finite, is_spike
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
+from memshard.trainer.stop_signal import StopSignal
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     """
     guards, progress, scale = run.recipe.guards, run.progress, run.loss_scale.value
     run.model.train()
+    run.phase = "reading data"
     begun = time.perf_counter()
     batches = run.next_batches()
     data_wait = time.perf_counter() - begun
 
+    run.phase = "forward and backward"
     tokens = run.stream.predicted(progress.batch)
     total = torch.zeros((), device=run.device)
     for number, batch in enumerate(batches, 1):
@@ -49,9 +52,11 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
 
     norm = run.engine.gradient_norm(scale)
     finite = gradients_finite(norm, run.rows.tables if run.rows else ())
+    run.phase = "agreeing on a verdict"
     batch_loss, (broken, stopping) = agree(total, ~finite, stop is not None and stop.received)
     # All ranks have the same loss and history, and so the same opinion.
     spiked = not broken and len(progress.losses) == guards.window and is_spike(batch_loss, progress.losses, guards.threshold)
+    run.phase = "updating"
     rate = 0.0
     if broken or (spiked and guards.loss_spike != "warn"):
         _skip(run)

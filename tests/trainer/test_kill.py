@@ -16,8 +16,8 @@ import pytest
 
 from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.folders import committed
-from memshard.trainer.guards import StopSignal
 from memshard.trainer.metrics import METRICS_FILE
+from memshard.trainer.stop_signal import StopSignal
 from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run
 
 ENDLESS = "train.steps=100000"
@@ -50,7 +50,7 @@ def start() -> Iterator[Start]:
             process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, start: Start, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     process = start("memshard", "train", recipe, "optimizer.betas=[0.9, 0.95]", "--run", folder, ENDLESS, "--json")
@@ -112,11 +112,11 @@ def test_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(start: Start, recipe:
 
 
 def test_only_a_second_ctrl_c_aborts() -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGUSR2)
     with StopSignal() as stop:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGUSR2):
             os.kill(os.getpid(), number)
             assert stop.received
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGUSR2)) == before

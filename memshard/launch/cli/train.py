@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers
+from memshard.trainer.stop_signal import PREEMPTED, StopSignal
 
 if TYPE_CHECKING:
     from memshard.trainer.estimate import Estimate
@@ -28,6 +29,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains; raises Stopped if the last step was not reached."""
+    stop = StopSignal()
+    stop.listen(PREEMPTED)  # before the long imports: a notice that comes early would end the process
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
 
@@ -36,16 +39,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.stop_at is not None and args.stop_at < 1:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
+    from memshard.trainer.failure import lost_each_other, name_culprit
+    from memshard.trainer.heartbeat import Heartbeat
     from memshard.trainer.loop import train
     from memshard.trainer.run import set_up
 
-    with joined_ranks() as device:
+    with joined_ranks(recipe.guards.first_timeout) as device:
         with usage_errors():
             prepared = set_up(recipe, folder, device)
-        with _log_file(prepared):
+        if prepared.ranks > 1:
+            stop.last_words = True
+        with _log_file(prepared), Heartbeat(prepared), stop:
             if prepared.rank == 0:
                 print(opening(prepared), flush=True)
-            result = train(prepared, args.stop_at)
+            try:
+                result = train(prepared, args.stop_at, stop)
+            except Exception as error:
+                if lost_each_other(error):
+                    raise RuntimeError(f"{name_culprit(prepared)}. {error}") from error
+                raise
     if not result["finished"]:
         # torchrun restarts nothing here: the same command line goes on where this one stopped.
         command = shlex.join(["memshard", "train", args.recipe, *args.overrides, "--run", str(folder)])

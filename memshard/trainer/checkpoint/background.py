@@ -19,7 +19,7 @@ class BackgroundSave:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -39,7 +39,7 @@ class BackgroundSave:
         def save() -> None:
             try:
                 save_checkpoint(
-                    folder, tensors, state, files, group=self._group, in_place=in_place, free=free.set, committed=committed
+                    folder, tensors, state, files, group=self.group, in_place=in_place, free=free.set, committed=committed
                 )
             except BaseException as error:  # handed to the thread that waits
                 self._error = error

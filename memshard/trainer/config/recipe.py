@@ -224,7 +224,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """What to do about a loss that jumps. A gradient that is not finite is always skipped."""
+    """What to do about a loss that jumps, and how long ranks wait for each other. A gradient that is not finite is always skipped."""
 
     loss_spike: Literal["warn", "skip", "rewind"] = "warn"
     """A step whose loss stands out: say so, drop its update, or go back to the last checkpoint and on with the data after it.
@@ -239,11 +239,20 @@ class GuardsConfig:
     rewinds: int = 5
     """How often a run may rewind before it stops."""
 
+    first_timeout: float = 1800.0
+    """Seconds a rank waits for another in set-up, the first step, evaluations and saves, before it gives up."""
+
+    timeout: float = 300.0
+    """The same in later steps: the time in which a dead or hanging rank is noticed."""
+
     def __post_init__(self) -> None:
         if not self.threshold > 0:
             raise ValueError(f"guards.threshold is {self.threshold}; it must be above 0")
         if self.window < 2:
             raise ValueError(f"guards.window is {self.window}; it must be at least 2")
+        for name in ("first_timeout", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"guards.{name} is {getattr(self, name)}; it must be above 0")
         if self.rewinds < 0:
             raise ValueError(f"guards.rewinds is {self.rewinds}; it must be at least 0")
 
@@ -282,4 +291,4 @@ class Recipe:
     """How value tables are spread over ranks; nothing here changes what is trained."""
 
     guards: GuardsConfig = field(default_factory=GuardsConfig)
-    """What to do about a loss that jumps."""
+    """What to do about a loss that jumps, and how long ranks wait for each other."""

@@ -1,0 +1,83 @@
+"""A rank that is killed, or hangs, is noticed and named; heartbeats tell who is late."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from memshard.trainer.heartbeat import Beat, Heartbeat, late, read_beats
+from tests.trainer.tiny_run import prepare
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "--", "memshard", "train")
+
+
+def _beats(folder: Path) -> list[Beat]:
+    """Of all three ranks, once they train."""
+    beats = [beat for beat in read_beats(folder) if beat.step > 2]
+    return beats if len(beats) == 3 else []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_lost_rank_is_named(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
+    command = (*TORCHRUN, str(recipe), "--run", str(tmp_path / "run"), "train.steps=100000", "guards.timeout=4")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "8"})
+    try:
+        deadline = time.monotonic() + 90
+        while not (beats := _beats(tmp_path / "run")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(beats[1].pid, number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.terminate()
+    assert process.returncode == 1
+    culprit = f"rank 1 (process {beats[1].pid} on {beats[1].host}), in step "
+    for survivor in (0, 2):
+        begin = f"memshard: error: rank {survivor}: Runtime" if survivor else "memshard: error: Runtime"
+        assert f"\n{begin}" in err, err
+        (line,) = [line for line in err.splitlines() if line.startswith(begin)]
+        assert culprit in line and "has been silent for" in line and "rank 0 (" not in line and "rank 2 (" not in line
+    assert {beat.rank: beat.ended for beat in read_beats(tmp_path / "run")} == {0: "failed", 1: None, 2: "failed"}
+    assert {path.name for path in (tmp_path / "run/flight").iterdir()} == {"rank0.json", "rank2.json"}
+
+
+def test_heartbeats_follow_the_run(recipe: Path, tmp_path: Path) -> None:
+    run = prepare(recipe, tmp_path / "run")
+    with Heartbeat(run) as heartbeat:
+        (beat,) = read_beats(run.folder)
+        assert (beat.rank, beat.pid, beat.step, beat.phase, beat.ended) == (0, os.getpid(), 0, "starting", None)
+        run.phase, run.progress.step = "reading data", 7
+        deadline = time.monotonic() + 10
+        while read_beats(run.folder)[0].step == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert read_beats(run.folder)[0].phase == "reading data"
+        assert heartbeat.beat.interval == 1
+    with pytest.raises(ValueError, match="two"), Heartbeat(run):
+        raise ValueError("line one\nline two")
+    (beat,) = read_beats(run.folder)
+    assert (beat.ended, beat.error) == ("failed", "ValueError: line one line two")
+
+
+def test_who_is_late() -> None:
+    now = time.time()
+    beats = [Beat(rank, 3, "n1", 100 + rank, 40, "forward and backward", now - 60, now, 1.0) for rank in range(3)]
+    assert late(beats, now) == []
+    reading = [beats[0], replace(beats[1], phase="reading data", since=now - 70), beats[2]]
+    assert late(reading, now) == ["rank 1 (process 101 on n1), in step 41, reading data, is behind, for 70 s now"]
+    earlier = [replace(beats[0], step=39, phase="saving", since=now - 90), *reading[1:]]
+    assert late(earlier, now) == ["rank 0 (process 100 on n1), in step 40, saving, is behind, for 90 s now"]
+    dead = [beats[0], beats[1], replace(beats[2], time=now - 30)]
+    (line,) = late(dead, now)
+    assert line == "rank 2 (process 102 on n1), in step 41, forward and backward, has been silent for 30 s: killed, stopped or cut off"
+    failed = [replace(beats[0], ended="failed", error="peer", time=now), replace(beats[1], ended="failed", error="bug", time=now - 1)]
+    assert late(failed, now + 100)[0] == "no sign of rank 2: not started, or on another file system"
+    assert late([*failed, replace(beats[2], ended="stopped")], now + 100) == [
+        "rank 1 (process 101 on n1), in step 41, forward and backward, failed first: bug"
+    ]
+    assert late([replace(beat, ended="done") for beat in beats], now + 1000) == []
