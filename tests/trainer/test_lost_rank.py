@@ -36,13 +36,14 @@ def test_a_lost_rank_is_named(number: signal.Signals, recipe: Path, tmp_path: Pa
     finally:
         process.terminate()
     assert process.returncode == 1
-    culprit = f"rank 1 (process {beats[1].pid} on {beats[1].host}), in step "
-    for survivor in (0, 2):
-        begin = f"memshard: error: rank {survivor}: Runtime" if survivor else "memshard: error: Runtime"
-        assert f"\n{begin}" in err, err
-        (line,) = [line for line in err.splitlines() if line.startswith(begin)]
-        assert culprit in line and "has been silent for" in line and "rank 0 (" not in line and "rank 2 (" not in line
-    assert {beat.rank: beat.ended for beat in read_beats(tmp_path / "run")} == {0: "failed", 1: None, 2: "failed"}
+    culprit = f"RuntimeError: rank 1 (process {beats[1].pid} on {beats[1].host}), in step "
+    first, lost, second = read_beats(tmp_path / "run")
+    assert lost.ended is None
+    for survivor in (first, second):
+        assert survivor.ended == "failed" and survivor.error is not None
+        assert survivor.error.startswith(culprit) and "has been silent for" in survivor.error
+        assert "rank 0 (" not in survivor.error and "rank 2 (" not in survivor.error
+    assert f"memshard: error: {culprit}" in err and f"memshard: error: rank 2: {culprit}" in err
     assert {path.name for path in (tmp_path / "run/flight").iterdir()} == {"rank0.json", "rank2.json"}
 
 
