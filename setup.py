@@ -10,7 +10,10 @@ EXTRAS = {
     "data": ["FastWARC>=2.0.1,<3", "Resiliparse>=2.0.1,<3", "trafilatura>=2.3.1", "lxml_html_clean>=0.4", "py3langid>=0.4", "pillow>=13"],
     "eval": ["matplotlib>=3.11"],
     "bench": ["tokenizers>=0.23", "warcio>=1.8"],
-    "dev": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12"],
+    # Triton comes with torch's CUDA builds; elsewhere its interpreter and compiler test the GPU kernels.
+    "dev": [
+        "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12", "triton>=3.7.1; platform_system == 'Linux'",
+    ],
 }
 
 setup(

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.models.kernels.select import SWITCH, compiled
+from memshard.models.kernels.select import SWITCH, chosen
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.row_adam import RowAdam
 
+CPU = torch.device("cpu")
 PARTS = ("forward", "backward", "update", "total")
 Step = Callable[[Tensor, Tensor, Tensor], dict[str, float]]
 
@@ -47,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     print(f"{args.slots:,} x {args.dim} {args.dtype}, {args.reads} reads a token, {args.threads} threads, torch {torch.__version__}")
-    print(f"kernels: {compiled()[1]}; THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}; clip {args.clip}")
+    print(f"{chosen(CPU)[1]}; THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}; clip {args.clip}")
     bandwidth = read_bandwidth()
     print(f"stream read {bandwidth / 1e9:.1f} GB/s")
     competitors = build(args)
@@ -143,8 +144,8 @@ def switch(plain: bool) -> None:
     """Take the plain path or the fastest; building and testing kernels happens outside of what is timed."""
     if plain != (os.environ.get(SWITCH) == "plain"):
         os.environ[SWITCH] = "plain" if plain else ""
-        compiled.cache_clear()
-        compiled()
+        chosen.cache_clear()
+        chosen(CPU)
 
 
 def read_bandwidth() -> float:

@@ -109,12 +109,12 @@ def spread(cost: "Estimate") -> str:
 
 def _path(prepared: "Run") -> str:
     """What sums and updates rows, and why."""
-    from memshard.models.kernels.select import compiled
+    from memshard.models.kernels.select import chosen
+    from memshard.trainer.optim.compiled_update import disagreement
 
-    if prepared.device.type != "cpu":
-        return f"plain torch: compiled kernels are for the CPU, tables are on {prepared.device}"
-    kernels, why = compiled()
-    return f"compiled kernels ({why})" if kernels else f"plain torch ({why})"
+    kernels, reason = chosen(prepared.device)
+    problem = kernels and disagreement(prepared.device)
+    return f"{reason}; updates in plain torch: {problem}" if problem else reason
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -69,9 +69,14 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
-    def sort_reads(self, rows: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Stable sort: the order of the reads [reads] int32, the distinct rows [distinct] and where each begins [distinct + 1]."""
-        rows = _int32(rows)
+    def segment_sums(self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+        """As `bags.segment_sums`."""
+        span = slice(int(starts[0]), int(starts[-1]))
+        return self.gather_sum(values, rows[span], weights[span], starts[:-1] - starts[0])
+
+    def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `plain.sort_reads`; the order is int32."""
+        rows, slots = _int32(rows), int(rows.max()) + 1 if len(rows) else 0
         order, distinct = torch.empty(len(rows), dtype=torch.int32), torch.empty(len(rows), dtype=torch.int64)
         starts = torch.empty(len(rows) + 1, dtype=torch.int64)
         pointers = rows.data_ptr(), len(rows), slots, order.data_ptr(), distinct.data_ptr(), starts.data_ptr()

@@ -41,6 +41,19 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
     return torch.cat(parts) if parts else upstream.new_zeros(0)
 
 
+def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """As `bags.segment_sums`."""
+    span = slice(int(starts[0]), int(starts[-1]))
+    return gather_sum(values, rows[span], weights[span], starts[:-1] - starts[0])
+
+
+def sort_reads(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable sort: the order of the reads [reads], the distinct rows [distinct] and where each begins [distinct + 1]."""
+    ascending, order = torch.sort(rows, stable=True)
+    distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
+    return order, distinct, F.pad(counts.cumsum(0), (1, 0))
+
+
 def bag_of_each_read(offsets: Tensor, reads: int) -> Tensor:
     """[reads] int64: the number of each read's bag."""
     lengths = torch.diff(offsets, append=offsets.new_tensor([reads]))

@@ -1,58 +1,100 @@
-"""Which path table reads and updates take: the compiled kernels where they are there and right, else plain torch."""
+"""Which path table reads and updates take: the fastest kernels that are there and right, else plain torch."""
 
 import os
 import subprocess
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from memshard.models.kernels import plain
-from memshard.models.kernels.cpu import CpuKernels, build
+from memshard.models.kernels.cpu import build
 
 SWITCH = "MEMSHARD_KERNELS"
 _HALF = (torch.float16, torch.bfloat16)
+_TRITON_FROM = (8, 0)
 
 
-def kernels_for(values: Tensor, sums: Tensor) -> CpuKernels | None:
-    """The compiled kernels, if they serve such tensors. sums: weights or gradients."""
+class Kernels(Protocol):
+    """What a fast path offers: the functions of plain.py, and the update."""
+
+    def gather_sum(self, values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor: ...
+    def score_gradients(self, values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor: ...
+    def segment_sums(self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor: ...
+    def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def adam_rows(self, tensors: dict[str, Tensor | None], numbers: dict[str, float]) -> None: ...
+
+
+def kernels_for(values: Tensor, sums: Tensor) -> Kernels | None:
+    """The kernels, if there are any that serve such tensors. sums: weights or gradients."""
     serves = (
-        values.device.type == sums.device.type == "cpu"
+        values.device == sums.device
         and sums.dtype == torch.float32
         and (values.dtype == torch.float32 or values.dtype in _HALF)
         and values.shape[1] > 0
         and len(values) < 2**31
         and not torch.compiler.is_compiling()
     )
-    return compiled()[0] if serves else None
+    return chosen(values.device)[0] if serves else None
 
 
 @cache
-def compiled() -> tuple[CpuKernels | None, str]:
-    """The compiled kernels or None, and why. Built and tested against plain torch at the first call."""
+def chosen(device: torch.device) -> tuple[Kernels | None, str]:
+    """The kernels of a device or None, and in words what they are and why. Built and tested against plain torch at the first call."""
     if os.environ.get(SWITCH) == "plain":
-        return None, f"{SWITCH}=plain"
+        return None, f"plain torch ({SWITCH}=plain)"
+    kernels, name = _triton(device) if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else _compiled(device)
+    if kernels is None:
+        return None, f"plain torch ({name})"
+    for dtype in (torch.float32, *_HALF):
+        try:
+            right = _agrees(kernels, dtype, device)
+        except Exception as problem:  # Triton compiles at the first call: whatever goes wrong there must not stop a run
+            return None, f"plain torch ({name} fail in {dtype}: {' '.join(str(problem).split())[:200]})"
+        if not right:
+            return None, f"plain torch ({name} disagree with it in {dtype})"
+    return kernels, f"{name} (they agree with plain torch)"
+
+
+def _compiled(device: torch.device) -> tuple[Kernels | None, str]:
+    """Kernels for CPUs and their name, or why there are none."""
+    if device.type != "cpu":
+        return None, f"no kernels for {device.type}"
     try:
-        kernels = build()
+        return build(), "compiled kernels"
     except (OSError, subprocess.SubprocessError) as problem:
         return None, f"no compiled kernels: {problem}"
-    for dtype in (torch.float32, *_HALF):
-        if not _agrees(kernels, dtype):
-            return None, f"compiled kernels disagree with plain torch in {dtype}"
-    return kernels, "they agree with plain torch"
+
+
+def _triton(device: torch.device) -> tuple[Kernels | None, str]:
+    """Kernels for GPUs and their name, or why there are none."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _TRITON_FROM:
+        return None, "Triton kernels need compute capability {}.{}, this is {}.{}".format(
+            *_TRITON_FROM, *torch.cuda.get_device_capability(device)
+        )
+    try:
+        from memshard.models.kernels import gpu
+    except ImportError as problem:
+        return None, f"no Triton kernels: {problem}"
+    return gpu, "Triton kernels" if device.type == "cuda" else "Triton kernels in the interpreter"
 
 
 @torch.no_grad()
-def _agrees(kernels: CpuKernels, dtype: torch.dtype) -> bool:
-    """Uneven and empty bags, repeated rows, a dim that fills no vector."""
+def _agrees(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> bool:
+    """Uneven and empty bags, repeated rows, a dim that fills no vector and one that does."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(29, 37, generator=generator).to(dtype)
-    rows = torch.randint(29, (50,), generator=generator)
-    weights, upstream = torch.randn(50, generator=generator), torch.randn(6, 37, generator=generator)
-    offsets = torch.tensor([0, 0, 7, 8, 30, 50])
-    pairs = (
-        (kernels.gather_sum(values, rows, weights, offsets), plain.gather_sum(values, rows, weights, offsets)),
-        (kernels.score_gradients(values, rows, offsets, upstream), plain.score_gradients(values, rows, offsets, upstream)),
-        (kernels.sort_reads(rows, 29)[0].long(), torch.sort(rows, stable=True).indices),
-    )
-    return all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs)
+    for dim in (37, 48):
+        values = torch.randn(29, dim, generator=generator).to(device, dtype)
+        rows = torch.randint(29, (50,), generator=generator, dtype=torch.int32).to(device)
+        weights, upstream = torch.randn(50, generator=generator).to(device), torch.randn(6, dim, generator=generator).to(device)
+        offsets = torch.tensor([0, 0, 7, 8, 30, 50], device=device)
+        pairs = (
+            (kernels.gather_sum(values, rows, weights, offsets), plain.gather_sum(values, rows, weights, offsets)),
+            (kernels.score_gradients(values, rows, offsets, upstream), plain.score_gradients(values, rows, offsets, upstream)),
+            (kernels.segment_sums(values, rows, weights, offsets[2:]), plain.segment_sums(values, rows, weights, offsets[2:])),
+            (kernels.sort_reads(rows)[0].long(), plain.sort_reads(rows)[0]),
+        )
+        if not all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs):
+            return False
+    return True

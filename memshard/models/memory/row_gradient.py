@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.kernels import plain
 from memshard.models.kernels.plain import bag_of_each_read
 from memshard.models.kernels.select import kernels_for
-from memshard.models.memory.bags import gather_sum
+from memshard.models.memory.bags import segment_sums
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class SortedReads:
 
     def sums(self, first: int, last: int) -> Tensor:
         """The gradients of rows[first:last], [rows, dim]."""
-        span = slice(int(self.starts[first]), int(self.starts[last]))
-        return gather_sum(self.upstream, self.bags[span], self.weights[span], self.starts[first:last] - self.starts[first])
+        return segment_sums(self.upstream, self.bags, self.weights, self.starts[first : last + 1])
 
     def of(self, rows: Tensor) -> "SortedReads":
         """The same gradients for other ascending rows, which include all of these; new ones get none."""
@@ -68,12 +67,7 @@ def sort_reads(reads: Sequence[Read]) -> SortedReads | None:
         firsts.append(firsts[-1] + len(read.offsets))
     bags = _cat([bag_of_each_read(read.offsets, len(read.rows)) + first for read, first in zip(reads, firsts, strict=False)])
     kernels = kernels_for(upstream, upstream) if rows.dtype == torch.int32 else None
-    if kernels is not None:
-        order, distinct, starts = kernels.sort_reads(rows, int(rows.max()) + 1)
-    else:
-        ascending, order = torch.sort(rows, stable=True)
-        distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
-        starts = F.pad(counts.cumsum(0), (1, 0))
+    order, distinct, starts = (kernels or plain).sort_reads(rows)
     weights = _cat([read.weights for read in reads])[order].to(dtype)
     return SortedReads(distinct.long(), starts, bags.to(rows.dtype)[order], weights, upstream)
 

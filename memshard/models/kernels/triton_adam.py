@@ -1,0 +1,79 @@
+"""The Adam step on rows in Triton: a program sums a row's gradient and updates its values and moments in one pass."""
+
+import triton
+import triton.language as tl
+
+from memshard.models.kernels.triton_reads import add_segment
+
+
+@triton.jit(do_not_specialize=["slots", "tokens", "first_row", "first_column", "key"])
+def adam_rows(
+    values, exp_avg, exp_avg_sq, master, rows, starts, bags, weights, upstream, windows, step_sizes, decay1, decay2,
+    slots, tokens, dim, first_row, first_column, key, beta2, rest1, rest2, eps, step_size,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Row rows[i] of the table gets the gradient of segment i. master, step_sizes, decay1, decay2: None where there is none.
+    rest1, rest2: 1 - beta1, 1 - beta2.
+    """
+    segment = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row = tl.load(rows + segment)
+    # A read outside the table has given NaN already; here it must not write.
+    mask = (columns < dim) & (row >= 0) & (row < slots)
+    place = row * dim + columns
+    # Asked for before the sum, so that both are waited for together.
+    m = tl.load(exp_avg + place, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
+    if master is not None:
+        value = tl.load(master + place, mask=mask, other=0.0)
+    else:
+        value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
+    first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
+    gradient = add_segment(upstream, bags, weights, windows, first, last, tokens, dim, columns, WINDOW, TILE, WIDTH)
+
+    if decay1 is not None:
+        m *= tl.load(decay1 + segment)
+        v *= tl.load(decay2 + segment)
+    m += rest1 * (gradient - m)
+    v = v * beta2 + rest2 * gradient * gradient
+    size = step_size
+    if step_sizes is not None:
+        size = tl.load(step_sizes + segment)
+    value -= tl.div_rn(m, tl.sqrt_rn(v) + eps) * size
+
+    tl.store(exp_avg + place, m, mask=mask)
+    tl.store(exp_avg_sq + place, v, mask=mask)
+    if master is not None:
+        tl.store(master + place, value, mask=mask)
+    elif values.dtype.element_ty == tl.float16:
+        value = _round(value, _random(key, row + first_row, columns + first_column), 10, -14)
+    elif values.dtype.element_ty == tl.bfloat16:
+        value = _round(value, _random(key, row + first_row, columns + first_column), 7, -112)
+    tl.store(values + place, value.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
+    """`row_update.round_stochastically`, before the cast."""
+    exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, (127 + SMALLEST) << 23)
+    quantum = exponent - (MANTISSA << 23)
+    uniform = (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
+    inverse = ((254 << 23) - quantum).to(tl.float32, bitcast=True)
+    return tl.floor(x * inverse + uniform) * quantum.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _random(key, row, columns):
+    """The counter-based bits of models/random.py."""
+    x = (row ^ key).to(tl.uint64) + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    return _mix(_mix(columns.to(tl.uint32) ^ (x & 0xFFFFFFFF).to(tl.uint32)) ^ (x >> 32).to(tl.uint32))
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
