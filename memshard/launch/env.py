@@ -31,6 +31,8 @@ def joined_ranks(timeout: float) -> Iterator[torch.device]:
     except Exception:
         atexit.register(_leave_at_once)
         raise
+    if tensor := sys.modules.get("memshard.parallel.tensor"):
+        tensor.leave()
     dist.destroy_process_group()
 
 

@@ -42,7 +42,7 @@ class Block(nn.Module):
         def feed(h: Tensor) -> Tensor:
             parts = [] if self.feedforward is None else [self.feedforward(h)]
             if self.memory is not None:
-                parts.append(self.memory(h, ctx.padding))
+                parts.append(self.memory(h, ctx.own.padding))
             return self._dropout(sum(parts[1:], parts[0]), ctx, _FEEDFORWARD_BRANCH)
 
         x = self.mixer_residual(x, mix)
@@ -51,4 +51,4 @@ class Block(nn.Module):
     def _dropout(self, y: Tensor, ctx: Context, branch: int) -> Tensor:
         if not self.training or not self.dropout_rate or ctx.random is None:
             return y
-        return dropout(y, self.dropout_rate, ctx.random, ctx.positions, self.layer, branch)
+        return dropout(y, self.dropout_rate, ctx.random, ctx.own.positions, self.layer, branch)

@@ -17,12 +17,19 @@ class Context:
     documents: [batch, length] int64 or None; attention stays inside a document where given.
     padding: [batch, length] bool or None, True for real tokens.
     random: key of this pass's draws; None draws nothing (evaluation, or a model without dropout).
+    part: the same facts of this rank's piece of the sequence, where ranks share its tokens; None where one sees them all.
     """
 
     positions: Tensor
     documents: Tensor | None = None
     padding: Tensor | None = None
     random: RandomKey | None = None
+    part: "Context | None" = None
+
+    @property
+    def own(self) -> "Context":
+        """The facts of the tokens that this rank's residual stream holds; a mixer, which needs them all, takes the context itself."""
+        return self.part or self
 
     @staticmethod
     def of(tokens: Tensor, start: int = 0) -> "Context":

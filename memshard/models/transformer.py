@@ -1,6 +1,6 @@
 """A decoder-only language model of three-slot blocks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Transformer(nn.Module):
         self.blocks = cast("list[Block]", blocks)
         self.norm = build_norm(config.norm, config.dim) if config.residual == "pre" else nn.Identity()
         self.head = None if config.tie_head else Projection(config.dim, config.vocab_size)
+        self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
+        """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
 
     def forward(
         self, tokens: Tensor, ctx: Context | None = None, states: Sequence[KeyValueState] | None = None
@@ -47,6 +49,9 @@ class Transformer(nn.Module):
         `init_states`, when tokens continue what they have seen. Returns [batch, length, vocabulary] and the advanced states.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
+        length = tokens.shape[1]
+        if self.share_sequence is not None:
+            tokens, ctx = self.share_sequence(tokens, ctx)
         x = self._embed(tokens, ctx)
         advanced = []
         for layer, block in enumerate(self.blocks):
@@ -55,7 +60,7 @@ class Transformer(nn.Module):
                 advanced.append(state)
         x = self.norm(x)
         logits = self.embedding.logits(x) if self.head is None else self.head(x)
-        return logits, advanced or None
+        return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
     def init_states(self, batch: int, capacity: int) -> list[KeyValueState]:
         """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
@@ -70,12 +75,12 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tensor, ctx: Context) -> Tensor:
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(ctx.positions)
+            x = x + self.positions(ctx.own.positions)
         elif self.config.position == "sinusoidal":
             # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up to meet the sinusoids.
-            x = x * self.config.dim**0.5 + sinusoids(ctx.positions, self.config.dim).to(x.dtype)
+            x = x * self.config.dim**0.5 + sinusoids(ctx.own.positions, self.config.dim).to(x.dtype)
         if self.training and self.config.dropout and ctx.random is not None:
-            x = dropout(x, self.config.dropout, ctx.random, ctx.positions, _EMBEDDING_LAYER, 0)
+            x = dropout(x, self.config.dropout, ctx.random, ctx.own.positions, _EMBEDDING_LAYER, 0)
         return x
 
 

@@ -1,32 +1,82 @@
 """Spread a built model over a mesh."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from memshard.models.loss import token_losses
+from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import externalize_tables
+from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
+from memshard.parallel.mesh import DATA, TABLE, group, tensor_size
+from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.shard import Exchange, Layout, shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 
 
 def apply(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = "rows", exchange: Exchange = "pooled") -> dict[str, ShardSpec]:
-    """Hide the model's tables, split them over the memory axis, and sum query statistics over the data axes.
+    """Hide the model's tables and split them, split the dense matrices over the tensor axis, and sum query statistics over all tokens.
 
-    The losses of the ranks must add up to the loss of the batch. Returns the placement of every tensor that is split, by
-    its name in `state_dict()`; whatever it does not list is the same on all ranks. layout, exchange: see `shard_tables`.
+    The losses of the ranks along the data axes must add up to the loss of the batch; along the tensor axis each rank has the same loss.
+    Then the gradient of a split tensor is the sum over the data axes, that of any other the sum over all ranks (see `grad_norm.py`).
+    Returns the placement of every tensor that is split, by its name in `state_dict()`; whatever it does not list is the same on all
+    ranks. layout, exchange: see `shard_tables`. ValueError where sizes do not divide, or fairscale is missing.
     """
     if mesh is None:
         externalize_tables(model)
         return {}
-    shard_tables(model, mesh.get_group("memory"), average=False, layout=layout, exchange=exchange, replicas=mesh.get_group("replica"))
-    data = dist.group.WORLD
-    assert data is not None
+    ranks, placement = tensor_size(mesh), {}
+    if ranks > 1:
+        from memshard.parallel.tensor import split_dense
+
+        if not isinstance(model, Transformer):
+            raise ValueError(f"parallel.tensor is {ranks}, which is for memshard's Transformer: set it to 1 for {type(model).__name__}")
+        placement = split_dense(model, mesh)
+    same_reads = layout == "tensor"
+    axes, copies = (("tensor",), DATA) if same_reads else (TABLE, ("replica",))
+    tables = shard_tables(model, group(mesh, axes), False, layout, exchange, replicas=group(mesh, copies))
+    if same_reads:
+        for table in tables:
+            table.gradient_scale = ranks
+        for module in model.modules():
+            if isinstance(module, ProductKeyMemory):
+                _let_read_whole_sequences(module, group(mesh, axes), ranks)
+    tokens = group(mesh, DATA if same_reads else (*DATA, "tensor"))
     for module in model.modules():
         if isinstance(module, QueryNorm):
-            module.reduce = lambda x: differentiable_sum(x, data)
+            module.reduce = lambda x: differentiable_sum(x, tokens)
     # A shared table stands in `state_dict()` under the name of every reader.
-    tables = ((name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, ShardedTable))
-    return {f"{name}.weight": ShardSpec(dim=table.spec_dim, axis="memory") for name, table in tables}
+    for name, table in model.named_modules(remove_duplicate=False):
+        if isinstance(table, ShardedTable):
+            placement[f"{name}.weight"] = ShardSpec(table.spec_dim, axes, (table.slots, table.dim)[table.spec_dim])
+    return placement
+
+
+def losses_on(mesh: DeviceMesh | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """`token_losses` of what a model on this mesh returns."""
+    if tensor_size(mesh) == 1:
+        return token_losses
+    from memshard.parallel.tensor import token_losses as split_token_losses
+
+    return split_token_losses
+
+
+def _let_read_whole_sequences(memory: ProductKeyMemory, ranks: dist.ProcessGroup, count: int) -> None:
+    """Give a memory all tokens of the sequence, and keep this rank's piece of what it reads.
+
+    Every rank then finds the whole gradient of the memory's dense parameters; taking 1 / ranks of it makes that a part, like those of
+    other layers, so that copies cannot drift apart. The tables, whose columns only one rank has, undo it.
+    """
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *padding = inputs
+        return gather(x, ranks), *(None if real is None else gathered(real, ranks) for real in padding)
+
+    memory.register_forward_pre_hook(before)
+    memory.register_forward_hook(lambda _, inputs, y: split(y, ranks, 1 / count))

@@ -3,23 +3,58 @@
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+DATA = ("replica", "memory")
+"""Axes of ranks that train on different sequences; ranks along `tensor` share theirs."""
 
-def build_mesh(device_type: str, memory: int | None = None) -> DeviceMesh | None:
+TABLE = ("memory", "tensor")
+"""Axes that value tables are split over, unless each tensor-parallel group has its own."""
+
+
+def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> DeviceMesh | None:
     """The mesh with axes (replica, memory, tensor) over all ranks; None for a single process.
 
-    Data parallelism spans replica and memory; each value table is split over the memory axis, of `memory` neighbouring
-    ranks (default: all), and copied along the replica axis. ValueError if that does not divide the ranks.
+    tensor: neighbouring ranks that share the dense matrices and the tokens of a sequence. memory: neighbouring ranks, whole tensor
+    groups, that split a value table (default: all); it is copied along the replica axis. ValueError if they do not divide.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    memory = memory_ranks(memory, ranks)
+    tensor_ranks(tensor, ranks)
+    memory = memory_ranks(memory, ranks, tensor)
     if ranks == 1:
         return None
-    return init_device_mesh(device_type, (ranks // memory, memory, 1), mesh_dim_names=("replica", "memory", "tensor"))
+    return init_device_mesh(device_type, (ranks // memory, memory // tensor, tensor), mesh_dim_names=("replica", "memory", "tensor"))
 
 
-def memory_ranks(memory: int | None, ranks: int) -> int:
+def flat(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """The one-dimensional mesh of this rank's neighbours along some axes."""
+    used = tuple(axis for axis in axes if mesh[axis].size() > 1) or axes[:1]
+    return mesh[used[0]] if len(used) == 1 else mesh[used]._flatten()
+
+
+def group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
+    """The process group of this rank's neighbours along some axes."""
+    return flat(mesh, axes).get_group()
+
+
+def tensor_size(mesh: DeviceMesh | None) -> int:
+    """How many ranks share the dense matrices."""
+    return 1 if mesh is None else mesh["tensor"].size()
+
+
+def tensor_ranks(tensor: int, ranks: int) -> int:
+    """`tensor`, once it is known to divide the ranks."""
+    if ranks % tensor:
+        raise ValueError(f"parallel.tensor is {tensor}, which does not divide the number of ranks, {ranks}: use a divisor, or other ranks")
+    return tensor
+
+
+def memory_ranks(memory: int | None, ranks: int, tensor: int = 1) -> int:
     """How many ranks split a table. memory: as the recipe says it, None for all."""
     memory = memory or ranks
     if ranks % memory:
         raise ValueError(f"parallel.memory is {memory}, which does not divide the {ranks} ranks: use a divisor, or null for all ranks")
+    if memory % tensor:
+        raise ValueError(
+            f"parallel.memory is {memory} and parallel.tensor {tensor}: a table is split over whole tensor-parallel groups, "
+            f"so use a multiple of {tensor}, or null for all ranks"
+        )
     return memory

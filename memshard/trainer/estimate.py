@@ -9,7 +9,8 @@ import torch
 from memshard.models.config import ModelConfig
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
-from memshard.parallel.mesh import memory_ranks
+from memshard.parallel.dense import split_matrices
+from memshard.parallel.mesh import memory_ranks, tensor_ranks
 from memshard.trainer.activations import activation_bytes
 from memshard.trainer.available_memory import available_memory
 from memshard.trainer.config.recipe import Recipe
@@ -19,12 +20,13 @@ from memshard.trainer.traffic import LayoutChoice, choose_layout, uniform_duplic
 @dataclass(frozen=True)
 class Parameters:
     """Numbers of parameters. active: those of the dense ones that a token multiplies; looked-up embeddings are not. largest: of the
-    largest dense one.
+    largest dense one. split: those of the dense ones that tensor-parallel ranks share.
     """
 
     dense: int
     largest: int
     active: int
+    split: int
     table: int
     tables: int
 
@@ -67,12 +69,15 @@ class RankBytes:
 class Estimate:
     """The costs of a run on `ranks` ranks.
 
-    memory_ranks: how many of them split a table. table_part: rows and columns of each table on a rank. micro_batch:
-    sequences a rank processes at once. lookup_traffic: bytes a rank sends for each of its tokens, forward and backward;
-    gradient_traffic and replica_traffic: in a step, for dense gradients (and, with ZeRO, parameters) and for row gradients between copies of a table.
+    tensor_ranks: how many of them share the large matrices and each sequence's tokens. memory_ranks: how many of them split a table.
+    table_part: rows and columns of each table on a rank. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank
+    sends for each token it looks up, forward and backward; tensor_traffic: for each token of its sequences, between tensor-parallel
+    ranks; gradient_traffic and replica_traffic: in a step, for dense gradients (and, with ZeRO, parameters) and for row gradients between
+    copies of a table.
     """
 
     ranks: int
+    tensor_ranks: int
     memory_ranks: int
     parameters: Parameters
     table_part: tuple[int, int]
@@ -83,6 +88,7 @@ class Estimate:
     tokens_per_step: int
     flops_per_token: float
     lookup_traffic: float
+    tensor_traffic: float
     gradient_traffic: float
     replica_traffic: float
 
@@ -98,43 +104,50 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     assert model.vocab_size is not None
     parameters = count_parameters(model)
     memory, value_dim = model.memory, model.memory.value_dim or model.dim
-    layout, holders = layout_choice(recipe, world, duplicates), memory_ranks(recipe.parallel.memory, world)
-    by_columns = layout.layout == "columns"
+    layout, holders, tensor = layout_choice(recipe, world, duplicates), _holders(recipe, world), recipe.parallel.tensor
+    dense = parameters.dense - parameters.split + math.ceil(parameters.split / tensor)
+    by_columns = layout.layout != "rows"
     part = (memory.slots, math.ceil(value_dim / holders)) if by_columns else (math.ceil(memory.slots / holders), value_dim)
     values = parameters.tables * part[0] * part[1]
 
     share, micro_batch = _shares(recipe, world)
     tokens = micro_batch * length
-    activations = tokens * activation_bytes(model, length, holders, layout, half=half, document_mask=recipe.data.document_mask)
+    looked_up = share * length / _readers(recipe)
+    kept = activation_bytes(model, length, holders, layout, half=half, document_mask=recipe.data.document_mask, tensor=tensor)
+    activations = tokens * kept
     reads, update = _read_bytes(model, holders, layout)
-    backward = tokens * max(2 * 4 * model.vocab_size, 3 * 8 * memory.heads * memory.keys if parameters.tables else 0)
+    scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
+    backward = tokens * max(2 * 4 * model.vocab_size / tensor, scores)
     copies = world // holders
     touched = -math.expm1(-recipe.train.batch * length * memory.heads * memory.topk / memory.slots)
     return Estimate(
         ranks=world,
+        tensor_ranks=tensor,
         memory_ranks=holders,
         parameters=parameters,
         table_part=part if parameters.tables else (0, 0),
         layout=layout,
         bytes=RankBytes(
-            dense_weights=parameters.dense * (6 if half else 4),
-            dense_gradients=parameters.dense * 4,
-            dense_moments=(max(parameters.dense / world, parameters.largest) if recipe.train.zero else parameters.dense) * 8,
+            dense_weights=dense * (6 if half else 4),
+            dense_gradients=dense * 4,
+            dense_moments=(max(dense / (world // tensor), parameters.largest / tensor) if recipe.train.zero else dense) * 8,
             table_rows=values * recipe.tables.value_bytes,
             table_moments=values * recipe.tables.state_bytes,
             activations=activations,
             # The row update runs when activations are gone.
-            workspace=max(backward, share * length * update - activations),
-            reads=share * length * reads,
+            workspace=max(backward, looked_up * update - activations),
+            reads=looked_up * reads,
         ),
         micro_batch=micro_batch,
         micro_batches=math.ceil(share / micro_batch),
         tokens_per_step=recipe.train.batch * length,
         flops_per_token=flops_per_token(model, length),
         lookup_traffic=len(memory.layers) * memory.tables * layout.sent[layout.name],
+        tensor_traffic=_tensor_traffic(model, tensor, 2 if half else 4),
         # An all-reduce is a reduce-scatter and an all-gather; ZeRO then sends the updated parameters, too.
-        gradient_traffic=(3 if recipe.train.zero else 2) * (world - 1) / world * parameters.dense * 4,
-        replica_traffic=2 * (copies - 1) / copies * touched * values * 4,
+        gradient_traffic=(12 if recipe.train.zero else 8) * _others(world // tensor) * dense
+        + 8 * _others(tensor) * (parameters.dense - parameters.split),
+        replica_traffic=8 * _others(copies) * touched * values,
     )
 
 
@@ -144,9 +157,9 @@ def layout_choice(recipe: Recipe, world: int, duplicates: float | None = None) -
     """
     memory = recipe.model.memory
     reads = memory.heads * memory.topk
-    tokens = _shares(recipe, world)[1] * recipe.data.length
+    tokens = _shares(recipe, world)[1] * recipe.data.length / _readers(recipe)
     duplicates = duplicates or uniform_duplicates(tokens * reads, memory.slots)
-    holders = memory_ranks(recipe.parallel.memory, world)
+    holders = _holders(recipe, world)
     value_dim = memory.value_dim or recipe.model.dim
     asked = recipe.parallel
     return choose_layout(asked.layout, asked.exchange, holders, value_dim, reads, duplicates, recipe.tables.value_bytes)
@@ -154,8 +167,33 @@ def layout_choice(recipe: Recipe, world: int, duplicates: float | None = None) -
 
 def _shares(recipe: Recipe, world: int) -> tuple[int, int]:
     """Sequences of a rank in a step and in a micro-batch, at most."""
-    share = math.ceil(recipe.train.batch / world)
+    share = math.ceil(recipe.train.batch / (world // tensor_ranks(recipe.parallel.tensor, world)))
     return share, min(recipe.train.micro_batch or share, share)
+
+
+def _holders(recipe: Recipe, world: int) -> int:
+    """How many ranks split a table."""
+    asked = recipe.parallel
+    holders = memory_ranks(asked.memory, world, asked.tensor)
+    return asked.tensor if asked.layout == "tensor" else holders
+
+
+def _readers(recipe: Recipe) -> int:
+    """Over how many ranks the lookups of a sequence are spread."""
+    return 1 if recipe.parallel.layout == "tensor" else recipe.parallel.tensor
+
+
+def _others(ranks: int) -> float:
+    """What a rank sends of a byte in half an all-reduce, or in a gather."""
+    return (ranks - 1) / ranks
+
+
+def _tensor_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
+    """Bytes a rank sends to its tensor-parallel group for one of its tokens: gathers and sums around each mixer and feedforward, forward
+    and backward, and around embedding (whose sum is whole, in fp32) and head.
+    """
+    memories = len(model.memory.layers) if model.memory.mode == "replace" else 0
+    return _others(ranks) * model.dim * (value_bytes * (4 * (2 * model.layers - memories) + 2) + 12)
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
@@ -163,6 +201,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     # Tables draw a seed when they are built; the caller's generator is none of our business.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = Transformer(config)
+    split = sum(model.get_parameter(name).numel() for name in split_matrices(model, 1))
     tables = [table for _, table in find_tables(model)]
     table = sum(table.weight.numel() for table in tables)
     dense = sum(parameter.numel() for parameter in model.parameters()) - table
@@ -170,7 +209,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
     if model.positions is not None:
         looked_up += model.positions.parameters()
     largest = max(parameter.numel() for parameter in model.parameters() if not any(parameter is table.weight for table in tables))
-    return Parameters(dense, largest, dense - sum(parameter.numel() for parameter in looked_up), table, len(tables))
+    active = dense - sum(parameter.numel() for parameter in looked_up)
+    return Parameters(dense=dense, largest=largest, active=active, split=split, table=table, tables=len(tables))
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
@@ -195,6 +235,8 @@ def _read_bytes(model: ModelConfig, ranks: int, layout: LayoutChoice) -> tuple[f
         bags *= reads
     elif layout.name == "rows, pooled":
         bags *= ranks
+    elif layout.layout == "tensor":
+        bags = 4 * value_dim / ranks + 8.0
     else:
         reads, bags = reads * ranks, 4 * value_dim + 8.0 * ranks
     readers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)

@@ -90,8 +90,8 @@ def _be_impatient(run: Run) -> None:
 def evaluate_run(run: Run) -> Evaluation:
     """Evaluate on the held-out text, with the rows of a training micro-batch at a time."""
     run.phase = "evaluating"
-    rows = run.recipe.train.micro_batch or -(-run.recipe.train.batch // run.ranks)
-    return evaluate(run.model, run.task, run.held_out, rows, run.dtype, run.rank, run.ranks)
+    rows = run.recipe.train.micro_batch or -(-run.recipe.train.batch // run.data_ranks)
+    return evaluate(run.model, run.task, run.held_out, rows, run.dtype, run.data_rank, run.data_ranks)
 
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:

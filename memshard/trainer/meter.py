@@ -80,7 +80,8 @@ class Meter:
                 if isinstance(table, ShardedTable):
                     # Every column of a row, and every copy of it, is updated somewhere.
                     rows /= table.observers * table.copies
-                    tokens = self.steps * recipe.train.batch * recipe.data.length / self.run.ranks
+                    readers = self.run.data_ranks if recipe.parallel.layout == "tensor" else self.run.ranks
+                    tokens = self.steps * recipe.train.batch * recipe.data.length / readers
                     values[f"{name}/sent_per_token"] = (table.traffic.reads - self.sent.get(name, 0)) / tokens
                     self.sent[name] = table.traffic.reads
                     if table.duplicates is not None:

@@ -23,7 +23,8 @@ from memshard.models.initialize import initialize
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.transformer import Transformer
-from memshard.parallel.apply import apply
+from memshard.parallel.apply import apply, losses_on
+from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import from_first
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
@@ -99,11 +100,21 @@ class Run:
         """This rank's micro-batches of the next step; to be called once a step."""
         settings, batch, workers = self.recipe.train, self.progress.batch, self.recipe.data.workers
         if not workers:
-            return rank_share(self.stream, batch, settings.batch, self.rank, self.ranks, settings.micro_batch)
+            return rank_share(self.stream, batch, settings.batch, self.data_rank, self.data_ranks, settings.micro_batch)
         if self._ahead is None:
-            share = settings.batch, self.rank, self.ranks, settings.micro_batch
+            share = settings.batch, self.data_rank, self.data_ranks, settings.micro_batch
             self._ahead = prefetched(self.stream, batch, settings.steps + self.progress.left_out, *share, workers)
         return next(self._ahead)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank trains on; ranks that share the dense matrices have the same."""
+        return self.rank // self.recipe.parallel.tensor
+
+    @property
+    def data_ranks(self) -> int:
+        """How many shares a batch has."""
+        return self.ranks // self.recipe.parallel.tensor
 
     @property
     def query_norms(self) -> list[QueryNorm]:
@@ -207,6 +218,12 @@ class Run:
             assert self.rows is not None
             self.rows.state[table.anchor]["step"] = state["table_steps"][name]
 
+    def check_copies(self) -> None:
+        """RuntimeError if weights that should be the same on several ranks are not."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        tensors |= {f"{name}.weight": table.weight for name, table in find_tables(self.model)}
+        check_copies(tensors, self.placement, self.mesh)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint keeps as tensors, by name; they share memory with the run."""
         dense = self.engine.optimizer
@@ -239,7 +256,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     held_out = open_held_out(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
-    mesh = build_mesh(device.type, recipe.parallel.memory)
+    mesh = build_mesh(device.type, recipe.parallel.memory, recipe.parallel.tensor)
     layout = layout_choice(recipe, ranks)
     with torch.device("meta"):
         model = Transformer(recipe.model)
@@ -261,14 +278,15 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         mesh=mesh,
         model=model,
         placement=placement,
-        engine=NativeEngine(model, recipe.optimizer, mesh, shard_states=recipe.train.zero > 0),
+        engine=NativeEngine(model, recipe.optimizer, mesh, placement, shard_states=recipe.train.zero > 0),
         rows=_row_adam(tables, recipe.tables) if tables else None,
         loss_scale=LossScale(recipe.train.loss_scale, dtype),
-        task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed),
+        task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed, losses_on(mesh)),
         stream=stream,
         held_out=held_out,
     )
     run.resume()
+    run.check_copies()
     if rank == 0:
         write_config(folder, recipe)
     return run

@@ -53,7 +53,9 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     norm = run.engine.gradient_norm(scale)
     finite = gradients_finite(norm, run.rows.tables if run.rows else ())
     run.phase = "agreeing on a verdict"
-    batch_loss, (broken, stopping) = agree(total, ~finite, stop is not None and stop.received)
+    # Ranks that share the dense matrices all have the loss of their tokens.
+    share = total / run.recipe.parallel.tensor
+    batch_loss, (broken, stopping) = agree(share, ~finite, stop is not None and stop.received)
     # All ranks have the same loss and history, and so the same opinion.
     spiked = not broken and len(progress.losses) == guards.window and is_spike(batch_loss, progress.losses, guards.threshold)
     run.phase = "updating"
@@ -71,6 +73,9 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     if hopeless and not rewind:
         advice = "lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
         raise RuntimeError(f"{hopeless} (norm {float(norm)}, loss {batch_loss}): {advice}")
+    every = run.recipe.parallel.checksum_every
+    if every and progress.step % every == 0:
+        run.check_copies()
     return StepOutcome(batch_loss, float(norm), rate, data_wait, stopping, spiked, rewind)
 
 

@@ -32,7 +32,7 @@ class LayoutChoice:
 
 def layout_name(layout: Layout, exchange: Exchange) -> str:
     """How people call it."""
-    return "columns" if layout == "columns" else f"rows, {exchange}"
+    return f"rows, {exchange}" if layout == "rows" else "columns of a tensor group" if layout == "tensor" else "columns"
 
 
 def sent_per_token(
@@ -40,9 +40,12 @@ def sent_per_token(
 ) -> float:
     """Bytes a rank sends for one of its tokens and one memory layer, forward and backward, with the table split over `ranks`.
 
-    reads: of a token. row_bytes: of a stored value; sums, weights and gradients travel in 4 bytes, ids in 4.
+    reads: of a token, which with layout tensor all ranks have. row_bytes: of a stored value; sums, weights and gradients travel in 4
+    bytes, ids in 4.
     """
     others, shared = ranks - 1, (ranks - 1) / ranks
+    if layout == "tensor":
+        return shared * (value_dim + 2 * reads) * _SUM_BYTES
     if layout == "columns":
         return 2 * shared * value_dim * _SUM_BYTES + others * reads * (_ID_BYTES + 2 * _SUM_BYTES)
     if exchange == "unique":
@@ -63,7 +66,7 @@ def choose_layout(
     layout: str, exchange: str, ranks: int, value_dim: int, reads: int, duplicates: float, row_bytes: int = 4
 ) -> LayoutChoice:
     """The allowed layout that sends least. layout, exchange: as in the recipe, `auto` allows all."""
-    allowed = [
+    allowed: list[tuple[Layout, Exchange]] = [("tensor", "pooled")] if layout == "tensor" else [
         (split, how)
         for split, how in LAYOUTS
         if layout in ("auto", split) and (split == "columns" or exchange in ("auto", how))
@@ -71,7 +74,8 @@ def choose_layout(
         and not (split == "columns" and layout == "auto" and exchange != "auto")
     ]
     sent = {layout_name(*each): sent_per_token(*each, ranks, value_dim, reads, duplicates, row_bytes) for each in allowed}
-    wide = [each for each in allowed if each[0] == "rows" or layout == "columns" or value_dim // ranks * row_bytes >= _SLICE_BYTES]
+    wide_enough = layout in ("columns", "tensor") or value_dim // ranks * row_bytes >= _SLICE_BYTES
+    wide = [each for each in allowed if each[0] == "rows" or wide_enough]
     best = min(wide, key=lambda each: sent[layout_name(*each)])
     if len(allowed) == 1:
         reason = "as the recipe says"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.cli.parser import Subparsers
-from memshard.launch.cli.train import spread
+from memshard.launch.cli.train import arrangement, spread
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
@@ -140,12 +140,16 @@ def _report(
     ]
     if cost.ranks > 1:
         tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
+        looked_up = tokens / (1 if cost.layout.layout == "tensor" else cost.tensor_ranks)
+        if cost.tensor_ranks > 1:
+            lines.append(f"tensor          {arrangement(cost)}; {_short(parameters.split)} of the dense parameters are split")
         if parameters.tables:
             lines.append(f"tables          {spread(cost)}")
+        tensor = f"; {_gb(cost.tensor_traffic * tokens)} for activations" if cost.tensor_ranks > 1 else ""
         replicas = f"; {_gb(cost.replica_traffic)} for row gradients between copies" if cost.replica_traffic else ""
         lines.append(
-            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, {_gb(cost.lookup_traffic * tokens)} a step; "
-            f"{_gb(cost.gradient_traffic)} a step for dense gradients{replicas}"
+            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, {_gb(cost.lookup_traffic * looked_up)} a step; "
+            f"{_gb(cost.gradient_traffic)} a step for dense gradients{tensor}{replicas}"
         )
     table = [
         ("dense weights", need.dense_weights, "fp32" if precision == "fp32" else f"fp32 and a copy in {precision}"),

@@ -80,7 +80,7 @@ def opening(prepared: "Run") -> str:
         f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, {cost.parameters.table / 1e6:,.1f} M in value tables",
         f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {cost.bytes.table / 1e6:,.0f} MB table (weights, gradients, moments), "
         f"about {cost.bytes.total / 1e6:,.0f} MB in all",
-        f"a step       {cost.tokens_per_step:,} tokens; ranks: {prepared.ranks}, each {cost.micro_batches} x {cost.micro_batch} sequences",
+        f"a step       {cost.tokens_per_step:,} tokens; {arrangement(cost)}, {cost.micro_batches} x {cost.micro_batch} sequences each",
         f"arithmetic   {_arithmetic(prepared)}",
     ]
     if cost.parameters.tables:
@@ -96,6 +96,14 @@ def _arithmetic(prepared: "Run") -> str:
     name = next(name for name, dtype in DTYPES.items() if dtype == prepared.dtype)
     scale = f", loss scale {prepared.loss_scale.value:g}" if prepared.loss_scale.dynamic else ""
     return f"{name} on {prepared.device}{scale}"
+
+
+def arrangement(cost: "Estimate") -> str:
+    """How the ranks share the work."""
+    if cost.tensor_ranks == 1:
+        return f"ranks: {cost.ranks}"
+    groups = cost.ranks // cost.tensor_ranks
+    return f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share matrices and sequences; groups: {groups}"
 
 
 def spread(cost: "Estimate") -> str:

@@ -53,7 +53,7 @@ class ProductKeyMemory(nn.Module):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and touch nothing."""
         if padding is not None:
-            real = self(x[padding])
+            real = self.forward(x[padding])  # not self(...): hooks on the layer act once
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
         y = self.read(tokens).to(x.dtype)

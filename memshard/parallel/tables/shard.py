@@ -1,5 +1,7 @@
 """Replace the tables of a model by sharded ones."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +14,7 @@ from memshard.parallel.tables.rows import RowShardedTable
 from memshard.parallel.tables.sharded import ShardedTable
 from memshard.parallel.tables.unique import UniqueRowTable
 
-Layout = Literal["rows", "columns"]
+Layout = Literal["rows", "columns", "tensor"]
 Exchange = Literal["pooled", "unique"]
 
 
@@ -28,15 +30,21 @@ def shard_tables(
 
     Values are kept: each rank cuts its part from its own copy, so all ranks must hold the same model; a table on the meta
     device stays there. average: divide row gradients by the number of ranks, to match DDP, where each rank's loss is a
-    mean over its own tokens; False where the losses of the ranks add up to the total. layout: rows or columns; exchange: of
-    rows, whether the owner pools sums or sends unique rows. replicas: the ranks that hold the same part in other groups.
+    mean over its own tokens; False where the losses of the ranks add up to the total. layout: rows or columns, or tensor, columns
+    of ranks that read the same for the same tokens; exchange: of rows, whether the owner pools sums or sends unique rows. replicas: the
+    ranks that hold the same part in other groups.
     """
     group = group or dist.group.WORLD
     assert group is not None
-    form = ColumnShardedTable if layout == "columns" else UniqueRowTable if exchange == "unique" else RowShardedTable
+    rows = UniqueRowTable if exchange == "unique" else RowShardedTable
+    forms: dict[Layout, Callable[..., ShardedTable]] = {
+        "rows": rows,
+        "columns": ColumnShardedTable,
+        "tensor": partial(ColumnShardedTable, same_reads=True),
+    }
     sharded: dict[nn.Module, ShardedTable] = {}
     for _, table in find_tables(model):
-        shard = sharded[table] = _shard(table, form, group, replicas)
+        shard = sharded[table] = _shard(table, forms[layout], group, replicas)
         shard.gradient_scale = 1 / (shard.ranks * shard.copies) if average else 1.0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -46,7 +54,7 @@ def shard_tables(
 
 
 def _shard(
-    table: ValueTable, form: type[RowShardedTable] | type[ColumnShardedTable], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    table: ValueTable, form: Callable[..., ShardedTable], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
 ) -> ShardedTable:
     with torch.device("meta"):
         shard = form(table.slots, table.dim, group, replicas)

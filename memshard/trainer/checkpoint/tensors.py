@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from memshard.models.memory.table import ValueTable, find_tables
+from memshard.models.memory.table import find_tables
+from memshard.parallel.mesh import flat
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.optim.row_adam import RowAdam
 
@@ -18,10 +19,10 @@ def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: Devic
 
     The tensors share memory with the model, so loading into them loads the model. A shared table comes once.
     """
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = {name: _global(name, p, placement, mesh) for name, p in model.named_parameters()}
     tensors |= dict(model.named_buffers())
     for name, table in find_tables(model):
-        tensors[f"{name}.weight"] = _global(f"{name}.weight", table.weight, table, placement, mesh)
+        tensors[f"{name}.weight"] = _global(f"{name}.weight", table.weight, placement, mesh)
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -33,28 +34,29 @@ def optimizer_tensors(
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        for key in (*_MOMENTS, "step"):
-            if parameter in dense.state:
-                tensors[f"{key}.{name}"] = dense.state[parameter][key]
+        state = dense.state.get(parameter)
+        if state:
+            tensors[f"step.{name}"] = state["step"]
+            tensors |= {f"{key}.{name}": _global(name, state[key], placement, mesh) for key in _MOMENTS}
     if rows is None:
         return tensors
     for table_name, table in find_tables(model):
         name = f"{table_name}.weight"
         for key, value in rows.state[table.anchor].items():
             if isinstance(value, Tensor):
-                tensors[f"{key}.{name}"] = _global(name, value, table, placement, mesh)
+                tensors[f"{key}.{name}"] = _global(name, value, placement, mesh)
     return tensors
 
 
-def _global(name: str, local: Tensor, table: ValueTable, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
-    """local: the values of this rank's part of a table, or what the optimizer keeps for them."""
-    if name not in placement:
+def _global(name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
+    """local: this rank's piece of the tensor of that name, or what the optimizer keeps for it."""
+    spec = placement.get(name)
+    # What is kept for each row of a table is whole where the ranks split columns.
+    if spec is None or spec.dim >= local.ndim:
         return local.detach()
     assert mesh is not None
-    spec = placement[name]
-    if spec.dim >= local.ndim:
-        # A number a row, while the ranks split columns: each has them all.
-        return local.detach()
-    places = [Replicate(), Shard(spec.dim)]
-    shape, stride = ((table.slots, table.dim), (table.dim, 1)) if local.ndim > 1 else ((table.slots,), (1,))
-    return DTensor.from_local(local.detach(), mesh["replica", spec.axis], places, run_check=False, shape=torch.Size(shape), stride=stride)
+    shape = [*local.shape]
+    shape[spec.dim] = spec.size
+    stride = torch.empty(shape, device="meta").stride()
+    axis = flat(mesh, spec.axes)
+    return DTensor.from_local(local.detach(), axis, [Shard(spec.dim)], run_check=False, shape=torch.Size(shape), stride=stride)

@@ -206,18 +206,31 @@ class TableOptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How value tables are spread over ranks; nothing here changes what is trained."""
+    """How a run is spread over ranks; nothing here changes what is trained."""
+
+    tensor: int = 1
+    """Neighbouring ranks that share the large matrices and the tokens of a sequence (tensor parallelism); it divides heads and widths."""
 
     memory: int | None = None
     """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose row gradients are summed."""
 
-    layout: Literal["auto", "rows", "columns"] = "auto"
-    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least (`memshard plan` tells)."""
+    layout: Literal["auto", "rows", "columns", "tensor"] = "auto"
+    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least (`memshard plan` tells). tensor: slices
+    of every value over each group of parallel.tensor ranks, which look up the same tokens and send no row numbers."""
 
     exchange: Literal["auto", "pooled", "unique"] = "auto"
     """What travels with layout rows: pooled sums of each token's reads, or each distinct row once; auto takes what sends least."""
 
+    checksum_every: int = 1000
+    """Steps between two proofs that copies of weights on different ranks are equal to the last bit; 0 proves it only at the start."""
+
     def __post_init__(self) -> None:
+        if self.tensor < 1:
+            raise ValueError(f"parallel.tensor is {self.tensor}; it must be at least 1")
+        if self.layout == "tensor" and self.tensor == 1:
+            raise ValueError("parallel.layout is tensor, which needs parallel.tensor of at least 2: raise that, or set layout to auto")
+        if self.checksum_every < 0:
+            raise ValueError(f"parallel.checksum_every is {self.checksum_every}; it must be at least 0")
         if self.memory is not None and self.memory < 1:
             raise ValueError(f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks")
 
@@ -288,7 +301,7 @@ class Recipe:
     """Row-sparse Adam over the value tables."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How value tables are spread over ranks; nothing here changes what is trained."""
+    """How a run is spread over ranks; nothing here changes what is trained."""
 
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """What to do about a loss that jumps, and how long ranks wait for each other."""

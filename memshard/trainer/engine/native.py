@@ -1,5 +1,6 @@
 """The dense half of a step on plain torch: DDP, accumulation, gradient norm, AdamW, ZeRO-1."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from memshard.parallel.grad_norm import complete_gradients, gradient_norm
+from memshard.parallel.mesh import DATA, group
+from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.recipe import OptimizerConfig
 from memshard.trainer.optim.dense import build_adamw, learning_rate, owners
 
@@ -20,20 +24,32 @@ class NativeEngine:
     (Rajbhandari et al. 2020, section 5). Whole parameters, so the update is the same to the last bit and a checkpoint needs no gathering.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None, shard_states: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        mesh: DeviceMesh | None,
+        placement: Mapping[str, ShardSpec],
+        shard_states: bool = False,
+    ) -> None:
         self.config = config
+        self.mesh, self.placement = mesh, placement
         self.model: nn.Module = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
         self.owners = [0] * len(self.parameters)
         self.own = self.parameters
-        if mesh is not None:
+        self.data = None if mesh is None else group(mesh, DATA)
+        copies = dist.get_world_size(self.data) if self.data else 1
+        if copies > 1:
             # Buffers are query statistics, which the ranks sum themselves.
-            self.model = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-            self.model.register_comm_hook(None, _sum_gradients)
+            self.model = DistributedDataParallel(model, process_group=self.data, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            self.model.register_comm_hook(self.data, _sum_gradients)
             if shard_states:
-                self.owners = owners([p.numel() for p in self.parameters], mesh.size())
-                self.own = [p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == dist.get_rank()]
-        self.shares_updates = mesh is not None and shard_states
+                self.owners = owners([p.numel() for p in self.parameters], copies)
+                own = dist.get_rank(self.data)
+                self.own = [p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == own]
+        self.shares_updates = copies > 1 and shard_states
         self.optimizer = build_adamw(self.own, config)
 
     def forward_context(self, last: bool) -> Any:
@@ -47,16 +63,17 @@ class NativeEngine:
         (loss * scale).backward()
 
     def gradient_norm(self, scale: float) -> Tensor:
-        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]) / scale
+        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks. To be called once a step, after its backwards."""
+        complete_gradients(self.named, self.placement, self.mesh)
+        return gradient_norm(self.named, self.placement, self.mesh) / scale
 
     def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
         """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and clear them; returns the
         learning rate used.
         """
         rate = learning_rate(self.config, step, steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         gradients = [p.grad for p in self.own if p.grad is not None]
         if scale != 1 and gradients:
             torch._foreach_mul_(gradients, 1 / scale)
@@ -64,7 +81,8 @@ class NativeEngine:
             nn.utils.clip_grads_with_norm_(self.own, clip, norm)
         self.optimizer.step()
         if self.shares_updates:
-            sent = [dist.broadcast(p.data, owner, async_op=True) for p, owner in zip(self.parameters, self.owners, strict=True)]
+            pairs = zip(self.parameters, self.owners, strict=True)
+            sent = [dist.broadcast(p.data, group=self.data, group_src=owner, async_op=True) for p, owner in pairs]
             for work in sent:
                 assert work is not None
                 work.wait()
@@ -77,8 +95,8 @@ class NativeEngine:
             p.grad = None
 
 
-def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(data: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's hook for adding gradients up; its default averages them."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    work = dist.all_reduce(bucket.buffer(), group=data, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from memshard.data_pipeline.stream.held_out import HeldOutStream
@@ -48,7 +49,10 @@ def evaluate(
     rank: int = 0,
     ranks: int = 1,
 ) -> Evaluation:
-    """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the same arguments."""
+    """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the same arguments.
+
+    rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same share, and each its loss.
+    """
     training = model.training
     model.eval()
     try:
@@ -61,5 +65,6 @@ def evaluate(
                     total += task.loss(model, batch).double()
     finally:
         model.train(training)
-    loss = float(all_sum(total)) / held_out.tokens
+    same = dist.get_world_size() // ranks if dist.is_initialized() else 1
+    loss = float(all_sum(total)) / same / held_out.tokens
     return Evaluation(loss, held_out.tokens, usage_reports(counters), counters)

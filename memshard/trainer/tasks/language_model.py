@@ -1,5 +1,6 @@
 """Language modelling: from a batch of token sequences to the sum of its next-token losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,12 @@ from memshard.models.random import RandomKey
 
 @dataclass(frozen=True)
 class LanguageModelTask:
-    """document_mask: keep attention inside a document. seed: of the run's dropout."""
+    """document_mask: keep attention inside a document. seed: of the run's dropout. losses: of logits and targets, token by token."""
 
     device: torch.device
     document_mask: bool
     seed: int
+    losses: Callable[[Tensor, Tensor], Tensor] = token_losses
 
     def loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
         """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn."""
@@ -31,4 +33,4 @@ class LanguageModelTask:
             random=None if step is None else RandomKey(self.seed, step, batch.samples),
         )
         logits, _ = model(batch.inputs, ctx)
-        return token_losses(logits, batch.targets).sum()
+        return self.losses(logits, batch.targets).sum()

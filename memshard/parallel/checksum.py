@@ -1,0 +1,49 @@
+"""Proof that what should be equal on several ranks is."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from memshard.parallel.spec import ShardSpec
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_copies(tensors: Mapping[str, Tensor], placement: Mapping[str, ShardSpec], mesh: DeviceMesh | None) -> None:
+    """RuntimeError, on every rank, if a tensor differs in any bit from its copies on other ranks.
+
+    tensors: this rank's, by the same names on all ranks; those that `placement` splits have copies only where the mesh axes of the
+    split agree. One all-gather of 8 bytes a tensor.
+    """
+    if mesh is None:
+        return
+    names = sorted(tensors)
+    # Tables may lie in host memory.
+    sums = torch.stack([_bit_sum(tensors[name]).to(mesh.device_type) for name in names])
+    everywhere = sums.new_empty(dist.get_world_size() * len(names))
+    dist.all_gather_single(everywhere, sums)
+    # By coordinate: [replica, memory, tensor, names].
+    found = everywhere.view(-1, len(names)).cpu()[mesh.mesh.cpu()]
+    for number, name in enumerate(names):
+        spec = placement.get(name)
+        ours = found[..., number]
+        for axis, axis_name in enumerate(mesh.mesh_dim_names or ()):
+            if spec is not None and axis_name in spec.axes:
+                continue
+            different = (ours != ours.narrow(axis, 0, 1)).nonzero()
+            if len(different):
+                place = tuple(different[0].tolist())
+                first = (*place[:axis], 0, *place[axis + 1 :])
+                raise RuntimeError(
+                    f"{name} on rank {int(mesh.mesh[place])} is not the copy of rank {int(mesh.mesh[first])}'s that it should be: ranks "
+                    "that hold the same weights have drifted apart; resume the last checkpoint, and if it happens again report the setting"
+                )
+
+
+def _bit_sum(x: Tensor) -> Tensor:
+    """Sum of the bit patterns of a tensor's elements, modulo 2^64."""
+    x = x.detach().contiguous()
+    return x.view(_BITS[x.element_size()]).sum(dtype=torch.int64)

@@ -1,0 +1,47 @@
+"""Which dense matrices tensor parallelism splits, and along which dim."""
+
+from memshard.models.feedforward import FeedForward
+from memshard.models.mixers.softmax import SoftmaxMixer
+from memshard.models.transformer import Transformer
+from memshard.parallel.spec import ShardSpec
+
+_BY_OUTPUT = ("query", "key", "value", "up", "gate")
+_BY_INPUT = ("output", "down")
+
+
+def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
+    """The placement of every split weight, by its name: attention by heads, feedforwards by width, embedding and head by vocabulary.
+
+    ValueError where heads or widths cannot be shared evenly by `ranks` ranks. A vocabulary can: the last rank has less.
+    """
+    vocabulary = model.embedding.num_embeddings
+    if vocabulary <= (ranks - 1) * -(-vocabulary // ranks):
+        raise ValueError(f"model.vocab_size is {vocabulary}, too small to share between {ranks} ranks: set parallel.tensor to 1")
+    placement = {"embedding.weight": _split(vocabulary, 0)}
+    if model.head is not None:
+        placement["head.weight"] = _split(vocabulary, 0)
+    for name, module in model.named_modules():
+        if isinstance(module, SoftmaxMixer):
+            _check("model.mixer.heads", module.heads, ranks)
+        elif isinstance(module, FeedForward):
+            _check("model.feedforward.hidden", module.up.weight.shape[0], ranks)
+        else:
+            continue
+        for child, matrix in module.named_children():
+            if child in (*_BY_OUTPUT, *_BY_INPUT):
+                dim = int(child in _BY_INPUT)
+                placement[f"{name}.{child}.weight"] = _split(matrix.weight.shape[dim], dim)
+    return placement
+
+
+def _split(size: int, dim: int) -> ShardSpec:
+    return ShardSpec(dim, ("tensor",), size)
+
+
+def _check(key: str, size: int, ranks: int) -> None:
+    if size % ranks:
+        lower, upper = size // ranks * ranks, -(-size // ranks) * ranks
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ValueError(
+            f"{key} is {size}, which parallel.tensor, {ranks}, does not divide: set {key} to {nearest}, or parallel.tensor to a divisor"
+        )

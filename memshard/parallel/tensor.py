@@ -1,0 +1,210 @@
+"""Tensor parallelism: ranks that share the matrices of a transformer, and the tokens of a sequence between them.
+
+Layers and loss are fairscale's; the sequence mappings between them are ours: where fairscale would sum whole activations on every rank, a
+rank gets the sum of its own piece of the sequence (Korthikanti et al. 2022, section 4.2.2), so no token passes a norm or a memory twice.
+This is the only file that imports fairscale.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from memshard.models.context import Context
+from memshard.models.feedforward import FeedForward
+from memshard.models.linear import TokenEmbedding
+from memshard.models.loss import IGNORE
+from memshard.models.mixers.softmax import SoftmaxMixer
+from memshard.models.transformer import Transformer
+from memshard.parallel.dense import split_matrices
+from memshard.parallel.mesh import DATA, group
+from memshard.parallel.sequence import gather, own_piece, reduce_scatter, split
+from memshard.parallel.spec import ShardSpec
+
+try:
+    from fairscale.nn.model_parallel import initialize as fairscale_groups
+    from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+except ImportError as error:
+    raise ValueError("parallel.tensor needs fairscale: pip install 'memshard[tensor-parallel]', or set parallel.tensor to 1") from error
+
+
+def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
+    """Replace the model's large matrices by this rank's pieces and share its sequences; returns the placement of the split weights.
+
+    Weights are kept (each rank cuts its piece from its own copy); on the meta device `initialize` draws them, the same for any
+    number of ranks. ValueError where sizes do not divide. The model then returns logits of this rank's part of the vocabulary.
+    """
+    ranks = mesh["tensor"].get_group()
+    placement = split_matrices(model, dist.get_world_size(ranks))
+    # fairscale makes groups of its own, and prints; the mesh has them already.
+    fairscale_groups._MODEL_PARALLEL_GROUP = ranks
+    fairscale_groups._DATA_PARALLEL_GROUP = group(mesh, DATA)
+    for name, spec in placement.items():
+        owner, _, child = name.removesuffix(".weight").rpartition(".")
+        whole: Any = model.get_submodule(name.removesuffix(".weight"))
+        form: Any = _Embedding if isinstance(whole, nn.Embedding) else _Rows if spec.dim else _Head if child == "head" else _Columns
+        setattr(model.get_submodule(owner), child, form(whole, spec))
+    for module in model.modules():
+        if isinstance(module, SoftmaxMixer):
+            module.heads //= dist.get_world_size(ranks)
+        if isinstance(module, SoftmaxMixer | FeedForward):
+            module.register_forward_pre_hook(_gather_input)
+    model.share_sequence = _share_sequence
+    return placement
+
+
+def leave() -> None:
+    """Let go of the process groups; before `destroy_process_group`, which may otherwise abort the process at its exit."""
+    fairscale_groups.destroy_model_parallel()
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """As `models.loss.token_losses`, of logits whose vocabulary is split; every rank gets all losses.
+
+    logits: [..., this rank's tokens of the vocabulary]; fp32 ones are used up. Maxima, sums and the targets' logits travel: 12 bytes a
+    token, and never logits.
+    """
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    losses = vocab_parallel_cross_entropy(logits.contiguous(), targets)
+    return torch.where(targets == IGNORE, 0.0, losses)
+
+
+class _Piece(nn.Module):
+    """A rank's piece of a weight. Mixed into fairscale's layers, whose constructors would draw the whole weight on every rank."""
+
+    weight: nn.Parameter
+    spec: ShardSpec
+
+    def cut(self, whole: nn.Linear | nn.Embedding, spec: ShardSpec) -> None:
+        """Take this rank's piece of `whole`'s weight."""
+        self.spec = spec
+        self.weight = nn.Parameter(self._piece(whole.weight.detach()).clone(memory_format=torch.contiguous_format))
+        # As a list, so that it is no part of the model.
+        self._like = [deepcopy(whole).to("meta")]
+        self._tag()
+
+    def reset_parameters(self) -> None:
+        """Draw the whole weight, as the layer does that this one is a piece of, and keep the piece."""
+        whole = deepcopy(self._like[0]).to_empty(device=self.weight.device)
+        whole.reset_parameters()
+        with torch.no_grad():
+            self.weight.copy_(self._piece(whole.weight))
+
+    def _piece(self, whole: Tensor) -> Tensor:
+        ranks = fairscale_groups.get_model_parallel_group()
+        width = -(-self.spec.size // dist.get_world_size(ranks))
+        first = dist.get_rank(ranks) * width
+        return whole.narrow(self.spec.dim, first, min(width, self.spec.size - first))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # Leaving the meta device makes a new parameter.
+        self._tag()
+        return self
+
+    def _tag(self) -> None:
+        # DeepSpeed counts untagged parameters once, as copies.
+        self.weight.model_parallel = True  # type: ignore[attr-defined]
+
+
+class _Columns(_Piece, ColumnParallelLinear):
+    """Some outputs of a linear map; x is whole, and backward leaves the sum over ranks to whoever gathered it."""
+
+    def __init__(self, whole: nn.Linear, spec: ShardSpec) -> None:
+        ranks = fairscale_groups.get_model_parallel_world_size()
+        ColumnParallelLinear.__init__(self, 1, ranks, bias=False, gather_output=False, init_method=_leave_alone)
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        self.cut(whole, spec)
+        self.output_size_per_partition = len(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., inputs]; returns [..., this rank's outputs]. One gather serves all maps of an input, where fairscale's own sums each."""
+        return F.linear(x, self.weight)
+
+
+class _Head(_Columns):
+    """The output head's part of the vocabulary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, length / ranks, dim]; returns [batch, length, ceil(vocabulary / ranks)], -inf where the last rank has no token."""
+        return _logits(x, self.weight, self.spec)
+
+
+class _Rows(_Piece, RowParallelLinear):
+    """A linear map of some inputs, whose results are summed over the ranks, each getting its piece of the sequence."""
+
+    def __init__(self, whole: nn.Linear, spec: ShardSpec) -> None:
+        ranks = fairscale_groups.get_model_parallel_world_size()
+        RowParallelLinear.__init__(self, ranks, 1, bias=False, input_is_parallel=True, init_method=_leave_alone)
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        self.cut(whole, spec)
+        self.input_size_per_partition = self.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, length, this rank's inputs]; returns [batch, length / ranks, outputs]."""
+        return reduce_scatter(F.linear(x, self.weight), fairscale_groups.get_model_parallel_group())
+
+
+class _Embedding(_Piece, VocabParallelEmbedding):
+    """Some rows of an embedding, and of the head tied to it."""
+
+    def __init__(self, whole: TokenEmbedding, spec: ShardSpec) -> None:
+        ranks = fairscale_groups.get_model_parallel_world_size()
+        VocabParallelEmbedding.__init__(self, ranks, 1, init_method=_leave_alone)
+        self.num_embeddings, self.embedding_dim = whole.num_embeddings, whole.embedding_dim
+        self.cut(whole, spec)
+        self.num_embeddings_per_partition = len(self.weight)
+        self.vocab_start_index = fairscale_groups.get_model_parallel_rank() * -(-spec.size // ranks)
+        self.vocab_end_index = self.vocab_start_index + len(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [batch, length] int64; returns [batch, length / ranks, dim]."""
+        return split(super().forward(tokens), fairscale_groups.get_model_parallel_group())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """As `_Head`."""
+        return _logits(x, self.weight, self.spec)
+
+
+def _leave_alone(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _gather_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pre-hook of layers that need the whole sequence."""
+    return _gather_to_multiply(inputs[0]), *inputs[1:]
+
+
+def _gather_to_multiply(x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        # Matrix products would cast it anyway; so half as much travels.
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return gather(x, fairscale_groups.get_model_parallel_group())
+
+
+def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+    """Pad the end of the sequence until the ranks' pieces are equal, and give the context this rank's part."""
+    ranks = fairscale_groups.get_model_parallel_group()
+    missing = -tokens.shape[1] % dist.get_world_size(ranks)
+    real = ctx.padding
+    if missing:
+        # Nobody before the padding sees it, so only layers that take tokens one by one have to be told.
+        real = F.pad(torch.ones_like(tokens, dtype=torch.bool) if real is None else real, (0, missing))
+        tokens, positions = F.pad(tokens, (0, missing)), F.pad(ctx.positions, (0, missing))
+        documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
+        ctx = replace(ctx, positions=positions, documents=documents, padding=None if ctx.padding is None else real)
+    part = Context(own_piece(ctx.positions, ranks), padding=None if real is None else own_piece(real, ranks), random=ctx.random)
+    return tokens, replace(ctx, part=part)
+
+
+def _logits(x: Tensor, weight: Tensor, spec: ShardSpec) -> Tensor:
+    logits = F.linear(_gather_to_multiply(x), weight)
+    width = -(-spec.size // fairscale_groups.get_model_parallel_world_size())
+    # fairscale's loss takes all ranks' parts of the vocabulary for equal.
+    return logits if logits.shape[-1] == width else F.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf)
