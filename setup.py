@@ -9,10 +9,14 @@ EXTRAS = {
     # Web archives; FastWARC and Resiliparse 2 are rewrites that break code for 1.
     "data": ["FastWARC>=2.0.1,<3", "Resiliparse>=2.0.1,<3", "trafilatura>=2.3.1", "lxml_html_clean>=0.4", "py3langid>=0.4", "pillow>=13"],
     "eval": ["matplotlib>=3.11"],
-    "bench": ["tokenizers>=0.23", "warcio>=1.8"],
+    # The trainers of the examples.
+    "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6"],
+    # Peers. fbgemm-gpu-cpu 1.9.0 does not load under torch 2.13.
+    "bench": ["tokenizers>=0.23", "warcio>=1.8", "product-key-memory>=0.3", "PEER-pytorch>=0.2.2", "fbgemm-gpu-cpu==1.8.0"],
     # Triton comes with torch's CUDA builds; elsewhere its interpreter and compiler test the GPU kernels.
     "dev": [
         "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12", "triton>=3.7.1; platform_system == 'Linux'",
+        "nbclient>=0.11", "ipykernel>=7.4",
     ],
 }
 
@@ -31,7 +35,6 @@ setup(
         "torch>=2.13",
         "numpy>=2.4",
         "sentencepiece>=0.2.3",
-        "safetensors>=0.8",
         "webdataset>=1.0",
         "tensorboard>=2.21",
         "pyyaml>=6.0",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from memshard.models.memory.product_key import ProductKeyMemory
     from memshard.models.memory.table import externalize_tables
     from memshard.parallel.tables.shard import shard_tables
+    from memshard.parallel.tables.whole import load_whole_state, whole_state
     from memshard.trainer.checkpoint.load_model import load
     from memshard.trainer.evaluation.usage import memory_usage
     from memshard.trainer.optim.combined import CombinedOptimizer
@@ -23,8 +24,10 @@ __all__ = [
     "RowAdam",
     "externalize_tables",
     "load",
+    "load_whole_state",
     "memory_usage",
     "shard_tables",
+    "whole_state",
 ]
 
 _HOMES = {
@@ -32,9 +35,11 @@ _HOMES = {
     "ProductKeyMemory": "models.memory.product_key",
     "RowAdam": "trainer.optim.row_adam",
     "externalize_tables": "models.memory.table",
+    "load_whole_state": "parallel.tables.whole",
     "load": "trainer.checkpoint.load_model",
     "memory_usage": "trainer.evaluation.usage",
     "shard_tables": "parallel.tables.shard",
+    "whole_state": "parallel.tables.whole",
 }
 
 

@@ -47,7 +47,8 @@ def shard_tables(
         shard = sharded[table] = _shard(table, forms[layout], group, replicas)
         shard.gradient_scale = 1 / (shard.ranks * shard.copies) if average else 1.0
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+        # Not named_children(), which leaves out the second name of a shared table.
+        for name, child in list(module._modules.items()):
             if child in sharded:
                 setattr(module, name, sharded[child])
     return list(sharded.values())

@@ -69,8 +69,8 @@ class ShardedTable(ValueTable):
         return copy
 
 
-def piece(size: int, group: dist.ProcessGroup) -> range:
-    """This rank's part of `size` things, as `torch.chunk` cuts them; the last ranks may have none."""
+def piece(size: int, group: dist.ProcessGroup, rank: int | None = None) -> range:
+    """A rank's part (by default this one's) of `size` things, as `torch.chunk` cuts them; the last ranks may have none."""
     width = -(-size // dist.get_world_size(group))
-    first = min(dist.get_rank(group) * width, size)
+    first = min((dist.get_rank(group) if rank is None else rank) * width, size)
     return range(first, min(first + width, size))
