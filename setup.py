@@ -35,6 +35,7 @@ setup(
         "torch>=2.13",
         "numpy>=2.4",
         "sentencepiece>=0.2.3",
+        "safetensors>=0.8",
         "webdataset>=1.0",
         "tensorboard>=2.21",
         "pyyaml>=6.0",

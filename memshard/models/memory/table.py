@@ -143,6 +143,11 @@ class ValueTable(nn.Module):
         return x
 
     @property
+    def rows_held(self) -> int:
+        """Rows of the part that is here."""
+        return len(self.weight)
+
+    @property
     def hidden(self) -> bool:
         """Whether the table is out of `parameters()`."""
         return "weight" not in self._parameters

@@ -27,7 +27,7 @@ class UsageCounter:
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
-        self.weights = torch.zeros(len(table.weight), dtype=torch.float64, device=table.weight.device)
+        self.weights = torch.zeros(table.rows_held, dtype=torch.float64, device=table.weight.device)
         self.counts = torch.zeros_like(self.weights)
 
     def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:

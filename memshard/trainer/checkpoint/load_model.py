@@ -5,22 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from memshard.data_pipeline.format.index import load_index
-from memshard.data_pipeline.tokenizer import Tokenizer
-from memshard.models.memory.table import externalize_tables
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from memshard.models.memory.mapped import map_tables
+from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.folders import find_checkpoints
-from memshard.trainer.checkpoint.store import DamagedCheckpoint, load_state, load_tensors
-from memshard.trainer.checkpoint.tensors import model_tensors
-from memshard.trainer.config.load import load_recipe
+from memshard.trainer.checkpoint.store import DamagedCheckpoint
+from memshard.trainer.checkpoint.stored_model import StoredModel, is_export, open_checkpoint, open_export
 from memshard.trainer.config.recipe import Recipe
-from memshard.trainer.precision import store_tables
+
+_BLOCK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tables whole and hidden; its tokenizer and recipe; where it comes from."""
+    """A model in evaluation mode, its tables hidden, whole or memory-mapped; its tokenizer and recipe; where it comes from."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -34,24 +36,55 @@ class LoadedModel:
             raise ValueError(f"{data} was built with another tokenizer than {self.path}: its tokens mean nothing to this model")
 
 
-def load(path: str | Path) -> LoadedModel:
-    """Load a checkpoint, or the newest good one of a run folder, on CPU. ValueError if there is none."""
-    folders = find_checkpoints(Path(path))
+def load(path: str | Path, memmap: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
+    """Load a run folder (its newest good checkpoint), a checkpoint or an export. ValueError if there is none.
+
+    memmap: leave the tables' values on disk; only the rows that are read travel to the device. Hashes are then compared only of
+    what is loaded whole. device: of the model.
+    """
+    stored = open_model(path, check=not memmap)
+    with torch.device("meta"):
+        model = Transformer(stored.recipe.model)
+    if memmap:
+        map_tables(model, stored.tables)
+    tables = dict(find_tables(model))
+    externalize_tables(model)
+    for table in tables.values():
+        table.to(stored.table_dtype)
+    model.to_empty(device="cpu")
+    _fill(model, stored)
+    if not memmap:
+        for name, table in tables.items():
+            for first in range(0, table.slots, _BLOCK_ROWS):
+                rows = torch.arange(first, min(first + _BLOCK_ROWS, table.slots))
+                table.weight[rows[0] : rows[-1] + 1] = stored.tables[name](rows)
+    return LoadedModel(model.eval().to(device), Tokenizer(stored.folder / TOKENIZER_FILE), stored.recipe, stored.step, stored.folder)
+
+
+def open_model(path: str | Path, check: bool = True) -> StoredModel:
+    """What a path means, unread: an export, a checkpoint, or the newest good one of a run folder. ValueError if there is none.
+
+    check: compare everything with its hash first; otherwise the small files and the index alone are.
+    """
+    path = Path(path)
+    if is_export(path):
+        return open_export(path, check)
+    folders = find_checkpoints(path)
     for folder in folders[:-1]:
         try:
-            return _load(folder)
+            return open_checkpoint(folder, check)
         except DamagedCheckpoint as problem:
             warnings.warn(f"{problem.folder} is damaged ({problem.reason}): the checkpoint before it is read", stacklevel=2)
-    return _load(folders[-1])
+    return open_checkpoint(folders[-1], check)
 
 
-def _load(folder: Path) -> LoadedModel:
-    state = load_state(folder)
-    recipe = load_recipe(str(folder / "config.yaml"), [])
-    with torch.device("meta"):
-        model = Transformer(recipe.model)
-    externalize_tables(model)
-    store_tables(model, recipe.tables.dtype)
-    model.to_empty(device="cpu")
-    load_tensors(folder, model_tensors(model, {}, None), alone=True)
-    return LoadedModel(model.eval(), Tokenizer(folder / "tokenizer.model"), recipe, state["progress"]["step"], folder)
+def _fill(model: nn.Module, stored: StoredModel) -> None:
+    """Dense parameters and buffers."""
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if missing := wanted.keys() ^ stored.dense.keys():
+        raise ValueError(f"{stored.folder} does not fit its recipe: {', '.join(sorted(missing)[:3])} are in only one of them")
+    for name, tensor in wanted.items():
+        values = stored.dense[name]()
+        if values.shape != tensor.shape:
+            raise ValueError(f"{stored.folder} does not fit its recipe: {name} is {list(values.shape)} there and {list(tensor.shape)} here")
+        tensor.data.copy_(values)

@@ -1,0 +1,186 @@
+"""Attention of each token to the tokens just before it in its group, in one or several groupings at once.
+
+Sorted by group, such a token's keys stand in its own chunk of places or the one before: attention is batched products of
+[C, d] by [2C, d] tiles, of time and memory proportional to the length (Kitaev et al. 2020, section 2).
+
+N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows, C places a chunk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memshard.models.lsh.order import Order, order_tokens
+
+_TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
+_DEVICE_TILE_BYTES = 1 << 28
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool = False) -> Tensor:
+    """softmax(q . k) v over the union, over rounds, of each token's `window` predecessors in its group.
+
+    q, k: [N, L, d]; v: [N, L, m]; groups: [N, R, L] int64. window: at most `chunk`. itself: a token sees itself too (it then
+    is one of the `window`); otherwise a token that sees nobody gets its own v. A pair that meets in several rounds counts
+    once. Softmax statistics are fp32; returns [N, L, m] in v's dtype. Strictly causal: whom a token sees depends on the groups
+    of the tokens before it alone, and on CPU no bit of its output on anything else.
+    """
+    if not 1 <= window <= chunk:
+        raise ValueError(f"a window of {window} tokens over chunks of {chunk}: the window must be between 1 and the chunk")
+    return _Banded.apply(q, k, v, groups, window, chunk, itself)
+
+
+class _Banded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool) -> Tensor:
+        settings = window, chunk, itself
+        outs, totals = [], []
+        for rows in _row_groups(q):
+            orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
+            out, total = _forward(q[rows], k[rows], v[rows], orders, *settings)
+            outs.append(out)
+            totals.append(total)
+        out, total = torch.cat(outs), torch.cat(totals)
+        ctx.save_for_backward(q, k, v, groups, out, total)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, groups, out, total = ctx.saved_tensors
+        window, chunk, _ = ctx.settings
+        parts = []
+        for rows in _row_groups(q):
+            orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
+            parts.append(_backward(q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows], *ctx.settings))
+        return *(torch.cat(tensors) for tensors in zip(*parts, strict=True)), None, None, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool) -> tuple[Tensor, Tensor]:
+    """Returns the output and the logarithm of each token's total weight, infinity where it sees nobody."""
+    rows, length, dim = v.shape
+    # The row behind the last takes what the places without a token write.
+    highest = q.new_full((rows * length + 1, 1), torch.finfo(torch.float32).min, dtype=torch.float32)
+    weight = torch.zeros_like(highest)
+    total = v.new_zeros(rows * length + 1, dim, dtype=torch.float32)
+    # bf16 products on CPU add in pairs, so a token's neighbours in the order would show in the last bit.
+    summed = v.float() if v.device.type == "cpu" else v
+    for number, order in enumerate(orders):
+        for tiles, legal in _tiles(orders, number, window, chunk, itself):
+            keys, values = tiles.keys(k), tiles.keys(summed)
+            scores = torch.bmm(tiles.queries(q), keys.mT).float().masked_fill_(~legal, -torch.inf)
+            own = order.places[tiles.places]
+            old_top, old_weight, old_total = (x.index_select(0, own).view(-1, chunk, x.shape[1]) for x in (highest, weight, total))
+            top = torch.maximum(scores.amax(-1, keepdim=True), old_top)
+            new = scores.sub_(top).exp_()
+            keep = old_top.sub_(top).exp_()
+            highest.index_copy_(0, own, top.flatten(0, 1))
+            # A product adds in the order of places, so zeros for others do not change a bit; sum() adds in a tree.
+            added = torch.bmm(new, new.new_ones(1, 2 * chunk, 1).expand(len(new), -1, -1))
+            weight.index_copy_(0, own, old_weight.mul_(keep).add_(added).flatten(0, 1))
+            total.index_copy_(0, own, old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1))
+    weight, highest, total = weight[:-1], highest[:-1], total[:-1]
+    seen = weight > 0
+    out = torch.where(seen, total.div_(weight), v.flatten(0, 1).float())
+    return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log(), torch.inf).view(rows, length)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    orders: list[Order],
+    out: Tensor,
+    total: Tensor,
+    d_out: Tensor,
+    window: int,
+    chunk: int,
+    itself: bool,
+) -> tuple[Tensor, ...]:
+    logs = total[..., None]
+    mean = (d_out.float() * out.float()).sum(-1, keepdim=True)
+    # fp32 sums over rounds; the row behind the last takes what belongs to no token.
+    d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=torch.float32) for x in (q, k, v))
+    for number, order in enumerate(orders):
+        for tiles, legal in _tiles(orders, number, window, chunk, itself):
+            queries, upstream, keys, values = tiles.queries(q), tiles.queries(d_out), tiles.keys(k), tiles.keys(v)
+            weights = torch.bmm(queries, keys.mT).float().sub_(tiles.queries(logs)).exp_().masked_fill_(~legal, 0)
+            d_scores = torch.bmm(upstream, values.mT).float().sub_(tiles.queries(mean)).mul_(weights).to(q.dtype)
+            _add_rows(d_q, order.places[tiles.places], torch.bmm(d_scores, keys))
+            seen = order.places[tiles.with_previous]
+            _add_rows(d_k, seen, _overlapped(torch.bmm(d_scores.mT, queries)))
+            _add_rows(d_v, seen, _overlapped(torch.bmm(weights.to(v.dtype).mT, upstream)))
+    d_q, d_k, d_v = (x[:-1].view(*logs.shape[:2], -1) for x in (d_q, d_k, d_v))
+    d_v += torch.where(logs.isinf(), d_out, 0)
+    return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _row_groups(q: Tensor) -> Iterator[slice]:
+    """Rows to sort at a time: short ones together, long ones alone."""
+    step = max(1, (1 << 16) // max(1, q.shape[1])) if q.device.type == "cpu" else len(q)
+    return (slice(first, first + step) for first in range(0, len(q), step))
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """A block of neighbouring chunks. places: theirs; with_previous: one chunk more, the one before."""
+
+    order: Order
+    chunk: int
+    places: slice
+    with_previous: slice
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[N, L, d] to [tiles, C, d]."""
+        return x.flatten(0, 1).index_select(0, self.order.tokens[self.places]).view(-1, self.chunk, x.shape[-1])
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[N, L, d] to [tiles, 2C, d], every chunk behind the one before it: an overlapping view."""
+        rows, dim = x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]), x.shape[-1]
+        return rows.as_strided((len(rows) // self.chunk - 1, 2 * self.chunk, dim), (self.chunk * dim, dim, 1))
+
+
+def _tiles(orders: list[Order], number: int, window: int, chunk: int, itself: bool) -> Iterator[tuple[_Tiles, Tensor]]:
+    """Blocks of tiles, and who may see whom in this round and did not in an earlier one: [tiles, C, 2C] bool."""
+    order = orders[number]
+    device = order.tokens.device
+    distance = torch.arange(chunk, device=device)[:, None] + chunk - torch.arange(2 * chunk, device=device)
+    nearest = 0 if itself else 1
+    band = (distance >= nearest) & (distance < nearest + window)
+    earlier = [other.codes[order.places] for other in orders[:number]]
+    size = chunk * max(1, (_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // (8 * chunk * chunk))
+    # The first chunk is in front of all rows and holds no token.
+    for first in range(chunk, len(order.groups), size):
+        last = min(first + size, len(order.groups))
+        tiles = _Tiles(order, chunk, slice(first, last), slice(first - chunk, last))
+        query, key = _pairs(order.groups, tiles)
+        legal = (query == key) & band
+        for codes in earlier:
+            query, key = _pairs(codes, tiles)
+            apart = query - key
+            legal &= (apart < nearest) | (apart >= nearest + window)
+        yield tiles, legal
+
+
+def _pairs(numbers: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    """What stands in the places of queries, [tiles, C, 1], and of keys, [tiles, 1, 2C]."""
+    return numbers[tiles.places].view(-1, tiles.chunk, 1), numbers[tiles.with_previous].unfold(0, 2 * tiles.chunk, tiles.chunk)[:, None]
+
+
+def _overlapped(x: Tensor) -> Tensor:
+    """Sums of what belongs to the same place: [tiles, 2C, d] to [(tiles + 1) C, d]."""
+    chunk = x.shape[1] // 2
+    total = x.new_empty(len(x) + 1, chunk, x.shape[2])
+    total[:-1] = x[:, :chunk]
+    total[-1] = 0
+    total[1:] += x[:, chunk:]
+    return total.flatten(0, 1)
+
+
+def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
+    """total[rows] += x for distinct rows; index_add_ takes them one by one on CPU."""
+    total.index_copy_(0, rows, total.index_select(0, rows).add_(x.view(len(rows), -1)))

@@ -1,0 +1,58 @@
+"""Locality-sensitive hashing by random rotations (Andoni et al. 2015): vectors at a small angle often share a bucket."""
+
+import torch
+from torch import Tensor
+
+from memshard.models.random import fold, normal_rows
+
+_MOST_DIRECTIONS = 128
+_ROTATIONS = 0x4C5348
+_HASH_BLOCK = 1 << 14
+
+
+def bucket_count(length: int, chunk: int) -> int:
+    """Buckets for a length: about two chunks of tokens each, so that a bucket's newest chunk misses little of it; 1 up to there.
+
+    Fewer and larger than the paper's (chunk = 2 length / buckets): that rule needs tokens to see other buckets by chance.
+    """
+    count = length // (2 * chunk)
+    return count - count % 2 if count > 1 else 1
+
+
+def factorise(buckets: int) -> list[int]:
+    """Even factors of at most 128 directions whose product is at least `buckets`; rotations then cost their sum."""
+    if buckets <= _MOST_DIRECTIONS:
+        return [buckets]
+    first = 1 << (buckets.bit_length() // 2)
+    second = -(-buckets // first)
+    return [first, *factorise(second + second % 2)]
+
+
+def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int) -> Tensor:
+    """Bucket of every vector in every round. x: [heads, ..., d]; returns [heads, rounds, ...] int64, below the product of the factors.
+
+    Rotations depend on (seed, head, round) alone: every rank, replay and decoded token draws the same. No gradient.
+    """
+    if buckets == 1:
+        return torch.zeros(x.shape[0], rounds, *x.shape[1:-1], dtype=torch.int64, device=x.device)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return torch.stack([_hash_head(part.flatten(0, -2), head, buckets, rounds, seed) for head, part in enumerate(x)]).unflatten(
+            -1, x.shape[1:-1]
+        )
+
+
+def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Tensor:
+    found = torch.zeros(rounds, len(x), dtype=torch.int64, device=x.device)
+    scale = 1
+    for number, factor in enumerate(factorise(buckets)):
+        half = factor // 2
+        # Row numbers keep heads apart: [rounds x half] directions each.
+        key = fold(seed, _ROTATIONS, number)
+        directions = normal_rows(key, head * rounds * half, rounds * half, x.shape[-1], x.device)
+        for first in range(0, len(x), _HASH_BLOCK):
+            part = (x[first : first + _HASH_BLOCK].float() @ directions.mT).unflatten(-1, (rounds, half))
+            highest, lowest = part.max(-1), part.min(-1)
+            index = torch.where(highest.values >= -lowest.values, highest.indices, lowest.indices + half)
+            found[:, first : first + _HASH_BLOCK] += scale * index.mT
+        scale *= factor
+    return found

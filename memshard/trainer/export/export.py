@@ -1,0 +1,171 @@
+"""From a sharded checkpoint to one safetensors file, without ever holding the model."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.models.memory.product_key import slot_rows
+from memshard.models.memory.table import find_tables
+from memshard.models.random import fold
+from memshard.models.transformer import Transformer
+from memshard.trainer.checkpoint.load_model import LoadedModel, load, open_model
+from memshard.trainer.checkpoint.stored_model import CONFIG_JSON, PREFIX, SCALE, WEIGHTS, StoredModel
+from memshard.trainer.config.load import dump, to_dict
+from memshard.trainer.export.huggingface import write_code
+from memshard.trainer.export.safetensors import Entry, write_safetensors
+from memshard.trainer.precision import DTYPES
+
+_BLOCK_BYTES = 1 << 24
+_INT8 = "int8"
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """bytes: of the file of weights. difference: largest of a logit to the checkpoint's, which half precision and int8 cause."""
+
+    path: Path
+    step: int
+    bytes: int
+    difference: float
+
+
+def export(source: str | Path, out: str | Path, dtype: str = "fp32", tables: str | None = None, huggingface: bool = False) -> Exported:
+    """Write a model as safetensors, configuration and tokenizer into a new folder.
+
+    source: run folder, checkpoint or export. dtype: fp32, fp16 or bf16; tables: the same or int8 (a scale a row), by default as
+    dtype. huggingface: add the code with which transformers loads it. Tables are in slot order, i1 * keys + i2. The export
+    is compared with its source, both read through memory maps, before it gets its name. ValueError if `out` is taken or the two
+    disagree.
+    """
+    tables = tables or dtype
+    if dtype not in DTYPES or tables not in (*DTYPES, _INT8):
+        raise ValueError(f"dtype is {dtype!r} and tables {tables!r}: choose among {', '.join(DTYPES)}, and {_INT8} for tables")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: give the name of a new folder")
+    stored = open_model(source)
+    temporary = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    digest = write_safetensors(temporary / WEIGHTS, list(_entries(stored, dtype, tables)))
+    (temporary / "config.yaml").write_text(dump(stored.recipe))
+    shutil.copy2(stored.folder / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+    config = _config(stored, dtype, tables, digest)
+    if huggingface:
+        config |= write_code(temporary, stored.recipe.model)
+    (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2))
+    difference = _compare(stored, temporary, dtype, tables)
+    if out.exists():
+        out.rmdir()
+    os.replace(temporary, out)
+    return Exported(out, stored.step, (out / WEIGHTS).stat().st_size, difference)
+
+
+def _entries(stored: StoredModel, dtype: str, tables: str) -> Iterator[Entry]:
+    for name, read in sorted(stored.dense.items()):
+        values = read()
+        narrow = DTYPES[dtype] if values.is_floating_point() else values.dtype
+        yield Entry(PREFIX + name, narrow, tuple(values.shape), _dense(read, narrow))
+    with torch.device("meta"):
+        model = Transformer(stored.recipe.model)
+    keys = stored.recipe.model.memory.keys
+    for name, table in find_tables(model):
+        blocks = _in_slot_order(stored, name, keys, table.dim)
+        if tables == _INT8:
+            scales: list[Tensor] = []
+            yield Entry(f"{PREFIX}{name}.weight", torch.int8, (table.slots, table.dim), _quantised(blocks, scales))
+            yield Entry(f"{PREFIX}{name}.{SCALE}", torch.float32, (table.slots,), scales)
+        else:
+            narrow = DTYPES[tables]
+            yield Entry(f"{PREFIX}{name}.weight", narrow, (table.slots, table.dim), (block.to(narrow) for block in blocks))
+
+
+def _dense(read: Any, dtype: torch.dtype) -> Iterator[Tensor]:
+    yield read().to(dtype)
+
+
+def _in_slot_order(stored: StoredModel, name: str, keys: int, dim: int) -> Iterator[Tensor]:
+    step = max(1, _BLOCK_BYTES // (4 * dim))
+    for first in range(0, keys * keys, step):
+        slots = torch.arange(first, min(first + step, keys * keys))
+        yield stored.tables[name](slot_rows(slots // keys, slots % keys, keys))
+
+
+def _quantised(blocks: Iterator[Tensor], scales: list[Tensor]) -> Iterator[Tensor]:
+    """The blocks in int8; their scales, a factor a row, are added to `scales`."""
+    for block in blocks:
+        values, scale = quantise(block)
+        scales.append(scale)
+        yield values
+
+
+def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 times a scale: [n, dim] and [n] fp32, the largest value of a row being 127 scales."""
+    values = values.float()
+    scale = values.abs().amax(1) / 127
+    return (values / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scale
+
+
+def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[str, Any]:
+    model = stored.recipe.model
+    return {
+        "model_type": "memshard",
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.mixer.heads,
+        "max_position_embeddings": model.max_length,
+        "model": to_dict(stored.recipe)["model"],
+        "memshard": {"step": stored.step, "tables": tables, "sha256": digest},
+    }
+
+
+def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> float:
+    """The export must give the logits of its source rounded in the same way; returns the distance to the source as it is."""
+    source, exported = load(stored.folder, memmap=True), load(folder, memmap=True)
+    length = min(64, stored.recipe.model.max_length or 64)
+    tokens = torch.randint(stored.recipe.model.vocab_size or 1, (2, length), generator=torch.Generator().manual_seed(fold(stored.step)))
+    before, after = _logits(source, tokens), _logits(exported, tokens)
+    _round(source, stored, dtype, tables)
+    rounded = _logits(source, tokens)
+    wrong = float((after - rounded).abs().max())
+    if not wrong <= _TOLERANCE * float(rounded.abs().max()):
+        raise ValueError(
+            f"{folder} disagrees with {stored.folder} by {wrong:.3g} in a logit: this is a fault of the export, please report it"
+        )
+    return float((after - before).abs().max())
+
+
+@torch.no_grad()
+def _logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = loaded.model(tokens)[0]
+    return logits.float()
+
+
+def _round(source: LoadedModel, stored: StoredModel, dtype: str, tables: str) -> None:
+    for tensor in (*source.model.parameters(), *source.model.buffers()):
+        tensor.data.copy_(tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor)
+    for name, table in find_tables(source.model):
+        assert hasattr(table, "fetch")
+        table.fetch = _rounded(stored, name, tables)
+
+
+def _rounded(stored: StoredModel, name: str, tables: str) -> Any:
+    def fetch(rows: Tensor) -> Tensor:
+        values = stored.tables[name](rows)
+        if tables != _INT8:
+            return values.to(DTYPES[tables])
+        whole, scale = quantise(values)
+        return whole.float() * scale[:, None]
+
+    return fetch

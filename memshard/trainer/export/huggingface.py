@@ -1,0 +1,76 @@
+"""The code that an export carries for transformers: our own sources, gathered into one flat folder."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from memshard.models.config import ModelConfig
+
+_ROOT = Path(__file__).parents[2]
+_HOME = "memshard.trainer.export.remote"
+_ENTRIES = ("configuration_memshard", "modeling_memshard", "tokenization_memshard")
+_EOS_ID = 1
+_REPLACED = {
+    "memshard.models.kernels.select": '''"""Exports take plain torch everywhere: their code comes without a compiler."""
+
+from typing import Any
+
+
+def kernels_for(*tensors: Any) -> None:
+    """No compiled kernels."""
+'''
+}
+
+
+def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """Write the modules that the model needs, and the tokenizer's configuration; returns what config.json adds."""
+    pending, done = [f"{_HOME}.{name}" for name in _ENTRIES], set()
+    while pending:
+        module = pending.pop()
+        if module not in done:
+            done.add(module)
+            source, needed = _flat(module)
+            (folder / f"{_flat_name(module)}.py").write_text(source)
+            pending += needed
+    classes = {"AutoConfig": "configuration_memshard.MemshardConfig", "AutoModelForCausalLM": "modeling_memshard.MemshardForCausalLM"}
+    tokenizer_map = {"AutoTokenizer": ["tokenization_memshard.MemshardTokenizer", None]}
+    tokenizer: dict[str, Any] = {"tokenizer_class": "MemshardTokenizer", "auto_map": tokenizer_map}
+    if model.position == "learned":
+        tokenizer["model_max_length"] = model.max_length
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": _EOS_ID, "pad_token_id": _EOS_ID}, indent=2))
+    # Tables that several layers read are tied like an embedding and its head.
+    return {"architectures": ["MemshardForCausalLM"], "auto_map": classes, "tie_word_embeddings": True, "eos_token_id": _EOS_ID}
+
+
+def _flat(module: str) -> tuple[str, list[str]]:
+    """The module's source with imports from beside it, and the modules it imports."""
+    source = _REPLACED.get(module) or _file(module).read_text(encoding="utf-8")
+    lines, needed = source.splitlines(keepends=True), []
+    for node in reversed(list(ast.walk(ast.parse(source)))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("memshard"):
+            continue
+        rewritten = ""
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            name = f"{alias.name} as {alias.asname}" if alias.asname else alias.name
+            if _file(inner).exists():
+                # transformers copies only the files that it sees in "from .name import".
+                rewritten += (
+                    f"from .{_flat_name(inner)} import __name__ as _\nfrom . import {_flat_name(inner)} as {alias.asname or alias.name}\n"
+                )
+                needed.append(inner)
+            else:
+                rewritten += f"from .{_flat_name(node.module or '')} import {name}\n"
+                needed.append(node.module or "")
+        lines[node.lineno - 1 : node.end_lineno] = [" " * node.col_offset + line for line in rewritten.splitlines(keepends=True)]
+    return "".join(lines), needed
+
+
+def _file(module: str) -> Path:
+    return _ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
+def _flat_name(module: str) -> str:
+    return module.removeprefix(f"{_HOME}.").removeprefix("memshard.").replace(".", "_")

@@ -1,0 +1,198 @@
+"""An exported model as transformers loads it: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memshard.models.config import ModelConfig
+from memshard.models.context import Context
+from memshard.models.memory.mapped import MappedTable, replace_tables
+from memshard.models.memory.product_key import row_slots
+from memshard.models.memory.table import ValueTable, find_tables
+from memshard.models.transformer import Transformer
+from memshard.trainer.export.remote.configuration_memshard import MemshardConfig
+
+_IGNORE = -100
+
+
+class SlotTable(ValueTable):
+    """A table in slot order, i1 * keys + i2, as exports hold it; trainable like any parameter."""
+
+    def __init__(self, slots: int, dim: int, keys: int) -> None:
+        super().__init__(slots, dim)
+        self.keys = keys
+
+    def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """As `ValueTable.weighted_sum`."""
+        return super().weighted_sum(row_slots(rows, self.keys), weights)
+
+    def dot(self, rows: Tensor, x: Tensor) -> Tensor:
+        """As `ValueTable.dot`."""
+        return super().dot(row_slots(rows, self.keys), x)
+
+
+class Int8Table(MappedTable):
+    """A table in slot order whose rows are int8 times a scale; for inference."""
+
+    def __init__(self, slots: int, dim: int, keys: int) -> None:
+        super().__init__(slots, dim, self._dequantised)
+        self.keys = keys
+        self.weight = nn.Parameter(torch.empty(slots, dim, dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(slots), requires_grad=False)
+
+    def _dequantised(self, rows: Tensor) -> Tensor:
+        slots = row_slots(rows, self.keys).to(self.weight.device)
+        return self.weight[slots].float() * self.scale[slots, None].float()
+
+
+class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
+    """The decoder-only model with its head."""
+
+    config_class = MemshardConfig
+    main_input_name = "input_ids"
+    _keep_in_fp32_modules_strict = ["scale"]
+
+    def __init__(self, config: MemshardConfig) -> None:
+        super().__init__(config)
+        settings = build(ModelConfig, config.model)
+        self.model = Transformer(settings)
+        table = Int8Table if config.memshard.get("tables") == "int8" else SlotTable
+        new: dict[str, ValueTable] = {name: table(old.slots, old.dim, settings.memory.keys) for name, old in find_tables(self.model)}
+        replace_tables(self.model, new)
+        self._tied_weights_keys = _shared_weights(self)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`forward` makes its own states."""
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the tokens."""
+        return self.model.embedding
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: "States | None" = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> Any:
+        """input_ids: [batch, length], those that `past_key_values` has not seen. attention_mask: [batch, all], 0 for padding.
+        labels: [batch, length], -100 where none. Returns logits [batch, length, vocabulary], the mean loss, and the states.
+        """
+        states = past_key_values
+        if states is None and use_cache and not self.training:
+            states = States(self.model.init_states(len(input_ids), _room(input_ids.shape[1])))
+        seen = 0 if states is None else states.get_seq_length()
+        if states is not None:
+            states.make_room(seen + input_ids.shape[1])
+        ctx = _context(input_ids, attention_mask, seen)
+        logits, advanced = self.model(input_ids, ctx, None if states is None else states.layers)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
+        if states is not None:
+            states.layers = advanced
+        if return_dict is False:
+            return (logits, states) if loss is None else (loss, logits, states)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: "States | None" = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What `forward` gets in each step of `generate`."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        use_cache = kwargs.get("use_cache")
+        return {
+            "input_ids": input_ids[:, seen:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache if use_cache is not None else True,
+        }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules draw their own weights when they are built."""
+
+
+class States:
+    """What the layers' mixers remember."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen."""
+        length: int = self.layers[layer_idx].length
+        return length
+
+    def make_room(self, length: int) -> None:
+        """Enlarge the buffers to hold `length` tokens, in doubling steps."""
+        if length <= self.layers[0].keys.shape[2]:
+            return
+        more = _room(length) - self.layers[0].keys.shape[2]
+        self.layers = [
+            replace(
+                state,
+                keys=F.pad(state.keys, (0, 0, 0, more)),
+                values=F.pad(state.values, (0, 0, 0, more)),
+                visible=F.pad(state.visible, (0, more)),
+                documents=F.pad(state.documents, (0, more)),
+            )
+            for state in self.layers
+        ]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row beam_idx[i] (beam search)."""
+        self.layers = [
+            replace(
+                state,
+                keys=state.keys[beam_idx],
+                values=state.values[beam_idx],
+                visible=state.visible[beam_idx],
+                documents=state.documents[beam_idx],
+            )
+            for state in self.layers
+        ]
+
+
+def build(kind: Any, values: dict[str, Any]) -> Any:
+    """A configuration dataclass from nested dicts; lists become tuples."""
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    found = {}
+    for name, value in values.items():
+        if name in known:
+            found[name] = build(hints[name], value) if is_dataclass(hints[name]) else tuple(value) if isinstance(value, list) else value
+    return kind(**found)
+
+
+def _context(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Context:
+    if attention_mask is None or bool(attention_mask.all()):
+        return Context.of(input_ids, seen)
+    real = attention_mask.bool()
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    return Context(positions=positions[:, seen:], padding=real[:, seen:])
+
+
+def _room(length: int) -> int:
+    """The power of two from 64 on that holds a length."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Of tables that several layers read: later name -> first name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied

@@ -1,0 +1,63 @@
+"""Sorted, tiled attention is attention over the union of each round's predecessors, one token at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from memshard.models.lsh.banded import banded_attention
+
+ROWS, DIM = 3, 6
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, itself: bool) -> Tensor:
+    out = []
+    for row, i in ((row, i) for row in range(len(q)) for i in range(q.shape[1])):
+        seen = set()
+        for numbers in groups[row].tolist():
+            seen |= set([j for j in range(i + itself) if numbers[j] == numbers[i]][-window:])
+        chosen = sorted(seen)
+        out.append((k[row, chosen] @ q[row, i]).softmax(0) @ v[row, chosen] if chosen else v[row, i])
+    return torch.stack(out).view(len(q), -1, v.shape[-1])
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize(
+    ("length", "chunk", "window", "rounds", "buckets"),
+    [(1, 4, 4, 1, 1), (7, 4, 4, 1, 2), (33, 4, 3, 2, 3), (50, 8, 8, 3, 2), (64, 8, 5, 4, 9), (100, 16, 1, 2, 40)],
+)
+def test_banded_attention(length: int, chunk: int, window: int, rounds: int, buckets: int, itself: bool) -> None:
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(ROWS, length, DIM, requires_grad=True) for _ in range(3))
+    groups = torch.randint(buckets, (ROWS, rounds, length))
+    ours = banded_attention(q, k, v, groups, window, chunk, itself)
+    naive = _naive(*(x.double() for x in (q, k, v)), groups, window, itself)
+    torch.testing.assert_close(ours.double(), naive, rtol=1e-6, atol=1e-6)
+    probe = torch.randn_like(naive)
+    gradients = [
+        torch.autograd.grad((y * probe).sum(), (q, k, v), allow_unused=True, materialize_grads=True) for y in (ours.double(), naive)
+    ]
+    torch.testing.assert_close(*(list(g) for g in gradients), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_lonely_token_gets_its_own_value_in_every_precision(dtype: torch.dtype) -> None:
+    """Published code multiplies it by the number of rounds in half precision."""
+    v = torch.randn(1, 40, DIM).to(dtype)
+    groups = torch.arange(40).expand(1, 4, 40)
+    assert torch.equal(banded_attention(v, v, v, groups, 8, 8), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_future_changes_no_bit_of_the_past(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, v, groups = torch.randn(2, 900, 32).to(dtype), torch.randn(2, 900, 32).to(dtype), torch.randint(3, (2, 4, 900))
+    before = banded_attention(q, q, v, groups, 64, 64)
+    q[:, 500:], v[:, 500:], groups[:, :, 500:] = 7.0, -3.0, torch.randint(3, (2, 4, 400))
+    after = banded_attention(q, q, v, groups, 64, 64)
+    assert torch.equal(before[:, :500], after[:, :500]) and not torch.equal(before[:, 500:], after[:, 500:])
+
+
+def test_a_window_beyond_the_chunk_is_refused() -> None:
+    x = torch.randn(1, 8, 4)
+    with pytest.raises(ValueError, match="between 1 and the chunk"):
+        banded_attention(x, x, x, torch.zeros(1, 1, 8, dtype=torch.long), 5, 4)

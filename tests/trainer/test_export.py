@@ -1,0 +1,174 @@
+"""An export is the checkpoint's model in one file, and says so only after it has compared them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from memshard.launch.cli.main import main
+from memshard.models.memory.mapped import MappedTable
+from memshard.models.memory.product_key import slot_rows
+from memshard.models.memory.table import find_tables
+from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.export import export as export_module
+from memshard.trainer.export.export import export, quantise
+from tests.distributed import run_distributed
+from tests.trainer.tiny_run import TABLE, train_run
+
+LAYOUTS = [(), ("parallel.layout=columns",)]
+KINDS = {
+    "shared": (),
+    "own tables, gated, half": ("model.memory.share=false", "model.memory.gate=true", "model.memory.value_dim=12", "tables.dtype=fp16"),
+    "peer": ("model.memory.kind=peer", "model.tie_head=false", "model.position=rotary"),
+    "none": ("model.memory.layers=[]", "model.norm=rms"),
+}
+
+
+def _train_on_ranks(rank: int, world: int, recipe: Path, folder: Path, *settings: str) -> None:
+    train_run(recipe, folder, "train.steps=2", *settings)
+
+
+def _logits(path: Path, memmap: bool = False) -> torch.Tensor:
+    loaded = load(path, memmap)
+    assert {type(table) is MappedTable for _, table in find_tables(loaded.model)} <= {memmap}
+    tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits: torch.Tensor = loaded.model(tokens)[0]
+    return logits
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_of_shards_gives_the_same_logits(layout: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
+    run_distributed(_train_on_ranks, 2, recipe, tmp_path / "run", *layout)
+    expected = _logits(tmp_path / "run")
+    torch.testing.assert_close(_logits(tmp_path / "run", memmap=True), expected)
+    exported = export(tmp_path / "run", tmp_path / "out")
+    assert exported.difference == 0 and exported.step == 2
+    for memmap in (False, True):
+        torch.testing.assert_close(_logits(tmp_path / "out", memmap), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_in_every_dtype(kind: str, recipe: Path, tmp_path: Path) -> None:
+    """An export is exported again without a change. bf16 flips which slots such an untrained model reads, hence the wide bound."""
+    train_run(recipe, tmp_path / "run", "train.steps=1", *KINDS[kind])
+    expected = _logits(tmp_path / "run")
+    for dtype, tables, tolerance in (("fp32", None, 1e-5), ("fp16", None, 1e-2), ("bf16", "int8", 1)):
+        out, again = tmp_path / dtype, tmp_path / f"{dtype} again"
+        exported = export(tmp_path / "run", out, dtype, tables)
+        error = (_logits(out) - expected).abs().max()
+        assert error < tolerance * expected.abs().max() and exported.difference < tolerance * expected.abs().max()
+        torch.testing.assert_close(_logits(out), _logits(out, memmap=True))
+        assert export(out, again, dtype, tables).difference < 1e-3
+        assert tables or (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_tables_are_in_slot_order(recipe: Path, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    export(tmp_path / "run", tmp_path / "out")
+    table = dict(find_tables(load(tmp_path / "run").model))[TABLE]
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert [name for name in file.keys() if "values" in name] == [f"model.{TABLE}.weight"]  # noqa: SIM118
+        values = file.get_tensor(f"model.{TABLE}.weight")
+    for i1, i2 in ((0, 0), (0, 7), (5, 2)):
+        row = slot_rows(torch.tensor(i1), torch.tensor(i2), 8)
+        assert torch.equal(values[8 * i1 + i2], table.weight[row])
+
+
+def test_int8_rows_are_off_by_half_a_step_at_most() -> None:
+    values = torch.randn(50, 30) * torch.logspace(-30, 3, 50)[:, None]
+    values[7] = 0
+    whole, scale = quantise(values)
+    assert ((whole * scale[:, None] - values).abs() <= 0.501 * values.abs().amax(1, keepdim=True) / 127).all()
+
+
+def test_a_wrong_export_gets_no_name(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sub-keys swapped: the table of slots transposed."""
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    monkeypatch.setattr(export_module, "slot_rows", lambda i1, i2, keys: slot_rows(i2, i1, keys))
+    with pytest.raises(ValueError, match="disagrees with .* in a logit"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", [100, -40])
+def test_a_damaged_export_is_refused(place: int, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    export(tmp_path / "run", tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "x"]) == 2
+    assert f"{tmp_path / 'out'} is damaged (ValueError: model.safetensors does not match its hash)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("length", [1 << 62, 10, 99])
+def test_a_header_of_an_absurd_size_is_refused(length: int, recipe: Path, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    export(tmp_path / "run", tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match="out is damaged .Safetensor"):
+        load(tmp_path / "out", memmap=True)
+
+
+def test_what_the_command_says(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    capfd.readouterr()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--tables", "int8", "--json"]) == 0
+    result: dict[str, Any] = json.loads(capfd.readouterr().out)
+    assert result["step"] == 1 and result["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    assert "out is there already: give the name of a new folder" in capfd.readouterr().err
+
+
+_LOAD = """
+import os, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(name.startswith("memshard") for name in sys.modules)
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+texts = ["def read(self)", " a \\u2581 b  c\\n", "x"]
+for text in texts:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text, tokenizer.decode(tokenizer(text)["input_ids"])
+batch = tokenizer(texts, return_tensors="pt", padding=True)
+tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(3))
+with torch.no_grad():
+    logits = model(tokens).logits
+model.eval()
+greedy = [model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)[0] for text in texts]
+uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False, use_cache=False)[0]
+padded = model.generate(**batch, max_new_tokens=8, do_sample=False)
+beams = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False)
+beams_uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+assert torch.equal(beams, beams_uncached)
+assert torch.equal(greedy[0], uncached)
+for alone, row in zip(greedy, padded):
+    new = alone[-8:] if len(alone) >= 8 else alone
+    assert alone.tolist()[-3:] == row.tolist()[-3:] or tokenizer.eos_token_id in row.tolist(), (alone, row)
+model.save_pretrained(out + "-again")
+torch.save({"logits": logits, "greedy": greedy[0], "prompt": batch["input_ids"][0]}, out)
+assert not any(name.startswith("memshard.") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("kind", "tables"), [("shared", None), ("own tables, gated, half", "int8"), ("peer", None)])
+def test_transformers_loads_it_without_memshard(kind: str, tables: str | None, recipe: Path, tmp_path: Path) -> None:
+    """Offline, from the export's own code."""
+    pytest.importorskip("transformers")
+    train_run(recipe, tmp_path / "run", "train.steps=2", *KINDS[kind])
+    export(tmp_path / "run", tmp_path / "out", tables=tables, huggingface=True)
+    expected = _logits(tmp_path / "out")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _LOAD, str(tmp_path / "out"), str(tmp_path / "result")]
+    done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "result")
+    torch.testing.assert_close(result["logits"], expected, rtol=1e-4, atol=1e-4)
