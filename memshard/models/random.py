@@ -81,11 +81,16 @@ def normal_rows(seed: int, first: int, count: int, dim: int, device: torch.devic
 
     A row depends on (seed, row number) alone. Values are quantiles of a 16-bit grid: exact on every device, at most 4.3.
     """
-    keys = fold_tensor(fold(seed), torch.arange(first, first + count, device=device))
-    pairs = torch.arange((dim + 1) // 2, device=device, dtype=torch.int32)
+    return normal_at(seed, torch.arange(first, first + count, device=device), dim)
+
+
+def normal_at(seed: int, rows: Tensor, dim: int) -> Tensor:
+    """The given rows of the matrix of `normal_rows`. rows: [n] int64; returns [n, dim] fp32."""
+    keys = fold_tensor(fold(seed), rows)
+    pairs = torch.arange((dim + 1) // 2, device=rows.device, dtype=torch.int32)
     bits = random_bits(keys[:, None], pairs)
-    halves = torch.stack((bits & 0xFFFF, bits >> 16 & 0xFFFF), dim=-1).view(count, -1)[:, :dim]
-    return _normal_quantiles().to(device)[halves.long()]
+    halves = torch.stack((bits & 0xFFFF, bits >> 16 & 0xFFFF), dim=-1).flatten(1)[:, :dim]
+    return _normal_quantiles().to(rows.device)[halves.long()]
 
 
 @cache

@@ -20,12 +20,14 @@ from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.stream.share import rank_share
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.initialize import initialize
+from memshard.models.memory.key_use import KeyUse
+from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.checksum import check_copies
-from memshard.parallel.collectives import from_first
+from memshard.parallel.collectives import all_sum, from_first
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.background import BackgroundSave
@@ -121,6 +123,11 @@ class Run:
         """The memories' query norms."""
         return [memory.query_norm for _, memory in self.model.memories()]
 
+    @property
+    def watched(self) -> list[tuple[ProductKeyMemory, KeyUse]]:
+        """The memories whose key use is watched, all or none, and who watches them."""
+        return [(memory, memory.key_use) for _, memory in self.model.memories() if memory.key_use is not None]
+
     def save(self, wait: bool = True) -> Path:
         """Write a checkpoint of the finished step, if there is none yet; returns its folder. All ranks take part.
 
@@ -172,7 +179,7 @@ class Run:
         tokenizer, data = checkpoint / TOKENIZER_FILE, self.recipe.data.path
         if tokenizer.exists() and Tokenizer(tokenizer).sha256 != load_index(data).tokenizer_sha256:
             raise ValueError(f"{data} was built with another tokenizer than {checkpoint}: its tokens mean nothing to that model")
-        init_from(checkpoint, self.model, self.tensors(), self.rows)
+        init_from(checkpoint, self.model, self._learned(), self.rows)
 
     def rewind(self) -> None:
         """Back to the newest checkpoint, on with the data after the last batch. All ranks call it.
@@ -226,6 +233,15 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint keeps as tensors, by name; they share memory with the run."""
+        tensors = self._learned()
+        for layer, memory in self.model.memories():
+            if memory.key_use is not None:
+                tensors[f"key_share.blocks.{layer}.memory"] = memory.key_use.share
+                tensors[f"key_last_read.blocks.{layer}.memory"] = memory.key_use.last_read
+        return tensors
+
+    def _learned(self) -> dict[str, torch.Tensor]:
+        """Weights, and what the optimizers keep for them."""
         dense = self.engine.optimizer
         return model_tensors(self.model, self.placement, self.mesh) | optimizer_tensors(
             self.model, dense, self.rows, self.placement, self.mesh
@@ -266,6 +282,8 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     initialize(model, recipe.train.seed)
     for _, memory in model.memories():
         memory.query_norm.deferred = True
+        if recipe.tables.revive or recipe.train.key_balance:
+            memory.key_use = KeyUse(memory.heads, recipe.model.memory.keys, device, all_sum)
     tables = [table for _, table in find_tables(model)]
     dtype = compute_dtype(recipe.train.precision, device)
     run = Run(

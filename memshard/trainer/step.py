@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memshard.trainer.guards import agree, gradients_finite, is_spike
+from memshard.trainer.optim.revive import revive
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
 from memshard.trainer.stop_signal import StopSignal
@@ -42,6 +43,10 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
 
     run.phase = "forward and backward"
     tokens = run.stream.predicted(progress.batch)
+    for memory, use in run.watched:
+        # A mean over the batch's tokens and over heads and halves, scaled like the loss beside it.
+        # Where several ranks search for the same tokens, the factor of their table's gradient says how many.
+        use.balance = run.recipe.train.key_balance * scale / (tokens * 2 * memory.heads * memory.values.gradient_scale)
     total = torch.zeros((), device=run.device)
     for number, batch in enumerate(batches, 1):
         with run.engine.forward_context(last=number == len(batches)):
@@ -87,6 +92,11 @@ def _update(run: Run, norm: Tensor, scale: float) -> float:
         run.rows.step()
     for query_norm in run.query_norms:
         query_norm.commit()
+    if run.rows is not None:
+        for memory, use in run.watched:
+            use.commit(run.rows.state[memory.values.anchor]["step"])
+        if run.recipe.tables.revive:
+            revive((memory for memory, _ in run.watched), run.rows, run.recipe.tables.dead_after, run.recipe.train.seed)
     run.progress.in_a_row = 0
     return rate
 
@@ -97,6 +107,8 @@ def _skip(run: Run) -> None:
         run.rows.zero_grad()
     for query_norm in run.query_norms:
         query_norm.discard()
+    for _, use in run.watched:
+        use.discard()
     run.progress.skipped += 1
     run.progress.in_a_row += 1
 

@@ -12,7 +12,7 @@ from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
 DENSE = "model.memory.layers=[]"
-LAYOUTS = {"rows": "parallel.layout=rows", "columns": "parallel.layout=columns", "copies": "parallel.memory=1"}
+LAYOUTS = {"rows": ("parallel.layout=rows", "train.zero=1"), "columns": ("parallel.layout=columns",), "copies": ("parallel.memory=1",)}
 GROWN = ("model.memory.keys=13", "tables.semantics=row-step")
 TOLERANCE = 0.005
 """What a few more keys may do to a loss of 3.6; sub-keys of full length do 0.006."""
@@ -40,7 +40,7 @@ def _begin(rank: int, world: int, recipe: Path, source: Path, folder: Path, *ove
 
 def _grow(rank: int, world: int, recipe: Path, source: Path, folder: Path) -> dict[str, float]:
     """The losses of a table with more keys in all layouts."""
-    return {name: _begin(rank, world, recipe, source, folder / name, *GROWN, setting) for name, setting in LAYOUTS.items()}
+    return {name: _begin(rank, world, recipe, source, folder / name, *GROWN, *settings) for name, settings in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.search import product_topk
 from memshard.models.memory.table import ValueTable
@@ -47,6 +48,8 @@ class ProductKeyMemory(nn.Module):
         self.query_norm = QueryNorm(query_norm, heads, key_dim)
         self.sub_keys = SubKeys(heads, keys, key_dim // 2)
         self.values = values if values is not None else ValueTable(keys**2, value_dim)
+        self.key_use: KeyUse | None = None
+        """Watches the search in training, if set."""
         self.gate = nn.Linear(dim, value_dim, bias=False) if gate else None
         self.output = nn.Linear(value_dim, dim, bias=False) if gate else None
 
@@ -72,7 +75,12 @@ class ProductKeyMemory(nn.Module):
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim multiplications a token.
         with torch.autocast(tokens.device.type, enabled=False):
             first, second = self.sub_keys.scores(self.query_norm(z))
+            watch = self.key_use if self.training else None
+            if watch is not None:
+                first, second = watch.balanced(first, second)
             scores, i1, i2 = product_topk(first, second, self.topk)
+            if watch is not None:
+                watch.observe(i1, i2)
             weights = scores.softmax(-1)
         return slot_rows(i1, i2, first.shape[-1]).flatten(1), weights.flatten(1)
 

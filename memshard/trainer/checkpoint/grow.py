@@ -42,7 +42,8 @@ def grow_sub_keys(checkpoint: Path, source: str, saved: Size, tensor: Tensor, sh
     share of their length.
     """
     old, new = _empty_like_saved(tensor, saved), _local(tensor)
-    load_tensors(checkpoint, {source: old})
+    # Alone, because with ZeRO a moment is on one rank only.
+    load_tensors(checkpoint, {source: old}, alone=True)
     before = _local(old)
     if shorten:
         drawn = new[:, :, saved[2] :]

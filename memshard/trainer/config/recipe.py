@@ -88,6 +88,9 @@ class TrainConfig:
     clip: float = 1.0
     """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own, tables.clip."""
 
+    key_balance: float = 0.0
+    """Weight of a loss that is 1 where all sub-keys are read equally often and more where they are not; 0 is none. Try 0.01 to 0.1."""
+
     log_every: int = 10
     """Steps between two lines of metrics."""
 
@@ -116,7 +119,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"train.micro_batch is {self.micro_batch}; it must be at least 1, or null for the rank's whole share")
-        for name in ("clip", "eval_every", "keep_every", "max_skipped"):
+        for name in ("clip", "key_balance", "eval_every", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.seed < 1 << 63:
@@ -184,7 +187,10 @@ class TableOptimizerConfig:
     """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at random (4 bytes a value less)."""
 
     dead_after: int = 1000
-    """Steps without a read after which a row counts as dead."""
+    """Steps without a read after which a row, or a sub-key, counts as dead."""
+
+    revive: bool = False
+    """Every dead_after steps, move dead sub-keys next to hot ones and copy the hot ones' values to their dead rows."""
 
     def __post_init__(self) -> None:
         _check_adam("tables", self.lr, self.betas, self.eps)

@@ -1,0 +1,70 @@
+"""Which sub-keys the queries of a memory select, and a gradient that makes them select more evenly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOMENTUM = 0.1
+
+
+class KeyUse:
+    """Watches a memory's search while it trains; attach it as `memory.key_use`.
+
+    share: of the reads of its head and half that a sub-key gets, on average over about the last 10 steps, [heads, 2, keys] fp32;
+    last_read: the last step that read it, 0 if none. Both are those of all ranks: reduce sums a tensor over them.
+    balance: weight of the gradient of L = keys * sum_i share_i softmax(scores)_i, summed over tokens, heads and both halves: the
+    load-balance loss of mixtures of experts (Fedus et al. 2021, equation 4). The shares are those of earlier steps, so L is a sum over
+    tokens, whatever ranks and micro-batches they are in. It keeps all scores for backward, 8 heads keys bytes a token; 0 is none.
+    """
+
+    def __init__(self, heads: int, keys: int, device: torch.device | str = "cpu", reduce: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        self.share = torch.full((heads, 2, keys), 1 / keys, device=device)
+        self.last_read = torch.zeros_like(self.share)
+        self.balance = 0.0
+        self.reduce = reduce
+        self._reads = torch.zeros_like(self.share, dtype=torch.int64)
+
+    def balanced(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of both halves, [tokens, heads, keys] each, whose backward adds the gradient of L."""
+        if not self.balance:
+            return first, second
+        return (_Balanced.apply(first, self.share[:, 0], self.balance), _Balanced.apply(second, self.share[:, 1], self.balance))
+
+    def observe(self, i1: Tensor, i2: Tensor) -> None:
+        """Count the sub-keys of the slots that are read. i1, i2: [tokens, heads, topk]."""
+        for half, found in enumerate((i1, i2)):
+            by_head = found.transpose(0, 1).flatten(1)
+            self._reads[:, half].scatter_add_(1, by_head, torch.ones_like(by_head))
+
+    def commit(self, step: int) -> None:
+        """Let the reads since the last commit count, as those of a step; all ranks call it."""
+        reads = self.reduce(self._reads)
+        totals = reads.sum(-1, keepdim=True)
+        if bool(totals.any()):
+            self.share.lerp_(reads / totals.clamp(min=1), _MOMENTUM)
+        self.last_read.masked_fill_(reads > 0, step)
+        self._reads.zero_()
+
+    def discard(self) -> None:
+        """Forget the reads since the last commit: the step was skipped."""
+        self._reads.zero_()
+
+
+class _Balanced(torch.autograd.Function):
+    """The identity on scores; no loss to carry along, so recomputed and reversible layers need nothing special."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, share: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        # A copy of the shares: the step's commit changes them in place.
+        ctx.save_for_backward(scores, share * scores.shape[-1])
+        return scores.view_as(scores)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        scores, load = ctx.saved_tensors
+        chosen = scores.softmax(-1)
+        return gradient + ctx.weight * chosen * (load - (chosen * load).sum(-1, keepdim=True)), None, None
