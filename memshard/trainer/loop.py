@@ -10,6 +10,7 @@ from memshard.parallel.collectives import set_timeout
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.meter import Meter
 from memshard.trainer.metrics import Metrics
+from memshard.trainer.profile import StepProfiler
 from memshard.trainer.run import Run
 from memshard.trainer.step import StepOutcome, train_step
 from memshard.trainer.stop_signal import StopSignal
@@ -29,10 +30,12 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
         run.save()  # something to go back to
     evaluation: Evaluation | None = None
     try:
-        with nullcontext(stop) if stop else StopSignal() as stop:
+        with nullcontext(stop) if stop else StopSignal() as stop, StepProfiler(run) as profiler:
             stopping = False
             while run.progress.step < last and not stopping:
+                profiler.begin(run.progress.step + 1)
                 outcome = train_step(run, stop)
+                profiler.end(run.progress.step)
                 _be_impatient(run)  # the first step connects and compiles
                 meter.add(outcome)
                 stopping = outcome.stopping

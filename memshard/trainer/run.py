@@ -35,6 +35,7 @@ from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, fi
 from memshard.trainer.checkpoint.init_from import init_from
 from memshard.trainer.checkpoint.store import DamagedCheckpoint, load_state_together, load_tensors
 from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
+from memshard.trainer.compile import compile_layers
 from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.estimate import check_fits, layout_choice
@@ -284,6 +285,8 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         memory.query_norm.deferred = True
         if recipe.tables.revive or recipe.train.key_balance:
             memory.key_use = KeyUse(memory.heads, recipe.model.memory.keys, device, all_sum)
+    if recipe.train.compile:
+        compile_layers(model)
     tables = [table for _, table in find_tables(model)]
     dtype = compute_dtype(recipe.train.precision, device)
     run = Run(

@@ -113,7 +113,15 @@ class TrainConfig:
     """Consecutive steps that may be skipped because of a gradient that is not finite, before the run stops; in fp16, where such
     steps lower the loss scale, loss_scale.minimum decides instead."""
 
+    compile: bool = False
+    """Compile mixers and feedforwards with torch.compile: the first step takes minutes, later ones less time."""
+
+    profile: tuple[int, int] | None = None
+    """First and last step, counted from 1, of which each rank writes a trace into the run's folder."""
+
     def __post_init__(self) -> None:
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"train.profile is {list(self.profile)}; expected the first and last step, counted from 1, such as [11, 13]")
         for name in ("steps", "batch", "log_every", "save_every", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
