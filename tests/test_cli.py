@@ -47,7 +47,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> None:
         parser.set_defaults(run=run)
 
     monkeypatch.setattr(cli, "COMMANDS", [SimpleNamespace(add_parser=add_parser)])
-    for name in ("RANK", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -86,6 +86,7 @@ def test_json_is_all_that_reaches_standard_output(
 @pytest.mark.usefixtures("work")
 def test_other_ranks_repeat_nothing_but_their_own_crashes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(["work", "usage", "--json"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and "error" not in err

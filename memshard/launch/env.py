@@ -1,7 +1,10 @@
-"""Which rank this process is, and joining the others."""
+"""Joining the other ranks."""
 
 import atexit
+import fcntl
 import os
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,30 +13,92 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from memshard.launch.ranks import Ranks, read_ranks
+
+_SIOCGIFADDR = 0x8915
+
 
 @contextmanager
-def joined_ranks(timeout: float) -> Iterator[torch.device]:
-    """Join the process group that torchrun (or another launcher that sets its variables) has prepared, if any.
+def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
+    """Join the process group that a launcher has prepared, if any (see `read_ranks`).
 
-    timeout: seconds that collectives wait for a rank. Yields this rank's device: a GPU where there is one, else the CPU.
+    timeout: seconds that collectives wait for a rank. Yields this rank's device (a GPU where there is one, else the CPU) and what the
+    launcher said. ValueError if it did not say enough.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield device
+    ranks = read_ranks(os.environ)
+    device = _device(ranks)
+    if ranks.ranks == 1:
+        yield device, ranks
         return
+    _publish(ranks)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, for `memshard doctor`
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     try:
-        yield device
+        yield device, ranks
     except Exception:
         atexit.register(_leave_at_once)
         raise
     if tensor := sys.modules.get("memshard.parallel.tensor"):
         tensor.leave()
     dist.destroy_process_group()
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible > 1 and ranks.local_rank >= visible:
+        raise ValueError(f"process {ranks.local_rank} of this host finds {visible} GPUs: start {visible} ranks a host")
+    # With one GPU bound to each task, it is number 0 for all of them.
+    device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _publish(ranks: Ranks) -> None:
+    """Set the variables that torch, DeepSpeed and fairscale read."""
+    if ranks.address is None or ranks.port is None:
+        raise ValueError(
+            f"{ranks.launcher} started {ranks.ranks} ranks and does not say where rank 0 listens: set MASTER_ADDR to its host and "
+            "MASTER_PORT to a free port on all ranks (mpirun: -x MASTER_ADDR=HOST -x MASTER_PORT=29500)"
+        )
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.ranks), LOCAL_RANK=str(ranks.local_rank))
+    os.environ.update(MASTER_ADDR=ranks.address, MASTER_PORT=str(ranks.port))
+    interface = reachable_interface(ranks.address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def reachable_interface(address: str) -> str | None:
+    """The network interface to reach other hosts by, where gloo would not find it: it takes the address of the host's own name, which
+    Debian's /etc/hosts sets to 127.0.1.1. None if there is nothing to mend, or no telling.
+    """
+    try:
+        if not _loopback(socket.gethostbyname(socket.gethostname())) or socket.gethostbyname(address).startswith("127.0.0."):
+            return None
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing
+            own = probe.getsockname()[0]
+            found = {name: _address_of(name, probe) for _, name in socket.if_nameindex()}
+    except OSError:
+        return None
+    outside = [name for name, ip in found.items() if ip is not None and not _loopback(ip)]
+    towards = [name for name in outside if found[name] == own]
+    if towards:
+        return towards[0]
+    return outside[0] if len(outside) == 1 else None
+
+
+def _address_of(interface: str, probe: socket.socket) -> str | None:
+    try:
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+    except OSError:  # it has no IPv4 address
+        return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _loopback(ip: str) -> bool:
+    return ip.startswith("127.")
 
 
 def _leave_at_once() -> None:

@@ -21,10 +21,12 @@ def _with_and_without(rank: int, world: int, recipe: Path, folder: Path, *more: 
     train_run(recipe, folder / "compiled", *SETTINGS, *more, "train.compile=true")
 
 
-@pytest.mark.parametrize(("world", "more"), [(1, ()), pytest.param(2, MORE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "more"), [(1, ()), *(pytest.param(2, more, marks=pytest.mark.slow) for more in (MORE, ("parallel.tensor=2",)))]
+)
 def test_compiled_is_the_same(world: int, more: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
     run_distributed(_with_and_without, world, recipe, tmp_path, *more, timeout=300)
-    tolerance = 1e-2 if more else 1e-5
+    tolerance = 1e-2 if more == MORE else 1e-5
     plain, compiled = numbers(tmp_path / "plain", "train/loss"), numbers(tmp_path / "compiled", "train/loss")
     assert list(compiled.values()) == pytest.approx(list(plain.values()), rel=tolerance) and len(compiled) == 10
     weights = {name for name in checkpoint_state(tmp_path / "plain") if name.startswith("model.")}

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from memshard.launch.ranks import read_ranks
+
 
 class UsageError(Exception):
     """A mistake in the command line, the recipe or the files they name; the message is one line with the fix. Exit code 2."""
@@ -36,4 +38,4 @@ def describe(error: BaseException) -> str:
 
 def rank() -> int:
     """This process's number in the run that torchrun, srun or nothing has set up."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    return read_ranks(os.environ).rank

@@ -20,6 +20,9 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one JSON object")
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
 
+        # DeepSpeed and old launchers pass it on; the environment says the same.
+        self.add_argument("--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 

@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.trainer.loop import train
     from memshard.trainer.run import set_up
 
-    with joined_ranks(recipe.guards.first_timeout) as device:
+    with joined_ranks(recipe.guards.first_timeout) as (device, ranks):
         with usage_errors():
             prepared = set_up(recipe, folder, device)
         if prepared.ranks > 1:
             stop.last_words = True
         with _log_file(prepared), Heartbeat(prepared), stop:
             if prepared.rank == 0:
-                print(opening(prepared), flush=True)
+                print(opening(prepared, ranks.launcher), flush=True)
             try:
                 result = train(prepared, args.stop_at, stop)
             except Exception as error:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def opening(prepared: "Run") -> str:
+def opening(prepared: "Run", launcher: str) -> str:
     """What is about to run: sizes, bytes, layout and kernels with the reason, and where its results go."""
     from memshard.trainer.estimate import estimate
 
@@ -81,6 +81,7 @@ def opening(prepared: "Run") -> str:
         f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {cost.bytes.table / 1e6:,.0f} MB table (weights, gradients, moments), "
         f"about {cost.bytes.total / 1e6:,.0f} MB in all",
         f"a step       {cost.tokens_per_step:,} tokens; {arrangement(cost)}, {cost.micro_batches} x {cost.micro_batch} sequences each",
+        f"launcher     {launcher}",
         f"arithmetic   {_arithmetic(prepared)}",
     ]
     if cost.parameters.tables:
