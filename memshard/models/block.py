@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from memshard.models.context import Context
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer
+from memshard.models.mixers.build import Mixer, MixerState
 from memshard.models.random import dropout
 from memshard.models.residual import Residual
 
@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(
         self,
         layer: int,
-        mixer: SoftmaxMixer,
+        mixer: Mixer,
         feedforward: nn.Module | None,
         memory: ProductKeyMemory | None,
         residuals: tuple[Residual, Residual],
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.mixer_residual, self.feedforward_residual = residuals
         self.dropout_rate = dropout_rate
 
-    def forward(self, x: Tensor, ctx: Context, state: KeyValueState | None = None) -> tuple[Tensor, KeyValueState | None]:
+    def forward(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
         """x: [batch, length, dim]; returns the same shape and the mixer's advanced state."""
 
         def mix(h: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Activation = Literal["relu", "gelu", "swiglu", "squared_relu"]
+MixerKind = Literal["softmax", "local", "lsh", "linear", "delta"]
 QueryNormKind = Literal["batch", "layer", "rms", "lagged", "none"]
 _MOST_KEYS = 1_000_000
 
@@ -16,15 +17,56 @@ _MOST_KEYS = 1_000_000
 class MixerConfig:
     """How tokens exchange information."""
 
-    kind: Literal["softmax"] = "softmax"
-    """Which mixer: softmax is scaled dot-product attention."""
+    kind: MixerKind = "softmax"
+    """Which mixer: softmax (scaled dot-product attention), local (the same over a window), lsh (among tokens of a bucket, Reformer),
+    linear (linear attention, the sum rule of fast weights) or delta (fast weights with the delta rule)."""
+
+    pattern: tuple[MixerKind, ...] = ()
+    """Kinds of successive layers, repeated to the model's depth; by default all are of `kind`."""
 
     heads: int = 8
     """Attention heads; divides model.dim."""
 
+    window: int = 128
+    """Of local: tokens that each one sees, itself included."""
+
+    rounds: int = 2
+    """Of lsh: rounds of hashing; more find more, for their price."""
+
+    chunk: int = 64
+    """Of lsh: tokens of its bucket that each one sees in a round."""
+
+    buckets: int = 0
+    """Of lsh: buckets of a round; 0 for about length / (2 chunk)."""
+
+    heads_at_once: int = 0
+    """Of lsh: heads whose queries and values are in memory at once in training, at the price of computing them again; 0 for all."""
+
+    features: Literal["elu", "dpfp", "favor"] = "elu"
+    """Of linear and delta: feature map of queries and keys; ELU + 1, DPFP or FAVOR+."""
+
+    feature_width: int = 1
+    """Of linear and delta: nu of dpfp (features are 2 nu times a head's width), or random directions of favor (features are twice as
+    many)."""
+
+    feature_norm: Literal["sum", "l2", "none"] | None = None
+    """Of linear and delta: make a key's features add up to 1 (sum) or have norm 1 (l2); by default sum for delta, none for linear."""
+
+    attention_norm: bool | None = None
+    """Of linear and delta: read relative to the sum of all keys written; by default true for linear, false for delta."""
+
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise ValueError(f"model.mixer.heads is {self.heads}; it must be at least 1")
+        for name in ("heads", "window", "rounds", "chunk", "feature_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.mixer.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.buckets < 0 or self.buckets > 1 and self.buckets % 2:
+            raise ValueError(f"model.mixer.buckets is {self.buckets}; rotations give pairs of buckets: use 0, 1 or an even number")
+        if self.heads_at_once < 0:
+            raise ValueError(f"model.mixer.heads_at_once is {self.heads_at_once}; it must be at least 0")
+
+    def kind_of(self, layer: int) -> MixerKind:
+        """The kind of a layer, counted from 0."""
+        return self.pattern[layer % len(self.pattern)] if self.pattern else self.kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from memshard.models.linear import Projection, TokenEmbedding
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
-from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer
+from memshard.models.mixers.build import MixerState, build_mixer
 from memshard.models.norm import build_norm
 from memshard.models.position import sinusoids
 from memshard.models.random import dropout
@@ -41,8 +41,8 @@ class Transformer(nn.Module):
         """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
 
     def forward(
-        self, tokens: Tensor, ctx: Context | None = None, states: Sequence[KeyValueState] | None = None
-    ) -> tuple[Tensor, list[KeyValueState] | None]:
+        self, tokens: Tensor, ctx: Context | None = None, states: Sequence[MixerState] | None = None
+    ) -> tuple[Tensor, list[MixerState] | None]:
         """Logits of the next token at every position.
 
         tokens: [batch, length] int64. ctx: plain unpadded text from position 0 if left out. states: one per block from
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         logits = self.embedding.logits(x) if self.head is None else self.head(x)
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
-    def init_states(self, batch: int, capacity: int) -> list[KeyValueState]:
+    def init_states(self, batch: int, capacity: int) -> list[MixerState]:
         """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
         return [block.mixer.init_state(batch, capacity) for block in self.blocks]
 
@@ -109,7 +109,7 @@ def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMe
 
 def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:
     output_scale = (2 * config.layers) ** -0.5
-    mixer = SoftmaxMixer(config.dim, config.mixer.heads, config.position == "rotary", output_scale)
+    mixer = build_mixer(config, layer, output_scale)
     memory = _build_memory(config, shared) if layer in config.memory.layers else None
     feedforward = None
     if memory is None or config.memory.mode == "add":

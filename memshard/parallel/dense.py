@@ -1,11 +1,11 @@
 """Which dense matrices tensor parallelism splits, and along which dim."""
 
 from memshard.models.feedforward import FeedForward
-from memshard.models.mixers.softmax import SoftmaxMixer
+from memshard.models.mixers.build import Mixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.spec import ShardSpec
 
-_BY_OUTPUT = ("query", "key", "value", "up", "gate")
+_BY_OUTPUT = ("query", "key", "value", "strength", "up", "gate")
 _BY_INPUT = ("output", "down")
 
 
@@ -21,7 +21,7 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
     if model.head is not None:
         placement["head.weight"] = _split(vocabulary, 0)
     for name, module in model.named_modules():
-        if isinstance(module, SoftmaxMixer):
+        if isinstance(module, Mixer):
             _check("model.mixer.heads", module.heads, ranks)
         elif isinstance(module, FeedForward):
             _check("model.feedforward.hidden", module.up.weight.shape[0], ranks)

@@ -19,7 +19,8 @@ from memshard.models.context import Context
 from memshard.models.feedforward import FeedForward
 from memshard.models.linear import TokenEmbedding
 from memshard.models.loss import IGNORE
-from memshard.models.mixers.softmax import SoftmaxMixer
+from memshard.models.mixers.build import Mixer
+from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import DATA, group
@@ -51,9 +52,11 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
         form: Any = _Embedding if isinstance(whole, nn.Embedding) else _Rows if spec.dim else _Head if child == "head" else _Columns
         setattr(model.get_submodule(owner), child, form(whole, spec))
     for module in model.modules():
-        if isinstance(module, SoftmaxMixer):
+        if isinstance(module, Mixer):
             module.heads //= dist.get_world_size(ranks)
-        if isinstance(module, SoftmaxMixer | FeedForward):
+        if isinstance(module, LSHMixer):
+            module.first_head = dist.get_rank(ranks) * module.heads
+        if isinstance(module, Mixer | FeedForward):
             module.register_forward_pre_hook(_gather_input)
     model.share_sequence = _share_sequence
     return placement

@@ -9,7 +9,7 @@ import torch
 from memshard.models.context import Context
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
-from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
+from tests.models.tiny import MIXERS, tiny_config, tiny_model, tiny_tokens
 
 LENGTH, CHANGED = 10, 6
 _QUERY_NORMS = ["batch", "layer", "rms", "lagged", "none"]
@@ -43,9 +43,14 @@ def test_training_is_causal(query_norm: str, deferred: bool) -> None:
     assert _past_is_bit_equal(model, deferred)
 
 
-@pytest.mark.parametrize("query_norm", ["layer", "lagged"])
-def test_documents_leak_neither_values_nor_gradients(query_norm: str) -> None:
-    model = tiny_model(tiny_config({"query_norm": query_norm}, tie_head=False)).train()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_mixers_are_causal(mixer: str) -> None:
+    assert _past_is_bit_equal(tiny_model(tiny_config({"query_norm": "layer"}, mixer=MIXERS[mixer], dropout=0.2)).train())
+
+
+@pytest.mark.parametrize(("query_norm", "mixer"), [("lagged", "softmax"), *(("layer", mixer) for mixer in MIXERS)])
+def test_documents_leak_neither_values_nor_gradients(query_norm: str, mixer: str) -> None:
+    model = tiny_model(tiny_config({"query_norm": query_norm}, mixer=MIXERS[mixer], tie_head=False)).train()
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2]])
     ctx = Context(torch.arange(LENGTH)[None], documents=documents)
     middle = documents[0] == 1

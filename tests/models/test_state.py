@@ -6,7 +6,7 @@ from torch import Tensor
 
 from memshard.models.context import Context
 from memshard.models.transformer import Transformer
-from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
+from tests.models.tiny import MIXERS, tiny_config, tiny_model, tiny_tokens
 
 LENGTH = 12
 _CHUNKS = ((0, 5), (5, 6), (6, 7), (7, 11), (11, 12))
@@ -30,14 +30,18 @@ def _part(ctx: Context, start: int, end: int) -> Context:
     return Context(ctx.positions[:, start:end], documents=cut(ctx.documents), padding=cut(ctx.padding))
 
 
-def _model(position: str = "learned") -> Transformer:
-    return tiny_model(tiny_config(position=position)).eval()
+def _model(position: str = "learned", mixer: str = "softmax") -> Transformer:
+    return tiny_model(tiny_config(position=position, mixer=MIXERS[mixer])).eval()
 
 
 @pytest.mark.parametrize("which", ["plain", "documents", "left padding"])
-@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "none"])
-def test_chunked_prefill_and_decode_equal_the_full_forward(position: str, which: str) -> None:
-    model, tokens, ctx = _model(position), tiny_tokens(3, LENGTH), _context(3, which)
+@pytest.mark.parametrize(
+    ("position", "mixer"),
+    [(position, "softmax") for position in ("learned", "sinusoidal", "rotary", "none")]
+    + [("learned", mixer) for mixer in MIXERS if mixer != "softmax"],
+)
+def test_chunked_prefill_and_decode_equal_the_full_forward(position: str, mixer: str, which: str) -> None:
+    model, tokens, ctx = _model(position, mixer), tiny_tokens(3, LENGTH), _context(3, which)
     with torch.no_grad():
         full, none = model(tokens, ctx)
         states = model.init_states(3, LENGTH)
@@ -52,25 +56,28 @@ def test_chunked_prefill_and_decode_equal_the_full_forward(position: str, which:
     torch.testing.assert_close(torch.cat(parts, dim=1)[real], full[real], rtol=1e-10, atol=1e-10)
 
 
-def test_left_padding_changes_nothing_for_the_real_tokens() -> None:
-    model, tokens, ctx = _model(), tiny_tokens(3, LENGTH), _context(3, "left padding")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_left_padding_changes_nothing_for_the_real_tokens(mixer: str) -> None:
+    model, tokens, ctx = _model(mixer=mixer), tiny_tokens(3, LENGTH), _context(3, "left padding")
     with torch.no_grad():
         padded, _ = model(tokens, ctx)
         alone, _ = model(tokens[:1, 4:])
     torch.testing.assert_close(padded[0, 4:], alone[0], rtol=1e-10, atol=1e-10)
 
 
-def test_documents_are_independent_texts() -> None:
-    model, tokens, ctx = _model("none"), tiny_tokens(1, LENGTH), _context(1, "documents")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_documents_are_independent_texts(mixer: str) -> None:
+    model, tokens, ctx = _model("none", mixer), tiny_tokens(1, LENGTH), _context(1, "documents")
     with torch.no_grad():
         packed, _ = model(tokens, ctx)
         alone, _ = model(tokens[:, 2:7])
     torch.testing.assert_close(packed[:, 2:7], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
-def test_reorder() -> None:
-    model, tokens = _model(), tiny_tokens(2, LENGTH)
+def test_reorder(mixer: str) -> None:
+    model, tokens = _model(mixer=mixer), tiny_tokens(2, LENGTH)
     rows = torch.tensor([1, 1, 0])
     full, _ = model(tokens[rows])
     _, states = model(tokens[:, :7], None, model.init_states(2, LENGTH))
@@ -79,20 +86,22 @@ def test_reorder() -> None:
     torch.testing.assert_close(rest, full[:, 7:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
-def test_rollback() -> None:
-    model, tokens = _model(), tiny_tokens(2, LENGTH)
+def test_rollback(mixer: str) -> None:
+    model, tokens = _model(mixer=mixer), tiny_tokens(2, LENGTH)
     full, _ = model(tokens)
     _, states = model(tokens[:, :5], None, model.init_states(2, LENGTH))
-    _, states = model(tiny_tokens(2, 4, seed=9), None, states)
-    states = [block.mixer.rollback(state, 4) for block, state in zip(model.blocks, states, strict=True)]
+    _, states = model(tiny_tokens(2, 2, seed=9), None, states)
+    states = [block.mixer.rollback(state, 2) for block, state in zip(model.blocks, states, strict=True)]
     rest, _ = model(tokens[:, 5:], None, states)
     torch.testing.assert_close(rest, full[:, 5:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
-def test_reset_forgets_the_given_rows_only() -> None:
-    model, tokens = _model("rotary"), tiny_tokens(2, LENGTH)
+def test_reset_forgets_the_given_rows_only(mixer: str) -> None:
+    model, tokens = _model("rotary", mixer), tiny_tokens(2, LENGTH)
     full, _ = model(tokens)
     fresh, _ = model(tokens[1:, 5:])
     _, states = model(tokens[:, :5], None, model.init_states(2, LENGTH))

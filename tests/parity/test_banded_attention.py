@@ -27,16 +27,16 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, itself:
 )
 def test_banded_attention(length: int, chunk: int, window: int, rounds: int, buckets: int, itself: bool) -> None:
     torch.manual_seed(length)
-    q, k, v = (torch.randn(ROWS, length, DIM, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(ROWS, length, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3))
     groups = torch.randint(buckets, (ROWS, rounds, length))
     ours = banded_attention(q, k, v, groups, window, chunk, itself)
-    naive = _naive(*(x.double() for x in (q, k, v)), groups, window, itself)
-    torch.testing.assert_close(ours.double(), naive, rtol=1e-6, atol=1e-6)
+    naive = _naive(q, k, v, groups, window, itself)
+    torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-12)
+    single = banded_attention(q.float(), k.float(), v.float(), groups, window, chunk, itself)
+    torch.testing.assert_close(single.double(), naive, rtol=1e-6, atol=1e-6)
     probe = torch.randn_like(naive)
-    gradients = [
-        torch.autograd.grad((y * probe).sum(), (q, k, v), allow_unused=True, materialize_grads=True) for y in (ours.double(), naive)
-    ]
-    torch.testing.assert_close(*(list(g) for g in gradients), rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad((y * probe).sum(), (q, k, v), allow_unused=True, materialize_grads=True) for y in (ours, naive)]
+    torch.testing.assert_close(*(list(g) for g in gradients), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -64,15 +64,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, 
     """Returns the output and the logarithm of each token's total weight, infinity where it sees nobody."""
     rows, length, dim = v.shape
     # The row behind the last takes what the places without a token write.
-    highest = q.new_full((rows * length + 1, 1), torch.finfo(torch.float32).min, dtype=torch.float32)
+    exact = _exact(v)
+    highest = q.new_full((rows * length + 1, 1), torch.finfo(exact).min, dtype=exact)
     weight = torch.zeros_like(highest)
-    total = v.new_zeros(rows * length + 1, dim, dtype=torch.float32)
+    total = v.new_zeros(rows * length + 1, dim, dtype=exact)
     # bf16 products on CPU add in pairs, so a token's neighbours in the order would show in the last bit.
-    summed = v.float() if v.device.type == "cpu" else v
+    summed = v.to(exact) if v.device.type == "cpu" else v
     for number, order in enumerate(orders):
         for tiles, legal in _tiles(orders, number, window, chunk, itself):
             keys, values = tiles.keys(k), tiles.keys(summed)
-            scores = torch.bmm(tiles.queries(q), keys.mT).float().masked_fill_(~legal, -torch.inf)
+            scores = torch.bmm(tiles.queries(q), keys.mT).to(exact).masked_fill_(~legal, -torch.inf)
             own = order.places[tiles.places]
             old_top, old_weight, old_total = (x.index_select(0, own).view(-1, chunk, x.shape[1]) for x in (highest, weight, total))
             top = torch.maximum(scores.amax(-1, keepdim=True), old_top)
@@ -85,7 +86,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, 
             total.index_copy_(0, own, old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1))
     weight, highest, total = weight[:-1], highest[:-1], total[:-1]
     seen = weight > 0
-    out = torch.where(seen, total.div_(weight), v.flatten(0, 1).float())
+    out = torch.where(seen, total.div_(weight), v.flatten(0, 1).to(exact))
     return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log(), torch.inf).view(rows, length)
 
 
@@ -102,14 +103,15 @@ def _backward(
     itself: bool,
 ) -> tuple[Tensor, ...]:
     logs = total[..., None]
-    mean = (d_out.float() * out.float()).sum(-1, keepdim=True)
-    # fp32 sums over rounds; the row behind the last takes what belongs to no token.
-    d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=torch.float32) for x in (q, k, v))
+    exact = _exact(v)
+    mean = (d_out.to(exact) * out.to(exact)).sum(-1, keepdim=True)
+    # Sums over rounds; the row behind the last takes what belongs to no token.
+    d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
     for number, order in enumerate(orders):
         for tiles, legal in _tiles(orders, number, window, chunk, itself):
             queries, upstream, keys, values = tiles.queries(q), tiles.queries(d_out), tiles.keys(k), tiles.keys(v)
-            weights = torch.bmm(queries, keys.mT).float().sub_(tiles.queries(logs)).exp_().masked_fill_(~legal, 0)
-            d_scores = torch.bmm(upstream, values.mT).float().sub_(tiles.queries(mean)).mul_(weights).to(q.dtype)
+            weights = torch.bmm(queries, keys.mT).to(exact).sub_(tiles.queries(logs)).exp_().masked_fill_(~legal, 0)
+            d_scores = torch.bmm(upstream, values.mT).to(exact).sub_(tiles.queries(mean)).mul_(weights).to(q.dtype)
             _add_rows(d_q, order.places[tiles.places], torch.bmm(d_scores, keys))
             seen = order.places[tiles.with_previous]
             _add_rows(d_k, seen, _overlapped(torch.bmm(d_scores.mT, queries)))
@@ -117,6 +119,11 @@ def _backward(
     d_q, d_k, d_v = (x[:-1].view(*logs.shape[:2], -1) for x in (d_q, d_k, d_v))
     d_v += torch.where(logs.isinf(), d_out, 0)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """The dtype of softmax statistics: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _row_groups(q: Tensor) -> Iterator[slice]:

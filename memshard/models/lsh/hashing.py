@@ -1,5 +1,7 @@
 """Locality-sensitive hashing by random rotations (Andoni et al. 2015): vectors at a small angle often share a bucket."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,21 @@ _HASH_BLOCK = 1 << 14
 
 
 def bucket_count(length: int, chunk: int) -> int:
-    """Buckets for a length: about two chunks of tokens each, so that a bucket's newest chunk misses little of it; 1 up to there.
+    """Buckets for a length: about two chunks of tokens each, so that a bucket's newest chunk misses little of it.
 
-    Fewer and larger than the paper's (chunk = 2 length / buckets): that rule needs tokens to see other buckets by chance.
+    Fewer and larger than the paper's (chunk = 2 length / buckets): that rule needs tokens to see other buckets by chance. A
+    function of the next power of 2, so that a text of about the same length meets the same buckets.
     """
-    count = length // (2 * chunk)
-    return count - count % 2 if count > 1 else 1
+    return max(1, (1 << (length - 1).bit_length()) // (2 * chunk)) // 2 * 2 or 1
+
+
+def total_buckets(buckets: int) -> int:
+    """One more than the highest bucket number: the product of the factors."""
+    return math.prod(factorise(buckets))
 
 
 def factorise(buckets: int) -> list[int]:
-    """Even factors of at most 128 directions whose product is at least `buckets`; rotations then cost their sum."""
+    """Even factors of at most 128 buckets whose product is at least `buckets`; rotations then cost their sum."""
     if buckets <= _MOST_DIRECTIONS:
         return [buckets]
     first = 1 << (buckets.bit_length() // 2)
@@ -28,17 +35,18 @@ def factorise(buckets: int) -> list[int]:
     return [first, *factorise(second + second % 2)]
 
 
-def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int) -> Tensor:
-    """Bucket of every vector in every round. x: [heads, ..., d]; returns [heads, rounds, ...] int64, below the product of the factors.
+def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int, first_head: int = 0) -> Tensor:
+    """Bucket of every vector in every round. x: [heads, ..., d], the heads counted from `first_head`; returns [heads, rounds, ...]
+    int64, below `total_buckets`.
 
     Rotations depend on (seed, head, round) alone: every rank, replay and decoded token draws the same. No gradient.
     """
     if buckets == 1:
         return torch.zeros(x.shape[0], rounds, *x.shape[1:-1], dtype=torch.int64, device=x.device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return torch.stack([_hash_head(part.flatten(0, -2), head, buckets, rounds, seed) for head, part in enumerate(x)]).unflatten(
-            -1, x.shape[1:-1]
-        )
+        return torch.stack(
+            [_hash_head(part.flatten(0, -2), head, buckets, rounds, seed) for head, part in enumerate(x, first_head)]
+        ).unflatten(-1, x.shape[1:-1])
 
 
 def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Tensor:

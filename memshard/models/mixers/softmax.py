@@ -53,17 +53,10 @@ class SoftmaxMixer(nn.Module):
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
         if state is None:
-            masked = ctx.documents is not None or ctx.padding is not None
-            if masked and x.shape[1] > DENSE_LENGTH:
-                y = attend_per_document(q, k, v, ctx)
-            else:
-                mask = ctx.attention_mask
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = self._attend(q, k, v, ctx)
         else:
             state = _append(state, k, v, ctx)
-            seen = slice(0, state.length)
-            mask = _cached_mask(state, ctx, x.shape[1])
-            y = F.scaled_dot_product_attention(q, state.keys[:, :, seen], state.values[:, :, seen], attn_mask=mask)
+            y = self._attend_cached(q, state, ctx)
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> KeyValueState:
@@ -88,6 +81,17 @@ class SoftmaxMixer(nn.Module):
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
         return replace(state, visible=state.visible & ~rows[:, None])
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        masked = ctx.documents is not None or ctx.padding is not None
+        if masked and q.shape[2] > DENSE_LENGTH:
+            return attend_per_document(q, k, v, ctx)
+        mask = ctx.attention_mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+    def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
+        seen, mask = cached_mask(state, ctx, q.shape[2])
+        return F.scaled_dot_product_attention(q, state.keys[:, :, seen], state.values[:, :, seen], attn_mask=mask)
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -104,12 +108,18 @@ def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValu
     return replace(state, length=end)
 
 
-def _cached_mask(state: KeyValueState, ctx: Context, queries: int) -> Tensor:
-    """[batch, 1, queries, length] bool: what the newest `queries` tokens may see of the state."""
+def cached_mask(state: KeyValueState, ctx: Context, queries: int, window: int | None = None) -> tuple[slice, Tensor]:
+    """Which part of the state the newest `queries` tokens may see at all, and each of them: [batch, 1, queries, part] bool.
+
+    window: how many tokens each may see, itself included; None for all.
+    """
     length = state.length
-    slots = torch.arange(length, device=state.keys.device)
-    own = slots[length - queries :, None]
-    mask = (slots <= own) & state.visible[:, None, :length]
+    seen = slice(0 if window is None else max(0, length - queries + 1 - window), length)
+    slots = torch.arange(seen.start, length, device=state.keys.device)
+    own = torch.arange(length - queries, length, device=slots.device)[:, None]
+    mask = (slots <= own) & state.visible[:, None, seen]
+    if window is not None:
+        mask = mask & (slots > own - window)
     if ctx.documents is not None:
-        mask = mask & (state.documents[:, None, :length] == ctx.documents[:, :, None])
-    return (mask | (slots == own))[:, None]
+        mask = mask & (state.documents[:, None, seen] == ctx.documents[:, :, None])
+    return seen, (mask | (slots == own))[:, None]

@@ -1,0 +1,39 @@
+"""The mixer of a layer."""
+
+from typing import Protocol
+
+from memshard.models.config import ModelConfig
+from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.models.mixers.fast_weights import FastWeightMixer, Rule
+from memshard.models.mixers.local import LocalMixer
+from memshard.models.mixers.lsh import LSHMixer
+from memshard.models.mixers.softmax import SoftmaxMixer
+
+Mixer = SoftmaxMixer | LocalMixer | LSHMixer | FastWeightMixer
+
+
+class MixerState(Protocol):
+    """What a mixer remembers between calls; its own business but for the number of tokens seen."""
+
+    @property
+    def length(self) -> int: ...
+
+
+def build_mixer(config: ModelConfig, layer: int, output_scale: float) -> Mixer:
+    """The mixer that the configuration gives a layer."""
+    settings = config.mixer
+    kind = settings.kind_of(layer)
+    rotary = config.position == "rotary"
+    if kind == "softmax":
+        return SoftmaxMixer(config.dim, settings.heads, rotary, output_scale)
+    if kind == "local":
+        return LocalMixer(config.dim, settings.heads, settings.window, rotary, output_scale)
+    if kind == "lsh":
+        shape = settings.rounds, settings.chunk, settings.buckets
+        return LSHMixer(config.dim, settings.heads, *shape, layer, settings.heads_at_once, output_scale)
+    rule: Rule = "delta" if kind == "delta" else "sum"
+    # As published: linear attention divides by its sum, the delta rule needs keys that add up to 1.
+    normalise = settings.feature_norm or ("sum" if rule == "delta" else "none")
+    attention_norm = rule == "sum" if settings.attention_norm is None else settings.attention_norm
+    features = FeatureMap(settings.features, config.dim // settings.heads, settings.feature_width, normalise)
+    return FastWeightMixer(config.dim, settings.heads, rule, features, attention_norm, rotary, output_scale)

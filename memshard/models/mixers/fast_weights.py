@@ -1,0 +1,147 @@
+"""Linear attention as a fast weight memory (Schlag et al. 2021): a matrix a head that keys write to and queries read.
+
+Its size does not depend on the length: text of any length streams through, and generation needs constant memory.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from memshard.models.context import Context
+from memshard.models.fast_weights.attention_norm import normalised_delta_rule, normalised_sum_rule
+from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.models.fast_weights.sum_rule import sum_rule
+from memshard.models.linear import Projection
+from memshard.models.position import rotate
+
+Rule = Literal["sum", "delta"]
+
+
+@dataclass(frozen=True)
+class _Writes:
+    """What a call wrote, for taking it back: the state before it, tensors [batch, heads, tokens, ...], documents [batch, tokens]."""
+
+    before: "FastWeightState"
+    keys: Tensor
+    values: Tensor
+    strengths: Tensor
+    documents: Tensor | None
+
+
+@dataclass(frozen=True)
+class FastWeightState:
+    """What linear attention remembers.
+
+    memory: [batch, heads, features, head dim] fp32, one column more with attention normalisation; documents: [batch] int64, of the
+    last token; length: tokens seen.
+    """
+
+    memory: Tensor
+    documents: Tensor
+    length: int = 0
+    latest: _Writes | None = None
+
+    def detach(self) -> "FastWeightState":
+        """The state without the graph of what wrote it, for text carried from one step to the next."""
+        return FastWeightState(self.memory.detach(), self.documents, self.length)
+
+
+class FastWeightMixer(nn.Module):
+    """Causal linear attention by the sum rule or the delta rule.
+
+    features: of keys and queries. attention_norm: read relative to the sum of all keys written. rotary: turn queries and keys by
+    their positions before the feature map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        rule: Rule,
+        features: FeatureMap,
+        attention_norm: bool = False,
+        rotary: bool = False,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rule, self.features, self.attention_norm, self.rotary = rule, features, attention_norm, rotary
+        self.query = Projection(dim, dim)
+        self.key = Projection(dim, dim)
+        self.value = Projection(dim, dim)
+        self.strength = Projection(dim, heads) if rule == "delta" else None
+        self.output = Projection(dim, dim, scale=output_scale)
+
+    def forward(self, x: Tensor, ctx: Context, state: FastWeightState | None = None) -> tuple[Tensor, FastWeightState | None]:
+        """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one."""
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.query, self.key, self.value))
+        if self.rotary:
+            q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
+        q, k = self.features(q), self.features(k)
+        beta = torch.ones_like(k[..., 0]) if self.strength is None else self.strength(x).mT.sigmoid().to(k.dtype)
+        if ctx.padding is not None:
+            # Padding writes nothing.
+            k, beta = k * ctx.padding[:, None, :, None], beta * ctx.padding[:, None]
+        y, memory = self._read(q, k, v, beta, state, ctx.documents)
+        if state is not None:
+            latest = _Writes(replace(state, latest=None), k, v, beta, ctx.documents)
+            documents = state.documents if ctx.documents is None else ctx.documents[:, -1]
+            state = FastWeightState(memory, documents, state.length + x.shape[1], latest)
+        return self.output(y.transpose(1, 2).flatten(2)), state
+
+    def init_state(self, batch: int, capacity: int) -> FastWeightState:
+        """An empty state for `batch` rows; it holds texts of any length, so `capacity` does not matter."""
+        weight = self.value.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        width = weight.shape[0] // self.heads + self.attention_norm
+        memory = weight.new_zeros(batch, self.heads, self.features.features, width, dtype=dtype)
+        return FastWeightState(memory, torch.full((batch,), -1, device=weight.device))
+
+    @staticmethod
+    def reorder(state: FastWeightState, rows: Tensor) -> FastWeightState:
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
+        return FastWeightState(state.memory[rows], state.documents[rows], state.length)
+
+    def rollback(self, state: FastWeightState, tokens: int) -> FastWeightState:
+        """The state before its last `tokens` tokens. ValueError beyond the tokens of the latest call: what they overwrote is gone."""
+        latest = state.latest
+        if latest is None or tokens > latest.keys.shape[2]:
+            raise ValueError(
+                f"fast weights forget what they overwrote: {tokens} tokens are not in their latest call; keep the earlier state"
+            )
+        kept = latest.keys.shape[2] - tokens
+        if not kept:
+            return latest.before
+        k, v, beta = (x[:, :, :kept] for x in (latest.keys, latest.values, latest.strengths))
+        documents = None if latest.documents is None else latest.documents[:, :kept]
+        _, memory = self._read(k, k, v, beta, latest.before, documents)
+        last = state.documents if documents is None else documents[:, -1]
+        return FastWeightState(memory, last, state.length - tokens)
+
+    @staticmethod
+    def reset(state: FastWeightState, rows: Tensor) -> FastWeightState:
+        """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
+        return FastWeightState(state.memory * ~rows[:, None, None, None], state.documents, state.length)
+
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: FastWeightState | None, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        memory = None if state is None else state.memory
+        resets = None if documents is None else _resets(documents, state)
+        if self.rule == "delta":
+            rule = normalised_delta_rule if self.attention_norm else delta_rule
+            return rule(q, k, v, beta, memory, resets=resets)
+        sums = normalised_sum_rule if self.attention_norm else sum_rule
+        return sums(q, k, v, memory, resets=resets)
+
+
+def _resets(documents: Tensor, state: FastWeightState | None) -> Tensor:
+    """Where another document begins than the token before belongs to. [batch, length] bool"""
+    before = documents[:, :1] if state is None else state.documents[:, None]
+    changed = torch.cat((before, documents[:, :-1]), 1) != documents
+    # A new state is empty: there is nothing to forget.
+    changed[:, 0] &= before[:, 0] >= 0
+    return changed

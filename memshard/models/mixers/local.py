@@ -1,0 +1,30 @@
+"""Softmax attention to the tokens just before: exact, and linear in the length."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memshard.models.context import Context
+from memshard.models.lsh.banded import banded_attention
+from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer, cached_mask
+
+
+class LocalMixer(SoftmaxMixer):
+    """Causal attention of every token to the last `window` tokens, itself included."""
+
+    def __init__(self, dim: int, heads: int, window: int, rotary: bool = False, output_scale: float = 1.0) -> None:
+        super().__init__(dim, heads, rotary, output_scale)
+        self.window = window
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        groups = torch.zeros_like(ctx.positions) if ctx.documents is None else ctx.documents
+        if ctx.padding is not None:
+            groups = groups.masked_fill(~ctx.padding, -1)
+        rows = groups[:, None].expand(-1, q.shape[1], -1).reshape(-1, 1, q.shape[2])
+        q = q * q.shape[-1] ** -0.5
+        y = banded_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows, self.window, self.window, itself=True)
+        return y.unflatten(0, q.shape[:2])
+
+    def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
+        seen, mask = cached_mask(state, ctx, q.shape[2], self.window)
+        return F.scaled_dot_product_attention(q, state.keys[:, :, seen], state.values[:, :, seen], attn_mask=mask)
