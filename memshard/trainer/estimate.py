@@ -40,14 +40,14 @@ class RankBytes:
     reads: what the row update needs of all the step's tokens.
     """
 
-    dense_weights: float
-    dense_gradients: float
-    dense_moments: float
-    table_rows: float
-    table_moments: float
-    activations: float
-    workspace: float
-    reads: float
+    dense_weights: float = 0.0
+    dense_gradients: float = 0.0
+    dense_moments: float = 0.0
+    table_rows: float = 0.0
+    table_moments: float = 0.0
+    activations: float = 0.0
+    workspace: float = 0.0
+    reads: float = 0.0
 
     @property
     def total(self) -> float:
@@ -73,7 +73,7 @@ class Estimate:
     table_part: rows and columns of each table on a rank. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank
     sends for each token it looks up, forward and backward; tensor_traffic: for each token of its sequences, between tensor-parallel
     ranks; gradient_traffic and replica_traffic: in a step, for dense gradients (and, with ZeRO, parameters) and for row gradients between
-    copies of a table.
+    copies of a table. host: bytes in host memory, of tables that lie there; those are not in `bytes`.
     """
 
     ranks: int
@@ -83,6 +83,7 @@ class Estimate:
     table_part: tuple[int, int]
     layout: LayoutChoice
     bytes: RankBytes
+    host: RankBytes
     micro_batch: int
     micro_batches: int
     tokens_per_step: int
@@ -118,6 +119,23 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     reads, update = _read_bytes(model, holders, layout)
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
     backward = tokens * max(2 * 4 * model.vocab_size / tensor, scores)
+    update *= looked_up
+    beside = {
+        "dense_weights": dense * (6 if half else 4),
+        "dense_gradients": dense * 4,
+        "dense_moments": (max(dense / (world // tensor), parameters.largest / tensor) if recipe.train.zero else dense) * 8,
+        "activations": activations,
+    }
+    table = {
+        "table_rows": values * recipe.tables.value_bytes,
+        "table_moments": values * recipe.tables.state_bytes,
+        "reads": looked_up * reads,
+    }
+    if recipe.tables.place == "host":
+        on_device, in_host = RankBytes(**beside, workspace=backward), RankBytes(**table, workspace=update)
+    else:
+        # The row update runs when activations are gone.
+        on_device, in_host = RankBytes(**beside, **table, workspace=max(backward, update - activations)), RankBytes()
     copies = world // holders
     touched = -math.expm1(-recipe.train.batch * length * memory.heads * memory.topk / memory.slots)
     return Estimate(
@@ -127,17 +145,8 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         parameters=parameters,
         table_part=part if parameters.tables else (0, 0),
         layout=layout,
-        bytes=RankBytes(
-            dense_weights=dense * (6 if half else 4),
-            dense_gradients=dense * 4,
-            dense_moments=(max(dense / (world // tensor), parameters.largest / tensor) if recipe.train.zero else dense) * 8,
-            table_rows=values * recipe.tables.value_bytes,
-            table_moments=values * recipe.tables.state_bytes,
-            activations=activations,
-            # The row update runs when activations are gone.
-            workspace=max(backward, looked_up * update - activations),
-            reads=looked_up * reads,
-        ),
+        bytes=on_device,
+        host=in_host,
         micro_batch=micro_batch,
         micro_batches=math.ceil(share / micro_batch),
         tokens_per_step=recipe.train.batch * length,
@@ -245,12 +254,14 @@ def _read_bytes(model: ModelConfig, ranks: int, layout: LayoutChoice) -> tuple[f
 
 def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:
     """ValueError if a rank's part of the tables does not fit beside the dense model into what the device has available."""
-    needed = estimate(recipe, world, vocab_size).bytes
-    available = available_memory(device) - needed.dense
-    if needed.table > available:
+    cost = estimate(recipe, world, vocab_size)
+    needed = cost.bytes.table + cost.host.table
+    place = torch.device("cpu") if recipe.tables.place == "host" else device
+    available = available_memory(place) - (cost.bytes.dense if place.type == device.type else 0)
+    if needed > available:
         raise ValueError(
-            f"the value table needs {needed.table / 1e9:,.1f} GB a rank (values and moments) and {max(available, 0) / 1e9:,.1f} GB are "
-            "available: lower model.memory.keys, or use more ranks"
+            f"the value table needs {needed / 1e9:,.1f} GB a rank (values and moments) and {max(available, 0) / 1e9:,.1f} GB are "
+            f"available: lower model.memory.keys, or use more ranks{', or set tables.place=host' if place.type == 'cuda' else ''}"
         )
 
 
@@ -270,6 +281,9 @@ def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available:
     if micro_batch:
         found.append(f"set train.micro_batch={micro_batch}")
     memory = recipe.model.memory
+    in_host = _changed(recipe, "tables", place="host")
+    if memory.layers and recipe.tables.place == "device" and fits(in_host):
+        found.append(f"set tables.place=host ({estimate(in_host, world, vocab_size, half).host.total / 1e9:,.1f} GB a rank in host memory)")
     keys = memory.keys // 2 if memory.layers else 0
     while keys >= memory.topk and not fits(_changed(recipe, "model", memory=replace(memory, keys=keys))):
         keys //= 2

@@ -279,6 +279,8 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         model = Transformer(recipe.model)
     placement = apply(model, mesh, layout.layout, layout.exchange)
     store_tables(model, recipe.tables.dtype)
+    for _, table in find_tables(model):
+        table.host = recipe.tables.place == "host"
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
     for _, memory in model.memories():

@@ -18,6 +18,7 @@ _FREE_TO_CHANGE = {
     *(f"train.{key}" for key in ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "keep_every")),
     *(f"train.loss_scale.{key}" for key in ("initial", "growth_interval", "backoff", "minimum")),
     *(f"guards.{key}" for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")),
+    "tables.place",
     *(f"parallel.{key}" for key in ("tensor", "memory", "layout", "exchange", "checksum_every")),
 }
 

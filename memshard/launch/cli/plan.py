@@ -1,7 +1,7 @@
 """memshard plan: what a recipe costs on given ranks, before anything is allocated."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from memshard.launch.cli.train import arrangement, spread
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
-    from memshard.trainer.estimate import Estimate
+    from memshard.trainer.estimate import Estimate, RankBytes
 
 CARDS = {
     "v100-16g": (15.8, "fp16"),
@@ -49,6 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from memshard.trainer.estimate import estimate, remedies
 
         recipe = load_recipe(args.recipe, args.overrides)
+        if args.device == "cpu":
+            # There the device's memory is the host's.
+            recipe = replace(recipe, tables=replace(recipe.tables, place="device"))
         vocab_size, source = _vocabulary(recipe, args.vocab)
         precision: str = recipe.train.precision
         if precision == "auto":
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = [] if fits else remedies(recipe, args.world, vocab_size, half, available)
     if args.device == "cpu":
         # More ranks on one machine do not give it more memory.
-        found = [remedy for remedy in found if "ranks" not in remedy]
+        found = [remedy for remedy in found if "ranks" not in remedy and "host" not in remedy]
     if not args.json:
         print(_report(args, recipe, cost, vocab_size, source, precision, available, found))
     return {
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "precision": precision,
         **asdict(cost),
         "bytes": {**asdict(cost.bytes), "total": cost.bytes.total},
+        "host": {**asdict(cost.host), "total": cost.host.total},
         "available": available,
         "fits": fits,
         "remedies": found,
@@ -151,18 +155,24 @@ def _report(
             f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, {_gb(cost.lookup_traffic * looked_up)} a step; "
             f"{_gb(cost.gradient_traffic)} a step for dense gradients{tensor}{replicas}"
         )
-    table = [
-        ("dense weights", need.dense_weights, "fp32" if precision == "fp32" else f"fp32 and a copy in {precision}"),
-        ("dense gradients", need.dense_gradients, "fp32"),
-        ("dense moments", need.dense_moments, "AdamW, fp32"),
-        ("table rows", need.table_rows, f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}"),
-        ("table moments", need.table_moments, "fp32, and an fp32 copy of the values" if recipe.tables.state_bytes > 8 else "fp32"),
-        ("activations", need.activations, f"of {cost.micro_batch} sequences"),
-        ("reads", need.reads, "kept for the row update"),
-        ("workspace", need.workspace, "of backward or row update"),
-    ]
-    lines += ["", "bytes on a rank"]
-    lines += [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in table if size]
+    notes = {
+        "dense weights": "fp32" if precision == "fp32" else f"fp32 and a copy in {precision}",
+        "dense gradients": "fp32",
+        "dense moments": "AdamW, fp32",
+        "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}",
+        "table moments": "fp32, and an fp32 copy of the values" if recipe.tables.state_bytes > 8 else "fp32",
+        "activations": f"of {cost.micro_batch} sequences",
+        "reads": "kept for the row update",
+        "workspace": "of backward or row update",
+    }
+
+    def sizes(of: "RankBytes") -> list[str]:
+        named = ((name, getattr(of, name.replace(" ", "_")), note) for name, note in notes.items())
+        return [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in named if size]
+
+    if cost.host.total:
+        lines += ["", "bytes of a rank in host memory", *sizes(cost.host), f"  {'total':<16}{_gb(cost.host.total):>11}"]
+    lines += ["", "bytes on a rank", *sizes(need)]
     share = need.total / available
     verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
     usable = "are free a rank on this machine" if args.device == "cpu" else f"are usable on a {args.device}"

@@ -78,8 +78,8 @@ def opening(prepared: "Run", launcher: str) -> str:
     begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else begun
     lines = [
         f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, {cost.parameters.table / 1e6:,.1f} M in value tables",
-        f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {cost.bytes.table / 1e6:,.0f} MB table (weights, gradients, moments), "
-        f"about {cost.bytes.total / 1e6:,.0f} MB in all",
+        f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {(cost.bytes.table + cost.host.table) / 1e6:,.0f} MB table (weights, "
+        f"gradients, moments), about {cost.bytes.total / 1e6:,.0f} MB in all{_in_host(cost)}",
         f"a step       {cost.tokens_per_step:,} tokens; {arrangement(cost)}, {cost.micro_batches} x {cost.micro_batch} sequences each",
         f"launcher     {launcher}",
         f"arithmetic   {_arithmetic(prepared)}",
@@ -88,6 +88,10 @@ def opening(prepared: "Run", launcher: str) -> str:
         lines.append(f"tables       {spread(cost)}")
         lines.append(f"table path   {_path(prepared)}")
     return "\n".join([*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"])
+
+
+def _in_host(cost: "Estimate") -> str:
+    return f" and {cost.host.total / 1e6:,.0f} MB for the table in host memory" if cost.host.total else ""
 
 
 def _arithmetic(prepared: "Run") -> str:
@@ -121,9 +125,12 @@ def _path(prepared: "Run") -> str:
     from memshard.models.kernels.select import chosen
     from memshard.trainer.optim.compiled_update import disagreement
 
-    kernels, reason = chosen(prepared.device)
-    problem = kernels and disagreement(prepared.device)
-    return f"{reason}; updates in plain torch: {problem}" if problem else reason
+    assert prepared.rows is not None
+    device = prepared.rows.tables[0].weight.device
+    kernels, reason = chosen(device)
+    problem = kernels and disagreement(device)
+    where = "in host memory: " if prepared.recipe.tables.place == "host" else ""
+    return where + (f"{reason}; updates in plain torch: {problem}" if problem else reason)
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.memory.bags import gather_sum, score_gradients
+from memshard.models.memory.fetched import Fetch, FetchedDot, FetchedSum
+from memshard.models.memory.host import to_device, to_host
 from memshard.models.memory.pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import Read, SortedReads, row_gradients, sort_reads
 from memshard.models.random import normal_rows
@@ -51,6 +53,9 @@ class ValueTable(nn.Module):
         """How many ranks hold the same part."""
         self.observers = 1
         """How many ranks of those that split the table see each read."""
+        self.host = False
+        """Whether the table, once hidden, stays in host memory wherever the model goes; set before the model moves. What an optimizer keeps
+        for it is there, too, and updates it there; what is read and its gradients travel."""
         self.reads_asked = 0
         """Reads that this rank's own tokens have asked for, gradients wanted, since the collected gradient was last dropped."""
         self.weight = nn.Parameter(prefer_huge_pages(torch.empty(len(held), len(self.columns))))
@@ -100,6 +105,9 @@ class ValueTable(nn.Module):
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
         # Half the memory of what is kept until the update.
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
+        fetch = self._worth_fetching(rows, offsets)
+        if fetch is not None:
+            return FetchedSum.apply(weights, self.anchor, fetch)
         return _WeightedSum.apply(weights, self.anchor, self, rows, offsets)
 
     def _local_dot(self, rows: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -108,7 +116,36 @@ class ValueTable(nn.Module):
             self.observer.observe(rows, x.new_ones(len(rows)))
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
+        fetch = self._worth_fetching(rows, offsets)
+        if fetch is not None:
+            return FetchedDot.apply(x, self.anchor, fetch)
         return _Dot.apply(x, self.anchor if self.hidden else self.weight, self, rows, offsets)
+
+    def _worth_fetching(self, rows: Tensor, offsets: Tensor) -> Fetch | None:
+        """Of a table in host memory: the distinct rows, if less travels when they do than when rows, weights and each bag's sum do."""
+        if not (self.host and self.hidden):
+            return None
+        distinct, inverse = torch.unique(rows, return_inverse=True)
+        dim = self.weight.shape[1]
+        fetched = len(distinct) * (dim * (self.weight.itemsize + 4) + rows.itemsize)
+        pooled = len(offsets) * dim * 8 + len(rows) * (rows.itemsize + 8)
+        return Fetch(self, distinct, inverse.to(torch.int32), offsets) if fetched < pooled else None
+
+    def near(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors where the values lie."""
+        return to_host(*tensors) if self.host and self.hidden else list(tensors)
+
+    def rows_at(self, rows: Tensor) -> Tensor:
+        """weight[rows], where `rows` [n] lies."""
+        (near,) = self.near(rows)
+        out = self.weight.new_empty(len(near), self.weight.shape[1], pin_memory=rows.is_cuda and not near.is_cuda)
+        return to_device(torch.index_select(self.weight, 0, near, out=out), rows.device)
+
+    def take_back(self, rows: Tensor, gradients: Tensor) -> None:
+        """Collect the gradients [n, columns] of some rows [n]."""
+        rows, gradients = self.near(rows, gradients)
+        numbers = torch.arange(len(rows), device=rows.device)
+        self.collect(Read(rows, gradients.new_ones(len(rows)), numbers, gradients))
 
     def collect(self, read: Read) -> None:
         """Keep a read's gradient for the optimizer, and count it in the anchor's."""
@@ -174,9 +211,15 @@ class ValueTable(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
         if self.hidden:
-            self.weight = prefer_huge_pages(fn(self.weight))
+            self.weight = prefer_huge_pages(self._to_host(fn) if self.host else fn(self.weight))
             self._place_anchor()
         return self
+
+    def _to_host(self, fn):  # type: ignore[no-untyped-def]
+        like = fn(self.weight[:0])  # follows the dtype, not the device
+        if self.weight.is_meta:
+            return torch.empty(self.weight.shape, dtype=like.dtype, device="meta" if like.is_meta else "cpu")
+        return self.weight.to("cpu", like.dtype)
 
     def _new_anchor(self) -> Tensor:
         # Optimizers cast their state to this dtype when they load it.
@@ -214,18 +257,21 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weights, anchor, table, rows, offsets):  # type: ignore[no-untyped-def]
-        ctx.table = table
+        ctx.table, ctx.device = table, weights.device
+        rows, weights, offsets = table.near(rows, weights, offsets)
         # The values are saved for autograd's check that nobody has changed them in between.
         ctx.save_for_backward(table.weight, rows, weights, offsets)
-        return gather_sum(table.weight, rows, weights, offsets)
+        return to_device(gather_sum(table.weight, rows, weights, offsets), ctx.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         values, rows, weights, offsets = ctx.saved_tensors
-        ctx.table.collect(Read(rows, weights, offsets, upstream.contiguous()))
-        scores = score_gradients(values, rows, offsets, upstream) if ctx.needs_input_grad[0] else None
-        return scores, None, None, None, None
+        (upstream,) = ctx.table.near(upstream.contiguous())
+        ctx.table.collect(Read(rows, weights, offsets, upstream))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return to_device(score_gradients(values, rows, offsets, upstream), ctx.device), None, None, None, None
 
 
 class _Dot(torch.autograd.Function):
@@ -233,15 +279,16 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, anchor_or_values, table, rows, offsets):  # type: ignore[no-untyped-def]
-        ctx.table = table
+        ctx.table, ctx.device = table, x.device
+        rows, x, offsets = table.near(rows, x, offsets)
         ctx.save_for_backward(table.weight, rows, x, offsets)
-        return score_gradients(table.weight, rows, offsets, x)
+        return to_device(score_gradients(table.weight, rows, offsets, x), ctx.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         values, rows, x, offsets = ctx.saved_tensors
-        upstream = upstream.contiguous()
+        (upstream,) = ctx.table.near(upstream.contiguous())
         read = Read(rows, upstream, offsets, x.contiguous())
         to_table = None
         if ctx.table.hidden:
@@ -250,7 +297,7 @@ class _Dot(torch.autograd.Function):
             to_table = torch.zeros_like(values)
             for found, gradient in row_gradients([read], _INIT_ROWS):
                 to_table[found] = gradient.to(values.dtype)
-        to_x = gather_sum(values, rows, upstream, offsets) if ctx.needs_input_grad[0] else None
+        to_x = to_device(gather_sum(values, rows, upstream, offsets), ctx.device) if ctx.needs_input_grad[0] else None
         return to_x, to_table, None, None, None
 
 

@@ -32,6 +32,8 @@ class UsageCounter:
 
     def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
         """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads."""
+        rows, weights = rows.to(self.weights.device), weights.to(self.weights.device)
+        counts = None if counts is None else counts.to(self.weights.device)
         self.weights.index_add_(0, rows, weights.double())
         self.counts.index_add_(0, rows, torch.ones_like(weights, dtype=torch.float64) if counts is None else counts.double())
 

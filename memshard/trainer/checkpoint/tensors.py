@@ -59,4 +59,7 @@ def _global(name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: Dev
     shape[spec.dim] = spec.size
     stride = torch.empty(shape, device="meta").stride()
     axis = flat(mesh, spec.axes)
+    if local.device.type != axis.device_type:
+        # A DTensor moves to the device type of its mesh; this one only describes a table in host memory, nothing is sent over it.
+        axis = DeviceMesh(local.device.type, axis.mesh, mesh_dim_names=axis.mesh_dim_names, _init_backend=False)
     return DTensor.from_local(local.detach(), axis, [Shard(spec.dim)], run_check=False, shape=torch.Size(shape), stride=stride)

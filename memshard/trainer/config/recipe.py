@@ -194,6 +194,9 @@ class TableOptimizerConfig:
     rounding: Literal["master", "stochastic"] = "master"
     """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at random (4 bytes a value less)."""
 
+    place: Literal["device", "host"] = "device"
+    """Where values and moments lie: with the model, or in host memory while the model is on a GPU; the CPU then sums and updates rows."""
+
     dead_after: int = 1000
     """Steps without a read after which a row, or a sub-key, counts as dead."""
 
