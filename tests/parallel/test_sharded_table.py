@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import pytest
@@ -56,15 +57,17 @@ def _check_parity(rank: int, world: int) -> None:
     """On every rank the sharded table against a local copy that reads the tokens of all ranks."""
     for memory in (size for size in (1, 2, 3, 4) if world % size == 0 and (size > 1 or world < 3)):
         group, replicas = _groups(rank, world, memory)
-        for layout, exchange in _FORMS:
+        # In host memory only what happens inside a rank differs.
+        for host, (layout, exchange) in product((False, True) if world == 2 else (False,), _FORMS):
             for name, (slots, counts, below) in _CASES.items():
                 tokens = counts[:world] if world < 4 else counts
-                case = f"{name}, {layout}, {exchange}, {memory} of {world} ranks"
+                case = f"{name}, {layout}, {exchange}, {memory} of {world} ranks{', in host memory' if host else ''}"
                 torch.manual_seed(1)
                 whole = ValueTable(slots, 5).double()
                 holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
                 (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
                 whole.hide()
+                shard.host = host
                 assert holder["a"] is shard and not list(holder.parameters())
                 part = int(layout == "columns"), memory, rank % memory
                 assert torch.equal(shard.weight, _piece(whole.weight, part[1], part[2], part[0])), case
