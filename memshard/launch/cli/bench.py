@@ -10,7 +10,18 @@ from memshard.launch.cli.outcome import UsageError, usage_errors
 NAMES = {
     "data": "web pages a second by stage, tokenizers, tokens a second of the stream",
     "values": "a training step of the value table and of whole layers, against torch, FBGEMM, product-key-memory, PEER-pytorch",
+    "parallel": "steps at every (tensor, data) split of some ranks, a block of ours beside DTensor's, train beside a plain loop",
 }
+
+_SIZES = [
+    ("layers", 4, "blocks"),
+    ("dim", 256, "width"),
+    ("heads", 4, "attention heads"),
+    ("length", 256, "tokens of a sequence"),
+    ("batch", 8, "sequences of a step, over all ranks"),
+    ("vocabulary", 8192, "tokens of the vocabulary, without --data"),
+    ("keys", 0, "sub-keys of a memory in the middle layer, 0 for none"),
+]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,6 +38,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     data.add_argument("--model", action="store_true", help="also what a 12-layer 1024-dim model takes in, in training on this machine")
     data.set_defaults(run=run_data)
 
+    parallel = commands.add_parser("parallel", help=NAMES["parallel"])
+    parallel.add_argument("--ranks", type=int, default=2, metavar="N", help="processes of this machine (default 2); 1 for the loop alone")
+    parallel.add_argument("--data", metavar="DIR", help="data folder to train on in one process, beside a plain loop")
+    for name, default, what in _SIZES:
+        parallel.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default:,})")
+    parallel.add_argument("--rounds", type=int, default=9, help="interleaved rounds whose median counts (default 9)")
+    parallel.set_defaults(run=run_parallel)
     values = commands.add_parser("values", help=NAMES["values"])
     values.add_argument("--slots", type=int, default=262_144, help="rows of the table (default 262144)")
     values.add_argument("--dim", type=int, default=1024, help="values a row (default 1024)")
@@ -112,3 +130,42 @@ def run_values(args: argparse.Namespace) -> dict:
     if args.out:
         report.write(result, args.out)
     return result
+
+
+def run_parallel(args: argparse.Namespace) -> dict:
+    """Measure and print."""
+    for name in ("ranks", "rounds", *(name for name, _, _ in _SIZES)):
+        if getattr(args, name) < (name != "keys"):
+            raise UsageError(f"--{name} is {getattr(args, name)}; it must be at least {int(name != 'keys')}")
+    from memshard.launch.bench import parallel, plain_loop
+
+    result: dict = {}
+    with usage_errors():
+        if args.ranks > 1:
+            size = parallel.Size(args.layers, args.dim, args.heads, args.length, args.batch, args.vocabulary, args.keys)
+            result |= parallel.on_ranks(args.ranks, size, args.rounds)
+        if args.data:
+            result["tokens_per_s"] = plain_loop.rates(
+                args.data, args.layers, args.dim, args.heads, args.length, args.batch, args.rounds
+            )
+    if not result:
+        raise UsageError("nothing to measure: give --ranks 2 or more, or a data folder with --data")
+    if not args.json:
+        show_parallel(result)
+    return result
+
+
+def show_parallel(result: dict) -> None:
+    """Print the points, the blocks and the rates as tables."""
+    for point in result.get("steps", []):
+        print(
+            f"tensor {point['tensor']} x data {point['data']:<4}{point['step_s'] * 1e3:>12,.1f} ms a step"
+            f"{point['dense_bytes'] / 1e6:>12,.1f} MB dense weights a rank{point['sent_bytes'] / 1e6:>12,.1f} MB sent a step"
+        )
+    for name, seconds in result.get("blocks_s", {}).items():
+        print(f"block, {name:<32}{seconds * 1e3:>12,.1f} ms")
+    rates = result.get("tokens_per_s", {})
+    for name, rate in rates.items():
+        print(f"{name:<24}{rate:>12,.0f} tokens/s")
+    if rates:
+        print(f"{'memshard / plain':<24}{rates['memshard train'] / rates['plain loop']:>12.2f}")

@@ -1,0 +1,26 @@
+"""`memshard bench parallel` measures what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memshard.launch.cli.main import main
+
+TINY = ["--layers", "2", "--dim", "16", "--heads", "2", "--length", "16", "--batch", "4", "--keys", "4", "--rounds", "1"]
+
+
+def test_both_splits_both_blocks_and_the_plain_loop(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "parallel", *TINY, "--data", str(data), "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [(point["tensor"], point["data"]) for point in result["steps"]] == [(1, 2), (2, 1)]
+    whole, split = result["steps"]
+    assert split["dense_bytes"] < whole["dense_bytes"] and split["sent_bytes"] > 0
+    # Both spread the same block: the gradient of its input is the same.
+    assert len(result["blocks_s"]) == 2 and result["blocks_difference"] < 1e-5
+    assert all(rate > 0 for rate in result["tokens_per_s"].values())
+
+
+def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "parallel", "--ranks", "1"]) == 2
+    assert "--data" in capsys.readouterr().err
