@@ -8,7 +8,9 @@ EXTRAS = {
     "tensor-parallel": ["fairscale>=0.4.13"],
     # Web archives; FastWARC and Resiliparse 2 are rewrites that break code for 1.
     "data": ["FastWARC>=2.0.1,<3", "Resiliparse>=2.0.1,<3", "trafilatura>=2.3.1", "lxml_html_clean>=0.4", "py3langid>=0.4", "pillow>=13"],
-    "eval": ["matplotlib>=3.11"],
+    "eval": ["matplotlib>=3.11", "lm_eval>=0.4.13", "datasets>=5.2"],
+    # Loads exports made with --huggingface.
+    "huggingface": ["transformers>=5.23"],
     # The trainers of the examples.
     "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6"],
     # Peers. fbgemm-gpu-cpu 1.9.0 does not load under torch 2.13.

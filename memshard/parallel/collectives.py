@@ -29,6 +29,19 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return total
 
 
+def all_rows(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The ranks' x, [rows, ...], each with a number of rows of its own."""
+    ranks = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(ranks)]
+    dist.all_gather(lengths, torch.tensor([len(x)], device=x.device), group=group)
+    rows = [int(length) for length in lengths]
+    padded = x.new_zeros(max(rows), *x.shape[1:])
+    padded[: len(x)] = x
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(gathered, padded, group=group)
+    return [part[:length] for part, length in zip(gathered, rows, strict=True)]
+
+
 def from_first(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -8,7 +8,7 @@ from torch import Tensor
 from memshard.data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from memshard.launch.cli.generate import GrowingText
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
-from memshard.models.decode.generate import generate, possible_tokens, restrict
+from memshard.models.decode.generate import generate, left_padded, possible_tokens, restrict
 from memshard.models.transformer import Transformer
 
 VOCABULARY = 37
@@ -42,6 +42,15 @@ def test_cached_greedy_equals_uncached(position: str, prompt: Tensor) -> None:
     generated = generate(model, prompt, 20, temperature=0)
     assert torch.equal(generated, tokens[:, 7:])
     assert len(generated.unique()) > 5
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone(position: str, prompt: Tensor) -> None:
+    model = build(position)
+    rows = [prompt[0, :2].tolist(), prompt[1].tolist(), prompt[2, :5].tolist()]
+    together = generate(model, *left_padded(rows, 3)[:1], 15, real=left_padded(rows, 3)[1], temperature=0)
+    for row, continued in zip(rows, together, strict=True):
+        assert torch.equal(continued, generate(model, torch.tensor([row]), 15, temperature=0)[0])
 
 
 def test_a_seed_decides_the_draws(prompt: Tensor) -> None:

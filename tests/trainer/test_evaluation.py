@@ -1,7 +1,9 @@
 """Held-out loss and memory usage against plain loops in fp64."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 import memshard
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.reader import SplitReader
+from memshard.launch.cli.main import main
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.usage import UsageReport
 from memshard.trainer.checkpoint.load_model import LoadedModel, load
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
+from memshard.trainer.export.export import export
 from memshard.trainer.tasks.language_model import LanguageModelTask
+from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, train_run
 
 LENGTH = 32
@@ -49,7 +54,14 @@ def expected_report(slots: int, reads: list[tuple[Tensor, Tensor]]) -> UsageRepo
         shares = sums / sums.sum()
         return math.log(slots) + sum(share * math.log(share) for share in shares.tolist() if share > 0)
 
-    return UsageReport(float((counted > 0).mean()), divergence(weighted), divergence(counted), counted.sum() / slots)
+    def top(share: float) -> int:
+        taken = np.cumsum(np.sort(counted)[::-1])
+        return int((taken < share * counted.sum() - 1e-9).sum()) + 1
+
+    pairs = np.abs(counted[:, None] - counted[None, :])
+    gini = pairs.sum() / (2 * slots * counted.sum())
+    usage, reads = float((counted > 0).mean()), counted.sum() / slots
+    return UsageReport(usage, divergence(weighted), divergence(counted), reads, gini, top(0.5), top(0.9), top(0.99))
 
 
 def evaluation(trained: LoadedModel, data: Path, rows: int, max_tokens: int | None = None) -> Evaluation:
@@ -91,6 +103,25 @@ def test_a_limit_cuts_the_text_at_that_token(trained: LoadedModel, data: Path) -
         assert evaluation(trained, data, rows, max_tokens=10).loss == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("stride", [1, 5, 31])
+def test_sliding_windows_predict_each_token_once_from_what_precedes_it(stride: int, trained: LoadedModel, data: Path) -> None:
+    """Token by token: the longest context that a window of 32 gives it."""
+    text = torch.cat([inputs[0] for inputs, _ in held_out_windows(data)[:3]])
+    total, count = 0.0, 70
+    with torch.no_grad():
+        for place in range(count):
+            begin = 0 if place < LENGTH else (place - LENGTH) // stride * stride + stride
+            logits, _ = trained.model(text[None, begin : place + 1])
+            total += float(F.cross_entropy(logits[0, -1], text[place + 1]))
+    task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
+    measured = evaluate(trained.model, task, HeldOutStream(data, LENGTH, count, stride), 3, torch.float32)
+    assert measured.tokens == count and measured.loss == pytest.approx(total / count, rel=1e-5)
+    buckets = measured.by_position()
+    assert sum(bucket["tokens"] for bucket in buckets) == count
+    assert sum(bucket["loss"] * bucket["tokens"] for bucket in buckets) == pytest.approx(total, rel=1e-5)
+    assert [(bucket["first"], bucket["last"]) for bucket in buckets] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+
+
 def test_memory_usage_of_a_plain_model() -> None:
     """Any model, its table an ordinary parameter, tensors or mappings as batches; dropout off meanwhile."""
     torch.manual_seed(0)
@@ -109,4 +140,48 @@ def test_reads_of_a_single_slot_and_none_at_all() -> None:
     memory = ProductKeyMemory(4, keys=3, heads=1, topk=1, key_dim=2, query_norm="none")
     (report,) = memshard.memory_usage(memory, [torch.zeros(5, 4)]).values()
     assert report.kl_count == pytest.approx(math.log(9)) and report.usage == pytest.approx(1 / 9)
-    assert memshard.memory_usage(memory, [])["values"] == UsageReport(0, 0, 0, 0)
+    assert memshard.memory_usage(memory, [])["values"] == UsageReport(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _evaluate_on_ranks(rank: int, world: int, run: Path) -> dict[str, Any]:
+    loaded = load(run, memmap=True)
+    task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
+    found = evaluate(loaded.model, task, HeldOutStream(loaded.recipe.data.path, LENGTH), 2, torch.float32, rank, world)
+    return {"loss": found.loss, "positions": found.positions, **vars(found.usage[TABLE])}
+
+
+def test_two_processes_measure_what_one_does(trained: LoadedModel, data: Path) -> None:
+    """Each maps the whole table, so their counts add up before they are judged."""
+    alone = evaluation(trained, data, 4)
+    for found in run_distributed(_evaluate_on_ranks, 2, trained.path):
+        assert found.pop("loss") == pytest.approx(alone.loss, rel=1e-9)
+        torch.testing.assert_close(found.pop("positions"), alone.positions)
+        assert found == pytest.approx(vars(alone.usage[TABLE]), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_command_measures_the_same_from_memory_from_disk_and_from_an_export(
+    precision: str, trained: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export(trained.path, tmp_path / "out")
+    results = []
+    for source, options in ((trained.path, []), (trained.path, ["--memmap"]), (tmp_path / "out", []), (tmp_path / "out", ["--memmap"])):
+        assert main(["eval", str(source), *options, "--precision", precision, "--json", "--max-tokens", "500", "--stride", "16"]) == 0
+        results.append(json.loads(capfd.readouterr().out))
+    for result in results[1:]:
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5 if precision == "fp32" else 1e-2)
+        assert result["tokens"] == 500 and result["usage"][TABLE]["top50"] == pytest.approx(results[0]["usage"][TABLE]["top50"], abs=1)
+    assert main(["eval", str(trained.path), "--length", "64"]) == 2
+    assert "--length is 64, but the model has 32 learned positions" in capfd.readouterr().err
+
+
+def test_several_prompts_are_continued_as_each_alone(trained: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts").write_text("w1 w2 w3\n\nw4\n")
+    options = ["--greedy", "--max-tokens", "9", "--json"]
+    assert main(["generate", str(trained.path), "--prompts", str(tmp_path / "prompts"), *options]) == 0
+    results = json.loads(capfd.readouterr().out)["results"]
+    assert [result["prompt"] for result in results] == ["w1 w2 w3", "", "w4"]
+    for result in results:
+        assert main(["generate", str(trained.path), "--memmap", "--prompt", result["prompt"], *options]) == 0
+        alone = json.loads(capfd.readouterr().out)
+        assert {key: alone[key] for key in result} == result

@@ -29,7 +29,10 @@ def open_train(
     return kind(path, length, lanes, seed, tolerance)
 
 
-def open_held_out(path: str, length: int, max_tokens: int | None = None) -> HeldOutStream | HeldOutRecords:
-    """The held-out stream of a folder."""
-    kind = HeldOutStream if load_index(path).kind in ("text", "raw") else HeldOutRecords
-    return kind(path, length, max_tokens)
+def open_held_out(path: str, length: int, max_tokens: int | None = None, stride: int | None = None) -> HeldOutStream | HeldOutRecords:
+    """The held-out stream of a folder. stride: of windows over text."""
+    if load_index(path).kind in ("text", "raw"):
+        return HeldOutStream(path, length, max_tokens, stride)
+    if stride is not None:
+        raise ValueError(f"{path} holds whole records, which no window slides over: leave out the stride")
+    return HeldOutRecords(path, length, max_tokens)

@@ -78,6 +78,8 @@ class RecordStream:
 class HeldOutRecords:
     """The held-out records in order, one a window; the interface of HeldOutStream."""
 
+    overlap = 0
+
     def __init__(self, path: str | os.PathLike[str], length: int, max_tokens: int | None = None) -> None:
         self._reader = SplitReader(path, HELD_OUT)
         records = _short_enough(self._reader, length, path)

@@ -2,61 +2,90 @@
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.outcome import rank, usage_errors
 from memshard.launch.cli.parser import Subparsers
 
 if TYPE_CHECKING:
+    import torch
+
     from memshard.trainer.checkpoint.load_model import LoadedModel
     from memshard.trainer.evaluation.perplexity import Evaluation
+
+_TIMEOUT = 600.0
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("eval", help="perplexity, bits per byte, memory usage")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint) or a checkpoint")
+    parser = subparsers.add_parser("eval", help="perplexity, bits per byte, memory usage; tasks of lm-evaluation-harness")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
     parser.add_argument("--data", metavar="DIR", help="data set whose held-out text is read (default: the one of the run)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at a time (default 16)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at a time, on each process (default 16)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens in a window (default: the run's data.length)")
+    parser.add_argument("--stride", type=int, metavar="N", help="slide windows by N tokens; 1: full context for each (default --length)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
+    parser.add_argument("--memmap", action="store_true", help="leave value tables on disk; always so on several processes")
     parser.add_argument("--pictures", metavar="DIR", help="draw the loss curve and each table's used-slots map (needs memshard[eval])")
     parser.add_argument("--dead-rows", metavar="FILE", help="write slots i1 * keys + i2 that no held-out token reads, as JSON by table")
+    parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, comma-separated, instead of held-out text")
+    parser.add_argument("--task-dir", metavar="DIR", help="folder of task files of your own")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of a task to read at most (default all)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates in this process."""
+    """Evaluates on the processes that are there."""
+    from memshard.launch.env import joined_ranks
+
+    with joined_ranks(_TIMEOUT) as device:
+        with usage_errors():
+            import torch.distributed as dist
+
+            from memshard.trainer.checkpoint.load_model import load
+
+            ranks = dist.get_world_size() if dist.is_initialized() else 1
+            if args.batch < 1:
+                raise ValueError(f"--batch is {args.batch}; it must be at least 1")
+            loaded = load(args.checkpoint, args.memmap or ranks > 1, device)
+        if args.tasks:
+            return _run_tasks(args, loaded, device, ranks)
+        return _read_held_out(args, loaded, device, ranks)
+
+
+def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
+    from memshard.data_pipeline.stream.open import open_held_out
+    from memshard.trainer.evaluation.perplexity import evaluate
+    from memshard.trainer.precision import compute_dtype
+    from memshard.trainer.tasks.language_model import LanguageModelTask
+
     with usage_errors():
-        import torch
-
-        from memshard.data_pipeline.stream.open import open_held_out
-        from memshard.trainer.checkpoint.load_model import load
-        from memshard.trainer.evaluation.perplexity import evaluate
-        from memshard.trainer.tasks.language_model import LanguageModelTask
-
-        if args.batch < 1:
-            raise ValueError(f"--batch is {args.batch}; it must be at least 1")
-        loaded = load(args.checkpoint)
         data = args.data or loaded.recipe.data.path
-        held_out = open_held_out(data, loaded.recipe.data.length, args.max_tokens)
+        held_out = open_held_out(data, _length(args, loaded), args.max_tokens, args.stride)
         loaded.check_tokenizer(data)
-    device = torch.device("cpu")
     task = LanguageModelTask(device, loaded.recipe.data.document_mask, loaded.recipe.train.seed)
-    evaluation = evaluate(loaded.model, task, held_out, args.batch, torch.float32)
+    begun = time.perf_counter()
+    evaluation = evaluate(loaded.model, task, held_out, args.batch, compute_dtype(args.precision, device), rank(), ranks)
     result: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "data": data,
         "tokens": evaluation.tokens,
+        "tokens_per_s": evaluation.tokens / (time.perf_counter() - begun),
         "loss": evaluation.loss,
         "perplexity": evaluation.perplexity,
     }
     if held_out.words is not None and held_out.text_bytes is not None:
         result["word_perplexity"] = evaluation.word_perplexity(held_out.words)
         result["bits_per_byte"] = evaluation.bits_per_byte(held_out.text_bytes)
+    result["by_position"] = evaluation.by_position()
     result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
+    if rank() != 0:
+        return result
     if args.dead_rows:
         with usage_errors():
             _write_dead_rows(loaded, evaluation, Path(args.dead_rows))
@@ -67,6 +96,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         _show(result)
     return result
+
+
+def _run_tasks(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
+    from memshard.trainer.precision import compute_dtype
+
+    with usage_errors():
+        if ranks > 1:
+            raise ValueError("--tasks runs on one process: start it without torchrun")
+        try:
+            from memshard.trainer.evaluation.harness import HarnessModel, run_tasks
+        except ModuleNotFoundError as error:
+            raise ValueError("--tasks needs lm-evaluation-harness: pip install memshard[eval]") from error
+        dtype = compute_dtype(args.precision, device)
+        model = HarnessModel(loaded.model, loaded.tokenizer, _length(args, loaded), args.batch, dtype)
+        results = run_tasks(model, args.tasks.split(","), args.task_dir, args.limit)
+    if not args.json:
+        for task, numbers in results.items():
+            for name, value in numbers.items():
+                if isinstance(value, float):
+                    print(f"{task}: {name.removesuffix(',none')} {value:.4f}")
+    return {"checkpoint": str(loaded.path), "step": loaded.step, "tasks": results}
+
+
+def _length(args: argparse.Namespace, loaded: "LoadedModel") -> int:
+    length = args.length or loaded.recipe.data.length
+    model = loaded.recipe.model
+    if model.position == "learned" and length > (model.max_length or length):
+        raise ValueError(f"--length is {length}, but the model has {model.max_length} learned positions: use at most that many")
+    return length
 
 
 def _write_dead_rows(loaded: "LoadedModel", evaluation: "Evaluation", file: Path) -> None:
@@ -106,10 +164,13 @@ def _show(result: dict[str, Any]) -> None:
     if "bits_per_byte" in result:
         print(f", {result['word_perplexity']:.1f} a word, {result['bits_per_byte']:.4f} bits a byte", end="")
     print()
+    places = (f"{bucket['first']}: {bucket['loss']:.3f}" for bucket in result["by_position"])
+    print(f"  loss from position on  {', '.join(places)}")
     for name, report in result["usage"].items():
         print(
             f"  {name}: {report['usage']:.1%} of slots read ({report['reads_per_slot']:.1f} reads a slot), "
-            f"KL to uniform {report['kl_weighted']:.3f} weighted, {report['kl_count']:.3f} by count"
+            f"KL to uniform {report['kl_weighted']:.3f} weighted, {report['kl_count']:.3f} by count, Gini {report['gini']:.3f}; "
+            f"50, 90, 99 % of the reads take {report['top50']:,}, {report['top90']:,}, {report['top99']:,} slots"
         )
     if "dead_rows" in result:
         print(f"  {result['dead_rows']}")

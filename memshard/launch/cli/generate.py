@@ -3,21 +3,27 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.cli.parser import Subparsers
 
 if TYPE_CHECKING:
+    import torch
+
     from memshard.data_pipeline.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 100
+_TIMEOUT = 600.0
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("generate", help="continue a prompt")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint) or a checkpoint")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; empty for a new document")
+    parser = subparsers.add_parser("generate", help="continue prompts")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue; empty for a new document")
+    source.add_argument("--prompts", metavar="FILE", help="texts to continue as one batch, one a line")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help=f"tokens to write at most (default {DEFAULT_TOKENS}, or what learned positions allow)"
     )
@@ -27,45 +33,61 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--topk", type=int, metavar="K", help="draw among the K best tokens (default all)")
     parser.add_argument("--topp", type=float, metavar="P", help="draw among the fewest tokens of total probability P (default all)")
     parser.add_argument("--seed", type=int, default=0, help="decides the draws (default 0)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
+    parser.add_argument("--memmap", action="store_true", help="leave value tables on disk")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
+    from memshard.launch.env import joined_ranks
 
-    from memshard.models.decode.generate import check_request, generate, possible_tokens
+    with joined_ranks(_TIMEOUT) as device:
+        return _generate(args, device)
+
+
+def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
+    from memshard.models.decode.generate import check_request, generate, left_padded, possible_tokens
+    from memshard.trainer.precision import autocast, compute_dtype
 
     sampling = {"temperature": 0.0 if args.greedy else args.temperature, "topk": args.topk, "topp": args.topp}
     with usage_errors():
         from memshard.trainer.checkpoint.load_model import load
 
-        loaded = load(args.checkpoint)
+        prompts = [args.prompt] if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        if not prompts:
+            raise ValueError(f"{args.prompts} is empty: write a text to continue on each line")
+        loaded = load(args.checkpoint, args.memmap, device)
         # A document begins after <eos>.
-        prompt = torch.tensor([loaded.tokenizer.encode(args.prompt) or [loaded.tokenizer.eos_id]])
-        possible = possible_tokens(loaded.model, prompt.shape[1])
+        eos = loaded.tokenizer.eos_id
+        tokens, real = left_padded([ids or [eos] for ids in loaded.tokenizer.encode_batch(prompts, threads=1)], eos)
+        possible = possible_tokens(loaded.model, tokens.shape[1])
         limit = args.max_tokens if args.max_tokens is not None else min(DEFAULT_TOKENS, possible or DEFAULT_TOKENS)
-        check_request(loaded.model, prompt, limit, **sampling)
+        check_request(loaded.model, tokens, limit, **sampling)
 
     show = not args.json
-    stream = show and sys.stdout.isatty()
+    stream = show and len(prompts) == 1 and sys.stdout.isatty()
     growing = GrowingText(loaded.tokenizer)
     if stream:
-        print(args.prompt, end="", flush=True)
+        print(prompts[0], end="", flush=True)
 
-    def on_token(tokens: torch.Tensor) -> None:
+    def on_token(tokens: "torch.Tensor") -> None:
         piece = growing.add(int(tokens[0]))
         if stream:
             print(piece, end="", flush=True)
 
     began = time.perf_counter()
-    tokens = generate(loaded.model, prompt, limit, stop=loaded.tokenizer.eos_id, seed=args.seed, on_token=on_token, **sampling)
+    with autocast(compute_dtype(args.precision, device), device):
+        new = generate(loaded.model, tokens, limit, real=real, stop=eos, seed=args.seed, on_token=on_token, **sampling).tolist()
     seconds = time.perf_counter() - began
-    text = loaded.tokenizer.decode(tokens[0].tolist())
+    rows = [row[: row.index(eos) + 1] if eos in row else row for row in new]
+    texts = [loaded.tokenizer.decode(row) for row in rows]
     if stream:
-        print(text[len(growing.shown) :])
+        print(texts[0][len(growing.shown) :])
     elif show:
-        print(args.prompt + text)
-    return {"prompt": args.prompt, "text": text, "tokens": tokens.shape[1], "tokens_per_s": tokens.shape[1] / seconds}
+        print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+    results = [{"prompt": prompt, "text": text, "tokens": len(row)} for prompt, text, row in zip(prompts, texts, rows, strict=True)]
+    rate = {"tokens_per_s": sum(map(len, rows)) / seconds}
+    return {**results[0], **rate} if args.prompts is None else {"results": results, **rate}
 
 
 class GrowingText:

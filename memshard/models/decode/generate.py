@@ -1,10 +1,11 @@
 """Text from a model, token by token, with cached states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from memshard.models.context import Context
 from memshard.models.transformer import Transformer
 
 
@@ -14,6 +15,7 @@ def generate(
     prompt: Tensor,
     max_tokens: int,
     *,
+    real: Tensor | None = None,
     temperature: float = 1.0,
     topk: int | None = None,
     topp: float | None = None,
@@ -23,7 +25,8 @@ def generate(
 ) -> Tensor:
     """Continue every row of `prompt`.
 
-    prompt: [batch, length] int64, unpadded. Returns the new tokens, [batch, n] int64: n is max_tokens, or less once every
+    prompt: [batch, length] int64. real: [batch, length] bool, False for padding, which stands before a row's own tokens and changes
+    nothing (see `left_padded`). Returns the new tokens, [batch, n] int64: n is max_tokens, or less once every
     row has met `stop`; a row that met it earlier is filled with it. temperature: divides the logits; 0 takes the best
     token. topk: draw among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
     temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds give equal draws on one
@@ -32,6 +35,9 @@ def generate(
     check_request(model, prompt, max_tokens, temperature=temperature, topk=topk, topp=topp)
     prompt = prompt.to(model.embedding.weight.device)
     batch, length = prompt.shape
+    real = torch.ones_like(prompt, dtype=torch.bool) if real is None else real.to(prompt.device)
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    ctx = Context(positions=positions, padding=None if bool(real.all()) else real)
     random = torch.Generator(prompt.device).manual_seed(seed)
     # The last new token is never fed.
     states = model.init_states(batch, length + max_tokens - 1)
@@ -39,8 +45,9 @@ def generate(
     columns: list[Tensor] = []
     fed = prompt
     while len(columns) < max_tokens and not bool(ended.all()):
-        logits, advanced = model(fed, states=states)
+        logits, advanced = model(fed, ctx, states)
         states = advanced
+        ctx = Context(positions=ctx.positions[:, -1:] + 1)
         tokens = _draw(restrict(logits[:, -1].float(), temperature, topk, topp), temperature, random)
         if stop is not None:
             tokens = tokens.masked_fill(ended, stop)
@@ -50,6 +57,17 @@ def generate(
             on_token(tokens)
         fed = tokens[:, None]
     return torch.stack(columns, dim=1)
+
+
+def left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths as one: tokens, [batch, longest] int64, each row at the end, and which of them are real."""
+    longest = max(map(len, rows))
+    tokens = torch.full((len(rows), longest), filler)
+    real = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        tokens[number, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        real[number, longest - len(row) :] = True
+    return tokens, real
 
 
 def check_request(

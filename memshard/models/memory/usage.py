@@ -1,7 +1,9 @@
 """How much of a table is used, and how evenly (Lample et al. 2019, section 4.3)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +15,18 @@ from memshard.models.memory.table import ValueTable
 class UsageReport:
     """Over all slots and all reads: the share of slots read at all; KL divergence of the read distribution from the
     uniform one in nats, weighted by softmax weight (kl_weighted) and by count (kl_count); reads per slot, since usage
-    grows with the amount of text.
+    grows with the amount of text; Gini coefficient of the counts (0: all slots alike, towards 1: one takes all); the fewest slots that
+    take 50, 90 and 99 % of the reads.
     """
 
     usage: float
     kl_weighted: float
     kl_count: float
     reads_per_slot: float
+    gini: float
+    top50: int
+    top90: int
+    top99: int
 
 
 class UsageCounter:
@@ -41,8 +48,10 @@ class UsageCounter:
         """Add the counts of the ranks that count reads of the same rows. add: sums a tensor over them."""
         self.weights, self.counts = add(self.weights), add(self.counts)
 
-    def report(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> UsageReport:
-        """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows."""
+    def report(
+        self, reduce: Callable[[Tensor], Tensor] = lambda x: x, gather: Callable[[Tensor], list[Tensor]] = lambda x: [x]
+    ) -> UsageReport:
+        """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows; gather: collects theirs, of any size."""
         parts = [self._local_parts(self.weights), self._local_parts(self.counts)]
         (weight_total, weight_entropy, _), (reads, count_entropy, used) = reduce(torch.stack(parts)).tolist()
         slots = self.table.slots
@@ -51,6 +60,7 @@ class UsageCounter:
             kl_weighted=_divergence(weight_total, weight_entropy, slots),
             kl_count=_divergence(reads, count_entropy, slots),
             reads_per_slot=reads / slots,
+            **_concentration(torch.cat(gather(_histogram(self.counts)))),
         )
 
     @staticmethod
@@ -64,3 +74,32 @@ def _divergence(total: float, weighted_log: float, slots: int) -> float:
     if total == 0:
         return 0.0
     return (torch.tensor(slots * 1.0, dtype=torch.float64) / total).log().item() + weighted_log / total
+
+
+def _histogram(counts: Tensor) -> Tensor:
+    """[distinct counts, 2]: each count of reads, and how many slots have it. Far fewer than slots."""
+    values, slots = torch.unique(counts, return_counts=True)
+    return torch.stack((values, slots.double()), dim=1)
+
+
+def _concentration(histogram: Tensor) -> dict[str, Any]:
+    """Gini coefficient and top slots, from (count, slots that have it), fp64."""
+    ascending = histogram[histogram[:, 0].argsort()]
+    value, slots = ascending.unbind(1)
+    reads = value * slots
+    total, all_slots = float(reads.sum()), float(slots.sum())
+    if not total:
+        return {"gini": 0.0, "top50": 0, "top90": 0, "top99": 0}
+    # sum of rank x value over slots in ascending order; a group of equal counts has ranks before + 1 to before + slots
+    before = slots.cumsum(0) - slots
+    ranked = float((value * slots * (before + (slots + 1) / 2)).sum())
+    gini = 2 * ranked / (all_slots * total) - (all_slots + 1) / all_slots
+    value, slots, reads = value.flip(0), slots.flip(0), reads.flip(0)
+    taken = reads.cumsum(0)
+    top = {}
+    for percent in (50, 90, 99):
+        wanted = total * percent / 100
+        group = int((taken < wanted * (1 - 1e-12)).sum())
+        left = wanted - float(taken[group] - reads[group])
+        top[f"top{percent}"] = int(slots[:group].sum()) + math.ceil(left / float(value[group]) - 1e-9)
+    return {"gini": max(gini, 0.0), **top}

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from memshard.data_pipeline.stream.batch import IGNORE
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.models.memory.usage import UsageCounter, UsageReport
@@ -18,10 +19,13 @@ from memshard.trainer.tasks.language_model import LanguageModelTask
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token, over `tokens` predicted tokens; usage: of every table, by name; counters: of this rank's rows."""
+    """loss: nats per token, over `tokens` predicted tokens; positions: [length, 2] fp64, the sum of losses and the number of tokens
+    at each position of a window; usage: of every table, by name; counters: of this rank's rows.
+    """
 
     loss: float
     tokens: int
+    positions: Tensor
     usage: dict[str, UsageReport]
     counters: dict[str, UsageCounter]
 
@@ -30,8 +34,21 @@ class Evaluation:
         """exp(loss): per token of this tokenizer, so not comparable between tokenizers."""
         return math.exp(self.loss)
 
+    def by_position(self) -> list[dict[str, float]]:
+        """Loss by how many tokens of the window stand before the predicted one's input: 0, 1, 2 to 3, 4 to 7, and so on."""
+        buckets, first = [], 0
+        while first < len(self.positions):
+            last = min(max(2 * first, 1), len(self.positions))
+            total, tokens = self.positions[first:last].sum(0).tolist()
+            if tokens:
+                buckets.append({"first": first, "last": last - 1, "tokens": int(tokens), "loss": total / tokens})
+            first = last
+        return buckets
+
     def word_perplexity(self, words: int) -> float:
-        """Perplexity per word: the tokens' total loss over the words of the same text."""
+        """Perplexity per word: exp of the tokens' total loss over the words of the same text (split at white space), <eos> and white
+        space included in the loss and not in the words. Comparable between tokenizers.
+        """
         return math.exp(self.loss * self.tokens / words)
 
     def bits_per_byte(self, text_bytes: int) -> float:
@@ -56,15 +73,23 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        total = torch.zeros((), dtype=torch.float64, device=task.device)
+        positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
         with observed_usage(model) as counters:
             # Every rank does as many passes, the last ones perhaps on filler: reads of a sharded table need all ranks.
             for first in range(0, held_out.windows, rows * ranks):
                 batch = held_out.batch(first + rank * rows, rows)
                 with autocast(dtype, task.device):
-                    total += task.loss(model, batch).double()
+                    losses = task.each_loss(model, batch)
+                counts = batch.targets != IGNORE
+                counts[batch.samples > 0, : held_out.overlap] = False
+                counts = counts.to(task.device)
+                if not len(positions):
+                    positions = positions.new_zeros(losses.shape[1], 2)
+                positions[:, 0] += torch.where(counts, losses.double(), 0).sum(0)
+                positions[:, 1] += counts.sum(0)
     finally:
         model.train(training)
     same = dist.get_world_size() // ranks if dist.is_initialized() else 1
-    loss = float(all_sum(total)) / same / held_out.tokens
-    return Evaluation(loss, held_out.tokens, usage_reports(counters), counters)
+    positions = all_sum(positions).cpu() / same
+    loss = float(positions[:, 0].sum()) / held_out.tokens
+    return Evaluation(loss, held_out.tokens, positions, usage_reports(counters), counters)

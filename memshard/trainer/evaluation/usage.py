@@ -9,7 +9,7 @@ from torch import nn
 
 from memshard.models.memory.table import find_tables
 from memshard.models.memory.usage import UsageCounter, UsageReport
-from memshard.parallel.collectives import all_sum
+from memshard.parallel.collectives import all_rows, all_sum
 from memshard.parallel.tables.sharded import ShardedTable
 
 
@@ -34,10 +34,15 @@ def usage_reports(counters: dict[str, UsageCounter]) -> dict[str, UsageReport]:
 def _report(counter: UsageCounter) -> UsageReport:
     table = counter.table
     if not isinstance(table, ShardedTable):
-        return counter.report(all_sum)
+        # Every rank holds all rows.
+        counter.merge(all_sum)
+        return counter.report()
     if table.replicas is not None:
         counter.merge(lambda counts: all_sum(counts, table.replicas))
-    return counter.report(lambda parts: all_sum(parts, table.group) / table.observers)
+    if table.observers > 1:
+        # Every rank has seen all reads.
+        return counter.report()
+    return counter.report(lambda parts: all_sum(parts, table.group), lambda rows: all_rows(rows, table.group))
 
 
 def memory_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:

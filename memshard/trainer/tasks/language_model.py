@@ -23,6 +23,10 @@ class LanguageModelTask:
 
     def loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
         """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn."""
+        return self.each_loss(model, batch, step).sum()
+
+    def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
+        """[batch, length] losses in nats, 0 where nothing is predicted. step: as for `loss`."""
         predicts = batch.targets != IGNORE
         padded = not bool(predicts.all())  # asked on the CPU: the device may be busy
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
@@ -33,4 +37,4 @@ class LanguageModelTask:
             random=None if step is None else RandomKey(self.seed, step, batch.samples),
         )
         logits, _ = model(batch.inputs, ctx)
-        return self.losses(logits, batch.targets).sum()
+        return self.losses(logits, batch.targets)
