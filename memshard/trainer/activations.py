@@ -16,6 +16,7 @@ def activation_bytes(
     half: bool = False,
     document_mask: bool = False,
     tensor: int = 1,
+    key_balance: bool = False,
 ) -> float:
     """Bytes kept for each token of a micro-batch, loss included; weights and their copies in half precision not. ranks: that split a
     table; tensor: that share each sequence and the large matrices.
@@ -25,7 +26,7 @@ def activation_bytes(
         two norms   4 d each (twice that for RMSNorm)
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
         memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
-                    16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim
+                    16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim; key balance 8 heads keys
         extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for rotary positions
     and 4 vocabulary + (a + 4) d for the head. Tensor-parallel ranks keep 1 / tensor of all but what mixers, feedforwards and head gather,
     a d each. The test compares it with what autograd really saves.
@@ -46,10 +47,11 @@ def activation_bytes(
     dropout = (2 * config.layers + 1) * d if config.dropout else 0
     head = a * d + 4 * config.vocab_size / tensor + (norm / tensor if config.residual == "pre" else 0)
     readers = 1 if layout is not None and layout.layout == "tensor" else tensor
+    memory = _memory(config, a, ranks, layout) + (8 * config.memory.heads * config.memory.keys if key_balance else 0)
     return (
         config.layers * (attention + 2 * norm / tensor)
         + feedforwards * _feedforward(config, a, tensor)
-        + memories * _memory(config, a, ranks, layout) / readers
+        + memories * memory / readers
         + dropout / tensor
         + head
     )

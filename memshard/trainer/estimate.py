@@ -114,7 +114,8 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     share, micro_batch = _shares(recipe, world)
     tokens = micro_batch * length
     looked_up = share * length / _readers(recipe)
-    kept = activation_bytes(model, length, holders, layout, half=half, document_mask=recipe.data.document_mask, tensor=tensor)
+    masked, balanced = recipe.data.document_mask, recipe.train.key_balance > 0
+    kept = activation_bytes(model, length, holders, layout, half=half, document_mask=masked, tensor=tensor, key_balance=balanced)
     activations = tokens * kept
     reads, update = _read_bytes(model, holders, layout)
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0

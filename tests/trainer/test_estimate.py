@@ -12,6 +12,7 @@ from memshard.launch.cli.main import main
 from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
+from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
@@ -41,11 +42,14 @@ MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=Mixer
         replace(MODEL, memory=replace(MEMORY, kind="peer", topk=32)),
     ],
 )
-@pytest.mark.parametrize("document_mask", [False, True])
-def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, document_mask: bool) -> None:
+@pytest.mark.parametrize(("document_mask", "balanced"), [(False, False), (True, True)])
+def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, document_mask: bool, balanced: bool) -> None:
     batch, length = 16, 64
     transformer = Transformer(model).train()
     tables = externalize_tables(transformer)
+    for _, memory in transformer.memories():
+        memory.key_use = KeyUse(memory.heads, model.memory.keys)
+        memory.key_use.balance = float(balanced)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*transformer.parameters(), *(table.weight for table in tables)]}
     saved: dict[int, Tensor] = {}
 
@@ -62,7 +66,7 @@ def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, doc
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     if half:  # the copies of weights, which the estimate counts as weights
         measured -= 2 * count_parameters(model).active
-    predicted = batch * length * activation_bytes(model, length, half=half, document_mask=document_mask)
+    predicted = batch * length * activation_bytes(model, length, half=half, document_mask=document_mask, key_balance=balanced)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
