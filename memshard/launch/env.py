@@ -28,7 +28,11 @@ def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
     ranks = read_ranks(os.environ)
     device = _device(ranks)
     if ranks.ranks == 1:
-        yield device, ranks
+        try:
+            yield device, ranks
+        finally:
+            if dist.is_initialized():  # DeepSpeed needs a group even for one process
+                dist.destroy_process_group()
         return
     _publish(ranks)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, for `memshard doctor`

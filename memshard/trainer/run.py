@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,9 @@ from memshard.trainer.optim.row_adam import RowAdam
 from memshard.trainer.precision import LossScale, compute_dtype, store_tables
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_identity, write_config
 from memshard.trainer.tasks.language_model import LanguageModelTask
+
+if TYPE_CHECKING:
+    from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class Run:
     mesh: DeviceMesh | None
     model: Transformer
     placement: dict[str, ShardSpec]
-    engine: NativeEngine
+    engine: "NativeEngine | DeepSpeedEngine"
     rows: RowAdam | None
     loss_scale: LossScale
     task: LanguageModelTask
@@ -180,7 +183,9 @@ class Run:
         tokenizer, data = checkpoint / TOKENIZER_FILE, self.recipe.data.path
         if tokenizer.exists() and Tokenizer(tokenizer).sha256 != load_index(data).tokenizer_sha256:
             raise ValueError(f"{data} was built with another tokenizer than {checkpoint}: its tokens mean nothing to that model")
-        init_from(checkpoint, self.model, self._learned(), self.rows)
+        learned = self.engine.state(self._learned(), everywhere=True)
+        init_from(checkpoint, self.model, learned, self.rows)
+        self.engine.restore(learned)
 
     def rewind(self) -> None:
         """Back to the newest checkpoint, on with the data after the last batch. All ranks call it.
@@ -219,7 +224,9 @@ class Run:
                 f"{self.recipe.data.path} is not the data that {folder} was trained on: "
                 "give the original folder as data.path, or another --run folder"
             )
-        load_tensors(folder, self.tensors())
+        tensors = self.tensors()
+        load_tensors(folder, tensors)
+        self.engine.restore(tensors)
         self.progress = Progress(**state["progress"])
         self.loss_scale.restore(state["loss_scale"])
         for name, table in find_tables(self.model):
@@ -233,8 +240,10 @@ class Run:
         check_copies(tensors, self.placement, self.mesh)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint keeps as tensors, by name; they share memory with the run."""
-        tensors = self._learned()
+        """Everything that a checkpoint keeps as tensors, by name. They share memory with the run, but for what `engine.restore` takes
+        back; all ranks call it.
+        """
+        tensors = self.engine.state(self._learned())
         for layer, memory in self.model.memories():
             if memory.key_use is not None:
                 tensors[f"key_share.blocks.{layer}.memory"] = memory.key_use.share
@@ -301,7 +310,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         mesh=mesh,
         model=model,
         placement=placement,
-        engine=NativeEngine(model, recipe.optimizer, mesh, placement, shard_states=recipe.train.zero > 0),
+        engine=_engine(recipe, model, mesh, placement, dtype),
         rows=_row_adam(tables, recipe.tables) if tables else None,
         loss_scale=LossScale(recipe.train.loss_scale, dtype),
         task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed, losses_on(mesh)),
@@ -312,7 +321,18 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     run.check_copies()
     if rank == 0:
         write_config(folder, recipe)
+        run.engine.write_settings(folder)
     return run
+
+
+def _engine(
+    recipe: Recipe, model: Transformer, mesh: DeviceMesh | None, placement: dict[str, ShardSpec], dtype: torch.dtype
+) -> "NativeEngine | DeepSpeedEngine":
+    if recipe.train.engine == "torch":
+        return NativeEngine(model, recipe.optimizer, mesh, placement, shard_states=recipe.train.zero > 0)
+    from memshard.trainer.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, recipe.optimizer, recipe.train, mesh, placement, dtype)
 
 
 def _row_adam(tables: list[ValueTable], config: TableOptimizerConfig) -> RowAdam:

@@ -9,9 +9,8 @@ from torch.optim import Optimizer
 from memshard.models.memory.table import find_tables
 from memshard.parallel.mesh import flat
 from memshard.parallel.spec import ShardSpec
+from memshard.trainer.optim.dense import MOMENTS
 from memshard.trainer.optim.row_adam import RowAdam
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> dict[str, Tensor]:
@@ -37,7 +36,7 @@ def optimizer_tensors(
         state = dense.state.get(parameter)
         if state:
             tensors[f"step.{name}"] = state["step"]
-            tensors |= {f"{key}.{name}": _global(name, state[key], placement, mesh) for key in _MOMENTS}
+            tensors |= {f"{key}.{name}": _global(name, state[key], placement, mesh) for key in MOMENTS}
     if rows is None:
         return tensors
     for table_name, table in find_tables(model):

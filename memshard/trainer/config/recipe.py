@@ -82,8 +82,15 @@ class TrainConfig:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     """The dynamic loss scale of fp16; idle in other arithmetic."""
 
-    zero: Literal[0, 1] = 0
-    """ZeRO stage: 1 splits AdamW's moments over the ranks, with the same results."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What trains the dense parameters: plain torch, or DeepSpeed (pip install 'memshard[deepspeed]')."""
+
+    zero: Literal[0, 1, 2] = 0
+    """ZeRO stage, with the same results: 1 splits AdamW's moments over the ranks (under DeepSpeed fp32 masters too), 2, which needs
+    DeepSpeed, gradients too."""
+
+    offload: bool = False
+    """Keep AdamW's states in host memory and update there; needs DeepSpeed and zero of at least 1."""
 
     clip: float = 1.0
     """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own, tables.clip."""
@@ -130,6 +137,10 @@ class TrainConfig:
         for name in ("clip", "key_balance", "eval_every", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.zero == 2 and self.engine != "deepspeed":
+            raise ValueError("train.zero is 2, which only DeepSpeed has: set train.engine=deepspeed, or train.zero=1")
+        if self.offload and (self.engine != "deepspeed" or not self.zero):
+            raise ValueError("train.offload needs train.engine=deepspeed and train.zero of 1 or 2")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"train.seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.keep < 2:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from memshard.parallel.grad_norm import complete_gradients, gradient_norm
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.recipe import OptimizerConfig
-from memshard.trainer.optim.dense import build_adamw, learning_rate, owners
+from memshard.trainer.optim.dense import build_adamw, learning_rate, make_states, owners
 
 
 class NativeEngine:
@@ -51,6 +52,7 @@ class NativeEngine:
                 self.own = [p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == own]
         self.shares_updates = copies > 1 and shard_states
         self.optimizer = build_adamw(self.own, config)
+        make_states(self.optimizer, self.own)
 
     def forward_context(self, last: bool) -> Any:
         """The context of a micro-batch's forward and backward: ranks exchange gradients on the last one only."""
@@ -93,6 +95,16 @@ class NativeEngine:
         """Drop the gradients."""
         for p in self.parameters:
             p.grad = None
+
+    def state(self, tensors: dict[str, Tensor], everywhere: bool = False) -> dict[str, Tensor]:
+        """A checkpoint's tensors: all of them lie in the model and in `optimizer`."""
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what a checkpoint was loaded into, the tensors of `state`: nothing is left to do."""
+
+    def write_settings(self, folder: Path) -> None:
+        """Nothing: the recipe says it all."""
 
 
 def _sum_gradients(data: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

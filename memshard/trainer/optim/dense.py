@@ -1,13 +1,15 @@
 """AdamW for the dense parameters, and its learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from memshard.trainer.config.recipe import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_adamw(parameters: Sequence[Tensor], config: OptimizerConfig) -> AdamW:
@@ -16,12 +18,15 @@ def build_adamw(parameters: Sequence[Tensor], config: OptimizerConfig) -> AdamW:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in parameters:
-        # What the first step would make; a checkpoint loads into it.
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
+    filled = [group for group in groups if group["params"]]
+    return AdamW(filled or groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def make_states(optimizer: Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Give AdamW the states of the tensors that its first step would make; a checkpoint loads into them."""
+    for tensor in tensors:
+        step = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        optimizer.state[tensor] = {"step": step} | {moment: torch.zeros_like(tensor) for moment in MOMENTS}
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:

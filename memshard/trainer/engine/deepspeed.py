@@ -1,0 +1,277 @@
+"""The dense half of a step on DeepSpeed: ZeRO-0 to 2, offload, 16-bit parameters with fp32 masters. Its one importer."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from memshard.parallel.collectives import all_sum
+from memshard.parallel.grad_norm import gradient_norm
+from memshard.parallel.mesh import DATA, group, tensor_size
+from memshard.parallel.spec import ShardSpec
+from memshard.trainer.config.recipe import OptimizerConfig, TrainConfig
+from memshard.trainer.optim.dense import MOMENTS, build_adamw, learning_rate, make_states, owners
+
+_BUCKET = 50_000_000
+"""Values that DeepSpeed sums at a time; its own default, 5e8, takes 2 GB."""
+
+
+class DeepSpeedEngine:
+    """Wraps a model whose tables are hidden, as `NativeEngine` does and with its results.
+
+    Under fp16 and bf16 the parameters are 16-bit, and the optimizer keeps fp32 masters: checkpoints hold those.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        settings: TrainConfig,
+        mesh: DeviceMesh | None,
+        placement: Mapping[str, ShardSpec],
+        dtype: torch.dtype,
+    ) -> None:
+        """dtype: of the arithmetic. ValueError if DeepSpeed is missing or cannot do it right."""
+        if settings.zero == 0 and dtype != torch.float32:
+            # 0.19.8 divides fp16 gradients by a scale that it never gave the loss, and counts one bf16 step too many.
+            raise ValueError(
+                "train.zero is 0, where DeepSpeed is wrong in 16-bit arithmetic: set train.zero=1, or train.precision=fp32"
+            )
+        self.config = config
+        self.mesh, self.placement = mesh, placement
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+        device = self.parameters[0].device
+        deepspeed = _import(device)
+        if not dist.is_initialized():
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self.data = dist.group.WORLD if mesh is None else group(mesh, DATA)
+        self._tell_what_is_split()
+        initial = []
+        if dtype != torch.float32:
+            initial = [p.detach().cpu() for p in self.parameters]
+            _compute_in(dtype, model, device)
+        share = -(-settings.batch // dist.get_world_size(self.data))
+        self.json = _json(settings, dtype, batches=-(-share // (settings.micro_batch or share)))
+        self.optimizer: Any = build_adamw(self.parameters, config)
+        self.engine, self.zero, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=self.json,
+            mpu=None if mesh is None else _mpu(mesh),
+            dist_init_required=False,
+        )
+        self.model: nn.Module = self.engine
+        self.shards = settings.zero > 0
+        self.broken = False
+        if not self.shards:
+            make_states(self.optimizer, self.parameters)
+            return
+        # One verdict for dense parameters and tables, found before the step.
+        self.zero.check_grad_overflow = True
+        self.zero.check_overflow = lambda *_, **__: setattr(self.zero, "overflow", self.broken)
+        for p, value in zip(self.parameters, initial, strict=False):
+            _set(p, value.to(self.zero.device))  # DeepSpeed makes masters of 16-bit weights, which have lost half their digits
+        make_states(self.zero.optimizer, self.zero.single_partition_of_fp32_groups)
+        self.zero._lazy_init_hp_params_optimizer_state()
+
+    def forward_context(self, last: bool) -> AbstractContextManager[Any]:
+        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last one only, or with ZeRO-2 on each."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Add the gradients of a micro-batch, times `scale`."""
+        if self.shards:
+            self.zero.override_loss_scale(scale)
+        else:
+            loss = loss * scale
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient_norm(self, scale: float) -> Tensor:
+        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks, and infinite if it is not finite."""
+        if not self.shards:
+            return gradient_norm(self.named, self.placement, self.mesh) / scale
+        norm = self.zero.scaled_global_norm().to(self.parameters[0].device)
+        return torch.where(norm < 0, torch.inf, norm / scale)  # DeepSpeed's -1
+
+    def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
+        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and clear them; returns the
+        learning rate used.
+        """
+        rate = learning_rate(self.config, step, steps)
+        for parameters in self.zero.param_groups:
+            parameters["lr"] = rate
+        if self.shards:
+            self.zero.clip_grad = clip
+        else:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            if scale != 1:
+                torch._foreach_mul_(gradients, 1 / scale)
+            if clip:
+                nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+        self.engine.step()
+        assert self.engine.was_step_applied()
+        return rate
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        if self.shards:
+            # Only DeepSpeed knows where it keeps them; an overflow makes it forget them.
+            self.broken = True
+            self.engine.step()
+            self.broken = False
+        else:
+            self.engine.zero_grad()
+
+    def state(self, tensors: dict[str, Tensor], everywhere: bool = False) -> dict[str, Tensor]:
+        """A checkpoint's tensors, with the masters and moments that DeepSpeed keeps: each on one of the ranks that share a batch, or
+        everywhere. All ranks call it.
+        """
+        if not self.shards:
+            return tensors
+        tensors = dict(tensors)
+        for (name, p), owner in self._owned():
+            found = {f"{key or 'model'}.{name}": p.get_full_hp_param(key) for key in (None, *MOMENTS)}
+            like = tensors.pop(f"model.{name}")
+            if everywhere or owner == dist.get_rank(self.data):
+                tensors |= {key: _like(like, value) for key, value in found.items()} | {f"step.{name}": self._step().clone()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Give DeepSpeed what a checkpoint was loaded into, the tensors of `state`. All ranks call it."""
+        if not self.shards:
+            return
+        for (name, p), owner in self._owned():
+            for key in (None, *MOMENTS):
+                found = tensors.get(f"{key or 'model'}.{name}")
+                value = torch.empty_like(p, dtype=torch.float32) if found is None else found
+                value = value.to_local() if isinstance(value, DTensor) else value
+                dist.broadcast(value, group=self.data, group_src=owner)
+                _set(p, value, key)
+                if key is None:
+                    p.data.copy_(value)
+            step = tensors.get(f"step.{name}", self._step().clone())
+            dist.broadcast(step, group=self.data, group_src=owner)
+        for flat in self.zero.single_partition_of_fp32_groups:
+            self.zero.state[flat]["step"].copy_(step)
+
+    def _owned(self) -> Any:
+        """((name, parameter), number of the rank of `data` that keeps it for a checkpoint)."""
+        return zip(self.named.items(), owners([p.numel() for p in self.parameters], dist.get_world_size(self.data)), strict=True)
+
+    def _tell_what_is_split(self) -> None:
+        """Mark tensor-parallel pieces for DeepSpeed's norm, and complete the gradients of what is whole: it expects Megatron's layers,
+        which leave those equal on all ranks of the tensor axis.
+        """
+        for name, p in self.named.items():
+            p.model_parallel = name in self.placement  # type: ignore[attr-defined]
+            if tensor_size(self.mesh) > 1 and name not in self.placement:
+                assert self.mesh is not None
+                p.register_hook(partial(all_sum, group=self.mesh.get_group("tensor")))
+
+    def _step(self) -> Tensor:
+        count: Tensor = self.zero.state[self.zero.single_partition_of_fp32_groups[0]]["step"]
+        return count
+
+    def write_settings(self, folder: Path) -> None:
+        """Leave what DeepSpeed was told in the run's folder."""
+        (folder / "deepspeed.json").write_text(json.dumps(self.json, indent=1) + "\n")
+
+
+def _like(whole: Tensor, piece: Tensor) -> Tensor:
+    """A piece of a tensor, spread as `whole` is."""
+    if not isinstance(whole, DTensor):
+        return piece
+    return DTensor.from_local(piece, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _set(p: Tensor, value: Tensor, key: str | None = None) -> None:
+    """Set a parameter's master, or a moment, from its whole value."""
+    p.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+
+
+def _json(settings: TrainConfig, dtype: torch.dtype, batches: int) -> dict[str, Any]:
+    """DeepSpeed's own settings."""
+    zero: dict[str, Any] = {
+        "stage": settings.zero,
+        "overlap_comm": not settings.offload and torch.cuda.is_available(),
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }
+    if settings.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and not used
+        "gradient_accumulation_steps": batches,
+        "gradient_allreduce_op": "sum",
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+
+
+def _import(device: torch.device) -> ModuleType:
+    """DeepSpeed, told to keep quiet, to leave standard output alone and not to compile collectives for the CPU (a minute, a compiler)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+        from deepspeed.runtime import torch_autocast
+    except ImportError as error:
+        raise ValueError(f"train.engine is deepspeed, which cannot be imported ({error}): pip install 'memshard[deepspeed]'") from error
+    for handler in deepspeed.logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    deepspeed.logger.setLevel(logging.WARNING)
+    # Its own use of deprecated collectives.
+    warnings.filterwarnings("ignore", "`?torch.distributed.*deprecated", FutureWarning)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    torch_autocast._WARNED_NESTED_AUTOCAST = True  # it ends our autocast, which the model then begins again
+    return deepspeed
+
+
+def _compute_in(dtype: torch.dtype, model: nn.Module, device: torch.device) -> None:
+    """Make a model whose parameters become 16-bit compute as under autocast: residual stream and norms in fp32."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _, __, x: x.float())
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.forward = partial(_wide_norm, module)  # type: ignore[method-assign]
+    model.forward = torch.autocast(device.type, dtype)(model.forward)
+
+
+def _wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    function: Any = F.layer_norm if isinstance(norm, nn.LayerNorm) else F.rms_norm
+    weights = (p.float() for p in norm.parameters(recurse=False))
+    return function(x.float(), norm.normalized_shape, *weights, eps=norm.eps)
+
+
+def _mpu(mesh: DeviceMesh) -> SimpleNamespace:
+    """The mesh as DeepSpeed asks for it (Megatron's names, old and new)."""
+    data, tensor = group(mesh, DATA), mesh.get_group("tensor")
+    found = {}
+    for name, ranks in (("data_parallel", data), ("model_parallel", tensor), ("tensor_model_parallel", tensor)):
+        found[f"get_{name}_group"] = lambda ranks=ranks: ranks
+        found[f"get_{name}_rank"] = partial(dist.get_rank, ranks)
+        found[f"get_{name}_world_size"] = partial(dist.get_world_size, ranks)
+    return SimpleNamespace(**found)
