@@ -37,11 +37,11 @@ def revive(memories: Iterable[ProductKeyMemory], optimizer: RowAdam, dead_after:
         if not step or step % dead_after:
             continue
         key = fold(seed, step, number)
-        sources = torch.arange(own[0].sub_keys.weight.shape[2], device=values.weight.device).repeat(2, 1)
+        sources = torch.arange(own[0].sub_keys.weight.shape[2], device=own[0].sub_keys.weight.device).repeat(2, 1)
         for reader, memory in enumerate(own):
             _split_hot_keys(memory, step, step - dead_after, fold(key, reader), sources)
         for part, table in enumerate((values, own[0].down) if isinstance(own[0], Peer) else (values,)):
-            _copy_rows(table, optimizer, step - dead_after, fold(key, -1 - part), sources)
+            _copy_rows(table, optimizer, step - dead_after, fold(key, -1 - part), sources.to(table.weight.device))
 
 
 def _split_hot_keys(memory: ProductKeyMemory, step: int, horizon: int, seed: int, sources: Tensor) -> None:

@@ -12,7 +12,7 @@ from memshard.models.memory.pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
 from memshard.trainer.optim.compiled_update import update_rows_compiled
-from memshard.trainer.optim.row_update import BLOCK_ROWS, Step, factors, update_rows
+from memshard.trainer.optim.row_update import Step, blocks, factors, update_rows
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
 Rounding = Literal["master", "stochastic"]
@@ -101,8 +101,8 @@ class RowAdam(Optimizer):
         for table in self.tables:
             total = torch.zeros((), dtype=torch.float64, device=table.weight.device)
             for part in table.gradients(_scale(table)):
-                for first in range(0, len(part.rows), BLOCK_ROWS):
-                    total += part.sums(first, min(first + BLOCK_ROWS, len(part.rows))).double().square().sum()
+                for first, last in blocks(part):
+                    total += part.sums(first, last).double().square().sum()
             squares += float(table.sum_over_parts(total))
         self.norm = math.sqrt(squares)
         return min(1.0, self.clip / (self.norm + 1e-6))

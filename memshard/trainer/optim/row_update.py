@@ -11,9 +11,6 @@ from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ValueTable
 from memshard.models.random import fold, fold_tensor, random_bits
 
-BLOCK_ROWS = 1024
-"""Rows updated at a time: temporaries then stay in cache (2 to 3 times faster than all at once)."""
-
 _ROUNDING_STREAM = 0x524F554E44
 
 
@@ -57,10 +54,18 @@ def factors(step: Step, state: dict[str, Any], rows: Tensor) -> Factors:
     return Factors(size, eps, {name: value.to(state["exp_avg"].dtype) for name, value in by_row.items()})
 
 
+def blocks(part: SortedReads) -> Iterator[tuple[int, int]]:
+    """Where to cut a part's rows: on a CPU temporaries then stay in cache (2 to 3 times faster than all at once); on a GPU, where each
+    block is several launches, they are bounded (64 MB each).
+    """
+    rows = max(1024, (1 << 24) // max(1, part.upstream.shape[1])) if part.upstream.is_cuda else 1024
+    for first in range(0, len(part.rows), rows):
+        yield first, min(first + rows, len(part.rows))
+
+
 def update_rows(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
     """One Adam step on part.rows: pick rows, update them, put them back, block by block. The others keep their bits."""
-    for first in range(0, len(part.rows), BLOCK_ROWS):
-        last = min(first + BLOCK_ROWS, len(part.rows))
+    for first, last in blocks(part):
         own = Factors(found.step_size, found.eps, {name: value[first:last] for name, value in found.by_row.items()})
         rows = part.rows[first:last]
         old = {name: tensor.index_select(0, rows) for name, tensor in _tensors(table, state)}
