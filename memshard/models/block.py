@@ -6,6 +6,7 @@ from memshard.models.context import Context
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.build import Mixer, MixerState
 from memshard.models.random import dropout
+from memshard.models.replay import Replay
 from memshard.models.residual import Residual
 
 _MIXER_BRANCH, _FEEDFORWARD_BRANCH = 0, 1
@@ -31,22 +32,38 @@ class Block(nn.Module):
         self.mixer_residual, self.feedforward_residual = residuals
         self.dropout_rate = dropout_rate
 
-    def forward(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
-        """x: [batch, length, dim]; returns the same shape and the mixer's advanced state."""
+    def forward(
+        self, x: Tensor, ctx: Context, state: MixerState | None = None, replay: Replay | None = None
+    ) -> tuple[Tensor, MixerState | None]:
+        """x: [batch, length, dim]; returns the same shape and the mixer's advanced state. replay: of a pass that backward repeats."""
+        x, state = self.mixed(x, ctx, state)
+        return self.fed(x, ctx, replay), state
 
-        def mix(h: Tensor) -> Tensor:
+    def mixed(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+        """The first half: x after the mixer, and its advanced state."""
+
+        def branch(h: Tensor) -> Tensor:
             nonlocal state
-            y, state = self.mixer(h, ctx, state)
-            return self._dropout(y, ctx, _MIXER_BRANCH)
+            y, state = self.mix(h, ctx, state)
+            return y
 
-        def feed(h: Tensor) -> Tensor:
-            parts = [] if self.feedforward is None else [self.feedforward(h)]
-            if self.memory is not None:
-                parts.append(self.memory(h, ctx.own.padding))
-            return self._dropout(sum(parts[1:], parts[0]), ctx, _FEEDFORWARD_BRANCH)
+        return self.mixer_residual(x, branch), state
 
-        x = self.mixer_residual(x, mix)
-        return self.feedforward_residual(x, feed), state
+    def fed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
+        """The second half: x after feedforward and memory."""
+        return self.feedforward_residual(x, lambda h: self.feed(h, ctx, replay))
+
+    def mix(self, h: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+        """The mixer's branch of a normalised h, and the advanced state."""
+        y, state = self.mixer(h, ctx, state)
+        return self._dropout(y, ctx, _MIXER_BRANCH), state
+
+    def feed(self, h: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
+        """The branch of feedforward and memory, of a normalised h."""
+        parts = [] if self.feedforward is None else [self.feedforward(h)]
+        if self.memory is not None:
+            parts.append(self.memory(h, ctx.own.padding, replay))
+        return self._dropout(sum(parts[1:], parts[0]), ctx, _FEEDFORWARD_BRANCH)
 
     def _dropout(self, y: Tensor, ctx: Context, branch: int) -> Tensor:
         if not self.training or not self.dropout_rate or ctx.random is None:

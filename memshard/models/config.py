@@ -171,8 +171,9 @@ class ModelConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Product-key memory layers."""
 
-    residual: Literal["pre", "post"] = "pre"
-    """Where the norm stands: pre is x + f(norm(x)), post is norm(x + f(x))."""
+    residual: Literal["pre", "post", "reversible"] = "pre"
+    """How a branch joins: pre is x + f(norm(x)), post is norm(x + f(x)); reversible has two streams, y1 = x1 + f(norm(x2)) and
+    y2 = x2 + g(norm(y1)), which backward rebuilds, so that activations do not grow with layers (Reformer)."""
 
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm or RMSNorm."""
@@ -181,7 +182,7 @@ class ModelConfig:
     """How positions enter: added embeddings, added sinusoids, rotated queries and keys, or not at all."""
 
     tie_head: bool = True
-    """Use the embedding matrix as output head."""
+    """Use the embedding matrix as output head. Of two reversible streams it reads the mean; a head of its own reads both, side by side."""
 
     dropout: float = 0.0
     """Dropout of embeddings and branch outputs, drawn from (seed, step, sample, layer, branch)."""

@@ -8,9 +8,9 @@ from memshard.models.norm import build_norm
 
 
 class Residual(nn.Module):
-    """Pre-norm, x + f(norm(x)), or post-norm, norm(x + f(x)).
+    """Pre-norm, x + f(norm(x)), or post-norm, norm(x + f(x)). Of a reversible block's residual only the norm is used.
 
-    kind: "pre" or "post"; norm: "layer" or "rms".
+    kind: "pre", "post" or "reversible"; norm: "layer" or "rms".
     """
 
     def __init__(self, kind: str, norm: str, dim: int) -> None:

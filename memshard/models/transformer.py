@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from memshard.models.block import Block
+from memshard.models.checkpointing import Checkpointing, run_block
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.feedforward import FeedForward
@@ -18,6 +20,7 @@ from memshard.models.norm import build_norm
 from memshard.models.position import sinusoids
 from memshard.models.random import dropout
 from memshard.models.residual import Residual
+from memshard.models.reversible import Grid, reversible_blocks
 
 _EMBEDDING_LAYER = -1
 
@@ -35,8 +38,14 @@ class Transformer(nn.Module):
         shared = [_build_table(config) for _ in range(config.memory.tables)] if config.memory.layers and config.memory.share else []
         blocks = nn.ModuleList(_build_block(config, layer, shared) for layer in range(config.layers))
         self.blocks = cast("list[Block]", blocks)
-        self.norm = build_norm(config.norm, config.dim) if config.residual == "pre" else nn.Identity()
-        self.head = None if config.tie_head else Projection(config.dim, config.vocab_size)
+        self.grid = Grid() if config.residual == "reversible" else None
+        width = 2 * config.dim if self.grid is not None and not config.tie_head else config.dim
+        self.norm = nn.Identity() if config.residual == "post" else build_norm(config.norm, width)
+        self.head = None if config.tie_head else Projection(width, config.vocab_size)
+        self.checkpointing: Checkpointing = "none"
+        """What backward computes again instead of keeping; blocks that are not reversible only."""
+        self.check_inversion = False
+        """Of reversible blocks: compare each block's rebuilt input with a checksum of the true one."""
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
         """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
 
@@ -53,11 +62,16 @@ class Transformer(nn.Module):
         if self.share_sequence is not None:
             tokens, ctx = self.share_sequence(tokens, ctx)
         x = self._embed(tokens, ctx)
-        advanced = []
-        for layer, block in enumerate(self.blocks):
-            x, state = block(x, ctx, states[layer] if states else None)
-            if state is not None:
-                advanced.append(state)
+        if self.grid is not None:
+            x1, x2, advanced = reversible_blocks(self.blocks, self.grid, x, ctx, states, self.check_inversion)
+            x = (x1 + x2) / 2 if self.head is None else torch.cat((x1, x2), dim=-1)
+        else:
+            checkpointing = self.checkpointing if torch.is_grad_enabled() and states is None else "none"
+            advanced = []
+            for layer, block in enumerate(self.blocks):
+                x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None)
+                if state is not None:
+                    advanced.append(state)
         x = self.norm(x)
         logits = self.embedding.logits(x) if self.head is None else self.head(x)
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None

@@ -1,5 +1,6 @@
 """How many bytes a forward pass keeps for its backward pass, in closed form."""
 
+from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
 from memshard.trainer.traffic import LayoutChoice
 
@@ -17,9 +18,10 @@ def activation_bytes(
     document_mask: bool = False,
     tensor: int = 1,
     key_balance: bool = False,
-) -> float:
-    """Bytes kept for each token of a micro-batch, loss included; weights and their copies in half precision not. ranks: that split a
-    table; tensor: that share each sequence and the large matrices.
+    checkpointing: Checkpointing = "none",
+) -> tuple[float, float]:
+    """Bytes kept for each token of a micro-batch, loss included, and bytes that backward computes again and holds at once. Weights and
+    their copies in half precision do not count. ranks: that split a table; tensor: that share each sequence and the large matrices.
 
     The sum, for a values of bytes (4, or 2 under bf16 or fp16 autocast), width d, per block:
         attention   a d (5, or 7 under autocast, which casts the input once for each of three projections), 4 heads
@@ -28,15 +30,17 @@ def activation_bytes(
         memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
                     16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim; key balance 8 heads keys
         extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for rotary positions
-    and 4 vocabulary + (a + 4) d for the head. Tensor-parallel ranks keep 1 / tensor of all but what mixers, feedforwards and head gather,
-    a d each. The test compares it with what autograd really saves.
+    and 4 vocabulary + (a + 4) d for the head. Checkpointing keeps 4 d for each block or half block that is computed again, reversible
+    blocks 8 d in all; both keep of a memory its indices, its weights and 4 value_dim of sums. Tensor-parallel ranks keep 1 / tensor of
+    all but what mixers, feedforwards and head gather, a d each. The test compares it with what is in memory.
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if half else (4, config.dim)
-    norm = 4 * d * (2 if config.norm == "rms" else 1) + 8
+    norm = (4 * d * (2 if config.norm == "rms" else 1) + 8) / tensor
+    mask = d / tensor if config.dropout else 0
     # Gathered inputs are cast once, before they travel.
     inputs = 3 if half and tensor == 1 else 1
-    attention = a * d * 4 / tensor + 4 * config.mixer.heads / tensor + inputs * a * d
+    attention = norm + mask + a * d * 4 / tensor + 4 * config.mixer.heads / tensor + inputs * a * d
     if config.position == "rotary":
         # Turned queries are contiguous by head, so attention's output is copied back: twice in memory.
         attention += a * (d / tensor + 2 * d // config.mixer.heads)
@@ -44,17 +48,25 @@ def activation_bytes(
         attention += a * length
     memories = len(config.memory.layers)
     feedforwards = config.layers - (memories if config.memory.mode == "replace" else 0)
-    dropout = (2 * config.layers + 1) * d if config.dropout else 0
-    head = a * d + 4 * config.vocab_size / tensor + (norm / tensor if config.residual == "pre" else 0)
     readers = 1 if layout is not None and layout.layout == "tensor" else tensor
-    memory = _memory(config, a, ranks, layout) + (8 * config.memory.heads * config.memory.keys if key_balance else 0)
-    return (
-        config.layers * (attention + 2 * norm / tensor)
-        + feedforwards * _feedforward(config, a, tensor)
-        + memories * memory / readers
-        + dropout / tensor
-        + head
-    )
+    feedforward, memory = _feedforward(config, a, tensor), 0.0
+    if memories:
+        memory = (_memory(config, a, ranks, layout) + (8 * config.memory.heads * config.memory.keys if key_balance else 0)) / readers
+    lookup = (_lookup(config, a, ranks, layout) + 4 * (config.memory.value_dim or d)) / readers if memories else 0
+    both = config.memory.mode == "add"
+    largest = norm + mask + max(feedforward if feedforwards else 0, memory - lookup + (feedforward if both else 0) if memories else 0)
+    stream = 4 * d / tensor
+
+    sides = 2 if config.residual == "reversible" and not config.tie_head else 1
+    head = mask + sides * (a * d + (0 if config.residual == "post" else norm)) + 4 * config.vocab_size / tensor
+    if config.residual == "reversible":
+        # Backward holds both streams of a block's input, and their gradients.
+        return head + 2 * stream + memories * lookup, max(attention, largest) + 4 * stream
+    if checkpointing == "full":
+        return head + config.layers * stream + memories * lookup, attention + largest
+    if checkpointing == "selective":
+        return head + config.layers * (attention + stream) + memories * lookup, largest
+    return head + config.layers * (attention + norm + mask) + feedforwards * feedforward + memories * memory, 0.0
 
 
 def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:
@@ -67,9 +79,16 @@ def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:
 
 def _memory(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None) -> float:
     settings = config.memory
-    reads = settings.heads * settings.topk
     value_dim = settings.value_dim or config.dim
     queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
+    gate = (4 + 3 * a) * value_dim + (a * config.dim if a == 2 else 0) if settings.gate else 0
+    return a * config.dim + queries + _lookup(config, a, ranks, layout) + gate
+
+
+def _lookup(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None) -> float:
+    """Indices, weights and what the layout adds."""
+    settings = config.memory
+    reads = settings.heads * settings.topk
     lookup = 16.0 * reads
     if settings.kind == "peer":
         # Rows again, products and their gelu, and the product with the weights; the tokens in fp32.
@@ -77,9 +96,8 @@ def _memory(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None
     if ranks > 1 and layout is not None:
         lookup += settings.tables * {
             "rows, pooled": 24 * reads + 24 * ranks,
-            "rows, unique": reads / layout.duplicates * (4 * value_dim + 4),
+            "rows, unique": reads / layout.duplicates * (4 * (settings.value_dim or config.dim) + 4),
             "columns": 8 * reads * (ranks - 1),
             "columns of a tensor group": 0,
         }[layout.name]
-    gate = (4 + 3 * a) * value_dim + (a * config.dim if a == 2 else 0) if settings.gate else 0
-    return a * config.dim + queries + lookup + gate
+    return lookup

@@ -36,7 +36,7 @@ class RankBytes:
     """Bytes on the rank that holds most.
 
     dense_weights: fp32, and under autocast a copy in half precision. activations: what one micro-batch's forward keeps.
-    workspace: what backward (logits, scores, their gradients) or the row update (sorted reads) holds for a moment.
+    workspace: what backward (logits, scores, their gradients; what it computes again) or the row update (sorted reads) holds for a moment.
     reads: what the row update needs of all the step's tokens.
     """
 
@@ -114,12 +114,21 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     share, micro_batch = _shares(recipe, world)
     tokens = micro_batch * length
     looked_up = share * length / _readers(recipe)
-    masked, balanced = recipe.data.document_mask, recipe.train.key_balance > 0
-    kept = activation_bytes(model, length, holders, layout, half=half, document_mask=masked, tensor=tensor, key_balance=balanced)
+    kept, again = activation_bytes(
+        model,
+        length,
+        holders,
+        layout,
+        half=half,
+        document_mask=recipe.data.document_mask,
+        tensor=tensor,
+        key_balance=recipe.train.key_balance > 0,
+        checkpointing=recipe.train.checkpointing,
+    )
     activations = tokens * kept
     reads, update = _read_bytes(model, holders, layout)
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
-    backward = tokens * max(2 * 4 * model.vocab_size / tensor, scores)
+    backward = tokens * max(2 * 4 * model.vocab_size / tensor, scores, again)
     update *= looked_up
     beside = {
         "dense_weights": dense * (6 if half else 4),

@@ -69,6 +69,8 @@ class Meter:
             "speed/mfu": tokens_per_s * self.flops / self.peak,
             "speed/data_wait": self.data_wait / seconds,
         }
+        if self.run.model.grid is not None:
+            values["train/stream_range"] = self.run.model.grid.used_range()
         if self.run.loss_scale.dynamic:
             values["train/loss_scale"] = self.run.loss_scale.value
         if self.run.rows is not None:

@@ -292,6 +292,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
         table.host = recipe.tables.place == "host"
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
+    model.checkpointing, model.check_inversion = recipe.train.checkpointing, recipe.train.check_inversion
     for _, memory in model.memories():
         memory.query_norm.deferred = True
         if recipe.tables.revive or recipe.train.key_balance:

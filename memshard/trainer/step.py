@@ -1,16 +1,20 @@
 """One optimizer step."""
 
+import logging
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from memshard.models.reversible import Grid
 from memshard.trainer.guards import agree, gradients_finite, is_spike
 from memshard.trainer.optim.revive import revive
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
 from memshard.trainer.stop_signal import StopSignal
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ class StepOutcome:
 
 
 def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
-    """Train on the next batch, or skip the update on all ranks: if any rank's gradient is not finite, or for a loss spike.
+    """Train on the next batch, or skip the update on all ranks: if any rank's gradient is not finite, if reversible streams left their
+    grid (which gets coarser), or for a loss spike.
 
     stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too many steps in a row were skipped.
     """
-    guards, progress, scale = run.recipe.guards, run.progress, run.loss_scale.value
+    guards, progress, scale, grid = run.recipe.guards, run.progress, run.loss_scale.value, run.model.grid
     run.model.train()
+    if grid is not None:
+        grid.clear()
     run.phase = "reading data"
     begun = time.perf_counter()
     batches = run.next_batches()
@@ -57,10 +64,12 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
 
     norm = run.engine.gradient_norm(scale)
     finite = gradients_finite(norm, run.rows.tables if run.rows else ())
+    left_range = grid is not None and grid.left_range().any()
     run.phase = "agreeing on a verdict"
     # Ranks that share the dense matrices all have the loss of their tokens.
     share = total / run.recipe.parallel.tensor
-    batch_loss, (broken, stopping) = agree(share, ~finite, stop is not None and stop.received)
+    batch_loss, (infinite, out_of_range, stopping) = agree(share, ~finite, left_range, stop is not None and stop.received)
+    broken = infinite or out_of_range
     # All ranks have the same loss and history, and so the same opinion.
     spiked = not broken and len(progress.losses) == guards.window and is_spike(batch_loss, progress.losses, guards.threshold)
     run.phase = "updating"
@@ -72,8 +81,12 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
         progress.losses = [*progress.losses, batch_loss][-guards.window :]
     progress.step += 1
     progress.spikes += spiked
-    run.loss_scale.update(broken)
-    hopeless = _hopeless(run, broken)
+    if grid is not None and out_of_range:
+        # Gradients of rebuilt streams mean nothing then, and so nothing for the loss scale.
+        _coarsen(grid, progress.step)
+    else:
+        run.loss_scale.update(infinite)
+    hopeless = _hopeless(run, infinite and not out_of_range)
     rewind = guards.loss_spike == "rewind" and (spiked or bool(hopeless))
     if hopeless and not rewind:
         advice = "lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
@@ -113,6 +126,14 @@ def _skip(run: Run) -> None:
     run.progress.in_a_row += 1
 
 
+def _coarsen(grid: Grid, step: int) -> None:
+    for (layer, largest), left in zip(grid.largest.items(), grid.left_range().tolist(), strict=True):
+        if left:
+            log.warning("step %d: a stream of block %d reached %g and the grid ends at %g", step, layer, largest, grid.limit)
+    grid.coarsen()
+    log.warning("step %d is left out: streams left the grid; it ends at %g now", step, grid.limit)
+
+
 def _hopeless(run: Run, overflow: bool) -> str | None:
     """Why the run cannot go on, if it cannot."""
     scale, progress = run.loss_scale, run.progress
@@ -120,5 +141,6 @@ def _hopeless(run: Run, overflow: bool) -> str | None:
         return f"the loss scale fell to {scale.value:g}, below train.loss_scale.minimum, and the gradient is still not finite"
     # Overflows that lower the loss scale are not yet failures.
     if progress.in_a_row > run.recipe.train.max_skipped and not (overflow and scale.dynamic):
-        return f"{progress.in_a_row} steps in a row, up to step {progress.step}, had a gradient that is not finite or a loss spike"
+        reasons = "a gradient that is not finite, a loss spike or streams beyond their grid"
+        return f"{progress.in_a_row} steps in a row, up to step {progress.step}, had {reasons}"
     return None

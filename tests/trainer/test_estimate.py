@@ -24,6 +24,7 @@ from memshard.trainer.estimate import check_fits, count_parameters, estimate, fl
 from memshard.trainer.peak import peak_flops
 from memshard.trainer.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates
 from tests.distributed import run_distributed
+from tests.live_bytes import LiveBytes
 
 MEMORY = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
 MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4), memory=MEMORY)
@@ -66,8 +67,40 @@ def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, doc
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     if half:  # the copies of weights, which the estimate counts as weights
         measured -= 2 * count_parameters(model).active
-    predicted = batch * length * activation_bytes(model, length, half=half, document_mask=document_mask, key_balance=balanced)
+    sizes = activation_bytes(model, length, half=half, document_mask=document_mask, key_balance=balanced)
+    predicted = batch * length * sizes[0]
     assert predicted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        replace(MODEL, memory=MemoryConfig(), layers=8, dropout=0.1),
+        replace(MODEL, memory=replace(MEMORY, query_norm="rms", gate=True, mode="add"), norm="rms", dropout=0.1, tie_head=False),
+        replace(MODEL, memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True)),
+    ],
+)
+@pytest.mark.parametrize(("residual", "checkpointing"), [("pre", "none"), ("pre", "full"), ("pre", "selective"), ("reversible", "none")])
+def test_activations_that_are_computed_again(model: ModelConfig, residual: Any, checkpointing: Any) -> None:
+    batch, length = 16, 64
+    model = replace(model, residual=residual)
+    transformer = Transformer(model).train()
+    transformer.checkpointing = checkpointing
+    externalize_tables(transformer)
+    for parameter in transformer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(100, (batch, length))
+    ctx = Context(torch.arange(length).expand(batch, -1), random=RandomKey(0, 0, torch.arange(batch)))
+    with LiveBytes() as live:
+        loss = token_losses(transformer(tokens, ctx)[0], tokens).sum()
+        kept = live.now
+        live.peak = 0
+        loss.backward()
+    predicted, again = (batch * length * size for size in activation_bytes(model, length, checkpointing=checkpointing))
+    assert predicted == pytest.approx(kept, rel=0.05)
+    if again:
+        # What is held for a moment, such as gradients inside a branch, comes on top.
+        assert 0.95 < live.peak / (predicted + again) < 1.4
 
 
 @pytest.mark.parametrize("tie_head", [False, True])

@@ -1,10 +1,13 @@
 """Parameter-efficient expert retrieval (PEER; He 2024, arXiv 2407.04153): a memory whose slots are experts of one neuron."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
+from memshard.models.replay import Replay, once
 
 
 class Peer(ProductKeyMemory):
@@ -30,8 +33,8 @@ class Peer(ProductKeyMemory):
             raise ValueError(f"the shared table is {down.slots} x {down.dim}; this layer's experts take {keys**2} x {dim}")
         self.down = down if down is not None else ValueTable(keys**2, dim)
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """The experts' sum. tokens: [n, dim]; returns [n, dim]."""
-        rows, weights = self.lookup(tokens)
-        hidden = F.gelu(self.down.dot(rows, tokens.to(weights.dtype)))
-        return self.values.weighted_sum(rows, weights * hidden)
+        rows, weights = self.lookup(tokens, replay)
+        hidden = F.gelu(once(replay, partial(self.down.dot, rows), tokens.to(weights.dtype), trained=[self.down.trained]))
+        return once(replay, partial(self.values.weighted_sum, rows), weights * hidden, trained=[self.values.trained])

@@ -1,5 +1,7 @@
 """Product-key memory (Lample et al. 2019) and its gated form Memory+ (Berges et al. 2024)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.search import product_topk
 from memshard.models.memory.table import ValueTable
+from memshard.models.replay import Replay, once
 
 
 class ProductKeyMemory(nn.Module):
@@ -53,33 +56,36 @@ class ProductKeyMemory(nn.Module):
         self.gate = nn.Linear(dim, value_dim, bias=False) if gate else None
         self.output = nn.Linear(value_dim, dim, bias=False) if gate else None
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and touch nothing."""
+    def forward(self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None) -> Tensor:
+        """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and touch nothing.
+
+        replay: of a pass that is repeated in backward; tables are then read, and statistics taken, only once.
+        """
         if padding is not None:
-            real = self.forward(x[padding])  # not self(...): hooks on the layer act once
+            real = self.forward(x[padding], replay=replay)  # not self(...): hooks on the layer act once
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
-        y = self.read(tokens).to(x.dtype)
+        y = self.read(tokens, replay).to(x.dtype)
         if self.gate is not None and self.output is not None:
             y = self.output(y * F.silu(self.gate(tokens)))
         return y.view(x.shape)
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """The weighted sum of the values read. tokens: [n, dim]; returns [n, value_dim]."""
-        rows, weights = self.lookup(tokens)
-        return self.values.weighted_sum(rows, weights)
+        rows, weights = self.lookup(tokens, replay)
+        return once(replay, partial(self.values.weighted_sum, rows), weights, trained=[self.values.trained])
 
-    def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, tokens: Tensor, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
         """Rows to read and their weights. tokens: [n, dim]; returns int64 and fp32 (at least), both [n, heads * topk]."""
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim multiplications a token.
         with torch.autocast(tokens.device.type, enabled=False):
-            first, second = self.sub_keys.scores(self.query_norm(z))
+            first, second = self.sub_keys.scores(self.query_norm(z, replay))
             watch = self.key_use if self.training else None
             if watch is not None:
                 first, second = watch.balanced(first, second)
-            scores, i1, i2 = product_topk(first, second, self.topk)
-            if watch is not None:
+            scores, i1, i2 = product_topk(first, second, self.topk, replay)
+            if watch is not None and not (replay and replay.repeating):
                 watch.observe(i1, i2)
             weights = scores.softmax(-1)
         return slot_rows(i1, i2, first.shape[-1]).flatten(1), weights.flatten(1)

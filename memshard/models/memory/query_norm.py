@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.config import QueryNormKind
+from memshard.models.replay import Replay, once
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
@@ -56,11 +57,11 @@ class QueryNorm(nn.Module):
             self.running_mean.zero_()
             self.running_var.fill_(1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z: [tokens, heads, key_dim]; same shape back, in fp32 at least."""
+    def forward(self, z: Tensor, replay: Replay | None = None) -> Tensor:
+        """z: [tokens, heads, key_dim]; same shape back, in fp32 at least. A repetition uses its first pass's statistics."""
         z = z.float() if z.dtype.itemsize < 4 else z
         if self.tracks_statistics:
-            z = self._by_statistics(z)
+            z = self._by_statistics(z, replay)
         elif self.kind == "layer":
             z = nn.functional.layer_norm(z, z.shape[-1:], eps=_EPS)
         elif self.kind == "rms":
@@ -81,23 +82,28 @@ class QueryNorm(nn.Module):
         """Drop the statistics collected since the last commit: the step was skipped."""
         self._collected.clear()
 
-    def _by_statistics(self, z: Tensor) -> Tensor:
+    def _by_statistics(self, z: Tensor, replay: Replay | None) -> Tensor:
+        repeating = replay is not None and replay.repeating
         if self.training and self.kind == "batch":
-            mean, var = self._measure(z)
+            mean, var = self._measure(z, replay, not repeating)
             return (z - mean) * torch.rsqrt(var + _EPS)
-        normalised = (z - self.running_mean) * torch.rsqrt(self.running_var + _EPS)
-        if self.training:
+        running_mean, running_var = self.running_mean, self.running_var
+        if self.training and not self.deferred:
+            # They move before a repetition.
+            running_mean, running_var = once(replay, running_mean.clone), once(replay, running_var.clone)
+        normalised = (z - running_mean) * torch.rsqrt(running_var + _EPS)
+        if self.training and not repeating:
             # Afterwards: this pass must not see its own statistics.
             with torch.no_grad():
-                self._measure(z)
+                self._measure(z, None, collect=True)
         return normalised
 
-    def _measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, z: Tensor, replay: Replay | None, collect: bool) -> tuple[Tensor, Tensor]:
         """Mean and biased variance over the tokens of all ranks; the unbiased variance goes to the running statistics."""
-        count = self.reduce(z.new_tensor(float(z.shape[0])))
-        mean = self.reduce(z.sum(0)) / count.clamp(min=1)
-        var = self.reduce((z - mean).square().sum(0)) / count.clamp(min=1)
-        if count > 0:
+        count = once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
+        mean = once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
+        var = once(replay, self.reduce, (z - mean).square().sum(0)) / count.clamp(min=1)
+        if collect and count > 0:
             unbiased = var.detach() * (count / (count - 1).clamp(min=1))
             self._collected.append((mean.detach(), unbiased))
             if not self.deferred:

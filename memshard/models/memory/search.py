@@ -1,27 +1,34 @@
 """Exact top-k over keys x keys product scores from keys + keys of them, with a fixed order of ties."""
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from memshard.models.replay import Replay, once
 
-def product_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+
+def product_topk(first: Tensor, second: Tensor, k: int, replay: Replay | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k slots with the highest first[i1] + second[i2] (Lample et al. 2019, section 3.2).
 
     first, second: [..., keys] scores of the sub-keys. Returns scores, i1, i2, each [..., k], best first. Gradients flow
     to the selected entries of `first` and `second`.
 
     Equal sums are ordered by rank of i1 in its half, then of i2; ranks order by score, then by index. Where sub-keys
-    themselves tie this is the lowest slot number i1 * keys + i2.
+    themselves tie this is the lowest slot number i1 * keys + i2. A repeated pass searches only once.
     """
-    with torch.no_grad():
-        i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
-        x, y = (ranks.to(first.device) for ranks in _candidates(k))
-        sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)
-        chosen = ranked_topk(sums, k)
-        i1, i2 = i1.gather(-1, x[chosen]), i2.gather(-1, y[chosen])
+    i1, i2 = once(replay, partial(_search, first.detach(), second.detach(), k)).long()
     return _PickedSums.apply(first, second, i1, i2), i1, i2
+
+
+@torch.no_grad()
+def _search(first: Tensor, second: Tensor, k: int) -> Tensor:
+    """i1 and i2 of the best, stacked: [2, ..., k] int32."""
+    i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
+    x, y = (ranks.to(first.device) for ranks in _candidates(k))
+    sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)
+    chosen = ranked_topk(sums, k)
+    return torch.stack((i1.gather(-1, x[chosen]), i2.gather(-1, y[chosen]))).int()
 
 
 class _PickedSums(torch.autograd.Function):

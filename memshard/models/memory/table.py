@@ -119,7 +119,7 @@ class ValueTable(nn.Module):
         fetch = self._worth_fetching(rows, offsets)
         if fetch is not None:
             return FetchedDot.apply(x, self.anchor, fetch)
-        return _Dot.apply(x, self.anchor if self.hidden else self.weight, self, rows, offsets)
+        return _Dot.apply(x, self.trained, self, rows, offsets)
 
     def _worth_fetching(self, rows: Tensor, offsets: Tensor) -> Fetch | None:
         """Of a table in host memory: the distinct rows, if less travels when they do than when rows, weights and each bag's sum do."""
@@ -188,6 +188,11 @@ class ValueTable(nn.Module):
     def hidden(self) -> bool:
         """Whether the table is out of `parameters()`."""
         return "weight" not in self._parameters
+
+    @property
+    def trained(self) -> Tensor:
+        """What has the table's gradient: the weight, or the anchor of a hidden table."""
+        return self.anchor if self.hidden else self.weight
 
     def hide(self) -> None:
         """Take the table out of `parameters()`."""

@@ -126,6 +126,13 @@ class TrainConfig:
     profile: tuple[int, int] | None = None
     """First and last step, counted from 1, of which each rank writes a trace into the run's folder."""
 
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activations that backward computes again: full is whole blocks (a third more multiplications, a block's input is kept), selective
+    their feedforward half (a ninth more, about half is kept). Results stay the same. Reversible blocks need none."""
+
+    check_inversion: bool = False
+    """For debugging reversible blocks: compare each block's rebuilt input with a checksum of the true one, and fail where they differ."""
+
     def __post_init__(self) -> None:
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"train.profile is {list(self.profile)}; expected the first and last step, counted from 1, such as [11, 13]")
@@ -333,3 +340,13 @@ class Recipe:
 
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """What to do about a loss that jumps, and how long ranks wait for each other."""
+
+    def __post_init__(self) -> None:
+        reversible = self.model.residual == "reversible"
+        if reversible and self.train.checkpointing != "none":
+            raise ValueError(
+                f"train.checkpointing is {self.train.checkpointing}, but reversible blocks keep nothing that could be computed again: "
+                "leave it out, or set model.residual to pre or post"
+            )
+        if self.train.check_inversion and not reversible:
+            raise ValueError(f"train.check_inversion is for model.residual=reversible, which is {self.model.residual} here: leave it out")

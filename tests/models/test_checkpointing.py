@@ -1,0 +1,79 @@
+"""What backward computes again, and what that saves."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memshard.models.checkpointing import Checkpointing
+from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.context import Context
+from memshard.models.loss import token_losses
+from memshard.models.memory.table import externalize_tables
+from memshard.models.random import RandomKey
+from memshard.models.transformer import Transformer
+from tests.live_bytes import LiveBytes
+from tests.models.passes import assert_same, tiny_context, two_passes
+from tests.models.tiny import tiny_config, tiny_model
+
+_VARIANTS: list[dict[str, Any]] = [
+    {"memory": {"layers": ()}, "activation": "swiglu", "norm": "rms"},
+    {"memory": {"share": True}, "residual": "post", "dropout": 0.3},
+    {"memory": {"gate": True, "value_dim": 5, "mode": "add", "query_norm": "lagged"}},
+    {"memory": {"kind": "peer", "mode": "add"}},
+]
+
+
+def _logits(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
+    return model(tokens, ctx)[0]
+
+
+@pytest.mark.parametrize("which", ["plain", "documents", "padding"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["visible", "hidden"])
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("changes", _VARIANTS, ids=str)
+def test_nothing_changes(changes: dict[str, Any], kind: Checkpointing, hidden: bool, which: str) -> None:
+    """Not a bit; running statistics take each batch in once, tables collect each read once."""
+    model = tiny_model(tiny_config(**changes), spread=0.1).float().train()
+    if hidden:
+        externalize_tables(model)
+    plain = two_passes(deepcopy(model), _logits, tiny_context(which))
+    model.checkpointing = kind
+    assert_same(two_passes(model, _logits, tiny_context(which)), plain)
+
+
+def _bytes(residual: Any = "pre", kind: Checkpointing = "none", layers: int = 12, memory: tuple[int, ...] = ()) -> tuple[int, int]:
+    """What a forward pass of 256 tokens keeps, and the most that forward and backward hold; parameters and their gradients aside."""
+    config = ModelConfig(
+        vocab_size=50, max_length=64, layers=layers, dim=32, mixer=MixerConfig(heads=2), residual=residual, dropout=0.1,
+        memory=MemoryConfig(layers=memory, keys=16, heads=2, topk=4, key_dim=16),
+    )  # fmt: skip
+    model = Transformer(config).train()
+    model.checkpointing = kind
+    externalize_tables(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.arange(256).view(4, 64) % 50
+    ctx = Context(torch.arange(64).expand(4, -1), random=RandomKey(0, 0, torch.arange(4)))
+    with LiveBytes() as live:
+        loss = token_losses(model(tokens, ctx)[0], tokens).sum()
+        kept = live.now
+        loss.backward()
+    return kept, live.peak
+
+
+@pytest.mark.parametrize("memory", [(), (1,)], ids=["dense", "memory"])
+def test_reversible_layers_cost_no_activations(memory: tuple[int, ...]) -> None:
+    shallow = _bytes("reversible", layers=2, memory=memory)
+    for layers in (12, 48):
+        for value, reference in zip(_bytes("reversible", layers=layers, memory=memory), shallow, strict=True):
+            assert value < 1.15 * reference
+    assert _bytes(layers=12, memory=memory)[1] > 3 * shallow[1]
+
+
+def test_what_checkpointing_saves() -> None:
+    (none, _), (selective, _), (full, peak) = (_bytes(kind=kind) for kind in ("none", "selective", "full"))
+    assert selective < 0.6 * none and full < 0.2 * none
+    assert peak < 0.3 * _bytes()[1]

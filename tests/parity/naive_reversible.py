@@ -1,0 +1,46 @@
+"""Reversible streams as one would write them for autograd, which keeps everything.
+
+Copies decide in which order autograd adds gradients up: those of a branch first, then that of the stream.
+"""
+
+import torch
+from torch import Tensor
+
+from memshard.models.block import Block
+from memshard.models.context import Context
+from memshard.models.random import dropout
+from memshard.models.transformer import Transformer
+
+
+def naive_round(x: Tensor, steps: float = 2.0**14) -> Tensor:
+    """The nearest multiple of 1 / steps, in fp32 at least; its gradient is 1."""
+    x = x.float() if x.dtype.itemsize < 4 else x
+    return x + ((x * steps).round() / steps - x).detach()
+
+
+def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
+
+    def dropped(y: Tensor, branch: int) -> Tensor:
+        if not block.training or not block.dropout_rate or ctx.random is None:
+            return y
+        return dropout(y, block.dropout_rate, ctx.random, ctx.positions, block.layer, branch)
+
+    y1 = x1 + naive_round(dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx)[0], 0))
+    h = block.feedforward_residual.norm(y1.clone())
+    parts = [block.feedforward(h)] if block.feedforward is not None else []
+    if block.memory is not None:
+        parts.append(block.memory(h, ctx.padding))
+    return y1, x2 + naive_round(dropped(sum(parts[1:], parts[0]), 1))
+
+
+def naive_reversible(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
+    """The logits of a model with `residual: reversible`, learned positions, without dropout of embeddings."""
+    assert model.positions is not None
+    x = naive_round(model.embedding(tokens) + model.positions(ctx.positions))
+    y1, y2 = x.clone(), x.clone()
+    for block in model.blocks:
+        y1, y2 = naive_block(block, y1, y2, ctx)
+    x = (y1 + y2) / 2 if model.head is None else torch.cat((y1, y2), dim=-1)
+    x = model.norm(x)
+    return model.embedding.logits(x) if model.head is None else model.head(x)
