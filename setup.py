@@ -32,7 +32,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["memshard", "memshard.*"]),
-    package_data={"memshard": ["recipes/*.yaml", "models/kernels/*.cpp", "py.typed"]},
+    package_data={"memshard": ["recipes/*.yaml", "launch/examples/*.sh", "models/kernels/*.cpp", "py.typed"]},
     install_requires=[
         "torch>=2.13",
         "numpy>=2.4",

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_PORTS = 10_000
+PORTS = 10_000
+"""Jobs share this many port numbers, from 20,000 on."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 
 def job_port(job: int) -> int:
     """A port that another job on the same nodes is not likely to use."""
-    return 20_000 + job % _PORTS
+    return 20_000 + job % PORTS
 
 
 def first_host(nodes: str) -> str:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from memshard.trainer.config.load import load_recipe
 
         recipe = load_recipe(args.recipe, args.overrides)
-        folder = _folder(args)
+        folder = run_folder(args)
         if args.stop_at is not None and args.stop_at < 1:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
@@ -133,7 +133,8 @@ def _path(prepared: "Run") -> str:
     return where + (f"{reason}; updates in plain torch: {problem}" if problem else reason)
 
 
-def _folder(args: argparse.Namespace) -> Path:
+def run_folder(args: argparse.Namespace) -> Path:
+    """The run's folder, given or after the recipe's name."""
     if args.folder:
         return Path(args.folder)
     named = Path(args.recipe)

@@ -1,0 +1,96 @@
+"""Facts about a cluster, which are the same for all recipes: cluster.yaml, or options of `memshard launch`."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+FILE = "cluster.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where and how a job runs."""
+
+    nodes: int = 1
+    """nodes of a job"""
+    gpus: int = 0
+    """GPUs of a node, one rank each; 0 trains on processors"""
+    ranks: int | None = None
+    """ranks of a node, by default one a GPU, or one"""
+    cpus: int | None = None
+    """processor cores of a rank"""
+    time: str = "24:00:00"
+    """time limit of one start, as SLURM writes it"""
+    partition: str | None = None
+    """SLURM partition"""
+    account: str | None = None
+    """who pays"""
+    qos: str | None = None
+    """quality of service"""
+    constraint: str | None = None
+    """features that nodes must have, such as v100-32g"""
+    notice: int = 180
+    """seconds before the time limit at which the ranks are told to save; longer than a step and a save take"""
+    venv: str | None = None
+    """virtual environment to activate; by default the interpreter that runs this command"""
+    container: str | None = None
+    """command that runs another one in a container, such as: apptainer exec --nv image.sif"""
+    interface: str | None = None
+    """network interface for NCCL and gloo, such as ib0"""
+    setup: tuple[str, ...] = ()
+    """shell lines before the start, such as: module load cuda"""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """environment variables"""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "ranks", "cpus", "notice"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.gpus < 0:
+            raise ValueError(f"gpus is {self.gpus}; it must be at least 0")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many processes a node runs."""
+        return self.ranks or self.gpus or 1
+
+
+def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
+    """The cluster of a file (by default ./cluster.yaml, if there is one); options that are not None win. ValueError for wrong keys."""
+    values: dict[str, Any] = {}
+    if path is None and Path(FILE).exists():
+        path = Path(FILE)
+    if path is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected `key: value` lines, such as partition: gpu")
+    types = {name: _kind(hint) for name, hint in get_type_hints(Cluster).items()}
+    for key, value in values.items():
+        if key not in types:
+            close = difflib.get_close_matches(str(key), types, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(types)}"
+            raise ValueError(f"{path}: unknown key '{key}'; {hint}")
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            hint = ", quoted, such as time: '24:00:00'" if key == "time" else ""
+            raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}{hint}")
+    values |= {key: value for key, value in options.items() if value is not None}
+    if "env" in values:
+        values["env"] = {str(key): str(value) for key, value in values["env"].items()}
+    if "setup" in values:
+        values["setup"] = tuple(values["setup"])
+    return Cluster(**values)
+
+
+def _kind(hint: Any) -> type:
+    """The type that YAML has for a field."""
+    if get_origin(hint) in (tuple, Mapping):
+        return list if get_origin(hint) is tuple else dict
+    return int if hint in (int, int | None) else str
