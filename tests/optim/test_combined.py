@@ -182,6 +182,15 @@ def test_schedulers_see_every_group() -> None:
     _assert_equal_bits(run.model.state_dict(), manual.model.state_dict())
 
 
+def test_a_scheduler_of_momentum_finds_it_in_every_group() -> None:
+    run = _Run()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, [0.02, 0.01, 0.05], total_steps=4, pct_start=0.5)
+    run.step(0)
+    scheduler.step()
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.02, 0.01, 0.05]
+    assert [group["betas"] for group in run.optimizer.param_groups] == [(0.85, 0.999)] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_run_continues_from_its_states_bit_by_bit(dtype: torch.dtype) -> None:
     run = _Run(dtype)

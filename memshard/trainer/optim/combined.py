@@ -16,7 +16,10 @@ class CombinedOptimizer(Optimizer):
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers: tuple[Optimizer, ...] = ()
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        # What all groups have: schedulers that cycle momentum look here for betas.
+        shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        defaults = {key: value for key, value in optimizers[0].defaults.items() if key in shared}
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], defaults)
         for optimizer in optimizers:
             self.state.update(optimizer.state)
         self.optimizers = optimizers

@@ -1,0 +1,39 @@
+"""The notebooks run as they are, and hold the outputs of such a run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def _read(path: Path) -> Any:
+    return pytest.importorskip("nbformat").read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_there_and_name_no_machine(path: Path) -> None:
+    cells = [cell for cell in _read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any(output.output_type == "display_data" or "data" in output for cell in cells for output in cell.outputs)
+    shown = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for cell in cells for output in cell.outputs)
+    assert not re.search(r"(^|[\s'\"])/\w+/|site-packages|Warning", shown)
+    assert path.stat().st_size < 250_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_they_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = _read(path)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    for cell, committed in zip(notebook.cells, _read(path).cells, strict=True):
+        assert len(cell.get("outputs", [])) == len(committed.get("outputs", []))
