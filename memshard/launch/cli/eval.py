@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates on the processes that are there."""
     from memshard.launch.env import joined_ranks
 
-    with joined_ranks(_TIMEOUT) as device:
+    with joined_ranks(_TIMEOUT) as (device, _):
         with usage_errors():
             import torch.distributed as dist
 

@@ -41,7 +41,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.launch.env import joined_ranks
 
-    with joined_ranks(_TIMEOUT) as device:
+    with joined_ranks(_TIMEOUT) as (device, _):
         return _generate(args, device)
 
 
