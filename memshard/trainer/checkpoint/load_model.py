@@ -48,7 +48,8 @@ def load(path: str | Path, memmap: bool = False, device: torch.device | str = "c
     if memmap:
         map_tables(model, stored.tables)
     tables = dict(find_tables(model))
-    externalize_tables(model)
+    for table in externalize_tables(model):
+        table.host = stored.recipe.tables.place == "host"
     for table in tables.values():
         table.to(stored.table_dtype)
     model.to_empty(device="cpu")
