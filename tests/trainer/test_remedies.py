@@ -10,6 +10,7 @@ from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import externalize_tables
 from memshard.models.memory.usage import UsageCounter, UsageReport
+from memshard.trainer.config.load import load_recipe
 from memshard.trainer.optim.revive import revive
 from memshard.trainer.optim.row_adam import RowAdam
 from tests.distributed import run_distributed
@@ -86,6 +87,11 @@ def test_resumed_remedies_are_the_same_to_the_last_bit(recipe: Path, tmp_path: P
         train_run(recipe, tmp_path / left_out, *settings, left_out.split("=")[0] + "=" + ("false" if "true" in left_out else "0"))
         name = "model.blocks.0.memory.sub_keys.weight"
         assert not torch.equal(checkpoint_state(tmp_path / left_out)[name], whole[name])
+
+
+def test_revival_is_refused_where_an_engine_would_undo_it(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="tables.revive moves sub-keys.*set train.engine=torch"):
+        load_recipe(recipe, ("tables.revive=true", "train.engine=deepspeed", "train.zero=1"))
 
 
 def _revive(rank: int, world: int, recipe: Path, source: Path, layouts: dict[str, tuple[str, ...]]) -> None:

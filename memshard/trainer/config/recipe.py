@@ -350,3 +350,5 @@ class Recipe:
             )
         if self.train.check_inversion and not reversible:
             raise ValueError(f"train.check_inversion is for model.residual=reversible, which is {self.model.residual} here: leave it out")
+        if self.tables.revive and self.train.engine == "deepspeed" and self.train.zero:
+            raise ValueError("tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set train.engine=torch, or train.zero=0")
