@@ -120,8 +120,9 @@ def test_ranks_layouts_and_micro_batches_change_nothing(recipe: Path, tmp_path: 
 
     train_run(recipe, tmp_path / "balanced", *BALANCED)
     train_run(recipe, tmp_path / "balanced micro", *BALANCED, "train.micro_batch=3")
+    train_run(recipe, tmp_path / "balanced repeated", *BALANCED, "train.checkpointing=full")
     losses = numbers(tmp_path / "balanced", "train/loss")
-    for other in ("micro", "rows", "tensor", "tensor, rows"):
+    for other in ("micro", "repeated", "rows", "tensor", "tensor, rows"):
         assert numbers(tmp_path / f"balanced {other}", "train/loss") == pytest.approx(losses, rel=1e-5), other
     train_run(recipe, tmp_path / "unbalanced", BALANCED[1])
     assert numbers(tmp_path / "unbalanced", "train/loss")[10] != pytest.approx(losses[10], rel=1e-4)
