@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from memshard.trainer.evaluation.canvas import COLORS, INK, canvas, clean
 from memshard.trainer.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_COLORS = ["#1f5fa8", "#d1661c", "#2a8f5b", "#8a4fa3", "#b3273e", "#6b6b6b"]
 _UNREAD = "#ffffff"
-_INK, _GRID = "#2b2b2b", "#e3e3e3"
 _MAX_PIXELS = 1024
 
 
@@ -28,11 +26,11 @@ def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> 
     if not metrics_files:
         raise ValueError("no metrics files were given: pass at least one label and metrics.jsonl")
     curves = {label: _read_losses(Path(path)) for label, path in metrics_files.items()}
-    figure = _figure(8, 4.5)
+    figure = canvas(8, 4.5)
     axes = figure.subplots()
-    _clean(axes)
+    clean(axes)
     for number, (label, (train, held_out)) in enumerate(curves.items()):
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         prefix = f"{label}, " if label else ""
         if len(train):
             alpha = 0.45 if len(held_out) else 1
@@ -53,13 +51,13 @@ def comparison(groups: Mapping[str, Sequence[str | Path]], out_png: str | Path) 
 
     groups: label -> metrics.jsonl of each seed, evaluated at the same steps.
     """
-    figure = _figure(8, 4.5)
+    figure = canvas(8, 4.5)
     axes = figure.subplots()
-    _clean(axes)
+    clean(axes)
     for number, (label, files) in enumerate(groups.items()):
         curves = np.stack([_read_losses(Path(file))[1] for file in files])
         steps, losses = curves[0, :, 0], curves[:, :, 1]
-        color, mean = _COLORS[number % len(_COLORS)], losses.mean(axis=0)
+        color, mean = COLORS[number % len(COLORS)], losses.mean(axis=0)
         axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, linewidth=0)
         axes.plot(steps, mean, color=color, linewidth=2, marker="o", markersize=4, label=f"{label} ({mean[-1]:.3f})")
     axes.set_xlabel("step")
@@ -81,7 +79,7 @@ def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str 
         raise ValueError(f"counts have shape {list(reads.shape)}; expected one number for each of {keys} x {keys} = {keys * keys:,} slots")
     if not np.isfinite(reads).all() or reads.min() < 0:
         raise ValueError("counts must be finite and not negative")
-    figure = _figure(10, 4.6)
+    figure = canvas(10, 4.6)
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
 
@@ -102,13 +100,13 @@ def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str 
     )
     left.set_xlabel("second sub-key")
     left.set_ylabel("first sub-key")
-    left.tick_params(colors=_INK)
+    left.tick_params(colors=INK)
     left.locator_params(integer=True)
     bar = figure.colorbar(shown, ax=left, fraction=0.046, pad=0.03)
     bar.set_label("reads of a slot" if block == 1 else f"reads of a slot, mean of {block} x {block}")
     bar.outline.set_visible(False)
     usage = float((reads > 0).mean())
-    unread = Patch(facecolor=_UNREAD, edgecolor=_INK, linewidth=0.8, label="never read")
+    unread = Patch(facecolor=_UNREAD, edgecolor=INK, linewidth=0.8, label="never read")
     left.legend(handles=[unread], loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, borderaxespad=0)
     left.set_title(f"{title + ': ' if title else ''}{usage:.1%} of {keys * keys:,} slots are read", fontsize=11)
     _share_curve(right, reads)
@@ -117,16 +115,16 @@ def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str 
 
 def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
     """Share of all reads that the most read slots take."""
-    _clean(axes)
+    clean(axes)
     total = reads.sum()
     axes.plot([0, 100], [0, 100], color="#9a9a9a", linewidth=1, linestyle=(0, (4, 3)), label="all slots alike")
     if total > 0:
         share = np.concatenate([[0], np.cumsum(np.sort(reads)[::-1]) / total * 100])
         slots = np.linspace(0, 100, len(share))
         points = np.unique(np.linspace(0, len(share) - 1, 1000).astype(int))
-        axes.plot(slots[points], share[points], color=_COLORS[0], linewidth=2, label="this table")
+        axes.plot(slots[points], share[points], color=COLORS[0], linewidth=2, label="this table")
         half = slots[int(np.searchsorted(share, 50))]
-        axes.plot([half], [50], marker="o", markersize=5, color=_COLORS[0])
+        axes.plot([half], [50], marker="o", markersize=5, color=COLORS[0])
         digits = 1 if half >= 0.1 else 2
         text = f"{half:.{digits}f}% of the slots\ntake half the reads"
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -168,18 +166,3 @@ def _span(curves: Any) -> tuple[float | None, float | None]:
     low, high = losses.min(), np.quantile(losses, 0.98)
     margin = 0.05 * (high - low) or 0.1
     return float(low - margin), float(high + margin)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ValueError("pictures need matplotlib: pip install memshard[eval]") from error
-    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
-
-
-def _clean(axes: "Axes") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK)

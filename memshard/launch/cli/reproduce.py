@@ -1,0 +1,44 @@
+"""`memshard reproduce`: a paper's experiment, run again."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from memshard.launch.cli.outcome import UsageError, usage_errors
+
+_SCALES = ("smoke", "small", "full")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the `reproduce` command."""
+    parser = subparsers.add_parser("reproduce", help="run a paper's experiment: table, plot, JSON")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="experiment; --list shows them")
+    parser.add_argument("--list", action="store_true", help="what can be reproduced, and what it costs")
+    parser.add_argument("--scale", choices=_SCALES, default="small", help="smoke (minutes), small (default; hours), full (as published)")
+    parser.add_argument("--out", metavar="DIR", help="folder of results (default runs/reproduce/NAME)")
+    parser.add_argument("--workers", type=int, help="points run side by side, one thread each (default: the machine's cores)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """List, or run what is missing and write the report."""
+    from memshard.search.reproduce import catalogue
+
+    if args.list:
+        found = {name: catalogue.find(name) for name in catalogue.names()}
+        if not args.json:
+            for name, experiment in found.items():
+                hours = ", ".join(f"{scale} {experiment.hours[scale]:g}" for scale in catalogue.SCALES)
+                print(f"{name}\n    {experiment.what}\n    hours of one core: {hours}")
+        return {name: {"what": experiment.what, "hours": experiment.hours} for name, experiment in found.items()}
+    if args.name is None:
+        raise UsageError("name an experiment (memshard reproduce --list shows them)")
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers is {args.workers}; it must be at least 1")
+    from memshard.search.reproduce.run import reproduce
+
+    with usage_errors():
+        catalogue.find(args.name)
+    folder = Path(args.out or f"runs/reproduce/{args.name}")
+    return reproduce(args.name, args.scale, folder, args.workers or os.cpu_count() or 1)

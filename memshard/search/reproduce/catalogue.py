@@ -1,0 +1,46 @@
+"""The experiments that `memshard reproduce` knows, and what each has to offer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Scale = Literal["smoke", "small", "full"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+Point = dict[str, Any]
+"""Settings of one run, as JSON has them."""
+
+_HOMES = {
+    "fast_weights/capacity": "memshard.search.reproduce.retrieval_capacity",
+    "fast_weights/update": "memshard.search.reproduce.retrieval_update",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of a paper.
+
+    what: one line. points: the runs of a scale: smoke (minutes), small (what the results in docs/ were measured with) or full (as
+    published). run: one point's result, as JSON has it, on one thread. report: a text in Markdown from all points with their results;
+    pictures go to the folder. hours: rough processor time of a scale on one core.
+    """
+
+    what: str
+    points: Callable[[Scale], list[Point]]
+    run: Callable[[Point], dict[str, Any]]
+    report: Callable[[list[tuple[Point, dict[str, Any]]], Path], str]
+    hours: dict[Scale, float]
+
+
+def names() -> list[str]:
+    """Of all experiments."""
+    return list(_HOMES)
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name. ValueError if there is none."""
+    if name not in _HOMES:
+        raise ValueError(f"there is no experiment {name}: choose one of {', '.join(_HOMES)}")
+    experiment: Experiment = import_module(_HOMES[name]).EXPERIMENT
+    return experiment

@@ -1,0 +1,24 @@
+"""The pictures of experiments. Needs matplotlib (extra `eval`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
+
+
+def lines(found: Mapping[str, Mapping[int, float]], published: Mapping[str, Mapping[int, float]], file: Path, x: str, y: str) -> None:
+    """Curves label -> {x: y} on a logarithmic scale, and published values as hollow dots of the same color."""
+    figure = canvas(8, 4.5)
+    axes = figure.subplots()
+    clean(axes)
+    for number, (label, curve) in enumerate(found.items()):
+        color = COLORS[number % len(COLORS)]
+        places = sorted(curve)
+        axes.plot(places, [curve[place] for place in places], color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+        dots = sorted(set(published.get(label, {})))
+        axes.plot(dots, [published[label][dot] for dot in dots] if dots else [], "o", color=color, markersize=7, markerfacecolor="none")
+    axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{y} (rings: published)")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(file)

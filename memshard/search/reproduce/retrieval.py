@@ -1,0 +1,150 @@
+"""Associative retrieval (Schlag et al. 2021, section 6.1): write L pairs of a key and a value, read one key.
+
+S keys and S values. Values are one-hot vectors; keys are learned. A model has no output projection: what it reads from its
+memory is its answer, and its loss half the squared distance to the value last written under the key.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.feature_maps import FeatureMap
+
+_KEY_DIM = 64
+_SEQUENCES, _MOST_QUERIES = 20, 200
+_EVAL_EVERY, _PATIENCE, _SOLVED = 100, 10, 0.001
+FEATURES: dict[str, dict[str, Any]] = {
+    "elu": {"kind": "elu"},
+    "dpfp-1": {"kind": "dpfp", "width": 1},
+    "dpfp-2": {"kind": "dpfp", "width": 2},
+    "dpfp-3": {"kind": "dpfp", "width": 3},
+    "favor-64": {"kind": "favor", "width": 64},
+    "favor-128": {"kind": "favor", "width": 128},
+    "favor-512": {"kind": "favor", "width": 512},
+    "favor-64-published": {"kind": "favor", "width": 64, "paper_faithful": True},
+}
+
+
+class Retriever(nn.Module):
+    """A memory that is written and read once.
+
+    symbols: S. features: a name of FEATURES, "softmax", or "tanh" (for the rule fwm). rule: sum (attention), delta, or fwm (Schlag et
+    al. 2021 b: tanh or DPFP features, the memory's norm kept at 1 at most, the reading layer-normalised).
+    """
+
+    def __init__(self, symbols: int, features: str, rule: str) -> None:
+        super().__init__()
+        self.symbols, self.rule = symbols, rule
+        width = int(1.1 * 2 * symbols)
+        self.embedding = nn.Embedding(symbols, width)
+        bound = _KEY_DIM**-0.5
+        self.key_of_key, self.query = nn.Linear(width, _KEY_DIM), nn.Linear(width, _KEY_DIM, bias=False)
+        self.key_of_value = nn.Embedding(symbols, _KEY_DIM)
+        self.strength_of_key, self.strength_of_value = nn.Linear(width, 1), nn.Embedding(symbols, 1)
+        for parameter in (self.key_of_key.weight, self.query.weight, self.key_of_value.weight):
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.uniform_(self.strength_of_value.weight, -bound, bound)
+        # The sum rule divides by its sum, so scales of keys matter and of queries cancel.
+        normalise = "none" if rule in ("sum", "fwm") else "sum"
+        plain = features in ("softmax", "tanh")
+        self.features = None if plain else FeatureMap(dim=_KEY_DIM, normalise=normalise, **FEATURES[features])  # type: ignore[arg-type]
+        self.tanh = features == "tanh"
+
+    def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        """keys, values: [batch, L] int64; queries: [batch, n]. Returns readings [batch, n, S]."""
+        # Symbol by symbol: a matrix of S rows in place of one of batch x L.
+        k = self.key_of_key(self.embedding.weight)[keys] + self.key_of_value.weight[values]
+        q = self.query(self.embedding.weight)[queries]
+        if self.features is None and not self.tanh:
+            return self._weighted((q @ k.mT * _KEY_DIM**-0.5).softmax(-1), values)
+        k, q = (x.tanh() if self.features is None else self.features(x) for x in (k, q))
+        if self.rule == "sum":
+            scores = q @ k.mT
+            return self._weighted(scores / (scores.sum(-1, keepdim=True) + 1e-6), values)
+        beta = (self.strength_of_key(self.embedding.weight)[keys] + self.strength_of_value.weight[values]).sigmoid().squeeze(-1)
+        one_hot = F.one_hot(values, self.symbols).to(k.dtype)
+        if self.rule == "fwm":
+            return F.layer_norm(q @ _bounded_delta_rule(k, one_hot, beta), (self.symbols,))
+        _, memory = delta_rule(k[:, None], k[:, None], one_hot[:, None], beta[:, None], chunk=64)
+        return q @ memory[:, 0]
+
+    def _weighted(self, weights: Tensor, values: Tensor) -> Tensor:
+        """The sum rule's reading of one-hot values: weights [batch, n, L] added up by value."""
+        out = weights.new_zeros(*weights.shape[:2], self.symbols)
+        return out.scatter_add(-1, values[:, None].expand_as(weights), weights)
+
+
+def _bounded_delta_rule(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """The memory after the delta rule step by step, divided by its norm whenever that exceeds 1. [batch, D, S]"""
+    memory = k.new_zeros(len(k), k.shape[-1], v.shape[-1])
+    for key, value, strength in zip(k.unbind(1), v.unbind(1), beta.unbind(1), strict=True):
+        error = value - torch.einsum("bd,bds->bs", key, memory)
+        memory = memory + torch.einsum("bd,bs->bds", key, strength[:, None] * error)
+        memory = memory / memory.flatten(1).norm(dim=-1).clamp(min=1)[:, None, None]
+    return memory
+
+
+def draw(symbols: int, length: int, batch: int, replace: bool, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, length] int64, with or without replacement."""
+    if replace:
+        keys, values = (torch.randint(symbols, (batch, length), generator=random) for _ in range(2))
+    else:
+        keys, values = (torch.rand(batch, symbols, generator=random).argsort(-1)[:, :length] for _ in range(2))
+    return keys, values
+
+
+def last_value(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+    """The value last written under each query. [batch, n]"""
+    places = torch.arange(keys.shape[1])
+    latest = torch.where(keys[:, None] == queries[..., None], places, -1).amax(-1)
+    return values.gather(1, latest)
+
+
+def loss_of(readings: Tensor, values: Tensor) -> Tensor:
+    """Half the squared distance to one-hot values, mean over readings."""
+    return 0.5 * (readings - F.one_hot(values, readings.shape[-1])).square().sum(-1).mean()
+
+
+def train(point: dict[str, Any]) -> dict[str, Any]:
+    """Train on a point {symbols, features, rule, replace, steps, seed} until solved (held-out loss below 0.001), or without progress
+    for more than 1,000 steps. Returns the best held-out loss, when it was met, and the curve [[step, loss], ...].
+    """
+    symbols, replace = point["symbols"], point["replace"]
+    torch.manual_seed(point["seed"])
+    random = torch.Generator().manual_seed(point["seed"])
+    model = Retriever(symbols, point["features"], point["rule"])
+    tanh = point["features"] == "tanh"
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4 if tanh else 1e-3, fused=True)
+    length = 2 * symbols if replace else symbols
+    held_out = draw(symbols, symbols, _SEQUENCES, replace, torch.Generator().manual_seed(1_000_003 + point["seed"]))
+    curve: list[tuple[int, float]] = []
+    best = (float("inf"), 0)
+    for step in range(1, point["steps"] + 1):
+        keys, values = draw(symbols, length, 128 if tanh else 32, replace, random)
+        queries = keys.gather(1, torch.randint(length, (len(keys), 1), generator=random))
+        loss = loss_of(model(keys, values, queries), last_value(keys, values, queries))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % _EVAL_EVERY == 0:
+            found = evaluate(model, *held_out)
+            curve.append((step, found))
+            best = min(best, (found, step))
+            if best[0] < _SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not found < float("inf"):
+                break
+    return {"loss": best[0], "step": best[1], "curve": curve}
+
+
+@torch.no_grad()
+def evaluate(model: Retriever, keys: Tensor, values: Tensor) -> float:
+    """Loss over the keys that occur, at most 200 of each sequence, as the published figures have it."""
+    total, count = 0.0, 0
+    for row in range(len(keys)):
+        queries = keys[row].unique()[None, :_MOST_QUERIES]
+        one = keys[row : row + 1], values[row : row + 1]
+        total += float(loss_of(model(*one, queries), last_value(*one, queries))) * queries.shape[1]
+        count += queries.shape[1]
+    return total / count

@@ -1,0 +1,58 @@
+"""How many pairs fit: loss against their number, all keys different (Schlag et al. 2021, figure 2)."""
+
+from pathlib import Path
+from typing import Any
+
+from memshard.search.reproduce.catalogue import Experiment, Point, Scale
+from memshard.search.reproduce.curves import lines
+from memshard.search.reproduce.retrieval import train
+
+# Best held-out loss, read from the authors' published logs.
+_PUBLISHED = {
+    "softmax": {20: 6e-4, 40: 3e-4, 60: 7e-5, 100: 2e-5, 120: 1e-5, 200: 9e-6, 260: 4e-6, 360: 4e-3, 400: 3e-6, 600: 0.030},
+    "elu": {20: 9e-4, 40: 8e-4, 60: 0.025, 100: 0.164, 120: 0.232, 200: 0.342, 260: 0.378, 360: 0.417, 400: 0.422, 600: 0.451},
+    "dpfp-1": {20: 8e-4, 40: 3e-4, 60: 4e-4, 100: 2e-4, 120: 0.008, 200: 0.173, 260: 0.270, 360: 0.336, 400: 0.341, 600: 0.411},
+    "dpfp-2": {20: 3e-4, 40: 6e-4, 60: 1e-3, 100: 5e-4, 120: 3e-4, 200: 4e-4, 260: 0.008, 360: 0.159, 400: 0.164, 600: 0.323},
+    "dpfp-3": {20: 5e-4, 40: 9e-4, 60: 5e-4, 100: 5e-4, 120: 5e-4, 200: 9e-4, 260: 4e-4, 360: 0.003, 400: 0.036, 600: 0.198},
+    "favor-64": {20: 0.117, 40: 0.274, 60: 0.483, 100: 0.496, 120: 0.5, 200: 0.5, 260: 0.5, 360: 0.5, 400: 0.5, 600: 0.5},
+    "favor-128": {20: 0.074, 40: 0.175, 60: 0.484, 100: 0.5, 120: 0.5, 200: 0.5, 260: 0.5, 360: 0.5, 400: 0.5, 600: 0.5},
+    "favor-512": {20: 0.024, 40: 0.075, 60: 0.406, 100: 0.5, 120: 0.5, 200: 0.5, 260: 0.5, 360: 0.5, 400: 0.5, 600: 0.5},
+}
+_SIZES: dict[Scale, list[int]] = {
+    "smoke": [20],
+    "small": [20, 40, 60, 80, 100, 120, 160, 200, 260, 360, 400, 600],
+    "full": list(range(20, 601, 20)),
+}
+_STEPS: dict[Scale, int] = {"smoke": 200, "small": 5000, "full": 100_000}
+
+
+def _points(scale: Scale) -> list[Point]:
+    kinds = ["softmax", "dpfp-1"] if scale == "smoke" else [*_PUBLISHED, "favor-64-published"]
+    common = {"rule": "sum", "replace": False, "steps": _STEPS[scale], "seed": 1}
+    return [{"symbols": size, "features": kind, **common} for size in _SIZES[scale] for kind in kinds]
+
+
+def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
+    found: dict[str, dict[int, float]] = {}
+    for point, result in rows:
+        found.setdefault(point["features"], {})[point["symbols"]] = result["loss"]
+    lines(found, _PUBLISHED, folder / "capacity.png", "pairs", "held-out loss")
+    sizes = sorted({size for losses in found.values() for size in losses})
+    text = "Best held-out loss, in brackets the published one. Attention over S pairs of different keys, one seed.\n\n"
+    text += f"| features | {' | '.join(str(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
+    for kind, losses in found.items():
+        cells = []
+        for size in sizes:
+            published = _PUBLISHED.get(kind, {}).get(size)
+            cells.append(f"{losses[size]:.2g}" + (f" ({published:.2g})" if published is not None else "") if size in losses else "")
+        text += f"| {kind} | {' | '.join(cells)} |\n"
+    return text
+
+
+EXPERIMENT = Experiment(
+    what="retrieval of S different keys: how much softmax, ELU+1, DPFP and FAVOR+ attention hold (figure 2)",
+    points=_points,
+    run=train,
+    report=_report,
+    hours={"smoke": 0.01, "small": 1.5, "full": 20.0},
+)

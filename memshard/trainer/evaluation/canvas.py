@@ -1,0 +1,27 @@
+"""The look of all pictures. Needs matplotlib (extra `eval`)."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ["#1f5fa8", "#d1661c", "#2a8f5b", "#8a4fa3", "#b3273e", "#6b6b6b", "#17999e", "#b59a1d", "#d36fa8", "#4b3f35"]
+INK, GRID = "#2b2b2b", "#e3e3e3"
+
+
+def canvas(width: float, height: float) -> "Figure":
+    """An empty figure, in inches. ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ValueError("pictures need matplotlib: pip install memshard[eval]") from error
+    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+
+
+def clean(axes: "Axes") -> None:
+    """Axes with a light grid and without a frame."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK)
