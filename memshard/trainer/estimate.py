@@ -14,6 +14,7 @@ from memshard.parallel.mesh import memory_ranks, tensor_ranks
 from memshard.trainer.activations import activation_bytes
 from memshard.trainer.available_memory import available_memory
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.dense_bytes import dense_bytes, dense_traffic
 from memshard.trainer.traffic import LayoutChoice, choose_layout, uniform_duplicates
 
 
@@ -35,7 +36,7 @@ class Parameters:
 class RankBytes:
     """Bytes on the rank that holds most.
 
-    dense_weights: fp32, and under autocast a copy in half precision. activations: what one micro-batch's forward keeps.
+    dense_weights: with the engine's copies in other precision. activations: what one micro-batch's forward keeps.
     workspace: what backward (logits, scores, their gradients; what it computes again) or the row update (sorted reads) holds for a moment.
     reads: what the row update needs of all the step's tokens.
     """
@@ -73,7 +74,7 @@ class Estimate:
     table_part: rows and columns of each table on a rank. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank
     sends for each token it looks up, forward and backward; tensor_traffic: for each token of its sequences, between tensor-parallel
     ranks; gradient_traffic and replica_traffic: in a step, for dense gradients (and, with ZeRO, parameters) and for row gradients between
-    copies of a table. host: bytes in host memory, of tables that lie there; those are not in `bytes`.
+    copies of a table. host: bytes in host memory, of tables and optimizer states that lie there; those are not in `bytes`.
     """
 
     ranks: int
@@ -130,22 +131,18 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
     backward = tokens * max(2 * 4 * model.vocab_size / tensor, scores, again)
     update *= looked_up
-    beside = {
-        "dense_weights": dense * (6 if half else 4),
-        "dense_gradients": dense * 4,
-        "dense_moments": (max(dense / (world // tensor), parameters.largest / tensor) if recipe.train.zero else dense) * 8,
-        "activations": activations,
-    }
+    dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / tensor, world // tensor, half)
+    beside = {**dense_here, "activations": activations}
     table = {
         "table_rows": values * recipe.tables.value_bytes,
         "table_moments": values * recipe.tables.state_bytes,
         "reads": looked_up * reads,
     }
     if recipe.tables.place == "host":
-        on_device, in_host = RankBytes(**beside, workspace=backward), RankBytes(**table, workspace=update)
+        on_device, in_host = RankBytes(**beside, workspace=backward), RankBytes(**table, **dense_in_host, workspace=update)
     else:
         # The row update runs when activations are gone.
-        on_device, in_host = RankBytes(**beside, **table, workspace=max(backward, update - activations)), RankBytes()
+        on_device, in_host = RankBytes(**beside, **table, workspace=max(backward, update - activations)), RankBytes(**dense_in_host)
     copies = world // holders
     touched = -math.expm1(-recipe.train.batch * length * memory.heads * memory.topk / memory.slots)
     return Estimate(
@@ -163,8 +160,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         flops_per_token=flops_per_token(model, length),
         lookup_traffic=len(memory.layers) * memory.tables * layout.sent[layout.name],
         tensor_traffic=_tensor_traffic(model, tensor, 2 if half else 4),
-        # An all-reduce is a reduce-scatter and an all-gather; ZeRO then sends the updated parameters, too.
-        gradient_traffic=(12 if recipe.train.zero else 8) * _others(world // tensor) * dense
+        gradient_traffic=dense_traffic(recipe.train, dense, world // tensor, math.ceil(share / micro_batch), half)
         + 8 * _others(tensor) * (parameters.dense - parameters.split),
         replica_traffic=8 * _others(copies) * touched * values,
     )
@@ -285,6 +281,8 @@ def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available:
     ranks = next((ranks for ranks in (world << power for power in range(1, 11)) if fits(recipe, ranks)), None)
     if ranks is not None:
         found.append(f"use {ranks} ranks")
+    if recipe.train.zero == 0 and fits(_changed(recipe, "train", zero=1)):
+        found.append("set train.zero=1")
     micro_batch = estimate(recipe, world, vocab_size).micro_batch // 2
     while micro_batch and not fits(_changed(recipe, "train", micro_batch=micro_batch)):
         micro_batch //= 2

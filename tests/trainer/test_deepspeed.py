@@ -12,6 +12,8 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.trainer.config.load import load_recipe
+from memshard.trainer.dense_bytes import dense_bytes
+from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 from memshard.trainer.run_folder import write_config
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
@@ -40,12 +42,19 @@ def _allow_fp16() -> None:
 
 
 def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[str, Any]]:
-    """Losses, norms and all weights after three steps, of every engine and stage."""
+    """Losses, norms and all weights after three steps, of every engine and stage; checks that DeepSpeed keeps the bytes foreseen."""
     found = []
     for settings in STAGES:
         run = prepare(recipe, folder / "-".join(settings), *MICRO, "model.memory.query_norm=layer", *settings)
         outcomes = [train_step(run) for _ in range(3)]
         numbers = torch.tensor([(outcome.loss, outcome.norm, outcome.rate) for outcome in outcomes])
+        if isinstance(run.engine, DeepSpeedEngine) and run.engine.shards and run.data_ranks == world:
+            masters = run.engine.zero.single_partition_of_fp32_groups
+            bytes_of = [sum(t.nbytes for t in (*run.engine.parameters, *masters)), 2 * sum(t.nbytes for t in masters)]
+            sizes = [p.numel() for p in run.engine.parameters]
+            here, in_host = dense_bytes(run.recipe.train, sum(sizes), max(sizes), world, half=False)
+            predicted = [here.get(key, 0) + in_host.get(key, 0) for key in ("dense_weights", "dense_moments")]
+            assert bytes_of == pytest.approx(predicted, rel=0.01), settings
         whole = {} if run.data_ranks < world else {name: value.clone() for name, value in run.model.state_dict().items()}
         found.append({"numbers": numbers, **whole})
     return found

@@ -272,3 +272,20 @@ def test_zero_splits_the_moments_down_to_the_largest_parameter() -> None:
     assert estimate(recipe, 2, 0).bytes.dense_moments == parameters.dense * 4
     assert estimate(recipe, 64, 0).bytes.dense_moments == 64_000 * 8
     assert estimate(replace(recipe, train=TrainConfig(batch=64)), 64, 0).bytes.dense_moments == parameters.dense * 8
+
+
+def test_deepspeed_splits_masters_and_moments_and_offload_moves_them() -> None:
+    def of(half: bool, **settings: Any) -> tuple[Any, Any]:
+        train = TrainConfig(batch=64, engine="deepspeed", **settings)
+        cost = estimate(Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, vocab_size=1000), train=train), 4, 0, half)
+        return cost.bytes, cost.host
+
+    dense = count_parameters(replace(MODEL, vocab_size=1000)).dense
+    sums = 2 * 2 * dense
+    first, _ = of(True, zero=1)
+    assert first.dense == dense * (2 + 1 + 2 + 1 + 2) + sums
+    second, _ = of(True, zero=2)
+    assert first.dense - second.dense == dense * 2 * 3 / 4
+    device, host = of(True, zero=2, offload=True)
+    assert host.dense == dense * 4 and device.dense == second.dense - host.dense - sums / 2
+    assert of(False, zero=0)[0].dense == dense * 16

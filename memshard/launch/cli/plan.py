@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.device == "cpu":
             # There the device's memory is the host's.
-            recipe = replace(recipe, tables=replace(recipe.tables, place="device"))
+            recipe = replace(recipe, tables=replace(recipe.tables, place="device"), train=replace(recipe.train, offload=False))
         vocab_size, source = _vocabulary(recipe, args.vocab)
         precision: str = recipe.train.precision
         if precision == "auto":
@@ -156,7 +156,7 @@ def _report(
             f"{_gb(cost.gradient_traffic)} a step for dense gradients{tensor}{replicas}"
         )
     notes = {
-        "dense weights": "fp32" if precision == "fp32" else f"fp32 and a copy in {precision}",
+        "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
         "dense gradients": "fp32",
         "dense moments": "AdamW, fp32",
         "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}",

@@ -91,7 +91,7 @@ def opening(prepared: "Run", launcher: str) -> str:
 
 
 def _in_host(cost: "Estimate") -> str:
-    return f" and {cost.host.total / 1e6:,.0f} MB for the table in host memory" if cost.host.total else ""
+    return f" and {cost.host.total / 1e6:,.0f} MB in host memory" if cost.host.total else ""
 
 
 def _arithmetic(prepared: "Run") -> str:

@@ -25,10 +25,8 @@ from memshard.parallel.grad_norm import gradient_norm
 from memshard.parallel.mesh import DATA, group, tensor_size
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.recipe import OptimizerConfig, TrainConfig
+from memshard.trainer.dense_bytes import BUCKET
 from memshard.trainer.optim.dense import MOMENTS, build_adamw, learning_rate, make_states, owners
-
-_BUCKET = 50_000_000
-"""Values that DeepSpeed sums at a time; its own default, 5e8, takes 2 GB."""
 
 
 class DeepSpeedEngine:
@@ -68,7 +66,8 @@ class DeepSpeedEngine:
             initial = [p.detach().cpu() for p in self.parameters]
             _compute_in(dtype, model, device)
         share = -(-settings.batch // dist.get_world_size(self.data))
-        self.json = _json(settings, dtype, batches=-(-share // (settings.micro_batch or share)))
+        bucket = min(BUCKET, sum(p.numel() for p in self.parameters)) // 2 * 2  # DeepSpeed wants it even
+        self.json = _json(settings, dtype, batches=-(-share // (settings.micro_batch or share)), bucket=bucket)
         self.optimizer: Any = build_adamw(self.parameters, config)
         self.engine, self.zero, *_ = deepspeed.initialize(
             model=model,
@@ -207,13 +206,13 @@ def _set(p: Tensor, value: Tensor, key: str | None = None) -> None:
     p.set_full_hp_param(value, key)  # type: ignore[attr-defined]
 
 
-def _json(settings: TrainConfig, dtype: torch.dtype, batches: int) -> dict[str, Any]:
+def _json(settings: TrainConfig, dtype: torch.dtype, batches: int, bucket: int) -> dict[str, Any]:
     """DeepSpeed's own settings."""
     zero: dict[str, Any] = {
         "stage": settings.zero,
         "overlap_comm": not settings.offload and torch.cuda.is_available(),
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
