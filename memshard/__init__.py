@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memshard.parallel.tables.whole import load_whole_state, whole_state
     from memshard.trainer.checkpoint.load_model import load
     from memshard.trainer.evaluation.usage import memory_usage
+    from memshard.trainer.export.foreign import load_memory
     from memshard.trainer.optim.combined import CombinedOptimizer
     from memshard.trainer.optim.row_adam import RowAdam
 
@@ -24,6 +25,7 @@ __all__ = [
     "RowAdam",
     "externalize_tables",
     "load",
+    "load_memory",
     "load_whole_state",
     "memory_usage",
     "shard_tables",
@@ -37,6 +39,7 @@ _HOMES = {
     "externalize_tables": "models.memory.table",
     "load_whole_state": "parallel.tables.whole",
     "load": "trainer.checkpoint.load_model",
+    "load_memory": "trainer.export.foreign",
     "memory_usage": "trainer.evaluation.usage",
     "shard_tables": "parallel.tables.shard",
     "whole_state": "parallel.tables.whole",

@@ -9,7 +9,7 @@ from typing import Literal
 
 Activation = Literal["relu", "gelu", "swiglu", "squared_relu"]
 MixerKind = Literal["softmax", "local", "lsh", "linear", "delta"]
-QueryNormKind = Literal["batch", "layer", "rms", "lagged", "none"]
+QueryNormKind = Literal["batch", "layer", "layer-half", "rms", "lagged", "none"]
 _MOST_KEYS = 1_000_000
 
 
@@ -116,7 +116,8 @@ class MemoryConfig:
     """Width of a value; model.dim by default. Another width needs gate: true, which projects it back."""
 
     query_norm: QueryNormKind = "batch"
-    """Normalisation of queries: batch (the paper's best), layer, rms, lagged (running statistics of earlier steps: causal) or none."""
+    """Normalisation of queries: batch (the paper's best), layer, layer-half (each half by itself), rms, lagged (running statistics of
+    earlier steps: causal) or none."""
 
     gate: bool = False
     """Memory+: multiply the reading by silu(W1 x), then project by W2."""

@@ -5,7 +5,7 @@ from memshard.models.config import ModelConfig
 from memshard.trainer.traffic import LayoutChoice
 
 _HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
-_QUERY_COPIES = {"batch": 4, "layer": 3, "rms": 3, "lagged": 2, "none": 1}
+_QUERY_COPIES = {"batch": 4, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
 def activation_bytes(

@@ -6,7 +6,7 @@ import torch
 from memshard.models.memory.product_key import ProductKeyMemory
 
 
-@pytest.mark.parametrize("query_norm", ["batch", "layer", "rms", "lagged", "none"])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "layer-half", "rms", "lagged", "none"])
 def test_a_standalone_layer_learns_with_plain_adamw(query_norm: str) -> None:
     torch.manual_seed(0)
     memory = ProductKeyMemory(8, keys=8, heads=2, topk=4, key_dim=8, query_norm=query_norm)

@@ -36,6 +36,9 @@ def _normalise(norm: QueryNorm, z: Tensor) -> Tensor:
         z = (z - norm.running_mean) / (norm.running_var + 1e-5).sqrt()
     elif norm.kind == "layer":
         z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    elif norm.kind == "layer-half":
+        halves = z.unflatten(-1, (2, -1))
+        z = ((halves - halves.mean(-1, keepdim=True)) / (halves.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()).flatten(-2)
     elif norm.kind == "rms":
         z = z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     z = z if norm.weight is None else z * norm.weight

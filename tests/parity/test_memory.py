@@ -45,7 +45,7 @@ def _assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("query_norm", ["batch", "layer", "rms", "lagged", "none"])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "layer-half", "rms", "lagged", "none"])
 def test_every_query_norm(query_norm: str, training: bool) -> None:
     memory, x = _memory(query_norm=query_norm).train(training), _tokens(7)
     naive = _results(naive_memory(memory, x), memory, x)

@@ -19,7 +19,7 @@ class QueryNorm(nn.Module):
     kind:
         batch   by mean and variance of each feature over the batch; running statistics in evaluation. Mixes positions.
         lagged  by the running statistics of earlier steps, in training too: causal.
-        layer   each query by its own mean and variance.
+        layer   each query by its own mean and variance; layer-half each half of it.
         rms     each query by its own root mean square.
         none    not at all.
 
@@ -64,6 +64,9 @@ class QueryNorm(nn.Module):
             z = self._by_statistics(z, replay)
         elif self.kind == "layer":
             z = nn.functional.layer_norm(z, z.shape[-1:], eps=_EPS)
+        elif self.kind == "layer-half":
+            halves = z.unflatten(-1, (2, -1))
+            z = nn.functional.layer_norm(halves, halves.shape[-1:], eps=_EPS).flatten(-2)
         elif self.kind == "rms":
             z = nn.functional.rms_norm(z, z.shape[-1:], eps=_EPS)
         if self.weight is not None:
