@@ -75,8 +75,8 @@ def _let_read_whole_sequences(memory: ProductKeyMemory, ranks: dist.ProcessGroup
     """
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *padding = inputs
-        return gather(x, ranks), *(None if real is None else gathered(real, ranks) for real in padding)
+        x, padding, *replay = inputs
+        return gather(x, ranks), None if padding is None else gathered(padding, ranks), *replay
 
     memory.register_forward_pre_hook(before)
     memory.register_forward_hook(lambda _, inputs, y: split(y, ranks, 1 / count))

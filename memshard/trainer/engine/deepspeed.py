@@ -179,11 +179,16 @@ class DeepSpeedEngine:
         """Mark tensor-parallel pieces for DeepSpeed's norm, and complete the gradients of what is whole: it expects Megatron's layers,
         which leave those equal on all ranks of the tensor axis.
         """
+        self.accumulators = []  # autograd forgets a hooked one that nobody holds
         for name, p in self.named.items():
             p.model_parallel = name in self.placement  # type: ignore[attr-defined]
             if tensor_size(self.mesh) > 1 and name not in self.placement:
                 assert self.mesh is not None
-                p.register_hook(partial(all_sum, group=self.mesh.get_group("tensor")))
+                axis = self.mesh.get_group("tensor")
+                # A hook on the parameter would also see the gradients that a reversible block takes inside its backward.
+                accumulator: Any = torch.autograd.graph.get_gradient_edge(p).node
+                accumulator.register_prehook(lambda gradients, axis=axis: (all_sum(gradients[0], axis),))
+                self.accumulators.append(accumulator)
 
     def _step(self) -> Tensor:
         count: Tensor = self.zero.state[self.zero.single_partition_of_fp32_groups[0]]["step"]
