@@ -1,0 +1,152 @@
+"""The delta rule, forward and backward, beside the chunked torch code of transformers and of flash-linear-attention and a loop over steps.
+
+    OMP_NUM_THREADS=1 python benchmarks/fast_weights.py
+
+Medians of interleaved runs on one thread, of processor time, and ratios to ours; then the memory that autograd keeps. All get
+sum-normalised ELU + 1 features. Competitors are left out where they are not installed: pip install transformers, and
+pip install --no-deps fla-core (its dependencies want a GPU).
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.feature_maps import FeatureMap
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+SHAPES = {"medium language model": (2, 8, 384, 32), "2,048 tokens": (1, 4, 2048, 64), "8,192 tokens": (1, 4, 8192, 64)}
+_LONGEST_LOOP = 2048
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON, too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rules: dict[str, Rule] = {"ours": lambda *x: delta_rule(*x)[0], **_competitors(), "loop over steps": _loop}
+    result: dict[str, Any] = {"torch": torch.__version__, "runs": args.runs}
+    for title, shape in SHAPES.items():
+        inputs = _inputs(*shape)
+        chosen = {name: rule for name, rule in rules.items() if name != "loop over steps" or shape[2] <= _LONGEST_LOOP}
+        _agree(chosen, inputs)
+        result[title] = measure(chosen, inputs, args.runs)
+        print(f"{title} (batch, heads, length, width of a head: {shape})")
+        for name, row in result[title].items():
+            spread = f"{row['low_ms']:.0f} to {row['high_ms']:.0f}"
+            print(f"  {name:<32}{row['ms']:>9.1f} ms ({spread}){row['ratio']:>8.2f}x{row['kept_mb']:>9.1f} MB kept")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(rules: dict[str, Rule], inputs: list[Tensor], runs: int) -> dict[str, dict[str, float]]:
+    """Of every rule the median, lowest and highest milliseconds of forward and backward, the ratio to ours, and megabytes kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in rules}
+    for turn in range(runs + 1):
+        for name, rule in rules.items():
+            begun = time.process_time()
+            torch.autograd.grad(rule(*inputs).sum(), inputs)
+            if turn:
+                seconds[name].append(time.process_time() - begun)
+    ours = statistics.median(seconds["ours"])
+    return {
+        name: {
+            "ms": statistics.median(times) * 1e3,
+            "low_ms": min(times) * 1e3,
+            "high_ms": max(times) * 1e3,
+            "ratio": statistics.median(times) / ours,
+            "kept_mb": _kept(rules[name], inputs) / 1e6,
+        }
+        for name, times in seconds.items()
+    }
+
+
+def _inputs(batch: int, heads: int, length: int, dim: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    features = FeatureMap("elu", dim)
+    q, k = (features(torch.randn(batch, heads, length, dim)) for _ in range(2))
+    v, beta = torch.randn(batch, heads, length, dim), torch.rand(batch, heads, length)
+    return [x.requires_grad_() for x in (q, k, v, beta)]
+
+
+def _kept(rule: Rule, inputs: list[Tensor]) -> int:
+    """Bytes of distinct memory that autograd holds for backward."""
+    blocks: dict[int, int] = {}
+
+    def hold(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        blocks[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+        out = rule(*inputs)
+    del out
+    return sum(blocks.values())
+
+
+def _agree(rules: dict[str, Rule], inputs: list[Tensor]) -> None:
+    """AssertionError if the rules do not compute the same."""
+    with torch.no_grad():
+        expected = rules["ours"](*inputs)
+        for rule in rules.values():
+            torch.testing.assert_close(rule(*inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+def _competitors() -> dict[str, Rule]:
+    found: dict[str, Rule] = {}
+    # On a machine without a GPU, transformers must not find flash-linear-attention, whose kernels it would then call.
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "fla"}
+    sys.modules["fla"] = None  # type: ignore[assignment]
+    try:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+        def transformers(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+            # Its layout is [batch, length, heads, width]; it divides queries by the root of their width.
+            q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** 0.5, k, v))
+            beta = beta.transpose(1, 2)
+            out = torch_chunk_gated_delta_rule(q, k, v, g=torch.zeros_like(beta), beta=beta, chunk_size=64)[0]
+            return out.transpose(1, 2)
+
+        found["transformers, chunked"] = transformers
+    except ImportError:
+        print("transformers is not installed: left out")
+    finally:
+        del sys.modules["fla"]
+        sys.modules.update(hidden)
+    try:
+        files = importlib.metadata.files("fla-core") or []
+        source = next(file for file in files if str(file) == "fla/ops/delta_rule/naive.py").locate()
+        spec = importlib.util.spec_from_file_location("fla_naive", str(source))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        chunkwise = module.delta_rule_chunkwise
+        found["flash-linear-attention, naive"] = lambda q, k, v, beta: chunkwise(q * q.shape[-1] ** 0.5, k, v, beta)[0]
+    except (importlib.metadata.PackageNotFoundError, ImportError):
+        print("flash-linear-attention is not installed: left out")
+    return found
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    state, out = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for query, key, value, strength in zip(*(x.unbind(2) for x in (q, k, v)), beta.unbind(2), strict=True):
+        error = value - (key[..., None, :] @ state).squeeze(-2)
+        state = state + key[..., None] * (strength[..., None] * error)[..., None, :]
+        out.append((query[..., None, :] @ state).squeeze(-2))
+    return torch.stack(out, 2)
+
+
+if __name__ == "__main__":
+    main()
