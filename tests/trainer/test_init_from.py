@@ -12,7 +12,12 @@ from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
 DENSE = "model.memory.layers=[]"
-LAYOUTS = {"rows": ("parallel.layout=rows", "train.zero=1"), "columns": ("parallel.layout=columns",), "copies": ("parallel.memory=1",)}
+LAYOUTS = {
+    "rows": ("parallel.layout=rows", "train.zero=1"),
+    "columns": ("parallel.layout=columns",),
+    "copies": ("parallel.memory=1",),
+    "tensor": ("parallel.tensor=2", "parallel.layout=tensor"),
+}
 GROWN = ("model.memory.keys=13", "tables.semantics=row-step")
 TOLERANCE = 0.005
 """What a few more keys may do to a loss of 3.6; sub-keys of full length do 0.006."""
