@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.bench.values import DENSE, FBGEMM, OURS, PLAIN, SPARSE, Sizes, measure
+from memshard.launch.cli.bench import NAMES
 from memshard.launch.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -15,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_list_and_a_missing_name(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
-    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == ["data", "values"]
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == list(NAMES)
     assert main(["bench"]) == 2
-    assert "name a benchmark: data, values" in capfd.readouterr().err
+    assert f"name a benchmark: {', '.join(NAMES)}" in capfd.readouterr().err
 
 
 @pytest.mark.slow
