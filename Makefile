@@ -9,7 +9,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
 endif
 
-.PHONY: .venv demo check test test-all bench clean
+.PHONY: .venv demo check test test-all test-cluster bench clean
 
 .venv: .venv/installed
 
@@ -45,6 +45,10 @@ test: $(ENVIRONMENT)
 
 test-all: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -q -n 2
+
+# A real SLURM, sshd and network namespaces on this machine; .ci/run installs what they need.
+test-cluster: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -q -m cluster
 
 # Those that need no data; docs/benchmarks.md has the commands of the others.
 bench: $(ENVIRONMENT)

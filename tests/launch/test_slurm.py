@@ -1,0 +1,135 @@
+"""Jobs of a real SLURM, from scripts that `memshard launch slurm` wrote. Judged by what the runs wrote, never by a job's state alone."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memshard.trainer.checkpoint.folders import committed
+from memshard.trainer.heartbeat import read_beats
+from memshard.trainer.metrics import METRICS_FILE
+from tests.distributed import run_distributed
+from tests.launch.slurm_cluster import SlurmCluster, missing_programs
+from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
+]
+STEPS = 250
+LONG = (f"train.steps={STEPS}", "train.eval_every=0", "train.save_every=1000", "optimizer.lr=3e-3")
+SHORT = ("train.steps=20",)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with SlurmCluster() as cluster:
+        yield cluster
+
+
+def _train(rank: int, world: int, recipe: Path, folder: Path, *overrides: str) -> None:
+    train_run(recipe, folder, *overrides)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs on two ranks, without SLURM."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_distributed(_train, 2, recipe, folder / "long", *LONG)
+    run_distributed(_train, 2, recipe, folder / "short", *SHORT)
+    return folder
+
+
+def _launch(cluster: SlurmCluster, *arguments: object) -> list[str]:
+    """The numbers of the jobs."""
+    command = [sys.executable, "-m", "memshard", "launch", "slurm", *map(str, arguments), "--nodes", "2", "--json"]
+    done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    jobs: list[str] = json.loads(done.stdout)["jobs"]
+    return jobs
+
+
+def _output(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((folder / "log").glob("slurm-*.out")))
+
+
+def _wait_for_step(folder: Path, step: int, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not ((folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step):
+        assert time.monotonic() < deadline, f"no step {step} after {timeout} s: {_output(folder)}"
+        time.sleep(0.05)
+
+
+def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int:
+    """The step of the newest checkpoint, once there is one beyond a step."""
+    deadline = time.monotonic() + timeout
+    while not (found := [int(path.name.partition("-")[2]) for path in committed(folder / "checkpoints")]) or found[-1] <= beyond:
+        assert time.monotonic() < deadline, f"no checkpoint beyond {beyond} after {timeout} s: {_output(folder)}"
+        time.sleep(0.05)
+    return found[-1]
+
+
+def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
+    cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """By SLURM's own requeue, then by the notice before the time limit: what --signal=B:USR2 sends is sent here at once."""
+    folder = tmp_path / "run"
+    (job,) = _launch(cluster, recipe, *LONG, "--run", folder)
+    _wait_for_step(folder, 30)
+    cluster.run("scontrol", "requeue", job)
+    first = _wait_for_checkpoint(folder, 29)
+    assert first < STEPS
+    _wait_for_step(folder, first + 30)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    second = _wait_for_checkpoint(folder, first + 29)
+    assert second < STEPS
+    cluster.wait_for_end(job)
+    assert "Restarts=2 " in cluster.run("scontrol", "show", "job", job)
+    output = _output(folder)
+    assert output.count(f"run          {folder} (") == 3 and f"resumes at step {second}, to step {STEPS}" in output
+    assert output.count("launcher     SLURM") == 3
+    assert {beat.rank: beat.ended for beat in read_beats(folder)} == {0: "done", 1: "done"}
+    assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "long"))
+    assert numbers(folder, "train/loss") == numbers(undisturbed / "long", "train/loss")
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (job,) = _launch(cluster, recipe, "train.steps=100000", "--run", folder)
+    _wait_for_step(folder, 10)
+    cluster.run("scancel", job)
+    deadline = time.monotonic() + 60
+    while cluster.state(job) in ("RUNNING", "COMPLETING"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "JobState=CANCELLED" in cluster.run("scontrol", "show", "job", job)
+    assert {beat.ended for beat in read_beats(folder)} == {"stopped"}
+    assert _wait_for_checkpoint(folder, 9)
+
+
+@pytest.mark.parametrize("flavour", ["torchrun", "deepspeed"])
+def test_a_notice_passes_through_a_launcher(flavour: str, cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (job,) = _launch(cluster, recipe, *LONG, "--run", folder, "--flavour", flavour)
+    _wait_for_step(folder, 20)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    assert _wait_for_checkpoint(folder, 19) < STEPS
+    cluster.wait_for_end(job)
+    assert _output(folder).count(f"launcher     {'torchrun' if flavour == 'torchrun' else 'DeepSpeed'}") == 2
+    assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "long"))
+
+
+def test_turns_of_an_array_and_a_chain(cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The second turn finds a finished run."""
+    for name, option in (("array", "--array"), ("chain", "--chain")):
+        folder = tmp_path / name
+        jobs = _launch(cluster, recipe, *SHORT, "--run", folder, option, 2)
+        assert len(jobs) == (2 if name == "chain" else 1)
+        cluster.wait_for_end(jobs[-1])
+        assert len(list((folder / "log").glob("slurm-*.out"))) == 2
+        assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "short"))
+        assert "(resumes at step 20, to step 20)" in _output(folder)
