@@ -1,6 +1,7 @@
 """The data folder: stock webdataset reads it, and damage is found and named."""
 
 import gc
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -110,3 +111,32 @@ def test_a_cut_index_is_explained(copy: Path) -> None:
     (copy / "index.json").write_text((copy / "index.json").read_text()[:100])
     with pytest.raises(ValueError, match="index.json is damaged"):
         load_index(copy)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("value", [-1, 1 << 40, (1 << 63) - 1])
+def test_absurd_places_and_sizes_are_refused(column: int, value: int, copy: Path) -> None:
+    """Totals and hashes that fit: only the numbers themselves give them away."""
+    file = copy / "train-00000.index.npy"
+    entries = np.load(file)
+    entries[0, column] = value
+    np.save(file, entries)
+    with np.errstate(over="ignore"):
+        total = int(entries[:, 1].sum())
+
+    def change(fields: dict[str, Any]) -> None:
+        split = fields["splits"]["train"]
+        split["tokens"] += total - split["shards"][0]["tokens"]
+        split["shards"][0].update(tokens=total, sidecar_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+
+    edit_index(copy, change)
+    with pytest.raises(ValueError, match="points outside train-00000.tar|are damaged|do not add up|damaged"):
+        TrainStream(copy, 16, 4, 0).batch(0, 4)
+
+
+def test_a_sidecar_whose_header_promises_too_much_is_refused(copy: Path) -> None:
+    with (copy / "train-00000.index.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)})
+        file.write(bytes(48))
+    with pytest.raises(ValueError, match="damaged|does not list"):
+        TrainStream(copy, 16, 4, 0)

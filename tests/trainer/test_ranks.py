@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch.distributed.tensor import DTensor
 
-from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from memshard.trainer.loop import evaluate_run
+from memshard.trainer.run import Run
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
@@ -26,14 +26,21 @@ def _copy_with_one_checkpoint(run: Path, copy: Path) -> None:
             shutil.rmtree(path)
 
 
+def load_whole(recipe: Path, folder: Path, *settings: str) -> dict[str, Any]:
+    """The tensors that a run resumes with on these ranks, whole."""
+    return _whole(prepare(recipe, folder, *settings))
+
+
+def _whole(run: Run) -> dict[str, Any]:
+    tensors = run.tensors()
+    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone() for name, tensor in tensors.items()}
+
+
 def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
     """What a checkpoint saved on two ranks becomes on these: whole tensors, and its evaluation."""
     run = prepare(recipe, folder, *LONG, *layout)
-    tensors = model_tensors(run.model, run.placement, run.mesh)
-    tensors |= optimizer_tensors(run.model, run.engine.optimizer, run.rows, run.placement, run.mesh)
-    whole = {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone() for name, tensor in tensors.items()}
     evaluation = evaluate_run(run)
-    return {**whole, "loss": evaluation.loss, **{name: asdict(report) for name, report in evaluation.usage.items()}}
+    return {**_whole(run), "loss": evaluation.loss, **{name: asdict(report) for name, report in evaluation.usage.items()}}
 
 
 def _three_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     """
     path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
     try:
-        entries: np.ndarray = np.load(path)
+        # Mapped: a header that promises more than the file holds is refused before anything is allocated.
+        entries: np.ndarray = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or build the data set again") from error
     for columns, missing in ((2, -1), (3, 0)):
@@ -119,6 +120,6 @@ def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
             entries = np.concatenate([entries, np.full((len(entries), 1), missing, dtype=entries.dtype)], axis=1)
     if entries.shape != (shard.documents, SIDECAR_COLUMNS) or entries.dtype != np.int64 or entries[:, 1].sum() != shard.tokens:
         raise ValueError(f"{path} does not list {shard.documents:,} documents with {shard.tokens:,} tokens: build the data set again")
-    if entries[:, :2].min(initial=0) < 0 or (entries[:, 0] > shard.bytes).any():
+    if entries[:, [0, 1, 3]].min(initial=0) < 0 or entries[:, [0, 1, 3]].max(initial=0) > shard.bytes:
         raise ValueError(f"{path} points outside {shard.file}: build the data set again")
     return entries
