@@ -4,6 +4,7 @@ Plain frozen dataclasses, so that importing a layer loads nothing but torch. Eac
 `memshard config explain` prints.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,9 @@ class MixerConfig:
 
     buckets: int = 0
     """Of lsh: buckets of a round; 0 for about length / (2 chunk)."""
+
+    resample: bool = False
+    """Of lsh: draw new rotations in every training step, so that models do not rely on those of the layer; evaluation has the layer's."""
 
     heads_at_once: int = 0
     """Of lsh: heads whose queries and values are in memory at once in training, at the price of computing them again; 0 for all."""
@@ -161,7 +165,7 @@ class ModelConfig:
     """Width of the residual stream."""
 
     max_length: int | None = None
-    """Longest sequence with learned positions; by default data.length."""
+    """Longest sequence with learned or axial positions; by default data.length, and the product of model.axial."""
 
     mixer: MixerConfig = field(default_factory=MixerConfig)
     """How tokens exchange information."""
@@ -179,8 +183,13 @@ class ModelConfig:
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm or RMSNorm."""
 
-    position: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
-    """How positions enter: added embeddings, added sinusoids, rotated queries and keys, or not at all."""
+    position: Literal["learned", "axial", "sinusoidal", "rotary", "none"] = "learned"
+    """How positions enter: added embeddings, embeddings of a position's digits (axial: few rows for long texts), added sinusoids, rotated
+    queries and keys, or not at all."""
+
+    axial: tuple[int, ...] = ()
+    """Lengths of the axes of axial positions, most significant first, such as [1024, 1024] or, of images, [height, width, channels];
+    by default two whose product holds model.max_length."""
 
     tie_head: bool = True
     """Use the embedding matrix as output head. Of two reversible streams it reads the mean; a head of its own reads both, side by side."""
@@ -197,6 +206,16 @@ class ModelConfig:
             raise ValueError(
                 f"model.position is rotary, which turns pairs of channels, but a head has {self.dim // self.mixer.heads}: "
                 "make model.dim / model.mixer.heads even"
+            )
+        if self.axial and (self.position != "axial" or min(self.axial) < 1 or len(self.axial) > self.dim):
+            raise ValueError(
+                f"model.axial is {list(self.axial)} and model.position {self.position}: give at most model.dim lengths of at least 1, "
+                "with model.position=axial"
+            )
+        if self.axial and (self.max_length or 0) > math.prod(self.axial):
+            raise ValueError(
+                f"model.max_length is {self.max_length}, but model.axial {list(self.axial)} has {math.prod(self.axial)} positions: "
+                "lengthen an axis, or leave model.max_length out"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
@@ -215,3 +234,7 @@ class ModelConfig:
                 f"model.memory.value_dim is {self.memory.value_dim} and model.dim {self.dim}: "
                 "set model.memory.gate=true, whose output projection brings values back to model.dim"
             )
+
+    def longest(self, length: int) -> int:
+        """`max_length`, or its default where sequences have `length` tokens."""
+        return self.max_length or (math.prod(self.axial) if self.axial else length)

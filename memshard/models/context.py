@@ -1,5 +1,6 @@
 """What a layer may know about the tokens it sees, besides their features."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +31,15 @@ class Context:
     def own(self) -> "Context":
         """The facts of the tokens that this rank's residual stream holds; a mixer, which needs them all, takes the context itself."""
         return self.part or self
+
+    def pieces(self, size: int) -> Iterator[tuple[slice, "Context"]]:
+        """Stretches of at most `size` of the tokens that this rank holds, all for 0, and what a position-wise layer may know of each."""
+        own = self.own
+        length = own.positions.shape[1]
+        for first in range(0, length, size or max(1, length)):
+            piece = slice(first, first + (size or length))
+            padding = None if own.padding is None else own.padding[:, piece]
+            yield piece, Context(own.positions[:, piece], padding=padding, random=self.random)
 
     @staticmethod
     def of(tokens: Tensor, start: int = 0) -> "Context":

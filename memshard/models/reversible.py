@@ -88,12 +88,19 @@ class _Round(torch.autograd.Function):
 
 
 def reversible_blocks(
-    blocks: Sequence[Block], grid: Grid, x: Tensor, ctx: Context, states: Sequence[MixerState] | None = None, check: bool = False
+    blocks: Sequence[Block],
+    grid: Grid,
+    x: Tensor,
+    ctx: Context,
+    states: Sequence[MixerState] | None = None,
+    check: bool = False,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor, list[MixerState]]:
     """Both streams after all blocks, each [batch, length, dim], and the mixers' advanced states.
 
     x: [batch, length, dim], the start of both streams. check: keep a checksum of every block's input, and compare it with what backward
-    rebuilds (RuntimeError if they differ). With states, activations are kept: decoding has no backward.
+    rebuilds (RuntimeError if they differ). chunk: of how many tokens of a sequence feedforward and memory are computed at a time, and
+    differentiated at a time; 0 for all. With states, activations are kept: decoding has no backward.
     """
     # Sums and differences never give -0, so a stream that begins with it would come back as 0.
     x1 = x2 = grid.round(x) + 0.0
@@ -102,13 +109,13 @@ def reversible_blocks(
         for layer, block in enumerate(blocks):
             change, state = mixer_change(block, grid, x2, ctx, states[layer] if states else None)
             x1 = x1 + change
-            x2 = x2 + feedforward_change(block, grid, x1, ctx)
+            x2 = _fed(block, grid, x1, x2, ctx, chunk)
             if state is not None:
                 advanced.append(state)
         return x1, x2, advanced
     rebuilt: list[Tensor] = []
     for block in blocks:
-        step = _Step(block, grid, ctx, rebuilt, first=block is blocks[0], last=block is blocks[-1], check=check)
+        step = _Step(block, grid, ctx, rebuilt, first=block is blocks[0], last=block is blocks[-1], check=check, chunk=chunk)
         x1, x2 = _ReversibleBlock.apply(step, x1, x2, *trained_tensors(block))
     return x1, x2, []
 
@@ -124,6 +131,12 @@ def mixer_change(
 def feedforward_change(block: Block, grid: Grid, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
     """g: what feedforward and memory add to the second stream, given the first."""
     return grid.round(block.feed(_normalised(block.feedforward_residual.norm, x), ctx, replay))
+
+
+def _fed(block: Block, grid: Grid, y1: Tensor, x2: Tensor, ctx: Context, chunk: int, replay: Replay | None = None) -> Tensor:
+    """The second stream after feedforward and memory."""
+    parts = [x2[:, piece] + feedforward_change(block, grid, y1[:, piece], part, replay) for piece, part in ctx.pieces(chunk)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
@@ -149,9 +162,11 @@ class _Step:
     rebuilt: where each block leaves its input for the one before it.
     """
 
-    def __init__(self, block: Block, grid: Grid, ctx: Context, rebuilt: list[Tensor], first: bool, last: bool, check: bool) -> None:
+    def __init__(
+        self, block: Block, grid: Grid, ctx: Context, rebuilt: list[Tensor], first: bool, last: bool, check: bool, chunk: int
+    ) -> None:
         self.block, self.grid, self.ctx, self.rebuilt = block, grid, ctx, rebuilt
-        self.first, self.last, self.check = first, last, check
+        self.first, self.last, self.check, self.chunk = first, last, check, chunk
         self.replay = Replay()
         self.device = ctx.positions.device.type
         self.dtype, self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
@@ -168,7 +183,7 @@ class _Step:
         # A half precision copy of a weight made here has no gradient: nobody after us may find it in autocast's cache.
         with self.autocast_context(cached=False):
             y1 = x1 + mixer_change(self.block, self.grid, x2, self.ctx)[0]
-            y2 = x2 + feedforward_change(self.block, self.grid, y1, self.ctx, self.replay)
+            y2 = _fed(self.block, self.grid, y1, x2, self.ctx, self.chunk, self.replay)
         if self.block.training:
             self.grid.note(self.block.layer, y1, y2)
         return y1, y2
@@ -177,13 +192,19 @@ class _Step:
         self, y1: Tensor, y2: Tensor, d1: Tensor, d2: Tensor, trained: Sequence[Tensor], keep_graph: bool
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Leaves the block's input in `rebuilt`; returns its gradient and those of what is trained."""
-        with torch.enable_grad(), self.autocast_context(self.cached), self.replay.repeat():
-            y1 = y1.detach().requires_grad_()
-            change = feedforward_change(self.block, self.grid, y1, self.ctx, self.replay)
-        to_y1, *from_feedforward = torch.autograd.grad(change, [y1, *trained], d2, allow_unused=True, retain_graph=keep_graph)
-        d1 = d1 + to_y1
-        x2 = (y2 - change.detach()).requires_grad_()
-        del change, to_y1
+        x2, d1 = torch.empty_like(y2), d1.clone()
+        from_feedforward: list[Tensor | None] = [None] * len(trained)
+        with self.replay.repeat():
+            for piece, part in self.ctx.pieces(self.chunk):
+                with torch.enable_grad(), self.autocast_context(self.cached):
+                    leaf = y1[:, piece].detach().requires_grad_()
+                    change = feedforward_change(self.block, self.grid, leaf, part, self.replay)
+                x2[:, piece] = y2[:, piece] - change.detach()
+                to_y1, *found = torch.autograd.grad(change, [leaf, *trained], d2[:, piece], allow_unused=True, retain_graph=keep_graph)
+                d1[:, piece] += to_y1
+                from_feedforward = [_sum(*pair) for pair in zip(from_feedforward, found, strict=True)]
+                del change, to_y1, found
+        x2.requires_grad_()
         with torch.enable_grad(), self.autocast_context(self.cached):
             change, _ = mixer_change(self.block, self.grid, x2, self.ctx)
         to_x2, *from_mixer = torch.autograd.grad(change, [x2, *trained], d1, allow_unused=True)

@@ -12,12 +12,13 @@ from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.feedforward import FeedForward
 from memshard.models.linear import Projection, TokenEmbedding
+from memshard.models.loss import chunked_token_losses, token_losses
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
 from memshard.models.mixers.build import MixerState, build_mixer
 from memshard.models.norm import build_norm
-from memshard.models.position import sinusoids
+from memshard.models.position import AxialPositions, near_square, sinusoids
 from memshard.models.random import dropout
 from memshard.models.residual import Residual
 from memshard.models.reversible import Grid, reversible_blocks
@@ -46,16 +47,23 @@ class Transformer(nn.Module):
         """What backward computes again instead of keeping; blocks that are not reversible only."""
         self.check_inversion = False
         """Of reversible blocks: compare each block's rebuilt input with a checksum of the true one."""
+        self.chunk = 0
+        """How many tokens of a sequence feedforwards, memories and the head take at a time; 0 for all."""
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
         """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
 
     def forward(
-        self, tokens: Tensor, ctx: Context | None = None, states: Sequence[MixerState] | None = None
+        self,
+        tokens: Tensor,
+        ctx: Context | None = None,
+        states: Sequence[MixerState] | None = None,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or their losses.
 
         tokens: [batch, length] int64. ctx: plain unpadded text from position 0 if left out. states: one per block from
-        `init_states`, when tokens continue what they have seen. Returns [batch, length, vocabulary] and the advanced states.
+        `init_states`, when tokens continue what they have seen. targets: [batch, length] int64, to get `token_losses` in place of logits,
+        which are then computed `chunk` tokens at a time. Returns [batch, length, vocabulary], or [batch, length], and the advanced states.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         length = tokens.shape[1]
@@ -63,18 +71,30 @@ class Transformer(nn.Module):
             tokens, ctx = self.share_sequence(tokens, ctx)
         x = self._embed(tokens, ctx)
         if self.grid is not None:
-            x1, x2, advanced = reversible_blocks(self.blocks, self.grid, x, ctx, states, self.check_inversion)
-            x = (x1 + x2) / 2 if self.head is None else torch.cat((x1, x2), dim=-1)
+            x1, x2, advanced = reversible_blocks(self.blocks, self.grid, x, ctx, states, self.check_inversion, self.chunk)
+            streams = [x1, x2]
         else:
             checkpointing = self.checkpointing if torch.is_grad_enabled() and states is None else "none"
             advanced = []
             for layer, block in enumerate(self.blocks):
-                x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None)
+                x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None, self.chunk)
                 if state is not None:
                     advanced.append(state)
-        x = self.norm(x)
-        logits = self.embedding.logits(x) if self.head is None else self.head(x)
+            streams = [x]
+        if targets is not None:
+            assert self.share_sequence is None
+            if self.chunk:
+                return chunked_token_losses(self._logits, *streams, targets=targets, chunk=self.chunk), advanced or None
+            return token_losses(self._logits(*streams), targets), advanced or None
+        logits = self._logits(*streams)
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
+
+    def _logits(self, *streams: Tensor) -> Tensor:
+        x = streams[0]
+        if len(streams) == 2:
+            x = (streams[0] + streams[1]) / 2 if self.head is None else torch.cat(streams, dim=-1)
+        x = self.norm(x)
+        return self.embedding.logits(x) if self.head is None else self.head(x)
 
     def init_states(self, batch: int, capacity: int) -> list[MixerState]:
         """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
@@ -99,10 +119,12 @@ class Transformer(nn.Module):
 
 
 def _build_positions(config: ModelConfig) -> nn.Module | None:
-    if config.position != "learned":
+    if config.position not in ("learned", "axial"):
         return None
     if config.max_length is None:
-        raise ValueError("model.max_length is not set: learned positions need the longest sequence")
+        raise ValueError(f"model.max_length is not set: {config.position} positions need the longest sequence")
+    if config.position == "axial":
+        return AxialPositions(config.axial or near_square(config.max_length), config.dim)
     return TokenEmbedding(config.max_length, config.dim)
 
 

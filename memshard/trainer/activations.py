@@ -19,6 +19,7 @@ def activation_bytes(
     tensor: int = 1,
     key_balance: bool = False,
     checkpointing: Checkpointing = "none",
+    chunk: int = 0,
 ) -> tuple[float, float]:
     """Bytes kept for each token of a micro-batch, loss included, and bytes that backward computes again and holds at once. Weights and
     their copies in half precision do not count. ranks: that split a table; tensor: that share each sequence and the large matrices.
@@ -31,7 +32,8 @@ def activation_bytes(
                     16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim; key balance 8 heads keys
         extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for rotary positions
     and 4 vocabulary + (a + 4) d for the head. Checkpointing keeps 4 d for each block or half block that is computed again, reversible
-    blocks 8 d in all; both keep of a memory its indices, its weights and 4 value_dim of sums. Tensor-parallel ranks keep 1 / tensor of
+    blocks 8 d in all; both keep of a memory its indices, its weights and 4 value_dim of sums. Of feedforward halves and head that are
+    computed for `chunk` tokens of a sequence at a time only one piece is held. Tensor-parallel ranks keep 1 / tensor of
     all but what mixers, feedforwards and head gather, a d each. The test compares it with what is in memory.
     """
     assert config.vocab_size is not None
@@ -59,9 +61,16 @@ def activation_bytes(
 
     sides = 2 if config.residual == "reversible" and not config.tie_head else 1
     head = mask + sides * (a * d + (0 if config.residual == "post" else norm)) + 4 * config.vocab_size / tensor
+    piece = min(1.0, chunk / length) if chunk else 1.0
+    if chunk and tensor == 1:
+        # Nothing but its input, which reversible blocks have anyway.
+        largest, head = max(largest, head) * piece, mask + 8 + (0 if config.residual == "reversible" else stream)
     if config.residual == "reversible":
         # Backward holds both streams of a block's input, and their gradients.
         return head + 2 * stream + memories * lookup, max(attention, largest) + 4 * stream
+    if chunk:
+        mixer, again = (stream, attention) if checkpointing == "full" else (attention, 0.0)
+        return head + config.layers * (mixer + stream) + memories * lookup, max(again, largest)
     if checkpointing == "full":
         return head + config.layers * stream + memories * lookup, attention + largest
     if checkpointing == "selective":

@@ -102,7 +102,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     if world < 1:
         raise ValueError(f"the number of ranks is {world}; it must be at least 1")
     length = recipe.data.length
-    model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=recipe.model.max_length or length)
+    model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=recipe.model.longest(length))
     assert model.vocab_size is not None
     parameters = count_parameters(model)
     memory, value_dim = model.memory, model.memory.value_dim or model.dim
@@ -125,11 +125,13 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         tensor=tensor,
         key_balance=recipe.train.key_balance > 0,
         checkpointing=recipe.train.checkpointing,
+        chunk=recipe.train.chunk,
     )
     activations = tokens * kept
     reads, update = _read_bytes(model, holders, layout)
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
-    backward = tokens * max(2 * 4 * model.vocab_size / tensor, scores, again)
+    logits, piece = 2 * 4 * model.vocab_size / tensor, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
+    backward = tokens * max(logits * (piece if tensor == 1 else 1), scores * piece, again)
     update *= looked_up
     dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / tensor, world // tensor, half)
     beside = {**dense_here, "activations": activations}

@@ -293,6 +293,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
     model.checkpointing, model.check_inversion = recipe.train.checkpointing, recipe.train.check_inversion
+    model.chunk = recipe.train.chunk
     for _, memory in model.memories():
         memory.query_norm.deferred = True
         if recipe.tables.revive or recipe.train.key_balance:
@@ -349,7 +350,8 @@ def resolve(recipe: Recipe) -> Recipe:
             f"model.vocab_size is {model.vocab_size} but the tokenizer of {recipe.data.path} has {vocabulary} tokens: "
             f"leave model.vocab_size out, or set at least {vocabulary}"
         )
-    if model.max_length is not None and model.max_length < recipe.data.length:
-        raise ValueError(f"model.max_length is {model.max_length} but data.length is {recipe.data.length}: raise it or leave it out")
-    model = replace(model, vocab_size=model.vocab_size or vocabulary, max_length=model.max_length or recipe.data.length)
+    if model.longest(recipe.data.length) < recipe.data.length:
+        key = "model.max_length" if model.max_length else "model.axial"
+        raise ValueError(f"{key} holds {model.longest(0)} positions but data.length is {recipe.data.length}: raise it or leave it out")
+    model = replace(model, vocab_size=model.vocab_size or vocabulary, max_length=model.longest(recipe.data.length))
     return replace(recipe, model=model)

@@ -122,8 +122,8 @@ def _run_tasks(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.d
 def _length(args: argparse.Namespace, loaded: "LoadedModel") -> int:
     length = args.length or loaded.recipe.data.length
     model = loaded.recipe.model
-    if model.position == "learned" and length > (model.max_length or length):
-        raise ValueError(f"--length is {length}, but the model has {model.max_length} learned positions: use at most that many")
+    if model.position in ("learned", "axial") and length > (model.max_length or length):
+        raise ValueError(f"--length is {length}, but the model has {model.max_length} {model.position} positions: use at most that many")
     return length
 
 

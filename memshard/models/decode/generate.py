@@ -99,14 +99,14 @@ def check_request(
     if possible is not None and max_tokens > possible:
         advice = f"set max_tokens to at most {possible}, or shorten the prompt" if possible else "shorten the prompt"
         raise ValueError(
-            f"{max_tokens} new tokens were asked for and {possible} are possible: the model has {model.config.max_length} learned "
-            f"positions and the prompt {prompt.shape[1]} tokens; {advice}"
+            f"{max_tokens} new tokens were asked for and {possible} are possible: the model has {model.config.max_length} "
+            f"{model.config.position} positions and the prompt {prompt.shape[1]} tokens; {advice}"
         )
 
 
 def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
-    """How many tokens the model's learned positions allow after a prompt; None where positions have no end."""
-    if model.config.position != "learned":
+    """How many tokens the model's learned or axial positions allow after a prompt; None where positions have no end."""
+    if model.config.position not in ("learned", "axial"):
         return None
     assert model.config.max_length is not None
     if prompt_length > model.config.max_length:

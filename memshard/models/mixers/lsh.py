@@ -15,6 +15,7 @@ from memshard.models.context import Context
 from memshard.models.linear import Projection
 from memshard.models.lsh.banded import banded_attention
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
+from memshard.models.random import fold
 
 _PADDING = -1
 
@@ -45,6 +46,7 @@ class LSHMixer(nn.Module):
     rounds: hash rounds, to be changed at any time. chunk: how many tokens of its bucket a token sees in a round. buckets: 0 for
     `bucket_count` of the length. seed: of the rotations; give every layer its own. heads_at_once: in training, project and
     attend so many heads at a time and repeat that in backward, so that queries and values of all are never in memory; 0 for all.
+    resample: in training, let rotations depend on the step too.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class LSHMixer(nn.Module):
         seed: int = 0,
         heads_at_once: int = 0,
         output_scale: float = 1.0,
+        resample: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.first_head = heads, 0
         self.rounds, self.chunk, self.buckets, self.seed, self.heads_at_once = rounds, chunk, buckets, seed, heads_at_once
+        self.resample = resample
         self.query = Projection(dim, dim)
         self.value = Projection(dim, dim)
         self.output = Projection(dim, dim, scale=output_scale)
@@ -108,16 +112,17 @@ class LSHMixer(nn.Module):
         step = self.heads_at_once or self.heads
         parts = []
         for first in range(0, self.heads, step):
-            arguments = x, slice(first, min(first + step, self.heads)), numbers, ctx.padding
+            arguments = x, slice(first, min(first + step, self.heads)), numbers, ctx
             if step < self.heads and torch.is_grad_enabled():
                 parts.append(checkpoint(self._attend_heads, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._attend_heads(*arguments))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, padding: Tensor | None) -> Tensor:
+    def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
         q, v = self._project(x, heads)
-        groups = self._groups(q, heads, self.buckets or bucket_count(x.shape[1], self.chunk), numbers, padding)
+        seed = fold(self.seed, ctx.random.step) if self.resample and ctx.random is not None else self.seed
+        groups = self._groups(q, heads, self.buckets or bucket_count(x.shape[1], self.chunk), numbers, ctx.padding, seed)
         return self._attend(q, _unit(q), v, groups)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:
@@ -131,9 +136,9 @@ class LSHMixer(nn.Module):
         q, v = (F.linear(x, project.weight[rows]).unflatten(-1, (-1, width)).transpose(1, 2) for project in (self.query, self.value))
         return q, v
 
-    def _groups(self, q: Tensor, heads: slice, buckets: int, numbers: Tensor | None, padding: Tensor | None) -> Tensor:
+    def _groups(self, q: Tensor, heads: slice, buckets: int, numbers: Tensor | None, padding: Tensor | None, seed: int) -> Tensor:
         """[batch, heads, rounds, length] int64. numbers: [batch, length] of documents."""
-        found = hash_buckets(q.detach().transpose(0, 1), buckets, self.rounds, self.seed, self.first_head + heads.start)
+        found = hash_buckets(q.detach().transpose(0, 1), buckets, self.rounds, seed, self.first_head + heads.start)
         groups = found.permute(2, 0, 1, 3)
         if numbers is not None:
             groups = groups + total_buckets(buckets) * numbers[:, None, None]
@@ -152,7 +157,7 @@ class LSHMixer(nn.Module):
             numbers, documents = numbers + changed.cumsum(1), ctx.documents[:, -1]
         buckets = self.buckets or bucket_count(capacity, self.chunk)
         state.keys[:, :, start:end], state.values[:, :, start:end] = _unit(q), v
-        state.groups[..., start:end] = self._groups(q, slice(0, self.heads), buckets, numbers, ctx.padding)
+        state.groups[..., start:end] = self._groups(q, slice(0, self.heads), buckets, numbers, ctx.padding, self.seed)
         fresh = numbers[:, -1] == state.number
         state = replace(state, counts=state.counts * fresh[:, None, None, None], number=numbers[:, -1], documents=documents, length=end)
         if x.shape[1] == 1:

@@ -45,6 +45,7 @@ def load(path: str | Path, memmap: bool = False, device: torch.device | str = "c
     stored = open_model(path, check=not memmap)
     with torch.device("meta"):
         model = Transformer(stored.recipe.model)
+    model.chunk = stored.recipe.train.chunk
     if memmap:
         map_tables(model, stored.tables)
     tables = dict(find_tables(model))

@@ -130,6 +130,10 @@ class TrainConfig:
     """Activations that backward computes again: full is whole blocks (a third more multiplications, a block's input is kept), selective
     their feedforward half (a ninth more, about half is kept). Results stay the same. Reversible blocks need none."""
 
+    chunk: int = 0
+    """Tokens of a sequence that feedforward, memory, head and loss take at a time, so that for long texts neither hidden layers nor logits
+    are ever whole in memory; backward computes each piece again. 0 for all at once."""
+
     check_inversion: bool = False
     """For debugging reversible blocks: compare each block's rebuilt input with a checksum of the true one, and fail where they differ."""
 
@@ -141,7 +145,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"train.micro_batch is {self.micro_batch}; it must be at least 1, or null for the rank's whole share")
-        for name in ("clip", "key_balance", "eval_every", "keep_every", "max_skipped"):
+        for name in ("chunk", "clip", "key_balance", "eval_every", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
         if self.zero == 2 and self.engine != "deepspeed":
@@ -347,6 +351,12 @@ class Recipe:
             raise ValueError(
                 f"train.checkpointing is {self.train.checkpointing}, but reversible blocks keep nothing that could be computed again: "
                 "leave it out, or set model.residual to pre or post"
+            )
+        memory = self.model.memory
+        if self.train.chunk and memory.layers and memory.query_norm == "batch":
+            raise ValueError(
+                f"train.chunk is {self.train.chunk}, but model.memory.query_norm=batch normalises over all tokens of a batch: "
+                "use lagged, layer, rms or none, or leave train.chunk out"
             )
         if self.train.check_inversion and not reversible:
             raise ValueError(f"train.check_inversion is for model.residual=reversible, which is {self.model.residual} here: leave it out")

@@ -36,7 +36,7 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
     classes = {"AutoConfig": "configuration_memshard.MemshardConfig", "AutoModelForCausalLM": "modeling_memshard.MemshardForCausalLM"}
     tokenizer_map = {"AutoTokenizer": ["tokenization_memshard.MemshardTokenizer", None]}
     tokenizer: dict[str, Any] = {"tokenizer_class": "MemshardTokenizer", "auto_map": tokenizer_map}
-    if model.position == "learned":
+    if model.position in ("learned", "axial"):
         tokenizer["model_max_length"] = model.max_length
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": _EOS_ID, "pad_token_id": _EOS_ID}, indent=2))

@@ -36,5 +36,6 @@ class LanguageModelTask:
             padding=predicts.to(self.device, non_blocking=True) if padded else None,
             random=None if step is None else RandomKey(self.seed, step, batch.samples),
         )
-        logits, _ = model(batch.inputs, ctx)
-        return self.losses(logits, batch.targets)
+        if self.losses is token_losses:
+            return model(batch.inputs, ctx, targets=batch.targets)[0]
+        return self.losses(model(batch.inputs, ctx)[0], batch.targets)
