@@ -18,7 +18,9 @@ def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> Tensor:
 
 def agree(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
     """The sum of the ranks' losses, and each flag, true if it is set on any rank: one small all-reduce, one wait for the device."""
-    verdict = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in (loss, *flags)])
+    # What is on the CPU is filled in: copying it would wait for the device once more.
+    found = (value.double() if isinstance(value, Tensor) else loss.new_full((), value, dtype=torch.float64) for value in (loss, *flags))
+    verdict = torch.stack([*found])
     if dist.is_initialized():
         dist.all_reduce(verdict)
     total, *votes = verdict.tolist()

@@ -40,7 +40,8 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too many steps in a row were skipped.
     """
     guards, progress, scale, grid = run.recipe.guards, run.progress, run.loss_scale.value, run.model.grid
-    run.model.train()
+    if not run.model.training:
+        run.model.train()
     if grid is not None:
         grid.clear()
     run.phase = "reading data"
