@@ -118,6 +118,7 @@ def test_an_overflow_on_one_rank_skips_the_step_under_deepspeed_too(recipe: Path
     assert run_distributed(_overflow, 2, recipe, tmp_path, timeout=300) == [[[65536.0, 32768.0, 16384.0]] * 2] * 2
 
 
+@pytest.mark.slow
 def test_one_process_leaves_standard_output_alone(recipe: Path, tmp_path: Path) -> None:
     argv = ["train", str(recipe), "--run", str(tmp_path / "run"), DEEPSPEED, "train.zero=1", "train.steps=2", "--json"]
     done = subprocess.run([sys.executable, "-m", "memshard", *argv], capture_output=True, text=True, timeout=300)
