@@ -22,7 +22,7 @@ BAD = 6
 """The batch whose loss jumps on the last rank: that of step 7."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _SpikyTask(LanguageModelTask):
     """Ten times the loss, and the gradient, on some batches; on the last rank only."""
 
