@@ -61,7 +61,7 @@ class SlurmCluster:
         folder = self.folder
         (folder / "state").mkdir()
         folder.chmod(0o755)
-        port = _free_ports(_NODES + 1)
+        port = free_ports(_NODES + 1)
         values = {"host": socket.gethostname().partition(".")[0], "user": getpass.getuser(), "folder": folder}
         text = _CONFIG.format(**values, port=port, first=port + 1, last=port + _NODES)
         (folder / "slurm.conf").write_text(text)
@@ -131,7 +131,7 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of some neighbouring ports that are free now."""
     for first in range(16_800, 30_000, count):
         sockets = []

@@ -11,37 +11,20 @@ import pytest
 
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.heartbeat import read_beats
-from memshard.trainer.metrics import METRICS_FILE
-from tests.distributed import run_distributed
+from tests.launch.runs import LONG, SHORT, STEPS, wait_for_step
 from tests.launch.slurm_cluster import SlurmCluster, missing_programs
-from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run
+from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
 ]
-STEPS = 250
-LONG = (f"train.steps={STEPS}", "train.eval_every=0", "train.save_every=1000", "optimizer.lr=3e-3")
-SHORT = ("train.steps=20",)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
     with SlurmCluster() as cluster:
         yield cluster
-
-
-def _train(rank: int, world: int, recipe: Path, folder: Path, *overrides: str) -> None:
-    train_run(recipe, folder, *overrides)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same runs on two ranks, without SLURM."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_distributed(_train, 2, recipe, folder / "long", *LONG)
-    run_distributed(_train, 2, recipe, folder / "short", *SHORT)
-    return folder
 
 
 def _launch(cluster: SlurmCluster, *arguments: object) -> list[str]:
@@ -55,13 +38,6 @@ def _launch(cluster: SlurmCluster, *arguments: object) -> list[str]:
 
 def _output(folder: Path) -> str:
     return "\n".join(path.read_text() for path in sorted((folder / "log").glob("slurm-*.out")))
-
-
-def _wait_for_step(folder: Path, step: int, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not ((folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step):
-        assert time.monotonic() < deadline, f"no step {step} after {timeout} s: {_output(folder)}"
-        time.sleep(0.05)
 
 
 def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int:
@@ -79,11 +55,11 @@ def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
     """By SLURM's own requeue, then by the notice before the time limit: what --signal=B:USR2 sends is sent here at once."""
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, *LONG, "--run", folder)
-    _wait_for_step(folder, 30)
+    wait_for_step(folder, 30)
     cluster.run("scontrol", "requeue", job)
     first = _wait_for_checkpoint(folder, 29)
     assert first < STEPS
-    _wait_for_step(folder, first + 30)
+    wait_for_step(folder, first + 30)
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     second = _wait_for_checkpoint(folder, first + 29)
     assert second < STEPS
@@ -100,7 +76,7 @@ def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, "train.steps=100000", "--run", folder)
-    _wait_for_step(folder, 10)
+    wait_for_step(folder, 10)
     cluster.run("scancel", job)
     deadline = time.monotonic() + 60
     while cluster.state(job) in ("RUNNING", "COMPLETING"):
@@ -115,7 +91,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, recipe
 def test_a_notice_passes_through_a_launcher(flavour: str, cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, *LONG, "--run", folder, "--flavour", flavour)
-    _wait_for_step(folder, 20)
+    wait_for_step(folder, 20)
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     assert _wait_for_checkpoint(folder, 19) < STEPS
     cluster.wait_for_end(job)

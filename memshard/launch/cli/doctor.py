@@ -1,0 +1,28 @@
+"""`memshard doctor`: what is wrong with the installation, or with a run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("doctor", help="check the installation; or who is late, what is stale, which checkpoint is good")
+    parser.add_argument("folder", nargs="?", metavar="RUN_DIR", help="a run's folder (default: the installation)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the findings, bad ones marked."""
+    with usage_errors():
+        from memshard.launch.doctor import check_installation, check_run
+
+        findings = list(check_run(Path(args.folder)) if args.folder else check_installation())
+    if not args.json:
+        for finding in findings:
+            print(f"{'!!' if finding.bad else 'ok'}  {finding.text}")
+    bad = [finding.text for finding in findings if finding.bad]
+    return {"well": not bad, "bad": bad, "notes": [finding.text for finding in findings if not finding.bad]}

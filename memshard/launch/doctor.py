@@ -1,0 +1,152 @@
+"""What is wrong with an installation, or with a run: each finding is a line, and whether it is bad."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import memshard
+from memshard.models.kernels.select import chosen
+from memshard.trainer.checkpoint.folders import COMMIT, committed
+from memshard.trainer.checkpoint.pieces import verify
+from memshard.trainer.checkpoint.store import DamagedCheckpoint, check_files, index_of
+from memshard.trainer.failure import FLIGHT
+from memshard.trainer.heartbeat import late, read_beats, silent
+from memshard.trainer.metrics import METRICS_FILE, read_metrics
+
+_STALE_LOCK = 600
+_STALLED = 0.2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """text: one line. bad: whether something has to be done."""
+
+    text: str
+    bad: bool = False
+
+
+def check_installation() -> Iterator[Finding]:
+    """Versions, devices, kernels, host name, launchers, locks."""
+    yield Finding(f"torch {torch.__version__}, memshard {memshard.__version__}")
+    for package, use in (("deepspeed", "train.engine deepspeed, launch deepspeed"), ("fairscale", "parallel.tensor above 1")):
+        try:
+            yield Finding(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(f"no {package}: needed for {use} only")
+    yield from _devices()
+    yield from _name()
+    programs = [name for name in ("sbatch", "srun", "torchrun", "deepspeed", "pdsh", "mpirun") if shutil.which(name)]
+    yield Finding(f"launchers here: {', '.join(programs) or 'none'}")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    yield from stale_locks(root)
+
+
+def stale_locks(root: Path) -> Iterator[Finding]:
+    """Locks that a killed compilation of torch's extensions (DeepSpeed's) has left: every later one waits for them, without end."""
+    for lock in sorted(root.glob("**/lock")):
+        age = time.time() - lock.stat().st_mtime
+        if age > _STALE_LOCK:
+            yield Finding(f"{lock} is {age / 60:.0f} minutes old: if nothing is compiling, delete it", bad=True)
+
+
+def check_run(folder: Path) -> Iterator[Finding]:
+    """Who is late, what the last collectives were, which checkpoints are good, whether data hold the run up. ValueError for no run."""
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
+    yield from _ranks(folder)
+    yield from _collectives(folder)
+    yield from _checkpoints(folder / "checkpoints")
+    lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
+    waits = [line["speed/data_wait"] for line in lines if line.get("speed/data_wait") is not None][-10:]
+    if waits:
+        share = sum(waits) / len(waits)
+        advice = ": raise data.workers, or put the data on a faster disk" if share > _STALLED else ""
+        yield Finding(f"{share:.0%} of the last steps' time went into reading data{advice}", bad=share > _STALLED)
+
+
+def _devices() -> Iterator[Finding]:
+    kernels, why = chosen(torch.device("cpu"))
+    yield Finding(f"tables on the CPU: {'compiled kernels' if kernels else 'plain torch'} ({why})")
+    if not torch.cuda.is_available():
+        yield Finding("no GPU is visible")
+        return
+    built = torch.cuda.get_arch_list()
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        runs = any(arch.endswith(f"_{major}{minor}") or arch.startswith(f"sm_{major}") and arch <= f"sm_{major}{minor}" for arch in built)
+        advice = "" if runs else f": this torch was built for {', '.join(built)}; see constraints-volta.txt"
+        yield Finding(f"GPU {number}: {torch.cuda.get_device_name(number)}, capability {major}.{minor}{advice}", bad=not runs)
+
+
+def _name() -> Iterator[Finding]:
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        yield Finding(f"this host's name, {name}, has no address: add it to /etc/hosts", bad=True)
+        return
+    note = "; for several hosts set GLOO_SOCKET_IFNAME where memshard finds no interface by itself" if address.startswith("127.") else ""
+    yield Finding(f"this host, {name}, is {address}{note}")
+
+
+def _ranks(folder: Path) -> Iterator[Finding]:
+    beats, now = read_beats(folder), time.time()
+    if not beats:
+        yield Finding("no heartbeats: the run has not started")
+        return
+    for text in late(beats, now):
+        yield Finding(text, bad=True)
+    alive = [beat for beat in beats if beat.ended is None and not silent(beat, now)]
+    ended = sorted({beat.ended for beat in beats if beat.ended is not None})
+    others = f"; others: {', '.join(ended)}" if ended else ""
+    yield Finding(f"{len(alive)} of {beats[0].ranks} ranks live{others}; rank {beats[0].rank} has finished step {beats[0].step}")
+    if alive:
+        longest = max(now - beat.since for beat in alive)
+        yield Finding(f"the longest that a rank has been where it is: {longest:.0f} s")
+
+
+def _collectives(folder: Path) -> Iterator[Finding]:
+    """Who has joined fewer collectives than the others, by what each rank wrote down when it lost the others."""
+    last: dict[str, dict[int, dict[str, object]]] = {}
+    for path in (folder / FLIGHT).glob("rank*.json"):
+        try:
+            entries = json.loads(path.read_text())["entries"]
+        except (OSError, ValueError, KeyError):
+            continue
+        for entry in entries:
+            last.setdefault(str(entry["process_group"][1]), {})[int(path.stem[4:])] = entry
+    for group, by_rank in sorted(last.items()):
+        numbers = {rank: int(str(entry["collective_seq_id"])) for rank, entry in by_rank.items()}
+        if len(set(numbers.values())) > 1:
+            behind = min(numbers, key=lambda rank: numbers[rank])
+            ahead = by_rank[max(numbers, key=lambda rank: numbers[rank])]
+            yield Finding(
+                f"when they lost each other, rank {behind} was at collective {numbers[behind]} of group {group}, "
+                f"others at {ahead['collective_seq_id']} ({ahead['profiling_name']}, sizes {ahead['input_sizes']})"
+            )
+
+
+def _checkpoints(root: Path) -> Iterator[Finding]:
+    found = committed(root)
+    for path in reversed(found):
+        try:
+            check_files(path)
+            verify(path, index_of(path))
+        except ValueError as error:
+            damage = error if isinstance(error, DamagedCheckpoint) else DamagedCheckpoint(path, str(error))
+            yield Finding(str(damage), bad=True)
+        else:
+            yield Finding(f"{path} is good")
+    for path in sorted(root.glob("step-*")):
+        if not (path / COMMIT).exists():
+            yield Finding(f"{path} is not complete: a save goes on, or was interrupted; the next one removes it")
+    if not found:
+        yield Finding(f"no checkpoint in {root} yet")

@@ -1,0 +1,75 @@
+"""What `memshard doctor` finds in runs and machines with something wrong."""
+
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from memshard.launch.cli.main import main
+from memshard.launch.doctor import stale_locks
+from memshard.trainer.heartbeat import Beat
+from memshard.trainer.metrics import METRICS_FILE
+from tests.trainer.tiny_run import train_run
+
+
+def _examine(capfd: pytest.CaptureFixture[str], *folder: Path) -> tuple[list[str], list[str]]:
+    capfd.readouterr()
+    assert main(["doctor", *map(str, folder), "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["well"] == (not result["bad"])
+    return result["bad"], result["notes"]
+
+
+def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    train_run(recipe, folder, "train.save_every=5")
+    bad, notes = _examine(capfd, folder)
+    good = [f"{folder}/checkpoints/step-{step:08d} is good" for step in (10, 5)]
+    assert not bad and "no heartbeats: the run has not started" in notes and set(good) < set(notes)
+
+    (folder / "checkpoints/step-00000015.tmp").mkdir()
+    piece = max((folder / "checkpoints/step-00000010").glob("*.bin"), key=lambda path: path.stat().st_size)
+    content = bytearray(piece.read_bytes())
+    content[len(content) // 2] ^= 1
+    piece.write_bytes(content)
+    with (folder / METRICS_FILE).open("a") as file:
+        for step in range(11, 21):
+            file.write(json.dumps({"step": step, "speed/data_wait": 0.6}) + "\n")
+    now = time.time()
+    beat = Beat(0, 3, "n1", 100, 19, "forward and backward", now - 50, now, 1.0)
+    (folder / "heartbeat").mkdir()
+    for each in (beat, replace(beat, rank=1, phase="reading data"), replace(beat, rank=2, time=now - 40)):
+        (folder / f"heartbeat/rank{each.rank}.json").write_text(json.dumps(asdict(each)))
+    (folder / "flight").mkdir()
+    for rank, number in ((0, 813), (1, 812)):
+        entry = {"process_group": ["0", "default_pg"], "collective_seq_id": number}
+        entry |= {"profiling_name": "gloo:all_reduce", "input_sizes": [[3]]}
+        (folder / f"flight/rank{rank}.json").write_text(json.dumps({"entries": [entry]}))
+    bad, notes = _examine(capfd, folder)
+    silent, damaged, waiting = bad
+    assert silent.startswith("rank 2 (process 100 on n1), in step 20, forward and backward, has been silent for 4")
+    assert damaged.startswith(f"{folder}/checkpoints/step-00000010 is damaged (") and "do not match their hash" in damaged
+    assert waiting.startswith("60% of the last steps' time went into reading data: raise data.workers")
+    assert good[1] in notes and any("step-00000015.tmp is not complete" in note for note in notes)
+    assert any("rank 1 was at collective 812 of group default_pg, others at 813 (gloo:all_reduce" in note for note in notes)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "is no run folder: it holds no config.yaml" in capfd.readouterr().err
+
+
+def test_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("old/lock", "new/lock"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "old/lock", (time.time() - 3600,) * 2)
+    (stale,) = stale_locks(tmp_path)
+    assert stale.bad and stale.text == f"{tmp_path}/old/lock is 60 minutes old: if nothing is compiling, delete it"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    bad, notes = _examine(capfd)
+    assert stale.text in bad and any(note.startswith("torch 2.") for note in notes)
+    assert any(note.startswith("tables on the CPU: ") for note in notes)

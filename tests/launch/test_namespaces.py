@@ -1,0 +1,116 @@
+"""torchrun over two hosts with network namespaces of their own: one is killed, starts again, and the run ends as if nothing had happened.
+
+Each host's own name means 127.0.1.1 to it, as Debian has it, so that gloo by itself would offer others an address that is theirs.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memshard.trainer.heartbeat import read_beats
+from tests.launch.runs import LONG, wait_for_step
+from tests.trainer.tiny_run import assert_same, checkpoint_state
+
+ADDRESSES = {"n1": "10.99.0.1", "n2": "10.99.0.2"}
+
+
+def _possible() -> bool:
+    """Whether namespaces can be made here."""
+    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
+        return False
+    return subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode == 0
+
+
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not _possible(), reason="needs root, iproute2 and the right to make namespaces")]
+
+
+class Hosts:
+    """Two hosts on one wire."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="hosts-"))
+        self.names = {host: f"{host}-{os.getpid()}" for host in ADDRESSES}
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Hosts":
+        for name in self.names.values():
+            self._ip("netns", "add", name)
+        first, second = self.names.values()
+        self._ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+        for host, name in self.names.items():
+            self._ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                self._ip("-n", name, "link", "set", device, "up")
+            others = "".join(f"{address} {other}\n" for other, address in ADDRESSES.items() if other != host)
+            (self.folder / host).write_text(f"127.0.0.1 localhost\n127.0.1.1 {host}\n{others}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            self.kill(process)
+        for name in self.names.values():
+            self._ip("netns", "del", name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self, host: str, log: Path, *command: str, **env: str) -> "subprocess.Popen[bytes]":
+        """Start a command on a host, in a process group of its own."""
+        enter = ["nsenter", f"--net=/run/netns/{self.names[host]}", "unshare", "--uts", "--mount", "--propagation", "slave", "--"]
+        script = f'hostname "$0"; mount --bind {self.folder / host} /etc/hosts; exec "$@"'
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [*enter, "bash", "-c", script, host, *command],
+                env={**os.environ, **env},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def kill(self, process: "subprocess.Popen[bytes]") -> None:
+        """As a power cut."""
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with Hosts() as hosts:
+        yield hosts
+
+
+def test_a_host_that_is_killed_and_comes_back(hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "log").mkdir(parents=True)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=n1:29400", "--rdzv-id=test", "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3",
+    ]  # fmt: skip
+    command = [*torchrun, "-m", "--", "memshard", "train", str(recipe), *LONG, "train.save_every=20", "--run", str(folder)]
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    first, second = (hosts.start(host, folder / f"log/{host}.out", *command, **env) for host in ADDRESSES)
+    wait_for_step(folder, 45)
+    assert {beat.host for beat in read_beats(folder)} == {"n1", "n2"}
+    for beat in read_beats(folder):
+        if beat.host == "n2":
+            os.kill(beat.pid, signal.SIGKILL)  # torchrun's ranks have sessions of their own
+    hosts.kill(second)
+    second = hosts.start("n2", folder / "log/n2.out", *command, **env)
+    for process in (first, second):
+        assert process.wait(240) == 0, [path.read_text()[-3000:] for path in (folder / "log").glob("*.out")]
+    said = (folder / "log/n1.out").read_text()
+    assert "on n2), in step " in said and "has been silent for" in said
+    assert "(resumes at step 40, to step 250)" in said
+    state, expected = checkpoint_state(folder), checkpoint_state(undisturbed / "long")
+    assert_same(state, expected)
