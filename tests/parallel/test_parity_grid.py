@@ -44,6 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm": "rms",
         "position": "rotary",
     },
+    "delta rule, LSH, local window": {
+        "memory": {"query_norm": "rms", "mode": "add"},
+        "mixer": {"pattern": ("delta", "lsh", "local"), "chunk": 2, "buckets": 2, "window": 3},
+    },
     "PEER, post-norm": {"memory": {"kind": "peer", "query_norm": "lagged"}, "residual": "post", "position": "sinusoidal"},
 }
 RESIDUALS = ("standard", "checkpointed", "reversible")
@@ -74,12 +78,13 @@ class Point:
 def train(point: Point) -> dict[str, Any]:
     """What three steps on the ranks that are there give, whole tensors."""
     settings = dict(MODELS[point.model])
+    mixer = MixerConfig(heads=4, **settings.pop("mixer", {}))
     feedforward = FeedForwardConfig(activation=settings.pop("activation", "gelu"), hidden=24)
     if point.residual == "reversible":
         settings["residual"] = "reversible"
     config = tiny_config(max_length=9, dropout=0.1, **settings)
     # The streams of a reversible model must stay on their grid.
-    model = tiny_model(replace(config, mixer=MixerConfig(heads=4), feedforward=feedforward), spread=0.1)
+    model = tiny_model(replace(config, mixer=mixer, feedforward=feedforward), spread=0.1)
     dtype = torch.float64 if point.wide else torch.float32
     model.to(dtype)
     if point.residual == "checkpointed":
@@ -179,7 +184,7 @@ def points(tensor: int, data: int) -> list[Point]:
         copies = memory is None or (tensor * data > memory and memory % tensor == 0)
         if copies and (tensor > 1 or form != "tensor") and (data > 1 or name == "deepspeed" or not zero):
             # Each in turn, but for post-norm, which cannot be reversible.
-            model = list(MODELS)[number % (2 if residual == "reversible" else 3)]
+            model = list(MODELS)[number % (len(MODELS) - (residual == "reversible"))]
             found.append(Point(model, tensor, layout, residual, accumulation, engine, wide=name == "torch"))
     return found
 

@@ -16,6 +16,7 @@ def test_both_splits_both_blocks_and_the_plain_loop(data: Path, capfd: pytest.Ca
     assert [(point["tensor"], point["data"]) for point in result["steps"]] == [(1, 2), (2, 1)]
     whole, split = result["steps"]
     assert split["dense_bytes"] < whole["dense_bytes"] and split["sent_bytes"] > 0
+    assert {"torch", "torch, ZeRO-1"} <= set(result["engines_s"])
     # Both spread the same block: the gradient of its input is the same.
     assert len(result["blocks_s"]) == 2 and result["blocks_difference"] < 1e-5
     assert all(rate > 0 for rate in result["tokens_per_s"].values())

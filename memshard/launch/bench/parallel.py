@@ -1,4 +1,4 @@
-"""What spreading costs: training steps at every (tensor, data) split of some ranks, and a block of ours beside torch's DTensor."""
+"""What spreading costs: training steps at every (tensor, data) split of some ranks and on each engine, and a block beside DTensor's."""
 
 import json
 import math
@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def on_ranks(ranks: int, size: Size, rounds: int) -> dict[str, Any]:
 def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
     cuda = torch.cuda.device_count() >= ranks
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if cuda:
         torch.cuda.set_device(device)
@@ -112,12 +113,18 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
         sent = cost.tensor_traffic * tokens + cost.gradient_traffic + cost.lookup_traffic * tokens / tensor + cost.replica_traffic
         took = {"step_s": seconds[str(tensor)], "dense_bytes": weights, "sent_bytes": sent}
         points.append({"tensor": tensor, "data": ranks // tensor, **took})
+    found: dict[str, Any] = {"steps": points}
+    engines: dict[str, tuple[str, Literal[0, 1]]] = {"torch": ("torch", 0), "torch, ZeRO-1": ("torch", 1)}
+    if find_spec("deepspeed"):
+        engines["DeepSpeed, ZeRO-1"] = ("deepspeed", 1)
+    forms = {name: _step(size, 1, device, *settings)[0] for name, settings in engines.items()}
+    found["engines_s"] = interleaved(forms, rounds, device)
     if size.heads % ranks:
-        return {"steps": points}
-    forms = {"fairscale layers, own mappings": _block(size, device), "DTensor, Colwise and Rowwise": _dtensor_block(size, device)}
-    ours, theirs = (form() for form in forms.values())
-    difference = float((ours - theirs).norm() / theirs.norm())
-    return {"steps": points, "blocks_s": interleaved(forms, rounds, device), "blocks_difference": difference}
+        return found
+    blocks = {"fairscale layers, own mappings": _block(size, device), "DTensor, Colwise and Rowwise": _dtensor_block(size, device)}
+    ours, theirs = (block() for block in blocks.values())
+    found["blocks_difference"] = float((ours - theirs).norm() / theirs.norm())
+    return found | {"blocks_s": interleaved(blocks, rounds, device)}
 
 
 def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
@@ -136,7 +143,7 @@ def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device
     return {name: median(taken[1:]) for name, taken in times.items()}
 
 
-def _step(size: Size, tensor: int, device: torch.device) -> tuple[Callable[[], object], int]:
+def _step(size: Size, tensor: int, device: torch.device, kind: str = "torch", zero: Literal[0, 1] = 0) -> tuple[Callable[[], object], int]:
     """A training step on ranks in groups of `tensor`, and the bytes of this rank's dense weights."""
     mesh = build_mesh(device.type, None, tensor)
     with torch.device("meta"):
@@ -144,7 +151,16 @@ def _step(size: Size, tensor: int, device: torch.device) -> tuple[Callable[[], o
     placement = apply(model, mesh)
     model.to_empty(device=device)
     initialize(model, 0)
-    engine = NativeEngine(model, OptimizerConfig(), mesh, placement)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    engine: Any
+    if kind == "torch":
+        engine = NativeEngine(model, OptimizerConfig(), mesh, placement, shard_states=zero > 0)
+    else:
+        from memshard.trainer.engine.deepspeed import DeepSpeedEngine
+
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        settings = TrainConfig(engine="deepspeed", zero=zero, batch=size.batch)
+        engine = DeepSpeedEngine(model, OptimizerConfig(), settings, mesh, placement, dtype)
     tables = [table for _, table in find_tables(model)]
     rows = RowAdam(tables) if tables else None
     losses = losses_on(mesh)
@@ -159,7 +175,7 @@ def _step(size: Size, tensor: int, device: torch.device) -> tuple[Callable[[], o
         if rows is not None:
             rows.step()
 
-    return step, sum(p.numel() * p.element_size() for p in model.parameters())
+    return step, weights
 
 
 def _half(device: torch.device) -> Any:

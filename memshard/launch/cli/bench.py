@@ -10,7 +10,7 @@ from memshard.launch.cli.outcome import UsageError, usage_errors
 NAMES = {
     "data": "web pages a second by stage, tokenizers, tokens a second of the stream",
     "values": "a training step of the value table and of whole layers, against torch, FBGEMM, product-key-memory, PEER-pytorch",
-    "parallel": "steps at every (tensor, data) split of some ranks, a block of ours beside DTensor's, train beside a plain loop",
+    "parallel": "steps at every (tensor, data) split of some ranks and on each engine, a block beside DTensor's, train beside a plain loop",
 }
 
 _SIZES = [
@@ -162,6 +162,8 @@ def show_parallel(result: dict) -> None:
             f"tensor {point['tensor']} x data {point['data']:<4}{point['step_s'] * 1e3:>12,.1f} ms a step"
             f"{point['dense_bytes'] / 1e6:>12,.1f} MB dense weights a rank{point['sent_bytes'] / 1e6:>12,.1f} MB sent a step"
         )
+    for name, seconds in result.get("engines_s", {}).items():
+        print(f"engine {name:<32}{seconds * 1e3:>12,.1f} ms a step")
     for name, seconds in result.get("blocks_s", {}).items():
         print(f"block, {name:<32}{seconds * 1e3:>12,.1f} ms")
     rates = result.get("tokens_per_s", {})
