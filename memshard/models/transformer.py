@@ -68,6 +68,8 @@ class Transformer(nn.Module):
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         length = tokens.shape[1]
         if self.share_sequence is not None:
+            if states:
+                raise ValueError("ranks that share a sequence cannot decode token by token: load the checkpoint with memshard.load")
             tokens, ctx = self.share_sequence(tokens, ctx)
         x = self._embed(tokens, ctx)
         if self.grid is not None:

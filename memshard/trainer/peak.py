@@ -33,7 +33,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     best, size = 0.0, 256
     begun = time.perf_counter()
     a = torch.ones(size, size, device=device, dtype=dtype)
-    while time.perf_counter() - begun < _SECONDS:
+    while not best or time.perf_counter() - begun < _SECONDS:
         seconds = _product_seconds(a)
         best = max(best, 2 * size**3 / seconds)
         # Larger products are more efficient; one of twice the size takes eight times as long.

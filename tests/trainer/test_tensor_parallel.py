@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,23 @@ import torch
 
 import memshard
 from memshard.launch.cli.main import main
+from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.decode.generate import generate
+from memshard.models.memory.table import find_tables
+from memshard.models.transformer import Transformer
+from memshard.parallel.apply import apply, losses_on
+from memshard.parallel.mesh import build_mesh
+from memshard.trainer.activations import activation_bytes
+from memshard.trainer.estimate import count_parameters
 from memshard.trainer.step import train_step
+from memshard.trainer.traffic import choose_layout
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
 # A vocabulary that does not divide by 2; layer 0 keeps its feedforward.
 SETTINGS = ("model.memory.layers=[1]", "model.vocab_size=301", "train.eval_every=5", "train.save_every=5", "train.keep=9")
 TWO, COLUMNS = "parallel.tensor=2", "parallel.layout=tensor"
+Runs = tuple[Path, list[dict[str, Any]]]
 VALUES = TABLE.replace("0", "1")
 
 
@@ -25,8 +36,8 @@ def _leave() -> None:
     sys.modules["memshard.parallel.tensor"].leave()  # type: ignore[attr-defined]
 
 
-def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> str:
-    """Runs on two ranks; returns what a rank says whose copy of a weight has changed."""
+def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
+    """Runs on two ranks; returns what a rank says whose copy of a weight has changed, what is refused, and what backward keeps."""
     train_run(recipe, folder / "rows", *SETTINGS, TWO)
     train_run(recipe, folder / "columns", *SETTINGS, TWO, COLUMNS, "train.micro_batch=4", "model.memory.query_norm=layer")
     # On from what one process saved.
@@ -36,60 +47,17 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> str:
     if rank == 1:
         run.model.blocks[0].mixer_residual.norm.weight.data[3] += 1e-6
     train_step(run)
+    drift = ""
     try:
         train_step(run)
     except RuntimeError as error:
-        return str(error)
-    finally:
-        _leave()
-    return ""
+        drift = str(error)
+    found = {"drift": drift, "refused": _refusals(recipe, folder), "kept": _kept_bytes(rank, world)}
+    _leave()
+    return found
 
 
-@pytest.fixture(scope="module")
-def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    folder = tmp_path_factory.mktemp("tensor")
-    train_run(recipe, folder / "alone", *SETTINGS)
-    train_run(recipe, folder / "alone, layer", *SETTINGS, "train.micro_batch=4", "model.memory.query_norm=layer")
-    train_run(recipe, folder / "alone, odd", *SETTINGS, "data.length=31")
-    shutil.copytree(folder / "alone", folder / "resumed")
-    shutil.rmtree(folder / "resumed/checkpoints/step-00000010")
-    return folder, run_distributed(_two_ranks, 2, recipe, folder)
-
-
-@pytest.mark.parametrize(("run", "alone"), [("rows", "alone"), ("resumed", "alone"), ("columns", "alone, layer"), ("odd", "alone, odd")])
-def test_the_numbers_are_those_of_one_process(runs: tuple[Path, list[str]], run: str, alone: str) -> None:
-    folder, _ = runs
-    # Which slots are read, and so how evenly, turns on the last bits of fp32 scores.
-    rough = {f"{VALUES}/{key}": 2e-2 for key in ("usage", "kl_weighted", "touched", "duplicates")}
-    for key, tolerance in ({"train/loss": 1e-4, "train/grad_norm": 1e-3, "eval/loss": 1e-4} | rough).items():
-        expected = numbers(folder / alone, key)
-        assert len(expected) >= 2
-        assert numbers(folder / run, key) == pytest.approx(expected, rel=tolerance), key
-
-
-def test_what_two_ranks_saved_loads_on_one(runs: tuple[Path, list[str]], recipe: Path, tmp_path: Path) -> None:
-    folder, _ = runs
-    shutil.copytree(folder / "rows", tmp_path / "copy")
-    run = prepare(recipe, tmp_path / "copy", *SETTINGS)
-    saved = checkpoint_state(folder / "rows")
-    assert_same(run.tensors(), {name: saved[name] for name in run.tensors()})
-    loaded = memshard.load(folder / "columns")
-    assert generate(loaded.model, torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
-
-
-def test_a_copy_that_drifts_is_named(runs: tuple[Path, list[str]]) -> None:
-    _, said = runs
-    assert all("blocks.0.mixer_residual.norm.weight on rank 1" in message for message in said), said
-
-
-def test_every_way_to_lay_out_starts_from_the_same_weights(runs: tuple[Path, list[str]], recipe: Path) -> None:
-    """Weights are drawn as if there was one rank."""
-    folder, _ = runs
-    first = [numbers(folder / run, "train/loss")[1] for run in ("alone", "rows")]
-    assert first[1] == pytest.approx(first[0], rel=1e-6)
-
-
-def _refusals(rank: int, world: int, recipe: Path, folder: Path) -> list[str]:
+def _refusals(recipe: Path, folder: Path) -> list[str]:
     said = []
     for settings in (["model.mixer.heads=1"], ["model.memory.layers=[1]", "model.feedforward.hidden=31"], ["parallel.memory=1"]):
         try:
@@ -103,8 +71,90 @@ def _refusals(rank: int, world: int, recipe: Path, folder: Path) -> list[str]:
     return said
 
 
-def test_what_does_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
-    for heads, hidden, memory, ranks in run_distributed(_refusals, 2, recipe, tmp_path):
+def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
+    """Of some models in fp32 and in bf16, the bytes that a rank keeps for backward, and the estimate."""
+    batch, length, found = 16, 64, []
+    memory = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
+    model = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4))
+    models = [model, replace(model, norm="rms", tie_head=False), replace(model, memory=memory)]
+    for config, half in product(models, (False, True)):
+        spread = Transformer(config).train()
+        mesh = build_mesh("cpu", None, world)
+        apply(spread, mesh)
+        own = {p.untyped_storage().data_ptr() for p in [*spread.parameters(), *(table.weight for _, table in find_tables(spread))]}
+        saved: dict[int, torch.Tensor] = {}
+
+        def keep(x: torch.Tensor, own: set[int] = own, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in own:
+                saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        tokens = torch.randint(100, (batch, length), generator=torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses_on(mesh)(spread(tokens)[0], tokens).sum()
+        measured = sum(x.untyped_storage().nbytes() for x in saved.values())
+        if half:  # the copies of weights, which the estimate counts as weights
+            counted = count_parameters(config)
+            measured -= 2 * (counted.active - counted.split + counted.split // world)
+        layout = choose_layout("rows", "pooled", world, config.dim, memory.heads * memory.topk, 1.0)
+        found.append((measured, batch * length * activation_bytes(config, length, world, layout, half=half, tensor=world)[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("tensor")
+    train_run(recipe, folder / "alone", *SETTINGS)
+    train_run(recipe, folder / "alone, layer", *SETTINGS, "train.micro_batch=4", "model.memory.query_norm=layer")
+    train_run(recipe, folder / "alone, odd", *SETTINGS, "data.length=31")
+    shutil.copytree(folder / "alone", folder / "resumed")
+    shutil.rmtree(folder / "resumed/checkpoints/step-00000010")
+    return folder, run_distributed(_two_ranks, 2, recipe, folder)
+
+
+@pytest.mark.parametrize(("run", "alone"), [("rows", "alone"), ("resumed", "alone"), ("columns", "alone, layer"), ("odd", "alone, odd")])
+def test_the_numbers_are_those_of_one_process(runs: Runs, run: str, alone: str) -> None:
+    folder, _ = runs
+    # Which slots are read, and so how evenly, turns on the last bits of fp32 scores.
+    rough = {f"{VALUES}/{key}": 2e-2 for key in ("usage", "kl_weighted", "touched", "duplicates")}
+    for key, tolerance in ({"train/loss": 1e-4, "train/grad_norm": 1e-3, "eval/loss": 1e-4} | rough).items():
+        expected = numbers(folder / alone, key)
+        assert len(expected) >= 2
+        assert numbers(folder / run, key) == pytest.approx(expected, rel=tolerance), key
+
+
+def test_what_two_ranks_saved_loads_on_one(runs: Runs, recipe: Path, tmp_path: Path) -> None:
+    folder, _ = runs
+    shutil.copytree(folder / "rows", tmp_path / "copy")
+    run = prepare(recipe, tmp_path / "copy", *SETTINGS)
+    saved = checkpoint_state(folder / "rows")
+    assert_same(run.tensors(), {name: saved[name] for name in run.tensors()})
+    loaded = memshard.load(folder / "columns")
+    assert generate(loaded.model, torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
+
+
+def test_a_copy_that_drifts_is_named(runs: Runs) -> None:
+    for rank in runs[1]:
+        assert "blocks.0.mixer_residual.norm.weight on rank 1" in rank["drift"]
+
+
+def test_every_way_to_lay_out_starts_from_the_same_weights(runs: Runs, recipe: Path) -> None:
+    """Weights are drawn as if there was one rank."""
+    folder, _ = runs
+    first = [numbers(folder / run, "train/loss")[1] for run in ("alone", "rows")]
+    assert first[1] == pytest.approx(first[0], rel=1e-6)
+
+
+def test_cached_decoding_is_refused(runs: Runs) -> None:
+    loaded = memshard.load(runs[0] / "rows")
+    loaded.model.share_sequence = lambda tokens, ctx: (tokens, ctx)
+    with pytest.raises(ValueError, match="memshard.load"):
+        generate(loaded.model, torch.tensor([[1, 2, 3]]), 4)
+
+
+def test_what_does_not_divide_is_refused(runs: Runs, recipe: Path, tmp_path: Path) -> None:
+    for rank in runs[1]:
+        heads, hidden, memory, ranks = rank["refused"]
         assert "model.mixer.heads is 1" in heads and "set model.mixer.heads to 2" in heads
         assert "model.feedforward.hidden is 31" in hidden and "30 or 32" in hidden
         assert "parallel.memory is 1 and parallel.tensor 2" in memory
@@ -118,6 +168,12 @@ def test_without_fairscale_the_extra_is_named(recipe: Path, tmp_path: Path, monk
     monkeypatch.delitem(sys.modules, "memshard.parallel.tensor", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'memshard\[tensor-parallel\]'"):
         import memshard.parallel.tensor  # noqa: F401
+
+
+def test_activations_of_a_rank_are_what_autograd_saves(runs: Runs) -> None:
+    for rank in runs[1]:
+        for measured, predicted in rank["kept"]:
+            assert predicted == pytest.approx(measured, rel=0.06)
 
 
 def test_plan_shows_the_arrangement(capsys: pytest.CaptureFixture[str]) -> None:
