@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from memshard.models.config import MixerConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
@@ -30,8 +32,9 @@ _VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def _model(hidden: bool = False, **changes: Any) -> Transformer:
-    model = tiny_model(tiny_config(residual="reversible", **changes), spread=0.1).float().train()
+def _model(hidden: bool = False, mixer: MixerConfig | None = None, **changes: Any) -> Transformer:
+    config = tiny_config(residual="reversible", **changes)
+    model = tiny_model(replace(config, mixer=mixer or config.mixer), spread=0.1).float().train()
     if hidden:
         externalize_tables(model)
     return model
@@ -46,6 +49,22 @@ def test_every_block_is_its_naive_twin(changes: dict[str, Any]) -> None:
     _compare(_model(hidden=True, **changes), torch.float32)
 
 
+@pytest.mark.parametrize("which", ["plain", "documents", "padding"])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        MixerConfig(heads=2, kind="local", window=3),
+        MixerConfig(heads=2, kind="lsh", chunk=2, rounds=3, heads_at_once=1),
+        MixerConfig(heads=2, kind="linear", features="favor", feature_width=4),
+        MixerConfig(heads=2, kind="delta", features="dpfp"),
+    ],
+    ids=lambda mixer: mixer.kind,
+)
+def test_every_mixer(mixer: MixerConfig, which: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        _compare(_model(hidden=True, mixer=mixer), dtype, which)
+
+
 @pytest.mark.parametrize("changes", _VARIANTS[3:6:2], ids=str)
 def test_tables_that_are_parameters(changes: dict[str, Any]) -> None:
     _compare(_model(**changes), torch.float32)
@@ -56,11 +75,11 @@ def test_half_precision(dtype: torch.dtype) -> None:
     _compare(_model(hidden=True, **_VARIANTS[3]), dtype)
 
 
-def _compare(model: Transformer, dtype: torch.dtype) -> None:
+def _compare(model: Transformer, dtype: torch.dtype, which: str = "plain") -> None:
     model.check_inversion = True
     twin = deepcopy(model)
-    ours = two_passes(model, _ours, tiny_context(), dtype)
-    assert_same(ours, two_passes(twin, naive_reversible, tiny_context(), dtype))
+    ours = two_passes(model, _ours, tiny_context(which), dtype)
+    assert_same(ours, two_passes(twin, naive_reversible, tiny_context(which), dtype))
     assert all(ours[f"gradient of {name}"].any() for name, _ in model.named_parameters())
 
 
