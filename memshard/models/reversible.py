@@ -180,10 +180,13 @@ class _Step:
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         if self.check:
             self.checksum = _checksum(x1, x2)
-        # A half precision copy of a weight made here has no gradient: nobody after us may find it in autocast's cache.
-        with self.autocast_context(cached=False):
-            y1 = x1 + mixer_change(self.block, self.grid, x2, self.ctx)[0]
-            y2 = _fed(self.block, self.grid, y1, x2, self.ctx, self.chunk, self.replay)
+        # Compiled code may round otherwise where it expects no backward.
+        compiled = self.block.mixer._compiled_call_impl is not None
+        # A half precision copy of a weight made here may have no gradient: nobody after us may find it in autocast's cache.
+        with torch.set_grad_enabled(compiled), self.autocast_context(cached=False):
+            y1 = x1 + mixer_change(self.block, self.grid, x2.detach().requires_grad_(compiled), self.ctx)[0].detach()
+            leaf = y1.detach().requires_grad_(compiled)
+            y2 = _fed(self.block, self.grid, leaf, x2, self.ctx, self.chunk, self.replay).detach()
         if self.block.training:
             self.grid.note(self.block.layer, y1, y2)
         return y1, y2

@@ -84,6 +84,21 @@ def test_checkpointing_changes_no_bit_and_may_change_on_resume(world: int, recip
     assert_same(checkpoint_state(tmp_path / "mixed"), plain)
 
 
+def _train_compiled(rank: int, world: int, recipe: Path, folder: Path) -> None:
+    # A process of its own, where what the compiler warns of is no error.
+    settings = ("model.memory.layers=[1]", "model.norm=rms", "data.document_mask=true", "train.precision=bf16", "train.steps=4")
+    train_run(recipe, folder / "plain", *_REVERSIBLE, *settings)
+    train_run(recipe, folder / "compiled", *_REVERSIBLE, *settings, "train.compile=true")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_invert(recipe: Path, tmp_path: Path) -> None:
+    run_distributed(_train_compiled, 1, recipe, tmp_path, timeout=300)
+    plain, compiled = (list(numbers(tmp_path / name, "train/loss").values()) for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-2) and len(compiled) == 4
+
+
 def test_settings_that_do_not_go_together(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train.checkpointing is full, but reversible blocks keep nothing"):
         prepare(recipe, tmp_path, *_REVERSIBLE, "train.checkpointing=full")
