@@ -54,7 +54,8 @@ class Grid(nn.Module):
     def note(self, layer: int, *streams: Tensor) -> None:
         """Remember the largest value. streams: without gradient."""
         if streams[0].numel():
-            found = torch.stack([torch.linalg.vector_norm(stream, torch.inf) for stream in streams]).max()
+            # Not vector_norm(stream, inf), which takes 12 times as long on CPU.
+            found = torch.stack([torch.maximum(-low, high) for low, high in map(torch.aminmax, streams)]).max()
             self.largest[layer] = torch.maximum(self.largest[layer], found) if layer in self.largest else found
 
     def left_range(self) -> Tensor:
@@ -79,8 +80,8 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.round(x * scale) / scale
+        rounded = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+        return rounded.round_().mul_(1 / scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
