@@ -23,6 +23,7 @@ from memshard.trainer.estimate import count_parameters
 from memshard.trainer.step import train_step
 from memshard.trainer.traffic import choose_layout
 from tests.distributed import run_distributed
+from tests.trainer.test_precision import overflow_on_one_rank
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
 # A vocabulary that does not divide by 2; layer 0 keeps its feedforward.
@@ -52,7 +53,8 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, A
         train_step(run)
     except RuntimeError as error:
         drift = str(error)
-    found = {"drift": drift, "refused": _refusals(recipe, folder), "kept": _kept_bytes(rank, world)}
+    scales = overflow_on_one_rank(rank, world, recipe, folder / "overflow", TWO)
+    found = {"scales": scales, "drift": drift, "refused": _refusals(recipe, folder), "kept": _kept_bytes(rank, world)}
     _leave()
     return found
 
@@ -131,6 +133,11 @@ def test_what_two_ranks_saved_loads_on_one(runs: Runs, recipe: Path, tmp_path: P
     assert_same(run.tensors(), {name: saved[name] for name in run.tensors()})
     loaded = memshard.load(folder / "columns")
     assert generate(loaded.model, torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_both(runs: Runs) -> None:
+    for rank in runs[1]:
+        assert rank["scales"] == [65536.0, 32768.0, 16384.0]
 
 
 def test_a_copy_that_drifts_is_named(runs: Runs) -> None:
