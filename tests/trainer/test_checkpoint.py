@@ -34,13 +34,19 @@ def _flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.fixture(scope="module")
+def saved_twice(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    train_run(recipe, folder, "train.steps=4", "train.save_every=2")
+    return folder
+
+
 @pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
-    name: str, damage: Callable[[Path], None], recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, damage: Callable[[Path], None], saved_twice: Path, recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = tmp_path / "run"
-    train_run(recipe, run, "train.steps=4", "train.save_every=2")
+    run = Path(shutil.copytree(saved_twice, tmp_path / "run"))
     newest = run / "checkpoints/step-00000004"
     damage(newest / name)
     with pytest.raises(DamagedCheckpoint, match=f"step-00000004 is damaged .*{name.partition('.')[0]}"):

@@ -25,6 +25,7 @@ KINDS = {
     "shared": (),
     "own tables, gated, half": ("model.memory.share=false", "model.memory.gate=true", "model.memory.value_dim=12", "tables.dtype=fp16"),
     "peer": ("model.memory.kind=peer", "model.tie_head=false", "model.position=rotary"),
+    "fast weights": ("model.mixer.kind=delta", "model.position=sinusoidal"),
     "none": ("model.memory.layers=[]", "model.norm=rms"),
 }
 
@@ -132,7 +133,7 @@ _LOAD = """
 import os, sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert not any(name.startswith("memshard") for name in sys.modules)
-folder, out = sys.argv[1:]
+folder, out = sys.argv[1:3]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 texts = ["def read(self)", " a \\u2581 b  c\\n", "x"]
@@ -144,10 +145,12 @@ with torch.no_grad():
     logits = model(tokens).logits
 model.eval()
 greedy = [model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)[0] for text in texts]
+longer = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=int(sys.argv[3]), do_sample=False)[0]
 uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False, use_cache=False)[0]
 padded = model.generate(**batch, max_new_tokens=8, do_sample=False)
 beams = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False)
-beams_uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+beams_longer = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=int(sys.argv[3]), do_sample=False)[0]
+uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
 assert torch.equal(beams, beams_uncached)
 assert torch.equal(greedy[0], uncached)
 for alone, row in zip(greedy, padded):
@@ -159,7 +162,15 @@ assert not any(name.startswith("memshard.") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize(("kind", "tables"), [("shared", None), ("own tables, gated, half", "int8"), ("peer", None)])
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("shared", None),
+        pytest.param("own tables, gated, half", "int8", marks=pytest.mark.slow),
+        pytest.param("peer", None, marks=pytest.mark.slow),
+        pytest.param("fast weights", None, marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_loads_it_without_memshard(kind: str, tables: str | None, recipe: Path, tmp_path: Path) -> None:
     """Offline, from the export's own code."""
     pytest.importorskip("transformers")
@@ -167,7 +178,7 @@ def test_transformers_loads_it_without_memshard(kind: str, tables: str | None, r
     export(tmp_path / "run", tmp_path / "out", tables=tables, huggingface=True)
     expected = _logits(tmp_path / "out")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _LOAD, str(tmp_path / "out"), str(tmp_path / "result")]
+    command = [sys.executable, "-c", _LOAD, str(tmp_path / "out"), str(tmp_path / "result"), "100" if kind in ("peer", "fast weights") else "9"]
     done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "result")

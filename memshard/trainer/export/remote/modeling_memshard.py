@@ -1,6 +1,6 @@
 """An exported model as transformers loads it: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 import torch
@@ -91,17 +91,16 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         """
         states = past_key_values
         if states is None and use_cache and not self.training:
-            states = States(self.model.init_states(len(input_ids), _room(input_ids.shape[1])))
-        seen = 0 if states is None else states.get_seq_length()
-        if states is not None:
-            states.make_room(seen + input_ids.shape[1])
-        ctx = _context(input_ids, attention_mask, seen)
-        logits, advanced = self.model(input_ids, ctx, None if states is None else states.layers)
+            states = States(self.model, input_ids[:, :0])
+        if states is None:
+            logits, _ = self.model(input_ids, _context(input_ids, attention_mask, 0))
+        else:
+            fed, seen = states.take(input_ids)
+            logits, states.layers = self.model(fed, _context(fed, attention_mask, seen), states.layers)
+            logits = logits[:, -input_ids.shape[1] :]
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
-        if states is not None:
-            states.layers = advanced
         if return_dict is False:
             return (logits, states) if loss is None else (loss, logits, states)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states)
@@ -124,44 +123,35 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class States:
-    """What the layers' mixers remember."""
+    """What the layers' mixers remember, and of which tokens, [batch, seen]."""
 
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
+    def __init__(self, model: Transformer, tokens: Tensor) -> None:
+        self.model, self.tokens = model, tokens
+        self.layers: list[Any] = []
+        self.capacity = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen."""
-        length: int = self.layers[layer_idx].length
-        return length
+        return self.tokens.shape[1]
 
-    def make_room(self, length: int) -> None:
-        """Enlarge the buffers to hold `length` tokens, in doubling steps."""
-        if length <= self.layers[0].keys.shape[2]:
-            return
-        more = _room(length) - self.layers[0].keys.shape[2]
-        self.layers = [
-            replace(
-                state,
-                keys=F.pad(state.keys, (0, 0, 0, more)),
-                values=F.pad(state.values, (0, 0, 0, more)),
-                visible=F.pad(state.visible, (0, more)),
-                documents=F.pad(state.documents, (0, more)),
-            )
-            for state in self.layers
-        ]
+    def take(self, tokens: Tensor) -> tuple[Tensor, int]:
+        """What the model is to be fed for the next tokens, and how many the states have seen before that.
+
+        Where the states are full, that is all tokens, from the start, into states for twice as many: each is fed three times at most
+        on average.
+        """
+        seen = self.tokens.shape[1]
+        self.tokens = torch.cat((self.tokens, tokens), dim=1)
+        if self.tokens.shape[1] <= self.capacity:
+            return tokens, seen
+        self.capacity = _room(self.tokens.shape[1])
+        self.layers = self.model.init_states(len(self.tokens), self.capacity)
+        return self.tokens, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row beam_idx[i] (beam search)."""
-        self.layers = [
-            replace(
-                state,
-                keys=state.keys[beam_idx],
-                values=state.values[beam_idx],
-                visible=state.visible[beam_idx],
-                documents=state.documents[beam_idx],
-            )
-            for state in self.layers
-        ]
+        self.tokens = self.tokens[beam_idx]
+        self.layers = [block.mixer.reorder(state, beam_idx) for block, state in zip(self.model.blocks, self.layers, strict=True)]
 
 
 def build(kind: Any, values: dict[str, Any]) -> Any:
