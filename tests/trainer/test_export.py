@@ -149,10 +149,13 @@ longer = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_toke
 uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False, use_cache=False)[0]
 padded = model.generate(**batch, max_new_tokens=8, do_sample=False)
 beams = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False)
-beams_longer = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=int(sys.argv[3]), do_sample=False)[0]
-uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+beams_uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
 assert torch.equal(beams, beams_uncached)
 assert torch.equal(greedy[0], uncached)
+longer_uncached = model.generate(
+    **tokenizer(texts[0], return_tensors="pt"), max_new_tokens=int(sys.argv[3]), do_sample=False, use_cache=False
+)[0]
+assert torch.equal(longer, longer_uncached)
 for alone, row in zip(greedy, padded):
     new = alone[-8:] if len(alone) >= 8 else alone
     assert alone.tolist()[-3:] == row.tolist()[-3:] or tokenizer.eos_token_id in row.tolist(), (alone, row)
@@ -178,7 +181,14 @@ def test_transformers_loads_it_without_memshard(kind: str, tables: str | None, r
     export(tmp_path / "run", tmp_path / "out", tables=tables, huggingface=True)
     expected = _logits(tmp_path / "out")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _LOAD, str(tmp_path / "out"), str(tmp_path / "result"), "100" if kind in ("peer", "fast weights") else "9"]
+    command = [
+        sys.executable,
+        "-c",
+        _LOAD,
+        str(tmp_path / "out"),
+        str(tmp_path / "result"),
+        "100" if kind in ("peer", "fast weights") else "9",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "result")
