@@ -82,6 +82,8 @@ def test_thirty_kills_cost_no_checkpoint_and_no_step(recipe: Path, tmp_path: Pat
     assert len(set(phases)) > 1, phases
 
     for folder in (tmp_path / "run", tmp_path / "whole"):
-        _finish(_start(recipe, folder, newest + 3), 600)
+        finished = _start(recipe, folder, newest + 3)
+        _finish(finished, 600)
+        assert [process.returncode for process in finished] == [0, 0]
     assert_same(checkpoint_state(tmp_path / "run"), checkpoint_state(tmp_path / "whole"))
     assert numbers(tmp_path / "run", "train/loss") == numbers(tmp_path / "whole", "train/loss")
