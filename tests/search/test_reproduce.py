@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from memshard.launch.cli.main import main
 from memshard.search.reproduce import catalogue
@@ -41,3 +42,38 @@ def test_the_delta_rule_updates_what_the_sum_rule_only_adds_to() -> None:
 def test_an_unknown_experiment_names_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "fast_weights/capacty"]) == 2
     assert "fast_weights/capacity" in capsys.readouterr().err
+
+
+def test_images_without_data_name_the_command() -> None:
+    experiment = catalogue.find("reformer/images")
+    with pytest.raises(FileNotFoundError, match="memshard data build IMAGES --images"):
+        experiment.run(experiment.points("smoke")[0] | {"data": "nowhere"})
+
+
+def test_images_are_trained_on_and_completed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(8):
+        Image.new("RGB", (4, 4), (30 * number, 100, 255 - 30 * number)).save(tmp_path / f"{number}.png")
+    data = str(tmp_path / "data")
+    assert main(["data", "build", str(tmp_path), "--images", "--image-size", "4", "--held-out", "2", "--out", data]) == 0
+    experiment = catalogue.find("reformer/images")
+    point = experiment.points("smoke")[0] | {"data": data, "run": str(tmp_path / "run"), "steps": 3}
+    result = experiment.run(point)
+    originals, completed = result["originals"], result["completed"]
+    assert len(originals) == 2 and [row[:24] for row in originals] == [row[:24] for row in completed]
+    assert all(len(row) == 48 and max(row) < 256 for row in completed)
+    assert originals[0][1::3] == [100] * 16 and 0 < result["baseline_bits"] < 8 and 7 < result["bits"] < 12
+    assert "bits a value" in experiment.report([(point, result)], tmp_path) and (tmp_path / "images.png").exists()
+
+
+def test_the_duplication_task_and_its_attentions() -> None:
+    """Full attention learns a short copy in seconds; trained with it, many rounds of LSH still do it."""
+    from memshard.search.reproduce.reformer_duplication import draw
+    from memshard.search.reproduce.reformer_duplication import train as train_copy
+
+    tokens = draw(5, 3, torch.Generator())
+    assert tokens.shape == (3, 12) and torch.equal(tokens[:, :6], tokens[:, 6:]) and not tokens[:, 0].any() and tokens[:, 1:6].all()
+    point = {"attention": "full", "lr": 3e-3, "seed": 1, "words": 3, "chunk": 2, "dim": 64, "heads": 2, "batch": 64, "steps": 400}
+    found = train_copy(point)
+    assert found["full"] > 30 > 100 / 127 * 5

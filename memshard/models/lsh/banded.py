@@ -6,6 +6,7 @@ Sorted by group, such a token's keys stand in its own chunk of places or the one
 N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows, C places a chunk.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from memshard.models.lsh.order import Order, order_tokens
 
 _TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
 _DEVICE_TILE_BYTES = 1 << 28
+# Scores are in powers of 2 and what must not be seen is far below, not at -inf: on CPU exp takes 12 to 65 times as long where it gives 0.
+_LOG2_E = 1 / math.log(2)
+_UNSEEN, _LOWEST = 1e38, -1e37
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool = False) -> Tensor:
@@ -61,24 +65,25 @@ class _Banded(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool) -> tuple[Tensor, Tensor]:
-    """Returns the output and the logarithm of each token's total weight, infinity where it sees nobody."""
+    """Returns the output and the binary logarithm of each token's total weight, infinity where it sees nobody."""
     rows, length, dim = v.shape
     # The row behind the last takes what the places without a token write.
     exact = _exact(v)
-    highest = q.new_full((rows * length + 1, 1), torch.finfo(exact).min, dtype=exact)
+    q = q * _LOG2_E
+    highest = q.new_full((rows * length + 1, 1), _LOWEST, dtype=exact)
     weight = torch.zeros_like(highest)
     total = v.new_zeros(rows * length + 1, dim, dtype=exact)
     # bf16 products on CPU add in pairs, so a token's neighbours in the order would show in the last bit.
     summed = v.to(exact) if v.device.type == "cpu" else v
     for number, order in enumerate(orders):
-        for tiles, legal in _tiles(orders, number, window, chunk, itself):
+        for tiles, unseen in _tiles(orders, number, window, chunk, itself):
             keys, values = tiles.keys(k), tiles.keys(summed)
-            scores = torch.bmm(tiles.queries(q), keys.mT).to(exact).masked_fill_(~legal, -torch.inf)
+            scores = torch.bmm(tiles.queries(q), keys.mT).to(exact).add_(unseen.to(exact), alpha=-_UNSEEN)
             own = order.places[tiles.places]
             old_top, old_weight, old_total = (x.index_select(0, own).view(-1, chunk, x.shape[1]) for x in (highest, weight, total))
             top = torch.maximum(scores.amax(-1, keepdim=True), old_top)
-            new = scores.sub_(top).exp_()
-            keep = old_top.sub_(top).exp_()
+            new = scores.sub_(top).exp2_()
+            keep = old_top.sub_(top).exp2_()
             highest.index_copy_(0, own, top.flatten(0, 1))
             # A product adds in the order of places, so zeros for others do not change a bit; sum() adds in a tree.
             added = torch.bmm(new, new.new_ones(1, 2 * chunk, 1).expand(len(new), -1, -1))
@@ -87,7 +92,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, 
     weight, highest, total = weight[:-1], highest[:-1], total[:-1]
     seen = weight > 0
     out = torch.where(seen, total.div_(weight), v.flatten(0, 1).to(exact))
-    return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log(), torch.inf).view(rows, length)
+    return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log2(), torch.inf).view(rows, length)
 
 
 def _backward(
@@ -104,19 +109,21 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     logs = total[..., None]
     exact = _exact(v)
+    q = q * _LOG2_E
     mean = (d_out.to(exact) * out.to(exact)).sum(-1, keepdim=True)
     # Sums over rounds; the row behind the last takes what belongs to no token.
     d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
     for number, order in enumerate(orders):
-        for tiles, legal in _tiles(orders, number, window, chunk, itself):
+        for tiles, unseen in _tiles(orders, number, window, chunk, itself):
             queries, upstream, keys, values = tiles.queries(q), tiles.queries(d_out), tiles.keys(k), tiles.keys(v)
-            weights = torch.bmm(queries, keys.mT).to(exact).sub_(tiles.queries(logs)).exp_().masked_fill_(~legal, 0)
+            weights = torch.bmm(queries, keys.mT).to(exact).add_(unseen.to(exact), alpha=-_UNSEEN).sub_(tiles.queries(logs)).exp2_()
             d_scores = torch.bmm(upstream, values.mT).to(exact).sub_(tiles.queries(mean)).mul_(weights).to(q.dtype)
             _add_rows(d_q, order.places[tiles.places], torch.bmm(d_scores, keys))
             seen = order.places[tiles.with_previous]
             _add_rows(d_k, seen, _overlapped(torch.bmm(d_scores.mT, queries)))
             _add_rows(d_v, seen, _overlapped(torch.bmm(weights.to(v.dtype).mT, upstream)))
     d_q, d_k, d_v = (x[:-1].view(*logs.shape[:2], -1) for x in (d_q, d_k, d_v))
+    d_k *= math.log(2)  # its queries were scaled
     d_v += torch.where(logs.isinf(), d_out, 0)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
@@ -152,12 +159,12 @@ class _Tiles:
 
 
 def _tiles(orders: list[Order], number: int, window: int, chunk: int, itself: bool) -> Iterator[tuple[_Tiles, Tensor]]:
-    """Blocks of tiles, and who may see whom in this round and did not in an earlier one: [tiles, C, 2C] bool."""
+    """Blocks of tiles, and who does not see whom in this round, or did in an earlier one: [tiles, C, 2C] bool."""
     order = orders[number]
     device = order.tokens.device
     distance = torch.arange(chunk, device=device)[:, None] + chunk - torch.arange(2 * chunk, device=device)
     nearest = 0 if itself else 1
-    band = (distance >= nearest) & (distance < nearest + window)
+    outside = (distance < nearest) | (distance >= nearest + window)
     earlier = [other.codes[order.places] for other in orders[:number]]
     size = chunk * max(1, (_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // (8 * chunk * chunk))
     # The first chunk is in front of all rows and holds no token.
@@ -165,12 +172,12 @@ def _tiles(orders: list[Order], number: int, window: int, chunk: int, itself: bo
         last = min(first + size, len(order.groups))
         tiles = _Tiles(order, chunk, slice(first, last), slice(first - chunk, last))
         query, key = _pairs(order.groups, tiles)
-        legal = (query == key) & band
+        unseen = (query != key).logical_or_(outside)
         for codes in earlier:
             query, key = _pairs(codes, tiles)
             apart = query - key
-            legal &= (apart < nearest) | (apart >= nearest + window)
-        yield tiles, legal
+            unseen |= (apart >= nearest) & (apart < nearest + window)
+        yield tiles, unseen
 
 
 def _pairs(numbers: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:

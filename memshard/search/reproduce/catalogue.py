@@ -14,6 +14,9 @@ Point = dict[str, Any]
 _HOMES = {
     "fast_weights/capacity": "memshard.search.reproduce.retrieval_capacity",
     "fast_weights/update": "memshard.search.reproduce.retrieval_update",
+    "reformer/duplication": "memshard.search.reproduce.reformer_duplication",
+    "reformer/images": "memshard.search.reproduce.reformer_images",
+    "reformer/lengths": "memshard.search.reproduce.reformer_lengths",
 }
 
 
