@@ -14,7 +14,10 @@ EXTRAS = {
     # The trainers of the examples.
     "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6"],
     # Peers. fbgemm-gpu-cpu 1.9.0 does not load under torch 2.13.
-    "bench": ["tokenizers>=0.23", "warcio>=1.8", "product-key-memory>=0.3", "PEER-pytorch>=0.2.2", "fbgemm-gpu-cpu==1.8.0", "reformer-pytorch>=1.4.4"],
+    "bench": [
+        "tokenizers>=0.23", "warcio>=1.8", "product-key-memory>=0.3", "PEER-pytorch>=0.2.2", "fbgemm-gpu-cpu==1.8.0",
+        "reformer-pytorch>=1.4.4",
+    ],
     # Triton comes with torch's CUDA builds; elsewhere its interpreter and compiler test the GPU kernels.
     "dev": [
         "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12", "triton>=3.7.1; platform_system == 'Linux'",

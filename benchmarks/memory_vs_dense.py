@@ -26,7 +26,7 @@ from memshard.trainer.config.load import load_recipe
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.evaluation.pictures import comparison
 from memshard.trainer.metrics import METRICS_FILE, read_metrics
-from memshard.trainer.run import set_up
+from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 
 VARIANTS = ("without memory", "with memory")

@@ -14,7 +14,8 @@ from memshard.trainer.checkpoint.store import load_state, load_tensors
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.loop import train
 from memshard.trainer.metrics import METRICS_FILE, read_metrics
-from memshard.trainer.run import Run, set_up
+from memshard.trainer.run import Run
+from memshard.trainer.set_up import set_up
 
 RECIPE = """\
 data: {{path: {data}, length: 32}}

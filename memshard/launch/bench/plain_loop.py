@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe, TrainConfig
-from memshard.trainer.run import set_up
+from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 
 

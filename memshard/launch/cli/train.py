@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.trainer.failure import lost_each_other, name_culprit
     from memshard.trainer.heartbeat import Heartbeat
     from memshard.trainer.loop import train
-    from memshard.trainer.run import set_up
+    from memshard.trainer.set_up import set_up
 
     with joined_ranks(recipe.guards.first_timeout) as (device, ranks):
         with usage_errors():

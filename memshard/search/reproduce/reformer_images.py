@@ -18,7 +18,7 @@ from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from memshard.trainer.evaluation.canvas import canvas
 from memshard.trainer.loop import evaluate_run, train
-from memshard.trainer.run import set_up
+from memshard.trainer.set_up import set_up
 
 _SHOWN = 10
 _COMMON = {"heads": 4, "pattern": ["local", "lsh"], "window": 64, "chunk": 64, "rounds": 2, "lr": 1e-3, "seed": 1, "temperature": 0.9}

@@ -1,0 +1,122 @@
+"""Builds a run from its recipe."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from memshard.data_pipeline.format.index import load_index
+from memshard.data_pipeline.stream.open import open_held_out, open_train
+from memshard.models.initialize import initialize
+from memshard.models.memory.key_use import KeyUse
+from memshard.models.memory.table import ValueTable, find_tables
+from memshard.models.transformer import Transformer
+from memshard.parallel.apply import apply, losses_on
+from memshard.parallel.collectives import all_sum
+from memshard.parallel.mesh import build_mesh
+from memshard.parallel.spec import ShardSpec
+from memshard.trainer.compile import compile_layers
+from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
+from memshard.trainer.engine.native import NativeEngine
+from memshard.trainer.estimate import check_fits, layout_choice
+from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.precision import LossScale, compute_dtype, store_tables
+from memshard.trainer.run import Run
+from memshard.trainer.run_folder import check_identity, write_config
+from memshard.trainer.tasks.language_model import LanguageModelTask
+
+if TYPE_CHECKING:
+    from memshard.trainer.engine.deepspeed import DeepSpeedEngine
+
+
+def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
+    """Build the run and resume it where its folder holds a checkpoint. All ranks call it with the same recipe.
+
+    ValueError or FileNotFoundError for whatever is the user's to mend; nothing is written to the folder before all is well.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    recipe = resolve(recipe)
+    assert recipe.model.vocab_size is not None
+    check_identity(folder, recipe)
+    data = recipe.data
+    by_epochs = data.mixture_by == "epochs"
+    stream = open_train(data.path, data.length, recipe.train.batch, recipe.train.seed, data.damage_tolerance, data.mixture, by_epochs)
+    held_out = open_held_out(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
+    check_fits(recipe, ranks, recipe.model.vocab_size, device)
+
+    mesh = build_mesh(device.type, recipe.parallel.memory, recipe.parallel.tensor)
+    layout = layout_choice(recipe, ranks)
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    placement = apply(model, mesh, layout.layout, layout.exchange)
+    store_tables(model, recipe.tables.dtype)
+    for _, table in find_tables(model):
+        table.host = recipe.tables.place == "host"
+    model.to_empty(device=device)
+    initialize(model, recipe.train.seed)
+    model.checkpointing, model.check_inversion = recipe.train.checkpointing, recipe.train.check_inversion
+    model.chunk = recipe.train.chunk
+    for _, memory in model.memories():
+        memory.query_norm.deferred = True
+        if recipe.tables.revive or recipe.train.key_balance:
+            memory.key_use = KeyUse(memory.heads, recipe.model.memory.keys, device, all_sum)
+    if recipe.train.compile:
+        compile_layers(model)
+    tables = [table for _, table in find_tables(model)]
+    dtype = compute_dtype(recipe.train.precision, device)
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        rank=rank,
+        ranks=ranks,
+        mesh=mesh,
+        model=model,
+        placement=placement,
+        engine=_engine(recipe, model, mesh, placement, dtype),
+        rows=_row_adam(tables, recipe.tables) if tables else None,
+        loss_scale=LossScale(recipe.train.loss_scale, dtype),
+        task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed, losses_on(mesh)),
+        stream=stream,
+        held_out=held_out,
+    )
+    run.resume()
+    run.check_copies()
+    if rank == 0:
+        write_config(folder, recipe)
+        run.engine.write_settings(folder)
+    return run
+
+
+def _engine(
+    recipe: Recipe, model: Transformer, mesh: DeviceMesh | None, placement: dict[str, ShardSpec], dtype: torch.dtype
+) -> "NativeEngine | DeepSpeedEngine":
+    if recipe.train.engine == "torch":
+        return NativeEngine(model, recipe.optimizer, mesh, placement, shard_states=recipe.train.zero > 0)
+    from memshard.trainer.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, recipe.optimizer, recipe.train, mesh, placement, dtype)
+
+
+def _row_adam(tables: list[ValueTable], config: TableOptimizerConfig) -> RowAdam:
+    return RowAdam(tables, config.lr, config.betas, config.eps, config.semantics, config.rounding, config.clip)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with what its data decides filled in: vocabulary size and longest sequence."""
+    vocabulary = load_index(recipe.data.path).vocab_size
+    model = recipe.model
+    if model.vocab_size is not None and model.vocab_size < vocabulary:
+        raise ValueError(
+            f"model.vocab_size is {model.vocab_size} but the tokenizer of {recipe.data.path} has {vocabulary} tokens: "
+            f"leave model.vocab_size out, or set at least {vocabulary}"
+        )
+    if model.longest(recipe.data.length) < recipe.data.length:
+        key = "model.max_length" if model.max_length else "model.axial"
+        raise ValueError(f"{key} holds {model.longest(0)} positions but data.length is {recipe.data.length}: raise it or leave it out")
+    model = replace(model, vocab_size=model.vocab_size or vocabulary, max_length=model.longest(recipe.data.length))
+    return replace(recipe, model=model)
