@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from memshard.models.lsh import banded, compiled
 from memshard.models.lsh.banded import banded_attention
+from memshard.models.lsh.order import order_tokens
 
 ROWS, DIM = 3, 6
 
@@ -61,3 +63,23 @@ def test_a_window_beyond_the_chunk_is_refused() -> None:
     x = torch.randn(1, 8, 4)
     with pytest.raises(ValueError, match="between 1 and the chunk"):
         banded_attention(x, x, x, torch.zeros(1, 1, 8, dtype=torch.long), 5, 4)
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 4, 4, 1, 1), (50, 8, 5, 33, 5), (300, 64, 64, 64, 140), (130, 16, 1, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_kernel_is_plain_torch(dtype: torch.dtype, sizes: tuple[int, ...], itself: bool) -> None:
+    length, chunk, window, dim, width = sizes
+    if compiled.kernel() is None:
+        pytest.skip("no compiler")
+    torch.manual_seed(length)
+    q, k, v, d_out = (torch.randn(2, length, size).to(dtype) * 2 for size in (dim, dim, width, width))
+    orders = [order_tokens(groups, window, chunk) for groups in torch.randint(4, (3, 2, length))]
+    exact = [x.double() for x in (q, k, v, d_out)]
+    out, logs = banded._forward(*exact[:3], orders, window, chunk, itself)
+    theirs = out, logs, *banded._backward(*exact[:3], orders, out, logs, exact[3], window, chunk, itself)
+    ours = compiled.forward(q, k, v, orders, window, chunk, itself)
+    ours = *ours, *compiled.backward(q, k, v, orders, *ours, d_out, window, chunk, itself)
+    for a, b in zip(ours, theirs, strict=True):
+        tolerance = 3e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)

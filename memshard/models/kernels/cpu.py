@@ -1,4 +1,4 @@
-"""Compiled CPU kernels: rows.cpp, built with the machine's own compiler at first use, kept in the user's cache, called through ctypes."""
+"""Compiled CPU kernels: built with the machine's own compiler at first use, kept in the user's cache, called through ctypes."""
 
 import ctypes
 import hashlib
@@ -96,33 +96,38 @@ class CpuKernels:
 
 @cache
 def build() -> CpuKernels:
-    """Compile, unless that is done, and load. OSError or subprocess.SubprocessError with the compiler's words if it cannot be."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError("no C++ compiler: install g++, or set CXX")
-    path = _cache() / f"rows-{_key(compiler)}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS)
-            if done.returncode:
-                raise OSError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-            os.replace(built, path)  # ranks may build at the same time
-    # torch has loaded its own libgomp.so.1, which this library then shares: two pools of threads would spin against each other.
-    library = ctypes.CDLL(str(path))
+    """The table kernels; raises as `load`."""
+    library = load(_SOURCE)
     library.memshard_sort_reads.restype = _SIZE
     for name, types in _ARGUMENTS.items():
         getattr(library, name).argtypes = types
     return CpuKernels(library)
 
 
+def load(source: Path) -> ctypes.CDLL:
+    """Compile, unless that is done, and load. OSError or subprocess.SubprocessError with the compiler's words if it cannot be."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler: install g++, or set CXX")
+    path = _cache() / f"{source.stem}-{_key(source, compiler)}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            command = [compiler, *_FLAGS, "-shared", "-fPIC", str(source), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS)
+            if done.returncode:
+                raise OSError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+            os.replace(built, path)  # ranks may build at the same time
+    # torch has loaded its own libgomp.so.1, which this library then shares: two pools of threads would spin against each other.
+    return ctypes.CDLL(str(path))
+
+
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memshard"
 
 
-def _key(compiler: str) -> str:
+def _key(source: Path, compiler: str) -> str:
     """Of source, flags, compiler and processor: a home folder may be shared by different machines."""
     version = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=_BUILD_SECONDS).stdout
     processor = platform.machine()
@@ -130,7 +135,7 @@ def _key(compiler: str) -> str:
     if info.exists():
         facts = ("model name", "flags", "Features")
         processor += "".join(sorted({line for line in info.read_text().splitlines() if line.startswith(facts)}))
-    return hashlib.sha256("\0".join((_SOURCE.read_text(), *_FLAGS, compiler, version, processor)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join((source.read_text(), *_FLAGS, compiler, version, processor)).encode()).hexdigest()[:16]
 
 
 def _int32(rows: Tensor) -> Tensor:

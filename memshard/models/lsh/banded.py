@@ -9,12 +9,14 @@ N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memshard.models.lsh import compiled
 from memshard.models.lsh.order import Order, order_tokens
 
 _TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
@@ -44,7 +46,7 @@ class _Banded(torch.autograd.Function):
         outs, totals = [], []
         for rows in _row_groups(q):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
-            out, total = _forward(q[rows], k[rows], v[rows], orders, *settings)
+            out, total = (compiled.forward if _serves(q) else _forward)(q[rows], k[rows], v[rows], orders, *settings)
             outs.append(out)
             totals.append(total)
         out, total = torch.cat(outs), torch.cat(totals)
@@ -60,7 +62,8 @@ class _Banded(torch.autograd.Function):
         parts = []
         for rows in _row_groups(q):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
-            parts.append(_backward(q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows], *ctx.settings))
+            tensors = q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows]
+            parts.append((compiled.backward if _serves(q) else _backward)(*tensors, *ctx.settings))
         return *(torch.cat(tensors) for tensors in zip(*parts, strict=True)), None, None, None, None
 
 
@@ -126,6 +129,30 @@ def _backward(
     d_k *= math.log(2)  # its queries were scaled
     d_v += torch.where(logs.isinf(), d_out, 0)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _serves(q: Tensor) -> bool:
+    """Whether the compiled kernel takes such tensors."""
+    return q.device.type == "cpu" and q.dtype != torch.float64 and not torch.compiler.is_compiling() and _kernel_agrees()
+
+
+@cache
+@torch.no_grad()
+def _kernel_agrees() -> bool:
+    """Whether there is a compiled kernel, and it finds what plain torch does."""
+    if compiled.kernel() is None:
+        return False
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_out = torch.randn(4, 2, 45, 20, generator=random)
+    orders = [order_tokens(groups, 5, 8) for groups in torch.randint(3, (3, 2, 45), generator=random)]
+    for itself in (False, True):
+        settings = 5, 8, itself
+        out, total = _forward(q, k, v, orders, *settings)
+        theirs = out, total, *_backward(q, k, v, orders, out, total, d_out, *settings)
+        ours = *compiled.forward(q, k, v, orders, *settings), *compiled.backward(q, k, v, orders, out, total, d_out, *settings)
+        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True)):
+            return False
+    return True
 
 
 def _exact(x: Tensor) -> torch.dtype:

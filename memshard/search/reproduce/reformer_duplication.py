@@ -26,7 +26,7 @@ _PUBLISHED = {
 }
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"words": 7, "chunk": 2, "dim": 32, "heads": 2, "batch": 16, "steps": 20},
-    "small": {"words": 31, "chunk": 8, "dim": 128, "heads": 4, "batch": 64, "steps": 6000},
+    "small": {"words": 63, "chunk": 8, "dim": 128, "heads": 4, "batch": 64, "steps": 1500},
     "full": {"words": 511, "chunk": 32, "dim": 256, "heads": 4, "batch": 64, "steps": 150_000},
 }
 
@@ -115,5 +115,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=train,
     report=_report,
-    hours={"smoke": 0.01, "small": 2.0, "full": 400.0},
+    hours={"smoke": 0.01, "small": 0.7, "full": 400.0},
 )
