@@ -30,7 +30,7 @@ def refused(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
         ("model.mixer.heads=0", "model.mixer.heads is 0; it must be at least 1"),
         ("model.feedforward.hidden=-1", "model.feedforward.hidden is -1; it must be at least 1"),
         ("model.vocab_size=299", "has 300 tokens: leave model.vocab_size out, or set at least 300"),
-        ("model.max_length=31", "model.max_length is 31 but data.length is 32: raise it or leave it out"),
+        ("model.max_length=31", "model.max_length holds 31 positions but data.length is 32: raise it or leave it out"),
         ("data.path=nowhere", "nowhere is not a data folder (no index.json): make one with `memshard data build SRC --out nowhere`"),
         ("data.length=0", "data.length is 0; it must be at least 1"),
         ("train.batch=100", "too few for one step of train.batch 100 x data.length 32"),

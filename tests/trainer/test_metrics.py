@@ -18,7 +18,10 @@ TRAINING = {
     *(f"speed/{name}" for name in ("tokens_per_s", "step_s", "mfu", "data_wait")),
     *(f"{TABLE}/{name}" for name in ("touched", "duplicates", "never_updated", "dead")),
 }
-EVALUATION = {"eval/loss", "eval/perplexity", *(f"{TABLE}/{name}" for name in ("usage", "kl_weighted", "kl_count", "reads_per_slot"))}
+EVALUATION = {
+    *("eval/loss", "eval/perplexity"),
+    *(f"{TABLE}/{name}" for name in ("usage", "kl_weighted", "kl_count", "reads_per_slot", "gini", "top50", "top90", "top99")),
+}
 
 
 @pytest.fixture(scope="module")
