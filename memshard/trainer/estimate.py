@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
 
+from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
@@ -213,6 +215,7 @@ def _tensor_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
     return _others(ranks) * model.dim * (value_bytes * (4 * (2 * model.layers - memories) + 2) + 12)
 
 
+@cache
 def count_parameters(config: ModelConfig) -> Parameters:
     """Counts of a model, built on the meta device. `vocab_size` must be set, and `max_length` for learned positions."""
     # Tables draw a seed when they are built; the caller's generator is none of our business.
@@ -285,6 +288,11 @@ def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available:
         found.append(f"use {ranks} ranks")
     if recipe.train.zero == 0 and fits(_changed(recipe, "train", zero=1)):
         found.append("set train.zero=1")
+    again: tuple[Checkpointing, ...] = ("selective", "full")
+    if recipe.model.residual != "reversible" and recipe.train.checkpointing == "none":
+        less = next((each for each in again if fits(_changed(recipe, "train", checkpointing=each))), None)
+        if less is not None:
+            found.append(f"set train.checkpointing={less}")
     micro_batch = estimate(recipe, world, vocab_size).micro_batch // 2
     while micro_batch and not fits(_changed(recipe, "train", micro_batch=micro_batch)):
         micro_batch //= 2
@@ -294,6 +302,8 @@ def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available:
     in_host = _changed(recipe, "tables", place="host")
     if memory.layers and recipe.tables.place == "device" and fits(in_host):
         found.append(f"set tables.place=host ({estimate(in_host, world, vocab_size, half).host.total / 1e9:,.1f} GB a rank in host memory)")
+    if memory.layers and recipe.tables.dtype == "fp32" and fits(_changed(recipe, "tables", dtype="fp16", rounding="stochastic")):
+        found.append("set tables.dtype=fp16 tables.rounding=stochastic")
     keys = memory.keys // 2 if memory.layers else 0
     while keys >= memory.topk and not fits(_changed(recipe, "model", memory=replace(memory, keys=keys))):
         keys //= 2

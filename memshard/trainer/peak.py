@@ -4,7 +4,7 @@ import time
 
 import torch
 
-_CARDS = {
+CARD_FLOPS = {
     "V100": {torch.float16: 125e12, torch.float32: 15.7e12},
     "A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12},
     "H100 PCIe": {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51e12},
@@ -23,7 +23,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for card, figures in _CARDS.items():
+        for card, figures in CARD_FLOPS.items():
             if card in name and dtype in figures:
                 return figures[dtype]
     return _measured(device, dtype)

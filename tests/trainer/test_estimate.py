@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memshard.launch.arrangements import changed_by
 from memshard.launch.cli.main import main
 from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
@@ -224,11 +225,14 @@ def test_every_remedy_works() -> None:
         changed, ranks = RECIPE, 1
         if "ranks" in remedy:
             ranks = int(remedy.split()[1])
-        elif "micro_batch" in remedy:
-            changed = replace(RECIPE, train=replace(RECIPE.train, micro_batch=int(remedy.rpartition("=")[2])))
-        else:
+        elif "keys" in remedy:
             changed = replace(RECIPE, model=replace(RECIPE.model, memory=replace(MEMORY, keys=int(remedy.rpartition("=")[2]))))
-        assert estimate(changed, ranks, 100).bytes.total <= available
+        elif "place" in remedy:
+            changed = replace(RECIPE, tables=replace(RECIPE.tables, place="host"))
+        else:
+            values = dict(text.split("=") for text in remedy.split()[1:])
+            changed = changed_by(RECIPE, {key: int(value) if value.isdigit() else value for key, value in values.items()})
+        assert estimate(changed, ranks, 100).bytes.total <= available, remedy
     assert remedies(RECIPE, 1, 100, False, 1000) == []
 
 

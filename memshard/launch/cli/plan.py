@@ -7,24 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.cli.parser import Subparsers
-from memshard.launch.cli.train import arrangement, spread
+from memshard.launch.cli.plan_report import report
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
-    from memshard.trainer.estimate import Estimate, RankBytes
 
-CARDS = {
-    "v100-16g": (15.8, "fp16"),
-    "v100-32g": (31.7, "fp16"),
-    "a100-40g": (39.4, "bf16"),
-    "a100-80g": (79.1, "bf16"),
-    "h100-80g": (79.1, "bf16"),
-    "h200-141g": (139.8, "bf16"),
-}
-"""GiB that the driver leaves, and what precision auto means."""
-
-USABLE = 0.92
-"""Share of a card that a run can fill: the CUDA context, NCCL's buffers and fragmentation take the rest."""
+DEVICES = ("v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "h200-141g", "cpu")
 
 ASSUMED_VOCABULARY = 32_768
 
@@ -34,7 +22,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
     parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
-    parser.add_argument("--device", choices=[*CARDS, "cpu"], default="cpu", help="of every rank; cpu is this machine, shared by all ranks")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of every rank; cpu is this machine, shared by all ranks")
+    parser.add_argument("--node", type=int, default=8, metavar="N", help="ranks on a node, for the time of exchanges (default 8)")
     parser.add_argument("--vocab", type=int, metavar="N", help="vocabulary where neither recipe nor data set says it")
     parser.add_argument(
         "--duplicates", type=float, metavar="X",
@@ -45,6 +34,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
+        from memshard.launch.arrangements import Site, largest_batch, suggestion, variants
+        from memshard.launch.devices import device_of
+        from memshard.launch.rehearse import rehearse
+        from memshard.launch.step_time import step_time
         from memshard.trainer.config.load import load_recipe
         from memshard.trainer.estimate import estimate, remedies
 
@@ -52,24 +45,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.device == "cpu":
             # There the device's memory is the host's.
             recipe = replace(recipe, tables=replace(recipe.tables, place="device"), train=replace(recipe.train, offload=False))
+        if args.node < 1:
+            raise ValueError(f"--node is {args.node}; it must be at least 1")
         vocab_size, source = _vocabulary(recipe, args.vocab)
-        precision: str = recipe.train.precision
-        if precision == "auto":
-            precision = CARDS[args.device][1] if args.device in CARDS else "fp32"
-        half = precision != "fp32"
         duplicates = args.duplicates or _measured_duplicates(args.recipe)
         if duplicates is not None and duplicates < 1:
             raise ValueError(f"--duplicates is {duplicates}; it must be at least 1")
+        if args.world < 1:
+            raise ValueError(f"--world is {args.world}; it must be at least 1")
+        device = device_of(args.device, args.world)
+        precision = device.half if recipe.train.precision == "auto" else recipe.train.precision
+        half = precision != "fp32"
         cost = estimate(recipe, args.world, vocab_size, half, duplicates)
-    available = _available(args.device, args.world)
-    fits = cost.bytes.total <= available
-    found = [] if fits else remedies(recipe, args.world, vocab_size, half, available)
+        seconds = step_time(recipe, cost, device, precision, args.node)
+        parts = rehearse(recipe, args.world, vocab_size)
+    site = Site(device, args.world, vocab_size, precision, args.node)
+    fits = cost.bytes.total <= device.memory
+    found = [] if fits else remedies(recipe, args.world, vocab_size, half, device.memory)
     if args.device == "cpu":
         # More ranks on one machine do not give it more memory.
         found = [remedy for remedy in found if "ranks" not in remedy and "host" not in remedy]
-    if not args.json:
-        print(_report(args, recipe, cost, vocab_size, source, precision, available, found))
-    return {
+    result = {
         "recipe": args.recipe,
         "device": args.device,
         "vocab_size": vocab_size,
@@ -78,10 +74,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **asdict(cost),
         "bytes": {**asdict(cost.bytes), "total": cost.bytes.total},
         "host": {**asdict(cost.host), "total": cost.host.total},
-        "available": available,
+        "available": device.memory,
         "fits": fits,
         "remedies": found,
+        "seconds": {**asdict(seconds), "total": seconds.total},
+        "variants": [asdict(variant) for variant in variants(recipe, site)],
+        "largest_batch": largest_batch(recipe, site),
+        "suggestion": suggestion(recipe, site),
+        "rehearsed": [asdict(part) for part in parts],
     }
+    if not args.json:
+        print(report(args, recipe, cost, result))
+    return result
 
 
 def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
@@ -107,89 +111,3 @@ def _measured_duplicates(recipe: str) -> float | None:
     lines = read_metrics(file) if file.exists() else []
     found = [value for line in lines for key, value in line.items() if key.endswith("/micro_batch_duplicates")]
     return found[-1] if found else None
-
-
-def _available(device: str, world: int) -> float:
-    """Bytes a rank can use."""
-    import torch
-
-    from memshard.trainer.available_memory import available_memory
-
-    if device == "cpu":
-        return available_memory(torch.device("cpu"), ranks_here=world)
-    return CARDS[device][0] * 2**30 * USABLE
-
-
-def _report(
-    args: argparse.Namespace,
-    recipe: "Recipe",
-    cost: "Estimate",
-    vocab_size: int,
-    source: str,
-    precision: str,
-    available: float,
-    remedies: list[str],
-) -> str:
-    memory, parameters, need = recipe.model.memory, cost.parameters, cost.bytes
-    ranks = "1 rank" if cost.ranks == 1 else f"{cost.ranks} ranks"
-    slots = f"{parameters.tables} x {memory.slots:,} slots" if parameters.tables else "no memory layer"
-    batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
-    lines = [
-        f"{args.recipe} on {ranks}, {args.device}, {precision}",
-        "",
-        f"vocabulary      {vocab_size:,} ({source})",
-        f"parameters      dense {_short(parameters.dense)}, table {_short(parameters.table)} ({slots})",
-        f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of {cost.micro_batch} x {recipe.data.length}",
-        f"operations      {_short(cost.flops_per_token)}FLOP a token, {_short(cost.flops_per_token * cost.tokens_per_step)}FLOP a step",
-    ]
-    if cost.ranks > 1:
-        tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
-        looked_up = tokens / (1 if cost.layout.layout == "tensor" else cost.tensor_ranks)
-        if cost.tensor_ranks > 1:
-            lines.append(f"tensor          {arrangement(cost)}; {_short(parameters.split)} of the dense parameters are split")
-        if parameters.tables:
-            lines.append(f"tables          {spread(cost)}")
-        tensor = f"; {_gb(cost.tensor_traffic * tokens)} for activations" if cost.tensor_ranks > 1 else ""
-        replicas = f"; {_gb(cost.replica_traffic)} for row gradients between copies" if cost.replica_traffic else ""
-        lines.append(
-            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, {_gb(cost.lookup_traffic * looked_up)} a step; "
-            f"{_gb(cost.gradient_traffic)} a step for dense gradients{tensor}{replicas}"
-        )
-    notes = {
-        "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
-        "dense gradients": "fp32",
-        "dense moments": "AdamW, fp32",
-        "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}",
-        "table moments": "fp32, and an fp32 copy of the values" if recipe.tables.state_bytes > 8 else "fp32",
-        "activations": f"of {cost.micro_batch} sequences",
-        "reads": "kept for the row update",
-        "workspace": "of backward or row update",
-    }
-
-    def sizes(of: "RankBytes") -> list[str]:
-        named = ((name, getattr(of, name.replace(" ", "_")), note) for name, note in notes.items())
-        return [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in named if size]
-
-    if cost.host.total:
-        lines += ["", "bytes of a rank in host memory", *sizes(cost.host), f"  {'total':<16}{_gb(cost.host.total):>11}"]
-    lines += ["", "bytes on a rank", *sizes(need)]
-    share = need.total / available
-    verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
-    usable = "are free a rank on this machine" if args.device == "cpu" else f"are usable on a {args.device}"
-    lines.append(f"  {'total':<16}{_gb(need.total):>11}   {verdict} the {_gb(available)} that {usable}")
-    if share > 1:
-        advice = ", or ".join(remedies) or "no single change of ranks, train.micro_batch or model.memory.keys is enough: combine them"
-        lines.append(f"what to change: {advice}")
-    return "\n".join(lines)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
-
-
-def _short(number: float) -> str:
-    """1,234,567 as 1.23 M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g} "
