@@ -40,6 +40,10 @@ class MixerConfig:
     buckets: int = 0
     """Of lsh: buckets of a round; 0 for about length / (2 chunk)."""
 
+    rule: Literal["strict", "paper_causal", "hf_compat"] = "strict"
+    """Of lsh: whom a token sees. strict: the last `chunk` tokens before it in its bucket, whatever follows. paper_causal and hf_compat are
+    the paper's and transformers' chunks, for comparison: not strictly causal (later tokens move chunk borders), and without decoding."""
+
     resample: bool = False
     """Of lsh: draw new rotations in every training step, so that models do not rely on those of the layer; evaluation has the layer's."""
 

@@ -18,7 +18,7 @@ from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.reversible import feedforward_change, mixer_change, reversible_blocks
 from memshard.models.transformer import Transformer
 from tests.models.passes import LENGTH, assert_same, tiny_context, two_passes
-from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
+from tests.models.tiny import MIXERS, VOCABULARY, tiny_config, tiny_model, tiny_tokens
 from tests.parity.naive_reversible import naive_block, naive_reversible
 
 _VARIANTS: list[dict[str, Any]] = [
@@ -126,10 +126,11 @@ def test_a_weight_that_autocast_casts_in_a_block_and_again_outside_gets_both_gra
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "lsh", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(dtype: torch.dtype) -> None:
+def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(dtype: torch.dtype, mixer: str) -> None:
     """Forward by hand, then back by hand; and gradients as from checkpointing the same function."""
-    model = _model(True, layers=48, memory={"layers": tuple(range(3, 48, 12))}, dropout=0.2)
+    model = _model(True, layers=48, memory={"layers": tuple(range(3, 48, 12))}, dropout=0.2, mixer=MixerConfig(heads=2, **MIXERS[mixer]))
     for block in model.blocks:
         # Large branches: the streams reach about 40.
         torch.nn.init.normal_(block.mixer.output.weight, std=0.4)

@@ -30,7 +30,7 @@ def build_mixer(config: ModelConfig, layer: int, output_scale: float) -> Mixer:
         return LocalMixer(config.dim, settings.heads, settings.window, rotary, output_scale)
     if kind == "lsh":
         shape = settings.rounds, settings.chunk, settings.buckets
-        return LSHMixer(config.dim, settings.heads, *shape, layer, settings.heads_at_once, output_scale, settings.resample)
+        return LSHMixer(config.dim, settings.heads, *shape, layer, settings.heads_at_once, output_scale, settings.resample, settings.rule)
     rule: Rule = "delta" if kind == "delta" else "sum"
     # As published: linear attention divides by its sum, the delta rule needs keys that add up to 1.
     normalise = settings.feature_norm or ("sum" if rule == "delta" else "none")

@@ -5,6 +5,7 @@ its bucket; what it sees in several rounds counts once; who sees nobody gets its
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from memshard.models.context import Context
 from memshard.models.linear import Projection
 from memshard.models.lsh.banded import banded_attention
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
+from memshard.models.lsh.published import PublishedRule, published_attention
 from memshard.models.random import fold
 
 _PADDING = -1
@@ -46,7 +48,8 @@ class LSHMixer(nn.Module):
     rounds: hash rounds, to be changed at any time. chunk: how many tokens of its bucket a token sees in a round. buckets: 0 for
     `bucket_count` of the length. seed: of the rotations; give every layer its own. heads_at_once: in training, project and
     attend so many heads at a time and repeat that in backward, so that queries and values of all are never in memory; 0 for all.
-    resample: in training, let rotations depend on the step too.
+    resample: in training, let rotations depend on the step too. rule: "strict", or one of `published_attention`'s, which are not causal
+    to the letter: no decoding, no packed or padded text.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class LSHMixer(nn.Module):
         heads_at_once: int = 0,
         output_scale: float = 1.0,
         resample: bool = False,
+        rule: str = "strict",
     ) -> None:
         super().__init__()
         self.heads, self.first_head = heads, 0
         self.rounds, self.chunk, self.buckets, self.seed, self.heads_at_once = rounds, chunk, buckets, seed, heads_at_once
         self.resample = resample
+        self.rule = cast("Literal['strict'] | PublishedRule", rule)
         self.query = Projection(dim, dim)
         self.value = Projection(dim, dim)
         self.output = Projection(dim, dim, scale=output_scale)
@@ -80,6 +85,8 @@ class LSHMixer(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> BucketState:
         """An empty state for `batch` rows of at most `capacity` tokens; buckets are those of that length."""
+        if self.rule != "strict":
+            raise ValueError(f"model.mixer.rule {self.rule} lets tokens depend on later ones, so there is no decoding: use strict")
         weight = self.value.weight
         keys = weight.new_zeros(batch, self.heads, capacity, weight.shape[0] // self.heads)
         buckets = total_buckets(self.buckets or bucket_count(capacity, self.chunk))
@@ -121,12 +128,16 @@ class LSHMixer(nn.Module):
 
     def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
         q, v = self._project(x, heads)
+        if self.rule != "strict" and (numbers is not None or ctx.padding is not None):
+            raise ValueError(f"model.mixer.rule {self.rule} knows neither documents nor padding: use strict")
         seed = fold(self.seed, ctx.random.step) if self.resample and ctx.random is not None else self.seed
         groups = self._groups(q, heads, self.buckets or bucket_count(x.shape[1], self.chunk), numbers, ctx.padding, seed)
         return self._attend(q, _unit(q), v, groups)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:
         rows = [tensor.flatten(0, 1) for tensor in (q, k, v, groups)]
+        if self.rule != "strict":
+            return published_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.rule).unflatten(0, q.shape[:2])
         return banded_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.chunk).unflatten(0, q.shape[:2])
 
     def _project(self, x: Tensor, heads: slice) -> tuple[Tensor, Tensor]:

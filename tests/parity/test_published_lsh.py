@@ -1,0 +1,77 @@
+"""The published rules of LSH attention: transformers' layer number for number, and the paper's by brute force."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from memshard.models.lsh.published import published_attention
+from memshard.models.mixers.lsh import _unit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "rounds"), [(64, 1), (64, 4), (96, 2), (16, 2)])
+def test_transformers_lsh_layer(length: int, rounds: int) -> None:
+    """Copied random weights and the same buckets give the same outputs and gradients."""
+    reformer = pytest.importorskip("transformers.models.reformer.modeling_reformer")
+    from transformers import ReformerConfig
+
+    torch.manual_seed(length + rounds)
+    settings = ReformerConfig(
+        hidden_size=24, num_attention_heads=2, attention_head_size=12, num_hashes=rounds, num_buckets=8, lsh_attn_chunk_length=16,
+        is_decoder=True, attn_layers=["lsh"], lsh_attention_probs_dropout_prob=0.0, axial_pos_embds=False,
+    )  # fmt: skip
+    layer = reformer.LSHSelfAttention(settings, 0).eval()
+    x = torch.randn(3, length, 24, requires_grad=True)
+    probe = torch.randn(3, length, 24)
+    if length > 16:
+        heads = layer._split_hidden_size_dim(layer.query_key(x), 2, 12)
+        flat = layer._hash_vectors(heads, rounds, None)
+        theirs = layer(x, buckets=flat).hidden_states
+        buckets = (flat.view(6, rounds, length) - 8 * torch.arange(rounds)[:, None]).long()
+    else:
+        theirs, buckets = layer(x).hidden_states, torch.zeros(6, rounds, length, dtype=torch.long)
+    q, v = (project(x).unflatten(-1, (2, 12)).transpose(1, 2).flatten(0, 1) for project in (layer.query_key, layer.value))
+    ours = published_attention(q, _unit(q), v, buckets, 16, "hf_compat").unflatten(0, (3, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad((y * probe).sum(), x, retain_graph=True)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def _brute_force(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, chunk: int) -> Tensor:
+    """One row: softmax over the union of what the rounds' chunks show of the own bucket's earlier tokens."""
+    rounds, length = buckets.shape
+    out = []
+    for i in range(length):
+        seen = set()
+        for numbers in buckets:
+            places = numbers.argsort(stable=True).argsort() // chunk
+            seen |= {j for j in range(i) if numbers[j] == numbers[i] and 0 <= places[i] - places[j] <= 1}
+        chosen = sorted(seen)
+        out.append((k[chosen] @ q[i]).softmax(0) @ v[chosen] if chosen else v[i])
+    return torch.stack(out)
+
+
+def test_the_papers_rule() -> None:
+    torch.manual_seed(0)
+    q, v = torch.randn(2, 2, 48, 6, dtype=torch.float64)
+    k = torch.nn.functional.normalize(q, dim=-1)
+    buckets = torch.randint(4, (2, 3, 48))
+    ours = published_attention(q, k, v, buckets, 8, "paper_causal")
+    theirs = torch.stack([_brute_force(*row, 8) for row in zip(q, k, v, buckets, strict=True)])
+    lonely = (theirs == v).all(-1)
+    torch.testing.assert_close(ours[~lonely], theirs[~lonely], rtol=1e-9, atol=1e-9)
+    # Their constant for a token itself is rounded away against fp64's log-sum-exp too, by about 1e-11.
+    torch.testing.assert_close(ours[lonely], theirs[lonely], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["paper_causal", "hf_compat"])
+def test_published_rules_are_not_strictly_causal(rule: str) -> None:
+    """Why they are not the default: later tokens change what earlier ones see."""
+    torch.manual_seed(0)
+    q, buckets = torch.randn(1, 64, 6), torch.randint(3, (1, 2, 64))
+    changed = buckets.clone()
+    changed[..., 40:] = torch.randint(3, (1, 2, 24))
+    first, second = (published_attention(q, _unit(q), q, each, 8, rule) for each in (buckets, changed))  # type: ignore[arg-type]
+    assert (first[:, :40] != second[:, :40]).any()
+    with pytest.raises(ValueError, match="must fill a sequence"):
+        published_attention(q[:, :63], q[:, :63], q[:, :63], buckets[..., :63], 8, rule)  # type: ignore[arg-type]
