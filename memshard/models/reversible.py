@@ -196,7 +196,8 @@ class _Step:
         self, y1: Tensor, y2: Tensor, d1: Tensor, d2: Tensor, trained: Sequence[Tensor], keep_graph: bool
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Leaves the block's input in `rebuilt`; returns its gradient and those of what is trained."""
-        x2, d1 = torch.empty_like(y2), d1.clone()
+        # Between blocks streams and their gradients are nobody else's: they turn into what comes next where they lie.
+        x2, d1 = (torch.empty_like(y2), d1.clone()) if self.last else (y2, d1)
         from_feedforward: list[Tensor | None] = [None] * len(trained)
         with self.replay.repeat():
             for piece, part in self.ctx.pieces(self.chunk):
@@ -212,7 +213,7 @@ class _Step:
         with torch.enable_grad(), self.autocast_context(self.cached):
             change, _ = mixer_change(self.block, self.grid, x2, self.ctx)
         to_x2, *from_mixer = torch.autograd.grad(change, [x2, *trained], d1, allow_unused=True)
-        x1 = y1.detach() - change.detach()
+        x1 = y1.detach() - change.detach() if self.last else y1.sub_(change.detach())
         x2 = x2.detach()
         if self.checksum is not None and not torch.equal(_checksum(x1, x2), self.checksum):
             raise RuntimeError(

@@ -81,7 +81,7 @@ class LSHMixer(nn.Module):
             y = self._attend_all(x, ctx, numbers)
         else:
             y, state = self._continue(x, ctx, state)
-        return self.output(y.transpose(1, 2).flatten(2)), state
+        return self.output(y), state
 
     def init_state(self, batch: int, capacity: int) -> BucketState:
         """An empty state for `batch` rows of at most `capacity` tokens; buckets are those of that length."""
@@ -115,7 +115,7 @@ class LSHMixer(nn.Module):
         return replace(state, counts=state.counts * ~rows[:, None, None, None], number=state.number + rows)
 
     def _attend_all(self, x: Tensor, ctx: Context, numbers: Tensor | None) -> Tensor:
-        """[batch, heads, length, head dim]"""
+        """[batch, length, dim of all heads]"""
         step = self.heads_at_once or self.heads
         parts = []
         for first in range(0, self.heads, step):
@@ -124,7 +124,7 @@ class LSHMixer(nn.Module):
                 parts.append(checkpoint(self._attend_heads, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._attend_heads(*arguments))
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
         q, v = self._project(x, heads)
@@ -132,7 +132,7 @@ class LSHMixer(nn.Module):
             raise ValueError(f"model.mixer.rule {self.rule} knows neither documents nor padding: use strict")
         seed = fold(self.seed, ctx.random.step) if self.resample and ctx.random is not None else self.seed
         groups = self._groups(q, heads, self.buckets or bucket_count(x.shape[1], self.chunk), numbers, ctx.padding, seed)
-        return self._attend(q, _unit(q), v, groups)
+        return self._attend(q, _unit(q), v, groups).transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:
         rows = [tensor.flatten(0, 1) for tensor in (q, k, v, groups)]
@@ -172,11 +172,11 @@ class LSHMixer(nn.Module):
         fresh = numbers[:, -1] == state.number
         state = replace(state, counts=state.counts * fresh[:, None, None, None], number=numbers[:, -1], documents=documents, length=end)
         if x.shape[1] == 1:
-            return self._attend_newest(q, state), _file_newest(state)
+            return self._attend_newest(q, state).transpose(1, 2).flatten(2), _file_newest(state)
         keys, values, groups = state.keys[:, :, :end], state.values[:, :, :end], state.groups[..., :end]
         # Of earlier tokens only keys and values count; their queries are whatever is there.
         y = self._attend(torch.cat((keys[:, :, :start], q.to(keys.dtype)), 2), keys, values, groups)[:, :, start:]
-        return y, _file_all(state)
+        return y.transpose(1, 2).flatten(2), _file_all(state)
 
     def _attend_newest(self, q: Tensor, state: BucketState) -> Tensor:
         """The output for the token at the end: [batch, heads, 1, head dim], of rounds x chunk candidates."""
