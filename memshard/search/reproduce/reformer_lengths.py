@@ -17,7 +17,7 @@ from memshard.search.reproduce.curves import lines
 _ROUNDS = (1, 2, 4, 8)
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"tokens": 2048, "lengths": [512, 1024], "repeats": 1},
-    "small": {"tokens": 32_768, "lengths": [1024, 2048, 4096, 8192, 16_384, 32_768], "repeats": 3},
+    "small": {"tokens": 16_384, "lengths": [1024, 2048, 4096, 8192, 16_384], "repeats": 3},
     "full": {"tokens": 131_072, "lengths": [1024, 4096, 16_384, 65_536, 131_072], "repeats": 5},
 }
 
@@ -74,5 +74,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=measure,
     report=_report,
-    hours={"smoke": 0.01, "small": 0.3, "full": 4.0},
+    hours={"smoke": 0.01, "small": 0.05, "full": 4.0},
 )
