@@ -74,7 +74,9 @@ def test_local_rank_as_an_argument_is_tolerated(capfd: pytest.CaptureFixture[str
 
 
 def test_torchrun_sets_what_the_table_says() -> None:
-    code = "import os; from memshard.launch.ranks import read_ranks as read; r = read(os.environ); print(r.launcher, r.rank, r.ranks)"
+    # One write a rank: pieces of two ranks' lines would mix.
+    said = "os.write(1, f'{r.launcher} {r.rank} {r.ranks}\\n'.encode())"
+    code = f"import os; from memshard.launch.ranks import read_ranks as read; r = read(os.environ); {said}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run([*torchrun, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert sorted(re.findall(r"torchrun \d \d", done.stdout)) == ["torchrun 0 2", "torchrun 1 2"], done.stdout + done.stderr
