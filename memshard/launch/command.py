@@ -40,12 +40,12 @@ def snapshot(recipe: str, overrides: list[str], folder: Path) -> Start:
     return Start(str(folder / RECIPE), (), str(folder), str(code))
 
 
-def torchrun_options(shutdown: int) -> list[str]:
+def torchrun_options(shutdown: int, torch_version: str | None = None) -> list[str]:
     """Options to pass SIGUSR2 on to the ranks and wait for their save; torch older than 2.13 does not have them.
 
-    shutdown: seconds until ranks that do not end are killed.
+    shutdown: seconds until ranks that do not end are killed. torch_version: by default the one installed here.
     """
-    if tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2]) < (2, 13):
+    if tuple(int(part) for part in (torch_version or version("torch")).split(".")[:2]) < (2, 13):
         return []
     return ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2", f"--shutdown-timeout={shutdown}"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import memshard
+from memshard.launch.capability import lacks_kernels
 from memshard.models.kernels.select import chosen
 from memshard.trainer.checkpoint.folders import COMMIT, committed
 from memshard.trainer.checkpoint.pieces import verify
@@ -81,9 +82,9 @@ def _devices() -> Iterator[Finding]:
     built = torch.cuda.get_arch_list()
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
-        runs = any(arch.endswith(f"_{major}{minor}") or arch.startswith(f"sm_{major}") and arch <= f"sm_{major}{minor}" for arch in built)
-        advice = "" if runs else f": this torch was built for {', '.join(built)}; see constraints-volta.txt"
-        yield Finding(f"GPU {number}: {torch.cuda.get_device_name(number)}, capability {major}.{minor}{advice}", bad=not runs)
+        problem = lacks_kernels((major, minor), built)
+        advice = f": {problem}" if problem else ""
+        yield Finding(f"GPU {number}: {torch.cuda.get_device_name(number)}, capability {major}.{minor}{advice}", bad=problem is not None)
 
 
 def _name() -> Iterator[Finding]:

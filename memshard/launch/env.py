@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from memshard.launch.capability import lacks_kernels
 from memshard.launch.ranks import Ranks, read_ranks
 
 _SIOCGIFADDR = 0x8915
@@ -56,6 +57,9 @@ def _device(ranks: Ranks) -> torch.device:
     # With one GPU bound to each task, it is number 0 for all of them.
     device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
+    problem = lacks_kernels(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+    if problem:
+        raise ValueError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return device
 
 

@@ -1,6 +1,7 @@
 """Sums and exchanges over ranks; without a process group they are the identity."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,10 +15,14 @@ from torch.distributed import distributed_c10d
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent to others: for reads, their sums and gradients, and to add row gradients up over replicas."""
+    """Bytes that this rank has sent to others: for reads, their sums and gradients, and to add row gradients up over replicas.
+
+    seconds: spent on the first, on CPU, where an exchange is over when its call returns; waiting for ranks that come later counts.
+    """
 
     reads: int = 0
     replicas: int = 0
+    seconds: float = 0.0
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -103,8 +108,10 @@ class _Exchange(torch.autograd.Function):
 
 def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic | None) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
+    begun = time.perf_counter()
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
     if traffic is not None:
+        traffic.seconds += time.perf_counter() - begun
         to_others = sum(send) - send[dist.get_rank(group)]
         traffic.reads += to_others * math.prod(x.shape[1:]) * x.element_size()
     return out

@@ -1,9 +1,11 @@
 """The training loop."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from memshard.parallel.collectives import set_timeout
@@ -14,6 +16,8 @@ from memshard.trainer.profile import StepProfiler
 from memshard.trainer.run import Run
 from memshard.trainer.step import StepOutcome, train_step
 from memshard.trainer.stop_signal import StopSignal
+
+log = logging.getLogger(__name__)
 
 
 def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
@@ -53,6 +57,7 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 metrics.advance()
                 if step % settings.log_every == 0 or step == last or stopping:
                     values = meter.read()
+                    log.info("%s", meter.own)
                     metrics.write(step, values)
                     if not metrics.shows_bar:
                         metrics.say(_line(step, settings.steps, values))
@@ -62,8 +67,10 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
                 if step % settings.save_every == 0:
+                    begun = perf_counter()
                     with meter.paused(), _patience(run):
                         run.save(wait=False)
+                    metrics.write(step, {"speed/save_s": perf_counter() - begun})
             with _patience(run):
                 checkpoint = run.save()
     finally:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,8 @@ class Meter:
         self.flops = flops_per_token(run.recipe.model, run.recipe.data.length)
         self.peak = peak_flops(run.device, run.dtype) * run.ranks
         self.sent: dict[str, int] = {}
+        self.own = ""
+        """The last reading in the words of this rank: what differs from rank to rank."""
         self.restart()
 
     def restart(self) -> None:
@@ -36,11 +39,11 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Around an evaluation or save, whose time and traffic are not training's."""
         begun = time.perf_counter()
-        sent = {name: table.traffic.reads for name, table in self._sharded()}
+        before = {name: replace(table.traffic) for name, table in self._sharded()}
         yield
         self.begun += time.perf_counter() - begun
         for name, table in self._sharded():
-            table.traffic.reads = sent[name]
+            table.traffic.reads, table.traffic.seconds = before[name].reads, before[name].seconds
 
     def _sharded(self) -> Iterator[tuple[str, ShardedTable]]:
         return ((name, table) for name, table in find_tables(self.run.model) if isinstance(table, ShardedTable))
@@ -69,6 +72,17 @@ class Meter:
             "speed/mfu": tokens_per_s * self.flops / self.peak,
             "speed/data_wait": self.data_wait / seconds,
         }
+        sharded = [table.traffic for _, table in self._sharded()]
+        exchanging = sum(traffic.seconds for traffic in sharded)
+        if sharded and self.run.device.type == "cpu":
+            values["speed/exchange"] = exchanging / seconds
+        data = f"{self.data_wait / self.steps:.3f} s waiting for data"
+        rows = f", {exchanging / self.steps:.3f} s exchanging rows" if "speed/exchange" in values else ""
+        self.own = f"step {self.run.progress.step}: {seconds / self.steps:.3f} s a step, {data}{rows}"
+        for traffic in sharded:
+            traffic.seconds = 0.0
+        if self.run.saving.seconds is not None:
+            values["speed/save_total_s"], self.run.saving.seconds = self.run.saving.seconds, None
         if self.run.model.grid is not None:
             values["train/stream_range"] = self.run.model.grid.used_range()
         if self.run.loss_scale.dynamic:

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -47,8 +50,9 @@ class Metrics:
             self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches; above the progress bar where there is one."""
+        """A line for the person who watches, above the progress bar where there is one, and for the log."""
         if self.enabled:
+            log.info("%s", text)
             tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,9 @@ EVALUATION = {
     *("eval/loss", "eval/perplexity"),
     *(f"{TABLE}/{name}" for name in ("usage", "kl_weighted", "kl_count", "reads_per_slot", "gini", "top50", "top90", "top99")),
 }
+SAVE = {"speed/save_s"}
+WHEN_COMMITTED = "speed/save_total_s"
+"""On the next line after a save is committed, behind training."""
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +42,11 @@ def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_lines_hold_the_documented_numbers(run: Path) -> None:
     lines = read_metrics(run / METRICS_FILE)
-    assert [(line["step"], set(line) - {"step"}) for line in lines] == [
-        *((step, TRAINING) for step in range(1, 5)),
-        (4, EVALUATION),
-        *((step, TRAINING) for step in range(5, 9)),
-        (8, EVALUATION),
-        *((step, TRAINING) for step in (9, 10)),
-        (10, EVALUATION),
-    ]
+    expected = []
+    for step in range(1, 11):
+        expected += [(step, TRAINING)] + [(step, EVALUATION)] * (step in (4, 8, 10)) + [(step, SAVE)] * (step % 2 == 0)
+    assert [(line["step"], set(line) - {"step", WHEN_COMMITTED}) for line in lines] == expected
+    assert sum(WHEN_COMMITTED in line for line in lines) >= 2
     for line in lines:
         assert all(math.isfinite(value) for value in line.values())
         if "train/loss" in line:
@@ -57,8 +60,8 @@ def test_lines_hold_the_documented_numbers(run: Path) -> None:
 def test_tensorboard_shows_the_same(run: Path) -> None:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
-    assert set(board.Tags()["scalars"]) == TRAINING | EVALUATION
-    for key in TRAINING | EVALUATION:
+    assert set(board.Tags()["scalars"]) == TRAINING | EVALUATION | SAVE | {WHEN_COMMITTED}
+    for key in TRAINING | EVALUATION | SAVE:
         events = {event.step: event.value for event in board.Scalars(key)}
         assert len(events) == len(board.Scalars(key))
         assert events == pytest.approx(numbers(run, key), rel=1e-6), key
@@ -94,3 +97,16 @@ def test_learning_rates(schedule: str, rates: dict[int, float]) -> None:
 def test_without_warmup_the_first_step_has_the_peak_rate(schedule: str) -> None:
     config = OptimizerConfig(lr=0.4, warmup=0, schedule=schedule)  # type: ignore[arg-type]
     assert learning_rate(config, 0, 100) == pytest.approx(0.4)
+
+
+def test_every_rank_has_a_log_and_rank_0_has_what_the_terminal_showed(recipe: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    train = ["memshard", "train", str(recipe), "train.eval_every=0", "--run", str(tmp_path / "run"), "--stop-at", "2"]
+    subprocess.run([*torchrun, *train], capture_output=True, text=True, timeout=300)
+    logs = [(tmp_path / f"run/log/rank{rank}.log").read_text() for rank in (0, 1)]
+    for rank, text in enumerate(logs):
+        assert f"rank {rank} of 2 starts at step 0" in text
+        assert re.search(r"INFO .*: step 2: [\d.]+ s a step, [\d.]+ s waiting for data, [\d.]+ s exchanging rows\n", text)
+    assert "parameters   " in logs[0] and "step 2/10  loss" in logs[0] and "step 2/10  loss" not in logs[1]
+    last = [line for line in read_metrics(tmp_path / "run" / METRICS_FILE) if "train/loss" in line][-1]
+    assert 0 < last["speed/exchange"] < 1

@@ -3,8 +3,6 @@
 import argparse
 import logging
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,9 @@ from memshard.trainer.stop_signal import PREEMPTED, StopSignal
 if TYPE_CHECKING:
     from memshard.trainer.estimate import Estimate
     from memshard.trainer.run import Run
+
+
+log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.stop_at is not None and args.stop_at < 1:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
+    from memshard.launch.rank_log import rank_log
     from memshard.trainer.failure import lost_each_other, name_culprit
     from memshard.trainer.heartbeat import Heartbeat
     from memshard.trainer.loop import train
@@ -49,9 +51,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             prepared = set_up(recipe, folder, device)
         if prepared.ranks > 1:
             stop.last_words = True
-        with _log_file(prepared), Heartbeat(prepared), stop:
+        with rank_log(prepared), Heartbeat(prepared), stop:
             if prepared.rank == 0:
-                print(opening(prepared, ranks.launcher), flush=True)
+                text = opening(prepared, ranks.launcher)
+                print(text, flush=True)
+                log.info("%s", text)
             try:
                 result = train(prepared, args.stop_at, stop)
             except Exception as error:
@@ -139,22 +143,3 @@ def run_folder(args: argparse.Namespace) -> Path:
         return Path(args.folder)
     named = Path(args.recipe)
     return named if named.is_dir() else Path("runs") / named.stem
-
-
-@contextmanager
-def _log_file(prepared: "Run") -> Iterator[None]:
-    """Warnings and errors of this rank go to log/rank<N>.log in the run's folder, as well as to standard error."""
-    folder = prepared.folder / "log"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{prepared.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.captureWarnings(True)
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    except Exception:
-        logging.getLogger(__name__).exception("the run failed at step %d", prepared.progress.step)
-        raise
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

@@ -1,6 +1,7 @@
 """Saving while training goes on."""
 
 import threading
+import time
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,8 @@ class BackgroundSave:
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.seconds: float | None = None
+        """How long the last save took, until it was committed."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -35,12 +38,14 @@ class BackgroundSave:
         """Await the save before, begin this one, and return once the tensors may change; see `save_checkpoint`."""
         self.wait()
         free, state = threading.Event(), deepcopy(state)
+        begun = time.perf_counter()
 
         def save() -> None:
             try:
                 save_checkpoint(
                     folder, tensors, state, files, group=self.group, in_place=in_place, free=free.set, committed=committed
                 )
+                self.seconds = time.perf_counter() - begun
             except BaseException as error:  # handed to the thread that waits
                 self._error = error
             finally:
