@@ -120,9 +120,10 @@ def suggestion(recipe: Recipe, site: Site) -> tuple[dict[str, Any], float] | Non
                 made = {key: value for key, value in settings.items() if value != _get(recipe, key)}
                 found.append((made, seconds))
         if found:
-            # Below a tenth the model of time knows no better than chance: then the fewest changes.
+            # Below a tenth the model of time knows no better than chance: then the fewest changes, and best none that needs fairscale.
             fastest = min(seconds for _, seconds in found)
-            return min((each for each in found if each[1] <= 1.1 * fastest), key=lambda each: (len(each[0]), each[1]))
+            equal = (each for each in found if each[1] <= 1.1 * fastest)
+            return min(equal, key=lambda each: (len(each[0]), "parallel.tensor" in each[0], each[1]))
     return None
 
 
