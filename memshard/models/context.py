@@ -19,6 +19,7 @@ class Context:
     padding: [batch, length] bool or None, True for real tokens.
     random: key of this pass's draws; None draws nothing (evaluation, or a model without dropout).
     part: the same facts of this rank's piece of the sequence, where ranks share its tokens; None where one sees them all.
+    filler: how many tokens at the end only make such pieces equal.
     """
 
     positions: Tensor
@@ -26,6 +27,7 @@ class Context:
     padding: Tensor | None = None
     random: RandomKey | None = None
     part: "Context | None" = None
+    filler: int = 0
 
     @property
     def own(self) -> "Context":

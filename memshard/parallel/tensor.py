@@ -203,7 +203,7 @@ def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
         ctx = replace(ctx, positions=positions, documents=documents, padding=None if ctx.padding is None else real)
     part = Context(own_piece(ctx.positions, ranks), padding=None if real is None else own_piece(real, ranks), random=ctx.random)
-    return tokens, replace(ctx, part=part)
+    return tokens, replace(ctx, part=part, filler=missing)
 
 
 def _logits(x: Tensor, weight: Tensor, spec: ShardSpec) -> Tensor:

@@ -70,5 +70,5 @@ class LossScale:
 
     def restore(self, state: dict[str, float]) -> None:
         """Go on from a checkpoint; from the initial scale if that was trained in other arithmetic."""
-        if self.dynamic and state:
-            self.value, self.clean_steps = state["value"], int(state["clean_steps"])
+        if self.dynamic:
+            self.value, self.clean_steps = state.get("value", self.config.initial), int(state.get("clean_steps", 0))

@@ -190,11 +190,12 @@ class Run:
         if left.rewinds >= guards.rewinds:
             raise RuntimeError(
                 f"the loss spiked again at step {left.step} after {left.rewinds} rewinds (guards.rewinds): "
-                "lower optimizer.lr or tables.lr, or look at the data there"
+                "begin another run (init_from) at an earlier checkpoint, with a lower optimizer.lr or tables.lr, or look at the data there"
             )
         self.saving.wait()
         root = self.folder / CHECKPOINTS
-        self._load(from_first(self._rewind_target(root)))
+        # One rank looks, as in `save`.
+        self._load(from_first(self._rewind_target(root) if self.rank == 0 else None))
         self.progress = replace(
             self.progress,
             spikes=left.spikes,
@@ -205,9 +206,9 @@ class Run:
         self._ahead = None
 
     def _rewind_target(self, root: Path) -> Path:
-        """The checkpoint to go back to; rank 0 removes a later one, which is not of the branch that is to be."""
+        """The checkpoint to go back to; removes a later one, which is not of the branch that is to be. For rank 0."""
         found = committed(root)
-        if len(found) > 1 and found[-1] == checkpoint_folder(root, self.progress.rewound_to or 0) and self.rank == 0:
+        if len(found) > 1 and found[-1] == checkpoint_folder(root, self.progress.rewound_to or 0):
             remove(found.pop())
         return found[-1]
 

@@ -90,7 +90,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     hopeless = _hopeless(run, infinite and not out_of_range)
     rewind = guards.loss_spike == "rewind" and (spiked or bool(hopeless))
     if hopeless and not rewind:
-        advice = "lower optimizer.lr or tables.lr, or resume an earlier checkpoint"
+        advice = "begin another run (init_from) at an earlier checkpoint, with a lower optimizer.lr or tables.lr"
         raise RuntimeError(f"{hopeless} (norm {float(norm)}, loss {batch_loss}): {advice}")
     every = run.recipe.parallel.checksum_every
     if every and progress.step % every == 0:

@@ -235,3 +235,21 @@ def test_a_sample_of_the_grid(world: int) -> None:
 @pytest.mark.parametrize("ranks", GRID)
 def test_the_whole_grid(ranks: tuple[int, int]) -> None:
     check(ranks[0] * ranks[1], points(*ranks))
+
+
+def _hashed(rank: int, world: int) -> Tensor:
+    """Logits of 16 tokens, which three ranks fill up to 18: of so many, LSH would make more buckets."""
+    config = tiny_config(dim=12, memory={"layers": ()})
+    mixer = MixerConfig(kind="lsh", heads=3, chunk=2)
+    model = tiny_model(replace(config, mixer=mixer, feedforward=FeedForwardConfig(hidden=24)))
+    apply(model, build_mesh("cpu", tensor=world))
+    with torch.no_grad():
+        logits = model(tiny_tokens(2, 16))[0]
+    if tensor := sys.modules.get("memshard.parallel.tensor"):
+        tensor.leave()
+    return logits
+
+
+def test_a_sequence_that_is_filled_up_is_hashed_as_it_was() -> None:
+    parts = run_distributed(_hashed, 3)
+    torch.testing.assert_close(torch.cat(parts, -1)[..., : tiny_config().vocab_size], _hashed(0, 1))

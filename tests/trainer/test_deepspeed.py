@@ -109,6 +109,20 @@ def test_a_checkpoint_goes_from_engine_to_engine_and_back(recipe: Path, tmp_path
             torch.testing.assert_close(deepspeed_6[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def _stream_dtypes(rank: int, world: int, recipe: Path, folder: Path) -> list[torch.dtype]:
+    settings = (DEEPSPEED, "train.zero=1", "train.precision=bf16", "parallel.tensor=2", "model.position=rotary", "model.memory.layers=[]")
+    run = prepare(recipe, folder, *settings)
+    found: list[torch.dtype] = []
+    for block in run.model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].dtype))
+    train_step(run)
+    return found
+
+
+def test_the_residual_stream_of_tensor_parallel_ranks_is_fp32(recipe: Path, tmp_path: Path) -> None:
+    assert run_distributed(_stream_dtypes, 2, recipe, tmp_path / "run") == [[torch.float32] * 2] * 2
+
+
 def _overflow(rank: int, world: int, recipe: Path, folder: Path) -> list[list[float]]:
     _allow_fp16()
     return [overflow_on_one_rank(rank, world, recipe, folder / zero, DEEPSPEED, f"train.zero={zero}") for zero in ("1", "2")]

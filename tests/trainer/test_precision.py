@@ -34,6 +34,8 @@ def test_the_scale_falls_with_each_overflow_and_grows_after_a_while_without() ->
     assert scale.value == 2 and not scale.exhausted
     scale.update(True)
     assert scale.exhausted
+    scale.restore({})  # a rewind to what bf16 has trained
+    assert scale.value == 8 and scale.clean_steps == 0
 
 
 def test_other_arithmetic_has_no_scale() -> None:

@@ -128,10 +128,14 @@ class LSHMixer(nn.Module):
 
     def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
         q, v = self._project(x, heads)
-        if self.rule != "strict" and (numbers is not None or ctx.padding is not None):
-            raise ValueError(f"model.mixer.rule {self.rule} knows neither documents nor padding: use strict")
+        if self.rule != "strict" and (numbers is not None or ctx.padding is not None or ctx.filler):
+            raise ValueError(
+                f"model.mixer.rule {self.rule} knows neither documents nor padding (which parallel.tensor adds unless it divides "
+                "data.length): use strict"
+            )
         seed = fold(self.seed, ctx.random.step) if self.resample and ctx.random is not None else self.seed
-        groups = self._groups(q, heads, self.buckets or bucket_count(x.shape[1], self.chunk), numbers, ctx.padding, seed)
+        buckets = self.buckets or bucket_count(x.shape[1] - ctx.filler, self.chunk)
+        groups = self._groups(q, heads, buckets, numbers, ctx.padding, seed)
         return self._attend(q, _unit(q), v, groups).transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:

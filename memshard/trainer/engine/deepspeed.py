@@ -257,7 +257,7 @@ def _import(device: torch.device) -> ModuleType:
 def _compute_in(dtype: torch.dtype, model: nn.Module, device: torch.device) -> None:
     """Make a model whose parameters become 16-bit compute as under autocast: residual stream and norms in fp32."""
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if hasattr(module, "embedding_dim"):  # fairscale's piece of an embedding is no nn.Embedding
             module.register_forward_hook(lambda _, __, x: x.float())
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.forward = partial(_wide_norm, module)  # type: ignore[method-assign]
