@@ -5,6 +5,7 @@ import logging
 import pickle
 import resource
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def test_where_all_are_damaged_the_newest_is_named(recipe: Path, tmp_path: Path,
     error = capfd.readouterr().err
     assert "step-00000004 is damaged (state.json does not match its hash)" in error and "delete that folder" in error
     assert len(committed(tmp_path / "run/checkpoints")) == 2
+
+
+def test_a_save_beside_training_hides_no_warnings_of_it(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="of a step"):
+        save_checkpoint(tmp_path / "step-00000001", {"x": torch.ones(2)}, {}, [], free=lambda: warnings.warn("of a step", stacklevel=1))
 
 
 class _Code:

@@ -58,14 +58,14 @@ def save_checkpoint(
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+    _expect_one_process()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.save(
-                tensors,
-                storage_writer=PieceWriter(temporary, in_place, free),
-                process_group=group,
-                no_dist=not dist.is_initialized(),
-            )
+        dcp.save(
+            tensors,
+            storage_writer=PieceWriter(temporary, in_place, free),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
     except CheckpointException as error:
         raise OSError(f"{temporary} could not be written ({_reason(error)}): is the disk full?") from error
     with _same_outcome(group, f"{temporary} could not be written"):
@@ -75,6 +75,11 @@ def save_checkpoint(
             (temporary / _STATE).write_text(json.dumps(state, indent=1))
             _commit(temporary, folder)
             committed()
+
+
+def _expect_one_process() -> None:
+    """Keep DCP from warning where there is one. For good: on a thread, `catch_warnings` would hide the warnings of all others."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def _commit(temporary: Path, folder: Path) -> None:
@@ -110,9 +115,9 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) 
     """
     alone = alone or not dist.is_initialized()
     index = index_of(folder) if alone else _from_first(lambda: index_of(folder))
+    _expect_one_process()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(tensors, storage_reader=PieceReader(folder, index), no_dist=alone)
+        dcp.load(tensors, storage_reader=PieceReader(folder, index), no_dist=alone)
     except CheckpointException as error:
         raise DamagedCheckpoint(folder, _reason(error)) from error
 
