@@ -36,7 +36,9 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: in
     """
     if not 1 <= window <= chunk:
         raise ValueError(f"a window of {window} tokens over chunks of {chunk}: the window must be between 1 and the chunk")
-    return _Banded.apply(q, k, v, groups, window, chunk, itself)
+    # Autocast would take sums of weights, too, in half precision.
+    with torch.autocast(v.device.type, enabled=False):
+        return _Banded.apply(q, k, v, groups, window, chunk, itself)
 
 
 class _Banded(torch.autograd.Function):
