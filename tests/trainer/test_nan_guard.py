@@ -73,7 +73,7 @@ def _skip_and_go_on(rank: int, world: int, recipe: Path, folder: Path) -> dict[s
         patch.setattr(run.engine, "backward", _poisoned(run, _poison_read))
         train_step(run)
         train_step(run)
-        with pytest.raises(RuntimeError, match=r"^3 steps in a row, up to step 8, had a gradient that is not finite.*: lower"):
+        with pytest.raises(RuntimeError, match=r"^3 steps in a row, up to step 8, had a gradient that is not finite.*: begin"):
             train_step(run)
     return {name: value for name, value in snapshot(run).items() if ".values." not in name}
 
