@@ -46,7 +46,8 @@ def test_lines_hold_the_documented_numbers(run: Path) -> None:
     for step in range(1, 11):
         expected += [(step, TRAINING)] + [(step, EVALUATION)] * (step in (4, 8, 10)) + [(step, SAVE)] * (step % 2 == 0)
     assert [(line["step"], set(line) - {"step", WHEN_COMMITTED}) for line in lines] == expected
-    assert sum(WHEN_COMMITTED in line for line in lines) >= 2
+    # Of the save at step 6 at the latest when the one at step 8 has waited for it.
+    assert any(WHEN_COMMITTED in line for line in lines if line["step"] > 6)
     for line in lines:
         assert all(math.isfinite(value) for value in line.values())
         if "train/loss" in line:
