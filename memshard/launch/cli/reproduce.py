@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memshard.launch.cli.outcome import UsageError, usage_errors
-
-_SCALES = ("smoke", "small", "full")
+from memshard.search.reproduce import catalogue
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,7 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("reproduce", help="run a paper's experiment: table, plot, JSON")
     parser.add_argument("name", nargs="?", metavar="NAME", help="experiment; --list shows them")
     parser.add_argument("--list", action="store_true", help="what can be reproduced, and what it costs")
-    parser.add_argument("--scale", choices=_SCALES, default="small", help="smoke (minutes), small (default; hours), full (as published)")
+    parser.add_argument(
+        "--scale", choices=catalogue.SCALES, default="small", help="smoke (minutes), small (default; hours), full (as published)"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of results (default runs/reproduce/NAME)")
     parser.add_argument("--workers", type=int, help="points run side by side, one thread each (default: the machine's cores)")
     parser.set_defaults(run=run)
@@ -23,8 +24,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List, or run what is missing and write the report."""
-    from memshard.search.reproduce import catalogue
-
     if args.list:
         found = {name: catalogue.find(name) for name in catalogue.names()}
         if not args.json:

@@ -38,8 +38,14 @@ def join(x: Tensor, length: int) -> Tensor:
     return x.flatten(2, 3)[:, :, :length]
 
 
-def fading(log_decay: Tensor | None, resets: Tensor | None, chunk: int) -> Fading | None:
-    """How writes fade; None if they do not.
+def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    """The state before the first token, [B, H, D, M], in the dtype of all arithmetic: zero if there was none."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return v.new_zeros(*v.shape[:2], q.shape[-1], v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
+
+
+def fading(log_decay: Tensor | None, resets: Tensor | None, chunk: int, dtype: torch.dtype) -> Fading | None:
+    """How writes fade, in `dtype`; None if they do not.
 
     log_decay: [B, H, L], at most 0: the state is multiplied by its exponential before a token reads or writes. resets:
     [B, L] bool, True where a token starts anew, with an empty state.
@@ -54,8 +60,8 @@ def fading(log_decay: Tensor | None, resets: Tensor | None, chunk: int) -> Fadin
         causal = pair.tril()
     if log_decay is None:
         assert causal is not None
-        return Fading(causal.float(), carried[..., None].float(), kept[..., None].float(), carried[..., -1, None, None].float())
-    total = cut(log_decay, chunk).cumsum(-1)
+        return Fading(*(x.to(dtype) for x in (causal, carried[..., None], kept[..., None], carried[..., -1, None, None])))
+    total = cut(log_decay.to(dtype), chunk).cumsum(-1)
     if causal is None:
         causal = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).tril()
         carried = kept = torch.ones((), dtype=torch.bool, device=total.device)

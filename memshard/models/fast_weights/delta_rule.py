@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memshard.models.fast_weights.chunks import Fading, cut, fading, join
+from memshard.models.fast_weights.chunks import Fading, cut, fading, join, start
 
 
 def delta_rule(
@@ -37,18 +37,14 @@ def delta_rule(
     Returns [B, H, L, M] in v's dtype and the state after the last token. Arithmetic and state are fp32, or fp64 if v is;
     memory grows with L (D + M) + L / chunk D M.
     """
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    length = v.shape[2]
-    chunk = max(1, min(chunk, length))
-    if state is None:
-        state = v.new_zeros(*v.shape[:2], q.shape[-1], v.shape[-1], dtype=dtype)
+    state, length = start(q, v, state), v.shape[2]
     if not length:
-        return v, state.to(dtype)
+        return v, state
+    chunk = min(chunk, length)
     with torch.autocast(v.device.type, enabled=False):
-        faded = fading(None if log_decay is None else log_decay.to(dtype), resets, chunk)
-        parts = (faded.pair, faded.carried, faded.kept, faded.whole) if faded else (None,) * 4
-        blocks = [cut(x.to(dtype), chunk) for x in (q, k, v, beta[..., None])]
-        out, state = _DeltaRule.apply(*blocks, state.to(dtype), *(part if part is None else part.to(dtype) for part in parts))
+        faded = fading(log_decay, resets, chunk, state.dtype)
+        blocks = [cut(x.to(state.dtype), chunk) for x in (q, k, v, beta[..., None])]
+        out, state = _DeltaRule.apply(*blocks, state, *((None,) * 4 if faded is None else vars(faded).values()))
     return join(out, length).to(v.dtype), state
 
 

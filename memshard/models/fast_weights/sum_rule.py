@@ -7,7 +7,7 @@ are those of `chunks`.
 import torch
 from torch import Tensor
 
-from memshard.models.fast_weights.chunks import cut, fading, join
+from memshard.models.fast_weights.chunks import cut, fading, join, start
 
 
 def sum_rule(
@@ -23,25 +23,22 @@ def sum_rule(
 
     Arguments, result and precision as there, without beta.
     """
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    length = v.shape[2]
-    chunk = max(1, min(chunk, length))
-    if state is None:
-        state = v.new_zeros(*v.shape[:2], q.shape[-1], v.shape[-1], dtype=dtype)
+    state, length = start(q, v, state), v.shape[2]
     if not length:
-        return v, state.to(dtype)
+        return v, state
+    chunk = min(chunk, length)
     with torch.autocast(v.device.type, enabled=False):
-        faded = fading(None if log_decay is None else log_decay.to(dtype), resets, chunk)
-        queries, keys, values = (cut(x.to(dtype), chunk) for x in (q, k, v))
+        faded = fading(log_decay, resets, chunk, state.dtype)
+        queries, keys, values = (cut(x.to(state.dtype), chunk) for x in (q, k, v))
         scores = queries @ keys.mT
-        inside = (scores.tril() if faded is None else scores * faded.pair.to(dtype)) @ values
-        added = (keys if faded is None else keys * faded.kept.to(dtype)).mT @ values
-        whole = [None] * added.shape[2] if faded is None else list(faded.whole.to(dtype).unbind(2))
-        state, starts = state.to(dtype), []
+        inside = (scores.tril() if faded is None else scores * faded.pair) @ values
+        added = (keys if faded is None else keys * faded.kept).mT @ values
+        whole = [None] * added.shape[2] if faded is None else list(faded.whole.unbind(2))
+        starts = []
         for new, kept in zip(added.unbind(2), whole, strict=True):
             starts.append(state)
             state = (state if kept is None else kept * state) + new
-        out = (queries if faded is None else queries * faded.carried.to(dtype)) @ torch.stack(starts, 2) + inside
+        out = (queries if faded is None else queries * faded.carried) @ torch.stack(starts, 2) + inside
     return join(out, length).to(v.dtype), state
 
 

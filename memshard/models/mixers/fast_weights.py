@@ -44,10 +44,6 @@ class FastWeightState:
     length: int = 0
     latest: _Writes | None = None
 
-    def detach(self) -> "FastWeightState":
-        """The state without the graph of what wrote it, for text carried from one step to the next."""
-        return FastWeightState(self.memory.detach(), self.documents, self.length)
-
 
 class FastWeightMixer(nn.Module):
     """Causal linear attention by the sum rule or the delta rule.
