@@ -1,6 +1,10 @@
 """Experiments of papers: they go on where they stopped, and find what the paper found."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,26 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path) -> N
     assert "2 points, 1 to run" in " ".join(said)
     assert [row["result"] for row in again["points"]] == [row["result"] for row in whole["points"]]
     assert {"result.json", "report.md", "capacity.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "memshard", "reproduce", "fast_weights/capacity", "--scale", "full", "--workers", "1"]
+    with subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+
+        def children() -> list[str]:
+            return Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+
+        _until(lambda: len(children()) == 2)
+        workers = children()
+        parent.kill()
+    _until(lambda: not any(Path("/proc", worker).exists() for worker in workers))
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", catalogue.names())

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -49,7 +50,7 @@ def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Call
 def _results(name: str, points: list[Point], workers: int) -> Any:
     """(point, result, seconds) of every point as it is done."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _one_thread) as pool:
+    with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
         waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {pool.submit(_run, name, point): point for point in points}
         try:
             while waiting:
@@ -60,8 +61,17 @@ def _results(name: str, points: list[Point], workers: int) -> Any:
             pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _prepare_worker() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent can't stop its workers, which would go on for hours."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(name: str, point: Point) -> tuple[dict[str, Any], float]:
