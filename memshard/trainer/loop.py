@@ -28,7 +28,7 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     """
     settings, guards = run.recipe.train, run.recipe.guards
     last = min(settings.steps, stop_at or settings.steps)
-    metrics = Metrics(run.folder if run.rank == 0 else None, run.progress.step, settings.steps)
+    metrics = Metrics(run)
     meter = Meter(run)
     if guards.loss_spike == "rewind":
         run.save()  # something to go back to
@@ -49,7 +49,7 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                     with _patience(run):
                         run.rewind()
                     metrics.close()
-                    metrics = Metrics(run.folder if run.rank == 0 else None, run.progress.step, settings.steps)
+                    metrics = Metrics(run)
                     metrics.say(f"back to step {run.progress.step}, rewind {run.progress.rewinds} of {guards.rewinds}")
                     meter.restart()
                     continue

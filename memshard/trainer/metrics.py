@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
 import json
 import logging
@@ -11,21 +11,22 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from memshard.trainer import weights_and_biases
+from memshard.trainer.run import Run
+
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Rank 0's writer; other ranks pass folder=None and write nothing.
+    """Rank 0's writer; other ranks write nothing. Lines after the step a run (re)starts from, which an earlier one left, are dropped."""
 
-    first: the step the run (re)starts from; lines of later steps, which an interrupted run left behind, are dropped.
-    """
-
-    def __init__(self, folder: Path | None, first: int, steps: int) -> None:
-        self.enabled = folder is not None
-        if folder is None:
+    def __init__(self, run: Run) -> None:
+        self.enabled = run.rank == 0
+        if not self.enabled:
             return
+        folder, first, settings = run.folder, run.progress.step, run.recipe.train
         path = folder / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
         temporary = path.with_suffix(".tmp")  # a kill must not cost the lines that are kept
@@ -33,8 +34,9 @@ class Metrics:
         os.replace(temporary, path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        self._wandb = weights_and_biases.begin(folder, run.recipe, kept) if settings.wandb else None
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=first, total=steps, unit="step", dynamic_ncols=True, disable=not terminal)
+        self._bar = tqdm(initial=first, total=settings.steps, unit="step", dynamic_ncols=True, disable=not terminal)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the numbers of a step, counted from 1."""
@@ -46,6 +48,8 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
         if "train/loss" in values:
             self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
 
@@ -71,6 +75,8 @@ class Metrics:
             self._bar.close()
             self._file.close()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

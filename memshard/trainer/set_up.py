@@ -27,6 +27,7 @@ from memshard.trainer.precision import LossScale, compute_dtype, store_tables
 from memshard.trainer.run import Run
 from memshard.trainer.run_folder import check_identity, write_config
 from memshard.trainer.tasks.language_model import LanguageModelTask
+from memshard.trainer.weights_and_biases import check_installed
 
 if TYPE_CHECKING:
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine
@@ -41,6 +42,8 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     recipe = resolve(recipe)
     assert recipe.model.vocab_size is not None
     check_identity(folder, recipe)
+    if recipe.train.wandb:
+        check_installed()
     data = recipe.data
     by_epochs = data.mixture_by == "epochs"
     stream = open_train(data.path, data.length, recipe.train.batch, recipe.train.seed, data.damage_tolerance, data.mixture, by_epochs)

@@ -101,6 +101,9 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two lines of metrics."""
 
+    wandb: str | None = None
+    """Project at Weights & Biases to send the lines to (pip install 'memshard[wandb]'), next to metrics.jsonl and TensorBoard."""
+
     eval_every: int = 200
     """Steps between two evaluations on held-out text; 0 evaluates only at the end."""
 
