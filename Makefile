@@ -9,7 +9,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
 endif
 
-.PHONY: .venv demo check test test-all test-cluster bench clean
+.PHONY: .venv demo check test test-all test-cluster reproduce-smoke bench clean
 
 .venv: .venv/installed
 
@@ -45,6 +45,10 @@ test: $(ENVIRONMENT)
 
 test-all: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -q -n 2
+
+# Every experiment of the papers at its smallest size; part of test-all.
+reproduce-smoke: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -q tests/search/test_reproduce_smoke.py
 
 # A real SLURM, sshd and network namespaces on this machine; .ci/run installs what they need.
 test-cluster: $(ENVIRONMENT)

@@ -1,5 +1,6 @@
 """Builds a run from its recipe."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.stream.open import open_held_out, open_train
+from memshard.models.config import ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.table import ValueTable, find_tables
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 
 
-def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
+def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[ModelConfig], Transformer] = Transformer) -> Run:
     """Build the run and resume it where its folder holds a checkpoint. All ranks call it with the same recipe.
 
+    build: makes the model; one that puts other layers in serves comparisons.
     ValueError or FileNotFoundError for whatever is the user's to mend; nothing is written to the folder before all is well.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -53,7 +56,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device) -> Run:
     mesh = build_mesh(device.type, recipe.parallel.memory, recipe.parallel.tensor)
     layout = layout_choice(recipe, ranks)
     with torch.device("meta"):
-        model = Transformer(recipe.model)
+        model = build(recipe.model)
     placement = apply(model, mesh, layout.layout, layout.exchange)
     store_tables(model, recipe.tables.dtype)
     for _, table in find_tables(model):

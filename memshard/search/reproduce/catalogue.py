@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args
 
 Scale = Literal["smoke", "small", "full"]
@@ -14,6 +14,8 @@ Point = dict[str, Any]
 _HOMES = {
     "fast_weights/capacity": "memshard.search.reproduce.retrieval_capacity",
     "fast_weights/update": "memshard.search.reproduce.retrieval_update",
+    "pkm/headline": "memshard.search.reproduce.pkm:HEADLINE",
+    "pkm/keys": "memshard.search.reproduce.pkm:KEYS",
     "reformer/duplication": "memshard.search.reproduce.reformer_duplication",
     "reformer/images": "memshard.search.reproduce.reformer_images",
     "reformer/lengths": "memshard.search.reproduce.reformer_lengths",
@@ -45,5 +47,6 @@ def find(name: str) -> Experiment:
     """The experiment of that name. ValueError if there is none."""
     if name not in _HOMES:
         raise ValueError(f"there is no experiment {name}: choose one of {', '.join(_HOMES)}")
-    experiment: Experiment = import_module(_HOMES[name]).EXPERIMENT
+    home = _HOMES[name]
+    experiment: Experiment = resolve_name(home if ":" in home else f"{home}:EXPERIMENT")
     return experiment

@@ -108,7 +108,14 @@ def _uncached_rate(model: Transformer, images: Tensor, half: int, tokens: int = 
 
 
 def _points(scale: Scale) -> list[Point]:
-    return [{**_COMMON, **_SIZES[scale], "data": "data/images", "run": f"runs/reformer_images_{scale}"}]
+    return [
+        {
+            **_COMMON,
+            **_SIZES[scale],
+            "data": "data/smoke_images" if scale == "smoke" else "data/images",
+            "run": f"runs/reformer_images_{scale}",
+        }
+    ]
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:

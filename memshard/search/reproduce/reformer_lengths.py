@@ -1,7 +1,6 @@
 """Time against length at equal tokens: full attention and LSH attention of 1, 2, 4, 8 rounds (Kitaev et al. 2020, figure 5, right)."""
 
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from memshard.models.initialize import initialize
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.mixers.softmax import SoftmaxMixer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
+from memshard.search.reproduce.clock import now
 from memshard.search.reproduce.curves import lines
 
 _ROUNDS = (1, 2, 4, 8)
@@ -38,18 +38,11 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         initialize(layer.to(device), 0)
     for turn in range(point["repeats"] + 1):
         for kind, layer in layers.items():
-            begun = _now(device)
+            begun = now(device)
             layer(x, ctx)[0].sum().backward()
             if turn:
-                seconds[kind].append(_now(device) - begun)
+                seconds[kind].append(now(device) - begun)
     return {kind: statistics.median(values) for kind, values in seconds.items()}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def _points(scale: Scale) -> list[Point]:

@@ -99,7 +99,9 @@ def _versions() -> dict[str, Any]:
 
 
 def _text(values: dict[str, Any]) -> str:
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items() if not isinstance(value, list)}
+    shown = {
+        key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items() if not isinstance(value, list | dict)
+    }
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 

@@ -1,0 +1,101 @@
+"""Table and picture of an experiment with memories: perplexity against parameters and time, usage and KL."""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memshard.search.reproduce.catalogue import Point
+from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = list[tuple[Point, dict[str, Any]]]
+
+
+def report(rows: Rows, folder: Path, name: str, published: dict[str, str]) -> str:
+    """Markdown; draws `name`.png. published: what the paper says of a model, by label."""
+    learned: dict[str, list[dict[str, Any]]] = {}
+    for point, result in rows:
+        if "clock" not in point:
+            learned.setdefault(point["label"], []).append(result)
+    clocks = [(point, result) for point, result in rows if "clock" in point]
+    first, *_ = learned
+    seeds = len(learned[first])
+    text = f"Held-out text; mean +- standard deviation of {seeds} seeds. Gain: over {first}, seed by seed, nats a token.\n\n"
+    text += "| model | perplexity | gain | dense | table | usage | KL | published |\n|---|---|---|---|---|---|---|---|\n"
+    for label, results in learned.items():
+        gains = [base["loss"] - result["loss"] for base, result in zip(learned[first], results, strict=True)]
+        cells = [label, _spread([result["perplexity"] for result in results], ".2f")]
+        cells += ["" if label == first else _spread(gains, "+.4f"), *(f"{results[0][kind] / 1e6:.2f} M" for kind in ("dense", "table"))]
+        used = "usage" in results[0]
+        cells.append(_spread([100 * result["usage"] for result in results], ".1f") + " %" if used else "")
+        cells.append(_spread([result["kl_weighted"] for result in results], ".2f") if used else "")
+        text += f"| {' | '.join([*cells, published.get(label, '')])} |\n"
+    for point, result in clocks:
+        text += "\n" + _clock_table(point, result)
+    _draw(learned, clocks[0][1] if clocks else {}, folder / f"{name}.png")
+    return text + f"\n![{name}]({name}.png)\n"
+
+
+def _spread(values: list[float], digits: str) -> str:
+    deviation = f" +- {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{digits}}{deviation}"
+
+
+def _clock_table(point: Point, result: dict[str, Any]) -> str:
+    """Times and their ratios to the first model's, round by round."""
+    first, *_ = point["models"]
+    text = f"{point['title']}: us a token, medians of {point['clock']} interleaved rounds; ratios to {first}, round by round (range).\n\n"
+    text += "| model | training | ratio | inference | ratio |\n|---|---|---|---|---|\n"
+    for label in point["models"]:
+        cells = [label]
+        for kind in ("training", "inference"):
+            times = result[kind].get(label)
+            base = result[kind].get(first)
+            cells.append(f"{statistics.median(times):.0f}" if times else "")
+            ratios = [time / other for time, other in zip(times, base, strict=True)] if times and base else []
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def _draw(learned: dict[str, list[dict[str, Any]]], clock: dict[str, Any], file: Path) -> None:
+    figure = canvas(13, 4)
+    parameters, speed, use = figure.subplots(1, 3)
+    times = {label: statistics.median(found) for label, found in clock.get("inference", {}).items()}
+    sizes = {label: (results[0]["dense"] + results[0]["table"]) / 1e6 for label, results in learned.items()}
+    _scatter(parameters, sizes, learned, "million parameters")
+    parameters.set_xscale("log")
+    _scatter(speed, times, learned, "inference, us a token")
+    clean(use)
+    memories = [label for label, results in learned.items() if "usage" in results[0]]
+    places = range(len(memories))
+    use.bar(places, _means(learned, memories, "usage", 100), color=COLORS[0], width=0.6)
+    use.set_ylabel("slots used, % (bars)")
+    use.set_xticks(list(places), memories, rotation=60, fontsize=7, ha="right", rotation_mode="anchor")
+    divergence = use.twinx()
+    divergence.plot(places, _means(learned, memories, "kl_weighted"), "o", color=COLORS[1])
+    divergence.set_ylabel("KL to uniform, nats (dots)")
+    divergence.set_ylim(bottom=0)
+    divergence.spines["top"].set_visible(False)
+    parameters.figure.legend(*parameters.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=6)
+    figure.savefig(file)
+
+
+def _scatter(axes: "Axes", places: dict[str, float], learned: dict[str, list[dict[str, Any]]], name: str) -> None:
+    clean(axes)
+    for number, (label, results) in enumerate(learned.items()):
+        if label in places:
+            found = [result["perplexity"] for result in results]
+            middle = statistics.mean(found)
+            error = [[middle - min(found)], [max(found) - middle]]
+            marker = "osD^v"[number // len(COLORS) % 5]
+            axes.errorbar(places[label], middle, yerr=error, fmt=marker, color=COLORS[number % len(COLORS)], label=label, capsize=3)
+    axes.set_xlabel(name)
+    axes.set_ylabel("perplexity (bars: range of seeds)")
+
+
+def _means(learned: dict[str, list[dict[str, Any]]], labels: Iterable[str], key: str, factor: float = 1) -> list[float]:
+    return [factor * statistics.mean(result[key] for result in learned[label]) for label in labels]

@@ -1,0 +1,38 @@
+"""Every experiment at its tiny scale, from data to picture; `make reproduce-smoke`."""
+
+import email
+import json
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from memshard.launch.cli.main import main
+from memshard.search.reproduce import catalogue
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data of what lies on every machine: text of the standard library, pictures of matplotlib."""
+    folder = tmp_path_factory.mktemp("smoke")
+    text, pictures = str(Path(email.__file__).parent), str(Path(matplotlib.get_data_path(), "images"))
+    sizes = ["--vocab", "512", "--held-out", "2"]
+    assert main(["data", "build", text, "--suffix", ".py", *sizes, "--out", str(folder / "data/smoke")]) == 0
+    assert (
+        main(["data", "build", pictures, "--images", "--image-size", "4", "--held-out", "2", "--out", str(folder / "data/smoke_images")])
+        == 0
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", catalogue.names())
+def test_runs_from_data_to_picture(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["reproduce", name, "--scale", "smoke", "--workers", "1"]) == 0
+    out = folder / "runs/reproduce" / name
+    report = (out / "report.md").read_text()
+    pictures = [path.name for path in out.glob("*.png")]
+    assert len(pictures) == report.count(".png)") and all(f"({picture})" in report for picture in pictures)
+    summary = json.loads((out / "result.json").read_text())
+    assert len(summary["points"]) == len(catalogue.find(name).points("smoke")) and summary["versions"]["torch"]
