@@ -35,13 +35,13 @@ class Context:
         return self.part or self
 
     def pieces(self, size: int) -> Iterator[tuple[slice, "Context"]]:
-        """Stretches of at most `size` of the tokens that this rank holds, all for 0, and what a position-wise layer may know of each."""
+        """Stretches of at most `size` of the tokens that this rank holds, all for 0, and the context of each."""
         own = self.own
         length = own.positions.shape[1]
         for first in range(0, length, size or max(1, length)):
             piece = slice(first, first + (size or length))
-            padding = None if own.padding is None else own.padding[:, piece]
-            yield piece, Context(own.positions[:, piece], padding=padding, random=self.random)
+            documents, padding = (None if field is None else field[:, piece] for field in (own.documents, own.padding))
+            yield piece, Context(own.positions[:, piece], documents, padding, self.random)
 
     @staticmethod
     def of(tokens: Tensor, start: int = 0) -> "Context":

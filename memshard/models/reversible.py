@@ -101,12 +101,12 @@ def reversible_blocks(
 
     x: [batch, length, dim], the start of both streams. check: keep a checksum of every block's input, and compare it with what backward
     rebuilds (RuntimeError if they differ). chunk: of how many tokens of a sequence feedforward and memory are computed at a time, and
-    differentiated at a time; 0 for all. With states, activations are kept: decoding has no backward.
+    differentiated at a time; 0 for all. states: without gradient; those that come back have none either.
     """
     # Sums and differences never give -0, so a stream that begins with it would come back as 0.
     x1 = x2 = grid.round(x) + 0.0
-    if not torch.is_grad_enabled() or states is not None:
-        advanced = []
+    advanced = []
+    if not torch.is_grad_enabled():
         for layer, block in enumerate(blocks):
             change, state = mixer_change(block, grid, x2, ctx, states[layer] if states else None)
             x1 = x1 + change
@@ -115,10 +115,13 @@ def reversible_blocks(
                 advanced.append(state)
         return x1, x2, advanced
     rebuilt: list[Tensor] = []
-    for block in blocks:
+    for layer, block in enumerate(blocks):
         step = _Step(block, grid, ctx, rebuilt, first=block is blocks[0], last=block is blocks[-1], check=check, chunk=chunk)
+        step.state = states[layer] if states else None
         x1, x2 = _ReversibleBlock.apply(step, x1, x2, *trained_tensors(block))
-    return x1, x2, []
+        if step.advanced is not None:
+            advanced.append(step.advanced)
+    return x1, x2, advanced
 
 
 def mixer_change(
@@ -169,6 +172,8 @@ class _Step:
         self.block, self.grid, self.ctx, self.rebuilt = block, grid, ctx, rebuilt
         self.first, self.last, self.check, self.chunk = first, last, check, chunk
         self.replay = Replay()
+        self.state: MixerState | None = None
+        self.advanced: MixerState | None = None
         self.device = ctx.positions.device.type
         self.dtype, self.autocast = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
         self.cached = torch.is_autocast_cache_enabled()
@@ -185,7 +190,8 @@ class _Step:
         compiled = self.block.mixer._compiled_call_impl is not None
         # A half precision copy of a weight made here may have no gradient: nobody after us may find it in autocast's cache.
         with torch.set_grad_enabled(compiled), self.autocast_context(cached=False):
-            y1 = x1 + mixer_change(self.block, self.grid, x2.detach().requires_grad_(compiled), self.ctx)[0].detach()
+            change, self.advanced = mixer_change(self.block, self.grid, x2.detach().requires_grad_(compiled), self.ctx, self.state)
+            y1 = x1 + change.detach()
             leaf = y1.detach().requires_grad_(compiled)
             y2 = _fed(self.block, self.grid, leaf, x2, self.ctx, self.chunk, self.replay).detach()
         if self.block.training:
@@ -211,7 +217,7 @@ class _Step:
                 del change, to_y1, found
         x2.requires_grad_()
         with torch.enable_grad(), self.autocast_context(self.cached):
-            change, _ = mixer_change(self.block, self.grid, x2, self.ctx)
+            change, _ = mixer_change(self.block, self.grid, x2, self.ctx, self.state)
         to_x2, *from_mixer = torch.autograd.grad(change, [x2, *trained], d1, allow_unused=True)
         x1 = y1.detach() - change.detach() if self.last else y1.sub_(change.detach())
         x2 = x2.detach()

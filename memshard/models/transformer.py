@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.block import Block
-from memshard.models.checkpointing import Checkpointing, run_block
+from memshard.models.checkpointing import Checkpointing, checkpointed, run_block
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.feedforward import FeedForward
@@ -20,6 +20,7 @@ from memshard.models.mixers.build import MixerState, build_mixer
 from memshard.models.norm import build_norm
 from memshard.models.position import AxialPositions, near_square, sinusoids
 from memshard.models.random import dropout
+from memshard.models.replay import Replay
 from memshard.models.residual import Residual
 from memshard.models.reversible import Grid, reversible_blocks
 
@@ -49,6 +50,8 @@ class Transformer(nn.Module):
         """Of reversible blocks: compare each block's rebuilt input with a checksum of the true one."""
         self.chunk = 0
         """How many tokens of a sequence feedforwards, memories and the head take at a time; 0 for all."""
+        self.segments = 1
+        """Pieces of a sequence that training takes one after the other, with the mixers' states between them; see `_in_segments`."""
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
         """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
 
@@ -66,6 +69,28 @@ class Transformer(nn.Module):
         which are then computed `chunk` tokens at a time. Returns [batch, length, vocabulary], or [batch, length], and the advanced states.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
+        if self.segments > 1 and targets is not None and torch.is_grad_enabled():
+            return self._in_segments(tokens, ctx, states, targets)
+        return self._pass(tokens, ctx, states, targets)
+
+    def _in_segments(
+        self, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None, targets: Tensor
+    ) -> tuple[Tensor, list[MixerState] | None]:
+        """The losses, piece by piece: gradients flow back through the states, and of a piece only the state before it is kept."""
+        states, losses = states or self.init_states(len(tokens), tokens.shape[1]), []
+        for piece, part in ctx.pieces(-(-tokens.shape[1] // self.segments)):
+            found, states = checkpointed(self._pass, tokens[:, piece], part, states, targets[:, piece])
+            losses.append(found)
+        return torch.cat(losses, 1), list(states)
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        ctx: Context,
+        states: Sequence[MixerState] | None,
+        targets: Tensor | None,
+        replay: Replay | None = None,
+    ) -> tuple[Tensor, list[MixerState] | None]:
         length = tokens.shape[1]
         if self.share_sequence is not None:
             if states:
@@ -76,10 +101,10 @@ class Transformer(nn.Module):
             x1, x2, advanced = reversible_blocks(self.blocks, self.grid, x, ctx, states, self.check_inversion, self.chunk)
             streams = [x1, x2]
         else:
-            checkpointing = self.checkpointing if torch.is_grad_enabled() and states is None else "none"
+            checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
             for layer, block in enumerate(self.blocks):
-                x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None, self.chunk)
+                x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None, self.chunk, replay)
                 if state is not None:
                     advanced.append(state)
             streams = [x]

@@ -26,6 +26,7 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import from_first
 from memshard.parallel.spec import ShardSpec
+from memshard.trainer.carried import Carried
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, find_checkpoints, prune, remove, set_aside
 from memshard.trainer.checkpoint.init_from import init_from
@@ -74,7 +75,7 @@ PHASES = ("starting", *_STEP_PHASES, "evaluating", "saving", "done", "stopped")
 
 @dataclass
 class Run:
-    """A run ready to go on from `progress`. `rows` is None for a model without memory."""
+    """A run ready to go on from `progress`. `rows` is None for a model without memory, `carried` unless states go on from step to step."""
 
     recipe: Recipe
     folder: Path
@@ -91,6 +92,7 @@ class Run:
     task: LanguageModelTask
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
+    carried: Carried | None = None
     saving: BackgroundSave = field(default_factory=BackgroundSave)
     progress: Progress = field(default_factory=Progress)
     phase: str = PHASES[0]
@@ -243,7 +245,7 @@ class Run:
             if memory.key_use is not None:
                 tensors[f"key_share.blocks.{layer}.memory"] = memory.key_use.share
                 tensors[f"key_last_read.blocks.{layer}.memory"] = memory.key_use.last_read
-        return tensors
+        return tensors if self.carried is None else tensors | self.carried.tensors(self.mesh)
 
     def _learned(self) -> dict[str, torch.Tensor]:
         """Weights, and what the optimizers keep for them."""

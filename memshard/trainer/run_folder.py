@@ -15,7 +15,7 @@ _FREE_TO_CHANGE = {
     "data.damage_tolerance",
     "data.workers",
     *(f"train.{key}" for key in ("steps", "micro_batch", "precision", "engine", "zero", "offload", "max_skipped")),
-    *(f"train.{key}" for key in ("compile", "profile", "checkpointing", "chunk", "check_inversion")),
+    *(f"train.{key}" for key in ("compile", "profile", "checkpointing", "chunk", "segments", "check_inversion")),
     *(f"train.{key}" for key in ("log_every", "wandb", "eval_every", "eval_tokens", "save_every", "keep", "keep_every")),
     *(f"train.loss_scale.{key}" for key in ("initial", "growth_interval", "backoff", "minimum")),
     *(f"guards.{key}" for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")),

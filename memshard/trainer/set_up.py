@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.stream.open import open_held_out, open_train
+from memshard.data_pipeline.stream.train import TrainStream
 from memshard.models.config import ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.memory.key_use import KeyUse
@@ -20,6 +21,7 @@ from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
+from memshard.trainer.carried import Carried
 from memshard.trainer.compile import compile_layers
 from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
 from memshard.trainer.engine.native import NativeEngine
@@ -50,6 +52,8 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
     data = recipe.data
     by_epochs = data.mixture_by == "epochs"
     stream = open_train(data.path, data.length, recipe.train.batch, recipe.train.seed, data.damage_tolerance, data.mixture, by_epochs)
+    if recipe.train.carry_state and not isinstance(stream, TrainStream):
+        raise ValueError(f"train.carry_state needs text that goes on from step to step, and {data.path} holds whole records: leave it out")
     held_out = open_held_out(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
@@ -64,7 +68,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
     model.checkpointing, model.check_inversion = recipe.train.checkpointing, recipe.train.check_inversion
-    model.chunk = recipe.train.chunk
+    model.chunk, model.segments = recipe.train.chunk, recipe.train.segments
     for _, memory in model.memories():
         memory.query_norm.deferred = True
         if recipe.tables.revive or recipe.train.key_balance:
@@ -90,6 +94,9 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
         stream=stream,
         held_out=held_out,
     )
+    if recipe.train.carry_state:
+        assert isinstance(stream, TrainStream)
+        run.carried = Carried(model, stream.lanes, stream.continues, run.data_rank, run.data_ranks)
     run.resume()
     run.check_copies()
     if rank == 0:

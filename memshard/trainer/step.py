@@ -59,7 +59,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     for number, batch in enumerate(batches, 1):
         with run.engine.forward_context(last=number == len(batches)):
             with autocast(run.dtype, run.device):
-                loss = run.task.loss(run.engine.model, batch, progress.step) / tokens
+                loss = run.task.loss(run.engine.model, batch, progress.step, run.carried) / tokens
             run.engine.backward(loss, scale)
         total += loss.detach()
 
@@ -106,6 +106,8 @@ def _update(run: Run, norm: Tensor, scale: float) -> float:
         run.rows.step()
     for query_norm in run.query_norms:
         query_norm.commit()
+    if run.carried is not None:
+        run.carried.commit()
     if run.rows is not None:
         for memory, use in run.watched:
             use.commit(run.rows.state[memory.values.anchor]["step"])
@@ -121,6 +123,8 @@ def _skip(run: Run) -> None:
         run.rows.zero_grad()
     for query_norm in run.query_norms:
         query_norm.discard()
+    if run.carried is not None:
+        run.carried.discard()
     for _, use in run.watched:
         use.discard()
     run.progress.skipped += 1

@@ -82,8 +82,11 @@ def test_rows_of_a_lane_continue_each_other(stream: TrainStream) -> None:
 def test_documents_and_positions(data: Path, stream: TrainStream) -> None:
     batch = stream.batch(0, 200)
     ended = batch.inputs == SplitReader(data, "train").index.eos_id
-    expected = ended.cumsum(1) - ended.long()  # <eos> belongs to the document it ends
-    assert torch.equal(batch.documents, expected) and batch.documents.max() > 0
+    within = ended.cumsum(1) - ended.long()  # <eos> belongs to the document it ends
+    assert torch.equal(batch.documents - batch.documents[:, :1], within) and within.max() > 0
+    # A lane's next row goes on with the same number, or one more where the last token ended a document.
+    before, after = batch.documents[:-LANES, -1], batch.documents[LANES:, 0]
+    assert torch.equal(after, before + ended[:-LANES, -1]) and 0 < int((after - before).sum()) < len(before)
     assert torch.equal(batch.positions, torch.arange(LENGTH).expand(200, -1))
 
 

@@ -11,12 +11,12 @@ from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
-from memshard.models.memory.table import externalize_tables
+from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
-from tests.models.passes import assert_same, tiny_context, two_passes
-from tests.models.tiny import tiny_config, tiny_model
+from tests.models.passes import LENGTH, assert_same, tiny_context, two_passes
+from tests.models.tiny import MIXERS, tiny_config, tiny_model, tiny_tokens
 
 _VARIANTS: list[dict[str, Any]] = [
     {"memory": {"layers": ()}, "activation": "swiglu", "norm": "rms"},
@@ -72,6 +72,47 @@ def test_reversible_layers_cost_no_activations(memory: tuple[int, ...]) -> None:
         for value, reference in zip(_bytes("reversible", layers=layers, memory=memory), shallow, strict=True):
             assert value < 1.15 * reference
     assert _bytes(layers=12, memory=memory)[1] > 3 * shallow[1]
+
+
+@pytest.mark.parametrize("which", ["plain", "documents", "padding"])
+@pytest.mark.parametrize("changes", [{"memory": {"query_norm": "layer"}}, {"memory": {"layers": ()}, "dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("mixer", ["linear", "delta", "normalised delta"])
+def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) -> None:
+    """Gradients flow back through the states; tables collect each read once."""
+    model = tiny_model(tiny_config(mixer=MIXERS[mixer], **changes), spread=0.1).train()
+    externalize_tables(model)
+    found = {}
+    for segments in (1, 2, 4):
+        copy = deepcopy(model)
+        copy.segments = segments
+        tokens, ctx = tiny_tokens(3, LENGTH), tiny_context(which)
+        losses, _ = copy(tokens, ctx, targets=tokens.roll(-1, dims=1))
+        losses.sum().backward()
+        gradients = {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
+        reads = sum(len(read.upstream) for _, table in find_tables(copy) for read in table.reads)
+        found[segments] = {"losses": losses.detach(), "reads": torch.tensor(reads)} | gradients
+    for segments in (2, 4):
+        torch.testing.assert_close(found[segments], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_what_segments_save() -> None:
+    """Of 1,024 tokens in 16 pieces: what a forward pass keeps is the losses and some states, and backward holds one piece."""
+
+    def measure(segments: int) -> tuple[int, int]:
+        mixer = MixerConfig(heads=4, kind="delta")
+        model = Transformer(ModelConfig(vocab_size=50, layers=4, dim=64, mixer=mixer, position="none")).train()
+        model.segments = segments
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.arange(1024).view(1, -1) % 50
+        with LiveBytes() as live:
+            losses = model(tokens, targets=tokens)[0]
+            kept = live.now
+            losses.sum().backward()
+        return kept, live.peak
+
+    (whole_kept, whole_peak), (kept, peak) = measure(1), measure(16)
+    assert kept < 0.05 * whole_kept and peak < 0.15 * whole_peak
 
 
 def test_what_checkpointing_saves() -> None:

@@ -3,11 +3,14 @@
 Copies decide in which order autograd adds gradients up: those of a branch first, then that of the stream.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from memshard.models.block import Block
 from memshard.models.context import Context
+from memshard.models.mixers.build import MixerState
 from memshard.models.random import dropout
 from memshard.models.transformer import Transformer
 
@@ -18,7 +21,7 @@ def naive_round(x: Tensor, steps: float = 2.0**14) -> Tensor:
     return x + ((x * steps).round() / steps - x).detach()
 
 
-def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, Tensor]:
     """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
 
     def dropped(y: Tensor, branch: int) -> Tensor:
@@ -26,7 +29,7 @@ def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context) -> tuple[Ten
             return y
         return dropout(y, block.dropout_rate, ctx.random, ctx.positions, block.layer, branch)
 
-    y1 = x1 + naive_round(dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx)[0], 0))
+    y1 = x1 + naive_round(dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx, state)[0], 0))
     h = block.feedforward_residual.norm(y1.clone())
     parts = [block.feedforward(h)] if block.feedforward is not None else []
     if block.memory is not None:
@@ -34,13 +37,13 @@ def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context) -> tuple[Ten
     return y1, x2 + naive_round(dropped(sum(parts[1:], parts[0]), 1))
 
 
-def naive_reversible(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
+def naive_reversible(model: Transformer, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None = None) -> Tensor:
     """The logits of a model with `residual: reversible`, learned positions, without dropout of embeddings."""
     assert model.positions is not None
     x = naive_round(model.embedding(tokens) + model.positions(ctx.positions))
     y1, y2 = x.clone(), x.clone()
-    for block in model.blocks:
-        y1, y2 = naive_block(block, y1, y2, ctx)
+    for layer, block in enumerate(model.blocks):
+        y1, y2 = naive_block(block, y1, y2, ctx, states[layer] if states else None)
     x = (y1 + y2) / 2 if model.head is None else torch.cat((y1, y2), dim=-1)
     x = model.norm(x)
     return model.embedding.logits(x) if model.head is None else model.head(x)

@@ -83,6 +83,18 @@ def _compare(model: Transformer, dtype: torch.dtype, which: str = "plain") -> No
     assert all(ours[f"gradient of {name}"].any() for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_a_state_from_before(kind: Any) -> None:
+    """Of which nothing has a gradient."""
+    model = _model(hidden=True, mixer=MixerConfig(heads=2, kind=kind))
+    with torch.no_grad():
+        states = model(tiny_tokens(3, LENGTH, seed=9), tiny_context(), model.init_states(3, LENGTH))[1]
+    model.check_inversion = True
+    twin = deepcopy(model)
+    ours = two_passes(model, lambda *call: model(*call[1:], states)[0], tiny_context("documents"))
+    assert_same(ours, two_passes(twin, partial(naive_reversible, states=states), tiny_context("documents")))
+
+
 @pytest.mark.parametrize("which", ["documents", "padding"])
 def test_masks_and_dropout(which: str) -> None:
     model = _model(True, memory={"mode": "add"})

@@ -13,8 +13,8 @@ class Batch(NamedTuple):
     """Rows of tokens; all tensors int64.
 
     inputs [n, length]; targets [n, length], the next token or IGNORE where there is none to predict; documents
-    [n, length], number of the document within the row, from 0; positions [n, length], 0 to length - 1; samples [n],
-    global sample numbers, -1 for filler rows.
+    [n, length], place of the document in the stream's order, which rows that follow one another share; positions [n, length], 0 to
+    length - 1; samples [n], global sample numbers, -1 for filler rows.
     """
 
     inputs: Tensor

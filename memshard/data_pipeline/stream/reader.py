@@ -51,7 +51,7 @@ class SplitReader:
         """Cut rows of `count` tokens out of a stream of documents.
 
         order: int64 [documents], the stream's documents; starts: int64 [documents + 1], where each begins in the stream;
-        begins: int64 [n], where each row begins. Returns tokens and document numbers within the row (from 0), both
+        begins: int64 [n], where each row begins. Returns tokens and the place of each one's document in `order`, both
         int64 [n, count], and bool [n, count], where tokens are masked; past the stream's end tokens are <eos>.
         """
         ends = np.minimum(begins + count, starts[-1])
@@ -83,7 +83,7 @@ class SplitReader:
             )
         documents = np.zeros_like(tokens)
         documents[target[number > 0]] = 1
-        return tokens.reshape(-1, count), documents.reshape(-1, count).cumsum(axis=1), masked.reshape(-1, count)
+        return tokens.reshape(-1, count), first[:, None] + documents.reshape(-1, count).cumsum(axis=1), masked.reshape(-1, count)
 
     def _check(self, document: int) -> None:
         """Read a document for the first time."""

@@ -83,7 +83,8 @@ class FastWeightMixer(nn.Module):
             k, beta = k * ctx.padding[:, None, :, None], beta * ctx.padding[:, None]
         y, memory = self._read(q, k, v, beta, state, ctx.documents)
         if state is not None:
-            latest = _Writes(replace(state, latest=None), k, v, beta, ctx.documents)
+            # Nobody takes back what is trained on, and the graph would hold all of it.
+            latest = None if torch.is_grad_enabled() else _Writes(replace(state, latest=None), k, v, beta, ctx.documents)
             documents = state.documents if ctx.documents is None else ctx.documents[:, -1]
             state = FastWeightState(memory, documents, state.length + x.shape[1], latest)
         return self.output(y.transpose(1, 2).flatten(2)), state
@@ -106,7 +107,8 @@ class FastWeightMixer(nn.Module):
         latest = state.latest
         if latest is None or tokens > latest.keys.shape[2]:
             raise ValueError(
-                f"fast weights forget what they overwrote: {tokens} tokens are not in their latest call; keep the earlier state"
+                f"fast weights forget what they overwrote: {tokens} tokens are not in their latest call, or that had gradients: "
+                "keep the earlier state"
             )
         kept = latest.keys.shape[2] - tokens
         if not kept:

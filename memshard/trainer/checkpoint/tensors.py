@@ -18,10 +18,10 @@ def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: Devic
 
     The tensors share memory with the model, so loading into them loads the model. A shared table comes once.
     """
-    tensors = {name: _global(name, p, placement, mesh) for name, p in model.named_parameters()}
+    tensors = {name: global_tensor(name, p, placement, mesh) for name, p in model.named_parameters()}
     tensors |= dict(model.named_buffers())
     for name, table in find_tables(model):
-        tensors[f"{name}.weight"] = _global(f"{name}.weight", table.weight, placement, mesh)
+        tensors[f"{name}.weight"] = global_tensor(f"{name}.weight", table.weight, placement, mesh)
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -36,18 +36,18 @@ def optimizer_tensors(
         state = dense.state.get(parameter)
         if state:
             tensors[f"step.{name}"] = state["step"]
-            tensors |= {f"{key}.{name}": _global(name, state[key], placement, mesh) for key in MOMENTS}
+            tensors |= {f"{key}.{name}": global_tensor(name, state[key], placement, mesh) for key in MOMENTS}
     if rows is None:
         return tensors
     for table_name, table in find_tables(model):
         name = f"{table_name}.weight"
         for key, value in rows.state[table.anchor].items():
             if isinstance(value, Tensor):
-                tensors[f"{key}.{name}"] = _global(name, value, placement, mesh)
+                tensors[f"{key}.{name}"] = global_tensor(name, value, placement, mesh)
     return tensors
 
 
-def _global(name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
+def global_tensor(name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
     """local: this rank's piece of the tensor of that name, or what the optimizer keeps for it."""
     spec = placement.get(name)
     # What is kept for each row of a table is whole where the ranks split columns.

@@ -137,13 +137,21 @@ class TrainConfig:
     """Tokens of a sequence that feedforward, memory, head and loss take at a time, so that for long texts neither hidden layers nor logits
     are ever whole in memory; backward computes each piece again. 0 for all at once."""
 
+    carry_state: bool = False
+    """Let a row of the batch go on where it ended a step before: mixers start from the state they had there (without gradient) instead
+    of nothing. data.document_mask forgets it where a document ends. For linear and delta mixers without positions."""
+
+    segments: int = 1
+    """Pieces of a sequence that a step takes one after the other: gradients flow through the states between them (truncated backpropagation
+    over so many segments), only one piece's activations are in memory, and backward computes each again. For linear and delta mixers."""
+
     check_inversion: bool = False
     """For debugging reversible blocks: compare each block's rebuilt input with a checksum of the true one, and fail where they differ."""
 
     def __post_init__(self) -> None:
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"train.profile is {list(self.profile)}; expected the first and last step, counted from 1, such as [11, 13]")
-        for name in ("steps", "batch", "log_every", "save_every", "eval_tokens"):
+        for name in ("steps", "batch", "segments", "log_every", "save_every", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -355,6 +363,7 @@ class Recipe:
                 f"train.checkpointing is {self.train.checkpointing}, but reversible blocks keep nothing that could be computed again: "
                 "leave it out, or set model.residual to pre or post"
             )
+        _check_states(self)
         memory = self.model.memory
         if self.train.chunk and memory.layers and memory.query_norm == "batch":
             raise ValueError(
@@ -365,3 +374,23 @@ class Recipe:
             raise ValueError(f"train.check_inversion is for model.residual=reversible, which is {self.model.residual} here: leave it out")
         if self.tables.revive and self.train.engine == "deepspeed" and self.train.zero:
             raise ValueError("tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set train.engine=torch, or train.zero=0")
+
+
+def _check_states(recipe: Recipe) -> None:
+    """Whether mixers can go on from a state in training."""
+    train, model = recipe.train, recipe.model
+    if not train.carry_state and train.segments == 1:
+        return
+    key = "train.carry_state" if train.carry_state else "train.segments"
+    if other := sorted({model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}):
+        raise ValueError(f"{key} is for linear and delta mixers, whose state keeps its size, and model.mixer has {', '.join(other)}")
+    if recipe.parallel.tensor > 1:
+        raise ValueError(f"{key} does not work where ranks share a sequence, and parallel.tensor is {recipe.parallel.tensor}: set it to 1")
+    if train.carry_state and model.position != "none":
+        raise ValueError(f"train.carry_state goes on without end, but model.position is {model.position}: set model.position=none")
+    if train.carry_state and recipe.data.mixture:
+        raise ValueError("train.carry_state needs rows that go on, and data.mixture draws each from any folder: leave one of them out")
+    reversible = model.residual == "reversible"
+    if train.segments > 1 and (reversible or train.checkpointing != "none" or train.chunk):
+        other_key = "model.residual=reversible" if reversible else "train.chunk" if train.chunk else "train.checkpointing"
+        raise ValueError(f"train.segments keeps one piece in memory and computes it again: leave out {other_key}, or train.segments")

@@ -10,6 +10,7 @@ from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.random import RandomKey
+from memshard.trainer.carried import Carried
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,15 @@ class LanguageModelTask:
     seed: int
     losses: Callable[[Tensor, Tensor], Tensor] = token_losses
 
-    def loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
-        """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn."""
-        return self.each_loss(model, batch, step).sum()
+    def loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
+        """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn. carried: what
+        the rows go on from, which hears what they go on to.
+        """
+        return self.each_loss(model, batch, step, carried).sum()
 
-    def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is predicted. step: as for `loss`."""
+    def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
+        """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for `loss`."""
+        samples = batch.samples
         predicts = batch.targets != IGNORE
         padded = not bool(predicts.all())  # asked on the CPU: the device may be busy
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
@@ -36,6 +40,10 @@ class LanguageModelTask:
             padding=predicts.to(self.device, non_blocking=True) if padded else None,
             random=None if step is None else RandomKey(self.seed, step, batch.samples),
         )
+        if carried is not None:
+            losses, states = model(batch.inputs, ctx, carried.begin(samples), batch.targets)
+            carried.advance(samples, states)
+            return losses
         if self.losses is token_losses:
             return model(batch.inputs, ctx, targets=batch.targets)[0]
         return self.losses(model(batch.inputs, ctx)[0], batch.targets)

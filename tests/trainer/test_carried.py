@@ -1,0 +1,161 @@
+"""Fast weights that go on from step to step: a stream in pieces is the stream, whatever happens to the run in between."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memshard.trainer.config.load import load_recipe
+from memshard.trainer.run import Run
+from memshard.trainer.step import train_step
+from tests.data.conftest import build, write_corpus
+from tests.distributed import run_distributed
+from tests.trainer.overflow import dense_overflow
+from tests.trainer.test_ranks import load_whole
+from tests.trainer.tiny_run import RECIPE, assert_same, checkpoint_state, prepare, train_run
+
+CARRY = (
+    "train.carry_state=true", "model.position=none", "model.mixer.kind=delta", "model.mixer.features=dpfp", "model.memory.query_norm=layer"
+)  # fmt: skip
+FROZEN = ("optimizer.lr=0", "tables.lr=0", "model.dropout=0")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of short documents."""
+    folder = tmp_path_factory.mktemp("carried")
+    write_corpus(folder / "text", documents=40, seed=2)
+    build(folder / "text", folder / "data", vocab_size=300)
+    (folder / "tiny.yaml").write_text(RECIPE.format(data=folder / "data"))
+    return folder / "tiny.yaml"
+
+
+def _loud(run: Run) -> Run:
+    """Weights so large that what mixers remember matters."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter += torch.randn(parameter.shape, generator=draw) * 0.3
+    return run
+
+
+def _loss(recipe: Path, folder: Path, steps: int, *settings: str) -> float:
+    """Of a tiny model that does not learn, over steps that cover the same 48 tokens of every lane."""
+    run = _loud(prepare(recipe, folder / f"{steps} {settings}", *CARRY, *FROZEN, f"data.length={48 // steps}", *settings))
+    return sum(train_step(run).loss for _ in range(steps)) / steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ((), 1e-5),
+        (("data.document_mask=true", "train.micro_batch=3"), 1e-5),
+        (("model.mixer.kind=linear", "train.checkpointing=full", "train.chunk=7"), 1e-5),
+        # Roundings to the grid differ where sums do.
+        (("data.document_mask=true", "model.residual=reversible", "train.check_inversion=true"), 1e-4),
+    ],
+    ids=str,
+)
+def test_any_split_of_a_stream_gives_the_losses_of_one_pass(
+    settings: tuple[str, ...], tolerance: float, recipe: Path, tmp_path: Path
+) -> None:
+    whole = _loss(recipe, tmp_path, 1, *settings)
+    for steps in (2, 6):
+        assert _loss(recipe, tmp_path, steps, *settings) == pytest.approx(whole, abs=tolerance)
+    assert abs(_loss(recipe, tmp_path, 6, *settings, "train.carry_state=false") - whole) > 100 * tolerance
+
+
+def test_documents_are_forgotten_where_they_end(recipe: Path, tmp_path: Path) -> None:
+    """Within a sequence and between two; else the state goes on through them."""
+    masked = _loss(recipe, tmp_path, 6, "data.document_mask=true")
+    assert abs(masked - _loss(recipe, tmp_path, 6)) > 1e-3
+
+
+def _stop_and_go_on(rank: int, world: int, recipe: Path, folder: Path, *settings: str) -> None:
+    common = (*CARRY, "train.steps=10", "train.micro_batch=3", "data.length=24", *settings)
+    assert prepare(recipe, folder / "unused", *common).stream.samples_per_epoch > 10 * 8
+    train_run(recipe, folder / "whole", *common)
+    train_run(recipe, folder / "stopped", *common, stop_at=5)
+    train_run(recipe, folder / "stopped", *common)
+
+
+@pytest.mark.parametrize(("world", "residual"), [(1, "pre"), (1, "reversible"), (2, "pre")])
+def test_five_and_five_steps_are_ten(world: int, residual: str, recipe: Path, tmp_path: Path) -> None:
+    settings = f"model.residual={residual}", "data.document_mask=true"
+    if world == 1:
+        _stop_and_go_on(0, 1, recipe, tmp_path, *settings)
+    else:
+        run_distributed(_stop_and_go_on, world, recipe, tmp_path, *settings)
+    whole = checkpoint_state(tmp_path / "whole")
+    assert_same(checkpoint_state(tmp_path / "stopped"), whole)
+    memory = whole["carried.blocks.1.memory"]
+    assert memory.shape == (8, 2, 16, 8) and bool(memory.flatten(1).any(1).all())
+    # Without what was carried, the run would have gone elsewhere.
+    forgetful = train_run(recipe, tmp_path / "forgetful", *CARRY, *settings, "data.length=24", "train.carry_state=false")
+    assert forgetful["step"] == 10
+    assert not torch.equal(checkpoint_state(tmp_path / "forgetful")["model.embedding.weight"], whole["model.embedding.weight"])
+
+
+_FEW_LANES = (*CARRY, "train.batch=4", "train.steps=3", "data.length=16")
+
+
+def _train_few(rank: int, world: int, recipe: Path, folder: Path) -> None:
+    train_run(recipe, folder, *_FEW_LANES)
+
+
+def _load_few(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
+    return load_whole(recipe, folder, *_FEW_LANES)
+
+
+def test_lanes_move_to_another_number_of_ranks(recipe: Path, tmp_path: Path) -> None:
+    """Saved on 2 ranks; of 3 one has no lane at all."""
+    run_distributed(_train_few, 2, recipe, tmp_path)
+    saved = checkpoint_state(tmp_path)
+    for loaded in (load_whole(recipe, tmp_path, *_FEW_LANES), *run_distributed(_load_few, 3, recipe, tmp_path)):
+        names = [name for name in saved if name.startswith(("carried.", "model."))]
+        assert len([name for name in names if name.startswith("carried.")]) == 4
+        assert_same({name: loaded[name] for name in names}, {name: saved[name] for name in names})
+
+
+def test_an_epoch_begins_with_nothing(recipe: Path, tmp_path: Path) -> None:
+    """The second epoch's first step sees what a run without a past would."""
+    long = ("data.length=200", "train.batch=3")
+    run = _loud(prepare(recipe, tmp_path / "run", *CARRY, *FROZEN, *long))
+    steps = run.stream.samples_per_epoch // 3
+    losses = [train_step(run).loss for _ in range(steps + 1)]
+    forgetful = _loud(prepare(recipe, tmp_path / "forgetful", *CARRY, *FROZEN, *long, "train.carry_state=false"))
+    expected = [train_step(forgetful).loss for _ in range(steps + 1)]
+    assert steps > 1 and losses[0] == expected[0] and losses[steps] == expected[steps]
+    assert all(ours != theirs for ours, theirs in zip(losses[1:steps], expected[1:steps], strict=True))
+
+
+def test_a_skipped_step_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
+    run = prepare(recipe, tmp_path, *CARRY)
+    train_step(run)
+    assert run.carried is not None
+    before = {name: tensor.clone() for name, tensor in run.carried.tensors(None).items()}
+    with dense_overflow(run):
+        train_step(run)
+    assert run.progress.skipped == 1
+    assert_same(run.carried.tensors(None), before)
+    train_step(run)
+    assert not torch.equal(run.carried.tensors(None)["carried.blocks.0.memory"], before["carried.blocks.0.memory"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("model.mixer.kind=softmax",), "linear and delta mixers, .* and model.mixer has softmax"),
+        (("model.mixer.pattern=[delta, lsh]",), "model.mixer has lsh"),
+        (("model.position=learned",), "set model.position=none"),
+        (("parallel.tensor=2",), "parallel.tensor is 2: set it to 1"),
+        (("train.segments=2", "train.chunk=8"), "leave out train.chunk, or train.segments"),
+        (("train.segments=2", "model.residual=reversible"), "leave out model.residual=reversible, or train.segments"),
+        (("train.segments=0",), "train.segments is 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_on_says_so(settings: tuple[str, ...], message: str, recipe: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe, (*CARRY, *settings))
