@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from memshard.models.context import Context
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.build import Mixer, MixerState
+from memshard.models.program.mixer import ProgramMixer
 from memshard.models.random import dropout
 from memshard.models.replay import Replay
 from memshard.models.residual import Residual
@@ -18,7 +19,7 @@ class Block(nn.Module):
     def __init__(
         self,
         layer: int,
-        mixer: Mixer,
+        mixer: Mixer | ProgramMixer,
         feedforward: nn.Module | None,
         memory: ProductKeyMemory | None,
         residuals: tuple[Residual, Residual],
@@ -50,7 +51,9 @@ class Block(nn.Module):
         return self.mixer_residual(x, branch), state
 
     def fed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
-        """The second half: x after feedforward and memory."""
+        """The second half: x after feedforward and memory; a program may do without."""
+        if self.feedforward is None and self.memory is None:
+            return x
         return self.feedforward_residual(x, lambda h: self.feed(h, ctx, replay))
 
     def mix(self, h: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:

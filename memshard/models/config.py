@@ -180,6 +180,10 @@ class ModelConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Product-key memory layers."""
 
+    program: str | None = None
+    """Instead of mixer, feedforward and residual: a block of primitives that `memshard search` found. The JSON file of a compiled
+    program; runs and checkpoints hold its text."""
+
     residual: Literal["pre", "post", "reversible"] = "pre"
     """How a branch joins: pre is x + f(norm(x)), post is norm(x + f(x)); reversible has two streams, y1 = x1 + f(norm(x2)) and
     y2 = x2 + g(norm(y1)), which backward rebuilds, so that activations do not grow with layers (Reformer)."""
@@ -204,7 +208,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.layers < 1 or self.dim < 1:
             raise ValueError(f"model.layers is {self.layers} and model.dim {self.dim}; both must be at least 1")
-        if self.dim % self.mixer.heads:
+        if self.program is not None and (self.residual != "pre" or self.dropout or self.position == "rotary"):
+            raise ValueError(
+                "model.program is the whole block, with its own residuals: leave out model.residual, model.dropout and rotary positions"
+            )
+        if self.program is None and self.dim % self.mixer.heads:
             raise ValueError(f"model.mixer.heads is {self.mixer.heads}; it must divide model.dim, {self.dim}")
         if self.position == "rotary" and self.dim // self.mixer.heads % 2:
             raise ValueError(

@@ -19,6 +19,8 @@ from memshard.models.memory.table import ValueTable
 from memshard.models.mixers.build import MixerState, build_mixer
 from memshard.models.norm import build_norm
 from memshard.models.position import AxialPositions, near_square, sinusoids
+from memshard.models.program.mixer import ProgramMixer
+from memshard.models.program.program import Program
 from memshard.models.random import dropout
 from memshard.models.replay import Replay
 from memshard.models.residual import Residual
@@ -171,11 +173,22 @@ def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMe
 
 
 def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:
+    memory = _build_memory(config, shared) if layer in config.memory.layers else None
+    if config.program is not None:
+        added = Residual("whole" if memory is None else "pre", config.norm, config.dim)
+        return Block(layer, _build_program(config), None, memory, (Residual("whole", config.norm, config.dim), added), config.dropout)
     output_scale = (2 * config.layers) ** -0.5
     mixer = build_mixer(config, layer, output_scale)
-    memory = _build_memory(config, shared) if layer in config.memory.layers else None
     feedforward = None
     if memory is None or config.memory.mode == "add":
         feedforward = FeedForward(config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale)
     residuals = (Residual(config.residual, config.norm, config.dim), Residual(config.residual, config.norm, config.dim))
     return Block(layer, mixer, feedforward, memory, residuals, config.dropout)
+
+
+def _build_program(config: ModelConfig) -> ProgramMixer:
+    assert config.program is not None
+    program = Program.from_json(config.program)
+    if program.width != config.dim:
+        raise ValueError(f"model.dim is {config.dim} but model.program was compiled for {program.width}: set model.dim={program.width}")
+    return ProgramMixer(program)

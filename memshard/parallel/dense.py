@@ -2,6 +2,7 @@
 
 from memshard.models.feedforward import FeedForward
 from memshard.models.mixers.build import Mixer
+from memshard.models.program.mixer import ProgramMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.spec import ShardSpec
 
@@ -21,7 +22,10 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
     if model.head is not None:
         placement["head.weight"] = _split(vocabulary, 0)
     for name, module in model.named_modules():
-        if isinstance(module, Mixer):
+        if isinstance(module, ProgramMixer):
+            if ranks > 1:
+                raise ValueError(f"parallel.tensor is {ranks}, but model.program is not split by channels: set parallel.tensor to 1")
+        elif isinstance(module, Mixer):
             _check("model.mixer.heads", module.heads, ranks)
         elif isinstance(module, FeedForward):
             _check("model.feedforward.hidden", module.up.weight.shape[0], ranks)

@@ -31,6 +31,7 @@ from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
 from memshard.models.memory.table import find_tables
+from memshard.models.mixers.build import Mixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
@@ -202,7 +203,9 @@ def _dtensor_block(size: Size, device: torch.device) -> Callable[[], Tensor]:
     """The same by torch's own tensor parallelism."""
     ranks = dist.get_world_size()
     model = _plain_block(size).to(device)
-    model.blocks[0].mixer.heads //= ranks
+    mixer = model.blocks[0].mixer
+    assert isinstance(mixer, Mixer)
+    mixer.heads //= ranks
     by_inputs = RowwiseParallel(output_layouts=Shard(1))
     plan: dict[str, Any] = {
         "mixer_residual.norm": SequenceParallel(),

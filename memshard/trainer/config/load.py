@@ -7,7 +7,7 @@ Values later in line win: ancestors, the file itself, then overrides. Every erro
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         settings.update(_flatten(values, "", str(path)))
     for override in overrides:
         settings.update(_override(override))
-    return _build(settings, str(name_or_path))
+    return _with_program(_build(settings, str(name_or_path)))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -146,6 +146,17 @@ def _build(settings: dict[str, Setting], source: str) -> Recipe:
         return _adapter().validate_json(json.dumps(nested), strict=True)
     except ValidationError as error:
         raise _readable(error, settings, source) from None
+
+
+def _with_program(recipe: Recipe) -> Recipe:
+    """The recipe with the text of its program in place of the file's name, so that runs and checkpoints need no other file."""
+    name = recipe.model.program
+    if name is None or name.lstrip().startswith("{"):
+        return recipe
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"model.program: there is no file {path}: give what `memshard search compile` wrote")
+    return replace(recipe, model=replace(recipe.model, program=path.read_text(encoding="utf-8").strip()))
 
 
 def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:

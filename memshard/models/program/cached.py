@@ -1,0 +1,58 @@
+"""Programs one piece of text after another: the nodes that look back keep the rows they have seen."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memshard.models.program.program import OPERATIONS, Node, Program
+
+_SCORES = ("T_MAT_MUL", "MAT_MUL", "CUM_SUM", "CUM_PROD")
+
+
+def refusal(program: Program) -> str | None:
+    """Why a program has no cached form, or None: rows of scores that change or grow later would have to be kept."""
+    for number, node in program.values():
+        if node.op in _SCORES and program.value(node.inputs[-1])[0] is None:
+            return f"value {number}, {node.op}, looks back at rows of scores, which grow with the text"
+    return None
+
+
+def kept_rows(program: Program, node: Node, batch: int, capacity: int) -> list[tuple[int, ...]]:
+    """Shapes of the buffers that a node keeps."""
+    if node.op == "ATTEND":
+        kept = node.inputs[1:]
+    elif node.op in _SCORES or OPERATIONS[node.op].kernel > 1:
+        kept = node.inputs[-1:]
+    else:
+        return []
+    shapes = []
+    for value in kept:
+        width, branches = program.value(value)
+        assert width is not None
+        shapes.append((batch, *([branches] if branches > 1 else []), capacity, width))
+    return shapes
+
+
+def call_cached(node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], length: int) -> Tensor:
+    """A node's rows of new tokens. kept: buffers with `length` rows of earlier ones, to which the new are added."""
+    new = inputs[0].shape[-2]
+    operation = OPERATIONS[node.op]
+    for buffer, rows in zip(kept, inputs[-len(kept) :] if kept else (), strict=True):
+        buffer[..., length : length + new, :] = rows
+    seen = [buffer[..., : length + new, :] for buffer in kept]
+    extra = [] if node.argument is None else [node.argument]
+    if node.op == "MASK":
+        return torch.tril(inputs[0], diagonal=length)
+    if node.op in ("CUM_SUM", "CUM_PROD"):
+        return operation.function(seen[0], **operation.options)[..., length:, :]
+    if node.op == "ATTEND":
+        scores = torch.einsum("...qd,...kd->...qk", inputs[0], seen[0]) * extra[0]
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(length + 1)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ seen[1]
+    if operation.kernel > 1:
+        recent = seen[0][..., max(0, length + 1 - operation.kernel) :, :]
+        return operation.function(recent, *weights, *extra)[..., recent.shape[-2] - new :, :]
+    if node.op in ("T_MAT_MUL", "MAT_MUL"):
+        return operation.function(inputs[0], seen[0])
+    return operation.function(*inputs, *weights, *extra, **operation.options)

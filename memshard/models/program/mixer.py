@@ -1,0 +1,98 @@
+"""A whole block given by a compiled program, behind the mixer contract: training, and decoding with cached rows."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from memshard.models.context import Context
+from memshard.models.program.cached import call_cached, kept_rows, refusal
+from memshard.models.program.program import OPERATIONS, Node, Program
+
+
+@dataclass(frozen=True)
+class ProgramState:
+    """What a program remembers: of every node that looks back, `length` rows of a buffer [batch, (branches,) capacity, width]."""
+
+    rows: dict[int, tuple[Tensor, ...]]
+    length: int = 0
+
+
+class ProgramMixer(nn.Module):
+    """Runs a program. Its parameters are named by the value they make: `values.12`."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.values = nn.ParameterDict({str(number): torch.empty(node.shape) for number, node in program.values() if node.shape})
+        last: dict[int, int] = {}
+        for number, node in program.values():
+            last.update(dict.fromkeys(node.inputs, number))
+        self._free = {number: [value for value in set(node.inputs) if last[value] == number] for number, node in program.values()}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scales 1, shifts 0, matrices N(0, 1 / inputs), depthwise filters as Primer's: half of the newest position."""
+        for number, node in self.program.values():
+            if node.shape:
+                _draw(self.values[str(number)], node)
+
+    def forward(self, x: Tensor, ctx: Context, state: ProgramState | None = None) -> tuple[Tensor, ProgramState | None]:
+        """x: [batch, length, width]; returns the same shape and the advanced state. ValueError for documents, padding, a full state."""
+        if ctx.documents is not None or ctx.padding is not None:
+            what = "documents (data.document_mask)" if ctx.documents is not None else "padding (prompts of several lengths)"
+            raise ValueError(f"model.program: a program of primitives sees all earlier tokens and knows no {what}: leave it out")
+        if state is not None and state.rows and state.length + x.shape[1] > (room := next(iter(state.rows.values()))[0].shape[-2]):
+            raise ValueError(f"the program's state holds {room} tokens and {state.length + x.shape[1]} are needed: give a larger capacity")
+        made = {0: x}
+        for number, node in self.program.values():
+            inputs = [made[value] for value in node.inputs]
+            weights = [self.values[str(number)]] if node.shape else []
+            if state is None:
+                operation = OPERATIONS[node.op]
+                extra = [] if node.argument is None else [node.argument]
+                made[number] = operation.function(*inputs, *weights, *extra, **operation.options)
+            else:
+                made[number] = call_cached(node, inputs, weights, state.rows.get(number, ()), state.length)
+            for value in self._free[number]:
+                del made[value]
+        return made[len(self.program.nodes)], None if state is None else replace(state, length=state.length + x.shape[1])
+
+    def init_state(self, batch: int, capacity: int) -> ProgramState:
+        """An empty state for `batch` rows of at most `capacity` tokens. ValueError, with the reason, for programs without a cached form."""
+        if reason := refusal(self.program):
+            raise ValueError(f"model.program cannot generate with a cache: {reason}")
+        like = next(iter(self.values.values()), torch.empty(0))
+        rows = {}
+        for number, node in self.program.values():
+            shapes = kept_rows(self.program, node, batch, capacity)
+            if shapes:
+                rows[number] = tuple(like.new_zeros(shape) for shape in shapes)
+        return ProgramState(rows)
+
+    @staticmethod
+    def reorder(state: ProgramState, rows: Tensor) -> ProgramState:
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
+        return replace(state, rows={number: tuple(kept[rows] for kept in buffers) for number, buffers in state.rows.items()})
+
+    @staticmethod
+    def rollback(state: ProgramState, tokens: int) -> ProgramState:
+        """The state before its last `tokens` tokens."""
+        return replace(state, length=state.length - tokens)
+
+    @staticmethod
+    def reset(state: ProgramState, rows: Tensor) -> ProgramState:
+        """ValueError: rows share one length, and a program cannot look past part of it."""
+        raise ValueError("model.program cannot forget single rows: carry no state over the ends of documents")
+
+
+def _draw(weight: Tensor, node: Node) -> None:
+    kind = OPERATIONS[node.op].parameter
+    with torch.no_grad():
+        if kind == "vector":
+            weight.fill_(1.0 if node.op == "SCALE" else 0.0)
+        elif kind == "matrix":
+            weight.normal_(std=weight[0].numel() ** -0.5)
+        else:
+            weight.fill_(0.5 / len(weight))
+            weight[0] = 0.5

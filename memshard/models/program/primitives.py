@@ -1,0 +1,159 @@
+"""The primitives of Primer's search space (So et al. 2021), mapped to torch.
+
+A value is [batch, length, width], or [batch, branches, length, width] inside a branched call; the width of scores is the length.
+Axes, epsilons and what happens at 0 are ours: the paper's code was never published.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """A torch function of so many values.
+
+    takes: the other argument that an instruction gives it, a constant or a width. parameter: what it learns, one number a channel
+    (vector), a map between widths (matrix) or a filter for each channel (depthwise). kernel: positions that a filter spans.
+    """
+
+    function: Callable[..., Tensor]
+    inputs: int = 1
+    takes: Literal["", "constant", "width"] = ""
+    parameter: Literal["", "vector", "matrix", "depthwise"] = ""
+    kernel: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def abs_root(x: Tensor) -> Tensor:
+    """Root of |x| + the epsilon of torch's LayerNorm, with a finite gradient at 0."""
+    return torch.sqrt(torch.abs(x) + 1e-5)
+
+
+def log_abs(x: Tensor) -> Tensor:
+    """Logarithm of |x|, finite at 0."""
+    return torch.log(torch.abs(x) + 1e-5)
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x, and 0 at 0; gradients stay finite."""
+    zero = x == 0
+    return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x))
+
+
+def scale(x: Tensor, weight: Tensor) -> Tensor:
+    """x times one number a channel. weight: [branches * width]."""
+    return x * (weight if x.ndim == 3 else weight.view(x.shape[1], 1, -1))
+
+
+def shift(x: Tensor, weight: Tensor) -> Tensor:
+    """x plus one number a channel. weight: [branches * width]."""
+    return x + (weight if x.ndim == 3 else weight.view(x.shape[1], 1, -1))
+
+
+def transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T: scores of every position of a with every position of b."""
+    return a @ b.mT
+
+
+def project(x: Tensor, weight: Tensor, branches: int) -> Tensor:
+    """A linear map for every branch. x: of one value for all branches, or one each; weight: [branches * outputs, width]."""
+    if x.ndim == 4:
+        return torch.einsum("brtd,red->brte", x, weight.unflatten(0, (branches, -1)))
+    y = F.linear(x, weight)
+    return y if branches == 1 else y.unflatten(-1, (branches, -1)).transpose(1, 2)
+
+
+def convolve(x: Tensor, weight: Tensor, branches: int) -> Tensor:
+    """`project` of a position and those before it. weight: [branches * outputs, width, kernel], the newest position last."""
+    flat = x.mT.flatten(1, -2) if x.ndim == 4 else x.mT
+    y = F.conv1d(F.pad(flat, (weight.shape[-1] - 1, 0)), weight, groups=branches if x.ndim == 4 else 1)
+    return y.mT if branches == 1 else y.unflatten(1, (branches, -1)).mT
+
+
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """Each channel filtered over a position and those before it. weight: [kernel, branches * width], weight[0] of the newest position."""
+    if x.ndim == 4:
+        weight = weight.unflatten(1, (x.shape[1], 1, -1))
+    length = x.shape[-2]
+    return sum((F.pad(x, (0, 0, lag, 0))[..., :length, :] * weight[lag] for lag in range(1, len(weight))), start=x * weight[0])
+
+
+_RED: Mapping[str, Any] = {"dim": -1, "keepdim": True}
+_TIME: Mapping[str, Any] = {"dim": -2}
+
+PRIMITIVES: dict[str, Primitive] = {
+    "ADD": Primitive(torch.add, 2),
+    "DIFFERENCE": Primitive(torch.sub, 2),
+    "DIVIDE": Primitive(torch.div, 2),
+    "MULTIPLY": Primitive(torch.mul, 2),
+    "ABS_ROOT": Primitive(abs_root),
+    "SQUARE": Primitive(torch.square),
+    "EXP": Primitive(torch.exp),
+    "LOG": Primitive(log_abs),
+    "ABS": Primitive(torch.abs),
+    "SIGN": Primitive(torch.sign),
+    "COS": Primitive(torch.cos),
+    "SIN": Primitive(torch.sin),
+    "TANH": Primitive(torch.tanh),
+    "SIGMOID": Primitive(torch.sigmoid),
+    "RECIP": Primitive(reciprocal),
+    "C_MUL": Primitive(torch.mul, takes="constant"),
+    "MAX": Primitive(torch.clamp_min, takes="constant"),
+    "MIN": Primitive(torch.clamp_max, takes="constant"),
+    "SCALE": Primitive(scale, parameter="vector"),
+    "SHIFT": Primitive(shift, parameter="vector"),
+    "MASK": Primitive(torch.tril),
+    "CUM_SUM": Primitive(torch.cumsum, options=_TIME),
+    "CUM_PROD": Primitive(torch.cumprod, options=_TIME),
+    "RED_MEAN": Primitive(torch.mean, options=_RED),
+    "RED_SUM": Primitive(torch.sum, options=_RED),
+    "RED_MIN": Primitive(torch.amin, options=_RED),
+    "RED_MAX": Primitive(torch.amax, options=_RED),
+    "RED_PROD": Primitive(torch.prod, options=_RED),
+    "MAT_MUL": Primitive(torch.matmul, 2),
+    "T_MAT_MUL": Primitive(transposed_matmul, 2),
+    "CONV_1X1": Primitive(project, takes="width", parameter="matrix"),
+    **{f"CONV_{size}X1": Primitive(convolve, takes="width", parameter="matrix", kernel=size) for size in (3, 7, 15, 31)},
+    **{f"DCONV_{size}X1": Primitive(depthwise, parameter="depthwise", kernel=size) for size in (3, 7, 15, 31)},
+}
+COMMUTATIVE = frozenset({"ADD", "MULTIPLY"})
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
+    """Causal softmax attention of factor q k^T by the fused kernel."""
+    if q.ndim == 3:
+        return attend(q[:, None], k[:, None], v[:, None], factor)[:, 0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor)
+
+
+def fit(x: Tensor, width: int) -> Tensor:
+    """The first `width` channels, repeated from the first on where there are fewer."""
+    if x.shape[-1] < width:
+        x = torch.cat([x] * -(-width // x.shape[-1]), dim=-1)
+    return x[..., :width]
+
+
+def lift(x: Tensor, factor: int) -> Tensor:
+    """The value of a call in each of its `factor` branches."""
+    return x.unsqueeze(1).expand(-1, factor, -1, -1) if x.ndim == 3 else x.repeat_interleave(factor, dim=1)
+
+
+def join(x: Tensor, factor: int) -> Tensor:
+    """Branches side by side in the channels of one value."""
+    if x.shape[1] == factor:
+        return x.transpose(1, 2).flatten(2)
+    return x.unflatten(1, (-1, factor)).transpose(2, 3).flatten(3)
+
+
+GLUE: dict[str, Primitive] = {
+    "ATTEND": Primitive(attend, 3, takes="constant"),
+    "FIT": Primitive(fit, takes="width"),
+    "LIFT": Primitive(lift, takes="width"),
+    "JOIN": Primitive(join, takes="width"),
+}
+"""What compiling adds to a program."""

@@ -1,0 +1,58 @@
+"""Finds softmax attention in a program, exp(s) masked and divided by its sum, and gives it to the fused kernel."""
+
+from collections import Counter
+
+from memshard.models.program.program import Node, Program
+
+
+def fuse_attention(program: Program) -> Program:
+    """The same program with every (mask(exp(c q k^T)) / its row sums) v as one node."""
+    uses = Counter(value for node in program.nodes for value in node.inputs)
+    nodes: dict[int, Node] = dict(program.values())
+    found = {}
+    for number, node in nodes.items():
+        if node.op == "MAT_MUL" and (fused := _fused(nodes, uses, node)):
+            found[number] = fused
+    return _without_dead(program, {**nodes, **found}) if found else program
+
+
+def _fused(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Node | None:
+    division, v = product.inputs
+    if not _is(nodes, division, "DIVIDE") or uses[division] > 1:
+        return None
+    masked, total = nodes[division].inputs
+    if not (_is(nodes, total, "RED_SUM") and nodes[total].inputs == (masked,) and _is(nodes, masked, "MASK") and uses[masked] == 2):
+        return None
+    weights = nodes[masked].inputs[0]
+    if not _is(nodes, weights, "EXP") or uses[weights] > 1 or uses[total] > 1:
+        return None
+    scores, factor = nodes[weights].inputs[0], 1.0
+    if _is(nodes, scores, "C_MUL") and uses[scores] == 1:
+        factor, scores = float(nodes[scores].argument or 0), nodes[scores].inputs[0]
+    if not _is(nodes, scores, "T_MAT_MUL") or uses[scores] > 1:
+        return None
+    q, k = nodes[scores].inputs
+    branches = {nodes[value].branches if value else 1 for value in (q, k, v)}
+    widths = [nodes[value].width if value else 1 for value in (q, k, v)]
+    if len(branches) > 1 or None in widths:
+        return None
+    return Node("ATTEND", (q, k, v), product.width, product.branches, factor)
+
+
+def _is(nodes: dict[int, Node], value: int, op: str) -> bool:
+    return value > 0 and nodes[value].op == op
+
+
+def _without_dead(program: Program, nodes: dict[int, Node]) -> Program:
+    needed = {len(nodes)}
+    for number in reversed(nodes):
+        if number in needed:
+            needed.update(nodes[number].inputs)
+    numbers = {0: 0}
+    kept: list[Node] = []
+    for number, node in nodes.items():
+        if number in needed:
+            inputs = tuple(numbers[value] for value in node.inputs)
+            kept.append(Node(node.op, inputs, node.width, node.branches, node.argument, node.shape))
+            numbers[number] = len(kept)
+    return Program(program.width, tuple(kept))

@@ -1,0 +1,138 @@
+"""From a DNA to a model, or to the reason why there is none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from memshard.models.config import ModelConfig
+from memshard.models.initialize import initialize
+from memshard.models.loss import token_losses
+from memshard.models.program.program import Program
+from memshard.models.transformer import Transformer
+from memshard.search.dna.attention import fuse_attention
+from memshard.search.dna.causality import explained, perturbed
+from memshard.search.dna.graph import Graph, TooLong, graph
+from memshard.search.dna.program import Dna, invalid
+from memshard.search.dna.rejected import Rejected
+from memshard.search.dna.shapes import WrongShape, lower, unit_in_band
+from memshard.search.dna.source import source
+
+_TRIAL_UNIT, _TRIAL_LENGTH, _TRIAL_VOCABULARY, _TRIAL_STEPS = 2, 12, 17, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a search gives all its candidates, whatever their program.
+
+    vocab: tokens of the vocabulary. length: tokens of a sequence. parameters: fewest and most numbers that a model may learn, its embedding
+    (which is its head, too) included. layers: how often the block is stacked. position: how positions enter, see `model.position`.
+    """
+
+    vocab: int
+    length: int
+    parameters: tuple[int, int]
+    layers: int = 6
+    position: Literal["learned", "sinusoidal", "none"] = "sinusoidal"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A DNA that may be trained.
+
+    hash: of its graph, equal for DNAs that compute the same. parameters: of the model. source: the block as readable torch code.
+    build: from a seed to the model, tokens int64 [batch, length] -> logits [batch, length, vocabulary]. config: of the same model in a
+    recipe. unit: channels of relative width 1.
+    """
+
+    hash: str
+    parameters: int
+    source: str
+    build: Callable[[int], nn.Module]
+    config: ModelConfig
+    unit: int
+
+
+class Logits(nn.Module):
+    """A decoder as a function of its tokens alone."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [batch, length] int64; returns [batch, length, vocabulary]."""
+        logits: Tensor = self.model(tokens)[0]
+        return logits
+
+
+def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
+    """Check a DNA step by step, from the cheapest to the dearest, and give it the unit that brings it into the band of parameters."""
+    if problem := invalid(dna):
+        return Rejected("invalid", problem)
+    try:
+        drawn = graph(dna)
+        if not drawn.operations:
+            return Rejected("invalid", "the block does nothing: its output is its input")
+        trial = lower(drawn, _TRIAL_UNIT)
+        unit = unit_in_band(partial(_parameters, drawn, shape), shape.parameters)
+        if unit is None:
+            return Rejected("band", f"no width has {shape.parameters[0]:,} to {shape.parameters[1]:,} parameters")
+        program = lower(drawn, unit)
+    except TooLong:
+        return Rejected("invalid", "its calls, inlined, are more than a block may have")
+    except WrongShape as wrong:
+        return Rejected(wrong.status, wrong.reason)
+    config = ModelConfig(
+        vocab_size=shape.vocab,
+        layers=shape.layers,
+        dim=program.width,
+        position=shape.position,
+        max_length=shape.length,
+        program=fuse_attention(program).to_json(),
+    )
+    parameters = _count(program, shape)
+    if not shape.parameters[0] <= parameters <= shape.parameters[1]:
+        allowed = f"{shape.parameters[0]:,} to {shape.parameters[1]:,} are allowed"
+        return Rejected("band", f"{parameters:,} parameters at the nearest width; {allowed}")
+    if rejected := explained(trial) or perturbed(fuse_attention(trial)) or _diverges(fuse_attention(trial)):
+        return rejected
+    return Compiled(drawn.hash, parameters, source(fuse_attention(program)), partial(_build, config), config, unit)
+
+
+def _parameters(drawn: Graph, shape: Shape, unit: int) -> int:
+    return _count(lower(drawn, unit), shape)
+
+
+def _count(program: Program, shape: Shape) -> int:
+    positions = shape.length if shape.position == "learned" else 0
+    # Embedding, positions, blocks, and scale and shift of the last norm.
+    return (shape.vocab + positions) * program.width + shape.layers * program.parameters + 2 * program.width
+
+
+def _build(config: ModelConfig, seed: int) -> nn.Module:
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    initialize(model, seed)
+    return Logits(model)
+
+
+def _diverges(program: Program) -> Rejected | None:
+    """Three steps of a narrow model: a program that cannot take them will not train."""
+    config = ModelConfig(vocab_size=_TRIAL_VOCABULARY, layers=1, dim=program.width, position="none", program=program.to_json())
+    model = _build(config, 0)
+    tokens = torch.randint(_TRIAL_VOCABULARY, (2, _TRIAL_LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(1, _TRIAL_STEPS + 1):
+        optimizer.zero_grad()
+        loss = token_losses(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        loss.backward()
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if not (bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
+            return Rejected("nonfinite", f"loss or gradients are not finite in step {step} of a narrow model")
+        optimizer.step()
+    return None

@@ -1,0 +1,144 @@
+"""The mutations of Primer's search: each makes one change whose effect on the graph is sure."""
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+
+from memshard.models.program.primitives import PRIMITIVES
+from memshard.search.dna.graph import TooLong, graph
+from memshard.search.dna.program import (
+    BRANCHES,
+    CONSTANTS,
+    DIMS,
+    LONGEST_SUBPROGRAM,
+    OPERATIONS,
+    RELATIVE_DIMS,
+    Dna,
+    Instruction,
+)
+
+_TRIES = 50
+
+
+def mutate(dna: Dna, random: random.Random, weights: Mapping[str, float] | None = None) -> tuple[Dna, str]:
+    """A child of a valid DNA, and the name of its mutation: delete, insert, replace, field, swap or bank.
+
+    Drawn again, up to 50 times, while the child computes what its parent does. weights: of the mutations, by name; equal by default, as
+    in AutoML-Zero (the paper gives none). The child is valid in form; whether it is a candidate, compiling decides.
+    """
+    weights = weights or dict.fromkeys(MUTATIONS, 1.0)
+    if unknown := weights.keys() - MUTATIONS:
+        raise ValueError(f"no mutation is called {', '.join(sorted(unknown))}; there are {', '.join(MUTATIONS)}")
+    parent = graph(dna).hash
+    for _ in range(_TRIES):
+        name = random.choices(list(weights), list(weights.values()))[0]
+        child = copy.deepcopy(dna)
+        if MUTATIONS[name](child, random) and _hash(child) != parent:
+            return child, name
+    return child, name
+
+
+def _hash(dna: Dna) -> str | None:
+    try:
+        return graph(dna).hash
+    except TooLong:
+        return None
+
+
+def _delete(dna: Dna, random: random.Random) -> bool:
+    """Take out an instruction; who read its state reads one of its inputs instead."""
+    lines = random.choice(dna["subprograms"])
+    if len(lines) == 1:
+        return False
+    place = random.randrange(len(lines))
+    taken = lines.pop(place)
+    instead = random.choice(taken["in"][: _inputs(taken)])
+    for line in lines[place:]:
+        line["in"] = [instead if state == place + 2 else state - (state > place + 2) for state in line["in"]]
+    return True
+
+
+def _insert(dna: Dna, random: random.Random) -> bool:
+    """Put in a random instruction. Unless it comes last, half the time a later one reads it, or else it would mostly be dead."""
+    number = random.randrange(len(dna["subprograms"]))
+    lines = dna["subprograms"][number]
+    if len(lines) == LONGEST_SUBPROGRAM:
+        return False
+    place = random.randrange(len(lines) + 1)
+    for line in lines[place:]:
+        line["in"] = [state + (state >= place + 2) for state in line["in"]]
+    lines.insert(place, _drawn(number, place, len(dna["subprograms"]), random))
+    later = lines[place + 1 :]
+    if later and random.random() < 0.5:
+        reader = random.choice(later)
+        reader["in"][random.randrange(_inputs(reader))] = place + 2
+    return True
+
+
+def _replace(dna: Dna, random: random.Random) -> bool:
+    """Delete, then insert."""
+    return _delete(dna, random) and _insert(dna, random)
+
+
+def _field(dna: Dna, random: random.Random) -> bool:
+    """Draw one field of an instruction again."""
+    number = random.randrange(len(dna["subprograms"]))
+    lines = dna["subprograms"][number]
+    place = random.randrange(len(lines))
+    fresh = _drawn(number, place, len(dna["subprograms"]), random)
+    field = random.choice(("op", "first", "second", "const", "dim", "branch"))
+    if field in ("first", "second"):
+        side = int(field == "second")
+        lines[place]["in"][side] = fresh["in"][side]
+    else:
+        lines[place][field] = fresh[field]
+    return True
+
+
+def _swap(dna: Dna, random: random.Random) -> bool:
+    """Two instructions of a subprogram change places in the graph: what they do moves, the wires stay."""
+    lines = random.choice(dna["subprograms"])
+    if len(lines) == 1:
+        return False
+    first, second = random.sample(lines, 2)
+    for field in ("op", "const", "dim", "branch"):
+        first[field], second[field] = second[field], first[field]
+    return True
+
+
+def _bank(dna: Dna, random: random.Random) -> bool:
+    """Change a shared value: a constant c to c 10^X + Y with X, Y ~ N(0, 1), a width to another of the vocabulary."""
+    place = random.randrange(CONSTANTS + DIMS)
+    if place < CONSTANTS:
+        drawn = dna["constants"][place] * 10 ** random.gauss(0, 1) + random.gauss(0, 1)
+        dna["constants"][place] = max(-1e30, min(1e30, drawn))
+    else:
+        here = dna["dims"][place - CONSTANTS]
+        dna["dims"][place - CONSTANTS] = random.choice([dim for dim in RELATIVE_DIMS if dim != here])
+    return True
+
+
+def _drawn(number: int, place: int, subprograms: int, random: random.Random) -> Instruction:
+    """A random instruction for a place of a subprogram. Operations are equally likely, one branch is as likely as more."""
+    choice = random.randrange(len(OPERATIONS) + subprograms - number - 1)
+    return {
+        "op": OPERATIONS[choice] if choice < len(OPERATIONS) else {"sub": number + 1 + choice - len(OPERATIONS)},
+        "in": [random.randrange(place + 2), random.randrange(place + 2)],
+        "const": random.randrange(CONSTANTS),
+        "dim": random.randrange(DIMS),
+        "branch": 1 if random.random() < 0.5 else random.choice(BRANCHES[1:]),
+    }
+
+
+def _inputs(line: Instruction) -> int:
+    return 2 if isinstance(line["op"], dict) else PRIMITIVES[line["op"]].inputs
+
+
+MUTATIONS: dict[str, Callable[[Dna, random.Random], bool]] = {
+    "delete": _delete,
+    "insert": _insert,
+    "replace": _replace,
+    "field": _field,
+    "swap": _swap,
+    "bank": _bank,
+}

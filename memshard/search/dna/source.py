@@ -1,0 +1,60 @@
+"""A program as a torch module that a person can read, run and take away."""
+
+import inspect
+import math
+
+from memshard.models.program import primitives
+from memshard.models.program.program import OPERATIONS, Node, Program
+
+_HEAD = '''"""{title}"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+'''
+
+
+def source(program: Program, title: str = "One block of a decoder found by search; x: [batch, length, {width}].") -> str:
+    """A Python file with the module `Block`: nothing but torch is needed to run it."""
+    used = dict.fromkeys(OPERATIONS[node.op].function for node in program.nodes)
+    own = "\n\n\n".join(inspect.getsource(function).rstrip() for function in used if function.__module__ == primitives.__name__)
+    names = _names(program)
+    init = [f"        self.{names[number]}_weight = nn.Parameter({_start(node)})" for number, node in program.values() if node.shape]
+    lines = [_line(program, number, node, names) for number, node in program.values()]
+    return (
+        _HEAD.format(title=title.format(width=program.width))
+        + (f"{own}\n\n\n" if own else "")
+        + "class Block(nn.Module):\n"
+        + ("    def __init__(self) -> None:\n        super().__init__()\n" + "\n".join(init) + "\n\n" if init else "")
+        + "    def forward(self, x: Tensor) -> Tensor:\n"
+        + "\n".join(lines)
+        + f"\n        return {names[len(program.nodes)]}\n"
+    )
+
+
+def _names(program: Program) -> dict[int, str]:
+    return {0: "x", **{number: f"{node.op.lower()}_{number}" for number, node in program.values()}}
+
+
+def _line(program: Program, number: int, node: Node, names: dict[int, str]) -> str:
+    operation = OPERATIONS[node.op]
+    module = "" if operation.function.__module__ == primitives.__name__ else "torch."
+    arguments = [names[value] for value in node.inputs]
+    arguments += [f"self.{names[number]}_weight"] if node.shape else []
+    arguments += [] if node.argument is None else [repr(node.argument)]
+    arguments += [f"{key}={value!r}" for key, value in operation.options.items()]
+    width = "length" if node.width is None else node.width
+    shape = f"[batch, {node.branches}, length, {width}]" if node.branches > 1 else f"[batch, length, {width}]"
+    return f"        {names[number]} = {module}{operation.function.__name__}({', '.join(arguments)})  # {shape}"
+
+
+def _start(node: Node) -> str:
+    kind, shape = OPERATIONS[node.op].parameter, ", ".join(map(str, node.shape))
+    if kind == "vector":
+        return f"torch.{'ones' if node.op == 'SCALE' else 'zeros'}({shape})"
+    if kind == "matrix":
+        return f"torch.randn({shape}) / {math.prod(node.shape[1:])} ** 0.5"
+    others = ", ".join([repr(0.5 / node.shape[0])] * (node.shape[0] - 1))
+    return f"torch.tensor([0.5, {others}])[:, None].repeat(1, {node.shape[1]})"
