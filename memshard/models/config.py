@@ -11,6 +11,7 @@ from typing import Literal
 Activation = Literal["relu", "gelu", "swiglu", "squared_relu"]
 MixerKind = Literal["softmax", "local", "lsh", "linear", "delta"]
 QueryNormKind = Literal["batch", "layer", "layer-half", "rms", "lagged", "none"]
+WeightingKind = Literal["softmax", "sigmoid", "relu"]
 _MOST_KEYS = 1_000_000
 
 
@@ -126,6 +127,10 @@ class MemoryConfig:
     query_norm: QueryNormKind = "batch"
     """Normalisation of queries: batch (the paper's best), layer, layer-half (each half by itself), rms, lagged (running statistics of
     earlier steps: causal) or none."""
+
+    weighting: WeightingKind = "softmax"
+    """What the scores of the slots that a head reads become: softmax over them, or each by itself sigmoid(score) / topk or
+    relu(score) / topk."""
 
     gate: bool = False
     """Memory+: multiply the reading by silu(W1 x), then project by W2."""

@@ -1,7 +1,7 @@
 """A decoder-only language model of three-slot blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,12 +164,10 @@ def _build_table(config: ModelConfig) -> ValueTable:
 def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMemory:
     settings = config.memory
     tables = shared or [_build_table(config) for _ in range(settings.tables)]
-    common = {"keys": settings.keys, "heads": settings.heads, "topk": settings.topk, "key_dim": settings.key_dim}
+    common: dict[str, Any] = {name: getattr(settings, name) for name in ("keys", "heads", "topk", "key_dim", "query_norm", "weighting")}
     if settings.kind == "peer":
-        return Peer(config.dim, **common, query_norm=settings.query_norm, values=tables[0], down=tables[1])
-    return ProductKeyMemory(
-        config.dim, **common, value_dim=settings.value_dim, query_norm=settings.query_norm, gate=settings.gate, values=tables[0]
-    )
+        return Peer(config.dim, **common, values=tables[0], down=tables[1])
+    return ProductKeyMemory(config.dim, **common, value_dim=settings.value_dim, gate=settings.gate, values=tables[0])
 
 
 def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:

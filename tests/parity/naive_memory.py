@@ -20,7 +20,11 @@ def naive_memory(memory: ProductKeyMemory, x: Tensor) -> Tensor:
     sums = (first.gather(-1, order1)[..., :, None] + second.gather(-1, order2)[..., None, :]).flatten(-2)
     chosen = sums.argsort(dim=-1, descending=True, stable=True)[..., : memory.topk]
     i1, i2 = order1.gather(-1, chosen // keys), order2.gather(-1, chosen % keys)
-    weights = sums.gather(-1, chosen).softmax(-1)
+    scores = sums.gather(-1, chosen)
+    if memory.weighting == "softmax":
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    else:
+        weights = (1 / (1 + (-scores).exp()) if memory.weighting == "sigmoid" else scores.clamp(min=0)) / memory.topk
     storage = torch.tensor([[(a + b) % keys * keys + a for b in range(keys)] for a in range(keys)])
     y = (weights[..., None] * memory.values.weight[storage[i1, i2]]).sum((1, 2))
     if memory.gate is not None and memory.output is not None:

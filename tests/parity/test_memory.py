@@ -62,6 +62,8 @@ def test_every_query_norm(query_norm: str, training: bool) -> None:
         {"gate": True},
         {"gate": True, "value_dim": 3, "query_norm": "batch"},
         {"key_dim": 2},
+        {"weighting": "sigmoid"},
+        {"weighting": "relu"},
     ],
     ids=str,
 )

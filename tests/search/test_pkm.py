@@ -25,7 +25,7 @@ def test_equal_models_are_trained_once(data: Path, tmp_path: Path, monkeypatch: 
     _, memory, *_ = _points("pkm/headline", data)
     first = pkm_runs.learn(memory)
     (folder,) = pkm_runs.RUNS.iterdir()
-    assert not (folder / "checkpoints").exists() and first["table"] == 16 * 16 * 32 and 0 < first["usage"] <= 1
+    assert not (folder / "checkpoints").exists() and first["table"] == 32 * 32 * 32 and 0 < first["usage"] <= 1
     monkeypatch.setattr(pkm_runs, "train", pytest.fail)
     assert pkm_runs.learn({**memory, "label": "another study's name"}) == first
 

@@ -2,6 +2,7 @@
 
 import email
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -32,7 +33,6 @@ def test_runs_from_data_to_picture(name: str, folder: Path, monkeypatch: pytest.
     assert main(["reproduce", name, "--scale", "smoke", "--workers", "1"]) == 0
     out = folder / "runs/reproduce" / name
     report = (out / "report.md").read_text()
-    pictures = [path.name for path in out.glob("*.png")]
-    assert len(pictures) == report.count(".png)") and all(f"({picture})" in report for picture in pictures)
+    assert report and all((out / picture).exists() for picture in re.findall(r"\]\((.*?\.png)\)", report))
     summary = json.loads((out / "result.json").read_text())
     assert len(summary["points"]) == len(catalogue.find(name).points("smoke")) and summary["versions"]["torch"]

@@ -27,8 +27,9 @@ class Peer(ProductKeyMemory):
         query_norm: str = "batch",
         values: ValueTable | None = None,
         down: ValueTable | None = None,
+        weighting: str = "softmax",
     ) -> None:
-        super().__init__(dim, keys, heads, topk, key_dim, query_norm=query_norm, values=values)
+        super().__init__(dim, keys, heads, topk, key_dim, query_norm=query_norm, values=values, weighting=weighting)
         if down is not None and (down.slots, down.dim) != (keys**2, dim):
             raise ValueError(f"the shared table is {down.slots} x {down.dim}; this layer's experts take {keys**2} x {dim}")
         self.down = down if down is not None else ValueTable(keys**2, dim)

@@ -1,11 +1,13 @@
 """Product-key memory (Lample et al. 2019) and its gated form Memory+ (Berges et al. 2024)."""
 
 from functools import partial
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models.config import WeightingKind
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.search import product_topk
@@ -17,7 +19,7 @@ class ProductKeyMemory(nn.Module):
     """A position-wise layer that reads heads x topk of keys^2 values.
 
     Each head's query, split in two halves, scores two sets of `keys` sub-keys; the slots (i1, i2) with the highest summed
-    scores are read, weighted by a softmax over the topk, and summed over heads.
+    scores are read, weighted by a softmax over the topk (or see `weigh`), and summed over heads.
 
     dim: width of input and output. key_dim: width of a query, even. value_dim: width of a value, by default dim; another
     width needs `gate`, which makes the output W2(reading * silu(W1 x)). query_norm: see QueryNorm. values: a table to
@@ -35,8 +37,11 @@ class ProductKeyMemory(nn.Module):
         query_norm: str = "batch",
         gate: bool = False,
         values: ValueTable | None = None,
+        weighting: str = "softmax",
     ) -> None:
         super().__init__()
+        if weighting not in get_args(WeightingKind):
+            raise ValueError(f"weighting is {weighting!r}; choose one of {', '.join(get_args(WeightingKind))}")
         value_dim = value_dim or dim
         if not 1 <= topk <= keys:
             raise ValueError(f"topk is {topk}, but there are {keys} sub-keys per half: use topk from 1 to {keys}, or more keys")
@@ -46,7 +51,7 @@ class ProductKeyMemory(nn.Module):
             raise ValueError(f"value_dim is {value_dim} and dim {dim}: set gate=True, whose output projection brings values back to dim")
         if values is not None and (values.slots, values.dim) != (keys**2, value_dim):
             raise ValueError(f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x {value_dim}")
-        self.heads, self.topk = heads, topk
+        self.heads, self.topk, self.weighting = heads, topk, weighting
         self.query = nn.Linear(dim, heads * key_dim)
         self.query_norm = QueryNorm(query_norm, heads, key_dim)
         self.sub_keys = SubKeys(heads, keys, key_dim // 2)
@@ -87,8 +92,18 @@ class ProductKeyMemory(nn.Module):
             scores, i1, i2 = product_topk(first, second, self.topk, replay)
             if watch is not None and not (replay and replay.repeating):
                 watch.observe(i1, i2)
-            weights = scores.softmax(-1)
+            weights = weigh(scores, self.weighting)
         return slot_rows(i1, i2, first.shape[-1]).flatten(1), weights.flatten(1)
+
+
+def weigh(scores: Tensor, weighting: str) -> Tensor:
+    """Weights of what is read, from scores [..., topk]: softmax, or sigmoid or relu of each score by itself, divided by topk so that they
+    add up to about as much. Without competition a slot's weight does not fall because another's rises (Csordas et al. 2023,
+    arXiv 2310.10837, found relu better in large tables).
+    """
+    if weighting == "softmax":
+        return scores.softmax(-1)
+    return (scores.sigmoid() if weighting == "sigmoid" else scores.relu()) / scores.shape[-1]
 
 
 class SubKeys(nn.Module):

@@ -103,9 +103,21 @@ def _experts(config: ModelConfig, active: int) -> Transformer:
     return model
 
 
+def _equal_operations(config: ModelConfig) -> Transformer:
+    """Instead of a memory, a feedforward of as many multiplications: of query, scores and reads, against 2 dim hidden."""
+    model, memory = Transformer(config), config.memory
+    hidden = memory.heads * (memory.key_dim * (config.dim + memory.keys) + memory.topk * config.dim) // (2 * config.dim)
+    for layer in memory.layers:
+        model.blocks[layer].memory = None
+        narrow = FeedForward(config.dim, config.feedforward.activation, hidden, (2 * config.layers) ** -0.5)
+        model.blocks[layer].feedforward = narrow
+    return model
+
+
 BUILDERS: dict[str, Callable[[ModelConfig], Transformer]] = {
     "transformer": Transformer,
     "flat keys": _flat_keys,
+    "feedforward of equal operations": _equal_operations,
     "mixture of experts, 1 active": lambda config: _experts(config, 1),
     "mixture of experts, 2 active": lambda config: _experts(config, 2),
 }

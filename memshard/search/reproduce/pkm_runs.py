@@ -15,7 +15,7 @@ from memshard.data_pipeline.format.index import INDEX_FILE
 from memshard.models.memory.table import find_tables
 from memshard.search.reproduce.clock import now
 from memshard.search.reproduce.pkm_layers import BUILDERS
-from memshard.trainer.config.load import load_recipe
+from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.loop import evaluate_run, train
 from memshard.trainer.precision import autocast, compute_dtype
@@ -41,7 +41,7 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
 
     point: recipe, a bundled name, with overrides; builder, one of BUILDERS. Of usage and KL the mean over the tables.
     """
-    text = json.dumps([point["recipe"], point["overrides"], point["builder"]])
+    text = dump(load_recipe(point["recipe"], point["overrides"])) + point["builder"]
     folder = RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / _RESULT
