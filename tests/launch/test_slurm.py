@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from memshard.trainer.checkpoint.folders import committed
+from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.heartbeat import read_beats
+from tests.distributed import run_distributed
 from tests.launch.runs import LONG, SHORT, STEPS, wait_for_step
 from tests.launch.slurm_cluster import SlurmCluster, missing_programs
-from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers
+from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run
 
 pytestmark = [
     pytest.mark.cluster,
@@ -52,7 +54,7 @@ def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int
 def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
     cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """By SLURM's own requeue, then by the notice before the time limit: what --signal=B:USR2 sends is sent here at once."""
+    """By SLURM's own requeue, then by a notice."""
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, *LONG, "--run", folder)
     wait_for_step(folder, 30)
@@ -71,6 +73,29 @@ def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
     assert {beat.rank: beat.ended for beat in read_beats(folder)} == {0: "done", 1: "done"}
     assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "long"))
     assert numbers(folder, "train/loss") == numbers(undisturbed / "long", "train/loss")
+
+
+def _train(rank: int, world: int, recipe: Path, folder: Path, steps: int) -> None:
+    train_run(recipe, folder, f"train.steps={steps}")
+
+
+def test_a_run_that_meets_its_time_limit_is_the_undisturbed_one(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
+    """SLURM looks at limits every 30 s, and gives notice at the last look before it would be late: here 15 to 45 s after the start.
+
+    What is left to train is cut short then, in the recipe that the job reads when it starts again.
+    """
+    folder = tmp_path / "run"
+    slow = ("train.steps=100000", "train.eval_every=1")
+    (job,) = _launch(cluster, recipe, *slow, "--run", folder, "--time", "1", "--notice", "15")
+    stopped = _wait_for_checkpoint(folder, 0)
+    snapshot = folder / "recipe.yaml"
+    snapshot.write_text(dump(load_recipe(snapshot, [f"train.steps={stopped + 20}"])))
+    cluster.wait_for_end(job)
+    assert "Restarts=0 " not in cluster.run("scontrol", "show", "job", job)
+    assert f"(resumes at step {stopped}, to step {stopped + 20})" in _output(folder)
+    run_distributed(_train, 2, recipe, tmp_path / "undisturbed", stopped + 20, timeout=300)
+    assert_same(checkpoint_state(folder), checkpoint_state(tmp_path / "undisturbed"))
+    assert numbers(folder, "train/loss") == numbers(tmp_path / "undisturbed", "train/loss")
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
