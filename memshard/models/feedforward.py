@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.linear import Projection
+from memshard.models.squared_relu import squared_relu
 
 
 class FeedForward(nn.Module):
@@ -27,5 +28,4 @@ class FeedForward(nn.Module):
             return self.down(F.silu(self.gate(x)) * h)
         if self.activation == "gelu":
             return self.down(F.gelu(h, approximate="tanh"))
-        h = F.relu(h)
-        return self.down(h * h if self.activation == "squared_relu" else h)
+        return self.down(squared_relu(h) if self.activation == "squared_relu" else F.relu(h))
