@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from memshard.trainer.config.diff import diff
 from memshard.trainer.config.explain import explain
 from memshard.trainer.config.load import bundled, dump, load_recipe
 from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe
+from memshard.trainer.estimate import count_parameters
 
 MINIMAL = "data: {path: shards}\n"
 
@@ -157,3 +159,13 @@ def test_explain_shows_type_default_and_meaning() -> None:
     assert "tables.eps" in explain()
     with pytest.raises(ValueError, match="did you mean 'model.memory.topk'"):
         explain("model.memory.top")
+
+
+def test_primer_and_its_baselines_have_equal_parameters() -> None:
+    counts = {}
+    for name in ("transformer", "transformer-gelu", "transformer-pp", "primer-ez", "primer"):
+        counts[name] = count_parameters(replace(load_recipe(name).model, vocab_size=32_000)).dense
+    assert counts["transformer-gelu"] == counts["transformer"] == pytest.approx(35.3e6, rel=0.01)
+    for name, count in counts.items():
+        assert count == pytest.approx(counts["transformer"], rel=2e-3), name
+    assert load_recipe("primer").model.mixer.convolution == load_recipe("primer-ez").model.mixer.convolution == 3

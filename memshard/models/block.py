@@ -42,31 +42,28 @@ class Block(nn.Module):
 
     def mixed(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
         """The first half: x after the mixer, and its advanced state."""
-
-        def branch(h: Tensor) -> Tensor:
-            nonlocal state
-            y, state = self.mix(h, ctx, state)
-            return y
-
-        return self.mixer_residual(x, branch), state
+        change, state = self.mix(x, ctx, state)
+        return self.mixer_residual.join(x, change), state
 
     def fed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
         """The second half: x after feedforward and memory; a program may do without."""
         if self.feedforward is None and self.memory is None:
             return x
-        return self.feedforward_residual(x, lambda h: self.feed(h, ctx, replay))
+        return self.feedforward_residual.join(x, self.feed(x, ctx, replay))
 
-    def mix(self, h: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
-        """The mixer's branch of a normalised h, and the advanced state."""
-        y, state = self.mixer(h, ctx, state)
-        return self._dropout(y, ctx, _MIXER_BRANCH), state
+    def mix(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+        """What the mixer adds to x, norm and dropout included, and the advanced state."""
+        y, state = self.mixer(self.mixer_residual.before(x), ctx, state)
+        return self._dropout(self.mixer_residual.after(y), ctx, _MIXER_BRANCH), state
 
-    def feed(self, h: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
-        """The branch of feedforward and memory, of a normalised h."""
+    def feed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
+        """What feedforward and memory add to x, norm and dropout included."""
+        h = self.feedforward_residual.before(x)
         parts = [] if self.feedforward is None else [self.feedforward(h)]
         if self.memory is not None:
             parts.append(self.memory(h, ctx.own.padding, replay))
-        return self._dropout(sum(parts[1:], parts[0]), ctx, _FEEDFORWARD_BRANCH)
+        y = self.feedforward_residual.after(sum(parts[1:], parts[0]))
+        return self._dropout(y, ctx, _FEEDFORWARD_BRANCH)
 
     def _dropout(self, y: Tensor, ctx: Context, branch: int) -> Tensor:
         if not self.training or not self.dropout_rate or ctx.random is None:

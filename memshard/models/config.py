@@ -29,6 +29,16 @@ class MixerConfig:
     heads: int = 8
     """Attention heads; divides model.dim."""
 
+    kv_heads: int | None = None
+    """Of softmax and local: heads of keys and values, each read by heads / kv_heads query heads; by default as many as heads."""
+
+    convolution: int = 0
+    """Width of causal depthwise convolutions behind the projections of queries, keys and values, one kernel a channel (Primer: 3); 0 for
+    none."""
+
+    share_qk: bool = False
+    """Queries are a linear map of the convolved keys (Primer). Of all but lsh, whose queries are its keys."""
+
     window: int = 128
     """Of local: tokens that each one sees, itself included."""
 
@@ -68,6 +78,12 @@ class MixerConfig:
         for name in ("heads", "window", "rounds", "chunk", "feature_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.mixer.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.convolution < 0 or self.convolution == 1:
+            raise ValueError(f"model.mixer.convolution is {self.convolution}; a width is at least 2 (Primer's is 3), or 0 for none")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"model.mixer.kv_heads is {self.kv_heads}; it must be at least 1 and divide model.mixer.heads, {self.heads}")
+        if self.kv_heads not in (None, self.heads) and {*(self.pattern or (self.kind,))} - {"softmax", "local"}:
+            raise ValueError(f"model.mixer.kv_heads is {self.kv_heads}, which only the kinds softmax and local have: leave it out")
         if self.buckets < 0 or self.buckets > 1 and self.buckets % 2:
             raise ValueError(f"model.mixer.buckets is {self.buckets}; rotations give pairs of buckets: use 0, 1 or an even number")
         if self.heads_at_once < 0:
@@ -87,6 +103,10 @@ class FeedForwardConfig:
 
     hidden: int | None = None
     """Width of the hidden layer; by default 4 x dim, or 8/3 x dim for swiglu (equal parameters)."""
+
+    norm: Literal["before", "after"] = "before"
+    """Where the norm of a block's second half stands: before feedforward and memory, x + f(norm(x)), or after them, x + norm(f(x))
+    (Primer); for residual pre and reversible."""
 
     def __post_init__(self) -> None:
         if self.hidden is not None and self.hidden < 1:
@@ -193,8 +213,8 @@ class ModelConfig:
     """How a branch joins: pre is x + f(norm(x)), post is norm(x + f(x)); reversible has two streams, y1 = x1 + f(norm(x2)) and
     y2 = x2 + g(norm(y1)), which backward rebuilds, so that activations do not grow with layers (Reformer)."""
 
-    norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm or RMSNorm."""
+    norm: Literal["layer", "rms", "primer"] = "layer"
+    """LayerNorm, RMSNorm or Primer's, which is LayerNorm by another formula."""
 
     position: Literal["learned", "axial", "sinusoidal", "rotary", "none"] = "learned"
     """How positions enter: added embeddings, embeddings of a position's digits (axial: few rows for long texts), added sinusoids, rotated
@@ -224,6 +244,8 @@ class ModelConfig:
                 f"model.position is rotary, which turns pairs of channels, but a head has {self.dim // self.mixer.heads}: "
                 "make model.dim / model.mixer.heads even"
             )
+        if self.residual == "post" and self.feedforward.norm == "after":
+            raise ValueError("model.feedforward.norm is after, and model.residual post, which has its norms behind the sums: leave one out")
         if self.axial and (self.position != "axial" or min(self.axial) < 1 or len(self.axial) > self.dim):
             raise ValueError(
                 f"model.axial is {list(self.axial)} and model.position {self.position}: give at most model.dim lengths of at least 1, "

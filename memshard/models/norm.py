@@ -1,8 +1,37 @@
 """Normalisation of the residual stream."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+class PrimerNorm(nn.Module):
+    """Primer's norm (So et al. 2021): (x - mean) / sqrt(mean(x (x - mean)) + 1e-6), times a scale, plus a shift.
+
+    mean(x (x - mean)) is the variance: this is LayerNorm, less exact where the mean is large. Computed in fp32; differences that rounding
+    leaves below 0 count as 0.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Scale 1, shift 0."""
+        self.weight.fill_(1)
+        self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim]; returns the same shape and dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        spread = (wide * centred).mean(-1, keepdim=True).clamp(min=0)
+        return (centred * (spread + 1e-6).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
 def build_norm(kind: str, dim: int) -> nn.Module:
-    """kind: "layer" (LayerNorm) or "rms" (RMSNorm), both with a learned scale over the last dim."""
+    """kind: "layer" (LayerNorm), "rms" (RMSNorm) or "primer" (`PrimerNorm`), all with a learned scale over the last dim."""
+    if kind == "primer":
+        return PrimerNorm(dim)
     return nn.LayerNorm(dim) if kind == "layer" else nn.RMSNorm(dim, eps=1e-6)

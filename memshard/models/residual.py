@@ -1,25 +1,32 @@
 """How a branch joins the residual stream."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from memshard.models.norm import build_norm
 
 
 class Residual(nn.Module):
-    """Pre-norm, x + f(norm(x)), or post-norm, norm(x + f(x)). Of a reversible block's residual only the norm is used.
+    """join(x, after(f(before(x)))) of a branch f: x + f(norm(x)) for kind "pre", norm(x + f(x)) for "post". With `behind` the norm of "pre"
+    stands behind the branch, x + norm(f(x)) (Primer's feedforwards). Of a reversible block's residual `join` is not used.
 
-    kind: "pre", "post", "reversible", or "whole" for a branch that is a block by itself, f(x); norm: "layer" or "rms".
+    kind: "pre", "post", "reversible", or "whole" for a branch that is a block by itself, f(x); norm: as in `build_norm`.
     """
 
-    def __init__(self, kind: str, norm: str, dim: int) -> None:
+    def __init__(self, kind: str, norm: str, dim: int, behind: bool = False) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.behind = kind, behind
         self.norm = nn.Identity() if kind == "whole" else build_norm(norm, dim)
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x: [..., dim]; branch keeps that shape."""
+    def before(self, x: Tensor) -> Tensor:
+        """What the branch gets. x: [..., dim]."""
+        return x if self.kind == "post" or self.behind else self.norm(x)
+
+    def after(self, y: Tensor) -> Tensor:
+        """What joins the stream, but for dropout, of what the branch gives. y: [..., dim]."""
+        return self.norm(y) if self.behind else y
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream after it."""
         if self.kind == "whole":
-            return branch(x)
-        return x + branch(self.norm(x)) if self.kind == "pre" else self.norm(x + branch(x))
+            return y
+        return self.norm(x + y) if self.kind == "post" else x + y

@@ -128,13 +128,13 @@ def mixer_change(
     block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None
 ) -> tuple[Tensor, MixerState | None]:
     """f: what the mixer adds to the first stream, given the second."""
-    y, state = block.mix(_normalised(block.mixer_residual.norm, x), ctx, state)
+    y, state = block.mix(_as_weights(block.mixer_residual.norm, x), ctx, state)
     return grid.round(y), state
 
 
 def feedforward_change(block: Block, grid: Grid, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
     """g: what feedforward and memory add to the second stream, given the first."""
-    return grid.round(block.feed(_normalised(block.feedforward_residual.norm, x), ctx, replay))
+    return grid.round(block.feed(_as_weights(block.feedforward_residual.norm, x), ctx, replay))
 
 
 def _fed(block: Block, grid: Grid, y1: Tensor, x2: Tensor, ctx: Context, chunk: int, replay: Replay | None = None) -> Tensor:
@@ -143,11 +143,10 @@ def _fed(block: Block, grid: Grid, y1: Tensor, x2: Tensor, ctx: Context, chunk: 
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+def _as_weights(norm: nn.Module, x: Tensor) -> Tensor:
     # Streams are fp32 even where parameters are in half precision.
     assert isinstance(norm.weight, Tensor)
-    normalised: Tensor = norm(x.to(norm.weight.dtype))
-    return normalised
+    return x.to(norm.weight.dtype)
 
 
 def trained_tensors(module: nn.Module) -> list[Tensor]:

@@ -180,7 +180,8 @@ def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> B
     feedforward = None
     if memory is None or config.memory.mode == "add":
         feedforward = FeedForward(config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale)
-    residuals = (Residual(config.residual, config.norm, config.dim), Residual(config.residual, config.norm, config.dim))
+    behind = config.feedforward.norm == "after"
+    residuals = Residual(config.residual, config.norm, config.dim), Residual(config.residual, config.norm, config.dim, behind)
     return Block(layer, mixer, feedforward, memory, residuals, config.dropout)
 
 

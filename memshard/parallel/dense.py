@@ -1,7 +1,9 @@
 """Which dense matrices tensor parallelism splits, and along which dim."""
 
+from memshard.models.convolution import CausalConvolution
 from memshard.models.feedforward import FeedForward
 from memshard.models.mixers.build import Mixer
+from memshard.models.mixers.projections import HeadProjections
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.spec import ShardSpec
@@ -11,7 +13,8 @@ _BY_INPUT = ("output", "down")
 
 
 def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
-    """The placement of every split weight, by its name: attention by heads, feedforwards by width, embedding and head by vocabulary.
+    """The placement of every split weight, by its name: attention and its convolutions by heads, feedforwards by width, embedding and head
+    by vocabulary.
 
     ValueError where heads or widths cannot be shared evenly by `ranks` ranks. A vocabulary can: the last rank has less.
     """
@@ -27,6 +30,11 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
                 raise ValueError(f"parallel.tensor is {ranks}, but model.program is not split by channels: set parallel.tensor to 1")
         elif isinstance(module, Mixer):
             _check("model.mixer.heads", module.heads, ranks)
+            if isinstance(module, HeadProjections):
+                _check("model.mixer.kv_heads", module.kv_heads, ranks)
+        elif isinstance(module, CausalConvolution):
+            placement[f"{name}.weight"] = _split(len(module.weight), 0)
+            continue
         elif isinstance(module, FeedForward):
             _check("model.feedforward.hidden", module.up.weight.shape[0], ranks)
         else:

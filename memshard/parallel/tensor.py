@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.models.context import Context
+from memshard.models.convolution import CausalConvolution
 from memshard.models.feedforward import FeedForward
 from memshard.models.linear import TokenEmbedding
 from memshard.models.loss import IGNORE
 from memshard.models.mixers.build import Mixer
 from memshard.models.mixers.lsh import LSHMixer
+from memshard.models.mixers.projections import HeadProjections
 from memshard.models.transformer import Transformer
 from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import DATA, group
@@ -49,11 +51,14 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
     for name, spec in placement.items():
         owner, _, child = name.removesuffix(".weight").rpartition(".")
         whole: Any = model.get_submodule(name.removesuffix(".weight"))
-        form: Any = _Embedding if isinstance(whole, nn.Embedding) else _Rows if spec.dim else _Head if child == "head" else _Columns
-        setattr(model.get_submodule(owner), child, form(whole, spec))
+        setattr(model.get_submodule(owner), child, _form(whole, spec, child)(whole, spec))
     for module in model.modules():
         if isinstance(module, Mixer):
             module.heads //= dist.get_world_size(ranks)
+        if isinstance(module, HeadProjections):
+            module.kv_heads //= dist.get_world_size(ranks)
+            if module.share_qk:
+                module.query.register_forward_pre_hook(_gather_channels)
         if isinstance(module, LSHMixer):
             module.first_head = dist.get_rank(ranks) * module.heads
         if isinstance(module, Mixer | FeedForward):
@@ -84,7 +89,7 @@ class _Piece(nn.Module):
     weight: nn.Parameter
     spec: ShardSpec
 
-    def cut(self, whole: nn.Linear | nn.Embedding, spec: ShardSpec) -> None:
+    def cut(self, whole: nn.Linear | nn.Embedding | CausalConvolution, spec: ShardSpec) -> None:
         """Take this rank's piece of `whole`'s weight."""
         self.spec = spec
         self.weight = nn.Parameter(self._piece(whole.weight.detach()).clone(memory_format=torch.contiguous_format))
@@ -175,6 +180,22 @@ class _Embedding(_Piece, VocabParallelEmbedding):
         return _logits(x, self.weight, self.spec)
 
 
+class _Channels(_Piece, CausalConvolution):
+    """The convolutions of some heads."""
+
+    def __init__(self, whole: CausalConvolution, spec: ShardSpec) -> None:
+        nn.Module.__init__(self)
+        self.width = whole.width
+        self.cut(whole, spec)
+
+
+def _form(whole: nn.Module, spec: ShardSpec, name: str) -> Any:
+    """What takes the place of a layer."""
+    if isinstance(whole, CausalConvolution):
+        return _Channels
+    return _Embedding if isinstance(whole, nn.Embedding) else _Rows if spec.dim else _Head if name == "head" else _Columns
+
+
 def _leave_alone(weight: Tensor) -> Tensor:
     return weight
 
@@ -182,6 +203,11 @@ def _leave_alone(weight: Tensor) -> Tensor:
 def _gather_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pre-hook of layers that need the whole sequence."""
     return _gather_to_multiply(inputs[0]), *inputs[1:]
+
+
+def _gather_channels(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pre-hook of a map of all ranks' heads."""
+    return (_gather_to_multiply(inputs[0].transpose(1, 2)).transpose(1, 2),)
 
 
 def _gather_to_multiply(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from memshard.models.config import ModelConfig
 from memshard.trainer.traffic import LayoutChoice
 
 _HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
+_NORM_COPIES = {"layer": 1, "rms": 2, "primer": 3}
 _QUERY_COPIES = {"batch": 4, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
@@ -25,8 +26,9 @@ def activation_bytes(
     their copies in half precision do not count. ranks: that split a table; tensor: that share each sequence and the large matrices.
 
     The sum, for a values of bytes (4, or 2 under bf16 or fp16 autocast), width d, per block:
-        attention   a d (5, or 7 under autocast, which casts the input once for each of three projections), 4 heads
-        two norms   4 d each (twice that for RMSNorm)
+        attention   a d (5, or 7 under autocast, which casts the input once for each of three projections), 4 heads; keys and values, two
+                    of the 5, take kv_heads / heads; convolutions a d for each of their inputs
+        two norms   4 d each (twice that for RMSNorm, three times for Primer's)
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
         memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
                     16 heads topk of indices and weights, and what the layout adds; gate 16 value_dim; key balance 8 heads keys
@@ -38,14 +40,18 @@ def activation_bytes(
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if half else (4, config.dim)
-    norm = (4 * d * (2 if config.norm == "rms" else 1) + 8) / tensor
+    norm = (4 * d * _NORM_COPIES[config.norm] + 8) / tensor
     mask = d / tensor if config.dropout else 0
     # Gathered inputs are cast once, before they travel.
-    inputs = 3 if half and tensor == 1 else 1
-    attention = norm + mask + a * d * 4 / tensor + 4 * config.mixer.heads / tensor + inputs * a * d
+    mixer = config.mixer
+    inputs = 3 - mixer.share_qk if half and tensor == 1 else 1
+    both = 2 * d * (mixer.kv_heads or mixer.heads) // mixer.heads
+    attention = norm + mask + a * (2 * d + both) / tensor + 4 * mixer.heads / tensor + inputs * a * d
+    if mixer.convolution:
+        attention += a * ((0 if mixer.share_qk else d) + both) / tensor
     if config.position == "rotary":
         # Turned queries are contiguous by head, so attention's output is copied back: twice in memory.
-        attention += a * (d / tensor + 2 * d // config.mixer.heads)
+        attention += a * (d / tensor + 2 * d // mixer.heads)
     if document_mask:
         attention += a * length
     memories = len(config.memory.layers)
@@ -55,8 +61,8 @@ def activation_bytes(
     if memories:
         memory = (_memory(config, a, ranks, layout) + (8 * config.memory.heads * config.memory.keys if key_balance else 0)) / readers
     lookup = (_lookup(config, a, ranks, layout) + 4 * (config.memory.value_dim or d)) / readers if memories else 0
-    both = config.memory.mode == "add"
-    largest = norm + mask + max(feedforward if feedforwards else 0, memory - lookup + (feedforward if both else 0) if memories else 0)
+    beside = feedforward if config.memory.mode == "add" else 0
+    largest = norm + mask + max(feedforward if feedforwards else 0, memory - lookup + beside if memories else 0)
     stream = 4 * d / tensor
 
     sides = 2 if config.residual == "reversible" and not config.tie_head else 1
@@ -69,8 +75,8 @@ def activation_bytes(
         # Backward holds both streams of a block's input, and their gradients.
         return head + 2 * stream + memories * lookup, max(attention, largest) + 4 * stream
     if chunk:
-        mixer, again = (stream, attention) if checkpointing == "full" else (attention, 0.0)
-        return head + config.layers * (mixer + stream) + memories * lookup, max(again, largest)
+        kept, again = (stream, attention) if checkpointing == "full" else (attention, 0.0)
+        return head + config.layers * (kept + stream) + memories * lookup, max(again, largest)
     if checkpointing == "full":
         return head + config.layers * stream + memories * lookup, attention + largest
     if checkpointing == "selective":

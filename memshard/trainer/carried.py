@@ -1,7 +1,7 @@
 """Fast weights that go on from step to step: what each lane of a stream of text remembers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -72,7 +72,13 @@ class Carried:
         return torch.where(samples < 0, 0, samples % self.lanes - self.first)
 
 
-def _tensors(state: MixerState) -> dict[str, Tensor]:
+def _tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
     """What a state holds of every row, by name."""
-    values = {field.name: getattr(state, field.name) for field in fields(state)}  # type: ignore[arg-type]
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    found: dict[str, Tensor] = {}
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Tensor):
+            found[prefix + field.name] = value
+        elif is_dataclass(value):
+            found |= _tensors(value, f"{prefix}{field.name}.")
+    return found

@@ -76,7 +76,7 @@ def test_reversible_layers_cost_no_activations(memory: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("which", ["plain", "documents", "padding"])
 @pytest.mark.parametrize("changes", [{"memory": {"query_norm": "layer"}}, {"memory": {"layers": ()}, "dropout": 0.3}], ids=str)
-@pytest.mark.parametrize("mixer", ["linear", "delta", "normalised delta"])
+@pytest.mark.parametrize("mixer", ["linear", "convolved delta", "normalised delta"])
 def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) -> None:
     """Gradients flow back through the states; tables collect each read once."""
     model = tiny_model(tiny_config(mixer=MIXERS[mixer], **changes), spread=0.1).train()

@@ -10,6 +10,7 @@ from memshard.models.context import Context
 from memshard.models.feedforward import FeedForward
 from memshard.models.initialize import initialize
 from memshard.models.loss import IGNORE, token_losses
+from memshard.models.norm import PrimerNorm
 from memshard.models.random import RandomKey
 from memshard.models.residual import Residual
 from memshard.models.transformer import Transformer
@@ -86,8 +87,29 @@ def test_pre_and_post_norm(norm: str) -> None:
     def normed(h: Tensor) -> Tensor:
         return F.layer_norm(h, (8,)) if norm == "layer" else F.rms_norm(h, (8,), eps=1e-6)
 
-    torch.testing.assert_close(Residual("pre", norm, 8)(x, torch.sin), x + normed(x).sin())
-    torch.testing.assert_close(Residual("post", norm, 8)(x, torch.sin), normed(x + x.sin()))
+    expected = {("pre", False): x + normed(x).sin(), ("post", False): normed(x + x.sin()), ("pre", True): x + normed(x.sin())}
+    for (kind, behind), y in expected.items():
+        residual = Residual(kind, norm, 8, behind)
+        torch.testing.assert_close(residual.join(x, residual.after(residual.before(x).sin())), y)
+
+
+def test_primers_norm_is_layer_norm() -> None:
+    ours, theirs, x = PrimerNorm(50).double(), nn.LayerNorm(50, eps=1e-6).double(), torch.randn(4, 50).double().requires_grad_()
+    theirs.load_state_dict({name: value.normal_() for name, value in ours.state_dict().items()})
+    probe = torch.randn(4, 50).double()
+    results = [(norm(x), *torch.autograd.grad((norm(x) * probe).sum(), (x, *norm.parameters()))) for norm in (ours, theirs)]
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_primers_norm_is_finite_where_the_mean_is_large(dtype: torch.dtype) -> None:
+    """In half precision the published formula finds a negative variance in every third row here."""
+    x = (torch.randn(200, 64) + 100).to(dtype)
+    y = PrimerNorm(64)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), F.layer_norm(x.float(), (64,)), rtol=0.02, atol=0.02)
+    assert PrimerNorm(64)(x.float() * 1000).isfinite().all()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "squared_relu", "swiglu"])

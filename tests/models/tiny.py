@@ -18,20 +18,28 @@ MIXERS: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear"},
     "delta": {"kind": "delta", "features": "dpfp", "feature_width": 2},
     "normalised delta": {"kind": "delta", "features": "favor", "feature_width": 8, "attention_norm": True},
+    "Primer": {"convolution": 3, "share_qk": True},
+    "convolved local, grouped heads": {"kind": "local", "window": 3, "convolution": 4, "kv_heads": 1},
+    "convolved lsh": {"kind": "lsh", "chunk": 2, "buckets": 4, "heads_at_once": 1, "convolution": 2},
+    "convolved delta": {"kind": "delta", "convolution": 3, "share_qk": True},
     "mixed": {"pattern": ("local", "lsh"), "chunk": 4, "buckets": 2, "heads_at_once": 1},
 }
 """Settings of a mixer for each kind, small enough to matter within ten tokens."""
 
 
 def tiny_config(
-    memory: dict[str, Any] | None = None, activation: Any = "gelu", mixer: dict[str, Any] | None = None, **changes: Any
+    memory: dict[str, Any] | None = None,
+    activation: Any = "gelu",
+    mixer: dict[str, Any] | None = None,
+    norm_behind: bool = False,
+    **changes: Any,
 ) -> ModelConfig:
     """Three layers of width 16; memories in layers 1 and 2 unless told otherwise."""
     defaults: dict[str, Any] = {"layers": (1, 2), "keys": 6, "heads": 2, "topk": 3, "key_dim": 8}
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "layers": 3, "dim": 16, "max_length": 32, **changes}
     return ModelConfig(
         mixer=MixerConfig(heads=2, **(mixer or {})),
-        feedforward=FeedForwardConfig(activation=activation),
+        feedforward=FeedForwardConfig(activation=activation, norm="after" if norm_behind else "before"),
         memory=MemoryConfig(**(defaults | (memory or {}))),
         **sizes,
     )

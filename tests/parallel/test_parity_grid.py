@@ -20,6 +20,7 @@ from memshard.models.random import RandomKey
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import all_sum
+from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import build_mesh
 from memshard.trainer.checkpoint.tensors import model_tensors
 from memshard.trainer.config.recipe import OptimizerConfig, TrainConfig
@@ -47,6 +48,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "delta rule, LSH, local window": {
         "memory": {"query_norm": "rms", "mode": "add"},
         "mixer": {"pattern": ("delta", "lsh", "local"), "chunk": 2, "buckets": 2, "window": 3},
+    },
+    "Primer": {
+        "memory": {"query_norm": "layer"},
+        "mixer": {"pattern": ("softmax", "lsh", "linear"), "chunk": 2, "buckets": 2, "convolution": 3, "share_qk": True},
+        "activation": "squared_relu",
+        "norm_behind": True,
+        "norm": "primer",
     },
     "PEER, post-norm": {"memory": {"kind": "peer", "query_norm": "lagged"}, "residual": "post", "position": "sinusoidal"},
 }
@@ -79,10 +87,10 @@ def train(point: Point) -> dict[str, Any]:
     """What three steps on the ranks that are there give, whole tensors."""
     settings = dict(MODELS[point.model])
     mixer = MixerConfig(heads=4, **settings.pop("mixer", {}))
-    feedforward = FeedForwardConfig(activation=settings.pop("activation", "gelu"), hidden=24)
     if point.residual == "reversible":
         settings["residual"] = "reversible"
     config = tiny_config(max_length=9, dropout=0.1, **settings)
+    feedforward = replace(config.feedforward, hidden=24)
     # The streams of a reversible model must stay on their grid.
     model = tiny_model(replace(config, mixer=mixer, feedforward=feedforward), spread=0.1)
     dtype = torch.float64 if point.wide else torch.float32
@@ -237,10 +245,9 @@ def test_the_whole_grid(ranks: tuple[int, int]) -> None:
     check(ranks[0] * ranks[1], points(*ranks))
 
 
-def _hashed(rank: int, world: int) -> Tensor:
-    """Logits of 16 tokens, which three ranks fill up to 18: of so many, LSH would make more buckets."""
-    config = tiny_config(dim=12, memory={"layers": ()})
-    mixer = MixerConfig(kind="lsh", heads=3, chunk=2)
+def _logits(rank: int, world: int, mixer: MixerConfig) -> Tensor:
+    """Logits of 16 tokens."""
+    config = tiny_config(dim=24, memory={"layers": ()})
     model = tiny_model(replace(config, mixer=mixer, feedforward=FeedForwardConfig(hidden=24)))
     apply(model, build_mesh("cpu", tensor=world))
     with torch.no_grad():
@@ -250,6 +257,20 @@ def _hashed(rank: int, world: int) -> Tensor:
     return logits
 
 
-def test_a_sequence_that_is_filled_up_is_hashed_as_it_was() -> None:
-    parts = run_distributed(_hashed, 3)
-    torch.testing.assert_close(torch.cat(parts, -1)[..., : tiny_config().vocab_size], _hashed(0, 1))
+@pytest.mark.parametrize(
+    ("ranks", "mixer"),
+    [
+        # Three ranks fill 16 tokens up to 18: of so many, LSH would make more buckets.
+        (3, MixerConfig(kind="lsh", heads=3, chunk=2)),
+        (2, MixerConfig(heads=4, kv_heads=2, convolution=3, share_qk=True)),
+    ],
+)
+def test_logits(ranks: int, mixer: MixerConfig) -> None:
+    parts = run_distributed(_logits, ranks, mixer)
+    torch.testing.assert_close(torch.cat(parts, -1)[..., : tiny_config().vocab_size], _logits(0, 1, mixer))
+
+
+def test_heads_of_keys_are_shared_evenly() -> None:
+    model = tiny_model(tiny_config(mixer={"kv_heads": 1}))
+    with pytest.raises(ValueError, match=r"model.mixer.kv_heads is 1, which parallel.tensor, 2, does not divide"):
+        split_matrices(model, 2)

@@ -30,11 +30,13 @@ def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: Mixer
         return dropout(y, block.dropout_rate, ctx.random, ctx.positions, block.layer, branch)
 
     y1 = x1 + naive_round(dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx, state)[0], 0))
-    h = block.feedforward_residual.norm(y1.clone())
+    norm, behind = block.feedforward_residual.norm, block.feedforward_residual.behind
+    h = y1.clone() if behind else norm(y1.clone())
     parts = [block.feedforward(h)] if block.feedforward is not None else []
     if block.memory is not None:
         parts.append(block.memory(h, ctx.padding))
-    return y1, x2 + naive_round(dropped(sum(parts[1:], parts[0]), 1))
+    y = sum(parts[1:], parts[0])
+    return y1, x2 + naive_round(dropped(norm(y) if behind else y, 1))
 
 
 def naive_reversible(model: Transformer, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None = None) -> Tensor:

@@ -29,6 +29,13 @@ _VARIANTS: list[dict[str, Any]] = [
     {"memory": {"kind": "peer", "query_norm": "layer"}, "tie_head": False},
     {"memory": {"kind": "peer", "share": True, "mode": "add"}},
     {"memory": {"query_norm": "none", "layers": (0, 1, 2)}},
+    {
+        "memory": {"mode": "add"},
+        "activation": "squared_relu",
+        "norm": "primer",
+        "norm_behind": True,
+        "mixer": MixerConfig(heads=2, convolution=3, share_qk=True),
+    },
 ]
 
 
@@ -54,9 +61,9 @@ def test_every_block_is_its_naive_twin(changes: dict[str, Any]) -> None:
     "mixer",
     [
         MixerConfig(heads=2, kind="local", window=3),
-        MixerConfig(heads=2, kind="lsh", chunk=2, rounds=3, heads_at_once=1),
+        MixerConfig(heads=2, kind="lsh", chunk=2, rounds=3, heads_at_once=1, convolution=2),
         MixerConfig(heads=2, kind="linear", features="favor", feature_width=4),
-        MixerConfig(heads=2, kind="delta", features="dpfp"),
+        MixerConfig(heads=2, kind="delta", features="dpfp", convolution=3),
     ],
     ids=lambda mixer: mixer.kind,
 )

@@ -42,6 +42,14 @@ MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=Mixer
         replace(MODEL, position="rotary", feedforward=FeedForwardConfig(activation="relu"), memory=MemoryConfig(), tie_head=False),
         replace(MODEL, memory=replace(MEMORY, keys=200, topk=32, query_norm="none")),
         replace(MODEL, memory=replace(MEMORY, kind="peer", topk=32)),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            norm="primer",
+            mixer=MixerConfig(heads=4, convolution=3, share_qk=True),
+            feedforward=FeedForwardConfig(activation="squared_relu", norm="after"),
+        ),
+        replace(MODEL, memory=MemoryConfig(), mixer=MixerConfig(heads=4, convolution=3, kv_heads=2), dropout=0.1),
     ],
 )
 @pytest.mark.parametrize(("document_mask", "balanced"), [(False, False), (True, True)])

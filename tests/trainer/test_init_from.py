@@ -88,6 +88,17 @@ def test_a_memory_may_take_the_place_of_a_feedforward(trained: Path, recipe: Pat
     assert_same({name: before[name] for name in kept}, {name: after[name] for name in kept})
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_convolutions_added_to_a_model_change_nothing_and_learn(ranks: int, trained: Path, recipe: Path, tmp_path: Path) -> None:
+    settings = (recipe, trained / "memory", tmp_path / "run", "model.mixer.convolution=3", f"parallel.tensor={ranks}")
+    loss = _begin(0, 1, *settings) if ranks == 1 else run_distributed(_begin, ranks, *settings)[0]
+    assert loss == pytest.approx(numbers(trained / "memory", "eval/loss")[10], rel=0 if ranks == 1 else 1e-6)
+    name = "model.blocks.0.mixer.convolutions.query.weight"
+    assert checkpoint_state(tmp_path / "run")[name].tolist() == [1, 0, 0] * 16
+    train_run(recipe, tmp_path / "run", "model.mixer.convolution=3", f"init_from={trained / 'memory'}", stop_at=2)
+    assert checkpoint_state(tmp_path / "run")[name].view(-1, 3).all()
+
+
 def test_a_grown_table_keeps_its_slots(grown: dict[str, float], trained: Path, recipe: Path) -> None:
     before, after = checkpoint_state(trained / "memory"), checkpoint_state(trained / "one")
     old_loss = numbers(trained / "memory", "eval/loss")[10]

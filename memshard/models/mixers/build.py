@@ -1,6 +1,6 @@
 """The mixer of a layer."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from memshard.models.config import ModelConfig
 from memshard.models.fast_weights.feature_maps import FeatureMap
@@ -24,16 +24,18 @@ def build_mixer(config: ModelConfig, layer: int, output_scale: float) -> Mixer:
     settings = config.mixer
     kind = settings.kind_of(layer)
     rotary = config.position == "rotary"
+    parts: dict[str, Any] = {"convolution": settings.convolution, "share_qk": settings.share_qk}
     if kind == "softmax":
-        return SoftmaxMixer(config.dim, settings.heads, rotary, output_scale)
+        return SoftmaxMixer(config.dim, settings.heads, rotary, output_scale, kv_heads=settings.kv_heads, **parts)
     if kind == "local":
-        return LocalMixer(config.dim, settings.heads, settings.window, rotary, output_scale)
+        return LocalMixer(config.dim, settings.heads, settings.window, rotary, output_scale, kv_heads=settings.kv_heads, **parts)
     if kind == "lsh":
         shape = settings.rounds, settings.chunk, settings.buckets
-        return LSHMixer(config.dim, settings.heads, *shape, layer, settings.heads_at_once, output_scale, settings.resample, settings.rule)
+        options: dict[str, Any] = {"resample": settings.resample, "rule": settings.rule, "convolution": settings.convolution}
+        return LSHMixer(config.dim, settings.heads, *shape, layer, settings.heads_at_once, output_scale, **options)
     rule: Rule = "delta" if kind == "delta" else "sum"
     # As published: linear attention divides by its sum, the delta rule needs keys that add up to 1.
     normalise = settings.feature_norm or ("sum" if rule == "delta" else "none")
     attention_norm = rule == "sum" if settings.attention_norm is None else settings.attention_norm
     features = FeatureMap(settings.features, config.dim // settings.heads, settings.feature_width, normalise)
-    return FastWeightMixer(config.dim, settings.heads, rule, features, attention_norm, rotary, output_scale)
+    return FastWeightMixer(config.dim, settings.heads, rule, features, attention_norm, rotary, output_scale, **parts)

@@ -4,17 +4,19 @@ Its size does not depend on the length: text of any length streams through, and 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memshard.models.context import Context
+from memshard.models.convolution import RecentRows
 from memshard.models.fast_weights.attention_norm import normalised_delta_rule, normalised_sum_rule
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
 from memshard.models.fast_weights.sum_rule import sum_rule
 from memshard.models.linear import Projection
+from memshard.models.mixers.projections import HeadProjections
 from memshard.models.position import rotate
 
 Rule = Literal["sum", "delta"]
@@ -36,20 +38,21 @@ class FastWeightState:
     """What linear attention remembers.
 
     memory: [batch, heads, features, head dim] fp32, one column more with attention normalisation; documents: [batch] int64, of the
-    last token; length: tokens seen.
+    last token; length: tokens seen; recent: of convolutions, if there are any.
     """
 
     memory: Tensor
     documents: Tensor
     length: int = 0
     latest: _Writes | None = None
+    recent: RecentRows | None = None
 
 
-class FastWeightMixer(nn.Module):
+class FastWeightMixer(HeadProjections):
     """Causal linear attention by the sum rule or the delta rule.
 
     features: of keys and queries. attention_norm: read relative to the sum of all keys written. rotary: turn queries and keys by
-    their positions before the feature map.
+    their positions before the feature map. parts: as in `HeadProjections`; as many heads of keys and values as of queries.
     """
 
     def __init__(
@@ -61,19 +64,15 @@ class FastWeightMixer(nn.Module):
         attention_norm: bool = False,
         rotary: bool = False,
         output_scale: float = 1.0,
+        **parts: Any,
     ) -> None:
-        super().__init__()
-        self.heads = heads
+        super().__init__(dim, heads, output_scale, **parts)
         self.rule, self.features, self.attention_norm, self.rotary = rule, features, attention_norm, rotary
-        self.query = Projection(dim, dim)
-        self.key = Projection(dim, dim)
-        self.value = Projection(dim, dim)
         self.strength = Projection(dim, heads) if rule == "delta" else None
-        self.output = Projection(dim, dim, scale=output_scale)
 
     def forward(self, x: Tensor, ctx: Context, state: FastWeightState | None = None) -> tuple[Tensor, FastWeightState | None]:
         """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.query, self.key, self.value))
+        q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
         q, k = self.features(q), self.features(k)
@@ -86,7 +85,7 @@ class FastWeightMixer(nn.Module):
             # Nobody takes back what is trained on, and the graph would hold all of it.
             latest = None if torch.is_grad_enabled() else _Writes(replace(state, latest=None), k, v, beta, ctx.documents)
             documents = state.documents if ctx.documents is None else ctx.documents[:, -1]
-            state = FastWeightState(memory, documents, state.length + x.shape[1], latest)
+            state = FastWeightState(memory, documents, state.length + x.shape[1], latest, recent)
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> FastWeightState:
@@ -95,12 +94,13 @@ class FastWeightMixer(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         width = weight.shape[0] // self.heads + self.attention_norm
         memory = weight.new_zeros(batch, self.heads, self.features.features, width, dtype=dtype)
-        return FastWeightState(memory, torch.full((batch,), -1, device=weight.device))
+        return FastWeightState(memory, torch.full((batch,), -1, device=weight.device), recent=self.convolutions.nothing_recent(batch))
 
     @staticmethod
     def reorder(state: FastWeightState, rows: Tensor) -> FastWeightState:
         """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
-        return FastWeightState(state.memory[rows], state.documents[rows], state.length)
+        recent = state.recent and state.recent.reorder(rows)
+        return FastWeightState(state.memory[rows], state.documents[rows], state.length, recent=recent)
 
     def rollback(self, state: FastWeightState, tokens: int) -> FastWeightState:
         """The state before its last `tokens` tokens. ValueError beyond the tokens of the latest call: what they overwrote is gone."""
@@ -117,12 +117,13 @@ class FastWeightMixer(nn.Module):
         documents = None if latest.documents is None else latest.documents[:, :kept]
         _, memory = self._read(k, k, v, beta, latest.before, documents)
         last = state.documents if documents is None else documents[:, -1]
-        return FastWeightState(memory, last, state.length - tokens)
+        return FastWeightState(memory, last, state.length - tokens, recent=state.recent and state.recent.rollback(tokens))
 
     @staticmethod
     def reset(state: FastWeightState, rows: Tensor) -> FastWeightState:
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
-        return FastWeightState(state.memory * ~rows[:, None, None, None], state.documents, state.length)
+        recent = state.recent and state.recent.reset(rows)
+        return FastWeightState(state.memory * ~rows[:, None, None, None], state.documents, state.length, recent=recent)
 
     def _read(
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: FastWeightState | None, documents: Tensor | None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memshard.models.context import Context
+from memshard.models.convolution import Convolutions, RecentRows
 from memshard.models.linear import Projection
 from memshard.models.lsh.banded import banded_attention
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
@@ -29,7 +30,7 @@ class BucketState:
     keys, values: [batch, heads, capacity, head dim]. groups: [batch, heads, rounds, capacity] int64, bucket of each token plus
     buckets x number of its document, -1 for padding. newest: [batch, heads, rounds, buckets, 2 chunk] int64, a ring of places,
     twice what is seen so that tokens can be taken back. counts: [batch, heads, rounds, buckets] int64, tokens of the present
-    document. number, documents: [batch] int64, of the present document, counted here and as the context calls it.
+    document. number, documents: [batch] int64, of the present document, counted here and as the context calls it. recent: of convolutions.
     """
 
     keys: Tensor
@@ -40,6 +41,7 @@ class BucketState:
     number: Tensor
     documents: Tensor
     length: int = 0
+    recent: RecentRows | None = None
 
 
 class LSHMixer(nn.Module):
@@ -49,7 +51,7 @@ class LSHMixer(nn.Module):
     `bucket_count` of the length. seed: of the rotations; give every layer its own. heads_at_once: in training, project and
     attend so many heads at a time and repeat that in backward, so that queries and values of all are never in memory; 0 for all.
     resample: in training, let rotations depend on the step too. rule: "strict", or one of `published_attention`'s, which are not causal
-    to the letter: no decoding, no packed or padded text.
+    to the letter: no decoding, no packed or padded text. convolution: width of Primer's convolutions of queries and values, 0 for none.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LSHMixer(nn.Module):
         output_scale: float = 1.0,
         resample: bool = False,
         rule: str = "strict",
+        convolution: int = 0,
     ) -> None:
         super().__init__()
         self.heads, self.first_head = heads, 0
@@ -73,6 +76,7 @@ class LSHMixer(nn.Module):
         self.query = Projection(dim, dim)
         self.value = Projection(dim, dim)
         self.output = Projection(dim, dim, scale=output_scale)
+        self.convolutions = Convolutions({"query": dim, "value": dim}, convolution)
 
     def forward(self, x: Tensor, ctx: Context, state: BucketState | None = None) -> tuple[Tensor, BucketState | None]:
         """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one."""
@@ -93,13 +97,14 @@ class LSHMixer(nn.Module):
         places = torch.zeros(batch, self.heads, self.rounds, buckets, 2 * self.chunk, dtype=torch.int64, device=weight.device)
         groups = places.new_full((batch, self.heads, self.rounds, capacity), _PADDING)
         number = places.new_zeros(batch)
-        return BucketState(keys, torch.zeros_like(keys), groups, places, places[..., 0].clone(), number, number - 1)
+        recent = self.convolutions.nothing_recent(batch)
+        return BucketState(keys, torch.zeros_like(keys), groups, places, places[..., 0].clone(), number, number - 1, recent=recent)
 
     @staticmethod
     def reorder(state: BucketState, rows: Tensor) -> BucketState:
         """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
         kept = {name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)}
-        return BucketState(**kept, length=state.length)
+        return BucketState(**kept, length=state.length, recent=state.recent and state.recent.reorder(rows))
 
     def rollback(self, state: BucketState, tokens: int) -> BucketState:
         """The state before its last `tokens` tokens, which must belong to the present document. ValueError beyond `chunk` tokens."""
@@ -107,12 +112,14 @@ class LSHMixer(nn.Module):
             raise ValueError(f"an LSH state takes back at most its chunk of {self.chunk} tokens, not {tokens}; keep the earlier state")
         last = state.groups[..., state.length - tokens : state.length]
         taken = torch.zeros_like(state.counts).scatter_add_(-1, last % state.counts.shape[-1], (last != _PADDING).long())
-        return replace(state, counts=state.counts - taken, length=state.length - tokens)
+        recent = state.recent and state.recent.rollback(tokens)
+        return replace(state, counts=state.counts - taken, length=state.length - tokens, recent=recent)
 
     @staticmethod
     def reset(state: BucketState, rows: Tensor) -> BucketState:
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
-        return replace(state, counts=state.counts * ~rows[:, None, None, None], number=state.number + rows)
+        counts, recent = state.counts * ~rows[:, None, None, None], state.recent and state.recent.reset(rows)
+        return replace(state, counts=counts, number=state.number + rows, recent=recent)
 
     def _attend_all(self, x: Tensor, ctx: Context, numbers: Tensor | None) -> Tensor:
         """[batch, length, dim of all heads]"""
@@ -127,7 +134,7 @@ class LSHMixer(nn.Module):
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
-        q, v = self._project(x, heads)
+        q, v, _ = self._project(x, heads, ctx)
         if self.rule != "strict" and (numbers is not None or ctx.padding is not None or ctx.filler):
             raise ValueError(
                 f"model.mixer.rule {self.rule} knows neither documents nor padding (which parallel.tensor adds unless it divides "
@@ -144,12 +151,16 @@ class LSHMixer(nn.Module):
             return published_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.rule).unflatten(0, q.shape[:2])
         return banded_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.chunk).unflatten(0, q.shape[:2])
 
-    def _project(self, x: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
-        """Queries and values of some heads, [batch, heads, length, head dim]."""
+    def _project(
+        self, x: Tensor, heads: slice, ctx: Context, recent: RecentRows | None = None
+    ) -> tuple[Tensor, Tensor, RecentRows | None]:
+        """Queries and values of some heads, [batch, heads, length, head dim], and what convolutions remember where something was."""
         width = self.value.weight.shape[0] // self.heads
         rows = slice(heads.start * width, heads.stop * width)
-        q, v = (F.linear(x, project.weight[rows]).unflatten(-1, (-1, width)).transpose(1, 2) for project in (self.query, self.value))
-        return q, v
+        found = [F.linear(x, project.weight[rows]) for project in (self.query, self.value)]
+        found, recent = self.convolutions(found, ctx, recent, rows)
+        q, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in found)
+        return q, v, recent
 
     def _groups(self, q: Tensor, heads: slice, buckets: int, numbers: Tensor | None, padding: Tensor | None, seed: int) -> Tensor:
         """[batch, heads, rounds, length] int64. numbers: [batch, length] of documents."""
@@ -164,7 +175,7 @@ class LSHMixer(nn.Module):
         capacity = state.keys.shape[2]
         if end > capacity:
             raise ValueError(f"the attention state holds {capacity} tokens and {end} are needed: give init_state a larger capacity")
-        q, v = self._project(x, slice(0, self.heads))
+        q, v, recent = self._project(x, slice(0, self.heads), ctx, state.recent)
         numbers, documents = state.number[:, None].expand(-1, x.shape[1]), state.documents
         if ctx.documents is not None:
             changed = _changes(ctx.documents, state.documents)
@@ -174,7 +185,8 @@ class LSHMixer(nn.Module):
         state.keys[:, :, start:end], state.values[:, :, start:end] = _unit(q), v
         state.groups[..., start:end] = self._groups(q, slice(0, self.heads), buckets, numbers, ctx.padding, self.seed)
         fresh = numbers[:, -1] == state.number
-        state = replace(state, counts=state.counts * fresh[:, None, None, None], number=numbers[:, -1], documents=documents, length=end)
+        counts = state.counts * fresh[:, None, None, None]
+        state = replace(state, counts=counts, number=numbers[:, -1], documents=documents, length=end, recent=recent)
         if x.shape[1] == 1:
             return self._attend_newest(q, state).transpose(1, 2).flatten(2), _file_newest(state)
         keys, values, groups = state.keys[:, :, :end], state.values[:, :, :end], state.groups[..., :end]

@@ -6,14 +6,16 @@ carried text.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from memshard.models.context import Context
-from memshard.models.linear import Projection
+from memshard.models.convolution import RecentRows
 from memshard.models.mixers.per_document import DENSE_LENGTH, attend_per_document
+from memshard.models.mixers.projections import HeadProjections
 from memshard.models.position import rotate
 
 
@@ -21,8 +23,8 @@ from memshard.models.position import rotate
 class KeyValueState:
     """What softmax attention remembers: buffers of a fixed capacity, of which `length` tokens are filled.
 
-    keys, values: [batch, heads, capacity, head dim]; visible: [batch, capacity] bool, False for padding and for what
-    `reset` forgot; documents: [batch, capacity] int64.
+    keys, values: [batch, kv heads, capacity, head dim], after convolutions; visible: [batch, capacity] bool, False for padding and for
+    what `reset` forgot; documents: [batch, capacity] int64; recent: of convolutions, if there are any.
     """
 
     keys: Tensor
@@ -30,70 +32,66 @@ class KeyValueState:
     visible: Tensor
     documents: Tensor
     length: int = 0
+    recent: RecentRows | None = None
 
 
-class SoftmaxMixer(nn.Module):
+class SoftmaxMixer(HeadProjections):
     """Causal multi-head attention by torch's fused scaled dot-product kernels.
 
-    rotary: turn queries and keys by their positions.
+    rotary: turn queries and keys by their positions, after convolutions. parts: as in `HeadProjections`.
     """
 
-    def __init__(self, dim: int, heads: int, rotary: bool = False, output_scale: float = 1.0) -> None:
-        super().__init__()
-        self.heads = heads
+    def __init__(self, dim: int, heads: int, rotary: bool = False, output_scale: float = 1.0, **parts: Any) -> None:
+        super().__init__(dim, heads, output_scale, **parts)
         self.rotary = rotary
-        self.query = Projection(dim, dim)
-        self.key = Projection(dim, dim)
-        self.value = Projection(dim, dim)
-        self.output = Projection(dim, dim, scale=output_scale)
 
     def forward(self, x: Tensor, ctx: Context, state: KeyValueState | None = None) -> tuple[Tensor, KeyValueState | None]:
         """x: [batch, length, dim]; returns the same shape and the advanced state. ValueError if the state is full."""
-        q, k, v = (self._split(project(x)) for project in (self.query, self.key, self.value))
+        q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
         if state is None:
             y = self._attend(q, k, v, ctx)
         else:
-            state = _append(state, k, v, ctx)
+            state = replace(_append(state, k, v, ctx), recent=recent)
             y = self._attend_cached(q, state, ctx)
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> KeyValueState:
         """An empty state for `batch` rows of at most `capacity` tokens, on the layer's device in its dtype."""
         weight = self.key.weight
-        keys = weight.new_zeros(batch, self.heads, capacity, weight.shape[0] // self.heads)
+        keys = weight.new_zeros(batch, self.kv_heads, capacity, weight.shape[0] // self.kv_heads)
         visible = torch.zeros(batch, capacity, dtype=torch.bool, device=weight.device)
-        return KeyValueState(keys, torch.zeros_like(keys), visible, torch.zeros_like(visible, dtype=torch.long))
+        documents = torch.zeros_like(visible, dtype=torch.long)
+        return KeyValueState(keys, torch.zeros_like(keys), visible, documents, recent=self.convolutions.nothing_recent(batch))
 
     @staticmethod
     def reorder(state: KeyValueState, rows: Tensor) -> KeyValueState:
         """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
-        return KeyValueState(state.keys[rows], state.values[rows], state.visible[rows], state.documents[rows], state.length)
+        recent = state.recent and state.recent.reorder(rows)
+        return KeyValueState(state.keys[rows], state.values[rows], state.visible[rows], state.documents[rows], state.length, recent)
 
     @staticmethod
     def rollback(state: KeyValueState, tokens: int) -> KeyValueState:
-        """The state before its last `tokens` tokens."""
-        return replace(state, length=state.length - tokens)
+        """The state before its last `tokens` tokens. ValueError where convolutions remember fewer."""
+        return replace(state, length=state.length - tokens, recent=state.recent and state.recent.rollback(tokens))
 
     @staticmethod
     def reset(state: KeyValueState, rows: Tensor) -> KeyValueState:
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
-        return replace(state, visible=state.visible & ~rows[:, None])
+        return replace(state, visible=state.visible & ~rows[:, None], recent=state.recent and state.recent.reset(rows))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         masked = ctx.documents is not None or ctx.padding is not None
         if masked and q.shape[2] > DENSE_LENGTH:
             return attend_per_document(q, k, v, ctx)
         mask = ctx.attention_mask
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads < self.heads)
 
     def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
         seen, mask = cached_mask(state, ctx, q.shape[2])
-        return F.scaled_dot_product_attention(q, state.keys[:, :, seen], state.values[:, :, seen], attn_mask=mask)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys, values = state.keys[:, :, seen], state.values[:, :, seen]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads)
 
 
 def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValueState:

@@ -24,7 +24,7 @@ def grow_table(checkpoint: Path, source: str, saved: Size, tensor: Tensor, table
     tensor: as checkpoints know it, [slots, ...]; saved: the shape of `source`. zero_new: the other slots get 0; else they keep
     what they have. The whole source, or this rank's part of it, is held meanwhile. All ranks take part.
     """
-    old, new = _empty_like_saved(tensor, saved), _local(tensor)
+    old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     load_tensors(checkpoint, {source: old})
     keys, old_keys = math.isqrt(table.slots), math.isqrt(saved[0])
     for first in range(0, table.most_rows, _BLOCK_ROWS):
@@ -34,17 +34,17 @@ def grow_table(checkpoint: Path, source: str, saved: Size, tensor: Tensor, table
         kept = (i1 < old_keys) & (i2 < old_keys)
         if zero_new:
             new[here] = 0
-        new[here[kept]] = table.pick(_local(old), slot_rows(i1[kept], i2[kept], old_keys), saved[0])
+        new[here[kept]] = table.pick(local_part(old), slot_rows(i1[kept], i2[kept], old_keys), saved[0])
 
 
 def grow_sub_keys(checkpoint: Path, source: str, saved: Size, tensor: Tensor, shorten: bool) -> None:
     """Fill sub-keys or their moments, [heads, 2, keys, half]: the first ones from the checkpoint. shorten: the others, as drawn, to a
     share of their length.
     """
-    old, new = _empty_like_saved(tensor, saved), _local(tensor)
+    old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     # Alone, because with ZeRO a moment is on one rank only.
     load_tensors(checkpoint, {source: old}, alone=True)
-    before = _local(old)
+    before = local_part(old)
     if shorten:
         drawn = new[:, :, saved[2] :]
         drawn *= _NEW_KEY_LENGTH * _rms(before) / _rms(drawn)
@@ -58,7 +58,8 @@ def _empty_like_saved(tensor: Tensor, saved: Size) -> Tensor:
     return torch.empty(saved, dtype=tensor.dtype, device=tensor.device)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor as checkpoints know it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,13 +1,14 @@
-"""Begin with what another run has learned: memory layers may be new, tables may have more keys."""
+"""Begin with what another run has learned: memory layers and convolutions may be new, tables may have more keys."""
 
 from pathlib import Path
 
 import torch
 from torch import Size, Tensor
 
+from memshard.models.convolution import CausalConvolution
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
-from memshard.trainer.checkpoint.grow import grow_sub_keys, grow_table
+from memshard.trainer.checkpoint.grow import grow_sub_keys, grow_table, local_part
 from memshard.trainer.checkpoint.store import index_of, load_state_together, load_tensors
 from memshard.trainer.optim.row_adam import RowAdam
 
@@ -17,13 +18,19 @@ def init_from(checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], 
     """Fill a freshly drawn model and its optimizers from a committed checkpoint. All ranks take part.
 
     tensors: of the model and its optimizers, by their names in checkpoints; moments and step counts come along. What is new starts
-    harmless: the values of new tables, and of the new slots of tables that have grown, are 0; new sub-keys are short. The feedforward
-    whose place a new memory takes is dropped. ValueError, naming the parameter, for all else that differs.
+    harmless: the values of new tables, and of the new slots of tables that have grown, are 0; new sub-keys are short; new convolutions
+    see the current token alone. The feedforward whose place a new memory takes is dropped. ValueError, naming the parameter, for all else
+    that differs.
     """
     steps = load_state_together(checkpoint)["table_steps"]
     saved = {name: Size(stored.shape) for name, stored in index_of(checkpoint).items()}
     fresh = [layer for layer, _ in model.memories() if f"model.blocks.{layer}.memory.sub_keys.weight" not in saved]
-    new = tuple(f"blocks.{layer}.memory." for layer in fresh)
+    convolutions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CausalConvolution) and f"model.{name}.weight" not in saved
+    }
+    new = *(f"blocks.{layer}.memory." for layer in fresh), *(f"{name}." for name in convolutions)
     tables = {f"{name}.weight": table for name, table in find_tables(model)}
     _check_readers(model, fresh, [name for name in tables if not name.startswith(new)])
     _check_all_used(checkpoint, model, fresh, tensors, saved)
@@ -33,13 +40,17 @@ def init_from(checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], 
     same, grown = {}, []
     for source, target in pairs:
         if source not in saved:
-            raise ValueError(f"{checkpoint} has no {source}: only memory layers may be new with init_from")
+            raise ValueError(f"{checkpoint} has no {source}: only memory layers and convolutions may be new with init_from")
         if saved[source] == tensors[target].shape:
             same[source] = tensors[target]
         else:
             _check_growth(checkpoint, source, saved[source], tensors[target].shape, _parameter(target) in tables)
             grown.append((source, target))
     load_tensors(checkpoint, same)
+    for name, module in convolutions.items():
+        kernel = local_part(tensors[f"model.{name}.weight"]).view(-1, module.width)
+        kernel.zero_()
+        kernel[:, 0] = 1
     outputs = {id(memory.values) for _, memory in model.memories()}
     for source, target in grown:
         table = tables.get(_parameter(target))
@@ -91,8 +102,8 @@ def _check_all_used(checkpoint: Path, model: Transformer, fresh: list[int], tens
     for name in saved:
         if name.startswith("model.") and name not in tensors and not name.startswith(replaced):
             raise ValueError(
-                f"{checkpoint} has {name}, which this model lacks: init_from only adds memory layers and keys; set model.* as there "
-                f"(memshard config diff {checkpoint} RECIPE)"
+                f"{checkpoint} has {name}, which this model lacks: init_from only adds memory layers, convolutions and keys; "
+                f"set model.* as there (memshard config diff {checkpoint} RECIPE)"
             )
 
 

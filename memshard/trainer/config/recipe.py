@@ -336,7 +336,8 @@ class Recipe:
     """Which token shards to read, and how they are cut."""
 
     init_from: str | None = None
-    """A run folder or checkpoint whose weights and moments a new run begins with; memory layers may be new, tables have more keys."""
+    """A run folder or checkpoint whose weights and moments a new run begins with; memory layers and convolutions may be new, tables have
+    more keys."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """A decoder-only transformer of three-slot blocks."""

@@ -1,0 +1,182 @@
+"""Causal depthwise convolutions along a text (Primer, So et al. 2021, "multi-DConv-head attention"), and what they remember in decoding.
+
+One kernel a channel of each head, behind the projections of queries, keys and values. B batch, T length, C channels, K width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from memshard.models.context import Context
+
+_BLOCK = 1 << 17  # numbers at a time, so that all passes over them but the first find them in the cache
+_TAKEN_BACK = 16
+
+
+class CausalConvolution(nn.Module):
+    """The kernels of C channels.
+
+    width: tokens that each one sees, itself included. weight: [C K], a channel's lags together, its current token first; flat, because
+    optimizers take matrices for what weight decay is good for.
+    """
+
+    def __init__(self, channels: int, width: int = 3) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels * width))
+        self.reset_parameters()
+
+    @property
+    def kernel(self) -> Tensor:
+        """[C, K], a view of the weight."""
+        return self.weight.view(-1, self.width)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """1 / 2 for the current token and 1 / (2 K) for each before it, as published."""
+        self.kernel.fill_(0.5 / self.width)
+        self.kernel[:, 0] = 0.5
+
+
+@dataclass(frozen=True)
+class RecentRows:
+    """What convolutions remember: their newest inputs, side by side.
+
+    rows: [B, kept, channels of all], 0 where there was nothing to see; documents: [B, kept] int64. The newest `needed` are for the next
+    token, those before them for tokens that are taken back.
+    """
+
+    rows: Tensor
+    documents: Tensor
+    needed: int
+
+    def reorder(self, rows: Tensor) -> "RecentRows":
+        """Row i becomes row rows[i] of this one."""
+        return RecentRows(self.rows[rows], self.documents[rows], self.needed)
+
+    def rollback(self, tokens: int) -> "RecentRows":
+        """Without the last `tokens` tokens. ValueError beyond 16 of them."""
+        kept = self.rows.shape[1] - tokens
+        if kept < self.needed:
+            raise ValueError(
+                f"convolutions take back at most {self.rows.shape[1] - self.needed} tokens here, not {tokens}; keep the earlier state"
+            )
+        return RecentRows(self.rows[:, :kept], self.documents[:, :kept], self.needed)
+
+    def reset(self, rows: Tensor) -> "RecentRows":
+        """Nothing was before, in the given rows. rows: [B] bool."""
+        return RecentRows(self.rows * ~rows[:, None, None], self.documents, self.needed)
+
+    def followed_by(self, rows: Tensor, documents: Tensor) -> "RecentRows":
+        """With newer inputs, [B, T, channels of all], behind."""
+        kept = self.needed + _TAKEN_BACK
+        joined = torch.cat((self.rows, rows.to(self.rows.dtype)), 1), torch.cat((self.documents, documents), 1)
+        return RecentRows(joined[0][:, -kept:], joined[1][:, -kept:], self.needed)
+
+
+class Convolutions(nn.ModuleDict):
+    """Those behind several projections, by the projections' names, all of one width; none for width 0.
+
+    channels: of each projection.
+    """
+
+    def __init__(self, channels: dict[str, int], width: int) -> None:
+        super().__init__({name: CausalConvolution(count, width) for name, count in channels.items() if width})
+
+    def forward(
+        self, inputs: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None, channels: slice = slice(None)
+    ) -> tuple[list[Tensor], RecentRows | None]:
+        """The projections' outputs, each [B, T, C] (any C), after their convolutions, and what to remember where something was.
+
+        Padding is seen as zeros, other documents are not seen. Without documents in `ctx`, tokens continue the document of the last one
+        remembered. channels: which ones the inputs have.
+        """
+        if not self:
+            return list(inputs), recent
+        kernels = [kernel[channels] for kernel in self._kernels()]
+        if ctx.padding is not None:
+            inputs = [x.masked_fill(~ctx.padding[..., None], 0) for x in inputs]
+        if recent is None:
+            return [causal_convolution(x, kernel, ctx.documents) for x, kernel in zip(inputs, kernels, strict=True)], None
+        needed = slice(recent.rows.shape[1] - recent.needed, None)
+        before = recent.rows[:, needed].split([x.shape[-1] for x in inputs], -1)
+        documents = recent.documents[:, -1:].expand(inputs[0].shape[:2]) if ctx.documents is None else ctx.documents
+        known = torch.cat((recent.documents[:, needed], documents), 1)
+        outputs = [
+            causal_convolution(torch.cat((old.to(x.dtype), x), 1), kernel, known)[:, recent.needed :]
+            for old, x, kernel in zip(before, inputs, kernels, strict=True)
+        ]
+        return outputs, recent.followed_by(torch.cat(list(inputs), -1), documents)
+
+    def nothing_recent(self, batch: int) -> RecentRows | None:
+        """What to remember of a text that has not begun; None if there are no convolutions."""
+        kernels = self._kernels()
+        if not kernels:
+            return None
+        kept = kernels[0].shape[1] - 1
+        rows = kernels[0].new_zeros(batch, kept + _TAKEN_BACK, sum(len(kernel) for kernel in kernels))
+        return RecentRows(rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), kept)
+
+    def _kernels(self) -> list[Tensor]:
+        return [layer.kernel for layer in self.values() if isinstance(layer, CausalConvolution)]
+
+
+def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = None) -> Tensor:
+    """y[t] = sum of kernel[:, j] x[t - j] over lags j < K for which t - j is in the same document, if there are any.
+
+    x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64. Returns [B, T, C] in x's dtype; sums are fp32 at least. Backward keeps x alone.
+    """
+    same = () if documents is None else (documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1]))
+    return _CausalConvolution.apply(x, kernel, *same)
+
+
+class _CausalConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, *same: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel, *same)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        lags = kernel.to(dtype).t().contiguous()
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows in _blocks(x):
+            read = x[rows].to(dtype)
+            total = torch.mul(read, lags[0], out=out[rows] if x.dtype == dtype else None)
+            for lag in range(1, len(lags)):
+                total[:, lag:].addcmul_(_seen(read[:, :-lag], same, lag, rows), lags[lag])
+            if x.dtype != dtype:
+                out[rows] = total
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel, *same = ctx.saved_tensors
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        lags = kernel.to(dtype).t().contiguous()
+        to_x, to_lags = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(lags)
+        for rows in _blocks(x):
+            read, given = x[rows].to(dtype), gradient[rows].to(dtype)
+            total = torch.mul(given, lags[0], out=to_x[rows] if x.dtype == dtype else None)
+            products = given * read
+            to_lags[0] += products.sum((0, 1))
+            for lag in range(1, len(lags)):
+                late = _seen(given[:, lag:], same, lag, rows)
+                total[:, :-lag].addcmul_(late, lags[lag])
+                to_lags[lag] += torch.mul(late, read[:, :-lag], out=products[:, lag:]).sum((0, 1))
+            if x.dtype != dtype:
+                to_x[rows] = total
+        return to_x, to_lags.t().to(kernel.dtype), *(None for _ in same)
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Rows of x that are small enough together."""
+    step = max(1, _BLOCK // max(1, x[0].numel())) if len(x) else 1
+    return [slice(first, first + step) for first in range(0, len(x), step)]
+
+
+def _seen(x: Tensor, same: Sequence[Tensor], lag: int, rows: slice) -> Tensor:
+    """x, 0 where the lag leads to another document."""
+    return x * same[lag - 1][rows, :, None] if same else x

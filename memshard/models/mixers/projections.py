@@ -1,0 +1,50 @@
+"""Queries, keys and values of a mixer's heads."""
+
+from torch import Tensor, nn
+
+from memshard.models.context import Context
+from memshard.models.convolution import Convolutions, RecentRows
+from memshard.models.linear import Projection
+
+
+class HeadProjections(nn.Module):
+    """Projections of all heads, with Primer's parts where they are asked for.
+
+    convolution: width of a causal depthwise convolution behind each projection, 0 for none. share_qk: queries are a linear map of the keys
+    (after their convolution), and have no convolution of their own. kv_heads: heads of keys and values, each for heads / kv_heads
+    neighbouring query heads; all heads if left out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        output_scale: float = 1.0,
+        *,
+        convolution: int = 0,
+        share_qk: bool = False,
+        kv_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.share_qk = heads, kv_heads or heads, share_qk
+        width = dim // heads * self.kv_heads
+        self.query = Projection(width if share_qk else dim, dim)
+        self.key = Projection(dim, width)
+        self.value = Projection(dim, width)
+        self.output = Projection(dim, dim, scale=output_scale)
+        channels = {"key": width, "value": width} if share_qk else {"query": dim, "key": width, "value": width}
+        self.convolutions = Convolutions(channels, convolution)
+
+    def project(self, x: Tensor, ctx: Context, recent: RecentRows | None) -> tuple[Tensor, Tensor, Tensor, RecentRows | None]:
+        """Queries, [batch, heads, length, head dim], keys and values, [batch, kv heads, length, head dim], and what convolutions remember
+        where something was. x: [batch, length, dim].
+        """
+        names = ("key", "value") if self.share_qk else ("query", "key", "value")
+        found, recent = self.convolutions([getattr(self, name)(x) for name in names], ctx, recent)
+        if self.share_qk:
+            found.insert(0, self.query(found[0]))
+        q, k, v = (
+            each.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for each, heads in zip(found, (self.heads, self.kv_heads, self.kv_heads), strict=True)
+        )
+        return q, k, v, recent
