@@ -52,13 +52,19 @@ def test_without_data_the_command_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_report_pairs_seeds_and_rounds(tmp_path: Path) -> None:
     def learned(label: str, loss: float, **use: float) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {"label": label}, {"loss": loss, "perplexity": 100 * loss, "dense": 2e6, "table": 0, **use}
+        return {"label": label, "published": {"memory": "15.6"}.get(label, "")}, {
+            "loss": loss,
+            "perplexity": 100 * loss,
+            "dense": 2e6,
+            "table": 0,
+            **use,
+        }
 
     use = {"usage": 0.5, "kl_weighted": 1.5, "kl_count": 1.0}
     rows = [learned("none", 5.0), learned("memory", 4.9, **use), learned("none", 5.2), learned("memory", 5.0, **use)]
     times = {"training": {"none": [10.0, 20.0, 30.0]}, "inference": {"none": [1.0, 2.0, 4.0], "memory": [2.0, 3.0, 4.0]}}
     clock = {"clock": 3, "title": "Speed", "models": {"none": {}, "memory": {}}, "trained": ["none"]}
-    text = report([*rows, (clock, times)], tmp_path, name="study", published={"memory": "15.6"})
+    text = report([*rows, (clock, times)], tmp_path, name="study")
     assert "| memory | 495.00 +- 7.07 | +0.1500 +- 0.0707 | 2.00 M | 0.00 M | 50.0 +- 0.0 % | 1.50 +- 0.00 | 15.6 |" in text
     assert "| none | 20 | 1.00 (1.00 to 1.00) | 2 |" in text and "| memory |  |  | 3 | 1.50 (1.00 to 2.00) |" in text
     assert (tmp_path / "study.png").stat().st_size > 10_000

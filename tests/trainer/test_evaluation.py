@@ -15,6 +15,7 @@ import memshard
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.launch.cli.main import main
+from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.usage import UsageReport
 from memshard.trainer.checkpoint.load_model import LoadedModel, load
@@ -134,6 +135,17 @@ def test_memory_usage_of_a_plain_model() -> None:
     assert model.training and memory.values.observer is None
     (mapped,) = memshard.memory_usage(model, [{"input": batch} for batch in batches]).values()
     assert mapped == report
+
+
+def test_weights_of_both_signs_count_by_their_magnitude() -> None:
+    torch.manual_seed(0)
+    peer, batch = Peer(8, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer"), torch.randn(7, 8)
+    report = memshard.memory_usage(peer, [batch])["values"]
+    rows, weights = peer.lookup(batch)
+    hidden = torch.nn.functional.gelu((peer.down.weight[rows] * batch[:, None]).sum(-1))
+    assert (hidden < 0).any()
+    expected = expected_report(25, [(rows, (weights * hidden).abs())])
+    assert report.kl_weighted == pytest.approx(expected.kl_weighted, rel=1e-5)
 
 
 def test_reads_of_a_single_slot_and_none_at_all() -> None:

@@ -38,10 +38,12 @@ class UsageCounter:
         self.counts = torch.zeros_like(self.weights)
 
     def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
-        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads."""
+        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads; of PEER's, which may be negative, the
+        magnitude counts.
+        """
         rows, weights = rows.to(self.weights.device), weights.to(self.weights.device)
         counts = None if counts is None else counts.to(self.weights.device)
-        self.weights.index_add_(0, rows, weights.double())
+        self.weights.index_add_(0, rows, weights.double().abs())
         self.counts.index_add_(0, rows, torch.ones_like(weights, dtype=torch.float64) if counts is None else counts.double())
 
     def merge(self, add: Callable[[Tensor], Tensor]) -> None:

@@ -40,7 +40,7 @@ class UniqueRowTable(RowShardedTable):
         theirs = share_counts(ours, self.group, rows.device)
         wanted = exchange(self._wire(distinct), ours, theirs, self.group, self.traffic) - self.first_row
         if self.observer is not None:
-            flat = weights.flatten().double()
+            flat = weights.flatten().double().abs()
             sums = torch.zeros(len(distinct), 2, dtype=torch.float64, device=rows.device)
             sums.index_add_(0, inverse, torch.stack((flat, torch.ones_like(flat)), dim=1))
             seen = exchange(sums, ours, theirs, self.group)

@@ -42,7 +42,7 @@ _TINY = (
     "train.precision=fp32", "train.eval_tokens=2048", "optimizer.warmup=1",
 )  # fmt: skip
 _SIZES: dict[Scale, Size] = {
-    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), 11, 8, (2, 3), (1, 2), 1),
+    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), 23, 8, (2, 3), (1, 2), 1),
     "small": Size(
         "pkm-small", (), 6, (6, 8, 12), (64, 128, 256, 512), (32, 64, 128), 181, 32, (600, 1200), (2, 3), 9, _PAPER_WIDTH
     ),
@@ -53,11 +53,11 @@ _SIZES: dict[Scale, Size] = {
 }  # fmt: skip
 
 Model = dict[str, Any]
-"""builder and overrides, on top of those of the scale."""
+"""builder and overrides, on top of those of the scale; published, what the paper says of it."""
 
 
-def _model(*overrides: str, builder: str = "transformer") -> Model:
-    return {"builder": builder, "overrides": overrides}
+def _model(*overrides: str, builder: str = "transformer", published: str = "") -> Model:
+    return {"builder": builder, "overrides": overrides, "published": published}
 
 
 _NO_MEMORY = "model.memory.layers=[]"
@@ -72,37 +72,59 @@ def _spread(layers: int, memories: int) -> str:
     return _at(*(round(layers * (number + 1) / (memories + 1)) for number in range(memories)))
 
 
+# Perplexities of the paper's models of 12, 16 and 24 layers, by number of memories.
+_BY_DEPTH = (("17.7", "16.7", "16.0"), ("15.6", "14.9", "14.6"), ("14.8", "14.1"), ("14.5",))
+_BY_POSITION = ("21.5", "20.7", "20.4", "20.1", "19.8", "20.3")
+# Perplexity, usage and KL by sub-keys: without and with batch norm.
+_BY_KEYS = {
+    128: ("22.8, 100 %, 0.56", "23.0, 100 %, 0.56"),
+    256: ("21.7, 99.0 %, 0.69", "21.9, 100 %, 0.58"),
+    384: ("20.9, 83.8 %, 0.94", "20.7, 99.6 %, 0.65"),
+    512: ("20.5, 64.4 %, 1.20", "19.8, 97.9 %, 0.68"),
+    768: ("20.0, 38.0 %, 1.70", "18.7, 90.3 %, 0.83"),
+    1024: ("19.8, 25.8 %, 2.06", "18.0, 80.3 %, 0.95"),
+}
+
+
+_FLAT = {"product": "97 to 100 %", "flat": "10 to 20 %"}
+
+
 def _headline(size: Size) -> dict[str, Model]:
     shallow, _, deep = size.depths
     return {
-        f"{shallow} layers": _model(f"model.layers={shallow}", _NO_MEMORY),
-        f"{shallow} layers + memory": _model(f"model.layers={shallow}"),
-        f"{deep} layers": _model(f"model.layers={deep}", _NO_MEMORY),
+        f"{shallow} layers": _model(f"model.layers={shallow}", _NO_MEMORY, published="17.7 (12 layers)"),
+        f"{shallow} layers + memory": _model(f"model.layers={shallow}", published="15.6 (12 layers + memory)"),
+        f"{deep} layers": _model(f"model.layers={deep}", _NO_MEMORY, published="16.0 (24 layers)"),
     }
 
 
 def _depth(size: Size) -> dict[str, Model]:
-    return {
-        f"{layers} layers + {memories}": _model(f"model.layers={layers}", _spread(layers, memories))
-        for memories in range(4)
-        for layers in size.depths
-        if memories < layers
-    }
+    found = {}
+    for memories, published in enumerate(_BY_DEPTH):
+        for number, layers in enumerate(size.depths):
+            if memories < layers:
+                quoted = f"{published[number]} ({(12, 16, 24)[number]} layers)" if number < len(published) else ""
+                found[f"{layers} layers + {memories}"] = _model(f"model.layers={layers}", _spread(layers, memories), published=quoted)
+    return found
 
 
 def _position(size: Size) -> dict[str, Model]:
-    return {"none": _model(_NO_MEMORY)} | {f"layer {layer + 1}": _model(_at(layer)) for layer in range(size.layers)}
+    layers = range(size.layers)
+    return {"none": _model(_NO_MEMORY)} | {f"layer {n + 1}": _model(_at(n), published=_BY_POSITION[n]) for n in layers}
 
 
 def _heads(size: Size) -> dict[str, Model]:
     pairs = [(heads, size.reads // heads) for heads in (1, 2, 4, 8)]
-    return {f"{heads} x {topk}": _model(f"model.memory.heads={heads}", f"model.memory.topk={topk}") for heads, topk in pairs}
+    return {
+        f"{heads} x {topk}": _model(f"model.memory.heads={heads}", f"model.memory.topk={topk}", published="about 20.5, 70 % (64 reads)")
+        for heads, topk in pairs
+    }
 
 
 def _keys(size: Size) -> dict[str, Model]:
     return {
         f"{keys**2:,} slots, {'batch norm' if norm == 'batch' else 'no norm'}": _model(
-            f"model.memory.keys={keys}", f"model.memory.query_norm={norm}"
+            f"model.memory.keys={keys}", f"model.memory.query_norm={norm}", published=_BY_KEYS.get(keys, ("", ""))[norm == "batch"]
         )
         for norm in ("none", "batch")
         for keys in size.keys
@@ -112,7 +134,7 @@ def _keys(size: Size) -> dict[str, Model]:
 def _flat(size: Size) -> dict[str, Model]:
     builders = {"product": "transformer", "flat": "flat keys"}
     return {
-        f"{keys**2:,} slots, {kind} keys": _model(f"model.memory.keys={keys}", builder=builder)
+        f"{keys**2:,} slots, {kind} keys": _model(f"model.memory.keys={keys}", builder=builder, published=_FLAT[kind])
         for keys in size.flat
         for kind, builder in builders.items()
     }
@@ -155,8 +177,9 @@ def _points(models: Callable[[Size], dict[str, Model]], headline: bool, scale: S
         }
         for label, model in models(size).items()
     }
+    published = {label: model["published"] for label, model in models(size).items()}
     points: list[Point] = [
-        {"label": label, **model, "overrides": [*model["overrides"], f"train.seed={seed}"]}
+        {"label": label, **model, "overrides": [*model["overrides"], f"train.seed={seed}"], "published": published[label]}
         for seed in range(1, size.seeds[headline] + 1)
         for label, model in found.items()
     ]
@@ -178,84 +201,23 @@ def _wide_clock(size: Size) -> Point:
     return {"clock": 5, "title": title, "models": models, "trained": ["12 layers", "12 layers + memory"]}
 
 
-def _study(
-    name: str,
-    what: str,
-    models: Callable[[Size], dict[str, Model]],
-    hours: float,
-    published: dict[str, str] | None = None,
-    headline: bool = False,
-) -> Experiment:
+def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hours: float, headline: bool = False) -> Experiment:
     """hours: of scale small."""
     return Experiment(
         what=what,
         points=partial(_points, models, headline),
         run=run_point,
-        report=partial(report, name=name, published=published or {}),
+        report=partial(report, name=name),
         hours={"smoke": 0.01, "small": hours, "full": 1e6},
     )
 
 
-HEADLINE = _study(
-    "headline",
-    "a memory against twice the depth: perplexity, training and inference time a token (table 2)",
-    _headline,
-    1.4,
-    {"6 layers": "17.7 (12 layers)", "6 layers + memory": "15.6 (12 + 1)", "12 layers": "16.0 (24)"},
-    headline=True,
-)
-DEPTH = _study(
-    "depth",
-    "none to three memories in models of three depths (table 2)",
-    _depth,
-    2.3,
-    {
-        "6 layers + 0": "17.7 (12 layers)",
-        "8 layers + 0": "16.7 (16)",
-        "12 layers + 0": "16.0 (24)",
-        "6 layers + 1": "15.6",
-        "8 layers + 1": "14.9",
-        "12 layers + 1": "14.6",
-        "6 layers + 2": "14.8",
-        "8 layers + 2": "14.1",
-        "6 layers + 3": "14.5",
-    },
-)
-POSITION = _study(
-    "position",
-    "which layer of six holds the memory (table 3)",
-    _position,
-    0.9,
-    {"layer 1": "21.5", "layer 2": "20.7", "layer 3": "20.4", "layer 4": "20.1", "layer 5": "19.8", "layer 6": "20.3"},
-)
-HEADS = _study(
-    "heads", "heads x slots of a head, at equal reads (figure 4)", _heads, 0.6, dict.fromkeys(_heads(_SIZES["full"]), "about 20.5")
-)
-KEYS = _study(
-    "keys",
-    "number of slots, with and without batch norm of queries: perplexity, usage, KL (table 4)",
-    _keys,
-    1.1,
-    {
-        "16,384 slots, no norm": "22.8, used 100 %, KL 0.56",
-        "65,536 slots, no norm": "21.7, 99.0 %, 0.69",
-        "147,456 slots, no norm": "20.9, 83.8 %, 0.94",
-        "262,144 slots, no norm": "20.5, 64.4 %, 1.20",
-        "589,824 slots, no norm": "20.0, 38.0 %, 1.70",
-        "1,048,576 slots, no norm": "19.8, 25.8 %, 2.06",
-        "16,384 slots, batch norm": "23.0, 100 %, 0.56",
-        "65,536 slots, batch norm": "21.9, 100 %, 0.58",
-        "147,456 slots, batch norm": "20.7, 99.6 %, 0.65",
-        "262,144 slots, batch norm": "19.8, 97.9 %, 0.68",
-        "589,824 slots, batch norm": "18.7, 90.3 %, 0.83",
-        "1,048,576 slots, batch norm": "18.0, 80.3 %, 0.95",
-    },
-)
-FLAT = _study("flat", "product keys against a key for every slot: perplexity, usage, KL (table 5)", _flat, 1.2)
+_TIMES = "perplexity, training and inference time a token"
+HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.4, headline=True)
+DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 2.3)
+POSITION = _study("position", "which layer of six holds the memory", _position, 0.9)
+HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 0.6)
+KEYS = _study("keys", "number of slots, with and without batch norm of queries: perplexity, usage, KL", _keys, 1.1)
+FLAT = _study("flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 1.2)
 GATES = _study("gates", "softmax, sigmoid, relu; replace or add; Memory+; one table for three layers", _gates, 1.2)
-ALTERNATIVES = _study(
-    "alternatives",
-    "a memory against feedforwards, PEER and mixtures of experts of equal parameters",
-    _alternatives,
-    1.1,
-)
+ALTERNATIVES = _study("alternatives", "a memory against feedforwards, PEER and mixtures of experts of equal parameters", _alternatives, 1.1)

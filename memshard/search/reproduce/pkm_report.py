@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 Rows = list[tuple[Point, dict[str, Any]]]
 
 
-def report(rows: Rows, folder: Path, name: str, published: dict[str, str]) -> str:
-    """Markdown; draws `name`.png. published: what the paper says of a model, by label."""
+def report(rows: Rows, folder: Path, name: str) -> str:
+    """Markdown; draws `name`.png."""
     learned: dict[str, list[dict[str, Any]]] = {}
+    published: dict[str, str] = {}
     for point, result in rows:
         if "clock" not in point:
             learned.setdefault(point["label"], []).append(result)
+            published[point["label"]] = point["published"]
     clocks = [(point, result) for point, result in rows if "clock" in point]
     first, *_ = learned
     seeds = len(learned[first])
-    text = f"Held-out text; mean +- standard deviation of {seeds} seeds. Gain: over {first}, seed by seed, nats a token.\n\n"
+    spread = f"mean +- standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    text = f"Held-out text, {spread}. Gain: over {first}, seed by seed, nats a token.\n\n"
     text += "| model | perplexity | gain | dense | table | usage | KL | published |\n|---|---|---|---|---|---|---|---|\n"
     for label, results in learned.items():
         gains = [base["loss"] - result["loss"] for base, result in zip(learned[first], results, strict=True)]
@@ -32,7 +35,7 @@ def report(rows: Rows, folder: Path, name: str, published: dict[str, str]) -> st
         used = "usage" in results[0]
         cells.append(_spread([100 * result["usage"] for result in results], ".1f") + " %" if used else "")
         cells.append(_spread([result["kl_weighted"] for result in results], ".2f") if used else "")
-        text += f"| {' | '.join([*cells, published.get(label, '')])} |\n"
+        text += f"| {' | '.join([*cells, published[label]])} |\n"
     for point, result in clocks:
         text += "\n" + _clock_table(point, result)
     _draw(learned, clocks[0][1] if clocks else {}, folder / f"{name}.png")
@@ -67,19 +70,21 @@ def _draw(learned: dict[str, list[dict[str, Any]]], clock: dict[str, Any], file:
     times = {label: statistics.median(found) for label, found in clock.get("inference", {}).items()}
     sizes = {label: (results[0]["dense"] + results[0]["table"]) / 1e6 for label, results in learned.items()}
     _scatter(parameters, sizes, learned, "million parameters")
-    parameters.set_xscale("log")
+    parameters.set_xscale("log", subs=[2, 5])
+    parameters.xaxis.set_major_formatter("{x:g}")
+    parameters.xaxis.set_minor_formatter("{x:g}")
     _scatter(speed, times, learned, "inference, us a token")
     clean(use)
     memories = [label for label, results in learned.items() if "usage" in results[0]]
-    places = range(len(memories))
-    use.bar(places, _means(learned, memories, "usage", 100), color=COLORS[0], width=0.6)
-    use.set_ylabel("slots used, % (bars)")
-    use.set_xticks(list(places), memories, rotation=60, fontsize=7, ha="right", rotation_mode="anchor")
-    divergence = use.twinx()
-    divergence.plot(places, _means(learned, memories, "kl_weighted"), "o", color=COLORS[1])
-    divergence.set_ylabel("KL to uniform, nats (dots)")
-    divergence.set_ylim(bottom=0)
-    divergence.spines["top"].set_visible(False)
+    use.barh(memories, _means(learned, memories, "usage", 100), color=COLORS[0], height=0.6)
+    use.set_xlabel("slots used, % (bars)")
+    use.tick_params(axis="y", labelsize=8)
+    use.invert_yaxis()
+    divergence = use.twiny()
+    divergence.plot(_means(learned, memories, "kl_weighted"), memories, "o", color=COLORS[1])
+    divergence.set_xlabel("KL to uniform, nats (dots)")
+    divergence.set_xlim(left=0)
+    divergence.spines["right"].set_visible(False)
     parameters.figure.legend(*parameters.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=6)
     figure.savefig(file)
 
