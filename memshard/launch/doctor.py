@@ -46,25 +46,29 @@ def check_installation() -> Iterator[Finding]:
     yield from _name()
     programs = [name for name in ("sbatch", "srun", "torchrun", "deepspeed", "pdsh", "mpirun") if shutil.which(name)]
     yield Finding(f"launchers here: {', '.join(programs) or 'none'}")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    yield from stale_locks(root)
+    yield from stale_locks()
 
 
-def stale_locks(root: Path) -> Iterator[Finding]:
+def stale_locks() -> Iterator[Finding]:
     """Locks that a killed compilation of torch's extensions (DeepSpeed's) has left: every later one waits for them, without end."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     for lock in sorted(root.glob("**/lock")):
         age = time.time() - lock.stat().st_mtime
         if age > _STALE_LOCK:
             yield Finding(f"{lock} is {age / 60:.0f} minutes old: if nothing is compiling, delete it", bad=True)
 
 
-def check_run(folder: Path) -> Iterator[Finding]:
-    """Who is late, what the last collectives were, which checkpoints are good, whether data hold the run up. ValueError for no run."""
+def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
+    """Who is late, what the last collectives were, which locks are stale, which checkpoints are good, whether data hold the run up. ValueError for no run.
+
+    deep: read all tensors of all checkpoints against their hashes, which takes the time of loading them.
+    """
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
     yield from _ranks(folder)
     yield from _collectives(folder)
-    yield from _checkpoints(folder / "checkpoints")
+    yield from stale_locks()
+    yield from _checkpoints(folder / "checkpoints", deep)
     lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
     waits = [line["speed/data_wait"] for line in lines if line.get("speed/data_wait") is not None][-10:]
     if waits:
@@ -135,17 +139,19 @@ def _collectives(folder: Path) -> Iterator[Finding]:
             )
 
 
-def _checkpoints(root: Path) -> Iterator[Finding]:
+def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
     found = committed(root)
     for path in reversed(found):
         try:
             check_files(path)
-            verify(path, index_of(path))
+            index = index_of(path)
+            if deep:
+                verify(path, index)
         except ValueError as error:
             damage = error if isinstance(error, DamagedCheckpoint) else DamagedCheckpoint(path, str(error))
             yield Finding(str(damage), bad=True)
         else:
-            yield Finding(f"{path} is good")
+            yield Finding(f"{path} is {'good' if deep else 'complete, with files as long as they should be (--deep reads them)'}")
     for path in sorted(root.glob("step-*")):
         if not (path / COMMIT).exists():
             yield Finding(f"{path} is not complete: a save goes on, or was interrupted; the next one removes it")

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.cli.main import main
-from memshard.launch.doctor import stale_locks
 from memshard.trainer.heartbeat import Beat
 from memshard.trainer.metrics import METRICS_FILE
 from tests.trainer.tiny_run import train_run
 
 
-def _examine(capfd: pytest.CaptureFixture[str], *folder: Path) -> tuple[list[str], list[str]]:
+def _examine(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[list[str], list[str]]:
     capfd.readouterr()
-    assert main(["doctor", *map(str, folder), "--json"]) == 0
+    assert main(["doctor", *map(str, arguments), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["well"] == (not result["bad"])
     return result["bad"], result["notes"]
@@ -26,7 +25,7 @@ def _examine(capfd: pytest.CaptureFixture[str], *folder: Path) -> tuple[list[str
 def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     train_run(recipe, folder, "train.save_every=5")
-    bad, notes = _examine(capfd, folder)
+    bad, notes = _examine(capfd, folder, "--deep")
     good = [f"{folder}/checkpoints/step-{step:08d} is good" for step in (10, 5)]
     assert not bad and "no heartbeats: the run has not started" in notes and set(good) < set(notes)
 
@@ -48,13 +47,24 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         entry = {"process_group": ["0", "default_pg"], "collective_seq_id": number}
         entry |= {"profiling_name": "gloo:all_reduce", "input_sizes": [[3]]}
         (folder / f"flight/rank{rank}.json").write_text(json.dumps({"entries": [entry]}))
-    bad, notes = _examine(capfd, folder)
+    bad, notes = _examine(capfd, folder, "--deep")
     silent, damaged, waiting = bad
     assert silent.startswith("rank 2 (process 100 on n1), in step 20, forward and backward, has been silent for 4")
     assert damaged.startswith(f"{folder}/checkpoints/step-00000010 is damaged (") and "do not match their hash" in damaged
     assert waiting.startswith("60% of the last steps' time went into reading data: raise data.workers")
     assert good[1] in notes and any("step-00000015.tmp is not complete" in note for note in notes)
     assert any("rank 1 was at collective 812 of group default_pg, others at 813 (gloo:all_reduce" in note for note in notes)
+
+
+def test_checkpoints_at_a_glance(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    train_run(recipe, folder, "train.save_every=5")
+    older, newer = (folder / f"checkpoints/step-{step:08d}" for step in (5, 10))
+    piece = max(newer.glob("*.bin"), key=lambda path: path.stat().st_size)
+    os.truncate(piece, piece.stat().st_size - 1)
+    bad, notes = _examine(capfd, folder)
+    assert len(bad) == 1 and bad[0].startswith(f"{newer} is damaged (") and f"of {piece.name}, which has" in bad[0]
+    assert f"{older} is complete, with files as long as they should be (--deep reads them)" in notes
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -67,9 +77,8 @@ def test_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
     os.utime(tmp_path / "old/lock", (time.time() - 3600,) * 2)
-    (stale,) = stale_locks(tmp_path)
-    assert stale.bad and stale.text == f"{tmp_path}/old/lock is 60 minutes old: if nothing is compiling, delete it"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     bad, notes = _examine(capfd)
-    assert stale.text in bad and any(note.startswith("torch 2.") for note in notes)
+    locks = [text for text in bad if "lock" in text]
+    assert locks == [f"{tmp_path}/old/lock is 60 minutes old: if nothing is compiling, delete it"] and any(note.startswith("torch 2.") for note in notes)
     assert any(note.startswith("tables on the CPU: ") for note in notes)

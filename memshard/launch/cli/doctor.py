@@ -12,6 +12,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
     parser = subparsers.add_parser("doctor", help="check the installation; or who is late, what is stale, which checkpoint is good")
     parser.add_argument("folder", nargs="?", metavar="RUN_DIR", help="a run's folder (default: the installation)")
+    parser.add_argument("--deep", action="store_true", help="read every checkpoint against its hashes")
     parser.set_defaults(run=run)
 
 
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         from memshard.launch.doctor import check_installation, check_run
 
-        findings = list(check_run(Path(args.folder)) if args.folder else check_installation())
+        findings = list(check_run(Path(args.folder), args.deep) if args.folder else check_installation())
     if not args.json:
         for finding in findings:
             print(f"{'!!' if finding.bad else 'ok'}  {finding.text}")
