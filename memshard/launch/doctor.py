@@ -59,9 +59,9 @@ def stale_locks() -> Iterator[Finding]:
 
 
 def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
-    """Who is late, what the last collectives were, which locks are stale, which checkpoints are good, whether data hold the run up. ValueError for no run.
+    """Who is late, what the last collectives were, which locks are stale, which checkpoints good, whether data hold the run up.
 
-    deep: read all tensors of all checkpoints against their hashes, which takes the time of loading them.
+    deep: read all tensors of all checkpoints against their hashes, which takes the time of loading them. ValueError for no run.
     """
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")

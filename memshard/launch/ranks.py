@@ -1,6 +1,7 @@
 """Which process of how many this is, as the launcher's environment variables say. Imports nothing heavy."""
 
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         ranks, here = int(env["OMPI_COMM_WORLD_SIZE"]), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
         alone = "127.0.0.1" if ranks == here else None
         local_rank = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
-        return Ranks("OpenMPI", int(env["OMPI_COMM_WORLD_RANK"]), ranks, local_rank, address or alone, port or job_port(0))
+        port = port or job_port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode()))  # its name of the job
+        return Ranks("OpenMPI", int(env["OMPI_COMM_WORLD_RANK"]), ranks, local_rank, address or alone, port)
     return Ranks("no launcher")
 
 

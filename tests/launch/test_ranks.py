@@ -25,7 +25,10 @@ STEP = {
     **BATCH_SCRIPT, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
 }  # fmt: skip
-OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "3204513793",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -38,8 +41,8 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
         (STEP, Ranks("SLURM", 3, 4, 1, "gpu07", 21234)),
         ({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "5000"}, Ranks("SLURM", 3, 4, 1, "head", 5000)),
         (BATCH_SCRIPT, Ranks("no launcher")),
-        (OPENMPI, Ranks("OpenMPI", 1, 2, 1, "127.0.0.1", 20000)),
-        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, Ranks("OpenMPI", 1, 2, 1, None, 20000)),
+        (OPENMPI, Ranks("OpenMPI", 1, 2, 1, "127.0.0.1", 21147)),
+        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, Ranks("OpenMPI", 1, 2, 1, None, 21147)),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, Ranks("RANK and WORLD_SIZE", 0, 2, 0, "a", None)),
         ({}, Ranks("no launcher")),
     ],
