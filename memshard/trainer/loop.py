@@ -98,8 +98,10 @@ def _be_impatient(run: Run) -> None:
 
 
 def evaluate_run(run: Run) -> Evaluation:
-    """Evaluate on the held-out text, with the rows of a training micro-batch at a time."""
+    """Evaluate on the held-out text, with the rows of a training micro-batch at a time; as one text where training carries states."""
     run.phase = "evaluating"
+    if run.carried is not None:
+        return evaluate(run.model, run.task, run.held_out, 1, run.dtype, carry=True)
     rows = run.recipe.train.micro_batch or -(-run.recipe.train.batch // run.data_ranks)
     return evaluate(run.model, run.task, run.held_out, rows, run.dtype, run.data_rank, run.data_ranks)
 

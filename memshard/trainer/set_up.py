@@ -54,7 +54,9 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
     stream = open_train(data.path, data.length, recipe.train.batch, recipe.train.seed, data.damage_tolerance, data.mixture, by_epochs)
     if recipe.train.carry_state and not isinstance(stream, TrainStream):
         raise ValueError(f"train.carry_state needs text that goes on from step to step, and {data.path} holds whole records: leave it out")
-    held_out = open_held_out(recipe.data.path, recipe.data.length, recipe.train.eval_tokens)
+    # One text is read in pieces as large as a micro-batch.
+    rows = (recipe.train.micro_batch or -(-recipe.train.batch * recipe.parallel.tensor // ranks)) if recipe.train.carry_state else 1
+    held_out = open_held_out(recipe.data.path, rows * recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
     mesh = build_mesh(device.type, recipe.parallel.memory, recipe.parallel.tensor)

@@ -1,17 +1,22 @@
 """Fast weights that go on from step to step: a stream in pieces is the stream, whatever happens to the run in between."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from memshard.launch.cli.main import main
+from memshard.models.loss import token_losses
+from memshard.trainer.checkpoint.load_model import load
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.run import Run
 from memshard.trainer.step import train_step
 from tests.data.conftest import build, write_corpus
 from tests.distributed import run_distributed
 from tests.trainer.overflow import dense_overflow
+from tests.trainer.test_evaluation import held_out_windows
 from tests.trainer.test_ranks import load_whole
 from tests.trainer.tiny_run import RECIPE, assert_same, checkpoint_state, prepare, train_run
 
@@ -143,12 +148,47 @@ def test_a_skipped_step_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
     assert not torch.equal(run.carried.tensors(None)["carried.blocks.0.memory"], before["carried.blocks.0.memory"])
 
 
+def _evaluated(run: Path, capfd: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    code = main(["eval", str(run), "--json", *options])
+    printed: dict[str, Any] = json.loads(capfd.readouterr().out)
+    return {**printed, "code": code}
+
+
+def test_untruncated_evaluation_is_one_pass(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of training with carried states, and of the command on whatever model can."""
+    trained = train_run(recipe, tmp_path / "run", *CARRY, "data.length=16", "train.steps=5")
+    loaded = load(tmp_path / "run")
+    windows = held_out_windows(Path(loaded.recipe.data.path))
+    inputs, targets = (torch.cat(parts, 1) for parts in zip(*windows, strict=True))
+    with torch.no_grad():
+        losses = token_losses(loaded.model(inputs)[0], targets).double()
+    expected = float(losses.mean())
+    assert trained["loss"] == pytest.approx(expected, rel=1e-6)
+    capfd.readouterr()
+    for batch in ("1", "7"):
+        found = _evaluated(tmp_path / "run", capfd, "--untruncated", "--batch", batch)
+        assert found["code"] == 0 and found["tokens"] == targets.numel() and found["loss"] == pytest.approx(expected, rel=1e-6)
+        last = found["by_position"][-1]
+        assert last["last"] == targets.numel() - 1 or last["tokens"] == targets.numel() - last["first"]
+        assert last["loss"] == pytest.approx(float(losses[0, last["first"] :].mean()), rel=1e-6)
+    assert found["untruncated"] and not _evaluated(tmp_path / "run", capfd)["untruncated"]
+    assert _evaluated(tmp_path / "run", capfd)["loss"] != pytest.approx(expected, rel=1e-6)
+    assert "leave one of them out" in _evaluated(tmp_path / "run", capfd, "--untruncated", "--stride", "1")["error"]
+
+
+def test_untruncated_evaluation_needs_states_of_constant_size(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    capfd.readouterr()
+    found = _evaluated(tmp_path / "run", capfd, "--untruncated")
+    assert found["code"] == 2 and "--untruncated is for linear and delta mixers" in found["error"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (("model.mixer.kind=softmax",), "linear and delta mixers, .* and model.mixer has softmax"),
         (("model.mixer.pattern=[delta, lsh]",), "model.mixer has lsh"),
-        (("model.position=learned",), "set model.position=none"),
+        (("model.position=learned",), "needs a model with model.position=none"),
         (("parallel.tensor=2",), "parallel.tensor is 2: set it to 1"),
         (("train.segments=2", "train.chunk=8"), "leave out train.chunk, or train.segments"),
         (("train.segments=2", "model.residual=reversible"), "leave out model.residual=reversible, or train.segments"),

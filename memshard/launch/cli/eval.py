@@ -28,6 +28,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at a time, on each process (default 16)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens in a window (default: the run's data.length)")
     parser.add_argument("--stride", type=int, metavar="N", help="slide windows by N tokens; 1: full context for each (default --length)")
+    parser.add_argument(
+        "--untruncated", action="store_true", help="read the text as one, with carried states (linear and delta mixers, no positions)"
+    )
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
     parser.add_argument("--memmap", action="store_true", help="leave value tables on disk; always so on several processes")
     parser.add_argument("--pictures", metavar="DIR", help="draw the loss curve and each table's used-slots map (needs memshard[eval])")
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
+    from memshard.data_pipeline.stream.held_out import HeldOutStream
     from memshard.data_pipeline.stream.open import open_held_out
     from memshard.trainer.evaluation.perplexity import evaluate
     from memshard.trainer.precision import compute_dtype
@@ -65,15 +69,23 @@ def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "tor
 
     with usage_errors():
         data = args.data or loaded.recipe.data.path
-        held_out = open_held_out(data, _length(args, loaded), args.max_tokens, args.stride)
+        rows, length = args.batch, _length(args, loaded)
+        if args.untruncated:
+            _check_untruncated(args, loaded, ranks)
+            rows, length = 1, args.batch * length
+        held_out = open_held_out(data, length, args.max_tokens, args.stride)
+        if args.untruncated and not isinstance(held_out, HeldOutStream):
+            raise ValueError(f"{data} holds whole records, none of which goes on: leave out --untruncated")
         loaded.check_tokenizer(data)
     task = LanguageModelTask(device, loaded.recipe.data.document_mask, loaded.recipe.train.seed)
     begun = time.perf_counter()
-    evaluation = evaluate(loaded.model, task, held_out, args.batch, compute_dtype(args.precision, device), rank(), ranks)
+    dtype = compute_dtype(args.precision, device)
+    evaluation = evaluate(loaded.model, task, held_out, rows, dtype, rank(), ranks, carry=args.untruncated)
     result: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "data": data,
+        "untruncated": args.untruncated,
         "tokens": evaluation.tokens,
         "tokens_per_s": evaluation.tokens / (time.perf_counter() - begun),
         "loss": evaluation.loss,
@@ -96,6 +108,16 @@ def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "tor
     if not args.json:
         _show(result)
     return result
+
+
+def _check_untruncated(args: argparse.Namespace, loaded: "LoadedModel", ranks: int) -> None:
+    from memshard.trainer.config.recipe import check_states
+
+    check_states(loaded.recipe.model, "--untruncated", endless=True)
+    if args.stride is not None:
+        raise ValueError("--untruncated reads every token after all before it, where --stride slides a window: leave one of them out")
+    if ranks > 1:
+        raise ValueError("--untruncated reads one text from its start to its end: start it without torchrun")
 
 
 def _run_tasks(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
@@ -159,7 +181,7 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
 
 
 def _show(result: dict[str, Any]) -> None:
-    print(f"{result['checkpoint']} on {result['data']}: {result['tokens']:,} held-out tokens")
+    print(f"{result['checkpoint']} on {result['data']}: {result['tokens']:,} held-out tokens{', read as one text' * result['untruncated']}")
     print(f"  loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f} a token", end="")
     if "bits_per_byte" in result:
         print(f", {result['word_perplexity']:.1f} a word, {result['bits_per_byte']:.4f} bits a byte", end="")

@@ -377,18 +377,26 @@ class Recipe:
             raise ValueError("tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set train.engine=torch, or train.zero=0")
 
 
+def check_states(model: ModelConfig, what: str, endless: bool) -> None:
+    """ValueError unless all mixers of a model have states of constant size; endless: and no positions, so that text may go on forever.
+
+    what: needs it, for the message.
+    """
+    if other := sorted({model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}):
+        raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.mixer has {', '.join(other)}")
+    if endless and model.position != "none":
+        raise ValueError(f"{what} goes on without end, but model.position is {model.position}: it needs a model with model.position=none")
+
+
 def _check_states(recipe: Recipe) -> None:
     """Whether mixers can go on from a state in training."""
     train, model = recipe.train, recipe.model
     if not train.carry_state and train.segments == 1:
         return
     key = "train.carry_state" if train.carry_state else "train.segments"
-    if other := sorted({model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}):
-        raise ValueError(f"{key} is for linear and delta mixers, whose state keeps its size, and model.mixer has {', '.join(other)}")
+    check_states(model, key, endless=train.carry_state)
     if recipe.parallel.tensor > 1:
         raise ValueError(f"{key} does not work where ranks share a sequence, and parallel.tensor is {recipe.parallel.tensor}: set it to 1")
-    if train.carry_state and model.position != "none":
-        raise ValueError(f"train.carry_state goes on without end, but model.position is {model.position}: set model.position=none")
     if train.carry_state and recipe.data.mixture:
         raise ValueError("train.carry_state needs rows that go on, and data.mixture draws each from any folder: leave one of them out")
     reversible = model.residual == "reversible"

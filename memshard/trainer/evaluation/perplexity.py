@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from memshard.data_pipeline.stream.batch import IGNORE
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.models.memory.usage import UsageCounter, UsageReport
+from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import all_sum
+from memshard.trainer.carried import Carried
 from memshard.trainer.evaluation.usage import observed_usage, usage_reports
 from memshard.trainer.precision import autocast
 from memshard.trainer.tasks.language_model import LanguageModelTask
@@ -20,7 +22,8 @@ from memshard.trainer.tasks.language_model import LanguageModelTask
 @dataclass(frozen=True)
 class Evaluation:
     """loss: nats per token, over `tokens` predicted tokens; positions: [length, 2] fp64, the sum of losses and the number of tokens
-    at each position of a window; usage: of every table, by name; counters: of this rank's rows.
+    at each position of a window, or of the whole text where it was read as one; usage: of every table, by name; counters: of this
+    rank's rows.
     """
 
     loss: float
@@ -35,7 +38,7 @@ class Evaluation:
         return math.exp(self.loss)
 
     def by_position(self) -> list[dict[str, float]]:
-        """Loss by how many tokens of the window stand before the predicted one's input: 0, 1, 2 to 3, 4 to 7, and so on."""
+        """Loss by how many tokens of the window, or of the text, stand before the input: 0, 1, 2 to 3, 4 to 7, and so on."""
         buckets, first = [], 0
         while first < len(self.positions):
             last = min(max(2 * first, 1), len(self.positions))
@@ -58,20 +61,24 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Transformer,
     task: LanguageModelTask,
     held_out: HeldOutStream | HeldOutRecords,
     rows: int,
     dtype: torch.dtype,
     rank: int = 0,
     ranks: int = 1,
+    carry: bool = False,
 ) -> Evaluation:
     """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the same arguments.
 
-    rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same share, and each its loss.
+    rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same share, and each its loss. carry: read
+    the windows as one text, one after the other, each with the states that the one before left (rows and ranks are 1); see `check_states`.
     """
     training = model.training
     model.eval()
+    assert not carry or rows == ranks == 1 and not held_out.overlap
+    carried = Carried(model, 1, lambda samples: samples > 0) if carry else None
     try:
         positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
         with observed_usage(model) as counters:
@@ -79,14 +86,14 @@ def evaluate(
             for first in range(0, held_out.windows, rows * ranks):
                 batch = held_out.batch(first + rank * rows, rows)
                 with autocast(dtype, task.device):
-                    losses = task.each_loss(model, batch)
+                    losses = task.each_loss(model, batch, carried=carried)
+                if carried is not None:
+                    carried.commit()
                 counts = batch.targets != IGNORE
                 counts[batch.samples > 0, : held_out.overlap] = False
                 counts = counts.to(task.device)
-                if not len(positions):
-                    positions = positions.new_zeros(losses.shape[1], 2)
-                positions[:, 0] += torch.where(counts, losses.double(), 0).sum(0)
-                positions[:, 1] += counts.sum(0)
+                found = torch.stack((torch.where(counts, losses.double(), 0).sum(0), counts.sum(0)), 1)
+                positions = torch.cat((positions, found)) if carry or not len(positions) else positions + found
     finally:
         model.train(training)
     same = dist.get_world_size() // ranks if dist.is_initialized() else 1
