@@ -47,5 +47,5 @@ class HeldOutStream:
         tokens, documents, masked = self._reader.read(self._order, self._starts, begins, self._length + 1)
         batch = make_batch(tokens, documents, masked, np.where(windows < self.windows, windows, -1))
         predicted = windows[:, None] * self._stride + np.arange(self._length)
-        batch.targets.numpy()[predicted >= self.tokens] = IGNORE
+        batch.targets.numpy()[(predicted >= self.tokens) | (windows >= self.windows)[:, None]] = IGNORE
         return batch

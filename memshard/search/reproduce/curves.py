@@ -2,12 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 
 
-def lines(found: Mapping[str, Mapping[int, float]], published: Mapping[str, Mapping[int, float]], file: Path, x: str, y: str) -> None:
-    """Curves label -> {x: y} on a logarithmic scale, and published values as hollow dots of the same color."""
+def lines(
+    found: Mapping[str, Mapping[int, float]],
+    published: Mapping[str, Mapping[int, float]],
+    file: Path,
+    x: str,
+    y: str,
+    logarithmic: Literal["x", "y"] = "y",
+) -> None:
+    """Curves label -> {x: y}, one axis logarithmic, and published values as hollow dots of the same color."""
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
@@ -17,8 +25,8 @@ def lines(found: Mapping[str, Mapping[int, float]], published: Mapping[str, Mapp
         axes.plot(places, [curve[place] for place in places], color=color, linewidth=1.8, marker="o", markersize=3, label=label)
         dots = sorted(set(published.get(label, {})))
         axes.plot(dots, [published[label][dot] for dot in dots] if dots else [], "o", color=color, markersize=7, markerfacecolor="none")
-    axes.set_yscale("log")
+    axes.set(**{f"{logarithmic}scale": "log"})
     axes.set_xlabel(x)
-    axes.set_ylabel(f"{y} (rings: published)")
+    axes.set_ylabel(f"{y} (rings: published)" if published else y)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(file)
