@@ -9,7 +9,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
 endif
 
-.PHONY: .venv demo check test test-all test-cluster reproduce-smoke bench clean
+.PHONY: .venv demo check test test-all test-cluster reproduce-smoke gallery bench clean
 
 .venv: .venv/installed
 
@@ -49,6 +49,9 @@ test-all: $(ENVIRONMENT)
 # Every experiment of the papers at its smallest size; part of test-all.
 reproduce-smoke: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -q tests/search/test_reproduce_smoke.py
+
+gallery: $(ENVIRONMENT)
+	$(PYTHON) -m memshard.search.reproduce.gallery docs
 
 # A real SLURM, sshd and network namespaces on this machine; .ci/run installs what they need.
 test-cluster: $(ENVIRONMENT)

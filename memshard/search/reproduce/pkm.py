@@ -34,7 +34,7 @@ class Size:
 
 _PAPER_WIDTH = (
     "model.layers=12", "model.dim=1024", "model.mixer.heads=16", "model.memory.layers=[5]", "model.memory.keys=512",
-    "model.memory.topk=32", "model.memory.key_dim=512", "train.batch=4",
+    "model.memory.topk=32", "model.memory.key_dim=512",
 )  # fmt: skip
 _TINY = (
     "data.path=data/smoke", "data.length=32", "model.layers=4", "model.dim=32", "model.mixer.heads=2", "model.memory.layers=[1]",

@@ -95,7 +95,9 @@ def _key(point: Point) -> str:
 
 
 def _versions() -> dict[str, Any]:
-    return {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count(), "threads a point": 1}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
+    machine = {"cores": os.cpu_count(), "memory, GB": memory, "threads a point": 1}
+    return {"torch": torch.__version__, "python": platform.python_version(), **machine}
 
 
 def _text(values: dict[str, Any]) -> str:
