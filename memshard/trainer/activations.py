@@ -2,6 +2,7 @@
 
 from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
+from memshard.models.program.program import Program
 from memshard.trainer.traffic import LayoutChoice
 
 _HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
@@ -49,13 +50,15 @@ def activation_bytes(
     attention = norm + mask + a * (2 * d + both) / tensor + 4 * mixer.heads / tensor + inputs * a * d
     if mixer.convolution:
         attention += a * ((0 if mixer.share_qk else d) + both) / tensor
+    if config.program is not None:
+        attention = _program(config.program, a, length)
     if config.position == "rotary":
         # Turned queries are contiguous by head, so attention's output is copied back: twice in memory.
         attention += a * (d / tensor + 2 * d // mixer.heads)
     if document_mask:
         attention += a * length
     memories = len(config.memory.layers)
-    feedforwards = config.layers - (memories if config.memory.mode == "replace" else 0)
+    feedforwards = config.layers - (memories if config.memory.mode == "replace" else 0) if config.program is None else 0
     readers = 1 if layout is not None and layout.layout == "tensor" else tensor
     feedforward, memory = _feedforward(config, a, tensor), 0.0
     if memories:
@@ -82,6 +85,12 @@ def activation_bytes(
     if checkpointing == "selective":
         return head + config.layers * (attention + stream) + memories * lookup, largest
     return head + config.layers * (attention + norm + mask) + feedforwards * feedforward + memories * memory, 0.0
+
+
+def _program(text: str, a: int, length: int) -> float:
+    """Every value of a program, once: most calls keep their inputs, which other calls made, and none keeps much else."""
+    program = Program.from_json(text)
+    return float(sum(a * node.branches * (length if node.width is None else node.width) for node in program.nodes))
 
 
 def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from memshard.models.context import Context
+from memshard.models.program.cached import refusal
+from memshard.models.program.mixer import ProgramMixer
 from memshard.models.transformer import Transformer
 
 
@@ -82,6 +84,9 @@ def check_request(
     """ValueError, with the fix, for what `generate` cannot do; see there for the arguments."""
     if model.training:
         raise ValueError("the model is in training mode, where memories normalise queries over the batch: call model.eval() first")
+    for block in model.blocks:
+        if isinstance(block.mixer, ProgramMixer) and (reason := refusal(block.mixer.program)):
+            raise ValueError(f"model.program cannot generate with a cache: {reason}")
     if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != torch.int64:
         raise ValueError(f"the prompt is {prompt.dtype} {list(prompt.shape)}; expected int64 [batch, length] with at least one token a row")
     vocabulary = model.embedding.num_embeddings

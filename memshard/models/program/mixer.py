@@ -38,10 +38,14 @@ class ProgramMixer(nn.Module):
                 _draw(self.values[str(number)], node)
 
     def forward(self, x: Tensor, ctx: Context, state: ProgramState | None = None) -> tuple[Tensor, ProgramState | None]:
-        """x: [batch, length, width]; returns the same shape and the advanced state. ValueError for documents, padding, a full state."""
-        if ctx.documents is not None or ctx.padding is not None:
-            what = "documents (data.document_mask)" if ctx.documents is not None else "padding (prompts of several lengths)"
-            raise ValueError(f"model.program: a program of primitives sees all earlier tokens and knows no {what}: leave it out")
+        """x: [batch, length, width]; returns the same shape and the advanced state.
+
+        ValueError for documents, for padding before real tokens (behind them it changes nothing), and for a full state.
+        """
+        if ctx.documents is not None:
+            raise ValueError("model.program is made of primitives and sees all earlier tokens: set data.document_mask=false")
+        if ctx.padding is not None and bool((ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()):
+            raise ValueError("model.program is made of primitives and sees all earlier tokens: give prompts of one length, or one by one")
         if state is not None and state.rows and state.length + x.shape[1] > (room := next(iter(state.rows.values()))[0].shape[-2]):
             raise ValueError(f"the program's state holds {room} tokens and {state.length + x.shape[1]} are needed: give a larger capacity")
         made = {0: x}
@@ -94,5 +98,6 @@ def _draw(weight: Tensor, node: Node) -> None:
         elif kind == "matrix":
             weight.normal_(std=weight[0].numel() ** -0.5)
         else:
-            weight.fill_(0.5 / len(weight))
-            weight[0] = 0.5
+            size = OPERATIONS[node.op].kernel
+            weight.fill_(0.5 / size)
+            weight[::size] = 0.5

@@ -17,7 +17,7 @@ from torch import Tensor
 class Primitive:
     """A torch function of so many values.
 
-    takes: the other argument that an instruction gives it, a constant or a width. parameter: what it learns, one number a channel
+    takes: what an instruction gives it besides, a constant or a width. parameter: what it learns, one number a channel
     (vector), a map between widths (matrix) or a filter for each channel (depthwise). kernel: positions that a filter spans.
     """
 
@@ -75,12 +75,17 @@ def convolve(x: Tensor, weight: Tensor, branches: int) -> Tensor:
     return y.mT if branches == 1 else y.unflatten(1, (branches, -1)).mT
 
 
-def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Each channel filtered over a position and those before it. weight: [kernel, branches * width], weight[0] of the newest position."""
-    if x.ndim == 4:
-        weight = weight.unflatten(1, (x.shape[1], 1, -1))
-    length = x.shape[-2]
-    return sum((F.pad(x, (0, 0, lag, 0))[..., :length, :] * weight[lag] for lag in range(1, len(weight))), start=x * weight[0])
+def depthwise(x: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Each channel filtered over a position and those before it. weight: [branches * width * size], a channel's newest position first."""
+    rows = x if x.ndim == 3 else x.transpose(1, 2).flatten(2)
+    y = causal_convolution(rows, weight.view(-1, size))
+    return y if x.ndim == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
+def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    """y[t] = sum of kernel[:, j] x[t - j]. x: [batch, length, channels]; kernel: [channels, size]."""
+    length = x.shape[1]
+    return sum((F.pad(x, (0, 0, lag, 0))[:, :length] * kernel[:, lag] for lag in range(1, kernel.shape[1])), start=x * kernel[:, 0])
 
 
 _RED: Mapping[str, Any] = {"dim": -1, "keepdim": True}

@@ -15,8 +15,8 @@ class Node:
     """One call. Value 0 is the block's input and value k + 1 what node k returns.
 
     width: channels of the result, None where that is the length (scores). branches: 1 for a value [batch, length, width], more for
-    [batch, branches, length, width]. argument: constant, width or number of branches that the function takes after its values and its
-    parameter. shape: of the parameter, empty without one.
+    [batch, branches, length, width]. argument: constant, width, number of branches or of positions that the function takes after its
+    values and its parameter. shape: of the parameter, empty without one.
     """
 
     op: str
@@ -74,7 +74,7 @@ class Program:
             operation = OPERATIONS.get(node.op)
             if operation is None or len(node.inputs) != operation.inputs or not all(0 <= value < number for value in node.inputs):
                 raise ValueError(f"model.program: node {number} ({node.op} of {list(node.inputs)}) is no call of an earlier value")
-            if bool(operation.takes or operation.parameter == "matrix") != isinstance(node.argument, int | float):
+            if bool(operation.takes or operation.parameter in ("matrix", "depthwise")) != isinstance(node.argument, int | float):
                 raise ValueError(f"model.program: node {number} ({node.op}) has the argument {node.argument!r}")
             if bool(operation.parameter) != bool(node.shape):
                 raise ValueError(f"model.program: node {number} ({node.op}) has a parameter of shape {list(node.shape)}")

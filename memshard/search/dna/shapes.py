@@ -129,8 +129,8 @@ class _Maker:
             shape = (branches * outputs, width, *([primitive.kernel] if primitive.kernel > 1 else []))
             return self.add(Node(entry.op, (value,), outputs, branches, branches, shape))
         value = self.lifted(value, branches)
-        shape = (branches * width,) if primitive.parameter == "vector" else (primitive.kernel, branches * width)
-        return self.add(Node(entry.op, (value,), width, branches, None, shape))
+        size = None if primitive.parameter == "vector" else primitive.kernel
+        return self.add(Node(entry.op, (value,), width, branches, size, (branches * width * (size or 1),)))
 
     def agreed(self, op: str, inputs: Sequence[int], digest: str) -> list[int]:
         """The operands, one made as wide as the other where they differ: which one is drawn from the graph itself."""

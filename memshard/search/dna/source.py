@@ -19,6 +19,8 @@ from torch import Tensor, nn
 def source(program: Program, title: str = "One block of a decoder found by search; x: [batch, length, {width}].") -> str:
     """A Python file with the module `Block`: nothing but torch is needed to run it."""
     used = dict.fromkeys(OPERATIONS[node.op].function for node in program.nodes)
+    if primitives.depthwise in used:
+        used = {primitives.causal_convolution: None} | used
     own = "\n\n\n".join(inspect.getsource(function).rstrip() for function in used if function.__module__ == primitives.__name__)
     names = _names(program)
     init = [f"        self.{names[number]}_weight = nn.Parameter({_start(node)})" for number, node in program.values() if node.shape]
@@ -56,5 +58,5 @@ def _start(node: Node) -> str:
         return f"torch.{'ones' if node.op == 'SCALE' else 'zeros'}({shape})"
     if kind == "matrix":
         return f"torch.randn({shape}) / {math.prod(node.shape[1:])} ** 0.5"
-    others = ", ".join([repr(0.5 / node.shape[0])] * (node.shape[0] - 1))
-    return f"torch.tensor([0.5, {others}])[:, None].repeat(1, {node.shape[1]})"
+    size = OPERATIONS[node.op].kernel
+    return f"torch.tensor([0.5, {', '.join([repr(0.5 / size)] * (size - 1))}]).repeat({node.shape[0] // size})"

@@ -365,6 +365,8 @@ class Recipe:
                 "leave it out, or set model.residual to pre or post"
             )
         _check_states(self)
+        if self.model.program is not None and self.data.document_mask:
+            raise ValueError("data.document_mask is set, but model.program sees all earlier tokens: leave one of them out")
         memory = self.model.memory
         if self.train.chunk and memory.layers and memory.query_norm == "batch":
             raise ValueError(
@@ -382,6 +384,8 @@ def check_states(model: ModelConfig, what: str, endless: bool) -> None:
 
     what: needs it, for the message.
     """
+    if model.program is not None:
+        raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.program is a block without one")
     if other := sorted({model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}):
         raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.mixer has {', '.join(other)}")
     if endless and model.position != "none":
