@@ -190,7 +190,7 @@ def test_branches_run_at_once_and_equal_one_after_another() -> None:
     for number in range(8):
         own = slice(8 * number, 8 * number + 8)
         h = x @ conv[own].T
-        h = sum(torch.cat((torch.zeros(2, lag, 8, dtype=x.dtype), h[:, : 5 - lag]), 1) * filters[lag, own] for lag in range(3))
+        h = sum(torch.cat((torch.zeros(2, lag, 8, dtype=x.dtype), h[:, : 5 - lag]), 1) * filters.view(-1, 3)[own, lag] for lag in range(3))
         branches.append(h * x * scales[own])
     expected = torch.cat(branches, -1) @ last.T + x
     torch.testing.assert_close(mixer(x, Context.of(x[..., 0]))[0], expected)

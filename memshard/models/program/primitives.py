@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.convolution import causal_convolution
+from memshard.models.squared_relu import squared_relu
+
 
 @dataclass(frozen=True)
 class Primitive:
@@ -43,6 +46,11 @@ def reciprocal(x: Tensor) -> Tensor:
     """1 / x, and 0 at 0; gradients stay finite."""
     zero = x == 0
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x))
+
+
+def at_least(x: Tensor, bound: float) -> Tensor:
+    """x, or the bound where x is less."""
+    return torch.relu(x) if bound == 0 else torch.clamp_min(x, bound)
 
 
 def scale(x: Tensor, weight: Tensor) -> Tensor:
@@ -82,12 +90,6 @@ def depthwise(x: Tensor, weight: Tensor, size: int) -> Tensor:
     return y if x.ndim == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 
-def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
-    """y[t] = sum of kernel[:, j] x[t - j]. x: [batch, length, channels]; kernel: [channels, size]."""
-    length = x.shape[1]
-    return sum((F.pad(x, (0, 0, lag, 0))[:, :length] * kernel[:, lag] for lag in range(1, kernel.shape[1])), start=x * kernel[:, 0])
-
-
 _RED: Mapping[str, Any] = {"dim": -1, "keepdim": True}
 _TIME: Mapping[str, Any] = {"dim": -2}
 
@@ -108,7 +110,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "SIGMOID": Primitive(torch.sigmoid),
     "RECIP": Primitive(reciprocal),
     "C_MUL": Primitive(torch.mul, takes="constant"),
-    "MAX": Primitive(torch.clamp_min, takes="constant"),
+    "MAX": Primitive(at_least, takes="constant"),
     "MIN": Primitive(torch.clamp_max, takes="constant"),
     "SCALE": Primitive(scale, parameter="vector"),
     "SHIFT": Primitive(shift, parameter="vector"),
@@ -157,6 +159,7 @@ def join(x: Tensor, factor: int) -> Tensor:
 
 GLUE: dict[str, Primitive] = {
     "ATTEND": Primitive(attend, 3, takes="constant"),
+    "SQUARED_RELU": Primitive(squared_relu),
     "FIT": Primitive(fit, takes="width"),
     "LIFT": Primitive(lift, takes="width"),
     "JOIN": Primitive(join, takes="width"),

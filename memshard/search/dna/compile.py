@@ -13,8 +13,8 @@ from memshard.models.initialize import initialize
 from memshard.models.loss import token_losses
 from memshard.models.program.program import Program
 from memshard.models.transformer import Transformer
-from memshard.search.dna.attention import fuse_attention
 from memshard.search.dna.causality import explained, perturbed
+from memshard.search.dna.fuse import fuse
 from memshard.search.dna.graph import Graph, TooLong, graph
 from memshard.search.dna.program import Dna, invalid
 from memshard.search.dna.rejected import Rejected
@@ -92,15 +92,15 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
         dim=program.width,
         position=shape.position,
         max_length=shape.length,
-        program=fuse_attention(program).to_json(),
+        program=fuse(program).to_json(),
     )
     parameters = _count(program, shape)
     if not shape.parameters[0] <= parameters <= shape.parameters[1]:
         allowed = f"{shape.parameters[0]:,} to {shape.parameters[1]:,} are allowed"
         return Rejected("band", f"{parameters:,} parameters at the nearest width; {allowed}")
-    if rejected := explained(trial) or perturbed(fuse_attention(trial)) or _diverges(fuse_attention(trial)):
+    if rejected := explained(trial) or perturbed(fuse(trial)) or _diverges(fuse(trial)):
         return rejected
-    return Compiled(drawn.hash, parameters, source(fuse_attention(program)), partial(_build, config), config, unit)
+    return Compiled(drawn.hash, parameters, source(fuse(program)), partial(_build, config), config, unit)
 
 
 def _parameters(drawn: Graph, shape: Shape, unit: int) -> int:

@@ -1,22 +1,23 @@
-"""Finds softmax attention in a program, exp(s) masked and divided by its sum, and gives it to the fused kernel."""
+"""Finds in a program what has a faster form: softmax attention, exp(s) masked and divided by its sum, and the squared ReLU."""
 
 from collections import Counter
 
 from memshard.models.program.program import Node, Program
 
 
-def fuse_attention(program: Program) -> Program:
-    """The same program with every (mask(exp(c q k^T)) / its row sums) v as one node."""
+def fuse(program: Program) -> Program:
+    """The same program with every (mask(exp(c q k^T)) / its row sums) v, and every max(x, 0)^2, as one node."""
     uses = Counter(value for node in program.nodes for value in node.inputs)
     nodes: dict[int, Node] = dict(program.values())
     found = {}
     for number, node in nodes.items():
-        if node.op == "MAT_MUL" and (fused := _fused(nodes, uses, node)):
+        fused = _attention(nodes, uses, node) if node.op == "MAT_MUL" else _squared_relu(nodes, uses, node) if node.op == "SQUARE" else None
+        if fused is not None:
             found[number] = fused
     return _without_dead(program, {**nodes, **found}) if found else program
 
 
-def _fused(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Node | None:
+def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Node | None:
     division, v = product.inputs
     if not _is(nodes, division, "DIVIDE") or uses[division] > 1:
         return None
@@ -37,6 +38,13 @@ def _fused(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Node | 
     if len(branches) > 1 or None in widths:
         return None
     return Node("ATTEND", (q, k, v), product.width, product.branches, factor)
+
+
+def _squared_relu(nodes: dict[int, Node], uses: Counter[int], square: Node) -> Node | None:
+    (maximum,) = square.inputs
+    if not _is(nodes, maximum, "MAX") or uses[maximum] > 1 or nodes[maximum].argument != 0:
+        return None
+    return Node("SQUARED_RELU", nodes[maximum].inputs, square.width, square.branches)
 
 
 def _is(nodes: dict[int, Node], value: int, op: str) -> bool:
