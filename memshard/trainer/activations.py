@@ -7,6 +7,9 @@ from memshard.trainer.traffic import LayoutChoice
 
 _HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
 _NORM_COPIES = {"layer": 1, "rms": 2, "primer": 3}
+_KEEPS_RESULT = {"EXP", "TANH", "SIGMOID", "ABS_ROOT", "MAX", "MIN", "ATTEND"}
+_KEEPS_NEITHER = {"ADD", "DIFFERENCE", "SHIFT", "C_MUL", "MASK", "RED_MEAN", "RED_SUM", "CUM_SUM", "JOIN", "LIFT"}
+_KEEPS_NO_INPUT = _KEEPS_NEITHER | _KEEPS_RESULT - {"ATTEND"}
 _QUERY_COPIES = {"batch": 4, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
@@ -88,9 +91,12 @@ def activation_bytes(
 
 
 def _program(text: str, a: int, length: int) -> float:
-    """Every value of a program, once: most calls keep their inputs, which other calls made, and none keeps much else."""
+    """What the calls of a program keep: their inputs or their result, or neither."""
     program = Program.from_json(text)
-    return float(sum(a * node.branches * (length if node.width is None else node.width) for node in program.nodes))
+    kept = {value for node in program.nodes if node.op not in _KEEPS_NO_INPUT for value in node.inputs}
+    kept |= {number for number, node in program.values() if node.op in _KEEPS_RESULT}
+    shapes = [program.value(value) for value in kept]
+    return float(sum(a * branches * (length if width is None else width) for width, branches in shapes))
 
 
 def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:
