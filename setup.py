@@ -8,7 +8,7 @@ EXTRAS = {
     "tensor-parallel": ["fairscale>=0.4.13"],
     # Web archives; FastWARC and Resiliparse 2 are rewrites that break code for 1.
     "data": ["FastWARC>=2.0.1,<3", "Resiliparse>=2.0.1,<3", "trafilatura>=2.3.1", "lxml_html_clean>=0.4", "py3langid>=0.4", "pillow>=13"],
-    "eval": ["matplotlib>=3.11", "lm_eval>=0.4.13", "datasets>=5.2"],
+    "eval": ["matplotlib>=3.11", "sacrebleu>=2.6", "lm_eval>=0.4.13", "datasets>=5.2"],
     # Loads exports made with --huggingface.
     "huggingface": ["transformers>=5.23"],
     # The trainers of the examples.

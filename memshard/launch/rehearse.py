@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memshard.models.config import ModelConfig
 from memshard.models.memory.table import find_tables
-from memshard.models.transformer import Transformer
+from memshard.models.seq2seq import build_model
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
 from memshard.trainer.config.recipe import Recipe
@@ -43,7 +43,7 @@ def _part(recipe: Recipe, config: ModelConfig, rank: int, ranks: int, layout: La
     try:
         mesh = build_mesh("cpu", recipe.parallel.memory, recipe.parallel.tensor)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = Transformer(config)
+            model = build_model(config)
         apply(model, mesh, layout.layout, layout.exchange)
         dense = sum(parameter.numel() for parameter in model.parameters())
         return Part(rank, dense, sum(table.weight.numel() for _, table in find_tables(model)))

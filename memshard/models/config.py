@@ -182,13 +182,18 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer of three-slot blocks: mixer, feedforward or memory, residual."""
+    """A transformer of three-slot blocks (mixer, feedforward or memory, residual): decoder, encoder, or both."""
 
     vocab_size: int | None = None
     """Tokens in the vocabulary; by default that of the data set's tokenizer."""
 
     layers: int = 6
-    """Blocks."""
+    """Blocks, those of an encoder included."""
+
+    encoder_layers: int = 0
+    """How many of the blocks, from the first on, are an encoder, which sees a whole text at once. 0: a language model. Fewer than
+    layers: the others are a decoder that reads the encoder's output, for translation. All of them: a model of masked tokens. Encoders
+    and the reading of their output take softmax attention, or for linear and delta the sum rule."""
 
     dim: int = 256
     """Width of the residual stream."""
@@ -256,6 +261,7 @@ class ModelConfig:
                 f"model.max_length is {self.max_length}, but model.axial {list(self.axial)} has {math.prod(self.axial)} positions: "
                 "lengthen an axis, or leave model.max_length out"
             )
+        self._check_encoder()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         for layer in self.memory.layers:
@@ -273,6 +279,27 @@ class ModelConfig:
                 f"model.memory.value_dim is {self.memory.value_dim} and model.dim {self.dim}: "
                 "set model.memory.gate=true, whose output projection brings values back to model.dim"
             )
+
+    def _check_encoder(self) -> None:
+        if not 0 <= self.encoder_layers <= self.layers:
+            raise ValueError(f"model.encoder_layers is {self.encoder_layers}; it counts some of model.layers, {self.layers}")
+        if not self.encoder_layers:
+            return
+        if kinds := {"local", "lsh"} & {self.mixer.kind_of(layer) for layer in range(self.encoder_layers)}:
+            raise ValueError(
+                f"model.mixer gives an encoder layer the kind {kinds.pop()}, which only looks back: use softmax, linear or delta there"
+            )
+        if self.mixer.convolution or self.mixer.share_qk or self.mixer.kv_heads not in (None, self.mixer.heads):
+            raise ValueError("model.mixer has convolution, share_qk or kv_heads, which encoders do not: leave them out")
+        if self.program is not None:
+            raise ValueError("model.program is a decoder's block: set model.encoder_layers to 0")
+        if self.residual == "reversible":
+            raise ValueError("model.residual is reversible, for decoders alone: set it to pre or post, or model.encoder_layers to 0")
+
+    @property
+    def translates(self) -> bool:
+        """Whether an encoder and a decoder are there."""
+        return 0 < self.encoder_layers < self.layers
 
     def longest(self, length: int) -> int:
         """`max_length`, or its default where sequences have `length` tokens."""

@@ -20,6 +20,8 @@ class Context:
     random: key of this pass's draws; None draws nothing (evaluation, or a model without dropout).
     part: the same facts of this rank's piece of the sequence, where ranks share its tokens; None where one sees them all.
     filler: how many tokens at the end only make such pieces equal.
+    source: [batch, source length, dim] or None, an encoder's output, which a decoder reads besides; source_padding: [batch, source length]
+    bool or None, True for its real tokens.
     """
 
     positions: Tensor
@@ -28,6 +30,8 @@ class Context:
     random: RandomKey | None = None
     part: "Context | None" = None
     filler: int = 0
+    source: Tensor | None = None
+    source_padding: Tensor | None = None
 
     @property
     def own(self) -> "Context":

@@ -1,4 +1,4 @@
-"""A decoder-only language model of three-slot blocks."""
+"""A language model of three-slot blocks; with an encoder's mixers in all of them, a model of masked tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -10,13 +10,14 @@ from memshard.models.block import Block
 from memshard.models.checkpointing import Checkpointing, checkpointed, run_block
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
+from memshard.models.decoder_block import DecoderBlock
 from memshard.models.feedforward import FeedForward
 from memshard.models.linear import Projection, TokenEmbedding
-from memshard.models.loss import chunked_token_losses, token_losses
+from memshard.models.loss import chunked_token_losses, sparse_token_losses, token_losses
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
-from memshard.models.mixers.build import MixerState, build_mixer
+from memshard.models.mixers.build import MixerState, build_cross, build_mixer
 from memshard.models.norm import build_norm
 from memshard.models.position import AxialPositions, near_square, sinusoids
 from memshard.models.program.mixer import ProgramMixer
@@ -54,6 +55,8 @@ class Transformer(nn.Module):
         """How many tokens of a sequence feedforwards, memories and the head take at a time; 0 for all."""
         self.segments = 1
         """Pieces of a sequence that training takes one after the other, with the mixers' states between them; see `_in_segments`."""
+        self.label_smoothing = 0.0
+        """Of losses in training: the share of the target that is spread over the whole vocabulary."""
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
         """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
 
@@ -100,23 +103,29 @@ class Transformer(nn.Module):
             tokens, ctx = self.share_sequence(tokens, ctx)
         x = self._embed(tokens, ctx)
         if self.grid is not None:
-            x1, x2, advanced = reversible_blocks(self.blocks, self.grid, x, ctx, states, self.check_inversion, self.chunk)
+            x1, x2, advanced = reversible_blocks(self.stack, self.grid, x, ctx, states, self.check_inversion, self.chunk)
             streams = [x1, x2]
         else:
             checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
-            for layer, block in enumerate(self.blocks):
+            for layer, block in enumerate(self.stack):
                 x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None, self.chunk, replay)
                 if state is not None:
                     advanced.append(state)
             streams = [x]
         if targets is not None:
             assert self.share_sequence is None
-            if self.chunk:
-                return chunked_token_losses(self._logits, *streams, targets=targets, chunk=self.chunk), advanced or None
-            return token_losses(self._logits(*streams), targets), advanced or None
+            return self._losses(streams, targets), advanced or None
         logits = self._logits(*streams)
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
+
+    def _losses(self, streams: list[Tensor], targets: Tensor) -> Tensor:
+        smoothing = self.label_smoothing if self.training else 0.0
+        if self.chunk:
+            return chunked_token_losses(self._logits, *streams, targets=targets, chunk=self.chunk, smoothing=smoothing)
+        if self.config.encoder_layers:
+            return sparse_token_losses(self._logits, *streams, targets=targets, smoothing=smoothing)
+        return token_losses(self._logits(*streams), targets, smoothing)
 
     def _logits(self, *streams: Tensor) -> Tensor:
         x = streams[0]
@@ -124,6 +133,11 @@ class Transformer(nn.Module):
             x = (streams[0] + streams[1]) / 2 if self.head is None else torch.cat(streams, dim=-1)
         x = self.norm(x)
         return self.embedding.logits(x) if self.head is None else self.head(x)
+
+    @property
+    def stack(self) -> Sequence[Block]:
+        """The blocks that tokens pass, whose states there are."""
+        return self.blocks
 
     def init_states(self, batch: int, capacity: int) -> list[MixerState]:
         """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
@@ -135,7 +149,7 @@ class Transformer(nn.Module):
             if block.memory is not None:
                 yield block.layer, block.memory
 
-    def _embed(self, tokens: Tensor, ctx: Context) -> Tensor:
+    def _embed(self, tokens: Tensor, ctx: Context, branch: int = 0) -> Tensor:
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(ctx.own.positions)
@@ -143,7 +157,7 @@ class Transformer(nn.Module):
             # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up to meet the sinusoids.
             x = x * self.config.dim**0.5 + sinusoids(ctx.own.positions, self.config.dim).to(x.dtype)
         if self.training and self.config.dropout and ctx.random is not None:
-            x = dropout(x, self.config.dropout, ctx.random, ctx.own.positions, _EMBEDDING_LAYER, 0)
+            x = dropout(x, self.config.dropout, ctx.random, ctx.own.positions, _EMBEDDING_LAYER, branch)
         return x
 
 
@@ -182,7 +196,10 @@ def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> B
         feedforward = FeedForward(config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale)
     behind = config.feedforward.norm == "after"
     residuals = Residual(config.residual, config.norm, config.dim), Residual(config.residual, config.norm, config.dim, behind)
-    return Block(layer, mixer, feedforward, memory, residuals, config.dropout)
+    block = layer, mixer, feedforward, memory, residuals, config.dropout
+    if not config.translates or layer < config.encoder_layers:
+        return Block(*block)
+    return DecoderBlock(build_cross(config, layer, output_scale), Residual(config.residual, config.norm, config.dim), *block)
 
 
 def _build_program(config: ModelConfig) -> ProgramMixer:

@@ -10,7 +10,7 @@ import torch
 from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
 from memshard.models.memory.table import find_tables
-from memshard.models.transformer import Transformer
+from memshard.models.seq2seq import build_model
 from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import memory_ranks, tensor_ranks
 from memshard.trainer.activations import activation_bytes
@@ -220,7 +220,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """Counts of a model, built on the meta device. `vocab_size` must be set, and `max_length` for learned positions."""
     # Tables draw a seed when they are built; the caller's generator is none of our business.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = Transformer(config)
+        model = build_model(config)
     split = sum(model.get_parameter(name).numel() for name in split_matrices(model, 1))
     tables = [table for _, table in find_tables(model)]
     table = sum(table.weight.numel() for table in tables)

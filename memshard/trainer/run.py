@@ -37,7 +37,7 @@ from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.optim.row_adam import RowAdam
 from memshard.trainer.precision import LossScale
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE
-from memshard.trainer.tasks.language_model import LanguageModelTask
+from memshard.trainer.tasks.build import Task
 
 if TYPE_CHECKING:
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine
@@ -89,7 +89,7 @@ class Run:
     engine: "NativeEngine | DeepSpeedEngine"
     rows: RowAdam | None
     loss_scale: LossScale
-    task: LanguageModelTask
+    task: Task
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
     carried: Carried | None = None

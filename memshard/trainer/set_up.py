@@ -16,6 +16,7 @@ from memshard.models.config import ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.table import ValueTable, find_tables
+from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.collectives import all_sum
@@ -30,14 +31,14 @@ from memshard.trainer.optim.row_adam import RowAdam
 from memshard.trainer.precision import LossScale, compute_dtype, store_tables
 from memshard.trainer.run import Run
 from memshard.trainer.run_folder import check_identity, write_config
-from memshard.trainer.tasks.language_model import LanguageModelTask
+from memshard.trainer.tasks.build import build_task
 from memshard.trainer.weights_and_biases import check_installed
 
 if TYPE_CHECKING:
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 
 
-def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[ModelConfig], Transformer] = Transformer) -> Run:
+def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[ModelConfig], Transformer] = build_model) -> Run:
     """Build the run and resume it where its folder holds a checkpoint. All ranks call it with the same recipe.
 
     build: makes the model; one that puts other layers in serves comparisons.
@@ -70,7 +71,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
     model.checkpointing, model.check_inversion = recipe.train.checkpointing, recipe.train.check_inversion
-    model.chunk, model.segments = recipe.train.chunk, recipe.train.segments
+    model.chunk, model.segments, model.label_smoothing = recipe.train.chunk, recipe.train.segments, recipe.train.label_smoothing
     for _, memory in model.memories():
         memory.query_norm.deferred = True
         if recipe.tables.revive or recipe.train.key_balance:
@@ -92,7 +93,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
         engine=_engine(recipe, model, mesh, placement, dtype),
         rows=_row_adam(tables, recipe.tables) if tables else None,
         loss_scale=LossScale(recipe.train.loss_scale, dtype),
-        task=LanguageModelTask(device, recipe.data.document_mask, recipe.train.seed, losses_on(mesh)),
+        task=build_task(recipe, device, losses_on(mesh)),
         stream=stream,
         held_out=held_out,
     )

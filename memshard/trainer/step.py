@@ -50,7 +50,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     data_wait = time.perf_counter() - begun
 
     run.phase = "forward and backward"
-    tokens = run.stream.predicted(progress.batch)
+    tokens = run.task.predicted(run.stream, progress.batch, batches)
     for memory, use in run.watched:
         # A mean over the batch's tokens and over heads and halves, scaled like the loss beside it.
         # Where several ranks search for the same tokens, the factor of their table's gradient says how many.

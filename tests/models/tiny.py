@@ -6,6 +6,7 @@ import torch
 
 from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.initialize import initialize
+from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 
 VOCABULARY = 23
@@ -47,7 +48,7 @@ def tiny_config(
 
 def tiny_model(config: ModelConfig | None = None, seed: int = 0, spread: float = 0.3) -> Transformer:
     """The model in fp64. spread: size of a random change to every weight, so that no two parts are alike or nearly zero."""
-    model = Transformer(config or tiny_config())
+    model = build_model(config or tiny_config())
     initialize(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -123,6 +123,12 @@ def read_documents(file: Path, sources: Sources, counts: Counter[str]) -> Iterat
             counts["cut"] += parts > 1
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, or one with gzip (.gz), without the white space around them."""
+    with _open(file) as stream:
+        return [line.strip() for line in stream]
+
+
 def read_pairs(source: Path, target: Path, counts: Counter[str]) -> Iterator[str]:
     """Line n of both files, with PAIR between. ValueError if one has more lines. Counts `empty` pairs, those with an empty side."""
     with _open(source) as left, _open(target) as right:

@@ -1,4 +1,4 @@
-"""`memshard eval`: held-out loss, perplexity, bits per byte, and how the memory is used."""
+"""`memshard eval`: held-out loss, perplexity, bits per byte, BLEU of translations, and how the memory is used."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ _TIMEOUT = 600.0
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("eval", help="perplexity, bits per byte, memory usage; tasks of lm-evaluation-harness")
+    parser = subparsers.add_parser("eval", help="perplexity, bits per byte, BLEU, memory usage; tasks of lm-evaluation-harness")
     parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
     parser.add_argument("--data", metavar="DIR", help="data set whose held-out text is read (default: the one of the run)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)")
@@ -35,6 +35,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--memmap", action="store_true", help="leave value tables on disk; always so on several processes")
     parser.add_argument("--pictures", metavar="DIR", help="draw the loss curve and each table's used-slots map (needs memshard[eval])")
     parser.add_argument("--dead-rows", metavar="FILE", help="write slots i1 * keys + i2 that no held-out token reads, as JSON by table")
+    parser.add_argument("--pairs", nargs=2, metavar=("SRC", "REF"), help="of translators: BLEU on these files, a sentence a line (or .gz)")
+    parser.add_argument("--beam", type=int, default=4, metavar="N", help="of translators: width of the beam (default 4)")
+    parser.add_argument("--length-penalty", type=float, default=0.6, metavar="A", help="of translators: 0 for none (default 0.6)")
     parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, comma-separated, instead of held-out text")
     parser.add_argument("--task-dir", metavar="DIR", help="folder of task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="examples of a task to read at most (default all)")
@@ -55,17 +58,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if args.batch < 1:
                 raise ValueError(f"--batch is {args.batch}; it must be at least 1")
             loaded = load(args.checkpoint, args.memmap or ranks > 1, device)
+            if loaded.recipe.model.translates and ranks > 1:
+                raise ValueError("translation is evaluated on one process: start it without torchrun")
         if args.tasks:
             return _run_tasks(args, loaded, device, ranks)
+        if args.pairs:
+            return _score_files(args, loaded, device)
         return _read_held_out(args, loaded, device, ranks)
 
 
 def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
     from memshard.data_pipeline.stream.held_out import HeldOutStream
     from memshard.data_pipeline.stream.open import open_held_out
+    from memshard.data_pipeline.stream.records import HeldOutRecords
+    from memshard.trainer.evaluation.masked_tokens import masked_accuracy
     from memshard.trainer.evaluation.perplexity import evaluate
+    from memshard.trainer.evaluation.translation import held_out_texts
     from memshard.trainer.precision import compute_dtype
-    from memshard.trainer.tasks.language_model import LanguageModelTask
+    from memshard.trainer.tasks.build import build_task
+    from memshard.trainer.tasks.masked_tokens import MaskedTokenTask
+    from memshard.trainer.tasks.translation import TranslationTask
 
     with usage_errors():
         data = args.data or loaded.recipe.data.path
@@ -77,7 +89,7 @@ def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "tor
         if args.untruncated and not isinstance(held_out, HeldOutStream):
             raise ValueError(f"{data} holds whole records, none of which goes on: leave out --untruncated")
         loaded.check_tokenizer(data)
-    task = LanguageModelTask(device, loaded.recipe.data.document_mask, loaded.recipe.train.seed)
+        task = build_task(loaded.recipe, device, data=data)
     begun = time.perf_counter()
     dtype = compute_dtype(args.precision, device)
     evaluation = evaluate(loaded.model, task, held_out, rows, dtype, rank(), ranks, carry=args.untruncated)
@@ -91,7 +103,11 @@ def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "tor
         "loss": evaluation.loss,
         "perplexity": evaluation.perplexity,
     }
-    if held_out.words is not None and held_out.text_bytes is not None:
+    if isinstance(task, TranslationTask) and isinstance(held_out, HeldOutRecords):
+        result |= _scores(args, loaded, dtype, *held_out_texts(held_out, loaded.tokenizer))
+    elif isinstance(task, MaskedTokenTask):
+        result["accuracy"] = masked_accuracy(loaded.model, task, held_out, args.batch, dtype, rank(), ranks)
+    elif held_out.words is not None and held_out.text_bytes is not None:
         result["word_perplexity"] = evaluation.word_perplexity(held_out.words)
         result["bits_per_byte"] = evaluation.bits_per_byte(held_out.text_bytes)
     result["by_position"] = evaluation.by_position()
@@ -120,12 +136,53 @@ def _check_untruncated(args: argparse.Namespace, loaded: "LoadedModel", ranks: i
         raise ValueError("--untruncated reads one text from its start to its end: start it without torchrun")
 
 
+def _score_files(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device") -> dict[str, Any]:
+    """BLEU of translated files."""
+    from memshard.data_pipeline.build.sources import read_lines
+    from memshard.trainer.precision import compute_dtype
+
+    with usage_errors():
+        if not loaded.recipe.model.translates:
+            raise ValueError(f"--pairs is for models that translate (model.encoder_layers), which {loaded.path} is not: leave it out")
+        source, reference = (read_lines(Path(file)) for file in args.pairs)
+        scores = _scores(args, loaded, compute_dtype(args.precision, device), source, reference)
+    if not args.json:
+        print(f"{loaded.path} on {args.pairs[0]}: {len(source):,} texts")
+        _show_scores(scores)
+    return {"checkpoint": str(loaded.path), "step": loaded.step, "pairs": args.pairs, **scores}
+
+
+def _scores(
+    args: argparse.Namespace, loaded: "LoadedModel", dtype: "torch.dtype", source: list[str], reference: list[str]
+) -> dict[str, Any]:
+    from memshard.models.seq2seq import EncoderDecoder
+    from memshard.trainer.evaluation.translation import bleu, translate
+
+    assert isinstance(loaded.model, EncoderDecoder)
+    begun = time.perf_counter()
+    settings = {"beam": args.beam, "length_penalty": args.length_penalty}
+    with usage_errors():
+        translations = translate(loaded.model, loaded.tokenizer, source, dtype, batch=args.batch, **settings)
+        seconds = time.perf_counter() - begun
+        score, signature = bleu(translations, reference)
+    examples = [list(row) for row in zip(source[:3], translations, reference, strict=False)]
+    return {"bleu": score, "bleu_signature": signature, **settings, "sentences_per_s": len(source) / seconds, "examples": examples}
+
+
+def _show_scores(result: dict[str, Any]) -> None:
+    print(f"  BLEU {result['bleu']:.2f} ({result['bleu_signature']}), beam {result['beam']}, {result['sentences_per_s']:.1f} sentences/s")
+    for source, translation, reference in result["examples"]:
+        print(f"  {source}\n    model      {translation}\n    reference  {reference}")
+
+
 def _run_tasks(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
     from memshard.trainer.precision import compute_dtype
 
     with usage_errors():
         if ranks > 1:
             raise ValueError("--tasks runs on one process: start it without torchrun")
+        if loaded.recipe.model.encoder_layers:
+            raise ValueError("--tasks are for language models, and this one has an encoder (model.encoder_layers): leave it out")
         try:
             from memshard.trainer.evaluation.harness import HarnessModel, run_tasks
         except ModuleNotFoundError as error:
@@ -185,7 +242,9 @@ def _show(result: dict[str, Any]) -> None:
     print(f"  loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f} a token", end="")
     if "bits_per_byte" in result:
         print(f", {result['word_perplexity']:.1f} a word, {result['bits_per_byte']:.4f} bits a byte", end="")
-    print()
+    print(f", {result['accuracy']:.1%} of the hidden tokens found" if "accuracy" in result else "")
+    if "bleu" in result:
+        _show_scores(result)
     places = (f"{bucket['first']}: {bucket['loss']:.3f}" for bucket in result["by_position"])
     print(f"  loss from position on  {', '.join(places)}")
     for name, report in result["usage"].items():

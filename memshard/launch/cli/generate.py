@@ -1,4 +1,4 @@
-"""memshard generate: continue a prompt."""
+"""memshard generate: continue a prompt, or translate it."""
 
 import argparse
 import sys
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     import torch
 
     from memshard.data_pipeline.tokenizer import Tokenizer
+    from memshard.trainer.checkpoint.load_model import LoadedModel
 
 DEFAULT_TOKENS = 100
 _TIMEOUT = 600.0
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("generate", help="continue prompts")
+    parser = subparsers.add_parser("generate", help="continue prompts, or translate them")
     parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="text to continue; empty for a new document")
@@ -32,6 +33,8 @@ def add_parser(subparsers: Subparsers) -> None:
     heat.add_argument("--greedy", action="store_true", help="take the best token, as --temperature 0 does")
     parser.add_argument("--topk", type=int, metavar="K", help="draw among the K best tokens (default all)")
     parser.add_argument("--topp", type=float, metavar="P", help="draw among the fewest tokens of total probability P (default all)")
+    parser.add_argument("--beam", type=int, default=4, metavar="N", help="of translators: width of the beam (default 4)")
+    parser.add_argument("--length-penalty", type=float, default=0.6, metavar="A", help="of translators: 0 for none (default 0.6)")
     parser.add_argument("--seed", type=int, default=0, help="decides the draws (default 0)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
     parser.add_argument("--memmap", action="store_true", help="leave value tables on disk")
@@ -57,6 +60,8 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
         if not prompts:
             raise ValueError(f"{args.prompts} is empty: write a text to continue on each line")
         loaded = load(args.checkpoint, args.memmap, device)
+        if loaded.recipe.model.translates:
+            return _translate(args, loaded, prompts, compute_dtype(args.precision, device))
         # A document begins after <eos>.
         eos = loaded.tokenizer.eos_id
         tokens, real = left_padded([ids or [eos] for ids in loaded.tokenizer.encode_batch(prompts, threads=1)], eos)
@@ -88,6 +93,18 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
     results = [{"prompt": prompt, "text": text, "tokens": len(row)} for prompt, text, row in zip(prompts, texts, rows, strict=True)]
     rate = {"tokens_per_s": sum(map(len, rows)) / seconds}
     return {**results[0], **rate} if args.prompts is None else {"results": results, **rate}
+
+
+def _translate(args: argparse.Namespace, loaded: "LoadedModel", texts: list[str], dtype: "torch.dtype") -> dict[str, Any]:
+    from memshard.models.seq2seq import EncoderDecoder
+    from memshard.trainer.evaluation.translation import translate
+
+    assert isinstance(loaded.model, EncoderDecoder)
+    translations = translate(loaded.model, loaded.tokenizer, texts, dtype, beam=args.beam, length_penalty=args.length_penalty)
+    if not args.json:
+        print("\n".join(translations))
+    results = [{"prompt": text, "text": translation} for text, translation in zip(texts, translations, strict=True)]
+    return results[0] if args.prompts is None else {"results": results}
 
 
 class GrowingText:

@@ -87,6 +87,8 @@ def check_request(
     for block in model.blocks:
         if isinstance(block.mixer, ProgramMixer) and (reason := refusal(block.mixer.program)):
             raise ValueError(f"model.program cannot generate with a cache: {reason}")
+    if model.config.encoder_layers:
+        raise ValueError("the model has an encoder (model.encoder_layers): beam_search translates with it, and masked tokens go on nowhere")
     if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != torch.int64:
         raise ValueError(f"the prompt is {prompt.dtype} {list(prompt.shape)}; expected int64 [batch, length] with at least one token a row")
     vocabulary = model.embedding.num_embeddings

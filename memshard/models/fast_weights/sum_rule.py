@@ -48,10 +48,19 @@ def sum_everywhere(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, 
     q: [B, H, L, D]; k: [B, H, K, D] and v: [B, H, K, M] of any other length K; real: [B, K] bool, False for padding. Returns
     [B, H, L, M] in v's dtype; 0 where no key is real.
     """
+    return read_sum(q, written_sum(k, v, real), eps).to(v.dtype)
+
+
+def written_sum(k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+    """What `sum_everywhere` keeps of keys and values, whatever their number: [B, H, D, M + 1], the last column the sum of the keys."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
-        queries, keys, values = (x.to(dtype) for x in (q, k, v))
-        if real is not None:
-            keys = keys * real[:, None, :, None]
-        out = queries @ (keys.mT @ values) / (queries @ keys.sum(2)[..., None] + eps)
-    return out.to(v.dtype)
+        keys = k.to(dtype) if real is None else k.to(dtype) * real[:, None, :, None]
+        return torch.cat((keys.mT @ v.to(dtype), keys.sum(2)[..., None]), -1)
+
+
+def read_sum(q: Tensor, written: Tensor, eps: float = 1e-6) -> Tensor:
+    """Read what `written_sum` keeps. q: [B, H, L, D]; returns [B, H, L, M] in written's dtype."""
+    with torch.autocast(q.device.type, enabled=False):
+        out = q.to(written.dtype) @ written
+        return out[..., :-1] / (out[..., -1:] + eps)

@@ -11,6 +11,7 @@ from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.memory.mapped import map_tables
 from memshard.models.memory.table import externalize_tables, find_tables
+from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.folders import find_checkpoints
 from memshard.trainer.checkpoint.store import DamagedCheckpoint
@@ -44,7 +45,7 @@ def load(path: str | Path, memmap: bool = False, device: torch.device | str = "c
     """
     stored = open_model(path, check=not memmap)
     with torch.device("meta"):
-        model = Transformer(stored.recipe.model)
+        model = build_model(stored.recipe.model)
     model.chunk = stored.recipe.train.chunk
     if memmap:
         map_tables(model, stored.tables)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memshard.models.memory.product_key import row_slots
 from memshard.models.memory.table import find_tables
-from memshard.models.transformer import Transformer
+from memshard.models.seq2seq import build_model
 from memshard.trainer.checkpoint.mapped import MappedTensor
 from memshard.trainer.checkpoint.pieces import verify
 from memshard.trainer.checkpoint.store import DamagedCheckpoint, index_of, load_state
@@ -102,4 +102,4 @@ def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -
 
 def _table_names(recipe: Recipe) -> list[str]:
     with torch.device("meta"):
-        return [name for name, _ in find_tables(Transformer(recipe.model))]
+        return [name for name, _ in find_tables(build_model(recipe.model))]

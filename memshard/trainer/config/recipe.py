@@ -145,6 +145,12 @@ class TrainConfig:
     """Pieces of a sequence that a step takes one after the other: gradients flow through the states between them (truncated backpropagation
     over so many segments), only one piece's activations are in memory, and backward computes each again. For linear and delta mixers."""
 
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the whole vocabulary in training; 0.1 is usual in translation."""
+
+    mask_share: float = 0.15
+    """Of masked-token models (model.encoder_layers of all layers): share of a text's tokens that are to be found."""
+
     check_inversion: bool = False
     """For debugging reversible blocks: compare each block's rebuilt input with a checksum of the true one, and fail where they differ."""
 
@@ -159,6 +165,10 @@ class TrainConfig:
         for name in ("chunk", "clip", "key_balance", "eval_every", "keep_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"train.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if not 0 < self.mask_share < 1:
+            raise ValueError(f"train.mask_share is {self.mask_share}; it must be between 0 and 1")
         if self.zero == 2 and self.engine != "deepspeed":
             raise ValueError("train.zero is 2, which only DeepSpeed has: set train.engine=deepspeed, or train.zero=1")
         if self.offload and (self.engine != "deepspeed" or not self.zero):
@@ -340,7 +350,7 @@ class Recipe:
     more keys."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """A decoder-only transformer of three-slot blocks."""
+    """A transformer of three-slot blocks: decoder, encoder, or both."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
@@ -373,6 +383,13 @@ class Recipe:
                 f"train.chunk is {self.train.chunk}, but model.memory.query_norm=batch normalises over all tokens of a batch: "
                 "use lagged, layer, rms or none, or leave train.chunk out"
             )
+        if self.model.encoder_layers and (self.parallel.tensor > 1 or self.data.document_mask):
+            raise ValueError(
+                f"model.encoder_layers is {self.model.encoder_layers}, and encoders know neither parallel.tensor nor data.document_mask: "
+                "leave those out"
+            )
+        if self.train.label_smoothing and self.parallel.tensor > 1:
+            raise ValueError("train.label_smoothing needs the whole vocabulary on a rank: set parallel.tensor to 1, or leave it out")
         if self.train.check_inversion and not reversible:
             raise ValueError(f"train.check_inversion is for model.residual=reversible, which is {self.model.residual} here: leave it out")
         if self.tables.revive and self.train.engine == "deepspeed" and self.train.zero:
@@ -386,6 +403,8 @@ def check_states(model: ModelConfig, what: str, endless: bool) -> None:
     """
     if model.program is not None:
         raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.program is a block without one")
+    if model.encoder_layers:
+        raise ValueError(f"{what} is for language models, and model.encoder_layers is {model.encoder_layers}: leave one of them out")
     if other := sorted({model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}):
         raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.mixer has {', '.join(other)}")
     if endless and model.position != "none":

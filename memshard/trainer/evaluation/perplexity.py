@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.data_pipeline.stream.batch import IGNORE
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.models.memory.usage import UsageCounter, UsageReport
@@ -16,7 +15,7 @@ from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried import Carried
 from memshard.trainer.evaluation.usage import observed_usage, usage_reports
 from memshard.trainer.precision import autocast
-from memshard.trainer.tasks.language_model import LanguageModelTask
+from memshard.trainer.tasks.build import Task
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: Transformer,
-    task: LanguageModelTask,
+    task: Task,
     held_out: HeldOutStream | HeldOutRecords,
     rows: int,
     dtype: torch.dtype,
@@ -89,7 +88,7 @@ def evaluate(
                     losses = task.each_loss(model, batch, carried=carried)
                 if carried is not None:
                     carried.commit()
-                counts = batch.targets != IGNORE
+                counts = task.counted(batch)
                 counts[batch.samples > 0, : held_out.overlap] = False
                 counts = counts.to(task.device)
                 found = torch.stack((torch.where(counts, losses.double(), 0).sum(0), counts.sum(0)), 1)
@@ -98,5 +97,5 @@ def evaluate(
         model.train(training)
     same = dist.get_world_size() // ranks if dist.is_initialized() else 1
     positions = all_sum(positions).cpu() / same
-    loss = float(positions[:, 0].sum()) / held_out.tokens
-    return Evaluation(loss, held_out.tokens, positions, usage_reports(counters), counters)
+    tokens = round(float(positions[:, 1].sum()))
+    return Evaluation(float(positions[:, 0].sum()) / max(tokens, 1), tokens, positions, usage_reports(counters), counters)

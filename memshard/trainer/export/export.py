@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
 from memshard.models.random import fold
-from memshard.models.transformer import Transformer
+from memshard.models.seq2seq import build_model
 from memshard.trainer.checkpoint.load_model import LoadedModel, load, open_model
 from memshard.trainer.checkpoint.stored_model import CONFIG_JSON, PREFIX, SCALE, WEIGHTS, StoredModel
 from memshard.trainer.config.load import dump, to_dict
@@ -53,6 +54,8 @@ def export(source: str | Path, out: str | Path, dtype: str = "fp32", tables: str
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: give the name of a new folder")
     stored = open_model(source)
+    if huggingface and stored.recipe.model.encoder_layers:
+        raise ValueError("--huggingface is for language models, and this one has an encoder (model.encoder_layers): leave it out")
     temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -76,7 +79,7 @@ def _entries(stored: StoredModel, dtype: str, tables: str) -> Iterator[Entry]:
         narrow = DTYPES[dtype] if values.is_floating_point() else values.dtype
         yield Entry(PREFIX + name, narrow, tuple(values.shape), _dense(read, narrow))
     with torch.device("meta"):
-        model = Transformer(stored.recipe.model)
+        model = build_model(stored.recipe.model)
     keys = stored.recipe.model.memory.keys
     for name, table in find_tables(model):
         blocks = _in_slot_order(stored, name, keys, table.dim)
@@ -148,7 +151,8 @@ def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> floa
 
 @torch.no_grad()
 def _logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
-    logits: Tensor = loaded.model(tokens)[0]
+    source = {"source": (tokens, Context.of(tokens))} if loaded.recipe.model.translates else {}
+    logits: Tensor = loaded.model(tokens, **source)[0]
     return logits.float()
 
 

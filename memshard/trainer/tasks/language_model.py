@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
+from memshard.data_pipeline.stream.open import AnyStream
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.random import RandomKey
@@ -27,6 +28,14 @@ class LanguageModelTask:
         the rows go on from, which hears what they go on to.
         """
         return self.each_loss(model, batch, step, carried).sum()
+
+    def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
+        """Tokens predicted in a step, over all ranks. number: of the step's batch; batches: this rank's."""
+        return stream.predicted(number)
+
+    def counted(self, batch: Batch) -> Tensor:
+        """Where `each_loss` has a loss: [batch, length] bool."""
+        return batch.targets != IGNORE
 
     def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
         """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for `loss`."""

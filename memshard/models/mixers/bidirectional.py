@@ -1,0 +1,109 @@
+"""Attention that sees a whole sequence: an encoder's to itself, and a decoder's to the encoder's output."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memshard.models.context import Context
+from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.models.fast_weights.sum_rule import read_sum, written_sum
+from memshard.models.linear import Projection
+from memshard.models.position import rotate
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What a decoder's layer keeps of a source: nothing before its first call.
+
+    keys: [batch, heads, source length, head dim], values alike, and padding as in `Context.source_padding`; or, of linear attention, keys
+    alone: the [batch, heads, features, head dim + 1] of `written_sum`, however long the source.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    padding: Tensor | None = None
+    length: int = 0
+
+
+class BidirectionalMixer(nn.Module):
+    """Multi-head attention without an order in time.
+
+    features: of queries and keys, for linear attention by the sum rule; None for softmax. cross: take keys and values from the context's
+    source; otherwise from x itself, rotary: turned by their positions, as queries are.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        features: FeatureMap | None = None,
+        cross: bool = False,
+        rotary: bool = False,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.features, self.cross, self.rotary = heads, features, cross, rotary
+        self.query = Projection(dim, dim)
+        self.key = Projection(dim, dim)
+        self.value = Projection(dim, dim)
+        self.output = Projection(dim, dim, scale=output_scale)
+
+    def forward(self, x: Tensor, ctx: Context, state: SourceState | None = None) -> tuple[Tensor, SourceState | None]:
+        """x: [batch, length, dim]; returns the same shape, and the state if there was one.
+
+        A state that has not met its source takes the context's; later calls need none.
+        """
+        q = self._split(self.query(x))
+        if self.rotary:
+            q = rotate(q, ctx.positions)
+        if self.features is not None:
+            q = self.features(q)
+        source = self._remember(x, ctx) if state is None or state.keys is None else state
+        assert source.keys is not None
+        if self.features is not None:
+            y = read_sum(q, source.keys).to(x.dtype)
+        else:
+            assert source.values is not None
+            mask = None if source.padding is None else source.padding[:, None, None]
+            y = F.scaled_dot_product_attention(q, source.keys, source.values, attn_mask=mask)
+        return self.output(y.transpose(1, 2).flatten(2)), None if state is None else source
+
+    def init_state(self, batch: int, capacity: int) -> SourceState:
+        """An empty state. ValueError for an encoder, which sees all tokens at once."""
+        if not self.cross:
+            raise ValueError("an encoder sees all tokens at once: it does not generate (model.encoder_layers)")
+        return SourceState()
+
+    @staticmethod
+    def reorder(state: SourceState, rows: Tensor) -> SourceState:
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
+        keys, values, padding = (None if field is None else field[rows] for field in (state.keys, state.values, state.padding))
+        return SourceState(keys, values, padding)
+
+    @staticmethod
+    def rollback(state: SourceState, tokens: int) -> SourceState:
+        """The state before the last `tokens` tokens: the source is still the same."""
+        return state
+
+    @staticmethod
+    def reset(state: SourceState, rows: Tensor) -> SourceState:
+        """The state after documents ended in the given rows: the source is still the same."""
+        return state
+
+    def _remember(self, x: Tensor, ctx: Context) -> SourceState:
+        if self.cross and ctx.source is None:
+            raise ValueError("a decoder with an encoder needs a source: give the model `source`, or states that have met theirs")
+        source, padding = (ctx.source, ctx.source_padding) if self.cross else (x, ctx.padding)
+        k, v = self._split(self.key(source)), self._split(self.value(source))
+        if self.rotary:
+            k = rotate(k, ctx.positions)
+        if self.features is not None:
+            return SourceState(written_sum(self.features(k), v, padding))
+        if padding is not None:
+            # A row without any real token would be all NaN.
+            padding = padding | ~padding.any(1, keepdim=True)
+        return SourceState(k, v, padding)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,66 @@
+"""An encoder and a decoder that reads its output: translation."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from memshard.models.checkpointing import run_block
+from memshard.models.config import ModelConfig
+from memshard.models.context import Context
+from memshard.models.decoder_block import DecoderBlock
+from memshard.models.mixers.build import MixerState
+from memshard.models.norm import build_norm
+from memshard.models.transformer import Transformer
+
+
+class EncoderDecoder(Transformer):
+    """The first `config.encoder_layers` blocks are the encoder, the others the decoder; both share the embeddings."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.encoder_norm = nn.Identity() if config.residual == "post" else build_norm(config.norm, config.dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        ctx: Context | None = None,
+        states: Sequence[MixerState] | None = None,
+        targets: Tensor | None = None,
+        source: tuple[Tensor, Context] | None = None,
+    ) -> tuple[Tensor, list[MixerState] | None]:
+        """As `Transformer.forward` of a decoder that reads `source`: tokens, [batch, source length] int64, and their context.
+
+        states: of the decoder's blocks; their first call takes the source, later ones need none.
+        """
+        ctx = ctx or Context.of(tokens, states[0].length if states else 0)
+        if source is not None:
+            ctx = replace(ctx, source=self.encode(*source), source_padding=source[1].padding)
+        return super().forward(tokens, ctx, states, targets)
+
+    def encode(self, tokens: Tensor, ctx: Context) -> Tensor:
+        """The encoder's output, [batch, source length, dim]."""
+        x = self._embed(tokens, ctx, branch=1)
+        checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
+        for block in self.blocks[: self.config.encoder_layers]:
+            x, _ = run_block(checkpointing, block, x, ctx, None, self.chunk)
+        return self.encoder_norm(x)
+
+    def init_states(self, batch: int, capacity: int) -> list[MixerState]:
+        """Empty states of the decoder's blocks, for `batch` rows of at most `capacity` tokens."""
+        return [block.init_state(batch, capacity) for block in self.stack]
+
+    def reorder(self, states: Sequence[MixerState], rows: Tensor) -> list[MixerState]:
+        """States whose row i is row rows[i] of these. rows: [new batch] int64."""
+        return [block.reorder(state, rows) for block, state in zip(self.stack, states, strict=True)]
+
+    @property
+    def stack(self) -> list[DecoderBlock]:
+        """The decoder's blocks."""
+        return [block for block in self.blocks if isinstance(block, DecoderBlock)]
+
+
+def build_model(config: ModelConfig) -> Transformer:
+    """The model that the settings ask for. `vocab_size` must be set, and `max_length` for learned positions."""
+    return EncoderDecoder(config) if config.translates else Transformer(config)
