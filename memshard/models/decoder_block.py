@@ -38,14 +38,8 @@ class DecoderBlock(Block):
         """x after mixer and cross attention, and their advanced states."""
         assert state is None or isinstance(state, DecoderState)
         x, own = super().mixed(x, ctx, None if state is None else state.own)
-        source = None if state is None else state.source
-
-        def branch(h: Tensor) -> Tensor:
-            nonlocal source
-            y, source = self.cross(h, ctx, source)
-            return self._dropout(y, ctx, _CROSS_BRANCH)
-
-        x = self.cross_residual(x, branch)
+        y, source = self.cross(self.cross_residual.before(x), ctx, None if state is None else state.source)
+        x = self.cross_residual.join(x, self._dropout(y, ctx, _CROSS_BRANCH))
         return x, None if own is None or source is None else DecoderState(own, source)
 
     def init_state(self, batch: int, capacity: int) -> DecoderState:
