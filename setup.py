@@ -14,6 +14,8 @@ EXTRAS = {
     # The trainers of the examples.
     "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6"],
     "wandb": ["wandb>=0.29"],
+    # Searches on several machines.
+    "ray": ["ray>=2.60"],
     # Peers. fbgemm-gpu-cpu 1.9.0 does not load under torch 2.13.
     "bench": [
         "tokenizers>=0.23", "warcio>=1.8", "product-key-memory>=0.3", "PEER-pytorch>=0.2.2", "fbgemm-gpu-cpu==1.8.0",

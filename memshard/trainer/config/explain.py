@@ -29,7 +29,7 @@ class Key(NamedTuple):
 @cache
 def fields() -> list[Key]:
     """All keys of a recipe, sections before what they hold, in the order of the dataclasses."""
-    return list(_walk(Recipe, ""))
+    return list(walk(Recipe, ""))
 
 
 def matching(key: str = "") -> list[Key]:
@@ -72,13 +72,14 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def _walk(cls: Any, prefix: str) -> Iterator[Key]:
+def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
+    """The keys of a dataclass whose fields have docstrings."""
     hints, docs = get_type_hints(cls), _docstrings(cls)
     for item in dataclass_fields(cls):
         name, hint, doc = prefix + item.name, hints[item.name], docs.get(item.name, "")
         if is_dataclass(hint):
             yield Key(name, SECTION, "", doc)
-            yield from _walk(hint, f"{name}.")
+            yield from walk(hint, f"{name}.")
         else:
             yield Key(name, _type_name(hint), _default(item), doc)
 

@@ -1,0 +1,75 @@
+"""`memshard search`: Primer's evolution of decoder programs."""
+
+import argparse
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from memshard.launch.cli.outcome import UsageError, usage_errors
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the `search` command."""
+    search = subparsers.add_parser("search", help="evolve decoder programs: mutations, hurdles, a journal that survives everything")
+    commands = search.add_subparsers(dest="search_command", metavar="run|report", required=True)
+    run = commands.add_parser("run", help="start a search, or go on with the one in DIR, and write its report")
+    run.add_argument("folder", nargs="?", metavar="DIR", help="folder of journal and report")
+    run.add_argument("--settings", type=Path, metavar="FILE", help="YAML file of settings")
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="programs trained side by side, one thread each (default 1)")
+    run.add_argument("--ray", metavar="ADDRESS", help="workers of a Ray cluster that sees the text under its path; local starts one here")
+    run.add_argument("--explain", action="store_true", help="print all settings, their defaults and meaning")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as text=FILE children=100")
+    run.set_defaults(run=run_search)
+    report = commands.add_parser("report", help="write the report of a search, finished or not")
+    report.add_argument("folder", metavar="DIR", help="folder of the journal")
+    report.set_defaults(run=run_report)
+
+
+def run_search(args: argparse.Namespace) -> dict[str, Any]:
+    """Run, then report."""
+    if args.explain:
+        from memshard.search.evolve.settings import Settings
+        from memshard.trainer.config.explain import walk
+
+        keys = list(walk(Settings))
+        print("\n".join(f"{key.name}: {key.type}; default {key.default}\n{indent(key.doc, '    ')}" for key in keys))
+        return {key.name: {"type": key.type, "default": key.default, "doc": key.doc} for key in keys}
+    if args.folder is None:
+        raise UsageError("name a folder for the journal: memshard search run DIR text=FILE")
+    if args.workers < 1:
+        raise UsageError(f"--workers is {args.workers}; it must be at least 1")
+    with usage_errors():
+        from memshard.search.evolve.journal import read
+        from memshard.search.evolve.run import search
+        from memshard.search.evolve.settings import load_settings
+
+        begun = read(Path(args.folder))
+        settings = load_settings(args.settings, args.overrides, begun[0]["settings"] if begun else None)
+
+    def workers() -> Any:
+        from memshard.search.evolve.child import work
+
+        if args.ray:
+            from memshard.search.evolve.ray_workers import RayWorkers
+
+            return RayWorkers(work, args.workers, settings.timeout, args.ray)
+        from memshard.search.evolve.workers import Processes
+
+        return Processes(work, args.workers, settings.timeout, settings.memory)
+
+    with usage_errors():
+        search(Path(args.folder), settings, workers)
+    return run_report(args)
+
+
+def run_report(args: argparse.Namespace) -> dict[str, Any]:
+    """Write and print."""
+    with usage_errors():
+        from memshard.search.evolve.report import REPORT_FILE, report
+        from memshard.search.evolve.run import load
+
+        folder = Path(args.folder)
+        result = report(load(folder), folder)
+    if not args.json:
+        print((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    return result

@@ -1,0 +1,234 @@
+"""One child in a worker: drawn from its parent, its step timed, trained from stop to stop. Tells by events what it does."""
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from memshard.search.dna.compile import Compiled, Rejected, Shape, compile_dna
+from memshard.search.dna.golden import golden
+from memshard.search.dna.mutate import mutate
+from memshard.search.evolve.history import STOPPED, stops
+from memshard.search.evolve.journal import Event
+from memshard.search.evolve.settings import Settings
+from memshard.search.evolve.text import Text, read_text
+
+DRAWS = 50  # mutations until one changes the program
+FEWEST_STEPS = 5  # to the first stop; programs that make fewer are too slow to be judged
+BEAT = 2.0  # seconds between signs of life
+_text = cache(read_text)
+CURVE = tuple(np.geomspace(0.05, 1, 13).tolist())
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is to do with child `id`. draw: find its program; dna and parent_hash are its parent's, None for the start.
+
+    train: its program is `dna`. seed: of initial values. hurdles: loss to reach at each of the first stops; None lets all pass.
+    verdict: a training outside the search: other data, a curve, and the loss on the part of the text that the search never sees.
+    steps, cost, flops: what an earlier attempt measured, 0 if none has; size: multiple of parameters and budget.
+    """
+
+    do: Literal["draw", "train"]
+    id: int
+    settings: Settings
+    seed: int
+    size: float = 1.0
+    dna: dict[str, Any] | None = None
+    parent_hash: str = ""
+    hurdles: tuple[float | None, ...] = ()
+    verdict: bool = False
+    steps: int = 0
+    cost: float = 1.0
+
+
+def work(task: Task) -> Iterator[Event]:
+    """Events of a task; the last one of a training, and of a program that is rejected, is `done`."""
+    torch.set_num_threads(1)
+    yield {"event": "beat", "id": task.id, "step": 0, "steps": 1}
+    try:
+        for event in draw(task) if task.do == "draw" else train(task):
+            yield {"event": event.pop("event"), "id": task.id, **event}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        yield _done(task, "oom", str(error) or "MemoryError")
+    except Exception as error:
+        status = "oom" if "can't allocate memory" in str(error) else "crash"
+        yield _done(task, status, f"{type(error).__name__}: {error}"[:500])
+
+
+def shape(settings: Settings, size: float = 1.0) -> Shape:
+    """What programs are compiled for."""
+    low, high = settings.parameters
+    vocabulary = _text(settings.text, settings.length).vocabulary
+    return Shape(vocab=vocabulary, length=settings.length, layers=settings.layers, parameters=(round(low * size), round(high * size)))
+
+
+@cache
+def start_dna(settings: Settings) -> dict[str, Any]:
+    """The start, its scores on the scale of its heads' width."""
+    program = compile_dna(golden(settings.start), shape(settings))
+    if isinstance(program, Rejected):
+        raise ValueError(f"the start, {settings.start}, does not compile: {program.reason}")
+    return golden(settings.start, program.unit)
+
+
+def draw(task: Task) -> Iterator[Event]:
+    """Mutate the parent until its compute graph changes, and compile the child."""
+    target = shape(task.settings)
+    draw = random.Random(f"{task.settings.seed}/{task.id}/mutation")
+    for _ in range(DRAWS):
+        dna, mutation = mutate(task.dna, draw) if task.dna is not None else (start_dna(task.settings), "")
+        program = compile_dna(dna, target)
+        if isinstance(program, Rejected):
+            yield {"event": "done", "dna": dna, "mutation": mutation, "status": program.status, "reason": program.reason}
+            return
+        if program.hash != task.parent_hash:
+            yield {"event": "program", "dna": dna, "mutation": mutation, "hash": program.hash, "parameters": program.parameters}
+            return
+    yield {"event": "done", "status": "same", "reason": f"{DRAWS} mutations did not change the program"}
+
+
+def train(task: Task) -> Iterator[Event]:
+    """Train from stop to stop until a hurdle is missed or the budget is spent."""
+    settings = task.settings
+    text = _text(settings.text, settings.length)
+    program = _compiled(task.dna, settings, task.size)
+    steps = task.steps
+    if not steps:
+        flops = _flops(program, settings, text)
+        cost = 1.0
+        if settings.step_costs == "flops":
+            cost = flops / _start_flops(settings)
+        elif settings.step_costs == "time" and not _is_start(program, settings):
+            cost = _relative_time(program, settings)
+        steps = max(1, round(settings.budget * task.size / cost))
+        yield {"event": "steps", "steps": steps, "cost": round(cost, 4), "flops": flops}
+    shares = list(CURVE) if task.verdict else stops(settings)
+    if steps * shares[0] < FEWEST_STEPS and not task.verdict:
+        yield {"event": "done", "status": "slow", "reason": f"{steps} steps fit into the budget"}
+        return
+    training = Training(program, settings, text, task.seed, task.seed if task.verdict else settings.seed)
+    begun, beat = time.process_time(), time.monotonic()
+    for number, share in enumerate(shares):
+        stop = max(1, round(share * steps))
+        while training.step < stop:
+            if not math.isfinite(training.advance()):
+                yield {"event": "done", "status": "nonfinite", "reason": f"loss or gradient at step {training.step}"}
+                return
+            if time.monotonic() - beat > BEAT:
+                beat = time.monotonic()
+                yield {"event": "beat", "step": training.step, "steps": steps}
+        loss = training.loss("valid")
+        if not math.isfinite(loss):
+            yield {"event": "done", "status": "nonfinite", "reason": f"held-out loss after step {training.step}"}
+            return
+        yield {"event": "rung", "rung": number, "step": stop, "loss": loss, "seconds": round(time.process_time() - begun, 3)}
+        hurdle = task.hurdles[number] if number < len(task.hurdles) else None
+        if hurdle is not None and loss > hurdle:
+            yield {"event": "done", "status": STOPPED, "reason": f"{loss:.4f} at hurdle {number}, {hurdle:.4f} to reach"}
+            return
+    yield {"event": "done", "status": "full", **({"test": training.loss("test")} if task.verdict else {})}
+
+
+class Training:
+    """A model, its optimizer and its place in the data. AdamW, warm-up, then falling with the root of steps; gradient norm at most 1."""
+
+    def __init__(self, program: Compiled, settings: Settings, text: Text, seed: int, data_seed: int) -> None:
+        self.step = 0
+        self._settings, self._text, self._data_seed = settings, text, data_seed
+        self._model = program.build(seed).to(settings.device)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+    def advance(self) -> float:
+        """One step; returns its loss in nats a token, or what is not finite of loss and gradient norm."""
+        settings = self._settings
+        tokens = self._text.batch(self._data_seed, self.step, settings.batch, settings.length).to(settings.device)
+        self.step += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.lr * min(self.step / max(1, settings.warmup), math.sqrt(max(1, settings.warmup) / self.step))
+        loss = _loss(self._model, tokens)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            return float(norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    @torch.no_grad()
+    def loss(self, part: str) -> float:
+        """Of a held-out part, in nats a token."""
+        settings = self._settings
+        windows = self._text.held_out(part, settings.eval_tokens, settings.length).to(settings.device)
+        total = sum(_loss(self._model, piece).item() * len(piece) for piece in windows.split(4 * settings.batch))
+        return total / len(windows)
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _compiled(dna: dict[str, Any] | None, settings: Settings, size: float) -> Compiled:
+    assert dna is not None
+    program = compile_dna(dna, shape(settings, size))
+    if isinstance(program, Rejected):
+        raise ValueError(f"the program does not compile at {size} times the size: {program.reason}")
+    return program
+
+
+@cache
+def _start(settings: Settings) -> Compiled:
+    return _compiled(start_dna(settings), settings, 1.0)
+
+
+@cache
+def _start_flops(settings: Settings) -> float:
+    return _flops(_start(settings), settings, _text(settings.text, settings.length))
+
+
+def _is_start(program: Compiled, settings: Settings) -> bool:
+    """Whether this is the start at its own size, whose step costs 1 by definition."""
+    start = _start(settings)
+    return (program.hash, program.parameters) == (start.hash, start.parameters)
+
+
+def _flops(program: Compiled, settings: Settings, text: Text) -> float:
+    """Of a step's matrix products, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        Training(program, settings, text, 0, 0).advance()
+    return float(counter.get_total_flops())
+
+
+def _relative_time(program: Compiled, settings: Settings, rounds: int = 8) -> float:
+    """Time of a step over the start's, fastest of interleaved steps: other work on the machine meets both."""
+    text = _text(settings.text, settings.length)
+    pair = [Training(start, settings, text, 0, 0) for start in (_start(settings), program)]
+    fastest = [math.inf, math.inf]
+    for turn in range(rounds):
+        for number, training in enumerate(pair):
+            begun = _clock(settings)
+            training.advance()
+            if turn:  # the first one sets things up
+                fastest[number] = min(fastest[number], _clock(settings) - begun)
+    return fastest[1] / fastest[0]
+
+
+def _clock(settings: Settings) -> float:
+    """Seconds of this thread, or of the GPU."""
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def _done(task: Task, status: str, reason: str) -> Event:
+    return {"event": "done", "id": task.id, "status": status, "reason": reason}

@@ -1,0 +1,231 @@
+"""What a search has seen: a pure function of its journal, which also says what comes next."""
+
+import hashlib
+import math
+import random
+import statistics
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from memshard.search.evolve.journal import Event
+from memshard.search.evolve.settings import Settings
+
+Phase = Literal["search", "final", "lineage", "size"]
+STOPPED = "hurdle"
+LOSSES = 3  # workers that a child may lose before it is to blame
+
+
+class Rung(NamedTuple):
+    """A measurement on the way: after `step` steps, held-out loss in nats a token, seconds since the child's start."""
+
+    step: int
+    loss: float
+    seconds: float
+
+
+@dataclass
+class Child:
+    """One program from its birth on.
+
+    phase: search; or a training again of child `parent`'s program: final and lineage (verdict), size (power law). size: multiple of
+    parameters and budget. hurdles: loss to reach at each stop, None where all pass. status: full, hurdle, dup, or why it was
+    rejected; empty while it lives. fitness: held-out loss where it ended, infinite if it was rejected.
+    """
+
+    id: int
+    phase: Phase
+    parent: int | None
+    size: float
+    seed: int
+    hurdles: list[float | None]
+    dna: dict[str, Any] | None = None
+    mutation: str = ""
+    hash: str = ""
+    parameters: int = 0
+    steps: int = 0
+    cost: float = 1.0
+    flops: float = 0.0
+    rungs: list[Rung] = field(default_factory=list)
+    lost: int = 0
+    status: str = ""
+    reason: str = ""
+    fitness: float = math.inf
+    test: float = math.nan
+
+    @property
+    def spent(self) -> float:
+        """Training it has had, in steps of the start program."""
+        return self.rungs[-1].step * self.cost if self.rungs else 0.0
+
+
+class History:
+    """All children, and the rules that follow from them: who is a parent, what the hurdles are, what is born next."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.children: list[Child] = []
+        self.ended: list[int] = []
+
+    def apply(self, event: Event) -> None:
+        """Take in one event of the journal."""
+        kind = event["event"]
+        if kind == "born":
+            self.children.append(Child(**{key: value for key, value in event.items() if key != "event"}))
+            return
+        if kind not in ("program", "steps", "rung", "lost", "done"):
+            return
+        child = self.children[event["id"]]
+        if kind == "rung":
+            child.rungs.append(Rung(event["step"], event["loss"], event["seconds"]))
+        elif kind == "lost":
+            child.lost += 1
+        else:
+            for key in event.keys() - {"event", "id"}:
+                setattr(child, key, event[key])
+            if kind == "done":
+                self.ended.append(child.id)
+                if child.status in ("full", STOPPED):
+                    child.fitness = child.rungs[-1].loss
+                elif child.status == "dup":
+                    twin = self.twin(child)
+                    child.fitness = twin.fitness if twin else math.inf
+
+    def living(self) -> list[Child]:
+        """Children that are born and not done."""
+        return [child for child in self.children if not child.status]
+
+    def searched(self) -> list[Child]:
+        """Children of the search itself."""
+        return [child for child in self.children if child.phase == "search"]
+
+    def visible(self, id: int) -> list[Child]:
+        """What child `id` is bred from: in order of birth up to `ahead` before it, or, if not deterministic, in order of ending."""
+        if self.settings.deterministic:
+            return self.children[: max(1, id - self.settings.ahead + 1)]
+        before = [ended for ended in self.ended if ended < id]
+        return [self.children[ended] for ended in before]
+
+    def twin(self, child: Child) -> Child | None:
+        """An earlier child of the same canonical program that trained, if any."""
+        earlier = self.visible(child.id) if child.phase == "search" and child.id >= self.settings.copies else []
+        return next((other for other in reversed(earlier) if other.hash == child.hash and other.status in ("full", STOPPED)), None)
+
+    def population(self) -> list[Child]:
+        """The last of the search."""
+        order = sorted(self.ended) if self.settings.deterministic else self.ended
+        found = [self.children[id] for id in order if self.children[id].phase == "search"]
+        return found[-self.settings.population :]
+
+    def next_births(self) -> list[Event]:
+        """Events of what can be born now: one child of the search, or all trainings of the phase that follows; none if there is nothing."""
+        number = len(self.children)
+        if number < self.settings.children:
+            return self._breed(number)
+        if self.living():
+            return []
+        phases = {child.phase for child in self.children}
+        if "final" not in phases:
+            return self._again("final", [0, *(child.id for child in self.best(self.settings.finalists))], [1.0], self.settings.final_seeds)
+        if "lineage" not in phases and (path := self._ancestors()):
+            return self._again("lineage", path, [1.0], self.settings.final_seeds)
+        if "size" not in phases and self.settings.sizes:
+            return self._again("size", sorted({0, self.winner()}), list(self.settings.sizes), self.settings.size_seeds)
+        return []
+
+    def best(self, count: int) -> list[Child]:
+        """Distinct programs of the search that trained to the end, the lowest losses first; the start is not among them."""
+        found: dict[str, Child] = {}
+        for child in sorted(self.searched(), key=lambda child: (child.fitness, child.id)):
+            if child.status == "full" and child.hash != self.children[0].hash:
+                found.setdefault(child.hash, child)
+        return list(found.values())[:count]
+
+    def again(self, id: int) -> list[Child]:
+        """The trainings from fresh initial values of child `id`'s program at its own size that came to their end."""
+        return [c for c in self.children if c.phase in ("final", "lineage") and c.parent == id and c.status == "full"]
+
+    def winner(self) -> int:
+        """The finalist with the lowest mean loss on the text of the search; the start, 0, if none is better."""
+        means = {}
+        for id in dict.fromkeys(c.parent for c in self.children if c.phase == "final"):
+            assert id is not None
+            runs = self.again(id)
+            means[id] = statistics.fmean(run.fitness for run in runs) if len(runs) == self.settings.final_seeds else math.inf
+        return min(means, key=lambda id: means[id], default=0)
+
+    def lineage(self, id: int) -> list[Child]:
+        """From the start to child `id`, without steps that did not change the program."""
+        path: list[Child] = []
+        at: int | None = id
+        while at is not None:
+            child = self.children[at]
+            if not path or path[-1].hash != child.hash:
+                path.append(child)
+            else:
+                path[-1] = child
+            at = child.parent
+        return path[::-1]
+
+    def _ancestors(self) -> list[int]:
+        """Nearest ancestors of the winner that were not trained again yet."""
+        known = {self.children[c.parent].hash for c in self.children if c.phase == "final" and c.parent is not None}
+        path = [child.id for child in self.lineage(self.winner())[:-1] if child.hash not in known]
+        return path[len(path) - min(len(path), self.settings.ancestors) :]
+
+    def _breed(self, number: int) -> list[Event]:
+        settings = self.settings
+        if number < settings.copies:
+            return [self._birth(number, "search", None, 1.0, [None] * settings.hurdles)]
+        visible = self.visible(number)
+        if not visible or any(not child.status for child in visible):
+            return []
+        draw = random.Random(f"{settings.seed}/{number}/tournament")
+        population = visible[-settings.population :]
+        parent = 0
+        for _ in range(100):
+            chosen = draw.sample(population, min(settings.tournament, len(population)))
+            best = min(chosen, key=lambda child: (child.fitness, child.id), default=None)
+            if best is not None and best.fitness < math.inf:
+                parent = best.id
+                break
+        hurdles = [self._hurdle(visible, stop) for stop in range(settings.hurdles)]
+        return [self._birth(number, "search", parent, 1.0, hurdles)]
+
+    def _hurdle(self, visible: list[Child], stop: int) -> float | None:
+        """Loss to reach at a stop so that half pass: the median of the latest there, or the stricter, the more have passed so far.
+
+        The median alone lets 70 to 90 % pass while the population improves fast, and 30 % while it does not.
+        """
+        window = self.settings.window
+        arrived = [child for child in visible if child.phase == "search" and len(child.rungs) > stop]
+        if not arrived or len(arrived) < self.settings.free:
+            return None
+        met = [child for child in arrived if child.hurdles[stop] is not None]
+        passed = sum(len(child.rungs) > stop + 1 for child in met)
+        share = 0.5 - (passed - len(met) / 2) / window
+        return float(np.quantile([child.rungs[stop].loss for child in arrived[-window:]], min(max(share, 0.0), 1.0)))
+
+    def _again(self, phase: Phase, programs: list[int], sizes: list[float], seeds: int) -> list[Event]:
+        jobs = [(id, size) for size in sizes for id in programs for _ in range(seeds)]
+        first = len(self.children)
+        return [self._birth(first + n, phase, id, size, []) for n, (id, size) in enumerate(jobs)]
+
+    def _birth(self, id: int, phase: Phase, parent: int | None, size: float, hurdles: list[float | None]) -> Event:
+        seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{id}".encode()).digest()[:4], "big") >> 1
+        return {"event": "born", "id": id, "phase": phase, "parent": parent, "size": size, "seed": seed, "hurdles": hurdles}
+
+
+def stops(settings: Settings) -> list[float]:
+    """Where programs are measured in the search, as shares of their steps: hurdle i of N at (2^(i+1) - 1) / (2^(N+1) - 1), and the end.
+
+    Half of the programs pass each hurdle, so all bands cost the same: So et al. 2021, section 3.
+    """
+    whole = 2 ** (settings.hurdles + 1) - 1
+    return [(2 ** (stop + 1) - 1) / whole for stop in range(settings.hurdles + 1)]
+
+
+def saving(hurdles: int) -> float:
+    """By what factor that many hurdles make the mean training cheaper if half pass each: (2^(N+1) - 1) / (N + 1)."""
+    return (2 ** (hurdles + 1) - 1) / (hurdles + 1)

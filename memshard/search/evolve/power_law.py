@@ -1,0 +1,86 @@
+"""The frontier of loss against cost over several sizes, l = a c^-k, and what it says of savings (So et al. 2021)."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshard.search.evolve.verdict import DRAWS, Curve, Interval, mean_curve, resample
+
+Sizes = Mapping[float, Sequence[Curve]]
+"""Trainings by size."""
+
+
+class PowerLaw(NamedTuple):
+    """l = a c^-k."""
+
+    a: float
+    k: float
+
+
+class Comparison(NamedTuple):
+    """Power laws of two programs with 95 % intervals of the bootstrap over trainings.
+
+    difference: k of the second less k of the first; if 0 lies inside, they are equal as far as one can tell. factor: with one exponent for
+    both, cost of the first over cost of the second at equal loss, b = (a1/a2)^(1/k); the second then saves 1 - 1/b of the cost.
+    """
+
+    first: PowerLaw
+    second: PowerLaw
+    k_first: Interval
+    k_second: Interval
+    difference: Interval
+    factor: Interval
+
+
+def hull(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points (cost, loss) on the lower convex hull in log-log, as far as the loss falls: no size and no time to stop does better."""
+    logs = np.log(points[np.lexsort((points[:, 1], points[:, 0]))])
+    kept: list[NDArray[np.float64]] = []
+    for point in logs:
+        while len(kept) > 1 and _turn(kept[-2], kept[-1], point) <= 0:
+            kept.pop()
+        kept.append(point)
+    falling = [point for number, point in enumerate(kept) if number == 0 or point[1] < kept[number - 1][1]]
+    return np.exp(np.asarray(falling))
+
+
+def fit(points: NDArray[np.float64]) -> PowerLaw:
+    """Least squares of log loss on log cost; points: [n, 2], n at least 2."""
+    slope, offset = np.polyfit(np.log(points[:, 0]), np.log(points[:, 1]), 1)
+    return PowerLaw(float(np.exp(offset)), float(-slope))
+
+
+def frontier(sizes: Sizes) -> NDArray[np.float64]:
+    """The hull of the mean curves of all sizes."""
+    return hull(np.concatenate([mean_curve(curves) for curves in sizes.values()]))
+
+
+def compare(first: Sizes, second: Sizes, seed: int = 0) -> Comparison:
+    """Fit both frontiers. ValueError if one of them is a single point."""
+    best = _estimates(first, second)
+    draw = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(DRAWS // 4):
+        drawn.append(_estimates(*({size: resample(curves, draw) for size, curves in sizes.items()} for sizes in (first, second))))
+    low, high = np.percentile(np.asarray(drawn), [2.5, 97.5], axis=0)
+    intervals = [Interval(float(best[i]), float(low[i]), float(high[i])) for i in range(4)]
+    return Comparison(fit(frontier(first)), fit(frontier(second)), *intervals)
+
+
+def _estimates(first: Sizes, second: Sizes) -> tuple[float, float, float, float]:
+    """k of both, their difference, and b from a fit with one exponent."""
+    points = [frontier(first), frontier(second)]
+    if min(map(len, points)) < 2:
+        raise ValueError("a frontier is a single point; train at more sizes")
+    laws = [fit(side) for side in points]
+    # One slope, two offsets: least squares on [log c, is first, is second].
+    logs, second_side = np.log(np.concatenate(points)), np.repeat([0.0, 1.0], [len(side) for side in points])
+    slope, one, two = np.linalg.lstsq(np.stack([logs[:, 0], 1 - second_side, second_side], 1), logs[:, 1], rcond=None)[0]
+    return laws[0].k, laws[1].k, laws[1].k - laws[0].k, float(np.exp((one - two) / -slope))
+
+
+def _turn(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]) -> float:
+    """Positive where a, b, c turn left."""
+    return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))

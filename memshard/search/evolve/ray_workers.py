@@ -1,0 +1,66 @@
+"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which see the text under the same path."""
+
+import time
+from collections import deque
+from typing import Any
+
+from memshard.search.evolve.journal import Event
+from memshard.search.evolve.workers import LOST, Work
+
+
+class RayWorkers:
+    """Up to `count` tasks at a time, one core each. address: of a cluster, or `local` to start one here. ValueError without Ray."""
+
+    def __init__(self, work: Work, count: int, timeout: float, address: str) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ValueError("--ray needs Ray: pip install memshard[ray]") from error
+        place: dict[str, Any] = {"num_cpus": count, "include_dashboard": False} if address == "local" else {"address": address}
+        ray.init(log_to_driver=False, **place)
+        self.count = count
+        self._ray: Any = ray
+        self._work = ray.remote(num_cpus=1, num_returns="streaming", max_retries=0)(work)
+        self._timeout = timeout
+        self._waiting: deque[Any] = deque()
+        self._running: dict[Any, tuple[Any, float]] = {}  # stream of events -> its task, when it was last heard, never before it starts
+
+    def submit(self, task: Any) -> None:
+        """Queue a task."""
+        self._waiting.append(task)
+        self._hand_out()
+
+    def poll(self, seconds: float) -> list[Event]:
+        """Events that have come in, after at most `seconds`."""
+        events: list[Event] = []
+        streams = list(self._running)
+        ready = self._ray.wait(streams, num_returns=len(streams), timeout=0)[0] if streams else []
+        ready = ready or (self._ray.wait(streams, num_returns=1, timeout=seconds)[0] if streams else [])
+        for stream in ready:
+            task, _ = self._running.pop(stream)
+            try:
+                event: Event = self._ray.get(next(stream))
+                events.append(event)
+                self._running[stream] = task, time.monotonic()
+            except StopIteration:
+                pass
+            except self._ray.exceptions.RayError as error:
+                events.append({"event": LOST, "id": task.id, "reason": f"its Ray worker died: {str(error).splitlines()[0][:200]}"})
+        for stream, (task, heard) in list(self._running.items()):
+            if heard and time.monotonic() - heard > self._timeout:
+                self._ray.cancel(stream, force=True)
+                del self._running[stream]
+                events.append({"event": LOST, "id": task.id, "reason": f"no sign of life for {self._timeout:g} s"})
+        self._hand_out()
+        return events
+
+    def close(self) -> None:
+        """End all tasks, and a cluster that was started here."""
+        for stream in self._running:
+            self._ray.cancel(stream, force=True)
+        self._ray.shutdown()
+
+    def _hand_out(self) -> None:
+        while self._waiting and len(self._running) < self.count:
+            task = self._waiting.popleft()
+            self._running[self._work.remote(task)] = task, 0.0

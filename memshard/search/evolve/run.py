@@ -1,0 +1,154 @@
+"""Runs a search: hands children to workers, writes what they tell into the journal, and from that alone decides what comes next."""
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from memshard.search.evolve.child import Task
+from memshard.search.evolve.history import LOSSES, Child, History
+from memshard.search.evolve.journal import JOURNAL_FILE, Event, Journal, read
+from memshard.search.evolve.settings import Settings, from_dict, to_dict
+from memshard.search.evolve.text import read_text
+from memshard.search.evolve.workers import LOST, Workers
+
+Say = Callable[[str], None]
+
+
+def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers], say: Say = tqdm.write) -> History:
+    """Run a search to its end, or go on with the one in `folder`. ValueError if that one has other settings or another text."""
+    digest = read_text(settings.text, settings.length).digest
+    with Journal(folder) as journal:
+        if not journal.events:
+            versions = {"torch": torch.__version__, "python": platform.python_version()}
+            journal.events.append({"event": "search", "settings": to_dict(settings), "text": digest, "versions": versions})
+            journal.write(journal.events[0])
+        _same(folder, journal.events[0], settings, digest)
+        history = replay(journal.events)
+        history.settings = settings  # the text may lie elsewhere now
+        if len(journal.events) > 1:
+            say(f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs")
+        workers = start_workers()
+        try:
+            _loop(history, journal, workers, say)
+        finally:
+            workers.close()
+    return history
+
+
+def load(folder: Path) -> History:
+    """The history of a folder's journal, finished or not."""
+    events = read(folder)
+    if not events:
+        raise FileNotFoundError(f"{folder}: there is no {JOURNAL_FILE}; start a search with: memshard search run {folder} text=FILE")
+    return replay(events)
+
+
+def replay(events: list[Event]) -> History:
+    """The history that a journal's events make."""
+    history = History(from_dict(events[0]["settings"]))
+    for event in events[1:]:
+        history.apply(event)
+    return history
+
+
+def _loop(history: History, journal: Journal, workers: Workers, say: Say) -> None:
+    settings = history.settings
+
+    def record(event: Event) -> None:
+        journal.write(event)
+        history.apply(event)
+
+    room = settings.ahead if settings.deterministic else workers.count
+    in_work: dict[int, float] = {}  # share of its steps that each child in work has done
+
+    def hand(child: Child) -> None:
+        _hand(history, child, workers, record)
+        in_work.setdefault(child.id, 0.0)
+
+    for child in history.living():
+        hand(child)
+    with tqdm(total=settings.children, initial=len(history.ended), unit="program", disable=None, smoothing=0.05) as bar:
+        while True:
+            while len(in_work) < room or len(history.children) >= settings.children:
+                births = history.next_births()
+                for birth in births:
+                    record(birth)
+                    hand(history.children[birth["id"]])
+                if not births:
+                    break
+            if not in_work:
+                return
+            for event in workers.poll(1.0):
+                child = history.children[event["id"]]
+                if event["event"] == "beat":
+                    in_work[child.id] = event["step"] / event["steps"]
+                elif not _known(child, event):
+                    record(event)
+                    if event["event"] == LOST:
+                        say(f"program {child.id}: {event['reason']}")
+                    if event["event"] in (LOST, "program"):
+                        hand(child)
+            for id in [id for id in in_work if history.children[id].status]:
+                del in_work[id]
+                child = history.children[id]
+                if id < settings.copies and child.status != "full":
+                    raise ValueError(f"the start, {settings.start}, does not train: {child.status} ({child.reason}); choose other settings")
+                bar.total = max(settings.children, len(history.children))
+                bar.update()
+                say(_line(child))
+            best = history.best(1)
+            bar.set_postfix_str(
+                f"start {history.children[0].fitness:.3f}, best {best[0].fitness if best else float('nan'):.3f}, in work "
+                + " ".join(f"{id}:{share:.0%}" for id, share in in_work.items())
+            )
+
+
+def _hand(history: History, child: Child, workers: Workers, record: Callable[[Event], None]) -> None:
+    """Give a child its next task, or end it where none is left."""
+    settings = history.settings
+    if child.lost >= LOSSES:
+        record({"event": "done", "id": child.id, "status": "crash", "reason": f"{child.lost} workers died or hung over it"})
+        return
+    parent = None if child.parent is None else history.children[child.parent]
+    if child.phase != "search" and child.dna is None:
+        assert parent is not None
+        record({"event": "program", "id": child.id, "dna": parent.dna, "hash": parent.hash, "parameters": parent.parameters})
+    if child.dna is None:
+        dna, known = (parent.dna, parent.hash) if parent else (None, "")
+        workers.submit(Task("draw", child.id, settings, child.seed, dna=dna, parent_hash=known))
+    elif (twin := history.twin(child)) is not None:
+        record({"event": "done", "id": child.id, "status": "dup", "reason": f"the program of {twin.id}"})
+    else:
+        verdict, hurdles = child.phase != "search", tuple(child.hurdles)
+        workers.submit(Task("train", child.id, settings, child.seed, child.size, child.dna, "", hurdles, verdict, child.steps, child.cost))
+
+
+def _known(child: Child, event: Event) -> bool:
+    """Whether an earlier worker of the child has told the same."""
+    return event["event"] == "rung" and event["rung"] < len(child.rungs)
+
+
+def _line(child: Child) -> str:
+    """A finished child on one line."""
+    text = f"{time.strftime('%H:%M:%S')} program {child.id} ({child.phase})"
+    if child.parent is not None:
+        text += f" of {child.parent}" + (f", {child.mutation}" if child.mutation else "")
+    if child.rungs:
+        text += f": {child.rungs[-1].loss:.4f} after {child.rungs[-1].step} of {child.steps} steps"
+    return f"{text}, {child.status}" + (f" ({child.reason})" if child.reason else "")
+
+
+def _same(folder: Path, first: Event, settings: Settings, digest: str) -> None:
+    """ValueError if the search in the folder is another one."""
+    then: dict[str, Any] = first["settings"]
+    now = to_dict(settings)
+    for key in now.keys() - {"text"}:
+        if then.get(key) != now[key]:
+            raise ValueError(f"{folder} holds a search with {key} {then.get(key)}, not {now[key]}; give that or another folder")
+    if first["text"] != digest:
+        raise ValueError(f"{folder} holds a search on another text than {settings.text}; give that text or another folder")

@@ -1,0 +1,134 @@
+"""Worker processes: each takes one task at a time, is killed when it falls silent, and replaced when it dies."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from memshard.search.evolve.journal import Event
+
+Work = Callable[[Any], Iterator[Event]]
+LOST = "lost"
+
+
+class Workers(Protocol):
+    """What runs tasks. A task is anything with an `id`; its events carry that id. A worker that dies or hangs sends `lost` in its place."""
+
+    count: int
+
+    def submit(self, task: Any) -> None: ...
+
+    def poll(self, seconds: float) -> list[Event]: ...
+
+    def close(self) -> None: ...
+
+
+class Processes:
+    """Workers on this machine. timeout: seconds of silence until one is killed. memory: GiB one may take beyond its start, None for any."""
+
+    def __init__(self, work: Work, count: int, timeout: float, memory: float | None) -> None:
+        self.count = count
+        self._settings = (work, memory)
+        self._timeout = timeout
+        self._waiting: deque[Any] = deque()
+        self._failed_starts = 0
+        self._slots = [_Slot(*self._settings) for _ in range(count)]
+
+    def submit(self, task: Any) -> None:
+        """Queue a task."""
+        self._waiting.append(task)
+        self._hand_out()
+
+    def poll(self, seconds: float) -> list[Event]:
+        """Events that have come in, after at most `seconds`."""
+        events: list[Event] = []
+        by_connection = {slot.connection: number for number, slot in enumerate(self._slots)}
+        for connection in wait(list(by_connection), timeout=seconds):
+            assert isinstance(connection, Connection)
+            number = by_connection[connection]
+            slot = self._slots[number]
+            try:
+                while connection.poll():
+                    event = connection.recv()
+                    slot.heard = time.monotonic()
+                    if event is not None:
+                        events.append(event)
+                        continue
+                    slot.ready, slot.task = True, None
+                    self._failed_starts = 0
+            except (EOFError, ConnectionResetError):
+                slot.kill()
+                self._failed_starts += not slot.ready
+                if self._failed_starts > 2 * self.count:
+                    raise RuntimeError(f"worker processes die at their start, with code {slot.process.exitcode}") from None
+                events += self._lose(number, f"its worker died with code {slot.process.exitcode}")
+        for number, slot in enumerate(self._slots):
+            if slot.task is not None and time.monotonic() - slot.heard > self._timeout:
+                slot.kill()
+                events += self._lose(number, f"no sign of life for {self._timeout:g} s")
+        self._hand_out()
+        return events
+
+    def close(self) -> None:
+        """End all workers at once."""
+        for slot in self._slots:
+            slot.kill()
+
+    def _lose(self, number: int, reason: str) -> list[Event]:
+        task = self._slots[number].task
+        self._slots[number] = _Slot(*self._settings)
+        return [] if task is None else [{"event": LOST, "id": task.id, "reason": reason}]
+
+    def _hand_out(self) -> None:
+        for slot in self._slots:
+            if slot.ready and slot.task is None and self._waiting:
+                slot.give(self._waiting.popleft())
+
+
+class _Slot:
+    """A process and the task it works on."""
+
+    def __init__(self, work: Work, memory: float | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(other, work, memory), daemon=True)
+        self.process.start()
+        other.close()
+        self.ready = False
+        self.task: Any = None
+        self.heard = time.monotonic()
+
+    def give(self, task: Any) -> None:
+        self.task, self.heard = task, time.monotonic()
+        with contextlib.suppress(OSError):  # it has just died: poll hears that
+            self.connection.send(task)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection, work: Work, memory: float | None) -> None:
+    """A worker's life: until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    if memory is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGESIZE") + int(memory * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        connection.send(None)
+        while True:
+            for event in work(connection.recv()):
+                connection.send(event)
+            connection.send(None)
+    except (EOFError, OSError):
+        os._exit(0)

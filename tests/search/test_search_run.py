@@ -1,0 +1,134 @@
+"""`memshard search run` and `report` on real text, and workers that die, hang and take too much memory."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from memshard.launch.cli.main import main
+from memshard.search.evolve.journal import read
+from memshard.search.evolve.run import load
+from memshard.search.evolve.workers import Processes, Workers
+from tests.search.landscape import outcome
+
+TEXT = Path(__file__).parents[3] / "shared" / "data" / "text" / "tinyshakespeare.txt"
+TINY = [
+    *("children=16", "copies=2", "population=6", "tournament=3", "hurdles=1", "free=3", "budget=40", "step_costs=flops", "layers=1"),
+    *("length=16", "batch=4", "eval_tokens=1024", "parameters=[12000,17000]", "finalists=1", "ancestors=1", "final_seeds=2"),
+    *("sizes=[2.0]", "size_seeds=1"),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task for `misbehave`."""
+
+    id: int
+    what: str
+
+
+def misbehave(job: Job) -> Iterator[dict]:
+    """One event, then what the job asks for."""
+    yield {"event": "begun", "id": job.id}
+    if job.what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.what == "hang":
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        time.sleep(1000)
+    if job.what == "eat":
+        try:
+            torch.ones(2**31)
+        except RuntimeError as error:
+            yield {"event": "refused", "id": job.id, "why": str(error)}
+    yield {"event": "done", "id": job.id}
+
+
+def _events(workers: Workers, jobs: list[Job], count: int) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {job.id: [] for job in jobs}
+    try:
+        for job in jobs:
+            workers.submit(job)
+        deadline = time.monotonic() + 120
+        while sum(map(len, found.values())) < count and time.monotonic() < deadline:
+            for event in workers.poll(0.5):
+                found[event["id"]].append(event["event"])
+    finally:
+        workers.close()
+    return found
+
+
+def test_a_worker_that_dies_hangs_or_eats_costs_only_its_task() -> None:
+    jobs = [Job(0, "work"), Job(1, "die"), Job(2, "hang"), Job(3, "eat"), Job(4, "work"), Job(5, "work")]
+    found = _events(Processes(misbehave, 2, timeout=5, memory=2), jobs, 13)
+    assert found == {
+        0: (fine := ["begun", "done"]),
+        1: ["begun", "lost"],
+        2: ["begun", "lost"],
+        3: ["begun", "refused", "done"],
+        4: fine,
+        5: fine,
+    }
+
+
+@pytest.mark.slow
+def test_tasks_that_die_and_hang_on_ray_cost_only_themselves() -> None:
+    pytest.importorskip("ray")
+    from memshard.search.evolve.ray_workers import RayWorkers
+
+    jobs = [Job(0, "work"), Job(1, "die"), Job(2, "hang"), Job(3, "work")]
+    found = _events(RayWorkers(misbehave, 2, timeout=20, address="local"), jobs, 8)
+    assert found == {0: ["begun", "done"], 1: ["begun", "lost"], 2: ["begun", "lost"], 3: ["begun", "done"]}
+
+
+@pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
+def test_a_search_on_real_text_survives_kills_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """From the Transformer, with kill -9 of a worker and of the search, it ends as it does without; the winner's files are whole."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["search", "run", str(whole), f"text={TEXT}", *TINY]) == 0
+    command = [sys.executable, "-m", "memshard", "search", "run", str(killed), "--workers", "2", f"text={TEXT}", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for events, victim in ((14, "worker"), (40, "search")):
+        while len(read(killed)) < events:
+            assert process.poll() is None
+            time.sleep(0.01)
+        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        (random.choice(workers) if victim == "worker" else process).send_signal(signal.SIGKILL)
+    process.wait()
+    assert not psutil.wait_procs(workers, timeout=60)[1], "workers live on after their search"
+    assert main(["search", "run", str(killed), "--workers", "2"]) == 0
+    assert outcome(load(killed)) == outcome(load(whole)) and any(event["event"] == "lost" for event in read(killed))
+
+    capfd.readouterr()
+    assert main(["search", "report", str(whole), "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["children"] == 16 and set(result["again"]) >= {"0"} and result["noise"]["runs"] == 2
+    names = {path.name for path in whole.iterdir()}
+    assert {"report.md", "result.json", "winner.json", "winner.py", "winner.yaml", "search.png", "curves.png", "journal.jsonl"} <= names
+    text = (whole / "report.md").read_text()
+    assert "## Lineage of the winner" in text and "## Verdict" in text and "class Block(nn.Module)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "name a folder"),
+        (["run", "DIR"], "text is required"),
+        (["run", "DIR", "text=nowhere.txt"], "there is no text nowhere.txt"),
+        (["run", "DIR", "text=a", "childern=3"], "did you mean 'children'"),
+        (["run", "DIR", "--workers", "0", "text=a"], "--workers is 0"),
+        (["report", "DIR"], "start a search with"),
+    ],
+)
+def test_mistakes_end_with_the_fix(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", *(str(tmp_path) if word == "DIR" else word for word in words)]) == 2
+    assert message in capsys.readouterr().err
