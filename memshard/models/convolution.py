@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -130,8 +131,19 @@ def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = Non
 
     x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64. Returns [B, T, C] in x's dtype; sums are fp32 at least. Backward keeps x alone.
     """
-    same = () if documents is None else (documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1]))
+    same = [] if documents is None else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1])]
+    if torch.compiler.is_compiling():
+        return plain_convolution(x, kernel, same)
     return _CausalConvolution.apply(x, kernel, *same)
+
+
+def plain_convolution(x: Tensor, kernel: Tensor, same: Sequence[Tensor]) -> Tensor:
+    """As `causal_convolution`, in a form that a compiler can fuse. same: of every lag, where it stays in the document, [B, T - lag]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = wide * kernel[:, 0]
+    for lag in range(1, min(kernel.shape[1], x.shape[1])):
+        total = total + F.pad(_seen(wide[:, :-lag], same, lag) * kernel[:, lag], (0, 0, lag, 0))
+    return total.to(x.dtype)
 
 
 class _CausalConvolution(torch.autograd.Function):
@@ -177,6 +189,6 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, len(x), step)]
 
 
-def _seen(x: Tensor, same: Sequence[Tensor], lag: int, rows: slice) -> Tensor:
+def _seen(x: Tensor, same: Sequence[Tensor], lag: int, rows: slice = slice(None)) -> Tensor:
     """x, 0 where the lag leads to another document."""
     return x * same[lag - 1][rows, :, None] if same else x

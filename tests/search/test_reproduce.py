@@ -101,3 +101,20 @@ def test_the_duplication_task_and_its_attentions() -> None:
     point = {"attention": "full", "lr": 3e-3, "seed": 1, "words": 3, "chunk": 2, "dim": 64, "heads": 2, "batch": 64, "steps": 400}
     found = train_copy(point)
     assert found["full"] > 30 > 100 / 127 * 5
+
+
+def test_parts_of_primer_are_compared_at_equal_parameters(tmp_path: Path) -> None:
+    from memshard.search.reproduce.primer_parts import ARMS, reached, source_bytes
+
+    experiment = catalogue.find("primer/parts")
+    points = [point for point in experiment.points("smoke") if point["arm"] in ("vanilla", "Transformer++", "Primer")]
+    rows = [(point, experiment.run(point | {"dim": 96, "steps": 10}) | {"loss": 2.0}) for point in points]
+    counts = [result["parameters"] for _, result in rows]
+    assert counts == pytest.approx([counts[0]] * 3, rel=0.01)
+    everything = [(experiment.points("smoke")[0] | {"arm": arm}, rows[0][1]) for arm in ARMS]
+    assert "| vanilla | GELU | 0 of 1 | +0.0000 |" in experiment.report(everything, tmp_path) and (tmp_path / "parts.png").exists()
+    curve = [[10, 1.0, 4.0], [20, 2.0, 3.0], [30, 3.5, 3.5], [40, 4.0, 2.0]]
+    assert reached(curve, 3.0, 0) == 20 and reached(curve, 2.5, 0) == 35 and reached(curve, 2.5, 1) == 3.75
+    assert reached(curve, 5.0, 0) == 10 and reached(curve, 1.9, 1) is None
+    train, held_out = source_bytes()
+    assert len(train) > 5 * len(held_out) > 500_000 and int(train.max()) < 256

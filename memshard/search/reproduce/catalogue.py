@@ -23,6 +23,7 @@ _HOMES = {
     "pkm/flat": "memshard.search.reproduce.pkm:FLAT",
     "pkm/gates": "memshard.search.reproduce.pkm:GATES",
     "pkm/alternatives": "memshard.search.reproduce.pkm:ALTERNATIVES",
+    "primer/parts": "memshard.search.reproduce.primer_parts",
     "reformer/duplication": "memshard.search.reproduce.reformer_duplication",
     "reformer/images": "memshard.search.reproduce.reformer_images",
     "reformer/lengths": "memshard.search.reproduce.reformer_lengths",
