@@ -14,6 +14,7 @@ Point = dict[str, Any]
 _HOMES = {
     "fast_weights/capacity": "memshard.search.reproduce.retrieval_capacity",
     "fast_weights/language": "memshard.search.reproduce.language",
+    "fast_weights/translation": "memshard.search.reproduce.translation",
     "fast_weights/update": "memshard.search.reproduce.retrieval_update",
     "pkm/headline": "memshard.search.reproduce.pkm:HEADLINE",
     "pkm/depth": "memshard.search.reproduce.pkm:DEPTH",
