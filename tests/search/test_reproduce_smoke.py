@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for side, texts in (("en", lines), ("de", [line[::-1] for line in lines])):
         (folder / f"data/smoke_pairs.{side}").write_text("\n".join(texts))
     build = ["data", "build", *(str(folder / f"data/smoke_pairs.{side}") for side in ("en", "de")), "--documents", "pairs"]
-    assert main([*build, "--vocab", "300", "--held-out", "2", "--out", str(folder / "data/smoke_pairs")]) == 0
+    assert main([*build, "--vocab", "320", "--held-out", "2", "--out", str(folder / "data/smoke_pairs")]) == 0
     return folder
 
 

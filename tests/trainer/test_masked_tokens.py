@@ -1,11 +1,13 @@
 """Masked tokens: what is hidden, and that a small encoder with a memory finds it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
+from memshard.launch.cli.main import main
 from memshard.trainer.tasks.masked_tokens import MASK, MaskedTokenTask
 from tests.trainer.tiny_run import RECIPE, assert_same, checkpoint_state, numbers, train_run
 
@@ -53,7 +55,9 @@ def masked_recipe(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "linear"])
-def test_an_encoder_with_a_memory_resumes_and_learns(masked_recipe: Path, tmp_path: Path, mixer: str) -> None:
+def test_an_encoder_with_a_memory_resumes_and_learns(
+    masked_recipe: Path, tmp_path: Path, mixer: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = f"model.mixer.kind={mixer}", "train.steps=60", "train.eval_every=60"
     whole = train_run(masked_recipe, tmp_path / "whole", *settings)
     train_run(masked_recipe, tmp_path / "parts", *settings, stop_at=31)
@@ -61,3 +65,7 @@ def test_an_encoder_with_a_memory_resumes_and_learns(masked_recipe: Path, tmp_pa
     assert_same(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts"))
     losses = numbers(tmp_path / "whole", "train/loss")
     assert 5 < losses[1] < 6.5 and whole["loss"] < losses[1] - 0.5
+    capfd.readouterr()
+    assert main(["eval", str(tmp_path / "whole"), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["loss"] == pytest.approx(whole["loss"]) and 0.05 < found["accuracy"] < 1 and "bits_per_byte" not in found

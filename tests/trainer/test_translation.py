@@ -1,6 +1,8 @@
 """Runs on sentence pairs with an encoder and a decoder: they resume, learn, and split their records in the right place."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from memshard.data_pipeline.build.build import build_data
 from memshard.data_pipeline.build.sources import Sources
 from memshard.data_pipeline.stream.batch import IGNORE, make_batch
 from memshard.data_pipeline.stream.records import RecordStream
+from memshard.launch.cli.main import main
+from memshard.trainer.export.export import export
 from memshard.trainer.tasks.translation import TranslationTask, split_pairs
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import RECIPE, assert_same, checkpoint_state, numbers, train_run
@@ -80,3 +84,28 @@ def test_rows_without_a_target_predict_nothing() -> None:
 def test_text_is_no_task_for_a_translator(data: Path, recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="asks for translation"):
         train_run(recipe, tmp_path / "run", f"data.path={data}")
+
+
+def test_commands_evaluate_and_translate(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    train_run(recipe, tmp_path / "run", "train.steps=2")
+    run = str(tmp_path / "run")
+
+    def result(*command: str) -> dict[str, Any]:
+        capfd.readouterr()
+        assert main([*command, "--json"]) == 0
+        found: dict[str, Any] = json.loads(capfd.readouterr().out)
+        return found
+
+    held_out = result("eval", run, "--beam", "1")
+    assert 5 < held_out["loss"] < 6 and held_out["tokens"] > 40 and 0 <= held_out["bleu"] < 50 and "13a" in held_out["bleu_signature"]
+    (tmp_path / "a.txt").write_text("eins zwei\nacht\ndrei vier neun\n")
+    (tmp_path / "b.txt").write_text("zwei eins\nacht\nneun vier drei\n")
+    scored = result("eval", run, "--pairs", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
+    texts = [row["text"] for row in result("generate", run, "--prompts", str(tmp_path / "a.txt"))["results"]]
+    expected = sacrebleu.corpus_bleu(texts, [(tmp_path / "b.txt").read_text().splitlines()]).score
+    assert scored["bleu"] == pytest.approx(expected) and [row[1] for row in scored["examples"]] == texts
+    assert result("generate", run, "--prompt", "acht")["text"] == texts[1], "alone as in a batch"
+    export(tmp_path / "run", tmp_path / "export")
+    assert result("generate", str(tmp_path / "export"), "--prompt", "acht")["text"] == texts[1]
+    assert main(["export", run, str(tmp_path / "hf"), "--huggingface"]) == 2 and "is for language models" in capfd.readouterr().err
