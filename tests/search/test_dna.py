@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memshard.launch.cli.main import main
 from memshard.models.context import Context
 from memshard.models.decode.generate import generate
 from memshard.models.program.mixer import ProgramMixer
@@ -22,6 +23,7 @@ from memshard.search.dna.graph import graph
 from memshard.search.dna.mutate import MUTATIONS, mutate
 from memshard.search.dna.program import invalid, load, save
 from memshard.search.dna.shapes import lower
+from memshard.trainer.config.load import load_recipe
 from tests.search.programs import HEAD_WIDTH, SHAPE, SOFTMAX, changed, compiled, line
 
 GOLDEN = ("transformer", "transformer-pp", "primer-ez", "primer")
@@ -236,3 +238,16 @@ def test_a_narrower_band_is_met_or_refused() -> None:
         assert isinstance(found, Compiled) and middle * 3 // 4 <= found.parameters <= middle * 5 // 4
     refused = compile_dna(golden("transformer"), Shape(vocab=29, length=24, parameters=(10, 20), layers=2))
     assert isinstance(refused, Rejected) and refused.status == "band"
+
+
+def test_a_winner_is_compiled_to_any_width_and_proved_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(golden("primer", 16), tmp_path / "winner.json")
+    out, code = tmp_path / "program.json", tmp_path / "block.py"
+    assert main(["search", "compile", str(tmp_path / "winner.json"), "--dim", "128", "--out", str(out), "--source", str(code)]) == 0
+    assert "generates with a cache" in capsys.readouterr().out and "class Block" in code.read_text()
+    assert load_recipe("quickstart", [f"model.program={out}", "model.dim=128", "model.memory.layers=[]"]).model.program
+    assert main(["search", "compile", "transformer", "--dim", "20", "--out", str(out)]) == 2
+    assert "choose a multiple of 8" in capsys.readouterr().err
+    save(changed("transformer", SOFTMAX, LEAKS["mask after normalising"][0]), tmp_path / "leak.json")
+    assert main(["search", "compile", str(tmp_path / "leak.json"), "--dim", "64", "--out", str(out)]) == 2
+    assert "later positions" in capsys.readouterr().err

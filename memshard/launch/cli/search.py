@@ -11,7 +11,7 @@ from memshard.launch.cli.outcome import UsageError, usage_errors
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `search` command."""
     search = subparsers.add_parser("search", help="evolve decoder programs: mutations, hurdles, a journal that survives everything")
-    commands = search.add_subparsers(dest="search_command", metavar="run|report", required=True)
+    commands = search.add_subparsers(dest="search_command", metavar="run|report|compile", required=True)
     run = commands.add_parser("run", help="start a search, or go on with the one in DIR, and write its report")
     run.add_argument("folder", nargs="?", metavar="DIR", help="folder of journal and report")
     run.add_argument("--settings", type=Path, metavar="FILE", help="YAML file of settings")
@@ -23,6 +23,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="write the report of a search, finished or not")
     report.add_argument("folder", metavar="DIR", help="folder of the journal")
     report.set_defaults(run=run_report)
+    compiled = commands.add_parser("compile", help="a DNA as the block of a model of any width, for model.program of a recipe")
+    compiled.add_argument("dna", metavar="DNA", help="JSON file, such as the winner.json of a search; or transformer, primer-ez and so on")
+    compiled.add_argument("--dim", type=int, required=True, metavar="N", help="width of the model, model.dim")
+    compiled.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to write, for model.program")
+    compiled.add_argument("--source", type=Path, metavar="FILE", help="write the block as torch code, too")
+    compiled.set_defaults(run=run_compile)
 
 
 def run_search(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,3 +79,19 @@ def run_report(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print((folder / REPORT_FILE).read_text(encoding="utf-8"))
     return result
+
+
+def run_compile(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a program, and say what it can do."""
+    with usage_errors():
+        from memshard.search.dna.at_width import at_width
+
+        block = at_width(args.dna, args.dim)
+        args.out.write_text(block.program + "\n", encoding="utf-8")
+        if args.source:
+            args.source.write_text(block.source, encoding="utf-8")
+    if not args.json:
+        generates = "generates with a cache" if block.uncached is None else f"cannot generate: {block.uncached}"
+        print(f"{args.out}: {block.parameters:,} parameters a block; sees no later token; {generates}")
+        print(f"train it with model.program={args.out} model.dim={args.dim}")
+    return {"parameters": block.parameters, "uncached": block.uncached}

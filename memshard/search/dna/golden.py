@@ -18,8 +18,8 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
     Transformer. Transformer++ has RMS norm and a SwiGLU of relative width 24, which is what the vocabulary of widths has nearest to 8/3 of
     the stream. Primer computes a head's queries from its keys, has Primer's norm, and it after the feedforward.
     """
-    if name not in _NAMES:
-        raise ValueError(f"no DNA is called {name!r}; there are {', '.join(_NAMES)}")
+    if name not in NAMES:
+        raise ValueError(f"no DNA is called {name!r}; there are {', '.join(NAMES)}")
     lines = {key: [dict(line) for line in body] for key, body in _transformer().items()}
     dims = [8, 1, 32, 4, 16, 2]
     if name in ("primer", "primer-ez"):
@@ -51,7 +51,7 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
     return {"version": VERSION, "subprograms": list(lines.values()), "constants": [0.0, head_width**-0.5], "dims": dims}
 
 
-_NAMES = ("transformer", "transformer-pp", "primer-ez", "primer")
+NAMES = ("transformer", "transformer-pp", "primer-ez", "primer")
 
 
 def _line(op: str, first: int, second: int = 0, **fields: Any) -> Instruction:
