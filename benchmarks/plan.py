@@ -78,9 +78,9 @@ def main() -> int:
             measured = pool.apply(_measure, (recipe, args.device, args.precision))
         rows[name] = {"estimated": estimated, "measured": measured}
         print(f"{name:44}{estimated / 1e6:8.1f} MB{measured / 1e6:8.1f} MB{estimated / measured:8.3f}", flush=True)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
     return int(any(abs(row["estimated"] / row["measured"] - 1) > args.tolerance for row in rows.values()))
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -33,26 +34,25 @@ def deepspeed_environment(start: Start, cluster: Cluster) -> str:
         values["DS_ACCELERATOR"] = "cpu"
     if cluster.interface:
         values |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
-    return "".join(f"{name}={value}\n" for name, value in (values | dict(cluster.env)).items())
+    return _lines(values | dict(cluster.env))
+
+
+def local_environment() -> str:
+    """What torchrun gets on this machine, as lines."""
+    return _lines({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **RENDEZVOUS})
 
 
 def run_deepspeed(command: list[str], start: Start, environment: str) -> int:
     """Run it; returns its exit code."""
     file = Path(start.folder).resolve() / _ENV_FILE
     file.write_text(environment)
-    values = dict(line.split("=", 1) for line in environment.splitlines())
-    return run_here(command, {**values, "DS_ENV_FILE": str(file)})
+    return run_here(command, environment + f"DS_ENV_FILE={file}\n")
 
 
-def run_local(command: list[str]) -> int:
-    """Run it; returns its exit code."""
-    return run_here(command, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **RENDEZVOUS})
-
-
-def run_here(command: list[str], values: dict[str, str]) -> int:
-    """Run a launcher, passing signals on; returns its exit code. Ctrl-C reaches it by itself."""
+def run_here(command: list[str], environment: str) -> int:
+    """Run a launcher with these lines beside its environment, passing signals on; returns its exit code. Ctrl-C reaches it by itself."""
     print(f"memshard: {shell(command)}", file=sys.stderr, flush=True)
-    process = subprocess.Popen(command, env=os.environ | values)
+    process = subprocess.Popen(command, env=os.environ | dict(line.split("=", 1) for line in environment.splitlines()))
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
@@ -64,3 +64,7 @@ def run_here(command: list[str], values: dict[str, str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _lines(values: Mapping[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in values.items())

@@ -112,7 +112,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert main(["launch", "local", "quickstart", "--ranks", "2", "--dry-run"]) == 0
     assert main(["launch", "deepspeed", "quickstart", "--hostfile", "hosts", "--ssh-port", "2222", "--dry-run"]) == 0
     out = capfd.readouterr().out
-    assert "--standalone --nproc-per-node=2" in out
+    assert "--standalone --nproc-per-node=2" in out and "\nTORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\n" in out
     assert f"--hostfile={tmp_path}/hosts --ssh_port=2222 --module memshard train quickstart" in out
     assert "\nDS_ACCELERATOR=cpu\n" in out
     assert {path.name for path in tmp_path.iterdir()} == {"hosts"}

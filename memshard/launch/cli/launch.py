@@ -64,10 +64,10 @@ def run_local(args: argparse.Namespace) -> dict[str, Any]:
         if ranks < 1:
             raise ValueError(f"--ranks is {ranks}; it must be at least 1")
         start = _installed(args)
-    command = foreground.local_command(start, ranks, args.restarts, notice=180)
+    command, environment = foreground.local_command(start, ranks, args.restarts, notice=180), foreground.local_environment()
     if args.dry_run:
-        return _show(args, command)
-    return _outcome(foreground.run_local(command), start)
+        return _show(args, command, environment)
+    return _outcome(foreground.run_here(command, environment), start)
 
 
 def run_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
