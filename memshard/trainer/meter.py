@@ -31,7 +31,7 @@ class Meter:
     def restart(self) -> None:
         """Begin anew."""
         self.loss = 0.0
-        self.steps = 0
+        self.steps = self.tokens = 0
         self.data_wait = 0.0
         self.begun = time.perf_counter()
 
@@ -52,6 +52,7 @@ class Meter:
         """Count a step."""
         self.loss += outcome.loss
         self.steps += 1
+        self.tokens += outcome.tokens
         self.data_wait += outcome.data_wait
         self.last = outcome
 
@@ -59,7 +60,7 @@ class Meter:
         """The means since the last reading; all ranks call it."""
         seconds = time.perf_counter() - self.begun
         recipe = self.run.recipe
-        tokens_per_s = self.steps * recipe.train.batch * recipe.data.length / seconds
+        tokens_per_s = self.tokens / seconds
         values = {
             "train/loss": self.loss / self.steps,
             "train/lr": self.last.rate,

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class StepOutcome:
     """loss: the batch's mean loss, of all ranks. norm: of the dense gradient. rate: learning rate, 0 if the step was skipped.
     data_wait: seconds spent on reading. stopping: whether any rank was told to stop. spiked: whether the loss stands out.
-    rewind: whether to go back to a checkpoint.
+    rewind: whether to go back to a checkpoint. tokens: read, over all ranks, padding of pairs not counted.
     """
 
     loss: float
@@ -31,6 +31,7 @@ class StepOutcome:
     stopping: bool
     spiked: bool
     rewind: bool
+    tokens: int
 
 
 def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
@@ -50,7 +51,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     data_wait = time.perf_counter() - begun
 
     run.phase = "forward and backward"
-    tokens = run.task.predicted(run.stream, progress.batch, batches)
+    tokens, read = run.task.predicted(run.stream, progress.batch, batches), run.stream.predicted(progress.batch)
     for memory, use in run.watched:
         # A mean over the batch's tokens and over heads and halves, scaled like the loss beside it.
         # Where several ranks search for the same tokens, the factor of their table's gradient says how many.
@@ -95,7 +96,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     every = run.recipe.parallel.checksum_every
     if every and progress.step % every == 0:
         run.check_copies()
-    return StepOutcome(batch_loss, float(norm), rate, data_wait, stopping, spiked, rewind)
+    return StepOutcome(batch_loss, float(norm), rate, data_wait, stopping, spiked, rewind, read)
 
 
 def _update(run: Run, norm: Tensor, scale: float) -> float:
