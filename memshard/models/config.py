@@ -232,6 +232,13 @@ class ModelConfig:
     tie_head: bool = True
     """Use the embedding matrix as output head. Of two reversible streams it reads the mean; a head of its own reads both, side by side."""
 
+    adaptive_cutoffs: tuple[int, ...] = ()
+    """Adaptive softmax for large vocabularies: numbers of the tokens that begin clusters of rarer ones, such as [20000, 40000, 200000];
+    by default every token has a place of its own in one softmax. Needs a head of its own, model.tie_head=false."""
+
+    adaptive_division: float = 4.0
+    """Of adaptive softmax: how many times narrower each cluster's vectors are than those before it; 1 for all of model.dim."""
+
     dropout: float = 0.0
     """Dropout of embeddings and branch outputs, drawn from (seed, step, sample, layer, branch)."""
 
@@ -262,6 +269,12 @@ class ModelConfig:
                 "lengthen an axis, or leave model.max_length out"
             )
         self._check_encoder()
+        if list(self.adaptive_cutoffs) != sorted({*self.adaptive_cutoffs}) or min(self.adaptive_cutoffs, default=1) < 1:
+            raise ValueError(f"model.adaptive_cutoffs is {list(self.adaptive_cutoffs)}; it must ascend, from 1 or more")
+        if self.adaptive_cutoffs and self.tie_head:
+            raise ValueError("model.adaptive_cutoffs gives the head clusters of its own: set model.tie_head=false")
+        if not self.adaptive_division >= 1:
+            raise ValueError(f"model.adaptive_division is {self.adaptive_division}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         for layer in self.memory.layers:
@@ -300,6 +313,12 @@ class ModelConfig:
     def translates(self) -> bool:
         """Whether an encoder and a decoder are there."""
         return 0 < self.encoder_layers < self.layers
+
+    @property
+    def output_places(self) -> int:
+        """Logits of a token in training, about; those of rarer tokens' clusters are few. `vocab_size` must be set."""
+        assert self.vocab_size is not None
+        return self.adaptive_cutoffs[0] if self.adaptive_cutoffs else self.vocab_size
 
     def longest(self, length: int) -> int:
         """`max_length`, or its default where sequences have `length` tokens."""

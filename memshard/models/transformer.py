@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from memshard.models.adaptive import AdaptiveHead
 from memshard.models.block import Block
 from memshard.models.checkpointing import Checkpointing, checkpointed, run_block
 from memshard.models.config import ModelConfig
@@ -13,7 +14,7 @@ from memshard.models.context import Context
 from memshard.models.decoder_block import DecoderBlock
 from memshard.models.feedforward import FeedForward
 from memshard.models.linear import Projection, TokenEmbedding
-from memshard.models.loss import chunked_token_losses, sparse_token_losses, token_losses
+from memshard.models.loss import IGNORE, chunked, token_losses
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
@@ -46,7 +47,9 @@ class Transformer(nn.Module):
         self.grid = Grid() if config.residual == "reversible" else None
         width = 2 * config.dim if self.grid is not None and not config.tie_head else config.dim
         self.norm = nn.Identity() if config.residual == "post" else build_norm(config.norm, width)
-        self.head = None if config.tie_head else Projection(width, config.vocab_size)
+        self.head: Projection | AdaptiveHead | None = None if config.tie_head else Projection(width, config.vocab_size)
+        if config.adaptive_cutoffs:
+            self.head = AdaptiveHead(width, config.vocab_size, config.adaptive_cutoffs, config.adaptive_division)
         self.checkpointing: Checkpointing = "none"
         """What backward computes again instead of keeping; blocks that are not reversible only."""
         self.check_inversion = False
@@ -115,24 +118,37 @@ class Transformer(nn.Module):
             streams = [x]
         if targets is not None:
             assert self.share_sequence is None
-            return self._losses(streams, targets), advanced or None
+            return self._losses(*streams, targets), advanced or None
         logits = self._logits(*streams)
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
-    def _losses(self, streams: list[Tensor], targets: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if self.training else 0.0
-        if self.chunk:
-            return chunked_token_losses(self._logits, *streams, targets=targets, chunk=self.chunk, smoothing=smoothing)
-        if self.config.encoder_layers:
-            return sparse_token_losses(self._logits, *streams, targets=targets, smoothing=smoothing)
-        return token_losses(self._logits(*streams), targets, smoothing)
+    def _losses(self, *inputs: Tensor) -> Tensor:
+        """inputs: streams and targets."""
+        predicted = inputs[-1] != IGNORE
+        # Windows that slide and masked tokens ask for a few losses, and the head is most of a small model's work.
+        if (self.config.encoder_layers or not torch.is_grad_enabled()) and not predicted.all():
+            found = self._losses(*(x[predicted][None] for x in inputs))
+            return found.new_zeros(predicted.shape).masked_scatter(predicted, found)
+        return chunked(self._piece_losses, *inputs, chunk=self.chunk) if self.chunk else self._piece_losses(*inputs)
+
+    def _piece_losses(self, *inputs: Tensor) -> Tensor:
+        *streams, targets = inputs
+        if isinstance(self.head, AdaptiveHead):
+            return self.head.losses(self._joined(*streams), targets)
+        return token_losses(self._logits(*streams), targets, self.label_smoothing if self.training else 0.0)
 
     def _logits(self, *streams: Tensor) -> Tensor:
+        x = self._joined(*streams)
+        if isinstance(self.head, AdaptiveHead):
+            return self.head.logits(x)
+        return self.embedding.logits(x) if self.head is None else self.head(x)
+
+    def _joined(self, *streams: Tensor) -> Tensor:
+        """What the head reads."""
         x = streams[0]
         if len(streams) == 2:
             x = (streams[0] + streams[1]) / 2 if self.head is None else torch.cat(streams, dim=-1)
-        x = self.norm(x)
-        return self.embedding.logits(x) if self.head is None else self.head(x)
+        return cast(Tensor, self.norm(x))
 
     @property
     def stack(self) -> Sequence[Block]:

@@ -1,5 +1,6 @@
 """Which dense matrices tensor parallelism splits, and along which dim."""
 
+from memshard.models.adaptive import AdaptiveHead
 from memshard.models.convolution import CausalConvolution
 from memshard.models.feedforward import FeedForward
 from memshard.models.mixers.build import Mixer
@@ -22,7 +23,10 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
     if vocabulary <= (ranks - 1) * -(-vocabulary // ranks):
         raise ValueError(f"model.vocab_size is {vocabulary}, too small to share between {ranks} ranks: set parallel.tensor to 1")
     placement = {"embedding.weight": _split(vocabulary, 0)}
-    if model.head is not None:
+    if isinstance(model.head, AdaptiveHead):
+        if ranks > 1:
+            raise ValueError("model.adaptive_cutoffs gives a head that ranks do not share: set parallel.tensor to 1")
+    elif model.head is not None:
         placement["head.weight"] = _split(vocabulary, 0)
     for name, module in model.named_modules():
         if isinstance(module, ProgramMixer):

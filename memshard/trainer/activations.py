@@ -72,7 +72,7 @@ def activation_bytes(
     stream = 4 * d / tensor
 
     sides = 2 if config.residual == "reversible" and not config.tie_head else 1
-    head = mask + sides * (a * d + (0 if config.residual == "post" else norm)) + 4 * config.vocab_size / tensor
+    head = mask + sides * (a * d + (0 if config.residual == "post" else norm)) + 4 * config.output_places / tensor
     piece = min(1.0, chunk / length) if chunk else 1.0
     if chunk and tensor == 1:
         # Nothing but its input, which reversible blocks have anyway.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from memshard.models.adaptive import AdaptiveHead
 from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
 from memshard.models.memory.table import find_tables
@@ -132,7 +133,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     activations = tokens * kept
     reads, update = _read_bytes(model, holders, layout)
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
-    logits, piece = 2 * 4 * model.vocab_size / tensor, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
+    logits, piece = 2 * 4 * model.output_places / tensor, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
     backward = tokens * max(logits * (piece if tensor == 1 else 1), scores * piece, again)
     update *= looked_up
     dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / tensor, world // tensor, half)
@@ -226,6 +227,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
     table = sum(table.weight.numel() for table in tables)
     dense = sum(parameter.numel() for parameter in model.parameters()) - table
     looked_up = [] if config.tie_head else list(model.embedding.parameters())
+    if isinstance(model.head, AdaptiveHead):
+        looked_up += model.head.tail.parameters()  # each multiplies the few tokens of its cluster
     if model.positions is not None:
         looked_up += model.positions.parameters()
     largest = max(parameter.numel() for parameter in model.parameters() if not any(parameter is table.weight for table in tables))

@@ -11,7 +11,7 @@ from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.kernels.plain import bag_of_each_read
-from memshard.models.loss import IGNORE, chunked_token_losses, token_losses
+from memshard.models.loss import IGNORE, chunked, token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
@@ -96,7 +96,7 @@ def test_neither_logits_nor_hidden_layers_are_whole_in_memory() -> None:
     hidden, weight = torch.randn(1, length, 16, requires_grad=True), torch.randn(vocabulary, 16, requires_grad=True)
     targets = torch.randint(vocabulary, (1, length))
     with LiveBytes() as live:
-        chunked_token_losses(lambda x: x @ weight.mT, hidden, targets=targets, chunk=32).sum().backward()
+        chunked(lambda x, y: token_losses(x @ weight.mT, y), hidden, targets, chunk=32).sum().backward()
     assert live.peak < length * vocabulary * 4 / 4
 
     mixer, feedforward = MixerConfig(heads=2, kind="local", window=8), FeedForwardConfig(hidden=512)

@@ -388,6 +388,8 @@ class Recipe:
                 f"model.encoder_layers is {self.model.encoder_layers}, and encoders know neither parallel.tensor nor data.document_mask: "
                 "leave those out"
             )
+        if self.train.label_smoothing and self.model.adaptive_cutoffs:
+            raise ValueError("train.label_smoothing needs one softmax, and model.adaptive_cutoffs makes several: leave one of them out")
         if self.train.label_smoothing and self.parallel.tensor > 1:
             raise ValueError("train.label_smoothing needs the whole vocabulary on a rank: set parallel.tensor to 1, or leave it out")
         if self.train.check_inversion and not reversible:

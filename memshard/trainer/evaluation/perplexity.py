@@ -84,14 +84,14 @@ def evaluate(
             # Every rank does as many passes, the last ones perhaps on filler: reads of a sharded table need all ranks.
             for first in range(0, held_out.windows, rows * ranks):
                 batch = held_out.batch(first + rank * rows, rows)
-                with autocast(dtype, task.device):
-                    losses = task.each_loss(model, batch, carried=carried)
-                if carried is not None:
-                    carried.commit()
                 counts = task.counted(batch)
                 counts[batch.samples > 0, : held_out.overlap] = False
+                with autocast(dtype, task.device):
+                    losses = task.each_loss(model, batch, carried=carried, wanted=counts)
+                if carried is not None:
+                    carried.commit()
                 counts = counts.to(task.device)
-                found = torch.stack((torch.where(counts, losses.double(), 0).sum(0), counts.sum(0)), 1)
+                found = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
                 positions = torch.cat((positions, found)) if carry or not len(positions) else positions + found
     finally:
         model.train(training)

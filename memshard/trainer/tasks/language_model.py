@@ -37,11 +37,17 @@ class LanguageModelTask:
         """Where `each_loss` has a loss: [batch, length] bool."""
         return batch.targets != IGNORE
 
-    def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for `loss`."""
+    def each_loss(
+        self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for `loss`. wanted: [batch, length] bool, where
+        to compute them; 0 elsewhere.
+        """
         samples = batch.samples
         predicts = batch.targets != IGNORE
         padded = not bool(predicts.all())  # asked on the CPU: the device may be busy
+        if wanted is not None:
+            batch = batch._replace(targets=torch.where(wanted, batch.targets, IGNORE))
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
         ctx = Context(
             positions=batch.positions,

@@ -36,9 +36,13 @@ class MaskedTokenTask:
         """
         return self.each_loss(model, batch, step, carried).sum()
 
-    def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is to be found. step: as for `loss`."""
+    def each_loss(
+        self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """[batch, length] losses in nats, 0 where nothing is to be found, or not `wanted`. step: as for `loss`."""
         inputs, targets, ctx = self.hidden(batch, step)
+        if wanted is not None:
+            targets = targets.where(wanted.to(targets.device), IGNORE)
         losses: Tensor = model(inputs, ctx, targets=targets)[0]
         return losses
 

@@ -27,7 +27,9 @@ class TranslationTask:
         """
         return self.each_loss(model, batch, step, carried).sum()
 
-    def each_loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
+    def each_loss(
+        self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """Losses in nats of the targets' tokens from each row's beginning, 0 behind them; shaped like `batch.inputs`."""
         length = batch.inputs.shape[1]
         source, real, inputs, targets = split_pairs(batch, self.eos)
