@@ -29,9 +29,9 @@ def cluster() -> Iterator[SlurmCluster]:
         yield cluster
 
 
-def _launch(cluster: SlurmCluster, *arguments: object) -> list[str]:
+def _launch(cluster: SlurmCluster, *arguments: object, nodes: int = 2) -> list[str]:
     """The numbers of the jobs."""
-    command = [sys.executable, "-m", "memshard", "launch", "slurm", *map(str, arguments), "--nodes", "2", "--json"]
+    command = [sys.executable, "-m", "memshard", "launch", "slurm", *map(str, arguments), "--nodes", str(nodes), "--json"]
     done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     jobs: list[str] = json.loads(done.stdout)["jobs"]
@@ -87,10 +87,10 @@ def test_a_run_that_meets_its_time_limit_is_the_undisturbed_one(cluster: SlurmCl
     folder = tmp_path / "run"
     slow = ("train.steps=100000", "train.eval_every=1")
     (job,) = _launch(cluster, recipe, *slow, "--run", folder, "--time", "1", "--notice", "15")
-    stopped = _wait_for_checkpoint(folder, 0)
+    stopped = _wait_for_checkpoint(folder, 0, timeout=240)
     snapshot = folder / "recipe.yaml"
     snapshot.write_text(dump(load_recipe(snapshot, [f"train.steps={stopped + 20}"])))
-    cluster.wait_for_end(job)
+    cluster.wait_for_end(job, timeout=300)
     assert "Restarts=0 " not in cluster.run("scontrol", "show", "job", job)
     assert f"(resumes at step {stopped}, to step {stopped + 20})" in _output(folder)
     run_distributed(_train, 2, recipe, tmp_path / "undisturbed", stopped + 20, timeout=300)
@@ -98,7 +98,7 @@ def test_a_run_that_meets_its_time_limit_is_the_undisturbed_one(cluster: SlurmCl
     assert numbers(folder, "train/loss") == numbers(tmp_path / "undisturbed", "train/loss")
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_can_go_on_with_fewer_nodes(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, "train.steps=100000", "--run", folder)
     wait_for_step(folder, 10)
@@ -109,7 +109,11 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, recipe
         time.sleep(0.1)
     assert "JobState=CANCELLED" in cluster.run("scontrol", "show", "job", job)
     assert {beat.ended for beat in read_beats(folder)} == {"stopped"}
-    assert _wait_for_checkpoint(folder, 9)
+    saved = _wait_for_checkpoint(folder, 9)
+    (job,) = _launch(cluster, recipe, f"train.steps={saved + 5}", "--run", folder, nodes=1)
+    cluster.wait_for_end(job)
+    assert "ranks: 1" in _output(folder) and f"(resumes at step {saved}, to step {saved + 5})" in _output(folder)
+    assert {(beat.rank, beat.ended) for beat in read_beats(folder)} == {(0, "done")}
 
 
 @pytest.mark.parametrize("flavour", ["torchrun", "deepspeed"])
