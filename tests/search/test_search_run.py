@@ -16,8 +16,12 @@ import pytest
 import torch
 
 from memshard.launch.cli.main import main
+from memshard.search.dna.compile import Compiled, compile_dna
+from memshard.search.evolve.child import Training, shape, start_dna
 from memshard.search.evolve.journal import read
 from memshard.search.evolve.run import load
+from memshard.search.evolve.settings import load_settings
+from memshard.search.evolve.text import read_text
 from memshard.search.evolve.workers import Processes, Workers
 from tests.search.landscape import outcome
 
@@ -116,6 +120,20 @@ def test_a_search_on_real_text_survives_kills_and_reports(tmp_path: Path, capfd:
     assert {"report.md", "result.json", "winner.json", "winner.py", "winner.yaml", "search.png", "curves.png", "journal.jsonl"} <= names
     text = (whole / "report.md").read_text()
     assert "## Lineage of the winner" in text and "## Verdict" in text and "class Block(nn.Module)" in text
+
+
+@pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
+def test_a_training_goes_on_from_a_stop_bit_for_bit(tmp_path: Path) -> None:
+    settings = load_settings(None, [f"text={TEXT}", *TINY])
+    program = compile_dna(start_dna(settings), shape(settings))
+    assert isinstance(program, Compiled)
+    whole, half, again = (Training(program, settings, read_text(str(TEXT), 16), 1, 2) for _ in range(3))
+    for _ in range(3):
+        half.advance()
+    half.save(tmp_path / "state.safetensors")
+    again.load(tmp_path / "state.safetensors")
+    losses = [whole.advance() for _ in range(6)]
+    assert [again.advance() for _ in range(3)] == losses[3:] and again.loss("valid") == whole.loss("valid")
 
 
 @pytest.mark.parametrize(

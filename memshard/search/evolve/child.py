@@ -1,15 +1,19 @@
 """One child in a worker: drawn from its parent, its step timed, trained from stop to stop. Tells by events what it does."""
 
 import math
+import os
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +39,8 @@ class Task:
 
     train: its program is `dna`. seed: of initial values. hurdles: loss to reach at each of the first stops; None lets all pass.
     verdict: a training outside the search: other data, a curve, and the loss on the part of the text that the search never sees.
-    steps, cost, flops: what an earlier attempt measured, 0 if none has; size: multiple of parameters and budget.
+    steps, cost: what an earlier attempt measured; steps is 0 if none has. size: multiple of parameters and budget. state: file that keeps
+    the training from its last stop on, for the attempt after this one.
     """
 
     do: Literal["draw", "train"]
@@ -49,6 +54,7 @@ class Task:
     verdict: bool = False
     steps: int = 0
     cost: float = 1.0
+    state: Path | None = None
 
 
 def work(task: Task) -> Iterator[Event]:
@@ -117,9 +123,13 @@ def train(task: Task) -> Iterator[Event]:
         yield {"event": "done", "status": "slow", "reason": f"{steps} steps fit into the budget"}
         return
     training = Training(program, settings, text, task.seed, task.seed if task.verdict else settings.seed)
+    if task.state is not None and task.state.exists():
+        training.load(task.state)
     begun, beat = time.process_time(), time.monotonic()
     for number, share in enumerate(shares):
         stop = max(1, round(share * steps))
+        if stop < training.step:
+            continue
         while training.step < stop:
             if not math.isfinite(training.advance()):
                 yield {"event": "done", "status": "nonfinite", "reason": f"loss or gradient at step {training.step}"}
@@ -127,6 +137,8 @@ def train(task: Task) -> Iterator[Event]:
             if time.monotonic() - beat > BEAT:
                 beat = time.monotonic()
                 yield {"event": "beat", "step": training.step, "steps": steps}
+        if task.state is not None:
+            training.save(task.state)
         loss = training.loss("valid")
         if not math.isfinite(loss):
             yield {"event": "done", "status": "nonfinite", "reason": f"held-out loss after step {training.step}"}
@@ -171,6 +183,28 @@ class Training:
         windows = self._text.held_out(part, settings.eval_tokens, settings.length).to(settings.device)
         total = sum(_loss(self._model, piece).item() * len(piece) for piece in windows.split(4 * settings.batch))
         return total / len(windows)
+
+    def save(self, path: Path) -> None:
+        """Write weights, moments and step; the file is whole or not there."""
+        tensors = {f"weight/{name}": weight.detach() for name, weight in self._model.named_parameters()}
+        for name, weight in self._model.named_parameters():
+            tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state[weight].items()}
+        path.parent.mkdir(exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, beside, {"step": str(self.step)})
+        beside.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved file, bit for bit."""
+        with safe_open(path, "pt", device=self._settings.device) as file:
+            self.step = int(file.metadata()["step"])
+            for key in sorted(file.keys()):
+                kind, _, name = key.partition("/")
+                weight = self._model.get_parameter(name)
+                if kind == "weight":
+                    weight.data.copy_(file.get_tensor(key))
+                else:
+                    self._optimizer.state[weight][kind] = file.get_tensor(key)
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:

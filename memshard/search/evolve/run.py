@@ -34,7 +34,7 @@ def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers
             say(f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs")
         workers = start_workers()
         try:
-            _loop(history, journal, workers, say)
+            _loop(history, journal, workers, folder / "state", say)
         finally:
             workers.close()
     return history
@@ -56,7 +56,7 @@ def replay(events: list[Event]) -> History:
     return history
 
 
-def _loop(history: History, journal: Journal, workers: Workers, say: Say) -> None:
+def _loop(history: History, journal: Journal, workers: Workers, states: Path, say: Say) -> None:
     settings = history.settings
 
     def record(event: Event) -> None:
@@ -67,7 +67,7 @@ def _loop(history: History, journal: Journal, workers: Workers, say: Say) -> Non
     in_work: dict[int, float] = {}  # share of its steps that each child in work has done
 
     def hand(child: Child) -> None:
-        _hand(history, child, workers, record)
+        _hand(history, child, workers, states, record)
         in_work.setdefault(child.id, 0.0)
 
     for child in history.living():
@@ -95,6 +95,7 @@ def _loop(history: History, journal: Journal, workers: Workers, say: Say) -> Non
                         hand(child)
             for id in [id for id in in_work if history.children[id].status]:
                 del in_work[id]
+                _state(states, id).unlink(missing_ok=True)
                 child = history.children[id]
                 if id < settings.copies and child.status != "full":
                     raise ValueError(f"the start, {settings.start}, does not train: {child.status} ({child.reason}); choose other settings")
@@ -108,7 +109,11 @@ def _loop(history: History, journal: Journal, workers: Workers, say: Say) -> Non
             )
 
 
-def _hand(history: History, child: Child, workers: Workers, record: Callable[[Event], None]) -> None:
+def _state(states: Path, id: int) -> Path:
+    return states / f"{id}.safetensors"
+
+
+def _hand(history: History, child: Child, workers: Workers, states: Path, record: Callable[[Event], None]) -> None:
     """Give a child its next task, or end it where none is left."""
     settings = history.settings
     if child.lost >= LOSSES:
@@ -119,13 +124,14 @@ def _hand(history: History, child: Child, workers: Workers, record: Callable[[Ev
         assert parent is not None
         record({"event": "program", "id": child.id, "dna": parent.dna, "hash": parent.hash, "parameters": parent.parameters})
     if child.dna is None:
-        dna, known = (parent.dna, parent.hash) if parent else (None, "")
-        workers.submit(Task("draw", child.id, settings, child.seed, dna=dna, parent_hash=known))
+        dna, hash = (parent.dna, parent.hash) if parent else (None, "")
+        workers.submit(Task("draw", child.id, settings, child.seed, dna=dna, parent_hash=hash))
     elif (twin := history.twin(child)) is not None:
         record({"event": "done", "id": child.id, "status": "dup", "reason": f"the program of {twin.id}"})
     else:
         verdict, hurdles = child.phase != "search", tuple(child.hurdles)
-        workers.submit(Task("train", child.id, settings, child.seed, child.size, child.dna, "", hurdles, verdict, child.steps, child.cost))
+        known = (child.steps, child.cost, _state(states, child.id))
+        workers.submit(Task("train", child.id, settings, child.seed, child.size, child.dna, "", hurdles, verdict, *known))
 
 
 def _known(child: Child, event: Event) -> bool:

@@ -38,7 +38,7 @@ class Settings:
     """Losses at a hurdle until it stops any program."""
     deterministic: bool = True
     """The same history with any number of workers; false: every finished program counts at once, and no worker waits."""
-    ahead: int = 4
+    ahead: int = 8
     """Of deterministic searches: programs that may be in work at once. Program n is bred from those up to n - ahead."""
     budget: int = 900
     """Steps of a whole training, for the start program."""
