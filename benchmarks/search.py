@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memshard.models.memory.search import product_topk, ranked_topk
+from memshard.models.memory.search import _search_plain, product_topk, ranked_topk
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
         })
         report("slots of both halves", args.runs, {
             "all topk^2 pairs": lambda: unpruned(first, second, k),
+            "product_topk, plain": lambda: _search_plain(first, second, k),
             "product_topk": lambda: product_topk(first, second, k),
         })
 
@@ -62,7 +63,7 @@ def report(title: str, runs: int, variants: dict[str, Callable[[], object]]) -> 
     print(title)
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
-        print(f"  {name:<18}{median * 1e3:8.1f} ms  ({low * 1e3:.1f} to {high * 1e3:.1f})  {median / base:5.2f}x")
+        print(f"  {name:<20}{median * 1e3:8.1f} ms  ({low * 1e3:.1f} to {high * 1e3:.1f})  {median / base:5.2f}x")
 
 
 if __name__ == "__main__":

@@ -124,9 +124,7 @@ def reversible_blocks(
     return x1, x2, advanced
 
 
-def mixer_change(
-    block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None
-) -> tuple[Tensor, MixerState | None]:
+def mixer_change(block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
     """f: what the mixer adds to the first stream, given the second."""
     y, state = block.mix(_as_weights(block.mixer_residual.norm, x), ctx, state)
     return grid.round(y), state

@@ -101,4 +101,3 @@ def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> T
 def _width(dim: int) -> int:
     """Columns of a program: a power of two."""
     return min(triton.next_power_of_2(dim), _WIDEST)
-

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from memshard.models.kernels import plain
 from memshard.models.kernels.cpu import build
+from memshard.models.kernels.search import CompiledSearch
+from memshard.models.kernels.search import build as build_search
 
 SWITCH = "MEMSHARD_KERNELS"
 _HALF = (torch.float16, torch.bfloat16)
@@ -55,6 +57,36 @@ def chosen(device: torch.device) -> tuple[Kernels | None, str]:
         if not right:
             return None, f"plain torch ({name} disagree with it in {dtype})"
     return kernels, f"{name} (they agree with plain torch)"
+
+
+def search_for(scores: Tensor) -> CompiledSearch | None:
+    """The compiled product-key search, if there is one that serves such scores."""
+    serves = scores.device.type == "cpu" and scores.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return _compiled_search() if serves else None
+
+
+@cache
+@torch.no_grad()
+def _compiled_search() -> CompiledSearch | None:
+    """Built and tested, on scores with and without ties, at the first call."""
+    if os.environ.get(SWITCH) == "plain":
+        return None
+    try:
+        search = build_search()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    k, generator = 5, torch.Generator(device="cpu").manual_seed(0)
+    ranks = torch.arange(k, device="cpu")
+    pairs = ranks.repeat_interleave(k), ranks.repeat(k)
+    for keys, levels in ((5, 2), (90, 3), (90, 1_000_000)):
+        halves = torch.randint(-levels, levels + 1, (2, 20, keys), generator=generator, device="cpu").float()
+        values, order = torch.sort(halves, dim=-1, descending=True, stable=True)
+        sums = values[0][:, pairs[0]] + values[1][:, pairs[1]]
+        chosen = torch.sort(sums, dim=-1, descending=True, stable=True).indices[:, :k]
+        right = torch.stack([order[half].gather(1, pairs[half][chosen]) for half in (0, 1)])
+        if not torch.equal(search(halves[0], halves[1], pairs, k).long(), right):
+            return None
+    return search
 
 
 def _compiled(device: torch.device) -> tuple[Kernels | None, str]:

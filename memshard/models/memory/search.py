@@ -5,6 +5,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from memshard.models.kernels.select import search_for
 from memshard.models.replay import Replay, once
 
 
@@ -24,6 +25,11 @@ def product_topk(first: Tensor, second: Tensor, k: int, replay: Replay | None = 
 @torch.no_grad()
 def _search(first: Tensor, second: Tensor, k: int) -> Tensor:
     """i1 and i2 of the best, stacked: [2, ..., k] int32."""
+    compiled = search_for(first)
+    return _search_plain(first, second, k) if compiled is None else compiled(first, second, _candidates(k), k)
+
+
+def _search_plain(first: Tensor, second: Tensor, k: int) -> Tensor:
     i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
     x, y = (ranks.to(first.device) for ranks in _candidates(k))
     sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)

@@ -151,9 +151,7 @@ class LSHMixer(nn.Module):
             return published_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.rule).unflatten(0, q.shape[:2])
         return banded_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.chunk).unflatten(0, q.shape[:2])
 
-    def _project(
-        self, x: Tensor, heads: slice, ctx: Context, recent: RecentRows | None = None
-    ) -> tuple[Tensor, Tensor, RecentRows | None]:
+    def _project(self, x: Tensor, heads: slice, ctx: Context, recent: RecentRows | None = None) -> tuple[Tensor, Tensor, RecentRows | None]:
         """Queries and values of some heads, [batch, heads, length, head dim], and what convolutions remember where something was."""
         width = self.value.weight.shape[0] // self.heads
         rows = slice(heads.start * width, heads.stop * width)

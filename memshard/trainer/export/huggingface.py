@@ -19,6 +19,10 @@ from typing import Any
 
 def kernels_for(*tensors: Any) -> None:
     """No compiled kernels."""
+
+
+def search_for(scores: Any) -> None:
+    """No compiled search."""
 ''',
     "memshard.models.lsh.compiled": '''"""Exports take plain torch everywhere."""
 
