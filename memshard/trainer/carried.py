@@ -36,7 +36,7 @@ class Carried:
 
     def begin(self, samples: Tensor) -> list[Any]:
         """The states that the rows of a micro-batch go on from. samples: [rows], on the CPU; -1 for filler rows."""
-        device = next(iter(_tensors(self._states[0]).values())).device
+        device = next(iter(state_tensors(self._states[0]).values())).device
         rows = self._rows(samples).to(device)
         fresh = (~self._continues(samples) | (samples < 0)).to(device)
         return [mixer.reset(mixer.reorder(state, rows), fresh) for mixer, state in zip(self._mixers, self._states, strict=True)]  # type: ignore[arg-type]
@@ -51,8 +51,8 @@ class Carried:
         for samples, states in self._advanced:
             real = samples >= 0
             for mine, new in zip(self._states, states, strict=True):
-                for name, kept in _tensors(mine).items():
-                    kept[self._rows(samples[real]).to(kept.device)] = _tensors(new)[name][real.to(kept.device)]
+                for name, kept in state_tensors(mine).items():
+                    kept[self._rows(samples[real]).to(kept.device)] = state_tensors(new)[name][real.to(kept.device)]
         self.discard()
 
     def discard(self) -> None:
@@ -63,7 +63,7 @@ class Carried:
         """For checkpoints: of all lanes, split over the ranks where there are several."""
         placement, found = ShardSpec(0, DATA, self.lanes), {}
         for layer, state in enumerate(self._states):
-            for key, value in _tensors(state).items():
+            for key, value in state_tensors(state).items():
                 name = f"carried.blocks.{layer}.{key}"
                 found[name] = global_tensor(name, value[: self.real], {} if mesh is None else {name: placement}, mesh)
         return found
@@ -72,7 +72,7 @@ class Carried:
         return torch.where(samples < 0, 0, samples % self.lanes - self.first)
 
 
-def _tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
+def state_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
     """What a state holds of every row, by name."""
     found: dict[str, Tensor] = {}
     for field in fields(state):
@@ -80,5 +80,5 @@ def _tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[prefix + field.name] = value
         elif is_dataclass(value):
-            found |= _tensors(value, f"{prefix}{field.name}.")
+            found |= state_tensors(value, f"{prefix}{field.name}.")
     return found

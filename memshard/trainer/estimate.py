@@ -16,6 +16,7 @@ from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import memory_ranks, tensor_ranks
 from memshard.trainer.activations import activation_bytes
 from memshard.trainer.available_memory import available_memory
+from memshard.trainer.carried import state_tensors
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.dense_bytes import dense_bytes, dense_traffic
 from memshard.trainer.traffic import LayoutChoice, choose_layout, uniform_duplicates
@@ -135,6 +136,10 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
     logits, piece = 2 * 4 * model.output_places / tensor, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
     backward = tokens * max(logits * (piece if tensor == 1 else 1), scores * piece, again)
+    if recipe.train.segments > 1:
+        # Losses and states are kept, and one piece at a time is computed again.
+        backward = (backward + activations) / recipe.train.segments
+        activations = micro_batch * (8 * length + recipe.train.segments * state_bytes(model))
     update *= looked_up
     dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / tensor, world // tensor, half)
     beside = {**dense_here, "activations": activations}
@@ -234,6 +239,14 @@ def count_parameters(config: ModelConfig) -> Parameters:
     largest = max(parameter.numel() for parameter in model.parameters() if not any(parameter is table.weight for table in tables))
     active = dense - sum(parameter.numel() for parameter in looked_up)
     return Parameters(dense=dense, largest=largest, active=active, split=split, table=table, tables=len(tables))
+
+
+@cache
+def state_bytes(config: ModelConfig) -> int:
+    """What the mixers remember of a row, where that keeps its size."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        states = build_model(config).init_states(1, 0)
+    return sum(tensor.nbytes for state in states for tensor in state_tensors(state).values())
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -187,6 +187,7 @@ def test_untruncated_evaluation_needs_states_of_constant_size(recipe: Path, tmp_
         (("model.mixer.kind=softmax",), "linear and delta mixers, .* and model.mixer has softmax"),
         (("model.mixer.pattern=[delta, lsh]",), "model.mixer has lsh"),
         (("model.position=learned",), "needs a model with model.position=none"),
+        (("model.encoder_layers=2", "model.memory.layers=[]"), "model.encoder_layers is"),
         (("parallel.tensor=2",), "parallel.tensor is 2: set it to 1"),
         (("train.segments=2", "train.chunk=8"), "leave out train.chunk, or train.segments"),
         (("train.segments=2", "model.residual=reversible"), "leave out model.residual=reversible, or train.segments"),

@@ -21,7 +21,7 @@ from memshard.parallel.tables.shard import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.activations import activation_bytes
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe, TrainConfig
-from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies
+from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies, state_bytes
 from memshard.trainer.peak import peak_flops
 from memshard.trainer.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates
 from tests.distributed import run_distributed
@@ -111,6 +111,17 @@ def test_activations_that_are_computed_again(model: ModelConfig, residual: Any, 
     if again and not chunk:
         # What is held for a moment, such as gradients inside a branch, comes on top.
         assert 0.95 < live.peak / (predicted + again) < 1.4
+
+
+def test_segments_hold_one_piece() -> None:
+    """Losses and states of 16 pieces, of which one is computed again."""
+    model = replace(MODEL, memory=MemoryConfig(), dim=32, position="none", mixer=MixerConfig(heads=2, kind="delta", features="dpfp"))
+    assert state_bytes(model) == model.layers * (2 * 32 * 16 * 4 + 8)  # matrices, and the document of the last token
+    recipe = Recipe(data=DataConfig(path="", length=1024), model=model, train=TrainConfig(batch=1))
+    whole = estimate(recipe, 1, 100).bytes
+    pieces = estimate(replace(recipe, train=replace(recipe.train, segments=16)), 1, 100).bytes
+    assert pieces.activations == 8 * 1024 + 16 * state_bytes(model)
+    assert pieces.workspace == pytest.approx((whole.workspace + whole.activations) / 16)
 
 
 @pytest.mark.parametrize("tie_head", [False, True])
