@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from memshard.models.context import Context
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.build import Mixer, MixerState
+from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.random import dropout
 from memshard.models.replay import Replay
@@ -53,7 +54,12 @@ class Block(nn.Module):
 
     def mix(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
         """What the mixer adds to x, norm and dropout included, and the advanced state."""
-        y, state = self.mixer(self.mixer_residual.before(x), ctx, state)
+        mixer = self.mixer
+        # Ranks that gather a sequence send normalised tokens.
+        if isinstance(mixer, LSHMixer) and mixer.heads_at_once and state is None and ctx.part is None:
+            y, state = mixer(x, ctx, None, self.mixer_residual.first)
+        else:
+            y, state = mixer(self.mixer_residual.before(x), ctx, state)
         return self._dropout(self.mixer_residual.after(y), ctx, _MIXER_BRANCH), state
 
     def feed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:

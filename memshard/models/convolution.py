@@ -89,16 +89,16 @@ class Convolutions(nn.ModuleDict):
         super().__init__({name: CausalConvolution(count, width) for name, count in channels.items() if width})
 
     def forward(
-        self, inputs: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None, channels: slice = slice(None)
+        self, inputs: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None, kernels: Sequence[Tensor] | None = None
     ) -> tuple[list[Tensor], RecentRows | None]:
         """The projections' outputs, each [B, T, C] (any C), after their convolutions, and what to remember where something was.
 
         Padding is seen as zeros, other documents are not seen. Without documents in `ctx`, tokens continue the document of the last one
-        remembered. channels: which ones the inputs have.
+        remembered. kernels: for inputs of some channels, theirs.
         """
         if not self:
             return list(inputs), recent
-        kernels = [kernel[channels] for kernel in self._kernels()]
+        kernels = self.kernels() if kernels is None else kernels
         if ctx.padding is not None:
             inputs = [x.masked_fill(~ctx.padding[..., None], 0) for x in inputs]
         if recent is None:
@@ -115,14 +115,15 @@ class Convolutions(nn.ModuleDict):
 
     def nothing_recent(self, batch: int) -> RecentRows | None:
         """What to remember of a text that has not begun; None if there are no convolutions."""
-        kernels = self._kernels()
+        kernels = self.kernels()
         if not kernels:
             return None
         kept = kernels[0].shape[1] - 1
         rows = kernels[0].new_zeros(batch, kept + _TAKEN_BACK, sum(len(kernel) for kernel in kernels))
         return RecentRows(rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), kept)
 
-    def _kernels(self) -> list[Tensor]:
+    def kernels(self) -> list[Tensor]:
+        """Each projection's, [C, K]."""
         return [layer.kernel for layer in self.values() if isinstance(layer, CausalConvolution)]
 
 

@@ -19,6 +19,11 @@ class Projection(nn.Linear):
         """Draw the weight."""
         nn.init.normal_(self.weight, std=INIT_STD * self.init_scale)
 
+    @staticmethod
+    def summed(y: Tensor) -> Tensor:
+        """The result, from products with `weight` that were taken elsewhere."""
+        return y
+
 
 class TokenEmbedding(nn.Embedding):
     """An embedding drawn from N(0, 0.02^2), so that it can serve as output head too."""

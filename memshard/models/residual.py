@@ -17,9 +17,14 @@ class Residual(nn.Module):
         self.kind, self.behind = kind, behind
         self.norm = nn.Identity() if kind == "whole" else build_norm(norm, dim)
 
+    @property
+    def first(self) -> nn.Module | None:
+        """The norm that stands before the branch, if there is one."""
+        return None if self.kind == "post" or self.behind else self.norm
+
     def before(self, x: Tensor) -> Tensor:
         """What the branch gets. x: [..., dim]."""
-        return x if self.kind == "post" or self.behind else self.norm(x)
+        return x if self.first is None else self.first(x)
 
     def after(self, y: Tensor) -> Tensor:
         """What joins the stream, but for dropout, of what the branch gives. y: [..., dim]."""

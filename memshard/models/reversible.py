@@ -4,6 +4,8 @@
 
 f is the mixer's branch, g that of feedforward and memory, each with its norm and dropout; r rounds to multiples of 2^-bits. Streams are
 fp32: sums and differences of such multiples are exact as long as they stay below 2^(24 - bits), so nothing drifts at any depth.
+
+Backward turns streams and gradients into those of the block before where they lie: it holds four arrays, and what a branch needs.
 """
 
 from collections.abc import Sequence
@@ -102,9 +104,11 @@ def reversible_blocks(
     x: [batch, length, dim], the start of both streams. check: keep a checksum of every block's input, and compare it with what backward
     rebuilds (RuntimeError if they differ). chunk: of how many tokens of a sequence feedforward and memory are computed at a time, and
     differentiated at a time; 0 for all. states: without gradient; those that come back have none either.
+    Unless the graph is kept, backward overwrites the streams that are returned.
     """
     # Sums and differences never give -0, so a stream that begins with it would come back as 0.
     x1 = x2 = grid.round(x) + 0.0
+    del x
     advanced = []
     if not torch.is_grad_enabled():
         for layer, block in enumerate(blocks):
@@ -121,7 +125,7 @@ def reversible_blocks(
         x1, x2 = _ReversibleBlock.apply(step, x1, x2, *trained_tensors(block))
         if step.advanced is not None:
             advanced.append(step.advanced)
-    return x1, x2, advanced
+    return *_OwnGradients.apply(x1, x2), advanced
 
 
 def mixer_change(block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
@@ -137,8 +141,10 @@ def feedforward_change(block: Block, grid: Grid, x: Tensor, ctx: Context, replay
 
 def _fed(block: Block, grid: Grid, y1: Tensor, x2: Tensor, ctx: Context, chunk: int, replay: Replay | None = None) -> Tensor:
     """The second stream after feedforward and memory."""
-    parts = [x2[:, piece] + feedforward_change(block, grid, y1[:, piece], part, replay) for piece, part in ctx.pieces(chunk)]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    y2 = torch.empty_like(x2)
+    for piece, part in ctx.pieces(chunk):
+        y2[:, piece] = x2[:, piece] + feedforward_change(block, grid, y1[:, piece], part, replay)
+    return y2
 
 
 def _as_weights(norm: nn.Module, x: Tensor) -> Tensor:
@@ -189,6 +195,7 @@ class _Step:
         with torch.set_grad_enabled(compiled), self.autocast_context(cached=False):
             change, self.advanced = mixer_change(self.block, self.grid, x2.detach().requires_grad_(compiled), self.ctx, self.state)
             y1 = x1 + change.detach()
+            del change
             leaf = y1.detach().requires_grad_(compiled)
             y2 = _fed(self.block, self.grid, leaf, x2, self.ctx, self.chunk, self.replay).detach()
         if self.block.training:
@@ -199,24 +206,30 @@ class _Step:
         self, y1: Tensor, y2: Tensor, d1: Tensor, d2: Tensor, trained: Sequence[Tensor], keep_graph: bool
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Leaves the block's input in `rebuilt`; returns its gradient and those of what is trained."""
-        # Between blocks streams and their gradients are nobody else's: they turn into what comes next where they lie.
-        x2, d1 = (torch.empty_like(y2), d1.clone()) if self.last else (y2, d1)
+        if self.last and keep_graph:
+            y1, y2 = y1.clone(), y2.clone()
+        y1, y2 = y1.detach(), y2.detach()
         from_feedforward: list[Tensor | None] = [None] * len(trained)
         with self.replay.repeat():
             for piece, part in self.ctx.pieces(self.chunk):
                 with torch.enable_grad(), self.autocast_context(self.cached):
                     leaf = y1[:, piece].detach().requires_grad_()
                     change = feedforward_change(self.block, self.grid, leaf, part, self.replay)
-                x2[:, piece] = y2[:, piece] - change.detach()
-                to_y1, *found = torch.autograd.grad(change, [leaf, *trained], d2[:, piece], allow_unused=True, retain_graph=keep_graph)
+                y2[:, piece] -= change.detach()
+                # Tables keep it until they are updated.
+                upstream = d2[:, piece] if self.block.memory is None else d2[:, piece].clone()
+                to_y1, *found = torch.autograd.grad(change, [leaf, *trained], upstream, allow_unused=True, retain_graph=keep_graph)
                 d1[:, piece] += to_y1
                 from_feedforward = [_sum(*pair) for pair in zip(from_feedforward, found, strict=True)]
-                del change, to_y1, found
-        x2.requires_grad_()
+                del change, upstream, to_y1, found
+        x2 = y2.requires_grad_()
         with torch.enable_grad(), self.autocast_context(self.cached):
             change, _ = mixer_change(self.block, self.grid, x2, self.ctx, self.state)
-        to_x2, *from_mixer = torch.autograd.grad(change, [x2, *trained], d1, allow_unused=True)
-        x1 = y1.detach() - change.detach() if self.last else y1.sub_(change.detach())
+        x1 = y1.sub_(change.detach())
+        # Of the branch's output only its place in the graph is needed now.
+        edge = torch.autograd.graph.get_gradient_edge(change)
+        del change
+        to_x2, *from_mixer = torch.autograd.grad(edge, [x2, *trained], d1, allow_unused=True)
         x2 = x2.detach()
         if self.checksum is not None and not torch.equal(_checksum(x1, x2), self.checksum):
             raise RuntimeError(
@@ -224,7 +237,7 @@ class _Step:
                 f"or its streams left the grid's range of {float(self.grid.limit):g}"
             )
         self.rebuilt[:] = () if self.first else (x1, x2)
-        return d1, d2 + to_x2, [_sum(*pair) for pair in zip(from_feedforward, from_mixer, strict=True)]
+        return d1, d2.add_(to_x2), [_sum(*pair) for pair in zip(from_feedforward, from_mixer, strict=True)]
 
 
 class _ReversibleBlock(torch.autograd.Function):
@@ -247,6 +260,19 @@ class _ReversibleBlock(torch.autograd.Function):
         if not keep_graph:
             ctx.step = None
         return None, d1, d2, *gradients
+
+
+class _OwnGradients(torch.autograd.Function):
+    """Copies gradients for the last block, which writes to them; autograd's own may be one array for both streams, or somebody's."""
+
+    @staticmethod
+    def forward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        return x1.view_as(x1), x2.view_as(x2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+        return d1.clone(), d2.clone()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -104,11 +104,14 @@ class Transformer(nn.Module):
             if states:
                 raise ValueError("ranks that share a sequence cannot decode token by token: load the checkpoint with memshard.load")
             tokens, ctx = self.share_sequence(tokens, ctx)
-        x = self._embed(tokens, ctx)
         if self.grid is not None:
-            x1, x2, advanced = reversible_blocks(self.stack, self.grid, x, ctx, states, self.check_inversion, self.chunk)
+            # Not through a name, which would keep the embedding.
+            x1, x2, advanced = reversible_blocks(
+                self.stack, self.grid, self._embed(tokens, ctx), ctx, states, self.check_inversion, self.chunk
+            )
             streams = [x1, x2]
         else:
+            x = self._embed(tokens, ctx)
             checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
             for layer, block in enumerate(self.stack):

@@ -156,7 +156,12 @@ class _Rows(_Piece, RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, length, this rank's inputs]; returns [batch, length / ranks, outputs]."""
-        return reduce_scatter(F.linear(x, self.weight), fairscale_groups.get_model_parallel_group())
+        return self.summed(F.linear(x, self.weight))
+
+    @staticmethod
+    def summed(y: Tensor) -> Tensor:
+        """As `Projection.summed`: of the ranks' products, this rank's piece of their sum."""
+        return reduce_scatter(y, fairscale_groups.get_model_parallel_group())
 
 
 class _Embedding(_Piece, VocabParallelEmbedding):

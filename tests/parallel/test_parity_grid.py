@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "delta rule, LSH, local window": {
         "memory": {"query_norm": "rms", "mode": "add"},
-        "mixer": {"pattern": ("delta", "lsh", "local"), "chunk": 2, "buckets": 2, "window": 3},
+        "mixer": {"pattern": ("delta", "lsh", "local"), "chunk": 2, "buckets": 2, "window": 3, "heads_at_once": 1},
     },
     "Primer": {
         "memory": {"query_norm": "layer"},

@@ -7,7 +7,7 @@ N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,7 +51,7 @@ class _Banded(torch.autograd.Function):
             out, total = (compiled.forward if _serves(q) else _forward)(q[rows], k[rows], v[rows], orders, *settings)
             outs.append(out)
             totals.append(total)
-        out, total = torch.cat(outs), torch.cat(totals)
+        out, total = _joined(outs), _joined(totals)
         ctx.save_for_backward(q, k, v, groups, out, total)
         ctx.settings = settings
         return out
@@ -66,7 +66,7 @@ class _Banded(torch.autograd.Function):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
             tensors = q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows]
             parts.append((compiled.backward if _serves(q) else _backward)(*tensors, *ctx.settings))
-        return *(torch.cat(tensors) for tensors in zip(*parts, strict=True)), None, None, None, None
+        return *map(_joined, zip(*parts, strict=True)), None, None, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool) -> tuple[Tensor, Tensor]:
@@ -166,6 +166,10 @@ def _row_groups(q: Tensor) -> Iterator[slice]:
     """Rows to sort at a time: short ones together, long ones alone."""
     step = max(1, (1 << 16) // max(1, q.shape[1])) if q.device.type == "cpu" else len(q)
     return (slice(first, first + step) for first in range(0, len(q), step))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)

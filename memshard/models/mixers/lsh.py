@@ -4,18 +4,20 @@ Queries and keys are the same vectors, keys scaled to norm 1. In every round a t
 its bucket; what it sees in several rounds counts once; who sees nobody gets its own value.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from memshard.models.context import Context
 from memshard.models.convolution import Convolutions, RecentRows
 from memshard.models.linear import Projection
 from memshard.models.lsh.banded import banded_attention
+from memshard.models.lsh.by_heads import ByHeads
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
 from memshard.models.lsh.published import PublishedRule, published_attention
 from memshard.models.random import fold
@@ -48,8 +50,8 @@ class LSHMixer(nn.Module):
     """LSH attention.
 
     rounds: hash rounds, to be changed at any time. chunk: how many tokens of its bucket a token sees in a round. buckets: 0 for
-    `bucket_count` of the length. seed: of the rotations; give every layer its own. heads_at_once: in training, project and
-    attend so many heads at a time and repeat that in backward, so that queries and values of all are never in memory; 0 for all.
+    `bucket_count` of the length. seed: of the rotations; give every layer its own. heads_at_once: project and attend so many heads at a
+    time and repeat that in backward, so that queries, values and results of all are never in memory; 0 for all.
     resample: in training, let rotations depend on the step too. rule: "strict", or one of `published_attention`'s, which are not causal
     to the letter: no decoding, no packed or padded text. convolution: width of Primer's convolutions of queries and values, 0 for none.
     """
@@ -78,14 +80,24 @@ class LSHMixer(nn.Module):
         self.output = Projection(dim, dim, scale=output_scale)
         self.convolutions = Convolutions({"query": dim, "value": dim}, convolution)
 
-    def forward(self, x: Tensor, ctx: Context, state: BucketState | None = None) -> tuple[Tensor, BucketState | None]:
-        """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one."""
-        if state is None:
-            numbers = None if ctx.documents is None else _changes(ctx.documents, ctx.documents[:, 0]).cumsum(1)
-            y = self._attend_all(x, ctx, numbers)
-        else:
+    def forward(
+        self, x: Tensor, ctx: Context, state: BucketState | None = None, norm: nn.Module | None = None
+    ) -> tuple[Tensor, BucketState | None]:
+        """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one.
+
+        norm: of `heads_at_once` without a state: what x has to go through first, in pieces.
+        """
+        if state is not None:
             y, state = self._continue(x, ctx, state)
-        return self.output(y), state
+            return self.output(y), state
+        numbers = None if ctx.documents is None else _changes(ctx.documents, ctx.documents[:, 0]).cumsum(1)
+        weights, attend = self._weights(), partial(self._attend_heads, numbers=numbers, ctx=ctx)
+        if self.heads_at_once:
+            before = weights[-1].shape[1] - 1 if self.convolutions else 0
+            by_heads = ByHeads(self.heads, self.heads_at_once, before, partial(self._project_piece, ctx=ctx), attend)
+            return self.output.summed(by_heads(x, norm, weights, self.output.weight)), None
+        y = attend(self._project(x, weights, ctx)[0], slice(0, self.heads))
+        return self.output(y.transpose(1, 2).flatten(2)), None
 
     def init_state(self, batch: int, capacity: int) -> BucketState:
         """An empty state for `batch` rows of at most `capacity` tokens; buckets are those of that length."""
@@ -121,29 +133,17 @@ class LSHMixer(nn.Module):
         counts, recent = state.counts * ~rows[:, None, None, None], state.recent and state.recent.reset(rows)
         return replace(state, counts=counts, number=state.number + rows, recent=recent)
 
-    def _attend_all(self, x: Tensor, ctx: Context, numbers: Tensor | None) -> Tensor:
-        """[batch, length, dim of all heads]"""
-        step = self.heads_at_once or self.heads
-        parts = []
-        for first in range(0, self.heads, step):
-            arguments = x, slice(first, min(first + step, self.heads)), numbers, ctx
-            if step < self.heads and torch.is_grad_enabled():
-                parts.append(checkpoint(self._attend_heads, *arguments, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(self._attend_heads(*arguments))
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-    def _attend_heads(self, x: Tensor, heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
-        q, v, _ = self._project(x, heads, ctx)
+    def _attend_heads(self, projected: Sequence[Tensor], heads: slice, numbers: Tensor | None, ctx: Context) -> Tensor:
+        """Results of some heads, [batch, heads, length, head dim], of their queries, keys and values."""
+        q, k, v = projected
         if self.rule != "strict" and (numbers is not None or ctx.padding is not None or ctx.filler):
             raise ValueError(
                 f"model.mixer.rule {self.rule} knows neither documents nor padding (which parallel.tensor adds unless it divides "
                 "data.length): use strict"
             )
         seed = fold(self.seed, ctx.random.step) if self.resample and ctx.random is not None else self.seed
-        buckets = self.buckets or bucket_count(x.shape[1] - ctx.filler, self.chunk)
-        groups = self._groups(q, heads, buckets, numbers, ctx.padding, seed)
-        return self._attend(q, _unit(q), v, groups).transpose(1, 2).flatten(2)
+        buckets = self.buckets or bucket_count(q.shape[2] - ctx.filler, self.chunk)
+        return self._attend(q, k, v, self._groups(q, heads, buckets, numbers, ctx.padding, seed))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:
         rows = [tensor.flatten(0, 1) for tensor in (q, k, v, groups)]
@@ -151,14 +151,24 @@ class LSHMixer(nn.Module):
             return published_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.rule).unflatten(0, q.shape[:2])
         return banded_attention(rows[0], rows[1], rows[2], rows[3], self.chunk, self.chunk).unflatten(0, q.shape[:2])
 
-    def _project(self, x: Tensor, heads: slice, ctx: Context, recent: RecentRows | None = None) -> tuple[Tensor, Tensor, RecentRows | None]:
-        """Queries and values of some heads, [batch, heads, length, head dim], and what convolutions remember where something was."""
+    def _weights(self) -> list[Tensor]:
+        """What belongs to heads before attention: [head dims, ...] each."""
+        return [self.query.weight, self.value.weight, *self.convolutions.kernels()]
+
+    def _project(
+        self, x: Tensor, weights: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], RecentRows | None]:
+        """Queries, keys and values, [batch, heads, length, head dim], of the heads whose weights these are, and what convolutions remember
+        where something was.
+        """
         width = self.value.weight.shape[0] // self.heads
-        rows = slice(heads.start * width, heads.stop * width)
-        found = [F.linear(x, project.weight[rows]) for project in (self.query, self.value)]
-        found, recent = self.convolutions(found, ctx, recent, rows)
+        found, recent = self.convolutions([F.linear(x, weight) for weight in weights[:2]], ctx, recent, weights[2:])
         q, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in found)
-        return q, v, recent
+        return (q, _unit(q), v), recent
+
+    def _project_piece(self, x: Tensor, weights: Sequence[Tensor], tokens: slice, ctx: Context) -> Sequence[Tensor]:
+        documents, padding = (None if each is None else each[:, tokens] for each in (ctx.documents, ctx.padding))
+        return self._project(x, weights, Context(ctx.positions[:, tokens], documents, padding))[0]
 
     def _groups(self, q: Tensor, heads: slice, buckets: int, numbers: Tensor | None, padding: Tensor | None, seed: int) -> Tensor:
         """[batch, heads, rounds, length] int64. numbers: [batch, length] of documents."""
@@ -173,14 +183,14 @@ class LSHMixer(nn.Module):
         capacity = state.keys.shape[2]
         if end > capacity:
             raise ValueError(f"the attention state holds {capacity} tokens and {end} are needed: give init_state a larger capacity")
-        q, v, recent = self._project(x, slice(0, self.heads), ctx, state.recent)
+        (q, k, v), recent = self._project(x, self._weights(), ctx, state.recent)
         numbers, documents = state.number[:, None].expand(-1, x.shape[1]), state.documents
         if ctx.documents is not None:
             changed = _changes(ctx.documents, state.documents)
             changed[:, 0] &= state.documents >= 0
             numbers, documents = numbers + changed.cumsum(1), ctx.documents[:, -1]
         buckets = self.buckets or bucket_count(capacity, self.chunk)
-        state.keys[:, :, start:end], state.values[:, :, start:end] = _unit(q), v
+        state.keys[:, :, start:end], state.values[:, :, start:end] = k, v
         state.groups[..., start:end] = self._groups(q, slice(0, self.heads), buckets, numbers, ctx.padding, self.seed)
         fresh = numbers[:, -1] == state.number
         counts = state.counts * fresh[:, None, None, None]
