@@ -32,7 +32,7 @@ def _exhaustive(model: EncoderDecoder, source: list[int], longest: int, alpha: f
         targets = [list(tokens) for tokens in itertools.product([0, 2, 3, 4], repeat=length)]
         words = torch.tensor([[*tokens, EOS] for tokens in targets])
         totals = _log_probabilities(model, source, targets).gather(-1, words[..., None]).sum((1, 2))
-        score = float(totals.max()) / ((6 + length) / 6) ** alpha
+        score = float(totals.max()) / (length + 1) ** alpha
         best = max(best, Hypothesis(targets[int(totals.argmax())], score), key=lambda hypothesis: hypothesis.score)
     return best
 
@@ -46,7 +46,7 @@ def _step_by_step(model: EncoderDecoder, source: list[int], longest: int, beam: 
             shares = _log_probabilities(model, source, [tokens])[0, -1]
             candidates += [(total + float(share), [*tokens, token]) for token, share in enumerate(shares)]
         candidates.sort(key=lambda candidate: -candidate[0])
-        penalty = ((5 + length) / 6) ** alpha
+        penalty = length**alpha
         finished += [Hypothesis(tokens[:-1], total / penalty) for total, tokens in candidates[:beam] if tokens[-1] == EOS]
         living = [candidate for candidate in candidates if candidate[1][-1] != EOS][:beam]
         if len(finished) >= beam:
@@ -72,7 +72,7 @@ def test_a_beam_without_end_finds_the_best_of_all_targets(attention: str, alpha:
 def test_batched_cached_beams_equal_single_uncached_ones(attention: str, beam: int) -> None:
     model = _model(attention)
     for longest in (3, 8):
-        found = beam_search(model, *padded(SOURCES, EOS), max_tokens=longest, eos=EOS, beam=beam)
+        found = beam_search(model, *padded(SOURCES, EOS), max_tokens=longest, eos=EOS, beam=beam, length_penalty=0.6)
         for source, hypothesis in zip(SOURCES, found, strict=True):
             expected = _step_by_step(model, source, longest, beam, 0.6)
             assert hypothesis.tokens == expected.tokens and math.isclose(hypothesis.score, expected.score, rel_tol=1e-6)

@@ -37,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--dead-rows", metavar="FILE", help="write slots i1 * keys + i2 that no held-out token reads, as JSON by table")
     parser.add_argument("--pairs", nargs=2, metavar=("SRC", "REF"), help="of translators: BLEU on these files, a sentence a line (or .gz)")
     parser.add_argument("--beam", type=int, default=4, metavar="N", help="of translators: width of the beam (default 4)")
-    parser.add_argument("--length-penalty", type=float, default=0.6, metavar="A", help="of translators: 0 for none (default 0.6)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="A", help="of translators: 0 for none (default 1)")
     parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, comma-separated, instead of held-out text")
     parser.add_argument("--task-dir", metavar="DIR", help="folder of task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="examples of a task to read at most (default all)")

@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--topk", type=int, metavar="K", help="draw among the K best tokens (default all)")
     parser.add_argument("--topp", type=float, metavar="P", help="draw among the fewest tokens of total probability P (default all)")
     parser.add_argument("--beam", type=int, default=4, metavar="N", help="of translators: width of the beam (default 4)")
-    parser.add_argument("--length-penalty", type=float, default=0.6, metavar="A", help="of translators: 0 for none (default 0.6)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="A", help="of translators: 0 for none (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="decides the draws (default 0)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
     parser.add_argument("--memmap", action="store_true", help="leave value tables on disk")

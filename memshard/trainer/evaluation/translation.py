@@ -21,7 +21,7 @@ def translate(
     dtype: torch.dtype = torch.float32,
     *,
     beam: int = 4,
-    length_penalty: float = 0.6,
+    length_penalty: float = 1.0,
     batch: int = 32,
 ) -> list[str]:
     """The best translation found of each text, in their order.
