@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from memshard.search.evolve.history import STOPPED, History
 from memshard.search.evolve.power_law import PowerLaw, Sizes, frontier
 from memshard.search.evolve.verdict import SIGMAS, Curve, mean_curve, noise
 from memshard.trainer.evaluation.canvas import COLORS, GRID, INK, canvas, clean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def history(history: History, file: Path) -> None:
@@ -44,6 +48,18 @@ def history(history: History, file: Path) -> None:
     figure.savefig(file)
 
 
+def _logarithmic(axes: "Axes") -> None:
+    """Both axes, with numbers that are written out."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+
+
 def curves(found: Mapping[str, Sequence[Curve]], file: Path) -> None:
     """Loss against cost of programs trained again: thin lines are trainings, thick ones their mean."""
     figure = canvas(8, 4.5)
@@ -54,8 +70,7 @@ def curves(found: Mapping[str, Sequence[Curve]], file: Path) -> None:
         for run in runs:
             axes.plot(*zip(*run, strict=True), color=color, linewidth=0.5, alpha=0.5)
         axes.plot(*mean_curve(runs).T, color=color, linewidth=1.8, label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("cost, in steps of the start")
     axes.set_ylabel("held-out loss, nats a byte")
     axes.legend(frameon=False, fontsize=8)
@@ -75,8 +90,7 @@ def frontiers(found: Mapping[str, tuple[Sizes, PowerLaw]], file: Path) -> None:
         axes.plot(*points.T, "o", color=color, markersize=4)
         name = f"{label}: {law.a:.2f} cost^-{law.k:.3f}"
         axes.plot(points[:, 0], law.a * points[:, 0] ** -law.k, "--", color=color, linewidth=1.5, label=name)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("cost, in steps of the start at size 1")
     axes.set_ylabel("held-out loss, nats a byte")
     axes.legend(frameon=False, fontsize=8)

@@ -10,6 +10,8 @@ from memshard.search.evolve.verdict import DRAWS, Curve, Interval, mean_curve, r
 
 Sizes = Mapping[float, Sequence[Curve]]
 """Trainings by size."""
+BEGINNING = 0.25
+"""Share of a training that the frontier leaves out."""
 
 
 class PowerLaw(NamedTuple):
@@ -53,8 +55,9 @@ def fit(points: NDArray[np.float64]) -> PowerLaw:
 
 
 def frontier(sizes: Sizes) -> NDArray[np.float64]:
-    """The hull of the mean curves of all sizes."""
-    return hull(np.concatenate([mean_curve(curves) for curves in sizes.values()]))
+    """The hull of the mean curves of all sizes, without their beginnings, which follow no power law."""
+    means = [mean_curve(curves) for curves in sizes.values()]
+    return hull(np.concatenate([mean[mean[:, 0] >= BEGINNING * mean[-1, 0]] for mean in means]))
 
 
 def compare(first: Sizes, second: Sizes, seed: int = 0) -> Comparison:

@@ -1,6 +1,7 @@
 """Runs a search: hands children to workers, writes what they tell into the journal, and from that alone decides what comes next."""
 
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,12 @@ from memshard.search.evolve.workers import LOST, Workers
 Say = Callable[[str], None]
 
 
-def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers], say: Say = tqdm.write) -> History:
+def _print(line: str) -> None:
+    tqdm.write(line)  # around the progress bar
+    sys.stdout.flush()
+
+
+def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers], say: Say = _print) -> History:
     """Run a search to its end, or go on with the one in `folder`. ValueError if that one has other settings or another text."""
     digest = read_text(settings.text, settings.length).digest
     with Journal(folder) as journal:
