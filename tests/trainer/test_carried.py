@@ -57,6 +57,7 @@ def _loss(recipe: Path, folder: Path, steps: int, *settings: str) -> float:
         ((), 1e-5),
         (("data.document_mask=true", "train.micro_batch=3", "model.mixer.convolution=3"), 1e-5),
         (("model.mixer.kind=linear", "train.checkpointing=full", "train.chunk=7"), 1e-5),
+        (("model.mixer.convolution=3", "train.segments=3"), 1e-5),
         # Roundings to the grid differ where sums do.
         (("data.document_mask=true", "model.residual=reversible", "train.check_inversion=true"), 1e-4),
     ],
@@ -69,6 +70,16 @@ def test_any_split_of_a_stream_gives_the_losses_of_one_pass(
     for steps in (2, 6):
         assert _loss(recipe, tmp_path, steps, *settings) == pytest.approx(whole, abs=tolerance)
     assert abs(_loss(recipe, tmp_path, 6, *settings, "train.carry_state=false") - whole) > 100 * tolerance
+
+
+@pytest.mark.slow
+def test_engines_carry_the_same(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    losses = []
+    for engine in ("torch", "deepspeed"):
+        run = _loud(prepare(recipe, tmp_path / engine, *CARRY, "data.length=16", f"train.engine={engine}", "model.dropout=0"))
+        losses.append([train_step(run).loss for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_documents_are_forgotten_where_they_end(recipe: Path, tmp_path: Path) -> None:
