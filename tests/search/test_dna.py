@@ -121,6 +121,7 @@ CACHED = {
         2,
         [line("CUM_SUM", 0), line("TANH", 2), line("CUM_PROD", 3), line("CONV_7X1", 4, dim=2), line("DCONV_15X1", 5), line("CONV_3X1", 6)],
     ),
+    "nothing learnt": changed("transformer", 0, [line("CUM_SUM", 0), line("TANH", 2)]),
     "unusual attention": changed(
         "transformer",
         SOFTMAX,

@@ -18,20 +18,15 @@ def refusal(program: Program) -> str | None:
     return None
 
 
-def kept_rows(program: Program, node: Node, batch: int, capacity: int) -> list[tuple[int, ...]]:
-    """Shapes of the buffers that a node keeps."""
+def new_buffers(node: Node, inputs: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
+    """Room for `capacity` rows of each input that a node looks back at, as the inputs are: [batch, (branches,) capacity, width]."""
     if node.op == "ATTEND":
-        kept = node.inputs[1:]
+        kept = inputs[1:]
     elif node.op in _SCORES or OPERATIONS[node.op].kernel > 1:
-        kept = node.inputs[-1:]
+        kept = inputs[-1:]
     else:
-        return []
-    shapes = []
-    for value in kept:
-        width, branches = program.value(value)
-        assert width is not None
-        shapes.append((batch, *([branches] if branches > 1 else []), capacity, width))
-    return shapes
+        return ()
+    return tuple(x.new_zeros(*x.shape[:-2], capacity, x.shape[-1]) for x in kept)
 
 
 def call_cached(node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], length: int) -> Tensor:

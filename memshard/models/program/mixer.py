@@ -1,20 +1,24 @@
 """A whole block given by a compiled program, behind the mixer contract: training, and decoding with cached rows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from memshard.models.context import Context
-from memshard.models.program.cached import call_cached, kept_rows, refusal
+from memshard.models.program.cached import call_cached, new_buffers, refusal
 from memshard.models.program.program import OPERATIONS, Node, Program
 
 
 @dataclass(frozen=True)
 class ProgramState:
-    """What a program remembers: of every node that looks back, `length` rows of a buffer [batch, (branches,) capacity, width]."""
+    """What a program remembers: of every node that looks back, `length` rows of a buffer [batch, (branches,) capacity, width].
 
-    rows: dict[int, tuple[Tensor, ...]]
+    rows: by the value that the node makes; there from the first tokens on, which decide batch, dtype and device.
+    """
+
+    capacity: int
+    rows: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     length: int = 0
 
 
@@ -46,9 +50,10 @@ class ProgramMixer(nn.Module):
             raise ValueError("model.program is made of primitives and sees all earlier tokens: set data.document_mask=false")
         if ctx.padding is not None and bool((ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()):
             raise ValueError("model.program is made of primitives and sees all earlier tokens: give prompts of one length, or one by one")
-        if state is not None and state.rows and state.length + x.shape[1] > (room := next(iter(state.rows.values()))[0].shape[-2]):
-            raise ValueError(f"the program's state holds {room} tokens and {state.length + x.shape[1]} are needed: give a larger capacity")
-        made = {0: x}
+        if state is not None and state.length + x.shape[1] > state.capacity:
+            needed = state.length + x.shape[1]
+            raise ValueError(f"the program's state holds {state.capacity} tokens and {needed} are needed: give a larger capacity")
+        made, rows = {0: x}, dict(state.rows) if state else {}
         for number, node in self.program.values():
             inputs = [made[value] for value in node.inputs]
             weights = [self.values[str(number)]] if node.shape else []
@@ -57,22 +62,18 @@ class ProgramMixer(nn.Module):
                 extra = [] if node.argument is None else [node.argument]
                 made[number] = operation.function(*inputs, *weights, *extra, **operation.options)
             else:
-                made[number] = call_cached(node, inputs, weights, state.rows.get(number, ()), state.length)
+                if number not in rows:
+                    rows[number] = new_buffers(node, inputs, state.capacity)
+                made[number] = call_cached(node, inputs, weights, rows[number], state.length)
             for value in self._free[number]:
                 del made[value]
-        return made[len(self.program.nodes)], None if state is None else replace(state, length=state.length + x.shape[1])
+        return made[len(self.program.nodes)], None if state is None else replace(state, rows=rows, length=state.length + x.shape[1])
 
     def init_state(self, batch: int, capacity: int) -> ProgramState:
         """An empty state for `batch` rows of at most `capacity` tokens. ValueError, with the reason, for programs without a cached form."""
         if reason := refusal(self.program):
             raise ValueError(f"model.program cannot generate with a cache: {reason}")
-        like = next(iter(self.values.values()), torch.empty(0))
-        rows = {}
-        for number, node in self.program.values():
-            shapes = kept_rows(self.program, node, batch, capacity)
-            if shapes:
-                rows[number] = tuple(like.new_zeros(shape) for shape in shapes)
-        return ProgramState(rows)
+        return ProgramState(capacity)
 
     @staticmethod
     def reorder(state: ProgramState, rows: Tensor) -> ProgramState:

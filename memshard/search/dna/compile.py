@@ -86,21 +86,22 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
         return Rejected("invalid", "its calls, inlined, are more than a block may have")
     except WrongShape as wrong:
         return Rejected(wrong.status, wrong.reason)
+    fused, narrow = fuse(program), fuse(trial)
     config = ModelConfig(
         vocab_size=shape.vocab,
         layers=shape.layers,
         dim=program.width,
         position=shape.position,
         max_length=shape.length,
-        program=fuse(program).to_json(),
+        program=fused.to_json(),
     )
     parameters = _count(program, shape)
     if not shape.parameters[0] <= parameters <= shape.parameters[1]:
         allowed = f"{shape.parameters[0]:,} to {shape.parameters[1]:,} are allowed"
         return Rejected("band", f"{parameters:,} parameters at the nearest width; {allowed}")
-    if rejected := explained(trial) or perturbed(fuse(trial)) or _diverges(fuse(trial)):
+    if rejected := explained(trial) or perturbed(narrow) or _diverges(narrow):
         return rejected
-    return Compiled(drawn.hash, parameters, source(fuse(program)), partial(_build, config), config, unit)
+    return Compiled(drawn.hash, parameters, source(fused), partial(_build, config), config, unit)
 
 
 def _parameters(drawn: Graph, shape: Shape, unit: int) -> int:
