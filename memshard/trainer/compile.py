@@ -1,5 +1,6 @@
 """torch.compile, layer by layer."""
 
+from memshard.models.decoder_block import DecoderBlock
 from memshard.models.transformer import Transformer
 
 
@@ -12,5 +13,7 @@ def compile_layers(model: Transformer) -> None:
     """
     for block in model.blocks:
         block.mixer.compile()
+        if isinstance(block, DecoderBlock):
+            block.cross.compile()
         if block.feedforward is not None:
             block.feedforward.compile()
