@@ -23,6 +23,7 @@ from memshard.search.evolve.run import load
 from memshard.search.evolve.settings import load_settings
 from memshard.search.evolve.text import read_text
 from memshard.search.evolve.workers import Processes, Workers
+from memshard.trainer.config.load import load_recipe
 from tests.search.landscape import outcome
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "text" / "tinyshakespeare.txt"
@@ -95,8 +96,21 @@ def test_tasks_that_die_and_hang_on_ray_cost_only_themselves() -> None:
 
 
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
-def test_a_search_on_real_text_survives_kills_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """From the Transformer, with kill -9 of a worker and of the search, it ends as it does without; the winner's files are whole."""
+def test_a_search_on_real_text_reports_its_verdict(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "run", str(tmp_path), f"text={TEXT}", *TINY, "children=8", "ancestors=0", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["children"] == 8 and set(result["again"]) >= {"0"} and result["noise"]["runs"] == 2
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"report.md", "result.json", "winner.json", "winner.py", "winner.yaml", "search.png", "curves.png", "journal.jsonl"} <= names
+    text = (tmp_path / "report.md").read_text()
+    assert "## Lineage of the winner" in text and "## Verdict" in text and "class Block(nn.Module)" in text
+    assert load_recipe(tmp_path / "winner.yaml", ["data.path=x"]).model.program
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
+def test_a_search_on_real_text_survives_kills(tmp_path: Path) -> None:
+    """From the Transformer, with kill -9 of a worker and of the search, it ends as it does without."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["search", "run", str(whole), f"text={TEXT}", *TINY]) == 0
     command = [sys.executable, "-m", "memshard", "search", "run", str(killed), "--workers", "2", f"text={TEXT}", *TINY]
@@ -111,15 +125,6 @@ def test_a_search_on_real_text_survives_kills_and_reports(tmp_path: Path, capfd:
     assert not psutil.wait_procs(workers, timeout=60)[1], "workers live on after their search"
     assert main(["search", "run", str(killed), "--workers", "2"]) == 0
     assert outcome(load(killed)) == outcome(load(whole)) and any(event["event"] == "lost" for event in read(killed))
-
-    capfd.readouterr()
-    assert main(["search", "report", str(whole), "--json"]) == 0
-    result = json.loads(capfd.readouterr().out)
-    assert result["children"] == 16 and set(result["again"]) >= {"0"} and result["noise"]["runs"] == 2
-    names = {path.name for path in whole.iterdir()}
-    assert {"report.md", "result.json", "winner.json", "winner.py", "winner.yaml", "search.png", "curves.png", "journal.jsonl"} <= names
-    text = (whole / "report.md").read_text()
-    assert "## Lineage of the winner" in text and "## Verdict" in text and "class Block(nn.Module)" in text
 
 
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")

@@ -61,7 +61,8 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
             return RayWorkers(work, args.workers, settings.timeout, args.ray)
         from memshard.search.evolve.workers import Processes
 
-        return Processes(work, args.workers, settings.timeout, settings.memory)
+        # CUDA maps far more than it uses.
+        return Processes(work, args.workers, settings.timeout, settings.memory if settings.device == "cpu" else None)
 
     with usage_errors():
         search(Path(args.folder), settings, workers)

@@ -34,9 +34,10 @@ def report(history: History, folder: Path) -> dict[str, Any]:
         )
     pictures.history(history, folder / "search.png")
     parts.append("![all programs](search.png)\n")
-    if finals := [child for child in history.children if child.phase in ("final", "lineage") and child.status == "full"]:
+    again = [child for child in history.children if child.phase in ("final", "lineage")]
+    found = {id: runs for id in dict.fromkeys(child.parent for child in again) if id is not None and (runs := history.again(id))}
+    if 0 in found and all(child.status for child in again):
         winner = history.winner()
-        found = {id: history.again(id) for id in dict.fromkeys(child.parent for child in finals) if id is not None}
         parts.append(_verdict(history, winner, found, result))
         pictures.curves({_name(history, id): [_curve(run) for run in runs] for id, runs in found.items()}, folder / "curves.png")
         parts.append("![losses against cost](curves.png)\n")
@@ -121,7 +122,10 @@ def _power_law(history: History, winner: int, folder: Path, result: dict[str, An
         sides.append({size: [_curve(run) for run in runs if run.size == size] for size in sorted({run.size for run in runs})})
     if winner == 0 or len(sides[0]) < 2 or sides[0].keys() != sides[1].keys():
         return ""
-    law = power_law.compare(sides[0], sides[1])
+    try:
+        law = power_law.compare(sides[0], sides[1])
+    except ValueError as problem:
+        return f"## Power law\n\nNone: {problem}.\n"
     pictures.frontiers({_name(history, 0): (sides[0], law.first), _name(history, winner): (sides[1], law.second)}, folder / "frontier.png")
     result["power_law"] = {key: value._asdict() for key, value in law._asdict().items()}
     equal = law.difference.low is not None and law.difference.high is not None and law.difference.low <= 0 <= law.difference.high
@@ -164,6 +168,8 @@ def _rungs(history: History, result: dict[str, Any]) -> str:
 def _ends(history: History, result: dict[str, Any]) -> str:
     """How children ended, mutation by mutation."""
     born = [c for c in history.searched() if c.id >= history.settings.copies and c.status]
+    if not born:
+        return ""
     ends = Counter(child.status for child in born)
     result["ends"] = dict(ends.most_common())
     result["lost_workers"] = sum(child.lost for child in history.children)
