@@ -63,7 +63,7 @@ def _events(workers: Workers, jobs: list[Job], count: int) -> dict[int, list[str
     try:
         for job in jobs:
             workers.submit(job)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while sum(map(len, found.values())) < count and time.monotonic() < deadline:
             for event in workers.poll(0.5):
                 found[event["id"]].append(event["event"])
