@@ -1,6 +1,8 @@
 """What a search has found trains, resumes, generates and exports like any other model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,8 @@ def test_a_program_trains_resumes_generates_and_exports(
             tokens = torch.cat((tokens, model(tokens)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(generate(model, prompt, 12, temperature=0), tokens[:, 3:])
     assert main(["generate", str(tmp_path / "whole"), "--prompt", "a", "--max-tokens", "4"]) == 0
+    with pytest.raises(ValueError, match="prompts of one length"):
+        generate(model, torch.tensor([[1, 5], [5, 9]]), 3, real=torch.tensor([[False, True], [True, True]]))
     assert main(["eval", str(tmp_path / "whole")]) == 0
     assert export(tmp_path / "whole", tmp_path / "out").difference == 0
     capsys.readouterr()
@@ -61,6 +65,33 @@ def test_a_program_trains_resumes_generates_and_exports(
 
 def _train(rank: int, world: int, recipe: Path, folder: Path, *settings: str) -> None:
     train_run(recipe, folder, *settings)
+
+
+_LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+prompt = torch.tensor([[5, 9, 11]])
+cached, again = (model.generate(prompt, max_new_tokens=9, do_sample=False, use_cache=use) for use in (True, False))
+assert torch.equal(cached, again)
+beams, again = (model.generate(prompt, max_new_tokens=9, num_beams=3, do_sample=False, use_cache=use) for use in (True, False))
+assert torch.equal(beams, again)
+torch.save(model(prompt).logits.detach(), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_transformers_loads_a_program(recipe: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    train_run(recipe, tmp_path / "run", *settings)
+    export(tmp_path / "run", tmp_path / "out", huggingface=True)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _LOAD, str(tmp_path / "out"), str(tmp_path / "logits")]
+    done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = load(tmp_path / "run").model(torch.tensor([[5, 9, 11]]))[0]
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

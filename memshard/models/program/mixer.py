@@ -48,7 +48,8 @@ class ProgramMixer(nn.Module):
         """
         if ctx.documents is not None:
             raise ValueError("model.program is made of primitives and sees all earlier tokens: set data.document_mask=false")
-        if ctx.padding is not None and bool((ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()):
+        # Behind all that is real padding changes nothing; a state would have it before what follows.
+        if ctx.padding is not None and bool((~ctx.padding if state else ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()):
             raise ValueError("model.program is made of primitives and sees all earlier tokens: give prompts of one length, or one by one")
         if state is not None and state.length + x.shape[1] > state.capacity:
             needed = state.length + x.shape[1]
