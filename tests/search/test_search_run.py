@@ -17,7 +17,7 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.search.dna.compile import Compiled, compile_dna
-from memshard.search.evolve.child import Training, shape, start_dna
+from memshard.search.evolve.child import Training, flops, shape, start_dna
 from memshard.search.evolve.journal import read
 from memshard.search.evolve.run import load
 from memshard.search.evolve.settings import load_settings
@@ -155,3 +155,17 @@ def test_a_training_goes_on_from_a_stop_bit_for_bit(tmp_path: Path) -> None:
 def test_mistakes_end_with_the_fix(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", *(str(tmp_path) if word == "DIR" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
+def test_floating_point_operations_are_those_of_the_matrix_products() -> None:
+    """Of the Transformer: forward 2 a token and weight, 4 a pair and channel of attention, which the fused kernel must not hide."""
+    settings = load_settings(None, [f"text={TEXT}", *TINY])
+    program = compile_dna(start_dna(settings), shape(settings))
+    assert isinstance(program, Compiled)
+    text = read_text(str(TEXT), settings.length)
+    tokens, width = settings.batch * settings.length, program.config.dim
+    weights = tokens * (12 * width * width + width * text.vocabulary)
+    pairs = settings.batch * settings.length**2 * width
+    # Backward: twice the products of weights, and 5 products of pairs, one of which computes the scores again.
+    assert flops(program, settings, text) == 6 * weights + (4 + 10) * pairs

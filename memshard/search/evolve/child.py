@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from memshard.search.dna.compile import Compiled, Rejected, Shape, compile_dna
 from memshard.search.dna.golden import golden
@@ -110,14 +110,14 @@ def train(task: Task) -> Iterator[Event]:
     program = _compiled(task.dna, settings, task.size)
     steps = task.steps
     if not steps:
-        flops = _flops(program, settings, text)
+        operations = flops(program, settings, text)
         cost = 1.0
         if settings.step_costs == "flops":
-            cost = flops / _start_flops(settings)
+            cost = operations / _start_flops(settings)
         elif settings.step_costs == "time" and not _is_start(program, settings):
             cost = _relative_time(program, settings)
         steps = max(1, round(settings.budget * task.size / cost))
-        yield {"event": "steps", "steps": steps, "cost": round(cost, 4), "flops": flops}
+        yield {"event": "steps", "steps": steps, "cost": round(cost, 4), "flops": operations}
     shares = list(CURVE) if task.verdict else stops(settings)
     if steps * shares[0] < FEWEST_STEPS and not task.verdict:
         yield {"event": "done", "status": "slow", "reason": f"{steps} steps fit into the budget"}
@@ -226,7 +226,7 @@ def _start(settings: Settings) -> Compiled:
 
 @cache
 def _start_flops(settings: Settings) -> float:
-    return _flops(_start(settings), settings, _text(settings.text, settings.length))
+    return flops(_start(settings), settings, _text(settings.text, settings.length))
 
 
 def _is_start(program: Compiled, settings: Settings) -> bool:
@@ -235,9 +235,14 @@ def _is_start(program: Compiled, settings: Settings) -> bool:
     return (program.hash, program.parameters) == (start.hash, start.parameters)
 
 
-def _flops(program: Compiled, settings: Settings, text: Text) -> float:
+def flops(program: Compiled, settings: Settings, text: Text) -> float:
     """Of a step's matrix products, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    uncounted = {  # by torch 2.13: the fused attention of CPUs
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         Training(program, settings, text, 0, 0).advance()
     return float(counter.get_total_flops())
 
