@@ -44,7 +44,7 @@ def _part(recipe: Recipe, config: ModelConfig, rank: int, ranks: int, layout: La
         mesh = build_mesh("cpu", recipe.parallel.memory, recipe.parallel.tensor)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(config)
-        apply(model, mesh, layout.layout, layout.exchange)
+        apply(model, mesh, layout.layout, layout.exchange, recipe.parallel.share)
         dense = sum(parameter.numel() for parameter in model.parameters())
         return Part(rank, dense, sum(table.weight.numel() for _, table in find_tables(model)))
     finally:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from memshard.models.context import Context
+from memshard.models.fast_weights.pieces import Neighbours
 
 _BLOCK = 1 << 17  # numbers at a time, so that all passes over them but the first find them in the cache
 _TAKEN_BACK = 16
@@ -87,6 +88,8 @@ class Convolutions(nn.ModuleDict):
 
     def __init__(self, channels: dict[str, int], width: int) -> None:
         super().__init__({name: CausalConvolution(count, width) for name, count in channels.items() if width})
+        self.neighbours: Neighbours | None = None
+        """Set by `parallel/` where ranks hold pieces of a sequence."""
 
     def forward(
         self, inputs: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None, kernels: Sequence[Tensor] | None = None
@@ -101,8 +104,16 @@ class Convolutions(nn.ModuleDict):
         kernels = self.kernels() if kernels is None else kernels
         if ctx.padding is not None:
             inputs = [x.masked_fill(~ctx.padding[..., None], 0) for x in inputs]
+        if self.neighbours is not None:
+            return self._convolve(kernels, inputs, ctx, self._before(self.neighbours, inputs, ctx, kernels[0].shape[1] - 1))[0], None
         if recent is None:
             return [causal_convolution(x, kernel, ctx.documents) for x, kernel in zip(inputs, kernels, strict=True)], None
+        return self._convolve(kernels, inputs, ctx, recent)
+
+    @staticmethod
+    def _convolve(
+        kernels: Sequence[Tensor], inputs: Sequence[Tensor], ctx: Context, recent: RecentRows
+    ) -> tuple[list[Tensor], RecentRows]:
         needed = slice(recent.rows.shape[1] - recent.needed, None)
         before = recent.rows[:, needed].split([x.shape[-1] for x in inputs], -1)
         documents = recent.documents[:, -1:].expand(inputs[0].shape[:2]) if ctx.documents is None else ctx.documents
@@ -112,6 +123,14 @@ class Convolutions(nn.ModuleDict):
             for old, x, kernel in zip(before, inputs, kernels, strict=True)
         ]
         return outputs, recent.followed_by(torch.cat(list(inputs), -1), documents)
+
+    @staticmethod
+    def _before(neighbours: Neighbours, inputs: Sequence[Tensor], ctx: Context, needed: int) -> RecentRows:
+        """The rows before a piece of a text."""
+        rows = neighbours.rows_before(torch.cat([x[:, -needed:] for x in inputs], -1), needed)
+        if ctx.documents is None:
+            return RecentRows(rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), needed)
+        return RecentRows(rows, neighbours.rows_before(ctx.documents[:, -needed:], needed), needed)
 
     def nothing_recent(self, batch: int) -> RecentRows | None:
         """What to remember of a text that has not begun; None if there are no convolutions."""

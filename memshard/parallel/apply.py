@@ -1,7 +1,8 @@
 """Spread a built model over a mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,14 +15,22 @@ from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
 from memshard.parallel.mesh import DATA, TABLE, group, tensor_size
+from memshard.parallel.pieces import piece_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.shard import Exchange, Layout, shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 
+Share = Literal["heads", "sequence"]
 
-def apply(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = "rows", exchange: Exchange = "pooled") -> dict[str, ShardSpec]:
+
+def apply(
+    model: nn.Module, mesh: DeviceMesh | None, layout: Layout = "rows", exchange: Exchange = "pooled", share: Share = "heads"
+) -> dict[str, ShardSpec]:
     """Hide the model's tables and split them, split the dense matrices over the tensor axis, and sum query statistics over all tokens.
+
+    share: what ranks along the tensor axis share: "heads", the large matrices and between them the tokens of sequences, or "sequence", the
+    tokens alone, through the states of fast weights; matrices are then whole.
 
     The losses of the ranks along the data axes must add up to the loss of the batch; along the tensor axis each rank has the same loss.
     Then the gradient of a split tensor is the sum over the data axes, that of any other the sum over all ranks (see `grad_norm.py`).
@@ -33,11 +42,14 @@ def apply(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = "rows", ex
         return {}
     ranks, placement = tensor_size(mesh), {}
     if ranks > 1:
-        from memshard.parallel.tensor import split_dense
-
         if not isinstance(model, Transformer):
             raise ValueError(f"parallel.tensor is {ranks}, which is for memshard's Transformer: set it to 1 for {type(model).__name__}")
-        placement = split_dense(model, mesh)
+        if share == "sequence":
+            share_sequences(model, group(mesh, ("tensor",)))
+        else:
+            from memshard.parallel.tensor import split_dense
+
+            placement = split_dense(model, mesh)
     same_reads = layout == "tensor"
     axes, copies = (("tensor",), DATA) if same_reads else (TABLE, ("replica",))
     tables = shard_tables(model, group(mesh, axes), False, layout, exchange, replicas=group(mesh, copies))
@@ -58,10 +70,12 @@ def apply(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = "rows", ex
     return placement
 
 
-def losses_on(mesh: DeviceMesh | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """`token_losses` of what a model on this mesh returns."""
-    if tensor_size(mesh) == 1:
+def losses_on(mesh: DeviceMesh | None, share: Share = "heads") -> Callable[[Tensor, Tensor], Tensor]:
+    """`token_losses` of what a model on this mesh returns. share: as for `apply`."""
+    if mesh is None or tensor_size(mesh) == 1:
         return token_losses
+    if share == "sequence":
+        return partial(piece_losses, ranks=group(mesh, ("tensor",)))
     from memshard.parallel.tensor import token_losses as split_token_losses
 
     return split_token_losses

@@ -4,9 +4,14 @@ Each rank holds the same number of neighbouring tokens: x is [batch, length / ra
 it is whole. All ranks of the group must call these together, backward too.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from memshard.models.context import Context
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -35,6 +40,21 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     pieces = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     dist.all_gather_single(pieces, x.contiguous(), group=group)
     return pieces.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def fill_up(tokens: Tensor, ctx: Context, group: dist.ProcessGroup) -> tuple[Tensor, Context, Tensor | None]:
+    """Tokens and facts of a sequence padded at its end until the ranks' pieces are equal, and where tokens are real, None for everywhere.
+
+    The context's own padding is left out where it was: nobody before the end sees it.
+    """
+    missing = -tokens.shape[1] % dist.get_world_size(group)
+    real = ctx.padding
+    if missing:
+        real = F.pad(torch.ones_like(tokens, dtype=torch.bool) if real is None else real, (0, missing))
+        tokens, positions = F.pad(tokens, (0, missing)), F.pad(ctx.positions, (0, missing))
+        documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
+        ctx = replace(ctx, positions=positions, documents=documents, padding=None if ctx.padding is None else real, filler=missing)
+    return tokens, ctx, real
 
 
 def _summed_piece(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -26,7 +26,7 @@ from memshard.models.mixers.projections import HeadProjections
 from memshard.models.transformer import Transformer
 from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import DATA, group
-from memshard.parallel.sequence import gather, own_piece, reduce_scatter, split
+from memshard.parallel.sequence import fill_up, gather, own_piece, reduce_scatter, split
 from memshard.parallel.spec import ShardSpec
 
 try:
@@ -225,16 +225,10 @@ def _gather_to_multiply(x: Tensor) -> Tensor:
 def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
     """Pad the end of the sequence until the ranks' pieces are equal, and give the context this rank's part."""
     ranks = fairscale_groups.get_model_parallel_group()
-    missing = -tokens.shape[1] % dist.get_world_size(ranks)
-    real = ctx.padding
-    if missing:
-        # Nobody before the padding sees it, so only layers that take tokens one by one have to be told.
-        real = F.pad(torch.ones_like(tokens, dtype=torch.bool) if real is None else real, (0, missing))
-        tokens, positions = F.pad(tokens, (0, missing)), F.pad(ctx.positions, (0, missing))
-        documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
-        ctx = replace(ctx, positions=positions, documents=documents, padding=None if ctx.padding is None else real)
+    # Nobody before the padding sees it, so only layers that take tokens one by one have to be told.
+    tokens, ctx, real = fill_up(tokens, ctx, ranks)
     part = Context(own_piece(ctx.positions, ranks), padding=None if real is None else own_piece(real, ranks), random=ctx.random)
-    return tokens, replace(ctx, part=part, filler=missing)
+    return tokens, replace(ctx, part=part)
 
 
 def _logits(x: Tensor, weight: Tensor, spec: ShardSpec) -> Tensor:

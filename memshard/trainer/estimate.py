@@ -10,6 +10,7 @@ import torch
 from memshard.models.adaptive import AdaptiveHead
 from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
+from memshard.models.fast_weights.feature_maps import FeatureMap
 from memshard.models.memory.table import find_tables
 from memshard.models.seq2seq import build_model
 from memshard.parallel.dense import split_matrices
@@ -111,13 +112,18 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     parameters = count_parameters(model)
     memory, value_dim = model.memory, model.memory.value_dim or model.dim
     layout, holders, tensor = layout_choice(recipe, world, duplicates), _holders(recipe, world), recipe.parallel.tensor
+    in_pieces = recipe.parallel.share == "sequence" and tensor > 1
+    if in_pieces:
+        parameters = replace(parameters, split=0)
+    # Ranks that share matrices, and a rank's part of each sequence between embedding and loss.
+    sharing, part_of_text = (1, tensor) if in_pieces else (tensor, 1)
     dense = parameters.dense - parameters.split + math.ceil(parameters.split / tensor)
     by_columns = layout.layout != "rows"
     part = (memory.slots, math.ceil(value_dim / holders)) if by_columns else (math.ceil(memory.slots / holders), value_dim)
     values = parameters.tables * part[0] * part[1]
 
     share, micro_batch = _shares(recipe, world)
-    tokens = micro_batch * length
+    tokens = micro_batch * length / part_of_text
     looked_up = share * length / _readers(recipe)
     kept, again = activation_bytes(
         model,
@@ -126,22 +132,23 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         layout,
         half=half,
         document_mask=recipe.data.document_mask,
-        tensor=tensor,
+        tensor=sharing,
         key_balance=recipe.train.key_balance > 0,
         checkpointing=recipe.train.checkpointing,
         chunk=recipe.train.chunk,
     )
-    activations = tokens * kept
+    # The head takes a piece whole.
+    activations = tokens * (kept + 4 * model.output_places * (in_pieces and recipe.train.chunk > 0))
     reads, update = _read_bytes(model, holders, layout)
-    scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) if parameters.tables else 0
-    logits, piece = 2 * 4 * model.output_places / tensor, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
+    scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) * part_of_text if parameters.tables else 0
+    logits, piece = 2 * 4 * model.output_places / sharing, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
     backward = tokens * max(logits * (piece if tensor == 1 else 1), scores * piece, again)
     if recipe.train.segments > 1:
         # Losses and states are kept, and one piece at a time is computed again.
         backward = (backward + activations) / recipe.train.segments
         activations = micro_batch * (8 * length + recipe.train.segments * state_bytes(model))
     update *= looked_up
-    dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / tensor, world // tensor, half)
+    dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / sharing, world // tensor, half)
     beside = {**dense_here, "activations": activations}
     table = {
         "table_rows": values * recipe.tables.value_bytes,
@@ -169,7 +176,7 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         tokens_per_step=recipe.train.batch * length,
         flops_per_token=flops_per_token(model, length),
         lookup_traffic=len(memory.layers) * memory.tables * layout.sent[layout.name],
-        tensor_traffic=_tensor_traffic(model, tensor, 2 if half else 4),
+        tensor_traffic=_piece_traffic(model, tensor, length) if in_pieces else _tensor_traffic(model, tensor, 2 if half else 4),
         gradient_traffic=dense_traffic(recipe.train, dense, world // tensor, math.ceil(share / micro_batch), half)
         + 8 * _others(tensor) * (parameters.dense - parameters.split),
         replica_traffic=8 * _others(copies) * touched * values,
@@ -219,6 +226,13 @@ def _tensor_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
     """
     memories = len(model.memory.layers) if model.memory.mode == "replace" else 0
     return _others(ranks) * model.dim * (value_bytes * (4 * (2 * model.layers - memories) + 2) + 12)
+
+
+def _piece_traffic(model: ModelConfig, ranks: int, length: int) -> float:
+    """Bytes a rank sends to its group for one token of its sequences: maps of fast weights forward, their gradients backward."""
+    mixer, width = model.mixer, model.dim // model.mixer.heads
+    features = FeatureMap(mixer.features, width, mixer.feature_width).features
+    return 4.0 * (ranks - 1) / length * model.layers * mixer.heads * features * (features + 3 * width)
 
 
 @cache

@@ -20,7 +20,7 @@ _FREE_TO_CHANGE = {
     *(f"train.loss_scale.{key}" for key in ("initial", "growth_interval", "backoff", "minimum")),
     *(f"guards.{key}" for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")),
     "tables.place",
-    *(f"parallel.{key}" for key in ("tensor", "memory", "layout", "exchange", "checksum_every")),
+    *(f"parallel.{key}" for key in ("tensor", "share", "memory", "layout", "exchange", "checksum_every")),
 }
 
 

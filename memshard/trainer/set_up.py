@@ -64,7 +64,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
     layout = layout_choice(recipe, ranks)
     with torch.device("meta"):
         model = build(recipe.model)
-    placement = apply(model, mesh, layout.layout, layout.exchange)
+    placement = apply(model, mesh, layout.layout, layout.exchange, recipe.parallel.share)
     store_tables(model, recipe.tables.dtype)
     for _, table in find_tables(model):
         table.host = recipe.tables.place == "host"
@@ -93,7 +93,7 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
         engine=_engine(recipe, model, mesh, placement, dtype),
         rows=_row_adam(tables, recipe.tables) if tables else None,
         loss_scale=LossScale(recipe.train.loss_scale, dtype),
-        task=build_task(recipe, device, losses_on(mesh)),
+        task=build_task(recipe, device, losses_on(mesh, recipe.parallel.share)),
         stream=stream,
         held_out=held_out,
     )

@@ -17,7 +17,7 @@ from memshard.models.context import Context
 from memshard.models.loss import IGNORE
 from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
-from memshard.parallel.apply import apply, losses_on
+from memshard.parallel.apply import Share, apply, losses_on
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.dense import split_matrices
@@ -58,6 +58,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "PEER, post-norm": {"memory": {"kind": "peer", "query_norm": "lagged"}, "residual": "post", "position": "sinusoidal"},
 }
+FAST_WEIGHTS: dict[str, dict[str, Any]] = {
+    "fast weights": {
+        "memory": {"query_norm": "batch", "mode": "add"},
+        "mixer": {"pattern": ("delta", "linear"), "convolution": 4, "share_qk": True, "features": "dpfp"},
+        "activation": "squared_relu",
+    },
+    "normalised fast weights": {
+        "memory": {"query_norm": "layer"},
+        "mixer": {"kind": "delta", "attention_norm": True, "convolution": 2},
+        "position": "rotary",
+    },
+}
 RESIDUALS = ("standard", "checkpointed", "reversible")
 ENGINES: dict[str, tuple[str, int]] = {
     "torch": ("torch", 0),
@@ -72,7 +84,7 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Point:
-    """One way to train. tensor: ranks that share matrices. accumulation: micro-batches a step. wide: fp64."""
+    """One way to train. tensor: ranks that share matrices, or sequences alone. accumulation: micro-batches a step. wide: fp64."""
 
     model: str
     tensor: int
@@ -81,11 +93,12 @@ class Point:
     accumulation: int
     engine: str = "torch"
     wide: bool = True
+    share: Share = "heads"
 
 
 def train(point: Point) -> dict[str, Any]:
     """What three steps on the ranks that are there give, whole tensors."""
-    settings = dict(MODELS[point.model])
+    settings = dict((MODELS | FAST_WEIGHTS)[point.model])
     mixer = MixerConfig(heads=4, **settings.pop("mixer", {}))
     if point.residual == "reversible":
         settings["residual"] = "reversible"
@@ -99,11 +112,11 @@ def train(point: Point) -> dict[str, Any]:
         model.checkpointing = "full" if point.accumulation == 1 else "selective"
     layout, exchange, memory = LAYOUTS[point.layout]
     mesh = _mesh(memory, point.tensor)
-    placement = apply(model, mesh, layout, exchange)
+    placement = apply(model, mesh, layout, exchange, point.share)
     ranks, rank = (1, 0) if mesh is None else (mesh.size() // point.tensor, mesh.get_rank() // point.tensor)
     engine = _engine(point, model, mesh, placement, BATCH // ranks // point.accumulation)
     rows = RowAdam([table for _, table in find_tables(model)], lr=0.01, eps=EPS)
-    losses = losses_on(mesh)
+    losses = losses_on(mesh, point.share)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         # Nine tokens do not divide by the ranks of a tensor group.
@@ -243,6 +256,19 @@ def test_a_sample_of_the_grid(world: int) -> None:
 @pytest.mark.parametrize("ranks", GRID)
 def test_the_whole_grid(ranks: tuple[int, int]) -> None:
     check(ranks[0] * ranks[1], points(*ranks))
+
+
+SEQUENCES = [
+    Point("fast weights", 2, "rows, pooled", "standard", 2, share="sequence"),
+    Point("normalised fast weights", 2, "columns", "checkpointed", 1, "torch, ZeRO-1", share="sequence"),
+    Point("fast weights", 2, "rows, unique", "reversible", 1, "DeepSpeed, ZeRO-1", wide=False, share="sequence"),
+]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sequences_over_ranks(world: int) -> None:
+    """Of fast weights; with four ranks, also pieces shorter than the convolutions."""
+    check(world, SEQUENCES if world == 2 else [*SEQUENCES, replace(SEQUENCES[0], tensor=4), replace(SEQUENCES[1], tensor=4)])
 
 
 def _logits(rank: int, world: int, mixer: MixerConfig) -> Tensor:

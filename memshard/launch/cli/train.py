@@ -112,7 +112,8 @@ def arrangement(cost: "Estimate") -> str:
     if cost.tensor_ranks == 1:
         return f"ranks: {cost.ranks}"
     groups = cost.ranks // cost.tensor_ranks
-    return f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share matrices and sequences; groups: {groups}"
+    shared = "matrices and sequences" if cost.parameters.split else "sequences"
+    return f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share {shared}; groups: {groups}"
 
 
 def spread(cost: "Estimate") -> str:

@@ -8,40 +8,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.pieces import Rule
 from memshard.models.fast_weights.sum_rule import sum_rule
 
 
 def normalised_sum_rule(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, resets: Tensor | None = None, eps: float = 1e-6
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, resets: Tensor | None = None, eps: float = 1e-6, sums: Rule = sum_rule
 ) -> tuple[Tensor, Tensor]:
-    """`sum_rule` with y_t = S_t^T q_t / (z_t . q_t + eps): causal linear attention. Features must not be negative."""
+    """`sum_rule` with y_t = S_t^T q_t / (z_t . q_t + eps): causal linear attention. Features must not be negative. sums: `sum_rule`, or
+    that of a piece (`pieces.py`).
+    """
     with torch.autocast(v.device.type, enabled=False):
-        out, state = sum_rule(q, k, F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0), state, resets=resets)
+        out, state = sums(q, k, F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0), state, resets=resets)
         out = out[..., :-1] / (out[..., -1:] + eps)
     return out.to(v.dtype), state
 
 
 def normalised_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, resets: Tensor | None = None, eps: float = 1e-6
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    resets: Tensor | None = None,
+    eps: float = 1e-6,
+    delta: Rule = delta_rule,
+    sums: Rule = sum_rule,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule` whose two reads, of the old value and of the result, are divided by z_(t-1) . k_t and z_t . q_t + eps.
 
-    The first divisor is 1 where nothing has been written. It grows with the number of tokens: not for endless streams.
+    The first divisor is 1 where nothing has been written. It grows with the number of tokens: not for endless streams. delta, sums:
+    `delta_rule` and `sum_rule`, or those of a piece.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    memory, sums = (None, None) if state is None else (state[..., :-1], state[..., -1:])
+    memory, total = (None, None) if state is None else (state[..., :-1], state[..., -1:])
     with torch.autocast(v.device.type, enabled=False):
         q, k, beta = q.to(dtype), k.to(dtype), beta.to(dtype)
         ones = torch.ones_like(v[..., :1], dtype=dtype)
         # One pass gives both sums: queries first, then keys, whose own key does not count yet.
-        both, sums = sum_rule(torch.cat((q, k), 1), k.repeat(1, 2, 1, 1), ones.repeat(1, 2, 1, 1), _twice(sums), resets=resets)
+        both, total = sums(torch.cat((q, k), 1), k.repeat(1, 2, 1, 1), ones.repeat(1, 2, 1, 1), _twice(total), resets=resets)
         reads, olds = both.squeeze(-1).chunk(2, dim=1)
         olds = olds - (k * k).sum(-1)
         olds = torch.where(olds > 0, olds, 1.0)
-        out, memory = delta_rule(q, k / olds[..., None], v.to(dtype), beta * olds, memory, resets=resets)
+        out, memory = delta(q, k / olds[..., None], v.to(dtype), beta * olds, memory, resets=resets)
         out = out / (reads[..., None] + eps)
-    return out.to(v.dtype), torch.cat((memory, sums.chunk(2, dim=1)[0]), -1)
+    return out.to(v.dtype), torch.cat((memory, total.chunk(2, dim=1)[0]), -1)
 
 
-def _twice(sums: Tensor | None) -> Tensor | None:
-    return None if sums is None else sums.repeat(1, 2, 1, 1)
+def _twice(total: Tensor | None) -> Tensor | None:
+    return None if total is None else total.repeat(1, 2, 1, 1)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from memshard.models.config import ModelConfig
 from memshard.models.fast_weights.feature_maps import FeatureMap
 from memshard.models.mixers.bidirectional import BidirectionalMixer
-from memshard.models.mixers.fast_weights import FastWeightMixer, Rule
+from memshard.models.mixers.fast_weights import FastWeightMixer, RuleKind
 from memshard.models.mixers.local import LocalMixer
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.mixers.softmax import SoftmaxMixer
@@ -36,7 +36,7 @@ def build_mixer(config: ModelConfig, layer: int, output_scale: float) -> Mixer:
         shape = settings.rounds, settings.chunk, settings.buckets
         options: dict[str, Any] = {"resample": settings.resample, "rule": settings.rule, "convolution": settings.convolution}
         return LSHMixer(config.dim, settings.heads, *shape, layer, settings.heads_at_once, output_scale, **options)
-    rule: Rule = "delta" if kind == "delta" else "sum"
+    rule: RuleKind = "delta" if kind == "delta" else "sum"
     # As published: linear attention divides by its sum, the delta rule needs keys that add up to 1.
     normalise = settings.feature_norm or ("sum" if rule == "delta" else "none")
     attention_norm = rule == "sum" if settings.attention_norm is None else settings.attention_norm

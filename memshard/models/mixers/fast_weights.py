@@ -14,12 +14,13 @@ from memshard.models.convolution import RecentRows
 from memshard.models.fast_weights.attention_norm import normalised_delta_rule, normalised_sum_rule
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.models.fast_weights.pieces import Neighbours, Rule, delta_in_pieces, sums_in_pieces
 from memshard.models.fast_weights.sum_rule import sum_rule
 from memshard.models.linear import Projection
 from memshard.models.mixers.projections import HeadProjections
 from memshard.models.position import rotate
 
-Rule = Literal["sum", "delta"]
+RuleKind = Literal["sum", "delta"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class FastWeightMixer(HeadProjections):
         self,
         dim: int,
         heads: int,
-        rule: Rule,
+        rule: RuleKind,
         features: FeatureMap,
         attention_norm: bool = False,
         rotary: bool = False,
@@ -69,6 +70,8 @@ class FastWeightMixer(HeadProjections):
         super().__init__(dim, heads, output_scale, **parts)
         self.rule, self.features, self.attention_norm, self.rotary = rule, features, attention_norm, rotary
         self.strength = Projection(dim, heads) if rule == "delta" else None
+        self.neighbours: Neighbours | None = None
+        """Set by `parallel/` where ranks hold pieces of a sequence."""
 
     def forward(self, x: Tensor, ctx: Context, state: FastWeightState | None = None) -> tuple[Tensor, FastWeightState | None]:
         """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one."""
@@ -128,18 +131,27 @@ class FastWeightMixer(HeadProjections):
     def _read(
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: FastWeightState | None, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        memory = None if state is None else state.memory
-        resets = None if documents is None else _resets(documents, state)
+        memory, before = (None, None) if state is None else (state.memory, state.documents)
+        delta: Rule = delta_rule
+        sums: Rule = sum_rule
+        if self.neighbours is not None:
+            delta, sums = delta_in_pieces(self.neighbours), sums_in_pieces(self.neighbours)
+            before = None if documents is None else self.neighbours.rows_before(documents, 1)[:, 0]
+        resets = None if documents is None else _resets(documents, before)
+        if self.rule == "delta" and self.attention_norm:
+            return normalised_delta_rule(q, k, v, beta, memory, resets, delta=delta, sums=sums)
         if self.rule == "delta":
-            rule = normalised_delta_rule if self.attention_norm else delta_rule
-            return rule(q, k, v, beta, memory, resets=resets)
-        sums = normalised_sum_rule if self.attention_norm else sum_rule
+            return delta(q, k, v, beta, memory, resets=resets)
+        if self.attention_norm:
+            return normalised_sum_rule(q, k, v, memory, resets, sums=sums)
         return sums(q, k, v, memory, resets=resets)
 
 
-def _resets(documents: Tensor, state: FastWeightState | None) -> Tensor:
-    """Where another document begins than the token before belongs to. [batch, length] bool"""
-    before = documents[:, :1] if state is None else state.documents[:, None]
+def _resets(documents: Tensor, before: Tensor | None) -> Tensor:
+    """Where another document begins than the token before belongs to, [batch, length] bool. before: [batch], of the token before the
+    first, -1 if there was none.
+    """
+    before = documents[:, :1] if before is None else before[:, None]
     changed = torch.cat((before, documents[:, :-1]), 1) != documents
     # A new state is empty: there is nothing to forget.
     changed[:, 0] &= before[:, 0] >= 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.initialize import initialize
+from memshard.models.linear import INIT_STD
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.clock import now
@@ -59,6 +60,10 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Transformer(recipe.model).to(device)
     initialize(model, point["seed"])
+    with torch.no_grad():
+        for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+            # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small that GELU is nearly linear.
+            matrix *= matrix.shape[1] ** -0.5 / INIT_STD
     optimizer = build_adamw(list(model.parameters()), recipe.optimizer)
     text, held_out = source_bytes()
     draw = torch.Generator().manual_seed(point["seed"])

@@ -271,6 +271,10 @@ class ParallelConfig:
     tensor: int = 1
     """Neighbouring ranks that share the large matrices and the tokens of a sequence (tensor parallelism); it divides heads and widths."""
 
+    share: Literal["heads", "sequence"] = "heads"
+    """What the ranks of parallel.tensor share: heads, that is large matrices and, between them, the tokens of a sequence; or sequence, the
+    tokens alone: matrices are copied, and only states of linear and delta mixers travel."""
+
     memory: int | None = None
     """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose row gradients are summed."""
 
@@ -289,6 +293,8 @@ class ParallelConfig:
             raise ValueError(f"parallel.tensor is {self.tensor}; it must be at least 1")
         if self.layout == "tensor" and self.tensor == 1:
             raise ValueError("parallel.layout is tensor, which needs parallel.tensor of at least 2: raise that, or set layout to auto")
+        if self.layout == "tensor" and self.share == "sequence":
+            raise ValueError("parallel.layout is tensor, for ranks that look up equal tokens, and parallel.share sequence: leave one out")
         if self.checksum_every < 0:
             raise ValueError(f"parallel.checksum_every is {self.checksum_every}; it must be at least 0")
         if self.memory is not None and self.memory < 1:
@@ -375,6 +381,8 @@ class Recipe:
                 "leave it out, or set model.residual to pre or post"
             )
         _check_states(self)
+        if self.parallel.share == "sequence" and self.parallel.tensor > 1:
+            check_states(self.model, "parallel.share=sequence", endless=False)
         if self.model.program is not None and self.data.document_mask:
             raise ValueError("data.document_mask is set, but model.program sees all earlier tokens: leave one of them out")
         memory = self.model.memory
