@@ -47,7 +47,7 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> int:
 def test_pieces_train_like_the_whole(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "one", *SETTINGS)
     train_run(recipe, tmp_path / "resumed", *SETTINGS, stop_at=5)
-    train_run(recipe, tmp_path / "one odd", *SETTINGS, "data.length=31")
+    train_run(recipe, tmp_path / "one odd", *SETTINGS, "data.length=31", "train.micro_batch=4")
     kept = run_distributed(_two_ranks, 2, recipe, tmp_path, timeout=400)
     for one, name in (("one", "pieces"), ("one", "resumed"), ("one odd", "odd")):
         for key in ("train/loss", "eval/loss"):

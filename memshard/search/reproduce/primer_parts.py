@@ -63,7 +63,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
             # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small that GELU is nearly linear.
-            matrix *= matrix.shape[1] ** -0.5 / INIT_STD
+            matrix.mul_(matrix.shape[1] ** -0.5 / INIT_STD)
     optimizer = build_adamw(list(model.parameters()), recipe.optimizer)
     text, held_out = source_bytes()
     draw = torch.Generator().manual_seed(point["seed"])
