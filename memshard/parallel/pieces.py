@@ -20,11 +20,12 @@ from memshard.parallel.sequence import fill_up, gather, gathered, own_piece
 
 
 class Pieces:
-    """The ranks of a group, each with one of neighbouring pieces of equal length."""
+    """The ranks of a group, each with one of neighbouring pieces of equal length. What they exchange stays out of compiled code."""
 
     def __init__(self, ranks: dist.ProcessGroup) -> None:
         self.ranks = ranks
 
+    @torch.compiler.disable
     def rows_before(self, x: Tensor, count: int) -> Tensor:
         """As `Neighbours.rows_before`; pieces may be shorter than `count`."""
         own = x[:, -count:]
@@ -32,6 +33,7 @@ class Pieces:
         before = everyone[:, : dist.get_rank(self.ranks) * own.shape[1]][:, -count:]
         return F.pad(before, [0, 0] * (x.ndim - 2) + [count - before.shape[1], 0])
 
+    @torch.compiler.disable
     def states(self, through: Tensor, written: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `Neighbours.states`. Each rank's gradient of `first` is a part of it; what ranks make of the last state adds up."""
         before, after = _States.apply(through, written, first, self.ranks)
