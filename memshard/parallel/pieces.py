@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memshard.models.adaptive import AdaptiveHead
 from memshard.models.context import Context
 from memshard.models.loss import IGNORE, token_losses
 from memshard.models.mixers.fast_weights import FastWeightMixer
@@ -78,6 +79,8 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
 
     The model then returns the logits of this rank's tokens; `piece_losses` has the losses of all.
     """
+    if isinstance(model.head, AdaptiveHead):
+        raise ValueError("model.adaptive_cutoffs gives a head that needs whole sequences: set parallel.tensor to 1")
     for block in model.blocks:
         if not isinstance(block.mixer, FastWeightMixer):
             raise ValueError("parallel.share is sequence, which is for mixers linear and delta: set model.mixer.kind, or leave it out")
