@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
+from memshard.models.lsh.hashing import hash_buckets
 from memshard.models.lsh.published import published_attention
 from memshard.models.mixers.lsh import _unit
+from memshard.models.transformer import Transformer
 
 
 @pytest.mark.slow
@@ -75,3 +78,59 @@ def test_published_rules_are_not_strictly_causal(rule: str) -> None:
     assert (first[:, :40] != second[:, :40]).any()
     with pytest.raises(ValueError, match="must fill a sequence"):
         published_attention(q[:, :63], q[:, :63], q[:, :63], buckets[..., :63], 8, rule)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_transformers_reformer() -> None:
+    """Whole models: copied random weights give equal logits, with our rotations in both."""
+    reformer = pytest.importorskip("transformers.models.reformer.modeling_reformer")
+    from transformers import ReformerConfig
+
+    torch.manual_seed(0)
+    layers, buckets, length = 3, 8, 64
+    settings = ReformerConfig(
+        hidden_size=24, num_attention_heads=2, attention_head_size=12, feed_forward_size=48, num_hashes=2, num_buckets=buckets,
+        lsh_attn_chunk_length=16, attn_layers=["lsh"] * layers, axial_pos_shape=[8, 8], axial_pos_embds_dim=[12, 12],
+        max_position_embeddings=length, vocab_size=30, hidden_act="relu", layer_norm_eps=1e-5, is_decoder=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = reformer.ReformerModelWithLMHead(settings).double().eval()
+    config = ModelConfig(
+        vocab_size=30, layers=layers, dim=24, max_length=length, position="axial", axial=(8, 8), residual="reversible", tie_head=False,
+        mixer=MixerConfig(kind="lsh", heads=2, rounds=2, chunk=16, buckets=buckets, rule="hf_compat"),
+        feedforward=FeedForwardConfig(activation="relu", hidden=48),
+    )  # fmt: skip
+    ours = Transformer(config).double().eval()
+    assert ours.grid is not None and ours.positions is not None and ours.head is not None
+    ours.grid.scale.fill_(2.0**40)  # they do not round
+
+    def copy(module: nn.Module, source: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            nn.init.normal_(parameter, std=0.4)
+            source.get_parameter(name).data.copy_(parameter.data)
+
+    model = theirs.reformer
+    copy(ours.embedding, model.embeddings.word_embeddings)
+    for axis, weights in zip(ours.positions.axes, model.embeddings.position_embeddings.weights, strict=True):  # type: ignore[call-overload]
+        nn.init.normal_(axis.weight)
+        weights.data.copy_(axis.weight.view_as(weights))
+    copy(ours.norm, model.encoder.layer_norm)
+    copy(ours.head, theirs.lm_head.decoder)
+    for number, (block, layer) in enumerate(zip(ours.blocks, model.encoder.layers, strict=True)):
+        attention, feedforward = layer.attention, layer.feed_forward
+        copy(block.mixer_residual.norm, attention.layer_norm)
+        copy(block.mixer.query, attention.self_attention.query_key)  # type: ignore[arg-type, union-attr]
+        copy(block.mixer.value, attention.self_attention.value)  # type: ignore[arg-type, union-attr]
+        copy(block.mixer.output, attention.output.dense)  # type: ignore[arg-type, union-attr]
+        copy(block.feedforward_residual.norm, feedforward.layer_norm)
+        for part, dense in (("up", feedforward.dense.dense), ("down", feedforward.output.dense)):
+            copy(getattr(block.feedforward, part), dense)
+            nn.init.zeros_(dense.bias)
+
+        def hashed(q: Tensor, rounds: int, *_: object, seed: int = number) -> Tensor:
+            found = hash_buckets(q.transpose(0, 1), buckets, rounds, seed).permute(2, 0, 1, 3)
+            return (found + buckets * torch.arange(rounds)[:, None]).flatten(2)
+
+        attention.self_attention._hash_vectors = hashed
+    tokens = torch.randint(30, (2, length))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
