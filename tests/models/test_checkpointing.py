@@ -119,3 +119,17 @@ def test_what_checkpointing_saves() -> None:
     (none, _), (selective, _), (full, peak) = (_bytes(kind=kind) for kind in ("none", "selective", "full"))
     assert selective < 0.6 * none and full < 0.2 * none
     assert peak < 0.3 * _bytes()[1]
+
+
+def test_lsh_holds_less_than_checkpointed_softmax_attention() -> None:
+    """Six layers of width 128 on one long sequence: what `benchmarks/lsh.py` measures at 16,384 tokens."""
+    tokens, peaks = torch.arange(2048)[None] % 50, []
+    for kind in ("softmax", "lsh"):
+        mixer = MixerConfig(kind=kind, heads=2)  # type: ignore[arg-type]
+        residual: Any = "reversible" if kind == "lsh" else "pre"
+        model = Transformer(ModelConfig(vocab_size=50, max_length=2048, layers=6, dim=128, mixer=mixer, residual=residual)).train()
+        model.chunk, model.checkpointing = (128, "none") if kind == "lsh" else (0, "full")
+        with LiveBytes() as live:
+            model(tokens, targets=tokens)[0].mean().backward()
+        peaks.append(live.peak)
+    assert peaks[1] < 0.9 * peaks[0]
