@@ -6,6 +6,7 @@ from torch import Tensor
 
 from memshard.models.context import Context
 from memshard.models.transformer import Transformer
+from tests.live_bytes import LiveBytes
 from tests.models.tiny import MIXERS, tiny_config, tiny_model, tiny_tokens
 
 LENGTH = 12
@@ -115,3 +116,15 @@ def test_a_full_state_says_so() -> None:
     model = _model()
     with pytest.raises(ValueError, match="holds 4 tokens and 5 are needed"):
         model(tiny_tokens(1, 5), None, model.init_states(1, 4))
+
+
+@torch.no_grad()
+def test_a_token_of_lsh_costs_the_same_in_a_long_text() -> None:
+    model = tiny_model(tiny_config({"layers": ()}, position="none", mixer=MIXERS["lsh"])).eval()
+    peaks = []
+    for length in (64, 512):
+        _, states = model(tiny_tokens(1, length), None, model.init_states(1, length + 1))
+        with LiveBytes() as live:
+            model(tiny_tokens(1, 1), None, states)
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]

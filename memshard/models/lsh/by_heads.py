@@ -49,9 +49,7 @@ class ByHeads:
 
 class _ByHeads(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, plan: ByHeads, norm: nn.Module | None, count: int, x: Tensor, output: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, plan: ByHeads, norm: nn.Module | None, count: int, x: Tensor, output: Tensor, *parameters: Tensor) -> Tensor:
         device = x.device.type
         ctx.plan, ctx.norm, ctx.count = plan, norm, count
         ctx.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
