@@ -41,3 +41,11 @@ def test_runs_from_data_to_picture(name: str, folder: Path, monkeypatch: pytest.
     assert report and all((out / picture).exists() for picture in re.findall(r"\]\((.*?\.png)\)", report))
     summary = json.loads((out / "result.json").read_text())
     assert len(summary["points"]) == len(catalogue.find(name).points("smoke")) and summary["versions"]["torch"]
+
+
+@pytest.mark.slow
+def test_time_is_measured_when_nothing_else_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["reproduce", "pkm/headline", "--scale", "smoke", "--workers", "2", "--out", "beside"]) == 0
+    rows = [json.loads(line) for line in Path("beside/points.jsonl").read_text().splitlines()]
+    assert ["clock" in row["point"] for row in rows] == [False] * (len(rows) - 1) + [True]

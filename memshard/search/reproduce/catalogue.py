@@ -37,7 +37,8 @@ class Experiment:
 
     what: one line. points: the runs of a scale: smoke (minutes), small (what the results in docs/ were measured with) or full (as
     published). run: one point's result, as JSON has it, on one thread. report: a text in Markdown from all points with their results;
-    pictures go to the folder. hours: rough processor time of a scale on one core.
+    pictures go to the folder. hours: rough processor time of a scale on one core. alone: whether a point measures time, and so runs by
+    itself, after the others.
     """
 
     what: str
@@ -45,6 +46,7 @@ class Experiment:
     run: Callable[[Point], dict[str, Any]]
     report: Callable[[list[tuple[Point, dict[str, Any]]], Path], str]
     hours: dict[Scale, float]
+    alone: Callable[[Point], bool] = lambda point: False
 
 
 def names() -> list[str]:

@@ -167,7 +167,7 @@ def _alternatives(size: Size) -> dict[str, Model]:
 
 
 def _points(models: Callable[[Size], dict[str, Model]], headline: bool, scale: Scale) -> list[Point]:
-    """Training runs, seed by seed, and then, when no others disturb them, the comparisons of speed."""
+    """Training runs, seed by seed, and the comparisons of speed."""
     size = _SIZES[scale]
     found = {
         label: {
@@ -209,6 +209,7 @@ def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hou
         run=run_point,
         report=partial(report, name=name),
         hours={"smoke": 0.01, "small": hours, "full": 1e6},
+        alone=lambda point: "clock" in point,
     )
 
 

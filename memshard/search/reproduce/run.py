@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Call
     missing = [point for point in points if _key(point) not in done]
     hours = experiment.hours[scale] * len(missing) / len(points)
     say(f"{name}, scale {scale}: {len(points)} points, {len(missing)} to run, about {_duration(hours)} of processor time")
-    for point, result, seconds in _results(name, missing, workers):
+    timed = [point for point in missing if experiment.alone(point)]
+    others = [point for point in missing if point not in timed]
+    for point, result, seconds in chain(_results(name, others, workers), _results(name, timed, 1)):
         line = json.dumps({"point": point, "result": result, "seconds": round(seconds, 2)})
         done[_key(point)] = json.loads(line)
         with (folder / RESULTS_FILE).open("a") as file:
