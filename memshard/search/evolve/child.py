@@ -26,6 +26,7 @@ from memshard.search.evolve.journal import Event
 from memshard.search.evolve.settings import Settings
 from memshard.search.evolve.text import Text, read_text
 
+MUTATIONS = ("delete", "insert", "replace", "field", "swap", "bank")  # in the order of the setting
 DRAWS = 50  # mutations until one changes the program
 FEWEST_STEPS = 5  # to the first stop; programs that make fewer are too slow to be judged
 BEAT = 2.0  # seconds between signs of life
@@ -91,8 +92,9 @@ def draw(task: Task) -> Iterator[Event]:
     """Mutate the parent until its compute graph changes, and compile the child."""
     target = shape(task.settings)
     draw = random.Random(f"{task.settings.seed}/{task.id}/mutation")
+    weights = dict(zip(MUTATIONS, task.settings.mutations, strict=True))
     for _ in range(DRAWS):
-        dna, mutation = mutate(task.dna, draw) if task.dna is not None else (start_dna(task.settings), "")
+        dna, mutation = mutate(task.dna, draw, weights) if task.dna is not None else (start_dna(task.settings), "")
         program = compile_dna(dna, target)
         if isinstance(program, Rejected):
             yield {"event": "done", "dna": dna, "mutation": mutation, "status": program.status, "reason": program.reason}

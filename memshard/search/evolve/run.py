@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -157,10 +156,9 @@ def _line(child: Child) -> str:
 
 def _same(folder: Path, first: Event, settings: Settings, digest: str) -> None:
     """ValueError if the search in the folder is another one."""
-    then: dict[str, Any] = first["settings"]
-    now = to_dict(settings)
+    then, now = to_dict(from_dict(first["settings"])), to_dict(settings)
     for key in now.keys() - {"text"}:
-        if then.get(key) != now[key]:
-            raise ValueError(f"{folder} holds a search with {key} {then.get(key)}, not {now[key]}; give that or another folder")
+        if then[key] != now[key]:
+            raise ValueError(f"{folder} holds a search with {key} {then[key]}, not {now[key]}; give that or another folder")
     if first["text"] != digest:
         raise ValueError(f"{folder} holds a search on another text than {settings.text}; give that text or another folder")

@@ -30,6 +30,8 @@ class Settings:
     """Programs that can become parents: the latest born (published: 100)."""
     tournament: int = 8
     """Programs drawn from the population, the best of which becomes the parent (published: 10)."""
+    mutations: tuple[float, float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    """Weights of delete, insert, replace, field, swap and bank; all alike in AutoML-Zero, the paper gives none."""
     hurdles: int = 3
     """Stops on the way at which half of the programs end (published: 4)."""
     window: int = 16
@@ -87,6 +89,8 @@ class Settings:
             raise ValueError(f"tournament is {self.tournament}; it must not be larger than population, {self.population}")
         if not self.copies <= self.children:
             raise ValueError(f"copies is {self.copies}; it must not be larger than children, {self.children}")
+        if min(self.mutations) < 0 or not any(self.mutations):
+            raise ValueError(f"mutations is {list(self.mutations)}; weights must not be negative, and not all 0")
         if not 0 < self.parameters[0] <= self.parameters[1]:
             raise ValueError(f"parameters is {list(self.parameters)}; it must be [fewest, most]")
 
