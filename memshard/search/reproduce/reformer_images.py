@@ -24,7 +24,7 @@ _SHOWN = 10
 _COMMON = {"heads": 4, "pattern": ["local", "lsh"], "window": 64, "chunk": 64, "rounds": 2, "lr": 1e-3, "seed": 1, "temperature": 0.9}
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"layers": 2, "dim": 32, "batch": 4, "steps": 10},
-    "small": {"layers": 4, "dim": 192, "batch": 8, "steps": 4000},
+    "small": {"layers": 4, "dim": 192, "batch": 8, "steps": 3000},
     "full": {"layers": 12, "dim": 1024, "batch": 128, "steps": 100_000, "heads": 8, "lr": 3e-4},
 }
 
@@ -150,5 +150,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=complete,
     report=_report,
-    hours={"smoke": 0.02, "small": 2.0, "full": 2000.0},
+    hours={"smoke": 0.02, "small": 1.3, "full": 2000.0},
 )
