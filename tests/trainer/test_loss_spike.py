@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import Batch
+from memshard.trainer.carried import Carried
 from memshard.trainer.guards import is_spike
 from memshard.trainer.loop import train
 from memshard.trainer.run import Run
@@ -29,9 +30,9 @@ class _SpikyTask(LanguageModelTask):
     run: Run
     bad: frozenset[int]
 
-    def loss(self, model: nn.Module, batch: Batch, step: int | None = None) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
         spikes = step is not None and self.run.rank == self.run.ranks - 1 and self.run.progress.batch in self.bad
-        return super().loss(model, batch, step) * (10.0 if spikes else 1.0)
+        return super().loss(model, batch, step, carried) * (10.0 if spikes else 1.0)
 
 
 def _spiky(recipe: Path, folder: Path, policy: str, *overrides: str, bad: Iterable[int] = (BAD,)) -> Run:

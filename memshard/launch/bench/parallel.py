@@ -31,7 +31,7 @@ from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
 from memshard.models.memory.table import find_tables
-from memshard.models.mixers.build import Mixer
+from memshard.models.mixers.softmax import SoftmaxMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
@@ -204,8 +204,9 @@ def _dtensor_block(size: Size, device: torch.device) -> Callable[[], Tensor]:
     ranks = dist.get_world_size()
     model = _plain_block(size).to(device)
     mixer = model.blocks[0].mixer
-    assert isinstance(mixer, Mixer)
+    assert isinstance(mixer, SoftmaxMixer)
     mixer.heads //= ranks
+    mixer.kv_heads //= ranks
     by_inputs = RowwiseParallel(output_layouts=Shard(1))
     plan: dict[str, Any] = {
         "mixer_residual.norm": SequenceParallel(),
