@@ -59,7 +59,8 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for point, result in rows:
         text += f"| {point['length']:,} | {' | '.join(f'{result[kind]:.2f}' for kind in kinds)} |\n"
     crossed = [point["length"] for point, result in rows if result["LSH-2"] < result["full"]]
-    return text + (f"\nTwo rounds are faster than full attention from length {min(crossed):,} on.\n" if crossed else "")
+    text += f"\nTwo rounds are faster than full attention from length {min(crossed):,} on.\n" if crossed else ""
+    return text + "\n![seconds a layer against length](lengths.png)\n"
 
 
 EXPERIMENT = Experiment(

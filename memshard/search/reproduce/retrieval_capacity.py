@@ -46,7 +46,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
             published = _PUBLISHED.get(kind, {}).get(size)
             cells.append(f"{losses[size]:.2g}" + (f" ({published:.2g})" if published is not None else "") if size in losses else "")
         text += f"| {kind} | {' | '.join(cells)} |\n"
-    return text
+    return text + "\n![loss against the number of pairs](capacity.png)\n"
 
 
 EXPERIMENT = Experiment(

@@ -50,7 +50,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
             cell = f"{losses[size][0]:.2g} at {losses[size][1]}" if size in losses else ""
             cells.append(cell + (f" ({published:.2g})" if cell and published is not None else ""))
         text += f"| {kind} | {' | '.join(cells)} |\n"
-    return text
+    return text + "\n![loss by step](update.png)\n"
 
 
 def _name(point: Point) -> str:
