@@ -50,6 +50,7 @@ setup(
         "pydantic>=2.14",
         "tqdm>=4.70",
     ],
-    extras_require={**EXTRAS, "all": sorted({package for packages in EXTRAS.values() for package in packages})},
+    # fla (GPU kernels of the delta rule) is not among all: transformers imports it wherever it is, and fails without a GPU.
+    extras_require={**EXTRAS, "fla": ["fla-core>=0.6"], "all": sorted({package for packages in EXTRAS.values() for package in packages})},
     entry_points={"console_scripts": ["memshard = memshard.launch.cli.main:main"]},
 )

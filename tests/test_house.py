@@ -49,7 +49,7 @@ def test_a_room_imports_only_what_its_arrows_allow(room: str) -> None:
             # launch/ may import the package itself, for its version.
             if parts[0] == "memshard" and not (set(parts[1:2]) or {"launch"}) <= ARROWS[room] | {room}:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-            here = {"torch", "memshard"} | ({"triton"} if path.parent.name == "kernels" else set())
+            here = {"torch", "memshard"} | ({"triton", "fla"} if path.parent.name == "kernels" else set())
             if room == "models" and parts[0] not in sys.stdlib_module_names | here:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}; models/ needs torch alone")
             if room == "models" and _under(name, "torch.distributed"):

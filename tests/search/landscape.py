@@ -21,8 +21,8 @@ def settings(folder: Path, **changes: Any) -> Settings:
     text = folder / "text"
     if not text.exists():
         text.write_bytes(bytes(range(97, 107)) * 1000)
-    small = {"seed": 0, "children": 60, "copies": 4, "population": 12, "tournament": 4, "free": 4, "window": 16, "budget": 150, "final_seeds": 2}
-    return Settings(str(text), **(small | changes))
+    small = {"children": 60, "copies": 4, "population": 12, "tournament": 4, "free": 4, "window": 16, "budget": 150, "final_seeds": 2}
+    return Settings(str(text), **({"seed": 0} | small | changes))
 
 
 def work(task: Task) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memshard.models.fast_weights.chunks import Fading, cut, fading, join, start
+from memshard.models.kernels.delta_rule import by_kernel, kernel_for
 
 
 def delta_rule(
@@ -35,11 +36,14 @@ def delta_rule(
     chunk: tokens solved together; the result does not depend on it.
 
     Returns [B, H, L, M] in v's dtype and the state after the last token. Arithmetic and state are fp32, or fp64 if v is;
-    memory grows with L (D + M) + L / chunk D M.
+    memory grows with L (D + M) + L / chunk D M. On a GPU, 16-bit values without log_decay may go to `kernels.delta_rule`.
     """
     state, length = start(q, v, state), v.shape[2]
     if not length:
         return v, state
+    kernel = kernel_for(q, v) if log_decay is None else None
+    if kernel is not None:
+        return by_kernel(kernel, q, k, v, beta, state, resets)
     chunk = min(chunk, length)
     with torch.autocast(v.device.type, enabled=False):
         faded = fading(log_decay, resets, chunk, state.dtype)

@@ -24,6 +24,18 @@ def kernels_for(*tensors: Any) -> None:
 def search_for(scores: Any) -> None:
     """No compiled search."""
 ''',
+    "memshard.models.kernels.delta_rule": '''"""Exports take plain torch everywhere."""
+
+from typing import Any
+
+
+def kernel_for(*tensors: Any) -> None:
+    """No compiled kernel."""
+
+
+def by_kernel(*arguments: Any) -> Any:
+    """Never called."""
+''',
     "memshard.models.lsh.compiled": '''"""Exports take plain torch everywhere."""
 
 
