@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from memshard.launch.cli.main import main
+from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.search.reproduce import catalogue
-from memshard.search.reproduce.retrieval import train
+from memshard.search.reproduce.retrieval import Retriever, draw, train
 from memshard.search.reproduce.run import RESULTS_FILE, reproduce
 
 
@@ -26,6 +28,22 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path) -> N
     assert "2 points, 1 to run" in " ".join(said)
     assert [row["result"] for row in again["points"]] == [row["result"] for row in whole["points"]]
     assert {"result.json", "report.md", "capacity.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_retrieval_reads_what_the_delta_rule_has_written() -> None:
+    """Values and gradients of readings that never build the memory are those of the memory that `delta_rule` returns."""
+    torch.manual_seed(0)
+    model = Retriever(12, "dpfp-1", "delta").double()
+    keys, values = draw(12, 24, 3, True, torch.Generator().manual_seed(0))
+    queries = keys[:, :5]
+    k = model.features(model.key_of_key(model.embedding.weight)[keys] + model.key_of_value.weight[values])
+    q = model.features(model.query(model.embedding.weight)[queries])
+    beta = (model.strength_of_key(model.embedding.weight)[keys] + model.strength_of_value.weight[values]).sigmoid().squeeze(-1)
+    _, memory = delta_rule(k[:, None], k[:, None], F.one_hot(values, 12).double()[:, None], beta[:, None])
+    read, expected = model(keys, values, queries), q @ memory[:, 0]
+    torch.testing.assert_close(read, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), model.parameters()) for y in (read, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:

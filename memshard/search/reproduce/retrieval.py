@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
 
 _KEY_DIM = 64
@@ -65,14 +64,15 @@ class Retriever(nn.Module):
             scores = q @ k.mT
             return self._weighted(scores / (scores.sum(-1, keepdim=True) + 1e-6), values)
         beta = (self.strength_of_key(self.embedding.weight)[keys] + self.strength_of_value.weight[values]).sigmoid().squeeze(-1)
-        one_hot = F.one_hot(values, self.symbols).to(k.dtype)
         if self.rule == "fwm":
+            one_hot = F.one_hot(values, self.symbols).to(k.dtype)
             return F.layer_norm(q @ _bounded_delta_rule(k, one_hot, beta), (self.symbols,))
-        _, memory = delta_rule(k[:, None], k[:, None], one_hot[:, None], beta[:, None], chunk=64)
-        return q @ memory[:, 0]
+        # Read once, the memory need not be built: with the letters of `delta_rule`, y = (q K^T (I + A)^-1) diag(beta) V.
+        weights = torch.linalg.solve_triangular(beta[..., None] * (k @ k.mT), q @ k.mT, upper=False, left=False, unitriangular=True)
+        return self._weighted(weights * beta[:, None], values)
 
     def _weighted(self, weights: Tensor, values: Tensor) -> Tensor:
-        """The sum rule's reading of one-hot values: weights [batch, n, L] added up by value."""
+        """A reading of one-hot values: weights [batch, n, L] added up by value."""
         out = weights.new_zeros(*weights.shape[:2], self.symbols)
         return out.scatter_add(-1, values[:, None].expand_as(weights), weights)
 
