@@ -11,20 +11,17 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memshard.launch.bench.side_by_side import Function, check_equal, measure, table
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
 
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 SHAPES = {"medium language model": (2, 8, 384, 32), "2,048 tokens": (1, 4, 2048, 64), "8,192 tokens": (1, 4, 8192, 64)}
 _LONGEST_LOOP = 2048
 
@@ -36,41 +33,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rules: dict[str, Rule] = {"ours": lambda *x: delta_rule(*x)[0], **_competitors(), "loop over steps": _loop}
+    rules: dict[str, Function] = {"ours": lambda *x: delta_rule(*x)[0], **_competitors(), "loop over steps": _loop}
     result: dict[str, Any] = {"torch": torch.__version__, "runs": args.runs}
     for title, shape in SHAPES.items():
         inputs = _inputs(*shape)
         chosen = {name: rule for name, rule in rules.items() if name != "loop over steps" or shape[2] <= _LONGEST_LOOP}
-        _agree(chosen, inputs)
+        check_equal(chosen, inputs, 1e-3, 1e-4)
         result[title] = measure(chosen, inputs, args.runs)
         print(f"{title} (batch, heads, length, width of a head: {shape})")
-        for name, row in result[title].items():
-            spread = f"{row['low_ms']:.0f} to {row['high_ms']:.0f}"
-            print(f"  {name:<32}{row['ms']:>9.1f} ms ({spread}){row['ratio']:>8.2f}x{row['kept_mb']:>9.1f} MB kept")
+        print(table(result[title]))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def measure(rules: dict[str, Rule], inputs: list[Tensor], runs: int) -> dict[str, dict[str, float]]:
-    """Of every rule the median, lowest and highest milliseconds of forward and backward, the ratio to ours, and megabytes kept."""
-    seconds: dict[str, list[float]] = {name: [] for name in rules}
-    for turn in range(runs + 1):
-        for name, rule in rules.items():
-            begun = time.process_time()
-            torch.autograd.grad(rule(*inputs).sum(), inputs)
-            if turn:
-                seconds[name].append(time.process_time() - begun)
-    ours = statistics.median(seconds["ours"])
-    return {
-        name: {
-            "ms": statistics.median(times) * 1e3,
-            "low_ms": min(times) * 1e3,
-            "high_ms": max(times) * 1e3,
-            "ratio": statistics.median(times) / ours,
-            "kept_mb": _kept(rules[name], inputs) / 1e6,
-        }
-        for name, times in seconds.items()
-    }
 
 
 def _inputs(batch: int, heads: int, length: int, dim: int) -> list[Tensor]:
@@ -81,31 +54,8 @@ def _inputs(batch: int, heads: int, length: int, dim: int) -> list[Tensor]:
     return [x.requires_grad_() for x in (q, k, v, beta)]
 
 
-def _kept(rule: Rule, inputs: list[Tensor]) -> int:
-    """Bytes of distinct memory that autograd holds for backward."""
-    blocks: dict[int, int] = {}
-
-    def hold(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        blocks[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-        out = rule(*inputs)
-    del out
-    return sum(blocks.values())
-
-
-def _agree(rules: dict[str, Rule], inputs: list[Tensor]) -> None:
-    """AssertionError if the rules do not compute the same."""
-    with torch.no_grad():
-        expected = rules["ours"](*inputs)
-        for rule in rules.values():
-            torch.testing.assert_close(rule(*inputs), expected, rtol=1e-3, atol=1e-4)
-
-
-def _competitors() -> dict[str, Rule]:
-    found: dict[str, Rule] = {}
+def _competitors() -> dict[str, Function]:
+    found: dict[str, Function] = {}
     # On a machine without a GPU, transformers must not find flash-linear-attention, whose kernels it would then call.
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "fla"}
     sys.modules["fla"] = None  # type: ignore[assignment]
