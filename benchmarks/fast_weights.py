@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.launch.bench.side_by_side import Function, check_equal, measure, table
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.search.reproduce.retrieval import Retriever, draw
 
 SHAPES = {"medium language model": (2, 8, 384, 32), "2,048 tokens": (1, 4, 2048, 64), "8,192 tokens": (1, 4, 8192, 64)}
 _LONGEST_LOOP = 2048
@@ -42,6 +44,13 @@ def main() -> None:
         result[title] = measure(chosen, inputs, args.runs)
         print(f"{title} (batch, heads, length, width of a head: {shape})")
         print(table(result[title]))
+    for symbols in (20, 100):
+        title = f"training of retrieval, setting 2, {symbols} keys"
+        steps, parameters = _retrieval(symbols)
+        check_equal(steps, parameters, 1e-3, 1e-4)
+        result[title] = measure(steps, parameters, args.runs)
+        print(f"{title} (32 sequences of {2 * symbols} pairs, DPFP-1)")
+        print(table(result[title]))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -52,6 +61,25 @@ def _inputs(batch: int, heads: int, length: int, dim: int) -> list[Tensor]:
     q, k = (features(torch.randn(batch, heads, length, dim)) for _ in range(2))
     v, beta = torch.randn(batch, heads, length, dim), torch.rand(batch, heads, length)
     return [x.requires_grad_() for x in (q, k, v, beta)]
+
+
+def _retrieval(symbols: int) -> tuple[dict[str, Function], list[Tensor]]:
+    """Readings of a batch of the retrieval task by its model and by the same with a memory written step by step; the parameters."""
+    torch.manual_seed(0)
+    model = Retriever(symbols, "dpfp-1", "delta")
+    keys, values = draw(symbols, 2 * symbols, 32, replace=True, random=torch.Generator().manual_seed(0))
+    queries = keys[:, :1]
+
+    def by_steps(*_: Tensor) -> Tensor:
+        k, q = model.keys_and_queries(keys, values, queries)
+        beta, v = model.strengths(keys, values), F.one_hot(values, symbols).to(k.dtype)
+        memory = k.new_zeros(len(k), k.shape[-1], symbols)
+        for key, value, strength in zip(k.unbind(1), v.unbind(1), beta.unbind(1), strict=True):
+            error = value - (key[:, None] @ memory).squeeze(1)
+            memory = memory + key[..., None] * (strength[:, None] * error)[:, None]
+        return q @ memory
+
+    return {"ours": lambda *_: model(keys, values, queries), "loop over steps": by_steps}, list(model.parameters())
 
 
 def _competitors() -> dict[str, Function]:

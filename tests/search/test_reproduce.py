@@ -36,9 +36,8 @@ def test_retrieval_reads_what_the_delta_rule_has_written() -> None:
     model = Retriever(12, "dpfp-1", "delta").double()
     keys, values = draw(12, 24, 3, True, torch.Generator().manual_seed(0))
     queries = keys[:, :5]
-    k = model.features(model.key_of_key(model.embedding.weight)[keys] + model.key_of_value.weight[values])
-    q = model.features(model.query(model.embedding.weight)[queries])
-    beta = (model.strength_of_key(model.embedding.weight)[keys] + model.strength_of_value.weight[values]).sigmoid().squeeze(-1)
+    k, q = model.keys_and_queries(keys, values, queries)
+    beta = model.strengths(keys, values)
     _, memory = delta_rule(k[:, None], k[:, None], F.one_hot(values, 12).double()[:, None], beta[:, None])
     read, expected = model(keys, values, queries), q @ memory[:, 0]
     torch.testing.assert_close(read, expected, rtol=1e-12, atol=1e-12)

@@ -54,22 +54,32 @@ class Retriever(nn.Module):
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         """keys, values: [batch, L] int64; queries: [batch, n]. Returns readings [batch, n, S]."""
-        # Symbol by symbol: a matrix of S rows in place of one of batch x L.
-        k = self.key_of_key(self.embedding.weight)[keys] + self.key_of_value.weight[values]
-        q = self.query(self.embedding.weight)[queries]
+        k, q = self.keys_and_queries(keys, values, queries)
         if self.features is None and not self.tanh:
             return self._weighted((q @ k.mT * _KEY_DIM**-0.5).softmax(-1), values)
-        k, q = (x.tanh() if self.features is None else self.features(x) for x in (k, q))
         if self.rule == "sum":
             scores = q @ k.mT
             return self._weighted(scores / (scores.sum(-1, keepdim=True) + 1e-6), values)
-        beta = (self.strength_of_key(self.embedding.weight)[keys] + self.strength_of_value.weight[values]).sigmoid().squeeze(-1)
+        beta = self.strengths(keys, values)
         if self.rule == "fwm":
             one_hot = F.one_hot(values, self.symbols).to(k.dtype)
             return F.layer_norm(q @ _bounded_delta_rule(k, one_hot, beta), (self.symbols,))
         # Read once, the memory need not be built: with the letters of `delta_rule`, y = (q K^T (I + A)^-1) diag(beta) V.
         weights = torch.linalg.solve_triangular(beta[..., None] * (k @ k.mT), q @ k.mT, upper=False, left=False, unitriangular=True)
         return self._weighted(weights * beta[:, None], values)
+
+    def keys_and_queries(self, keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """What is written under and what reads: [batch, L, features] and [batch, n, features]."""
+        # Symbol by symbol: a matrix of S rows in place of one of batch x L.
+        k = self.key_of_key(self.embedding.weight)[keys] + self.key_of_value.weight[values]
+        q = self.query(self.embedding.weight)[queries]
+        if self.tanh:
+            return k.tanh(), q.tanh()
+        return (k, q) if self.features is None else (self.features(k), self.features(q))
+
+    def strengths(self, keys: Tensor, values: Tensor) -> Tensor:
+        """The delta rule's write strengths, [batch, L]."""
+        return (self.strength_of_key(self.embedding.weight)[keys] + self.strength_of_value.weight[values]).sigmoid().squeeze(-1)
 
     def _weighted(self, weights: Tensor, values: Tensor) -> Tensor:
         """A reading of one-hot values: weights [batch, n, L] added up by value."""
