@@ -23,13 +23,17 @@ _SIZES: dict[Scale, list[int]] = {
     "small": [20, 40, 60, 80, 100, 120, 160, 200, 260, 360, 400, 600],
     "full": list(range(20, 601, 20)),
 }
-_STEPS: dict[Scale, int] = {"smoke": 200, "small": 5000, "full": 100_000}
+_STEPS: dict[Scale, tuple[int, int]] = {"smoke": (200, 200), "small": (5000, 2000), "full": (100_000, 100_000)}
+"""Up to 120 pairs, and of more."""
 
 
 def _points(scale: Scale) -> list[Point]:
     kinds = ["softmax", "dpfp-1"] if scale == "smoke" else [*_PUBLISHED, "favor-64-published"]
-    common = {"rule": "sum", "replace": False, "steps": _STEPS[scale], "seed": 1}
-    return [{"symbols": size, "features": kind, **common} for size in _SIZES[scale] for kind in kinds]
+    few, many = _STEPS[scale]
+    common = {"rule": "sum", "replace": False, "seed": 1}
+    return [
+        {"symbols": size, "features": kind, "steps": few if size <= 120 else many, **common} for size in _SIZES[scale] for kind in kinds
+    ]
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
