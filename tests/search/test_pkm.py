@@ -26,11 +26,11 @@ def test_equal_models_are_trained_once(data: Path, tmp_path: Path, monkeypatch: 
     first = pkm_runs.learn(memory)
     (folder,) = pkm_runs.RUNS.iterdir()
     assert not (folder / "checkpoints").exists() and first["table"] == 32 * 32 * 32 and 0 < first["usage"] <= 1
-    monkeypatch.setattr(pkm_runs, "train", pytest.fail)
+    monkeypatch.setattr(pkm_runs, "finish", pytest.fail)
     assert pkm_runs.learn({**memory, "label": "another study's name"}) == first
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [*STUDIES, "fast_weights/language", "fast_weights/translation"])
 def test_every_scale_is_made_of_recipes(name: str) -> None:
     """Of every model: keys that exist, sizes that fit, and none that stands twice under two names."""
     from memshard.trainer.config.load import load_recipe
@@ -39,7 +39,7 @@ def test_every_scale_is_made_of_recipes(name: str) -> None:
         points = catalogue.find(name).points(scale)
         models = [model for point in points for model in point.get("models", {0: point}).values()]
         assert all(load_recipe(model["recipe"], model["overrides"]) for model in models)
-        runs = [(str(load_recipe(point["recipe"], point["overrides"])), point["builder"]) for point in points if "clock" not in point]
+        runs = [(str(load_recipe(p["recipe"], p["overrides"])), p.get("builder")) for p in points if "clock" not in p]
         assert len(set(runs)) == len(runs)
 
 
@@ -56,7 +56,11 @@ def test_the_report_pairs_seeds_and_rounds(tmp_path: Path) -> None:
             "loss": loss,
             "perplexity": 100 * loss,
             "dense": 2e6,
-            "table": 0,
+            "table": 1e6 if use else 0,
+            "tokens": 1000,
+            "trained_tokens": 2_000_000,
+            "lr": 1e-3,
+            "table_lr": 4e-3,
             **use,
         }
 
@@ -65,6 +69,6 @@ def test_the_report_pairs_seeds_and_rounds(tmp_path: Path) -> None:
     times = {"training": {"none": [10.0, 20.0, 30.0]}, "inference": {"none": [1.0, 2.0, 4.0], "memory": [2.0, 3.0, 4.0]}}
     clock = {"clock": 3, "title": "Speed", "models": {"none": {}, "memory": {}}, "trained": ["none"]}
     text = report([*rows, (clock, times)], tmp_path, name="study")
-    assert "| memory | 495.00 +- 7.07 | +0.1500 +- 0.0707 | 2.00 M | 0.00 M | 50.0 +- 0.0 % | 1.50 +- 0.00 | 15.6 |" in text
+    assert "| memory | 495.00 +- 7.07 | +0.1500 +- 0.0707 | 3 | 2.00 M | 1.00 M | 50.0 +- 0.0 % | 1.50 +- 0.00 | 15.6 |" in text
     assert "| none | 20 | 1.00 (1.00 to 1.00) | 2 |" in text and "| memory |  |  | 3 | 1.50 (1.00 to 2.00) |" in text
     assert (tmp_path / "study.png").stat().st_size > 10_000

@@ -37,7 +37,7 @@ def chosen(device: torch.device, dtype: torch.dtype, features: int, width: int) 
     try:
         from fla.ops.delta_rule import chunk_delta_rule
 
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             worst = _difference(chunk_delta_rule, device, dtype, features, width)
     except ImportError as problem:
         return None, f"chunks in torch (no flash-linear-attention: {problem})"

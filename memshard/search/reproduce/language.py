@@ -1,32 +1,26 @@
 """Language models: sum rule against delta rule, truncated and endless contexts (Schlag et al. 2021, tables 2 and 4)."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from memshard.data_pipeline.format.index import INDEX_FILE
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
-from memshard.trainer.config.load import load_recipe
+from memshard.search.reproduce.trained import finish, folder_of, prepare
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
-from memshard.trainer.loop import train
 from memshard.trainer.run import Run
-from memshard.trainer.set_up import set_up
 
 RUNS = Path("runs/reproduce/fast_weights/language/runs")
 
 _SUM = ["model.mixer.kind=linear"]
+_CARRIED = ["train.carry_state=true", "model.position=none"]
 # As published, the sum rule keeps its attention normalisation everywhere: without it an endless context is worse still (above 1,600).
 _MODELS: dict[str, list[str]] = {
     "delta": [],
     "sum": _SUM,
-    "delta, carried": ["train.carry_state=true"],
-    "sum, carried": [*_SUM, "train.carry_state=true"],
-    "softmax, with positions": ["model.mixer.kind=softmax", "model.position=learned"],
+    "delta, carried": _CARRIED,
+    "sum, carried": [*_SUM, *_CARRIED],
+    "softmax, with positions": ["model.mixer.kind=softmax", "model.position=sinusoidal"],
 }
 # Word perplexities of the test set, small and medium, read from tables 2 to 4: with truncated contexts, and without.
 _PUBLISHED: dict[str, tuple[str, str]] = {
@@ -49,18 +43,12 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
     FileNotFoundError, with the command that builds it, without the data.
     """
-    recipe = load_recipe(point["recipe"], point["overrides"])
-    if not Path(recipe.data.path, INDEX_FILE).exists():
-        build = f"memshard data build TEXT --vocab 4096 --held-out 40 --out {recipe.data.path}"
-        raise FileNotFoundError(f"there is no data folder {recipe.data.path}: {build}")
-    folder = RUNS / hashlib.sha256(json.dumps([point["recipe"], point["overrides"]]).encode()).hexdigest()[:16]
-    run = set_up(recipe, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if not train(run)["finished"]:
-        raise RuntimeError(f"stopped at step {run.progress.step} of {recipe.train.steps}: the same command goes on from there")
+    run = prepare(point, folder_of(point, RUNS), "TEXT --vocab 4096 --held-out 40")
+    finish(run)
     sliding = _evaluated(run, point, endless=False)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in run.model.parameters()), "tokens": sliding.tokens}
     result |= _perplexities(sliding, run, "")
-    if recipe.model.position == "none":
+    if run.recipe.model.position == "none":
         endless = _evaluated(run, point, endless=True)
         result |= _perplexities(endless, run, "endless_") | {"by_position": endless.by_position()}
     return result
@@ -84,7 +72,7 @@ def _perplexities(evaluation: Evaluation, run: Run, kind: str) -> dict[str, floa
 
 def _points(scale: Scale) -> list[Point]:
     size = {"recipe": "fast-weights-small", **_SIZES[scale]}
-    return [{**size, "model": name, "overrides": [*settings, *size["overrides"]]} for name, settings in _MODELS.items()]
+    return [{**size, "model": name, "overrides": [*size["overrides"], *settings]} for name, settings in _MODELS.items()]
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:

@@ -81,7 +81,8 @@ class MixtureOfExperts(nn.Module):
         places = order // self.active
         parts = places.split(load.tolist())
         read = torch.cat([expert(tokens[part]) for expert, part in zip(self.experts, parts, strict=True)])
-        weighted = read * gates.gather(1, chosen).flatten()[order, None]
+        # Sigmoids begin at a half: so scaled, the active experts weigh as much as one feedforward.
+        weighted = read * (2 / self.active * gates.gather(1, chosen).flatten()[order, None])
         return torch.zeros_like(tokens, dtype=weighted.dtype).index_add(0, places, weighted).view(x.shape)
 
 

@@ -24,14 +24,28 @@ def report(rows: Rows, folder: Path, name: str) -> str:
             published[point["label"]] = point["published"]
     clocks = [(point, result) for point, result in rows if "clock" in point]
     first, *_ = learned
+    # The largest model without a table: what else the parameters of memories could have been spent on.
+    plain = [label for label, results in learned.items() if not results[0]["table"]]
+    largest = max(plain, key=lambda label: learned[label][0]["dense"], default=first)
+    bases = list(dict.fromkeys((first, largest)))
     seeds = len(learned[first])
-    spread = f"mean +- standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"Held-out text, {spread}. Gain: over {first}, seed by seed, nats a token.\n\n"
-    text += "| model | perplexity | gain | dense | table | usage | KL | published |\n|---|---|---|---|---|---|---|---|\n"
+    spread = f"Mean +- standard deviation of {seeds} seeds." if seeds > 1 else "One seed."
+    speed = clocks[0][1]["inference"] if clocks else {}
+    made = learned[first][0]
+    text = (
+        f"{made['trained_tokens'] / 1e6:.1f} million tokens, learning rates {made['lr']:g} (dense) and {made['table_lr']:g} (tables); "
+        f"{made['tokens']:,} held-out tokens.\n"
+    )
+    text += f"{spread} Gain, seed by seed: nats a token. Inference: us a token.\n\n"
+    titles = ["model", "perplexity", *(f"gain over {base}" for base in bases), "inference", "dense", "table", "usage", "KL", "published"]
+    text += f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
     for label, results in learned.items():
-        gains = [base["loss"] - result["loss"] for base, result in zip(learned[first], results, strict=True)]
         cells = [label, _spread([result["perplexity"] for result in results], ".2f")]
-        cells += ["" if label == first else _spread(gains, "+.4f"), *(f"{results[0][kind] / 1e6:.2f} M" for kind in ("dense", "table"))]
+        for base in bases:
+            gains = [other["loss"] - result["loss"] for other, result in zip(learned[base], results, strict=True)]
+            cells.append("" if label == base else _spread(gains, "+.4f"))
+        cells.append(f"{statistics.median(speed[label]):.0f}" if label in speed else "")
+        cells += [f"{results[0][kind] / 1e6:.2f} M" for kind in ("dense", "table")]
         used = "usage" in results[0]
         cells.append(_spread([100 * result["usage"] for result in results], ".1f") + " %" if used else "")
         cells.append(_spread([result["kl_weighted"] for result in results], ".2f") if used else "")
@@ -67,21 +81,23 @@ def _clock_table(point: Point, result: dict[str, Any]) -> str:
 def _draw(learned: dict[str, list[dict[str, Any]]], clock: dict[str, Any], file: Path) -> None:
     figure = canvas(13, 4)
     parameters, speed, use = figure.subplots(1, 3)
-    times = {label: statistics.median(found) for label, found in clock.get("inference", {}).items()}
-    sizes = {label: (results[0]["dense"] + results[0]["table"]) / 1e6 for label, results in learned.items()}
+    times = clock.get("inference", {})
+    sizes = {label: [(results[0]["dense"] + results[0]["table"]) / 1e6] for label, results in learned.items()}
     _scatter(parameters, sizes, learned, "million parameters")
     parameters.set_xscale("log", subs=[2, 5])
     parameters.xaxis.set_major_formatter("{x:g}")
     parameters.xaxis.set_minor_formatter("{x:g}")
-    _scatter(speed, times, learned, "inference, us a token")
+    _scatter(speed, times, learned, "inference, us a token (bars: range of rounds)")
     clean(use)
     memories = [label for label, results in learned.items() if "usage" in results[0]]
-    use.barh(memories, _means(learned, memories, "usage", 100), color=COLORS[0], height=0.6)
+    used, low_high = _ranges(learned, memories, "usage", 100)
+    use.barh(memories, used, xerr=low_high, color=COLORS[0], height=0.6, error_kw={"capsize": 3})
     use.set_xlabel("slots used, % (bars)")
     use.tick_params(axis="y", labelsize=8)
     use.invert_yaxis()
     divergence = use.twiny()
-    divergence.plot(_means(learned, memories, "kl_weighted"), memories, "o", color=COLORS[1])
+    middle, low_high = _ranges(learned, memories, "kl_weighted")
+    divergence.errorbar(middle, memories, xerr=low_high, fmt="o", color=COLORS[1], capsize=3)
     divergence.set_xlabel("KL to uniform, nats (dots)")
     divergence.set_xlim(left=0)
     divergence.spines["right"].set_visible(False)
@@ -89,18 +105,26 @@ def _draw(learned: dict[str, list[dict[str, Any]]], clock: dict[str, Any], file:
     figure.savefig(file)
 
 
-def _scatter(axes: "Axes", places: dict[str, float], learned: dict[str, list[dict[str, Any]]], name: str) -> None:
+def _scatter(axes: "Axes", places: dict[str, list[float]], learned: dict[str, list[dict[str, Any]]], name: str) -> None:
     clean(axes)
     for number, (label, results) in enumerate(learned.items()):
         if label in places:
-            found = [result["perplexity"] for result in results]
-            middle = statistics.mean(found)
-            error = [[middle - min(found)], [max(found) - middle]]
+            x, y = statistics.median(places[label]), statistics.mean(result["perplexity"] for result in results)
+            error = _bars([result["perplexity"] for result in results], y)
             marker = "osD^v"[number // len(COLORS) % 5]
-            axes.errorbar(places[label], middle, yerr=error, fmt=marker, color=COLORS[number % len(COLORS)], label=label, capsize=3)
+            color = COLORS[number % len(COLORS)]
+            axes.errorbar(x, y, yerr=error, xerr=_bars(places[label], x), fmt=marker, color=color, label=label, capsize=3)
     axes.set_xlabel(name)
     axes.set_ylabel("perplexity (bars: range of seeds)")
 
 
-def _means(learned: dict[str, list[dict[str, Any]]], labels: Iterable[str], key: str, factor: float = 1) -> list[float]:
-    return [factor * statistics.mean(result[key] for result in learned[label]) for label in labels]
+def _bars(values: list[float], middle: float) -> list[list[float]]:
+    return [[middle - min(values)], [max(values) - middle]]
+
+
+def _ranges(learned: dict[str, list[dict[str, Any]]], labels: Iterable[str], key: str, factor: float = 1) -> tuple[list[float], Any]:
+    """Means over seeds, and how far below and above them the seeds reach: [2, labels]."""
+    found = [[factor * result[key] for result in learned[label]] for label in labels]
+    means = [statistics.mean(values) for values in found]
+    bars = [_bars(values, mean) for values, mean in zip(found, means, strict=True)]
+    return means, [[bar[side][0] for bar in bars] for side in (0, 1)]

@@ -1,7 +1,6 @@
 """Runs of models with and without memory: what a model learns, and what a token costs."""
 
 import fcntl
-import hashlib
 import json
 import shutil
 import tempfile
@@ -11,17 +10,14 @@ from typing import Any
 
 import torch
 
-from memshard.data_pipeline.format.index import INDEX_FILE
 from memshard.models.memory.table import find_tables
 from memshard.search.reproduce.clock import now
 from memshard.search.reproduce.pkm_layers import BUILDERS
-from memshard.trainer.config.load import dump, load_recipe
-from memshard.trainer.config.recipe import Recipe
-from memshard.trainer.loop import evaluate_run, train
+from memshard.search.reproduce.trained import finish, folder_of, prepare
+from memshard.trainer.loop import evaluate_run
 from memshard.trainer.precision import autocast, compute_dtype
 from memshard.trainer.run import Run
 from memshard.trainer.run_folder import CHECKPOINTS
-from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 
 RUNS = Path("runs/reproduce/pkm/runs")
@@ -41,28 +37,34 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
 
     point: recipe, a bundled name, with overrides; builder, one of BUILDERS. Of usage and KL the mean over the tables.
     """
-    text = dump(load_recipe(point["recipe"], point["overrides"])) + point["builder"]
-    folder = RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = folder_of(point, RUNS)
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / _RESULT
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             run = _set_up(point, folder)
-            if not train(run)["finished"]:
-                raise RuntimeError(f"stopped at step {run.progress.step} of {run.recipe.train.steps}: the same command goes on from there")
-            kept.write_text(json.dumps(_measured(run)))
+            finish(run)
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps(_measured(run)))
+            partial.replace(kept)
             shutil.rmtree(folder / CHECKPOINTS)
         result: dict[str, Any] = json.loads(kept.read_text())
         return result
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    evaluation = evaluate_run(run)
-    usage = [asdict(report) for report in evaluation.usage.values()]
-    mean = {key: sum(report[key] for report in usage) / len(usage) for key in ("usage", "kl_weighted", "kl_count") if usage}
+    evaluation, settings = evaluate_run(run), run.recipe
+    # PEER's other table is read at the same slots, without weights.
+    usage = [asdict(report) for name, report in evaluation.usage.items() if name.endswith("values")]
+    kinds = ("usage", "kl_weighted", "kl_count", "reads_per_slot") if usage else ()
+    mean = {kind: sum(report[kind] for report in usage) / len(usage) for kind in kinds}
     return {
         "loss": evaluation.loss,
+        "tokens": evaluation.tokens,
+        "trained_tokens": settings.train.steps * settings.train.batch * settings.data.length,
+        "lr": settings.optimizer.lr,
+        "table_lr": settings.tables.lr,
         "perplexity": evaluation.perplexity,
         "dense": sum(p.numel() for p in run.model.parameters()),
         "table": sum(table.weight.numel() for _, table in find_tables(run.model)),
@@ -107,9 +109,4 @@ def _inference(run: Run) -> float:
 
 
 def _set_up(model: dict[str, Any], folder: Path) -> Run:
-    recipe: Recipe = load_recipe(model["recipe"], model["overrides"])
-    if not Path(recipe.data.path, INDEX_FILE).exists():
-        build = f"memshard data build TEXT --vocab 4096 --held-out 0.005 --out {recipe.data.path}"
-        raise FileNotFoundError(f"there is no data folder {recipe.data.path}: {build}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return set_up(recipe, folder, device, BUILDERS[model["builder"]])
+    return prepare(model, folder, "TEXT --vocab 4096 --held-out 0.005", BUILDERS[model["builder"]])

@@ -15,9 +15,10 @@ from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.decode.generate import generate
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
+from memshard.search.reproduce.trained import finish
 from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from memshard.trainer.evaluation.canvas import canvas
-from memshard.trainer.loop import evaluate_run, train
+from memshard.trainer.loop import evaluate_run
 from memshard.trainer.set_up import set_up
 
 _SHOWN = 10
@@ -57,7 +58,7 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
         optimizer=OptimizerConfig(lr=point["lr"], warmup=min(200, steps // 2)),
     )  # fmt: skip
     run = set_up(recipe, Path(point["run"]), device)
-    train(run)
+    finish(run)
     evaluation = evaluate_run(run)
     held_out = HeldOutRecords(point["data"], values)
     shown = min(_SHOWN, held_out.windows)

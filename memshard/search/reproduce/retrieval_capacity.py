@@ -38,17 +38,24 @@ def _points(scale: Scale) -> list[Point]:
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     found: dict[str, dict[int, float]] = {}
+    stopped = {(point["features"], point["symbols"]) for point, result in rows if result["curve"][-1][0] == point["steps"]}
     for point, result in rows:
         found.setdefault(point["features"], {})[point["symbols"]] = result["loss"]
     lines(found, _PUBLISHED, folder / "capacity.png", "pairs", "held-out loss")
     sizes = sorted({size for losses in found.values() for size in losses})
-    text = "Best held-out loss, in brackets the published one. Attention over S pairs of different keys, one seed.\n\n"
+    most = sorted({point["steps"] for point, _ in rows}, reverse=True)
+    text = (
+        f"Best held-out loss, in brackets the published one. Attention over S pairs of different keys, one seed. At most {most[0]:,} steps"
+        + (f", {most[-1]:,} for more than 120 pairs" if len(most) > 1 else "")
+        + "; * met that end. Published runs had up to 100,000.\n\n"
+    )
     text += f"| features | {' | '.join(str(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     for kind, losses in found.items():
         cells = []
         for size in sizes:
             published = _PUBLISHED.get(kind, {}).get(size)
-            cells.append(f"{losses[size]:.2g}" + (f" ({published:.2g})" if published is not None else "") if size in losses else "")
+            cell = f"{losses[size]:.2g}{'*' if (kind, size) in stopped else ''}" if size in losses else ""
+            cells.append(cell + (f" ({published:.2g})" if cell and published is not None else ""))
         text += f"| {kind} | {' | '.join(cells)} |\n"
     return text + "\n![loss against the number of pairs](capacity.png)\n"
 

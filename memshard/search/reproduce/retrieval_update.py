@@ -41,7 +41,10 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for point, result in rows:
         found.setdefault(_name(point), {})[point["symbols"]] = result["loss"], result["step"]
     sizes = sorted({point["symbols"] for point, _ in rows})
-    text = "Best held-out loss at its step, in brackets the published loss. 2 S pairs of S keys, drawn with replacement, one seed.\n\n"
+    text = (
+        "Best held-out loss at its step, in brackets the published loss. 2 S pairs of S keys, drawn with replacement; held-out\n"
+        f"sequences of S pairs, as published. At most {rows[0][0]['steps']:,} steps, published runs up to 100,000; one seed.\n\n"
+    )
     text += f"| rule, features | {' | '.join(f'S = {size}' for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     for kind, losses in found.items():
         cells = []

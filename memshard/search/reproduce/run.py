@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from memshard.search.reproduce.catalogue import Point, Scale, find
+from memshard.search.reproduce.trained import settings
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report.md"
 
@@ -36,7 +37,7 @@ def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Call
     timed = [point for point in missing if experiment.alone(point)]
     others = [point for point in missing if point not in timed]
     for point, result, seconds in chain(_results(name, others, workers), _results(name, timed, 1)):
-        line = json.dumps({"point": point, "result": result, "seconds": round(seconds, 2)})
+        line = json.dumps({"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)})
         done[_key(point)] = json.loads(line)
         with (folder / RESULTS_FILE).open("a") as file:
             file.write(line + "\n")
@@ -90,11 +91,22 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     if whole != text:
         path.write_text(whole)
     rows = [json.loads(line) for line in whole.splitlines()]
-    return {_key(row["point"]): row for row in rows}
+    return {row["key"]: row for row in rows}
 
 
 def _key(point: Point) -> str:
-    return hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
+    """Of the point, of the recipes it names as they read now, and of their data."""
+    text = "".join(settings(recipe) for recipe in _recipes(point))
+    return hashlib.sha256((json.dumps(point, sort_keys=True) + text).encode()).hexdigest()
+
+
+def _recipes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every {recipe, overrides, ...} anywhere in a point."""
+    if isinstance(value, dict):
+        if "recipe" in value:
+            yield value
+        for inner in value.values():
+            yield from _recipes(inner)
 
 
 def _versions() -> dict[str, Any]:

@@ -1,21 +1,15 @@
 """Translation with softmax attention, linear attention and the delta rule (Schlag et al. 2021, table 1)."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memshard.data_pipeline.build.sources import read_lines
-from memshard.data_pipeline.format.index import INDEX_FILE
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.models.seq2seq import EncoderDecoder
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
-from memshard.trainer.config.load import load_recipe
+from memshard.search.reproduce.trained import finish, folder_of, prepare
 from memshard.trainer.evaluation.translation import bleu, translate
-from memshard.trainer.loop import evaluate_run, train
-from memshard.trainer.set_up import set_up
+from memshard.trainer.loop import evaluate_run
 
 RUNS = Path("runs/reproduce/fast_weights/translation/runs")
 _SHOWN = 3
@@ -64,17 +58,11 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
     FileNotFoundError, with what to do, without the data.
     """
-    recipe = load_recipe("multi30k-softmax", point["overrides"])
-    if not Path(recipe.data.path, INDEX_FILE).exists():
-        build = f"memshard data build train.en train.de --documents pairs --vocab 4096 --held-out 500 --out {recipe.data.path}"
-        raise FileNotFoundError(f"there is no data folder {recipe.data.path}: {build}")
+    run = prepare(point, folder_of(point, RUNS), "train.en train.de --documents pairs --vocab 4096 --held-out 500")
     source, reference = (read_lines(_file(name)) for name in point["test"])
-    folder = RUNS / hashlib.sha256(json.dumps(point["overrides"]).encode()).hexdigest()[:16]
-    run = set_up(recipe, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if not train(run)["finished"]:
-        raise RuntimeError(f"stopped at step {run.progress.step} of {recipe.train.steps}: the same command goes on from there")
+    finish(run)
     assert isinstance(run.model, EncoderDecoder)
-    translations = translate(run.model.eval(), Tokenizer(recipe.data.path), source, run.dtype)
+    translations = translate(run.model.eval(), Tokenizer(run.recipe.data.path), source, run.dtype)
     score, signature = bleu(translations, reference)
     evaluation = evaluate_run(run)
     return {
@@ -96,7 +84,7 @@ def _file(name: str) -> Path:
 
 def _points(scale: Scale) -> list[Point]:
     models = _MODELS | _ONLY_FULL if scale == "full" else _MODELS
-    size = _SIZES[scale]
+    size = {"recipe": "multi30k-softmax", **_SIZES[scale]}
     return [{**size, "model": name, "overrides": [*settings, *size["overrides"]]} for name, settings in models.items()]
 
 
