@@ -99,6 +99,7 @@ def test_commands_evaluate_and_translate(recipe: Path, tmp_path: Path, capfd: py
 
     held_out = result("eval", run, "--beam", "1")
     assert 5 < held_out["loss"] < 6 and held_out["tokens"] > 40 and 0 <= held_out["bleu"] < 50 and "13a" in held_out["bleu_signature"]
+    assert held_out["bleu_margin"] >= 0
     (tmp_path / "a.txt").write_text("eins zwei\nacht\ndrei vier neun\n")
     (tmp_path / "b.txt").write_text("zwei eins\nacht\nneun vier drei\n")
     scored = result("eval", run, "--pairs", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))

@@ -164,13 +164,15 @@ def _scores(
     with usage_errors():
         translations = translate(loaded.model, loaded.tokenizer, source, dtype, batch=args.batch, **settings)
         seconds = time.perf_counter() - begun
-        score, signature = bleu(translations, reference)
+        score, margin, signature = bleu(translations, reference)
     examples = [list(row) for row in zip(source[:3], translations, reference, strict=False)]
-    return {"bleu": score, "bleu_signature": signature, **settings, "sentences_per_s": len(source) / seconds, "examples": examples}
+    named = {"bleu": score, "bleu_margin": margin, "bleu_signature": signature}
+    return {**named, **settings, "sentences_per_s": len(source) / seconds, "examples": examples}
 
 
 def _show_scores(result: dict[str, Any]) -> None:
-    print(f"  BLEU {result['bleu']:.2f} ({result['bleu_signature']}), beam {result['beam']}, {result['sentences_per_s']:.1f} sentences/s")
+    score = f"BLEU {result['bleu']:.2f} +- {result['bleu_margin']:.2f} ({result['bleu_signature']})"
+    print(f"  {score}, beam {result['beam']}, {result['sentences_per_s']:.1f} sentences/s")
     for source, translation, reference in result["examples"]:
         print(f"  {source}\n    model      {translation}\n    reference  {reference}")
 

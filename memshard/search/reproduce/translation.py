@@ -63,10 +63,11 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     finish(run)
     assert isinstance(run.model, EncoderDecoder)
     translations = translate(run.model.eval(), Tokenizer(run.recipe.data.path), source, run.dtype)
-    score, signature = bleu(translations, reference)
+    score, margin, signature = bleu(translations, reference)
     evaluation = evaluate_run(run)
     return {
         "bleu": score,
+        "margin": margin,
         "signature": signature,
         "sentences": len(source),
         "loss": evaluation.loss,
@@ -91,13 +92,15 @@ def _points(scale: Scale) -> list[Point]:
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     point, first = rows[0]
     text = (
-        f"BLEU of {first['sentences']:,} test sentences ({first['signature']}) with a beam of 4, and held-out loss in nats a target\n"
-        "token, without label smoothing. One seed. Published: WMT14 English to German, 6 + 6 layers of width 1,024; delta is not\n"
-        "among them.\n\n| attention | parameters | held-out loss | BLEU | published |\n|---|---|---|---|---|\n"
+        f"BLEU of {first['sentences']:,} test sentences ({first['signature']}) with a beam of 4 (+-: 95 % of draws of the sentences),\n"
+        "and held-out loss in nats a target token, without label smoothing. One seed. Published: WMT14 English to German, 6 + 6\n"
+        "layers of width 1,024; delta is not among them.\n\n"
+        "| attention | parameters | held-out loss | BLEU | published |\n|---|---|---|---|---|\n"
     )
     for point, result in rows:
         published = f"{_PUBLISHED[point['model']]}" if point["model"] in _PUBLISHED else ""
-        text += f"| {point['model']} | {result['parameters']:,} | {result['loss']:.3f} | {result['bleu']:.1f} | {published} |\n"
+        score = f"{result['bleu']:.1f} +- {result['margin']:.1f}"
+        text += f"| {point['model']} | {result['parameters']:,} | {result['loss']:.3f} | {score} | {published} |\n"
     for number, (source, _, reference) in enumerate(first["examples"]):
         text += f"\n- {source}\n  - reference: {reference}\n"
         text += "".join(f"  - {point['model']}: {result['examples'][number][1]}\n" for point, result in rows)
