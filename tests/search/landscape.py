@@ -3,12 +3,14 @@
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from memshard.search.evolve.child import Task
 from memshard.search.evolve.history import STOPPED, History, stops
+from memshard.search.evolve.journal import Event
 from memshard.search.evolve.run import search
 from memshard.search.evolve.settings import Settings
 from memshard.search.evolve.workers import Processes
@@ -58,11 +60,35 @@ def run(folder: Path, workers: int, **changes: Any) -> History:
     return search(folder, chosen, lambda: Processes(work, workers, chosen.timeout, None), say=lambda line: None)
 
 
+class Here:
+    """Workers without processes: a task runs when it is polled. after: events that come behind those of a task."""
+
+    count = 1
+
+    def __init__(self, after: Callable[[Task], list[Event]]) -> None:
+        self._waiting: deque[Task] = deque()
+        self._after = after
+
+    def submit(self, task: Task) -> None:
+        self._waiting.append(task)
+
+    def poll(self, seconds: float) -> list[Event]:
+        task = self._waiting.popleft()
+        return [*work(task), *self._after(task)]
+
+    def close(self) -> None: ...
+
+
+def run_here(folder: Path, after: Callable[[Task], list[Event]] = lambda task: [], **changes: Any) -> History:
+    """The search without processes."""
+    return search(folder, settings(folder, **changes), lambda: Here(after), say=lambda line: None)
+
+
 def outcome(history: History) -> list[Any]:
-    """All that two equal histories must agree on: programs, losses, ends, and who is left."""
+    """All that two equal histories must agree on: programs, losses, ends, and the winner."""
     facts = ("id", "parent", "dna", "mutation", "hash", "steps", "hurdles", "status", "fitness")
     children = [[getattr(child, fact) for fact in facts] + [rung[:2] for rung in child.rungs] for child in history.children]
-    return [children, [child.id for child in history.population()]]
+    return [children, history.winner()]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_the_same_history_with_any_number_of_workers_and_after_any_kill(tmp_path
     _kill_at(folders[2], 220, 2, 80, "worker")
     killed = load(folders[2])
     assert landscape.outcome(killed) == landscape.outcome(one)
-    assert len(one.population()) == 12 and one.winner() != 0
+    assert one.winner() != 0
     assert {child.phase for child in one.children} == {"search", "final", "lineage", "size"}
 
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -78,7 +79,7 @@ class History:
             return
         child = self.children[event["id"]]
         if kind == "rung":
-            child.rungs.append(Rung(event["step"], event["loss"], event["seconds"]))
+            child.rungs[event["rung"] :] = [Rung(event["step"], event["loss"], event["seconds"])]
         elif kind == "lost":
             child.lost += 1
         else:
@@ -112,27 +113,25 @@ class History:
         earlier = self.visible(child.id) if child.phase == "search" and child.id >= self.settings.copies else []
         return next((other for other in reversed(earlier) if other.hash == child.hash and other.status in ("full", STOPPED)), None)
 
-    def population(self) -> list[Child]:
-        """The last of the search."""
-        order = sorted(self.ended) if self.settings.deterministic else self.ended
-        found = [self.children[id] for id in order if self.children[id].phase == "search"]
-        return found[-self.settings.population :]
-
     def next_births(self) -> list[Event]:
-        """Events of what can be born now: one child of the search, or all trainings of the phase that follows; none if there is nothing."""
+        """Events of what can be born now: one child of the search, or what a phase after it has not had yet; none if there is nothing."""
         number = len(self.children)
         if number < self.settings.children:
             return self._breed(number)
         if self.living():
             return []
-        phases = {child.phase for child in self.children}
-        if "final" not in phases:
-            return self._again("final", [0, *(child.id for child in self.best(self.settings.finalists))], [1.0], self.settings.final_seeds)
-        if "lineage" not in phases and (path := self._ancestors()):
-            return self._again("lineage", path, [1.0], self.settings.final_seeds)
-        if "size" not in phases and self.settings.sizes:
-            return self._again("size", sorted({0, self.winner()}), list(self.settings.sizes), self.settings.size_seeds)
+        for phase, programs, sizes, seeds in self._phases():
+            jobs = [(id, size) for size in sizes for id in programs for _ in range(seeds)]
+            if missing := jobs[sum(child.phase == phase for child in self.children) :]:
+                return [self._birth(number + n, phase, id, size, []) for n, (id, size) in enumerate(missing)]
         return []
+
+    def _phases(self) -> Iterator[tuple[Phase, list[int], tuple[float, ...], int]]:
+        """Programs, sizes and seeds of what follows the search: each phase is a function of those before it, so a kill loses none."""
+        settings = self.settings
+        yield "final", [0, *(child.id for child in self.best(settings.finalists))], (1.0,), settings.final_seeds
+        yield "lineage", self._ancestors(), (1.0,), settings.final_seeds
+        yield "size", sorted({0, self.winner()}), settings.sizes, settings.size_seeds
 
     def best(self, count: int) -> list[Child]:
         """Distinct programs of the search that trained to the end, the lowest losses first; the start is not among them."""
@@ -169,7 +168,7 @@ class History:
         return path[::-1]
 
     def _ancestors(self) -> list[int]:
-        """Nearest ancestors of the winner that were not trained again yet."""
+        """Nearest ancestors of the winner that are no finalists."""
         known = {self.children[c.parent].hash for c in self.children if c.phase == "final" and c.parent is not None}
         path = [child.id for child in self.lineage(self.winner())[:-1] if child.hash not in known]
         return path[len(path) - min(len(path), self.settings.ancestors) :]
@@ -206,11 +205,6 @@ class History:
         passed = sum(len(child.rungs) > stop + 1 for child in met)
         share = 0.5 - (passed - len(met) / 2) / window
         return float(np.quantile([child.rungs[stop].loss for child in arrived[-window:]], min(max(share, 0.0), 1.0)))
-
-    def _again(self, phase: Phase, programs: list[int], sizes: list[float], seeds: int) -> list[Event]:
-        jobs = [(id, size) for size in sizes for id in programs for _ in range(seeds)]
-        first = len(self.children)
-        return [self._birth(first + n, phase, id, size, []) for n, (id, size) in enumerate(jobs)]
 
     def _birth(self, id: int, phase: Phase, parent: int | None, size: float, hurdles: list[float | None]) -> Event:
         seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{id}".encode()).digest()[:4], "big") >> 1
