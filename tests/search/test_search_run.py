@@ -2,13 +2,12 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +16,7 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.search.dna.compile import Compiled, compile_dna
-from memshard.search.evolve.child import Training, flops, shape, start_dna
+from memshard.search.evolve.child import Task, Training, flops, shape, start_dna, work
 from memshard.search.evolve.journal import read
 from memshard.search.evolve.run import load
 from memshard.search.evolve.settings import load_settings
@@ -39,18 +38,18 @@ class Job:
     """A task for `misbehave`."""
 
     id: int
-    what: str
+    do: str
 
 
 def misbehave(job: Job) -> Iterator[dict]:
     """One event, then what the job asks for."""
     yield {"event": "begun", "id": job.id}
-    if job.what == "die":
+    if job.do == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if job.what == "hang":
+    if job.do == "hang":
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
         time.sleep(1000)
-    if job.what == "eat":
+    if job.do == "eat":
         try:
             torch.ones(2**31)
         except RuntimeError as error:
@@ -111,17 +110,18 @@ def test_a_search_on_real_text_reports_its_verdict(tmp_path: Path, capfd: pytest
 @pytest.mark.slow
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
 def test_a_search_on_real_text_survives_kills(tmp_path: Path) -> None:
-    """From the Transformer, with kill -9 of a worker and of the search, it ends as it does without."""
+    """From the Transformer, with kill -9 of its workers and of the search, it ends as it does without."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["search", "run", str(whole), f"text={TEXT}", *TINY]) == 0
     command = [sys.executable, "-m", "memshard", "search", "run", str(killed), "--workers", "2", f"text={TEXT}", *TINY]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    for events, victim in ((14, "worker"), (40, "search")):
+    for events, victim in ((14, "workers"), (40, "search")):
         while len(read(killed)) < events:
             assert process.poll() is None
             time.sleep(0.01)
         workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-        (random.choice(workers) if victim == "worker" else process).send_signal(signal.SIGKILL)
+        for killed_process in workers if victim == "workers" else [process]:
+            killed_process.send_signal(signal.SIGKILL)
     process.wait()
     assert not psutil.wait_procs(workers, timeout=60)[1], "workers live on after their search"
     assert main(["search", "run", str(killed), "--workers", "2"]) == 0
@@ -136,10 +136,33 @@ def test_a_training_goes_on_from_a_stop_bit_for_bit(tmp_path: Path) -> None:
     whole, half, again = (Training(program, settings, read_text(str(TEXT), 16), 1, 2) for _ in range(3))
     for _ in range(3):
         half.advance()
-    half.save(tmp_path / "state.safetensors")
-    again.load(tmp_path / "state.safetensors")
+    rungs = [{"rung": 0, "step": 3, "loss": 1.5, "seconds": 0.1}]
+    path = tmp_path / "new" / "state.safetensors"
+    half.save(path, "this", rungs)
+    assert again.load(path, "another") == again.load(tmp_path / "none", "this") == [] and again.step == 0
+    assert again.load(path, "this") == rungs
     losses = [whole.advance() for _ in range(6)]
     assert [again.advance() for _ in range(3)] == losses[3:] and again.loss("valid") == whole.loss("valid")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert again.load(path, "this") == []
+
+
+@pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
+def test_a_state_ahead_of_the_journal_loses_no_rung(tmp_path: Path) -> None:
+    settings = load_settings(None, [f"text={TEXT}", *TINY, "hurdles=2", "step_costs=same"])
+    task = Task("train", 0, settings, 3, dna=start_dna(settings), hurdles=(None, None), state=tmp_path / "0.safetensors")
+
+    def told(task: Task) -> Iterator[dict]:
+        return (event for event in work(task) if event["event"] != "beat")
+
+    whole = list(told(replace(task, state=None)))
+    cut = told(task)
+    assert [next(cut)["event"] for _ in range(3)] == ["steps", "rung", "rung"]
+    again = list(told(replace(task, steps=whole[0]["steps"])))
+    assert [event["event"] for event in again] == ["rung", "rung", "rung", "done"]
+    assert [event | {"seconds": 0} for event in again] == [event | {"seconds": 0} for event in whole[1:]]
+    seconds = [event["seconds"] for event in again[:-1]]
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize(

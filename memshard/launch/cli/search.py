@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     run.add_argument("folder", nargs="?", metavar="DIR", help="folder of journal and report")
     run.add_argument("--settings", type=Path, metavar="FILE", help="YAML file of settings")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="programs trained side by side, one thread each (default 1)")
-    run.add_argument("--ray", metavar="ADDRESS", help="workers of a Ray cluster that sees the text under its path; local starts one here")
+    run.add_argument("--ray", metavar="ADDRESS", help="workers of a Ray cluster that sees text and DIR, too; local starts one here")
     run.add_argument("--explain", action="store_true", help="print all settings, their defaults and meaning")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as text=FILE children=100")
     run.set_defaults(run=run_search)
@@ -58,7 +58,7 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
         if args.ray:
             from memshard.search.evolve.ray_workers import RayWorkers
 
-            return RayWorkers(work, args.workers, settings.timeout, args.ray)
+            return RayWorkers(work, args.workers, settings.timeout, args.ray, gpus=int(settings.device == "cuda"))
         from memshard.search.evolve.workers import Processes
 
         # CUDA maps far more than it uses.

@@ -1,18 +1,20 @@
 """One child in a worker: drawn from its parent, its step timed, trained from stop to stop. Tells by events what it does."""
 
+import hashlib
+import json
 import math
 import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ from memshard.search.dna.golden import golden
 from memshard.search.dna.mutate import mutate
 from memshard.search.evolve.history import STOPPED, stops
 from memshard.search.evolve.journal import Event
-from memshard.search.evolve.settings import Settings
+from memshard.search.evolve.settings import Settings, to_dict
 from memshard.search.evolve.text import Text, read_text
 
 MUTATIONS = ("delete", "insert", "replace", "field", "swap", "bank")  # in the order of the setting
@@ -125,28 +127,28 @@ def train(task: Task) -> Iterator[Event]:
         yield {"event": "done", "status": "slow", "reason": f"{steps} steps fit into the budget"}
         return
     training = Training(program, settings, text, task.seed, task.seed if task.verdict else settings.seed)
-    if task.state is not None and task.state.exists():
-        training.load(task.state)
-    begun, beat = time.process_time(), time.monotonic()
+    identity = _identity(task, program, text, steps)
+    rungs = training.load(task.state, identity) if task.state is not None else []
+    begun, beat = time.process_time() - (rungs[-1]["seconds"] if rungs else 0.0), time.monotonic()
     for number, share in enumerate(shares):
-        stop = max(1, round(share * steps))
-        if stop < training.step:
-            continue
-        while training.step < stop:
-            if not math.isfinite(training.advance()):
-                yield {"event": "done", "status": "nonfinite", "reason": f"loss or gradient at step {training.step}"}
+        if number == len(rungs):
+            stop = max(1, round(share * steps))
+            while training.step < stop:
+                if not math.isfinite(training.advance()):
+                    yield {"event": "done", "status": "nonfinite", "reason": f"loss or gradient at step {training.step}"}
+                    return
+                if time.monotonic() - beat > BEAT:
+                    beat = time.monotonic()
+                    yield {"event": "beat", "step": training.step, "steps": steps}
+            loss = training.loss("valid")
+            if not math.isfinite(loss):
+                yield {"event": "done", "status": "nonfinite", "reason": f"held-out loss after step {training.step}"}
                 return
-            if time.monotonic() - beat > BEAT:
-                beat = time.monotonic()
-                yield {"event": "beat", "step": training.step, "steps": steps}
-        if task.state is not None:
-            training.save(task.state)
-        loss = training.loss("valid")
-        if not math.isfinite(loss):
-            yield {"event": "done", "status": "nonfinite", "reason": f"held-out loss after step {training.step}"}
-            return
-        yield {"event": "rung", "rung": number, "step": stop, "loss": loss, "seconds": round(time.process_time() - begun, 3)}
-        hurdle = task.hurdles[number] if number < len(task.hurdles) else None
+            rungs.append({"rung": number, "step": stop, "loss": loss, "seconds": round(time.process_time() - begun, 3)})
+            if task.state is not None:
+                training.save(task.state, identity, rungs)
+        yield {"event": "rung", **rungs[number]}  # a loaded one, too: the file may be ahead of the journal
+        loss, hurdle = rungs[number]["loss"], task.hurdles[number] if number < len(task.hurdles) else None
         if hurdle is not None and loss > hurdle:
             yield {"event": "done", "status": STOPPED, "reason": f"{loss:.4f} at hurdle {number}, {hurdle:.4f} to reach"}
             return
@@ -186,27 +188,45 @@ class Training:
         total = sum(_loss(self._model, piece).item() * len(piece) for piece in windows.split(4 * settings.batch))
         return total / len(windows)
 
-    def save(self, path: Path) -> None:
-        """Write weights, moments and step; the file is whole or not there."""
+    def save(self, path: Path, identity: str, rungs: list[Event]) -> None:
+        """Write weights, moments, step and what was measured so far; the file is whole or not there. identity: of the training."""
         tensors = {f"weight/{name}": weight.detach() for name, weight in self._model.named_parameters()}
         for name, weight in self._model.named_parameters():
             tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state[weight].items()}
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, beside, {"step": str(self.step)})
+        kept = {"identity": identity, "step": str(self.step), "rungs": json.dumps(rungs)}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, beside, kept)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Go on from a saved file, bit for bit."""
-        with safe_open(path, "pt", device=self._settings.device) as file:
-            self.step = int(file.metadata()["step"])
-            for key in sorted(file.keys()):
-                kind, _, name = key.partition("/")
-                weight = self._model.get_parameter(name)
-                if kind == "weight":
-                    weight.data.copy_(file.get_tensor(key))
-                else:
-                    self._optimizer.state[weight][kind] = file.get_tensor(key)
+    def load(self, path: Path, identity: str) -> list[Event]:
+        """Go on from a saved file, bit for bit; returns its rungs. Without a whole file of this training: none, and nothing changes."""
+        try:
+            with safe_open(path, "pt", device=self._settings.device) as file:
+                kept = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+        except (OSError, SafetensorError):
+            return []
+        if kept.get("identity") != identity:
+            return []
+        self.step = int(kept["step"])
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            weight = self._model.get_parameter(name)
+            if kind == "weight":
+                weight.data.copy_(value)
+            else:
+                self._optimizer.state[weight][kind] = value
+        rungs: list[Event] = json.loads(kept["rungs"])
+        return rungs
+
+
+def _identity(task: Task, program: Compiled, text: Text, steps: int) -> str:
+    """Of a training: a folder may hold states of another search, or of steps that no journal knows."""
+    settings = to_dict(replace(task.settings, text=text.digest))
+    return hashlib.sha256(json.dumps([settings, program.hash, task.seed, task.size, task.verdict, steps]).encode()).hexdigest()
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
-"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which see the text under the same path."""
+"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which see text and folder under the same paths."""
 
 import time
 from collections import deque
 from typing import Any
 
 from memshard.search.evolve.journal import Event
-from memshard.search.evolve.workers import LOST, Work
+from memshard.search.evolve.workers import Work, lost
 
 
 class RayWorkers:
-    """Up to `count` tasks at a time, one core each. address: of a cluster, or `local` to start one here. ValueError without Ray."""
+    """Up to `count` tasks at a time, one core and `gpus` GPUs each. address: of a cluster, or `local` to start one here.
 
-    def __init__(self, work: Work, count: int, timeout: float, address: str) -> None:
+    ValueError without Ray. Memory is Ray's to guard: its processes outlive a task, and map more than they use.
+    """
+
+    def __init__(self, work: Work, count: int, timeout: float, address: str, gpus: int = 0) -> None:
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -20,7 +23,7 @@ class RayWorkers:
         ray.init(log_to_driver=False, **place)
         self.count = count
         self._ray: Any = ray
-        self._work = ray.remote(num_cpus=1, num_returns="streaming", max_retries=0)(work)
+        self._work = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming", max_retries=0)(work)
         self._timeout = timeout
         self._waiting: deque[Any] = deque()
         self._running: dict[Any, tuple[Any, float]] = {}  # stream of events -> its task, when it was last heard, never before it starts
@@ -45,12 +48,12 @@ class RayWorkers:
             except StopIteration:
                 pass
             except self._ray.exceptions.RayError as error:
-                events.append({"event": LOST, "id": task.id, "reason": f"its Ray worker died: {str(error).splitlines()[0][:200]}"})
+                events.append(lost(task, f"its Ray worker died: {str(error).splitlines()[0][:200]}"))
         for stream, (task, heard) in list(self._running.items()):
             if heard and time.monotonic() - heard > self._timeout:
                 self._ray.cancel(stream, force=True)
                 del self._running[stream]
-                events.append({"event": LOST, "id": task.id, "reason": f"no sign of life for {self._timeout:g} s"})
+                events.append(lost(task, f"no sign of life for {self._timeout:g} s"))
         self._hand_out()
         return events
 

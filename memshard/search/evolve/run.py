@@ -35,11 +35,16 @@ def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers
         _same(folder, journal.events[0], settings, digest)
         history = replay(journal.events)
         history.settings = settings  # the text may lie elsewhere now
+        _check_start(history)
+        states = folder.resolve() / "state"  # workers may run in another folder
+        living = {_state(states, child.id) for child in history.living()}
+        for path in set(states.glob("*")) - living:
+            path.unlink()
         if len(journal.events) > 1:
             say(f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs")
         workers = start_workers()
         try:
-            _loop(history, journal, workers, folder / "state", say)
+            _loop(history, journal, workers, states, say)
         finally:
             workers.close()
     return history
@@ -90,9 +95,11 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
                 return
             for event in workers.poll(1.0):
                 child = history.children[event["id"]]
+                if _known(child, event):
+                    continue
                 if event["event"] == "beat":
                     in_work[child.id] = event["step"] / event["steps"]
-                elif not _known(child, event):
+                else:
                     record(event)
                     if event["event"] == LOST:
                         say(f"program {child.id}: {event['reason']}")
@@ -102,8 +109,7 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
                 del in_work[id]
                 _state(states, id).unlink(missing_ok=True)
                 child = history.children[id]
-                if id < settings.copies and child.status != "full":
-                    raise ValueError(f"the start, {settings.start}, does not train: {child.status} ({child.reason}); choose other settings")
+                _check_start(history)
                 bar.total = max(settings.children, len(history.children))
                 bar.update()
                 say(_line(child))
@@ -140,8 +146,17 @@ def _hand(history: History, child: Child, workers: Workers, states: Path, record
 
 
 def _known(child: Child, event: Event) -> bool:
-    """Whether an earlier worker of the child has told the same."""
-    return event["event"] == "rung" and event["rung"] < len(child.rungs)
+    """Whether an event changes nothing: an earlier worker of the child has told the same, or its own died after its last word."""
+    if event["event"] == LOST and event["do"] == "draw" and child.dna is not None:
+        return True
+    return bool(child.status) or event["event"] == "rung" and event["rung"] < len(child.rungs)
+
+
+def _check_start(history: History) -> None:
+    """ValueError if a copy of the start came to no end."""
+    for child in history.children[: history.settings.copies]:
+        if child.status not in ("", "full"):
+            raise ValueError(f"the start, {history.settings.start}, does not train: {child.status} ({child.reason}); choose other settings")
 
 
 def _line(child: Child) -> str:

@@ -72,11 +72,11 @@ class Settings:
     size_seeds: int = 2
     """Trainings at each of these sizes."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where programs are trained; on cuda all workers share the GPU."""
+    """Where programs are trained; on cuda worker processes share the GPU, and each of Ray's has its own."""
     timeout: float = 300.0
     """Seconds without a sign of life until a worker is killed."""
     memory: float = 4.0
-    """GiB that a worker may take beyond what it has at its start."""
+    """GiB that a worker process on cpu may take beyond what it has at its start; Ray has limits of its own."""
 
     def __post_init__(self) -> None:
         for name in ("children", "copies", "population", "tournament", "window", "ahead", "budget", "layers", "length", "batch"):

@@ -19,8 +19,16 @@ Work = Callable[[Any], Iterator[Event]]
 LOST = "lost"
 
 
+def lost(task: Any, reason: str) -> Event:
+    """Of a task whose worker is gone."""
+    return {"event": LOST, "id": task.id, "do": task.do, "reason": reason}
+
+
 class Workers(Protocol):
-    """What runs tasks. A task is anything with an `id`; its events carry that id. A worker that dies or hangs sends `lost` in its place."""
+    """What runs tasks. A task is anything with `id` and `do`; its events carry that id.
+
+    A worker that dies or hangs sends `lost` in its place, with the task's `do`.
+    """
 
     count: int
 
@@ -85,7 +93,7 @@ class Processes:
     def _lose(self, number: int, reason: str) -> list[Event]:
         task = self._slots[number].task
         self._slots[number] = _Slot(*self._settings)
-        return [] if task is None else [{"event": LOST, "id": task.id, "reason": reason}]
+        return [] if task is None else [lost(task, reason)]
 
     def _hand_out(self) -> None:
         for slot in self._slots:
