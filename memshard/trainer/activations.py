@@ -2,6 +2,7 @@
 
 from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import ModelConfig
+from memshard.models.program.primitives import PRODUCTS
 from memshard.models.program.program import Program
 from memshard.trainer.traffic import LayoutChoice
 
@@ -91,12 +92,17 @@ def activation_bytes(
 
 
 def _program(text: str, a: int, length: int) -> float:
-    """What the calls of a program keep: their inputs or their result, or neither."""
+    """What the calls of a program keep: their inputs or their result, or neither. Under autocast each product keeps a copy of its own."""
     program = Program.from_json(text)
-    kept = {value for node in program.nodes if node.op not in _KEEPS_NO_INPUT for value in node.inputs}
-    kept |= {number for number, node in program.values() if node.op in _KEEPS_RESULT}
-    shapes = [program.value(value) for value in kept]
-    return float(sum(a * branches * (length if width is None else width) for width, branches in shapes))
+    kept = {
+        (value, number if a == 2 and node.op in PRODUCTS else 0)
+        for number, node in program.values()
+        if node.op not in _KEEPS_NO_INPUT
+        for value in node.inputs
+    }
+    kept |= {(number, 0) for number, node in program.values() if node.op in _KEEPS_RESULT}
+    shapes = [(2 if reader else 4, *program.value(value)) for value, reader in kept]
+    return float(sum(size * branches * (length if width is None else width) for size, width, branches in shapes))
 
 
 def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:

@@ -7,15 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
+from memshard.models.context import Context
 from memshard.models.loss import token_losses
+from memshard.models.norm import PrimerNorm
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.models.transformer import Transformer
 from memshard.search.dna.compile import Logits
+from memshard.search.dna.fuse import fuse
 from memshard.search.dna.golden import golden
-from tests.search.programs import HEAD_WIDTH, SHAPE, compiled
+from memshard.search.dna.graph import graph
+from memshard.search.dna.shapes import lower
+from tests.search.programs import HEAD_WIDTH, SHAPE, changed, compiled, line
 
 HEADS = 8
+NORM = 5
+"""Number of the golden subprogram."""
 HAND: dict[str, dict[str, Any]] = {
     "transformer": {"feedforward": FeedForwardConfig(activation="relu")},
     "transformer-pp": {"feedforward": FeedForwardConfig(activation="swiglu", hidden=24 * HEAD_WIDTH), "norm": "rms"},
@@ -106,3 +113,38 @@ def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
         assert gradient is not None
         expected = _own_head(name, theirs.partition(".")[2].partition(".")[2], gradient)
         torch.testing.assert_close(weight.grad, expected, rtol=1e-9, atol=1e-11, msg=lambda text, theirs=theirs: f"{theirs}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "norm"), [("transformer", nn.LayerNorm), ("primer", PrimerNorm)])
+def test_norms_in_half_precision_are_computed_in_fp32(name: str, norm: type[nn.Module], dtype: torch.dtype) -> None:
+    """Of channels far from 0, whose mean half precision rounds, and of large ones, whose squares fp16 does not hold."""
+    mixer = ProgramMixer(fuse(lower(graph(changed(name, 0, [line({"sub": NORM}, 0)])), HEAD_WIDTH))).to(dtype)
+    torch.manual_seed(0)
+    for spread in (1.0, 100.0):
+        x = (100 + spread * torch.randn(2, 3, HEADS * HEAD_WIDTH)).to(dtype)
+        y = mixer(x, Context.of(x[..., 0]))[0]
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), norm(HEADS * HEAD_WIDTH)(x.float()), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", HAND)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_programs_run_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Halved as a whole, as when they generate, and under autocast."""
+    found = compiled(golden(name, HEAD_WIDTH))
+    block = found.build(0).get_submodule("model.blocks.0.mixer")
+    x = torch.randn(2, 9, found.config.dim, generator=torch.Generator().manual_seed(0))
+    ctx = Context.of(x[..., 0])
+    with torch.no_grad():
+        expected = block(x, ctx)[0]
+        with torch.autocast("cpu", dtype):
+            mixed = block(x, ctx)[0]
+        halved = block.to(dtype)(x.to(dtype), ctx)[0]
+        assert isinstance(block, ProgramMixer)
+        pieces, state = [], block.init_state(2, 9)
+        for piece in x.to(dtype).split([4, 5], 1):
+            y, state = block(piece, Context.of(piece[..., 0]), state)
+            pieces.append(y)
+    for y in (mixed, halved, torch.cat(pieces, 1)):
+        torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))

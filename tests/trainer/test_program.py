@@ -124,12 +124,13 @@ def test_a_recipe_holds_the_text_of_its_program(recipe: Path, settings: tuple[st
     assert text is not None and json.loads(text)["width"] == 16
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["transformer", "primer"])
-def test_the_memory_estimate_is_on_the_safe_side(name: str) -> None:
+def test_the_memory_estimate_is_on_the_safe_side(name: str, half: bool) -> None:
     found = compile_dna(golden(name, 8), Shape(vocab=29, length=96, parameters=(90_000, 130_000), layers=2))
     assert isinstance(found, Compiled)
     model, tokens = found.build(0), torch.randint(29, (4, 96))
-    with LiveBytes() as live:
+    with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=half):
         losses = token_losses(model(tokens), tokens)
         kept = live.now
-    assert 1 <= activation_bytes(found.config, 96)[0] * losses.numel() / kept < 1.2
+    assert 1 <= activation_bytes(found.config, 96, half=half)[0] * losses.numel() / kept < 1.2

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memshard.models.context import Context
 from memshard.models.program.cached import call_cached, new_buffers, refusal
+from memshard.models.program.primitives import cast
 from memshard.models.program.program import OPERATIONS, Node, Program
 
 
@@ -56,7 +57,7 @@ class ProgramMixer(nn.Module):
             raise ValueError(f"the program's state holds {state.capacity} tokens and {needed} are needed: give a larger capacity")
         made, rows = {0: x}, dict(state.rows) if state else {}
         for number, node in self.program.values():
-            inputs = [made[value] for value in node.inputs]
+            inputs = cast(node.op, [made[value] for value in node.inputs], x.dtype)
             weights = [self.values[str(number)]] if node.shape else []
             if state is None:
                 operation = OPERATIONS[node.op]
@@ -68,7 +69,8 @@ class ProgramMixer(nn.Module):
                 made[number] = call_cached(node, inputs, weights, rows[number], state.length)
             for value in self._free[number]:
                 del made[value]
-        return made[len(self.program.nodes)], None if state is None else replace(state, rows=rows, length=state.length + x.shape[1])
+        y = made[len(self.program.nodes)].to(x.dtype)
+        return y, None if state is None else replace(state, rows=rows, length=state.length + x.shape[1])
 
     def init_state(self, batch: int, capacity: int) -> ProgramState:
         """An empty state for `batch` rows of at most `capacity` tokens. ValueError, with the reason, for programs without a cached form."""

@@ -4,7 +4,7 @@ A value is [batch, length, width], or [batch, branches, length, width] inside a 
 Axes, epsilons and what happens at 0 are ours: the paper's code was never published.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ def depthwise(x: Tensor, weight: Tensor, size: int) -> Tensor:
     return y if x.ndim == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 
+_MOVES = ("MASK", "FIT", "LIFT", "JOIN")  # compute nothing
 _RED: Mapping[str, Any] = {"dim": -1, "keepdim": True}
 _TIME: Mapping[str, Any] = {"dim": -2}
 
@@ -129,6 +130,22 @@ PRIMITIVES: dict[str, Primitive] = {
     **{f"DCONV_{size}X1": Primitive(depthwise, parameter="depthwise", kernel=size) for size in (3, 7, 15, 31)},
 }
 COMMUTATIVE = frozenset({"ADD", "MULTIPLY"})
+PRODUCTS = frozenset(
+    {"T_MAT_MUL", "MAT_MUL", "ATTEND", "SQUARED_RELU"}
+    | {name for name, each in PRIMITIVES.items() if each.kernel > 1 or each.parameter == "matrix"}
+)
+"""What runs in half precision where the model does."""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def cast(op: str, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Inputs of an operation in the precision that it computes in, of a block whose input has `dtype`.
+
+    Norms are made of primitives: squares overflow fp16, and differences of means are noise in bf16. So all but products is fp32 at least.
+    """
+    if op in PRODUCTS:
+        return [x.to(dtype) for x in inputs] if dtype in _HALF else list(inputs)
+    return [x.float() if x.dtype in _HALF and op not in _MOVES else x for x in inputs]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
