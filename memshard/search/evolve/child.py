@@ -6,7 +6,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,6 @@ from memshard.search.evolve.settings import Settings, to_dict
 from memshard.search.evolve.text import Text, read_text
 
 MUTATIONS = ("delete", "insert", "replace", "field", "swap", "bank")  # in the order of the setting
-DRAWS = 50  # mutations until one changes the program
 FEWEST_STEPS = 5  # to the first stop; programs that make fewer are too slow to be judged
 BEAT = 2.0  # seconds between signs of life
 _text = cache(read_text)
@@ -91,20 +90,18 @@ def start_dna(settings: Settings) -> dict[str, Any]:
 
 
 def draw(task: Task) -> Iterator[Event]:
-    """Mutate the parent until its compute graph changes, and compile the child."""
+    """Mutate the parent, and compile the child."""
     target = shape(task.settings)
     draw = random.Random(f"{task.settings.seed}/{task.id}/mutation")
     weights = dict(zip(MUTATIONS, task.settings.mutations, strict=True))
-    for _ in range(DRAWS):
-        dna, mutation = mutate(task.dna, draw, weights) if task.dna is not None else (start_dna(task.settings), "")
-        program = compile_dna(dna, target)
-        if isinstance(program, Rejected):
-            yield {"event": "done", "dna": dna, "mutation": mutation, "status": program.status, "reason": program.reason}
-            return
-        if program.hash != task.parent_hash:
-            yield {"event": "program", "dna": dna, "mutation": mutation, "hash": program.hash, "parameters": program.parameters}
-            return
-    yield {"event": "done", "status": "same", "reason": f"{DRAWS} mutations did not change the program"}
+    dna, mutation = mutate(task.dna, draw, weights) if task.dna is not None else (start_dna(task.settings), "")
+    program = compile_dna(dna, target)
+    if isinstance(program, Rejected):
+        yield {"event": "done", "dna": dna, "mutation": mutation, "status": program.status, "reason": program.reason}
+    elif program.hash == task.parent_hash:
+        yield {"event": "done", "status": "same", "reason": "no mutation that was tried changed the program"}
+    else:
+        yield {"event": "program", "dna": dna, "mutation": mutation, "hash": program.hash, "parameters": program.parameters}
 
 
 def train(task: Task) -> Iterator[Event]:
@@ -119,7 +116,8 @@ def train(task: Task) -> Iterator[Event]:
         if settings.step_costs == "flops":
             cost = operations / _start_flops(settings)
         elif settings.step_costs == "time" and not _is_start(program, settings):
-            cost = _relative_time(program, settings)
+            slowest = math.inf if task.verdict else settings.budget * task.size * stops(settings)[0] / FEWEST_STEPS
+            cost = yield from _relative_time(program, settings, slowest)
         steps = max(1, round(settings.budget * task.size / cost))
         yield {"event": "steps", "steps": steps, "cost": round(cost, 4), "flops": operations}
     shares = list(CURVE) if task.verdict else stops(settings)
@@ -269,12 +267,15 @@ def flops(program: Compiled, settings: Settings, text: Text) -> float:
     return float(counter.get_total_flops())
 
 
-def _relative_time(program: Compiled, settings: Settings, rounds: int = 8) -> float:
-    """Time of a step over the start's, fastest of interleaved steps: other work on the machine meets both."""
+def _relative_time(program: Compiled, settings: Settings, slowest: float, rounds: int = 8) -> Generator[Event, None, float]:
+    """Time of a step over the start's, fastest of interleaved steps: other work on the machine meets both. Ends early above `slowest`."""
     text = _text(settings.text, settings.length)
     pair = [Training(start, settings, text, 0, 0) for start in (_start(settings), program)]
     fastest = [math.inf, math.inf]
     for turn in range(rounds):
+        if fastest[1] > slowest * fastest[0]:
+            break
+        yield {"event": "beat", "step": 0, "steps": 1}
         for number, training in enumerate(pair):
             begun = _clock(settings)
             training.advance()

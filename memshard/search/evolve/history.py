@@ -32,7 +32,8 @@ class Child:
 
     phase: search; or a training again of child `parent`'s program: final and lineage (verdict), size (power law). size: multiple of
     parameters and budget. hurdles: loss to reach at each stop, None where all pass. status: full, hurdle, dup, or why it was
-    rejected; empty while it lives. fitness: held-out loss where it ended, infinite if it was rejected.
+    rejected; empty while it lives. lost, silent: its workers that are gone, and those of them that hung. fitness: held-out loss where
+    it ended, infinite if it was rejected.
     """
 
     id: int
@@ -50,6 +51,7 @@ class Child:
     flops: float = 0.0
     rungs: list[Rung] = field(default_factory=list)
     lost: int = 0
+    silent: int = 0
     status: str = ""
     reason: str = ""
     fitness: float = math.inf
@@ -82,6 +84,7 @@ class History:
             child.rungs[event["rung"] :] = [Rung(event["step"], event["loss"], event["seconds"])]
         elif kind == "lost":
             child.lost += 1
+            child.silent += event.get("silent", False)
         else:
             for key in event.keys() - {"event", "id"}:
                 setattr(child, key, event[key])

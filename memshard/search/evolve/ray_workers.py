@@ -53,7 +53,7 @@ class RayWorkers:
             if heard and time.monotonic() - heard > self._timeout:
                 self._ray.cancel(stream, force=True)
                 del self._running[stream]
-                events.append(lost(task, f"no sign of life for {self._timeout:g} s"))
+                events.append(lost(task, f"no sign of life for {self._timeout:g} s", silent=True))
         self._hand_out()
         return events
 

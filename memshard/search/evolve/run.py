@@ -19,6 +19,10 @@ from memshard.search.evolve.workers import LOST, Workers
 Say = Callable[[str], None]
 
 
+class StartFailed(ValueError):
+    """The start does not train to its end with these settings."""
+
+
 def _print(line: str) -> None:
     tqdm.write(line)  # around the progress bar
     sys.stdout.flush()
@@ -28,8 +32,8 @@ def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers
     """Run a search to its end, or go on with the one in `folder`. ValueError if that one has other settings or another text."""
     digest = read_text(settings.text, settings.length).digest
     with Journal(folder) as journal:
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
         if not journal.events:
-            versions = {"torch": torch.__version__, "python": platform.python_version()}
             journal.events.append({"event": "search", "settings": to_dict(settings), "text": digest, "versions": versions})
             journal.write(journal.events[0])
         _same(folder, journal.events[0], settings, digest)
@@ -42,6 +46,8 @@ def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers
             path.unlink()
         if len(journal.events) > 1:
             say(f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs")
+            if (then := journal.events[0]["versions"]) != versions:
+                say(f"{folder}: begun with {then}, now {versions}: losses may differ in their last digits")
         workers = start_workers()
         try:
             _loop(history, journal, workers, states, say)
@@ -128,7 +134,8 @@ def _hand(history: History, child: Child, workers: Workers, states: Path, record
     """Give a child its next task, or end it where none is left."""
     settings = history.settings
     if child.lost >= LOSSES:
-        record({"event": "done", "id": child.id, "status": "crash", "reason": f"{child.lost} workers died or hung over it"})
+        status = "timeout" if child.silent == child.lost else "crash"
+        record({"event": "done", "id": child.id, "status": status, "reason": f"{child.lost} workers died or hung over it"})
         return
     parent = None if child.parent is None else history.children[child.parent]
     if child.phase != "search" and child.dna is None:
@@ -153,10 +160,12 @@ def _known(child: Child, event: Event) -> bool:
 
 
 def _check_start(history: History) -> None:
-    """ValueError if a copy of the start came to no end."""
+    """StartFailed if a copy of the start came to no end."""
     for child in history.children[: history.settings.copies]:
         if child.status not in ("", "full"):
-            raise ValueError(f"the start, {history.settings.start}, does not train: {child.status} ({child.reason}); choose other settings")
+            raise StartFailed(
+                f"the start, {history.settings.start}, does not train: {child.status} ({child.reason}); choose other settings"
+            )
 
 
 def _line(child: Child) -> str:

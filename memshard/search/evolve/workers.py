@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from memshard.search.evolve.journal import Event
+from memshard.search.parent import end_with_parent
 
 Work = Callable[[Any], Iterator[Event]]
 LOST = "lost"
+START = 300.0  # seconds that a worker may take to import what it needs
 
 
-def lost(task: Any, reason: str) -> Event:
-    """Of a task whose worker is gone."""
-    return {"event": LOST, "id": task.id, "do": task.do, "reason": reason}
+def lost(task: Any, reason: str, silent: bool = False) -> Event:
+    """Of a task whose worker is gone, or was killed because it fell silent."""
+    return {"event": LOST, "id": task.id, "do": task.do, "reason": reason, "silent": silent}
 
 
 class Workers(Protocol):
@@ -73,15 +75,10 @@ class Processes:
                     slot.ready, slot.task = True, None
                     self._failed_starts = 0
             except (EOFError, ConnectionResetError):
-                slot.kill()
-                self._failed_starts += not slot.ready
-                if self._failed_starts > 2 * self.count:
-                    raise RuntimeError(f"worker processes die at their start, with code {slot.process.exitcode}") from None
-                events += self._lose(number, f"its worker died with code {slot.process.exitcode}")
+                events += self._lose(number, "its worker died with code {code}")
         for number, slot in enumerate(self._slots):
-            if slot.task is not None and time.monotonic() - slot.heard > self._timeout:
-                slot.kill()
-                events += self._lose(number, f"no sign of life for {self._timeout:g} s")
+            if (slot.task is not None or not slot.ready) and time.monotonic() - slot.heard > (self._timeout if slot.ready else START):
+                events += self._lose(number, f"no sign of life for {self._timeout:g} s", silent=True)
         self._hand_out()
         return events
 
@@ -90,10 +87,15 @@ class Processes:
         for slot in self._slots:
             slot.kill()
 
-    def _lose(self, number: int, reason: str) -> list[Event]:
-        task = self._slots[number].task
+    def _lose(self, number: int, reason: str, silent: bool = False) -> list[Event]:
+        slot = self._slots[number]
+        slot.kill()
+        code = slot.process.exitcode
+        self._failed_starts += not slot.ready
+        if self._failed_starts > 2 * self.count:
+            raise RuntimeError(f"worker processes die or hang at their start, with code {code}")
         self._slots[number] = _Slot(*self._settings)
-        return [] if task is None else [lost(task, reason)]
+        return [] if slot.task is None else [lost(slot.task, reason.format(code=code), silent)]
 
     def _hand_out(self) -> None:
         for slot in self._slots:
@@ -128,6 +130,7 @@ class _Slot:
 def _serve(connection: Connection, work: Work, memory: float | None) -> None:
     """A worker's life: until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    end_with_parent()
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGESIZE") + int(memory * 2**30)

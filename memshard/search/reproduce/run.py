@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from memshard.search.parent import end_with_parent
 from memshard.search.reproduce.catalogue import Point, Scale, find
 from memshard.search.reproduce.trained import settings
 
@@ -67,15 +67,7 @@ def _results(name: str, points: list[Point], workers: int) -> Any:
 
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent can't stop its workers, which would go on for hours."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _run(name: str, point: Point) -> tuple[dict[str, Any], float]:
