@@ -4,7 +4,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,27 +61,28 @@ def run(folder: Path, workers: int, **changes: Any) -> History:
 
 
 class Here:
-    """Workers without processes: a task runs when it is polled. after: events that come behind those of a task."""
+    """Workers without processes: a task runs when it is polled."""
 
     count = 1
 
-    def __init__(self, after: Callable[[Task], list[Event]]) -> None:
+    def __init__(self, work: Callable[[Task], Iterable[Event]]) -> None:
         self._waiting: deque[Task] = deque()
-        self._after = after
+        self._work = work
 
     def submit(self, task: Task) -> None:
         self._waiting.append(task)
 
     def poll(self, seconds: float) -> list[Event]:
-        task = self._waiting.popleft()
-        return [*work(task), *self._after(task)]
+        return list(self._work(self._waiting.popleft()))
 
     def close(self) -> None: ...
 
 
-def run_here(folder: Path, after: Callable[[Task], list[Event]] = lambda task: [], **changes: Any) -> History:
+def run_here(
+    folder: Path, work: Callable[[Task], Iterable[Event]] = work, say: Callable[[str], None] = lambda line: None, **changes: Any
+) -> History:
     """The search without processes."""
-    return search(folder, settings(folder, **changes), lambda: Here(after), say=lambda line: None)
+    return search(folder, settings(folder, **changes), lambda: Here(work), say)
 
 
 def outcome(history: History) -> list[Any]:

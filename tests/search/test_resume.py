@@ -1,14 +1,20 @@
-"""Journals that a kill cut short, and workers that are lost at a bad moment."""
+"""Journals that a kill cut short, workers that are lost at a bad moment, and reports of searches in which something failed."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from matplotlib.axes import Axes
 
+from memshard.search.evolve import pictures
 from memshard.search.evolve.child import Task
 from memshard.search.evolve.history import LOSSES
 from memshard.search.evolve.journal import JOURNAL_FILE, Event, Journal
+from memshard.search.evolve.report import REPORT_FILE, RESULT_FILE, report
 from memshard.search.evolve.workers import lost
 from tests.search import landscape
 
@@ -34,7 +40,7 @@ def test_a_worker_lost_after_its_last_word_changes_nothing(tmp_path: Path) -> No
 
     def dies(task: Task) -> list[Event]:
         tasks.append((task.do, task.id))
-        return [lost(task, "its worker died")]
+        return [*landscape.work(task), lost(task, "its worker died")]
 
     history = landscape.run_here(tmp_path, dies, **SHORT)
     assert len(tasks) == len(set(tasks)) and not any(child.lost for child in history.children)
@@ -58,3 +64,58 @@ def test_strangers_among_the_states_are_removed(tmp_path: Path) -> None:
     (state / "3.1234").touch()
     landscape.run_here(tmp_path, children=4, finalists=0, sizes=())
     assert not list(state.iterdir())
+
+
+def test_a_program_that_hangs_ends_as_timeout(tmp_path: Path) -> None:
+    def work(task: Task) -> Iterable[Event]:
+        if task.do == "draw" or task.id < 4:
+            return landscape.work(task)
+        return [lost(task, "gone", silent=task.id % 2 == 0)]
+
+    history = landscape.run_here(tmp_path, work, children=8, finalists=0, sizes=())
+    ends = {child.id: child.status for child in history.searched()[4:] if child.lost == LOSSES}
+    assert ends and all(status == ("crash" if id % 2 else "timeout") for id, status in ends.items())
+
+
+def test_another_version_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    landscape.run_here(tmp_path, say=said.append, children=4, finalists=0, sizes=())
+    journal = tmp_path / JOURNAL_FILE
+    journal.write_text(journal.read_text().replace(f'"torch":"{torch.__version__}"', '"torch":"0.1"'))
+    assert not any("begun with" in line for line in said)
+    landscape.run_here(tmp_path, say=said.append, children=4, finalists=0, sizes=())
+    assert any("begun with {'torch': '0.1'" in line for line in said)
+
+
+def test_a_report_says_which_trainings_failed_and_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(task: Task) -> Iterable[Event]:
+        if task.do == "train" and task.size == 2.0 and task.dna == {"number": 0.0}:
+            return [{"event": "done", "id": task.id, "status": "oom", "reason": "too large"}]
+        return landscape.work(task)
+
+    history = landscape.run_here(tmp_path, work, **SHORT, final_seeds=1)
+    assert history.winner() != 0
+    monkeypatch.setattr("memshard.search.evolve.report._source", lambda *of: "")  # a number has none
+    result = report(history, tmp_path)
+    assert result["again"]["0"]["test"]["deviation"] is None and "NaN" not in (tmp_path / RESULT_FILE).read_text()
+    assert "transformer (start) at 2 times the size, oom (too large)" in (tmp_path / REPORT_FILE).read_text()
+
+
+def test_the_lineage_that_is_drawn_is_the_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that is the start alone."""
+
+    def work(task: Task) -> Iterable[Event]:
+        worse = 9.0 if task.verdict and task.dna != {"number": 0.0} else 0.0
+        return [event | {"loss": event["loss"] + worse} if event["event"] == "rung" else event for event in landscape.work(task)]
+
+    drawn: dict[str, list[int]] = {}
+    plot = Axes.plot
+
+    def noted(self: Axes, *data: Any, **style: Any) -> Any:
+        drawn[style.get("label", "")] = data[0]
+        return plot(self, *data, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    history = landscape.run_here(tmp_path, work, **SHORT)
+    pictures.history(history, tmp_path / "search.png")
+    assert history.winner() == 0 and drawn["lineage of the winner"] == [0]

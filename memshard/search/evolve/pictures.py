@@ -34,10 +34,14 @@ def history(history: History, file: Path) -> None:
     if full:
         best = np.minimum.accumulate([child.fitness for child in full])
         axes.step([child.id for child in full], best, where="post", color=INK, linewidth=1, label="lowest so far")
-        chosen = history.winner() or min(full, key=lambda child: child.fitness).id
+        finals = [child for child in history.children if child.phase == "final"]
+        decided = finals and all(child.status for child in finals)
+        chosen, name = (history.winner(), "winner") if decided else (min(full, key=lambda child: child.fitness).id, "lowest")
         path = [(child.id, child.fitness, child.mutation) for child in history.lineage(chosen) if math.isfinite(child.fitness)]
         color = COLORS[4]
-        axes.plot([p[0] for p in path], [p[1] for p in path], "-o", color=color, markersize=4, linewidth=1.2, label="lineage of the winner")
+        axes.plot(
+            [p[0] for p in path], [p[1] for p in path], "-o", color=color, markersize=4, linewidth=1.2, label=f"lineage of the {name}"
+        )
         for id, loss, mutation in path[1:]:
             axes.annotate(mutation, (id, loss), xytext=(3, -9), textcoords="offset points", fontsize=7, color=color)
         low, high = min(c.fitness for c in full), max(c.fitness for c in full)

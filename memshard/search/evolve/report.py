@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from memshard.search.dna.at_width import at_width
 from memshard.search.dna.compile import Compiled, compile_dna
 from memshard.search.dna.program import save
 from memshard.search.evolve import pictures, power_law
@@ -47,6 +48,7 @@ def report(history: History, folder: Path) -> dict[str, Any]:
     parts.append(_rungs(history, result))
     parts.append(_ends(history, result))
     (folder / REPORT_FILE).write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # the deviation of one training is nan
     (folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
@@ -120,8 +122,12 @@ def _power_law(history: History, winner: int, folder: Path, result: dict[str, An
     for program in (0, winner):
         runs = [c for c in history.children if c.parent == program and c.status == "full" and c.phase in ("final", "size")]
         sides.append({size: [_curve(run) for run in runs if run.size == size] for size in sorted({run.size for run in runs})})
-    if winner == 0 or len(sides[0]) < 2 or sides[0].keys() != sides[1].keys():
+    if winner == 0 or not history.settings.sizes:
         return ""
+    if len(sides[0]) < 2 or sides[0].keys() != sides[1].keys():
+        failed = [c for c in history.children if c.phase == "size" and c.status not in ("", "full")]
+        ends = "; ".join(f"{_name(history, c.parent or 0)} at {c.size:g} times the size, {c.status} ({c.reason})" for c in failed)
+        return f"## Power law\n\nNone, of trainings that did not come to their end: {ends}.\n" if failed else ""
     try:
         law = power_law.compare(sides[0], sides[1])
     except ValueError as problem:
@@ -198,10 +204,15 @@ def _source(history: History, winner: int, folder: Path) -> str:
         return ""
     (folder / SOURCE_FILE).write_text(program.source, encoding="utf-8")
     model = program.config
+    try:
+        uncached = at_width(folder / WINNER_FILE, model.dim).uncached
+        proof = "generates with a cache" if uncached is None else f"cannot generate: {uncached}"
+    except ValueError as problem:
+        proof = f"**does not hold at full width**: {problem}"
     keys = {"layers": model.layers, "dim": model.dim, "position": model.position, "program": model.program}
     (folder / RECIPE_FILE).write_text(render({"model": keys}), encoding="utf-8")
-    head = f"## The winner's block\n\n`{WINNER_FILE}` is its DNA, `{SOURCE_FILE}` this source, `{RECIPE_FILE}` a recipe's model.\n\n"
-    return f"{head}```python\n{program.source.strip()}\n```\n"
+    head = f"## The winner's block\n\n`{WINNER_FILE}` is its DNA, `{SOURCE_FILE}` this source, `{RECIPE_FILE}` a recipe's model.\n"
+    return f"{head}It {proof}.\n\n```python\n{program.source.strip()}\n```\n"
 
 
 def _curve(run: Child, flops: bool = False) -> Curve:
