@@ -123,6 +123,9 @@ def test_another_search_in_the_folder_is_refused(tmp_path: Path) -> None:
         (["text=a", "children=3.5"], "children is 3.5"),
         (["text=a", "tournament=99"], "tournament is 99"),
         (["text=a", "hurdles"], "expected key=value"),
+        (["text=a", "final_seeds=0"], "final_seeds is 0"),
+        (["text=a", "sizes=[0.5, -1.0]"], "sizes is"),
+        (["text=a", "timeout=.nan"], "timeout is nan"),
     ],
 )
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,10 +17,10 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.search.dna.compile import Compiled, compile_dna
-from memshard.search.evolve.child import Task, Training, flops, shape, start_dna, work
+from memshard.search.evolve.child import Task, Training, _relative_time, flops, shape, start_dna, work
 from memshard.search.evolve.journal import read
-from memshard.search.evolve.run import load
-from memshard.search.evolve.settings import load_settings
+from memshard.search.evolve.run import StartFailed, load
+from memshard.search.evolve.settings import Settings, load_settings
 from memshard.search.evolve.text import read_text
 from memshard.search.evolve.workers import Processes, Workers
 from memshard.trainer.config.load import load_recipe
@@ -85,6 +86,67 @@ def test_a_worker_that_dies_hangs_or_eats_costs_only_its_task() -> None:
     }
 
 
+_STUCK = """
+from tests.search.test_search_run import Job, misbehave
+from memshard.search.evolve.workers import Processes
+if __name__ == "__main__":
+    workers = Processes(misbehave, 1, timeout=1000, memory=None)
+    workers.submit(Job(0, "hang"))
+    while not workers.poll(1.0):
+        pass
+    print("stuck", flush=True)
+    workers.poll(1000)
+"""
+
+
+def test_a_worker_that_is_stuck_ends_with_a_search_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(_STUCK)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, str(tmp_path / "stuck.py")], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"stuck\n"
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+class Hang:
+    """Work that a process cannot even read."""
+
+    def __reduce__(self) -> tuple:
+        return time.sleep, (1000,)
+
+
+def test_workers_that_hang_at_their_start_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memshard.search.evolve.workers.START", 0.5)
+    hang: Any = Hang()
+    workers = Processes(hang, 1, timeout=1000, memory=None)
+    with pytest.raises(RuntimeError, match="hang at their start"):
+        while True:
+            workers.poll(0.5)
+
+
+def test_the_probe_of_a_slow_step_ends_early_and_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the start take 1 s, those of the program 30; a budget of 40 steps holds 5 to the first stop of programs up to 2.7 s."""
+    clock = [0.0]
+
+    class Steps:
+        def __init__(self, program: Any, *settings: Any) -> None:
+            self.seconds = program
+
+        def advance(self) -> None:
+            clock[0] += self.seconds
+
+    for name, value in {"Training": Steps, "_start": lambda settings: 1.0, "_clock": lambda settings: clock[0]}.items():
+        monkeypatch.setattr(f"memshard.search.evolve.child.{name}", value)
+    monkeypatch.setattr("memshard.search.evolve.child._text", lambda *where: None)
+    slow: Any = 30.0
+    probe = _relative_time(slow, Settings("text"), slowest=2.7)
+    assert [next(probe)["event"], next(probe)["event"]] == ["beat", "beat"]
+    with pytest.raises(StopIteration) as ratio:
+        next(probe)
+    assert ratio.value.value == 30.0
+
+
 @pytest.mark.slow
 def test_tasks_that_die_and_hang_on_ray_cost_only_themselves() -> None:
     pytest.importorskip("ray")
@@ -104,6 +166,7 @@ def test_a_search_on_real_text_reports_its_verdict(tmp_path: Path, capfd: pytest
     assert {"report.md", "result.json", "winner.json", "winner.py", "winner.yaml", "search.png", "curves.png", "journal.jsonl"} <= names
     text = (tmp_path / "report.md").read_text()
     assert "## Lineage of the winner" in text and "## Verdict" in text and "class Block(nn.Module)" in text
+    assert "It generates with a cache" in text or "It cannot generate" in text
     assert load_recipe(tmp_path / "winner.yaml", ["data.path=x"]).model.program
 
 
@@ -179,6 +242,16 @@ def test_a_state_ahead_of_the_journal_loses_no_rung(tmp_path: Path) -> None:
 def test_mistakes_end_with_the_fix(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", *(str(tmp_path) if word == "DIR" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(StartFailed("the start does not train"), 2), (ValueError("a bug"), 1)])
+def test_only_mistakes_are_told_as_such(error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*of: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("memshard.search.evolve.run._loop", fails)
+    (tmp_path / "text").write_bytes(b"abcdefghij" * 1000)
+    assert main(["search", "run", str(tmp_path / "run"), f"text={tmp_path / 'text'}"]) == code
 
 
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")

@@ -1,6 +1,7 @@
 """`memshard search`: Primer's evolution of decoder programs."""
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -44,29 +45,38 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("name a folder for the journal: memshard search run DIR text=FILE")
     if args.workers < 1:
         raise UsageError(f"--workers is {args.workers}; it must be at least 1")
-    with usage_errors():
+    with ExitStack() as setup:
+        setup.enter_context(usage_errors())
         from memshard.search.evolve.journal import read
-        from memshard.search.evolve.run import search
+        from memshard.search.evolve.run import StartFailed, search
         from memshard.search.evolve.settings import load_settings
 
         begun = read(Path(args.folder))
         settings = load_settings(args.settings, args.overrides, begun[0]["settings"] if begun else None)
 
-    def workers() -> Any:
-        from memshard.search.evolve.child import work
+        def workers() -> Any:
+            found = _workers(args, settings)
+            setup.close()  # the work begins
+            return found
 
-        if args.ray:
-            from memshard.search.evolve.ray_workers import RayWorkers
-
-            return RayWorkers(work, args.workers, settings.timeout, args.ray, gpus=int(settings.device == "cuda"))
-        from memshard.search.evolve.workers import Processes
-
-        # CUDA maps far more than it uses.
-        return Processes(work, args.workers, settings.timeout, settings.memory if settings.device == "cpu" else None)
-
-    with usage_errors():
-        search(Path(args.folder), settings, workers)
+        try:
+            search(Path(args.folder), settings, workers)
+        except StartFailed as error:
+            raise UsageError(str(error)) from error
     return run_report(args)
+
+
+def _workers(args: argparse.Namespace, settings: Any) -> Any:
+    from memshard.search.evolve.child import work
+
+    if args.ray:
+        from memshard.search.evolve.ray_workers import RayWorkers
+
+        return RayWorkers(work, args.workers, settings.timeout, args.ray, gpus=int(settings.device == "cuda"))
+    from memshard.search.evolve.workers import Processes
+
+    # CUDA maps far more than it uses.
+    return Processes(work, args.workers, settings.timeout, settings.memory if settings.device == "cpu" else None)
 
 
 def run_report(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from memshard.trainer.config.text import parse
 
+_POSITIVE = (
+    *("children", "copies", "population", "tournament", "window", "ahead", "budget", "layers", "length", "batch"),
+    *("lr", "eval_tokens", "final_seeds", "size_seeds", "timeout", "memory"),
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -79,9 +84,11 @@ class Settings:
     """GiB that a worker process on cpu may take beyond what it has at its start; Ray has limits of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("children", "copies", "population", "tournament", "window", "ahead", "budget", "layers", "length", "batch"):
-            if getattr(self, name) <= 0:
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not all(size > 0 for size in self.sizes):
+            raise ValueError(f"sizes is {list(self.sizes)}; multiples must be positive")
         for name in ("hurdles", "finalists", "ancestors", "free"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
