@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,13 @@ class Shape:
     """What a search gives all its candidates, whatever their program.
 
     vocab: tokens of the vocabulary. length: tokens of a sequence. parameters: fewest and most numbers that a model may learn, its embedding
-    (which is its head, too) included. layers: how often the block is stacked. position: how positions enter, see `model.position`.
+    (which is its head, too) included. layers: how often the block is stacked. Positions enter as sinusoids.
     """
 
     vocab: int
     length: int
     parameters: tuple[int, int]
     layers: int = 6
-    position: Literal["learned", "sinusoidal", "none"] = "sinusoidal"
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
         vocab_size=shape.vocab,
         layers=shape.layers,
         dim=program.width,
-        position=shape.position,
+        position="sinusoidal",
         max_length=shape.length,
         program=fused.to_json(),
     )
@@ -109,9 +107,8 @@ def _parameters(drawn: Graph, shape: Shape, unit: int) -> int:
 
 
 def _count(program: Program, shape: Shape) -> int:
-    positions = shape.length if shape.position == "learned" else 0
-    # Embedding, positions, blocks, and scale and shift of the last norm.
-    return (shape.vocab + positions) * program.width + shape.layers * program.parameters + 2 * program.width
+    # Embedding, blocks, and scale and shift of the last norm.
+    return shape.vocab * program.width + shape.layers * program.parameters + 2 * program.width
 
 
 def _build(config: ModelConfig, seed: int) -> nn.Module:
