@@ -91,6 +91,15 @@ def test_elu_keeps_small_values_in_half_precision() -> None:
     assert 3e-4 < float(elu_plus_one(x)) < 4e-4
 
 
+def test_elu_plus_one_has_the_branches_values_and_gradients() -> None:
+    x = torch.tensor([-800.0, -3.0, -1e-9, 0.0, 1e-9, 2.0, 800.0], dtype=torch.float64, requires_grad=True)
+    branches = torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
+    torch.testing.assert_close(elu_plus_one(x), branches, rtol=1e-15, atol=0)
+    (ours,), (theirs,) = (torch.autograd.grad(y.cos().sum(), x) for y in (elu_plus_one(x), branches))
+    torch.testing.assert_close(ours, theirs, rtol=1e-15, atol=0)
+    assert torch.autograd.gradgradcheck(elu_plus_one, torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True))
+
+
 def test_favor_is_a_softmax_of_its_projections_and_the_published_form_underflows() -> None:
     torch.manual_seed(0)
     stable, paper = FeatureMap("favor", 64, width=64), FeatureMap("favor", 64, width=64, paper_faithful=True)
