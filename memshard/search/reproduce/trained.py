@@ -9,6 +9,7 @@ import torch
 
 from memshard.data_pipeline.format.index import INDEX_FILE
 from memshard.models.config import ModelConfig
+from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.loop import train
@@ -29,7 +30,7 @@ def folder_of(point: dict[str, Any], runs: Path) -> Path:
     return runs / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prepare(point: dict[str, Any], folder: Path, build: str, builder: Callable[[ModelConfig], Transformer] | None = None) -> Run:
+def prepare(point: dict[str, Any], folder: Path, build: str, builder: Callable[[ModelConfig], Transformer] = build_model) -> Run:
     """A run of point["recipe"] with point["overrides"]. build: arguments of `memshard data build`, for the error.
 
     FileNotFoundError, with the command that builds it, without the data.
@@ -38,7 +39,7 @@ def prepare(point: dict[str, Any], folder: Path, build: str, builder: Callable[[
     if not Path(recipe.data.path, INDEX_FILE).exists():
         raise FileNotFoundError(f"there is no data folder {recipe.data.path}: memshard data build {build} --out {recipe.data.path}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return set_up(recipe, folder, device, *([] if builder is None else [builder]))
+    return set_up(recipe, folder, device, builder)
 
 
 def finish(run: Run) -> None:
