@@ -112,5 +112,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=measure,
     report=_report,
-    hours={"smoke": 0.02, "small": 1.5, "full": 40_000.0},
+    hours={"smoke": 0.02, "small": 2.7, "full": 40_000.0},
 )
