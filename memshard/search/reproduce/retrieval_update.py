@@ -65,5 +65,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=train,
     report=_report,
-    hours={"smoke": 0.01, "small": 0.8, "full": 10.0},
+    hours={"smoke": 0.01, "small": 0.9, "full": 10.0},
 )
