@@ -211,6 +211,6 @@ EXPERIMENT = Experiment(
     points=_points,
     run=run_point,
     report=_report,
-    hours={"smoke": 0.01, "small": 0.35, "full": 10_000.0},
+    hours={"smoke": 0.01, "small": 0.3, "full": 10_000.0},
     alone=lambda point: "clock" in point,
 )
