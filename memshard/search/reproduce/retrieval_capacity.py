@@ -25,15 +25,18 @@ _SIZES: dict[Scale, list[int]] = {
 }
 _STEPS: dict[Scale, dict[int, int]] = {"smoke": {20: 200}, "small": {120: 5000, 260: 2000, 600: 1000}, "full": {600: 100_000}}
 """By the most pairs they are for."""
+_LONG: dict[Scale, list[tuple[int, str, int]]] = {"smoke": [], "small": [(240, "dpfp-2", 10_000)], "full": []}
+"""Pairs, features and steps of what is solved so late."""
 
 
 def _points(scale: Scale) -> list[Point]:
     kinds = ["softmax", "dpfp-1"] if scale == "smoke" else [*_PUBLISHED, "favor-64-published"]
     common = {"rule": "sum", "replace": False, "seed": 1}
+    sizes = [(size, next(steps for most, steps in _STEPS[scale].items() if size <= most)) for size in _SIZES[scale]]
+    cases = [(size, kind, steps) for size, steps in sizes for kind in kinds] + _LONG[scale]
     return [
-        {"symbols": size, "features": kind, "steps": next(steps for most, steps in _STEPS[scale].items() if size <= most), **common}
-        for size in _SIZES[scale]
-        for kind in kinds
+        {"symbols": size, "features": kind, "steps": steps, **common}
+        for size, kind, steps in cases
     ]
 
 
@@ -44,7 +47,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         found.setdefault(point["features"], {})[point["symbols"]] = result["loss"]
     lines(found, _PUBLISHED, folder / "capacity.png", "pairs", "held-out loss")
     sizes = sorted({size for losses in found.values() for size in losses})
-    most = {point["steps"]: point["symbols"] for point, _ in rows}  # rows are in order of size
+    most = {point["steps"]: point["symbols"] for point, _ in rows}  # the largest comes last
     text = (
         "Best held-out loss, in brackets the published one. Attention over S pairs of different keys, one seed. At most "
         + ", ".join(f"{steps:,} steps up to {size} pairs" for steps, size in most.items())
