@@ -14,7 +14,7 @@ from memshard.search.reproduce.pkm_runs import run_point
 class Size:
     """A scale. recipe, overrides: of a model of `layers` layers with one memory. depths: the paper's 12, 16 and 24. keys: numbers of
     sub-keys compared; flat: those also compared with flat keys; peer_keys: for PEER, whose two tables are then as large as the one.
-    reads: slots a token reads. steps: of a study and of the headline; seeds, likewise. clock: rounds of timing. wide: overrides of the
+    reads: slots a token reads. steps: of training. seeds: of a study and of the headline. clock: rounds of timing. wide: overrides of the
     headline's models for timing at the published width.
     """
 
@@ -26,7 +26,7 @@ class Size:
     flat: tuple[int, ...]
     peer_keys: int
     reads: int
-    steps: tuple[int, int]
+    steps: int
     seeds: tuple[int, int]
     clock: int
     wide: tuple[str, ...] = ()
@@ -42,13 +42,13 @@ _TINY = (
     "train.precision=fp32", "train.eval_tokens=2048", "optimizer.warmup=1",
 )  # fmt: skip
 _SIZES: dict[Scale, Size] = {
-    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), 23, 8, (2, 3), (1, 2), 1),
+    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), 23, 8, 2, (1, 2), 1),
     "small": Size(
-        "pkm-small", (), 6, (6, 8, 12), (64, 128, 256, 512), (32, 64, 128), 181, 32, (600, 1200), (2, 3), 9, _PAPER_WIDTH
+        "pkm-small", (), 6, (6, 8, 12), (64, 128, 256, 512), (32, 64, 128), 181, 32, 600, (2, 3), 9, _PAPER_WIDTH
     ),
     "full": Size(
         "lample2019", ("model.layers=6", "model.memory.layers=[4]", "model.memory.keys=512"), 6, (12, 16, 24),
-        (128, 256, 384, 512, 768, 1024), (128, 256), 362, 64, (250_000, 250_000), (1, 1), 9,
+        (128, 256, 384, 512, 768, 1024), (128, 256), 362, 64, 250_000, (1, 1), 9,
     ),
 }  # fmt: skip
 
@@ -174,7 +174,7 @@ def _points(models: Callable[[Size], dict[str, Model]], headline: bool, scale: S
         label: {
             "recipe": size.recipe,
             "builder": model["builder"],
-            "overrides": [*size.overrides, f"train.steps={size.steps[headline]}", *model["overrides"]],
+            "overrides": [*size.overrides, f"train.steps={size.steps}", *model["overrides"]],
         }
         for label, model in models(size).items()
     }
@@ -215,7 +215,7 @@ def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hou
 
 
 _TIMES = "perplexity, training and inference time a token"
-HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.4, headline=True)
+HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.0, headline=True)
 DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 2.3)
 POSITION = _study("position", "which layer of six holds the memory", _position, 0.9)
 HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 0.6)
