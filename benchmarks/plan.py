@@ -26,7 +26,9 @@ from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
-from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe, TrainConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.recipe import DataConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.estimate import estimate
 from memshard.trainer.optim.row_adam import RowAdam

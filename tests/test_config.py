@@ -7,7 +7,8 @@ from memshard.models.config import MemoryConfig, ModelConfig
 from memshard.trainer.config.diff import diff
 from memshard.trainer.config.explain import explain
 from memshard.trainer.config.load import bundled, dump, load_recipe
-from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.recipe import DataConfig, Recipe
 from memshard.trainer.estimate import count_parameters
 
 MINIMAL = "data: {path: shards}\n"

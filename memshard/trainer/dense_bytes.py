@@ -1,6 +1,6 @@
 """What dense parameters, their gradients and their optimizer states take on a rank, in closed form."""
 
-from memshard.trainer.config.recipe import TrainConfig
+from memshard.trainer.config.training import TrainConfig
 
 BUCKET = 50_000_000
 """Values that DeepSpeed sums or sends at a time, at most; its own default, 5e8, takes 2 GB."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from memshard.models.memory.table import find_tables
-from memshard.trainer.config.recipe import LossScaleConfig
+from memshard.trainer.config.training import LossScaleConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -24,7 +24,8 @@ from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.carried import Carried
 from memshard.trainer.compile import compile_layers
-from memshard.trainer.config.recipe import Recipe, TableOptimizerConfig
+from memshard.trainer.config.optimizers import TableOptimizerConfig
+from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.estimate import check_fits, layout_choice
 from memshard.trainer.optim.row_adam import RowAdam

@@ -14,7 +14,8 @@ from memshard.launch.rehearse import rehearse
 from memshard.launch.step_time import step_time
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.trainer.config.load import load_recipe
-from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe, TrainConfig
+from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.estimate import estimate
 
 MODEL = ModelConfig(layers=4, dim=256, mixer=MixerConfig(heads=8), memory=MemoryConfig(layers=(1,), keys=64, topk=8, heads=4))

@@ -23,7 +23,8 @@ from memshard.parallel.collectives import all_sum
 from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import build_mesh
 from memshard.trainer.checkpoint.tensors import model_tensors
-from memshard.trainer.config.recipe import OptimizerConfig, TrainConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.optim.row_adam import RowAdam
 from tests.distributed import run_distributed

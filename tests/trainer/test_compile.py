@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memshard.trainer.config.recipe import TrainConfig
+from memshard.trainer.config.training import TrainConfig
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import checkpoint_state, numbers, train_run
 

@@ -20,7 +20,8 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.tables.shard import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.activations import activation_bytes
-from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe, TrainConfig
+from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies, state_bytes
 from memshard.trainer.peak import peak_flops
 from memshard.trainer.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates

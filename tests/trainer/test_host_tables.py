@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from memshard.models.config import MemoryConfig, ModelConfig
-from memshard.trainer.config.recipe import DataConfig, Recipe, TableOptimizerConfig
+from memshard.trainer.config.optimizers import TableOptimizerConfig
+from memshard.trainer.config.recipe import DataConfig, Recipe
 from memshard.trainer.estimate import check_fits, estimate, remedies
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import checkpoint_state, train_run

@@ -73,16 +73,16 @@ def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, start: Sta
 
 
 def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(start: Start, recipe: Path, tmp_path: Path) -> None:
-    """Saving after every other step takes most of the time, so kills hit it, too."""
+    """Saving after every other step takes most of the time, so kills hit it, too: at step 10 checkpoint 8 may still be on its way."""
     folder, draw = tmp_path / "run", random.Random(0)
-    for reached in (3, 8, 13):
+    for reached in (5, 10, 15):
         process = start("memshard", "train", recipe, "--run", folder, ENDLESS, "train.save_every=2")
         _wait_for_step(folder, reached, process)
         time.sleep(draw.random() * 0.1)
         process.kill()
         process.communicate()
         checkpoints = committed(folder / "checkpoints")
-        assert checkpoints and checkpoint_state(folder)["progress"]["step"] >= reached - 3
+        assert checkpoints and checkpoint_state(folder)["progress"]["step"] >= reached - 4
     steps = f"train.steps={checkpoint_state(folder)['progress']['step'] + 2}"
     train_run(recipe, folder, steps)
     train_run(recipe, tmp_path / "whole", steps)

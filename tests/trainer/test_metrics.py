@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from memshard.launch.cli.main import main
-from memshard.trainer.config.recipe import OptimizerConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.metrics import METRICS_FILE, read_metrics
 from memshard.trainer.optim.dense import learning_rate
 from tests.trainer.tiny_run import TABLE, numbers, train_run

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memshard.launch.cli.main import main
-from memshard.trainer.config.recipe import LossScaleConfig
+from memshard.trainer.config.training import LossScaleConfig
 from memshard.trainer.precision import LossScale, compute_dtype
 from memshard.trainer.step import train_step
 from tests.data.conftest import build

@@ -36,7 +36,9 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.sequence import own_piece
-from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, ParallelConfig, Recipe, TrainConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.estimate import estimate
 from memshard.trainer.optim.row_adam import RowAdam

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.config import MixerConfig, ModelConfig
-from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe, TrainConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.recipe import DataConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 

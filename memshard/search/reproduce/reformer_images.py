@@ -16,7 +16,9 @@ from memshard.models.decode.generate import generate
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.trained import finish
-from memshard.trainer.config.recipe import DataConfig, OptimizerConfig, Recipe, TrainConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.recipe import DataConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.evaluation.canvas import canvas
 from memshard.trainer.loop import evaluate_run
 from memshard.trainer.set_up import set_up

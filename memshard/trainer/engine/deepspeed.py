@@ -24,7 +24,8 @@ from memshard.parallel.collectives import all_sum
 from memshard.parallel.grad_norm import gradient_norm
 from memshard.parallel.mesh import DATA, group, tensor_size
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.config.recipe import OptimizerConfig, TrainConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.dense_bytes import BUCKET
 from memshard.trainer.optim.dense import MOMENTS, build_adamw, learning_rate, make_states, owners
 

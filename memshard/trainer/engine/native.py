@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from memshard.parallel.grad_norm import complete_gradients, gradient_norm
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.config.recipe import OptimizerConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.optim.dense import build_adamw, learning_rate, make_states, owners
 
 

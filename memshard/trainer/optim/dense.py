@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from memshard.trainer.config.recipe import OptimizerConfig
+from memshard.trainer.config.optimizers import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
