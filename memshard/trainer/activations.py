@@ -11,7 +11,7 @@ _NORM_COPIES = {"layer": 1, "rms": 2, "primer": 3}
 _KEEPS_RESULT = {"EXP", "TANH", "SIGMOID", "ABS_ROOT", "MAX", "MIN", "ATTEND"}
 _KEEPS_NEITHER = {"ADD", "DIFFERENCE", "SHIFT", "C_MUL", "MASK", "RED_MEAN", "RED_SUM", "CUM_SUM", "JOIN", "LIFT"}
 _KEEPS_NO_INPUT = _KEEPS_NEITHER | _KEEPS_RESULT - {"ATTEND"}
-_QUERY_COPIES = {"batch": 4, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
+_QUERY_COPIES = {"batch": 2, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
 def activation_bytes(

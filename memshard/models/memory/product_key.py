@@ -121,9 +121,9 @@ class SubKeys(nn.Module):
 
     def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of both halves. queries: [tokens, heads, key_dim], fp32 at least; returns two [tokens, heads, keys]."""
-        halves = queries.unflatten(-1, (2, -1))
-        scores = torch.einsum("thad,hand->thna", halves, self.weight.to(queries.dtype))
-        return scores[..., 0], scores[..., 1]
+        halves, keys = queries.unflatten(-1, (2, -1)).unbind(-2), self.weight.to(queries.dtype).unbind(1)
+        first, second = (torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True))
+        return first, second
 
 
 def slot_rows(i1: Tensor, i2: Tensor, keys: int) -> Tensor:

@@ -60,9 +60,10 @@ class QueryNorm(nn.Module):
     def forward(self, z: Tensor, replay: Replay | None = None) -> Tensor:
         """z: [tokens, heads, key_dim]; same shape back, in fp32 at least. A repetition uses its first pass's statistics."""
         z = z.float() if z.dtype.itemsize < 4 else z
-        if self.tracks_statistics:
-            z = self._by_statistics(z, replay)
-        elif self.kind == "layer":
+        if self.tracks_statistics and self.weight is not None and self.bias is not None:
+            centred, var = self._centred(z, replay)
+            return torch.addcmul(self.bias, centred, self.weight * torch.rsqrt(var + _EPS))
+        if self.kind == "layer":
             z = nn.functional.layer_norm(z, z.shape[-1:], eps=_EPS)
         elif self.kind == "layer-half":
             halves = z.unflatten(-1, (2, -1))
@@ -85,33 +86,47 @@ class QueryNorm(nn.Module):
         """Drop the statistics collected since the last commit: the step was skipped."""
         self._collected.clear()
 
-    def _by_statistics(self, z: Tensor, replay: Replay | None) -> Tensor:
+    def _centred(self, z: Tensor, replay: Replay | None) -> tuple[Tensor, Tensor]:
+        """z less the mean to normalise by, and the variance."""
         repeating = replay is not None and replay.repeating
         if self.training and self.kind == "batch":
-            mean, var = self._measure(z, replay, not repeating)
-            return (z - mean) * torch.rsqrt(var + _EPS)
-        running_mean, running_var = self.running_mean, self.running_var
-        if self.training and not self.deferred:
-            # They move before a repetition.
-            running_mean, running_var = once(replay, running_mean.clone), once(replay, running_var.clone)
-        normalised = (z - running_mean) * torch.rsqrt(running_var + _EPS)
-        if self.training and not repeating:
-            # Afterwards: this pass must not see its own statistics.
+            return self._measure(z, replay, not repeating)
+        if not self.training:
+            return z - self.running_mean, self.running_var
+        # This pass must not see its own statistics, nor a repetition those that have moved meanwhile.
+        mean, var = once(replay, self.running_mean.clone), once(replay, self.running_var.clone)
+        if not repeating:
             with torch.no_grad():
                 self._measure(z, None, collect=True)
-        return normalised
+        return z - mean, var
 
     def _measure(self, z: Tensor, replay: Replay | None, collect: bool) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance over the tokens of all ranks; the unbiased variance goes to the running statistics."""
+        """z less its mean, and biased variance, over the tokens of all ranks; the unbiased variance goes to the running statistics."""
         count = once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
         mean = once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
-        var = once(replay, self.reduce, (z - mean).square().sum(0)) / count.clamp(min=1)
+        centred = z + -mean  # the gradient of z - mean would be negated before it is summed
+        var = once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
         if collect and count > 0:
             unbiased = var.detach() * (count / (count - 1).clamp(min=1))
             self._collected.append((mean.detach(), unbiased))
             if not self.deferred:
                 self.commit()
-        return mean, var
+        return centred, var
+
+
+class _SumSquares(torch.autograd.Function):
+    """Over tokens. Backward makes one tensor as large as x; torch's makes three."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.square().sum(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return x * (2 * gradient)
 
 
 def _alone(x: Tensor) -> Tensor:
