@@ -34,7 +34,7 @@ class Size:
 
 _PAPER_WIDTH = (
     "model.layers=12", "model.dim=1024", "model.mixer.heads=16", "model.memory.layers=[5]", "model.memory.keys=512",
-    "model.memory.topk=32", "model.memory.key_dim=512",
+    "model.memory.topk=32", "model.memory.key_dim=512", "train.batch=32", "train.micro_batch=16",
 )  # fmt: skip
 _TINY = (
     "data.path=data/smoke", "data.length=32", "model.layers=4", "model.dim=32", "model.mixer.heads=2", "model.memory.layers=[1]",
@@ -196,10 +196,11 @@ def _wide_clock(size: Size) -> Point:
     models = {
         "12 layers": {**base, "overrides": [*size.wide, _NO_MEMORY]},
         "12 layers + memory": {**base, "overrides": [*size.wide]},
+        "12 layers + memory of bf16": {**base, "overrides": [*size.wide, "tables.dtype=bf16"]},
         "24 layers": {**base, "overrides": [*size.wide, "model.layers=24", _NO_MEMORY]},
     }
     title = "Speed at the published width of 1,024, not trained"
-    return {"clock": 5, "title": title, "models": models, "trained": ["12 layers", "12 layers + memory"]}
+    return {"clock": 5, "title": title, "models": models, "trained": [label for label in models if label != "24 layers"]}
 
 
 def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hours: float, headline: bool = False) -> Experiment:
@@ -215,7 +216,7 @@ def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hou
 
 
 _TIMES = "perplexity, training and inference time a token"
-HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.0, headline=True)
+HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.2, headline=True)
 DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 2.3)
 POSITION = _study("position", "which layer of six holds the memory", _position, 0.9)
 HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 0.6)

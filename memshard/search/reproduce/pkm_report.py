@@ -1,7 +1,6 @@
 """Table and picture of an experiment with memories: perplexity against parameters and time, usage and KL."""
 
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Rows = list[tuple[Point, dict[str, Any]]]
+_KINDS = ("training", "inference")
 
 
 def report(rows: Rows, folder: Path, name: str) -> str:
@@ -52,7 +52,7 @@ def report(rows: Rows, folder: Path, name: str) -> str:
         text += f"| {' | '.join([*cells, published[label]])} |\n"
     for point, result in clocks:
         text += "\n" + _clock_table(point, result)
-    _draw(learned, clocks[0][1] if clocks else {}, folder / f"{name}.png")
+    _draw(learned, clocks, folder / f"{name}.png")
     return text + f"\n![{name}]({name}.png)\n"
 
 
@@ -66,43 +66,73 @@ def _clock_table(point: Point, result: dict[str, Any]) -> str:
     first, *_ = point["models"]
     text = f"{point['title']}: us a token, medians of {point['clock']} interleaved rounds; ratios to {first}, round by round (range).\n\n"
     text += "| model | training | ratio | inference | ratio |\n|---|---|---|---|---|\n"
+    ratios = {kind: _ratios(result[kind], first) for kind in _KINDS}
     for label in point["models"]:
         cells = [label]
-        for kind in ("training", "inference"):
-            times = result[kind].get(label)
-            base = result[kind].get(first)
-            cells.append(f"{statistics.median(times):.0f}" if times else "")
-            ratios = [time / other for time, other in zip(times, base, strict=True)] if times and base else []
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        for kind in _KINDS:
+            of = ratios[kind].get(label, [])
+            cells.append(f"{statistics.median(result[kind][label]):.0f}" if of else "")
+            cells.append(f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" if of else "")
         text += f"| {' | '.join(cells)} |\n"
     return text
 
 
-def _draw(learned: dict[str, list[dict[str, Any]]], clock: dict[str, Any], file: Path) -> None:
-    figure = canvas(13, 4)
-    parameters, speed, use = figure.subplots(1, 3)
-    times = clock.get("inference", {})
+def _ratios(times: dict[str, list[float]], first: str) -> dict[str, list[float]]:
+    """Of each model's times to the first one's in the same round."""
+    return {label: [time / base for time, base in zip(of, times[first], strict=True)] for label, of in times.items()}
+
+
+def _draw(learned: dict[str, list[dict[str, Any]]], clocks: Rows, file: Path) -> None:
+    """Perplexity against parameters and time; usage and KL, where models can be compared; further comparisons of speed."""
+    memories = {label: results for label, results in learned.items() if "usage" in results[0]}
+    further = clocks[1:]
+    panels = 2 + (len(memories) > 1) + len(further)
+    figure = canvas(4.4 * panels, 4)
+    parameters, speed, *rest = figure.subplots(1, panels)
     sizes = {label: [(results[0]["dense"] + results[0]["table"]) / 1e6] for label, results in learned.items()}
     _scatter(parameters, sizes, learned, "million parameters")
     parameters.set_xscale("log", subs=[2, 5])
     parameters.xaxis.set_major_formatter("{x:g}")
     parameters.xaxis.set_minor_formatter("{x:g}")
-    _scatter(speed, times, learned, "inference, us a token (bars: range of rounds)")
-    clean(use)
-    memories = [label for label, results in learned.items() if "usage" in results[0]]
-    used, low_high = _ranges(learned, memories, "usage", 100)
-    use.barh(memories, used, xerr=low_high, color=COLORS[0], height=0.6, error_kw={"capsize": 3})
-    use.set_xlabel("slots used, % (bars)")
-    use.tick_params(axis="y", labelsize=8)
-    use.invert_yaxis()
-    divergence = use.twiny()
-    middle, low_high = _ranges(learned, memories, "kl_weighted")
-    divergence.errorbar(middle, memories, xerr=low_high, fmt="o", color=COLORS[1], capsize=3)
+    _scatter(speed, clocks[0][1]["inference"] if clocks else {}, learned, "inference, us a token (bars: range of rounds)")
+    if len(memories) > 1:
+        _draw_usage(rest.pop(0), memories)
+    for axes, (point, result) in zip(rest, further, strict=True):
+        _draw_ratios(axes, point, result)
+    parameters.figure.legend(*parameters.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=6)
+    figure.savefig(file)
+
+
+def _draw_usage(axes: "Axes", memories: dict[str, list[dict[str, Any]]]) -> None:
+    clean(axes)
+    used, low_high = _ranges(memories, "usage", 100)
+    axes.barh(list(memories), used, xerr=low_high, color=COLORS[0], height=0.6, error_kw={"capsize": 3})
+    axes.set_xlabel("slots used, % (bars)")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    divergence = axes.twiny()
+    middle, low_high = _ranges(memories, "kl_weighted")
+    divergence.errorbar(middle, list(memories), xerr=low_high, fmt="o", color=COLORS[1], capsize=3)
     divergence.set_xlabel("KL to uniform, nats (dots)")
     divergence.set_xlim(left=0)
     divergence.spines["right"].set_visible(False)
-    parameters.figure.legend(*parameters.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=6)
-    figure.savefig(file)
+
+
+def _draw_ratios(axes: "Axes", point: Point, result: dict[str, Any]) -> None:
+    clean(axes)
+    first, *_ = labels = list(point["models"])
+    for number, kind in enumerate(_KINDS):
+        ratios = _ratios(result[kind], first)
+        middles = {label: statistics.median(of) for label, of in ratios.items()}
+        low_high = list(zip(*(_bars(of, middles[label]) for label, of in ratios.items()), strict=True))
+        places = [labels.index(label) + 0.2 - 0.4 * number for label in ratios]
+        bars = [[bar[0] for bar in side] for side in low_high]
+        axes.barh(places, list(middles.values()), xerr=bars, color=COLORS[number], height=0.36, label=kind, error_kw={"capsize": 3})
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time, {first} = 1 (bars: range of rounds)")
+    axes.set_title(point["title"], fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _scatter(axes: "Axes", places: dict[str, list[float]], learned: dict[str, list[dict[str, Any]]], name: str) -> None:
@@ -122,9 +152,9 @@ def _bars(values: list[float], middle: float) -> list[list[float]]:
     return [[middle - min(values)], [max(values) - middle]]
 
 
-def _ranges(learned: dict[str, list[dict[str, Any]]], labels: Iterable[str], key: str, factor: float = 1) -> tuple[list[float], Any]:
+def _ranges(learned: dict[str, list[dict[str, Any]]], key: str, factor: float = 1) -> tuple[list[float], Any]:
     """Means over seeds, and how far below and above them the seeds reach: [2, labels]."""
-    found = [[factor * result[key] for result in learned[label]] for label in labels]
+    found = [[factor * result[key] for result in results] for results in learned.values()]
     means = [statistics.mean(values) for values in found]
     bars = [_bars(values, mean) for values, mean in zip(found, means, strict=True)]
     return means, [[bar[side][0] for bar in bars] for side in (0, 1)]

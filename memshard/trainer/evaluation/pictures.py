@@ -1,6 +1,6 @@
 """Pictures of a run: its loss curve, and which slots of a table are read. Needs matplotlib (extra `eval`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,26 +42,6 @@ def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> 
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(left=0)
     axes.set_ylim(*_span(curves.values()))
-    axes.legend(frameon=False)
-    figure.savefig(out_png)
-
-
-def comparison(groups: Mapping[str, Sequence[str | Path]], out_png: str | Path) -> None:
-    """Held-out loss (nats a token) of several kinds of run against steps: the mean of a kind's seeds, and their range as a band.
-
-    groups: label -> metrics.jsonl of each seed, evaluated at the same steps.
-    """
-    figure = canvas(8, 4.5)
-    axes = figure.subplots()
-    clean(axes)
-    for number, (label, files) in enumerate(groups.items()):
-        curves = np.stack([_read_losses(Path(file))[1] for file in files])
-        steps, losses = curves[0, :, 0], curves[:, :, 1]
-        color, mean = COLORS[number % len(COLORS)], losses.mean(axis=0)
-        axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, linewidth=0)
-        axes.plot(steps, mean, color=color, linewidth=2, marker="o", markersize=4, label=f"{label} ({mean[-1]:.3f})")
-    axes.set_xlabel("step")
-    axes.set_ylabel("held-out loss (nats per token)")
     axes.legend(frameon=False)
     figure.savefig(out_png)
 
