@@ -25,7 +25,7 @@ def test_a_result_and_its_notes_enter_the_page(tmp_path: Path) -> None:
     (results / "reformer_lengths.md").write_text("Short ones only.\n")
     page = write_gallery(tmp_path, tmp_path / "pictures")
     entry = page.split("### reformer/lengths")[1].split("\n## ")[0]
-    assert "--scale smoke" in entry and "Scale smoke: 2 points" in entry and entry.endswith("Short ones only.\n")
+    assert "--scale smoke" in entry and "Scale smoke: 1 point," in entry and entry.endswith("Short ones only.\n")
     assert "](pictures/reformer_lengths/lengths.png)" in entry
     assert (tmp_path / "pictures/reformer_lengths/lengths.png").exists()
     assert page.count("**Not measured yet.**") == len(catalogue.names()) - 1

@@ -1,6 +1,7 @@
 """The pictures of experiments. Needs matplotlib (extra `eval`)."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -8,21 +9,25 @@ from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 
 
 def lines(
-    found: Mapping[str, Mapping[int, float]],
+    found: Mapping[str, Mapping[int, Sequence[float]]],
     published: Mapping[str, Mapping[int, float]],
     file: Path,
     x: str,
     y: str,
     logarithmic: Literal["x", "y"] = "y",
 ) -> None:
-    """Curves label -> {x: y}, one axis logarithmic, and published values as hollow dots of the same color."""
+    """Curves label -> {x: ys}, their mean as a line and their range as a band; one axis logarithmic. published: label -> {x: y}, hollow
+    dots of the same color.
+    """
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
     for number, (label, curve) in enumerate(found.items()):
         color = COLORS[number % len(COLORS)]
         places = sorted(curve)
-        axes.plot(places, [curve[place] for place in places], color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+        values = [curve[place] for place in places]
+        axes.fill_between(places, [min(ys) for ys in values], [max(ys) for ys in values], color=color, alpha=0.15, linewidth=0)
+        axes.plot(places, [statistics.mean(ys) for ys in values], color=color, linewidth=1.8, marker="o", markersize=3, label=label)
         dots = sorted(set(published.get(label, {})))
         axes.plot(dots, [published[label][dot] for dot in dots] if dots else [], "o", color=color, markersize=7, markerfacecolor="none")
     axes.set(**{f"{logarithmic}scale": "log"})

@@ -58,7 +58,9 @@ def _command(name: str, scale: str) -> str:
 
 def _measured(summary: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
-    return f"Scale {summary['scale']}: {len(summary['points'])} points, {summary['seconds'] / 3600:.2f} hours of one core ({versions})."
+    number = len(summary["points"])
+    points = f"{number} point{'s' if number > 1 else ''}"
+    return f"Scale {summary['scale']}: {points}, {summary['seconds'] / 3600:.2f} hours of one core ({versions})."
 
 
 if __name__ == "__main__":

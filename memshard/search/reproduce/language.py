@@ -6,6 +6,7 @@ from typing import Any
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
+from memshard.search.reproduce.spread import mean_deviation, seeds
 from memshard.search.reproduce.trained import finish, folder_of, prepare
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.run import Run
@@ -35,6 +36,10 @@ _SIZES: dict[Scale, dict[str, Any]] = {
     "small": {"overrides": [], "stride": 16, "tokens": None},
     "full": {"recipe": "wikitext103-small", "overrides": [], "stride": 1, "tokens": None},
 }
+
+
+_SEEDS: dict[Scale, list[list[str]]] = {"smoke": [[]], "small": [[], ["train.seed=1"]], "full": [[]]}
+"""Overrides; none is the recipe's own seed."""
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -72,35 +77,42 @@ def _perplexities(evaluation: Evaluation, run: Run, kind: str) -> dict[str, floa
 
 def _points(scale: Scale) -> list[Point]:
     size = {"recipe": "fast-weights-small", **_SIZES[scale]}
-    return [{**size, "model": name, "overrides": [*size["overrides"], *settings]} for name, settings in _MODELS.items()]
+    return [
+        {**size, "model": name, "overrides": [*size["overrides"], *settings, *seed]}
+        for seed in _SEEDS[scale]
+        for name, settings in _MODELS.items()
+    ]
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    curves = {
-        point["model"]: {bucket["first"] + 1: bucket["loss"] for bucket in result["by_position"]}
-        for point, result in rows
-        if "by_position" in result
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, dict[int, list[float]]] = {}
+    for point, result in rows:
+        found.setdefault(point["model"], []).append(result)
+        for bucket in result.get("by_position", ()):
+            curves.setdefault(point["model"], {}).setdefault(bucket["first"] + 1, []).append(bucket["loss"])
     lines(curves, {}, folder / "language.png", "tokens read before, without truncation", "nats a token", logarithmic="x")
     point, result = rows[0]
     text = (
         f"Recipe {point['recipe']}: perplexity of {result['tokens']:,} held-out tokens, in brackets a word's. Truncated: sliding windows,\n"
-        f"by {point['stride']} tokens each; untruncated: the text as one, states carried from its first token on. One seed.\n\n"
+        f"by {point['stride']} tokens each; untruncated: the text as one, states carried from its first token on. "
+        f"Perplexities: {seeds(len(found['delta']))}.\n\n"
         "| model | parameters | truncated | untruncated | published: truncated | untruncated |\n|---|---|---|---|---|---|\n"
     )
-    for point, result in rows:
-        published = _PUBLISHED.get(point["model"], ("", ""))
-        cells = [point["model"], f"{result['parameters']:,}", _cell(result, ""), _cell(result, "endless_"), *published]
+    for model, results in found.items():
+        published = _PUBLISHED.get(model, ("", ""))
+        cells = [model, f"{results[0]['parameters']:,}", _cell(results, ""), _cell(results, "endless_"), *published]
         text += f"| {' | '.join(cells)} |\n"
     text += "\nPublished: words of WikiText-103, small / medium model, ELU features; there sum and the small delta have positions, too.\n"
     return text + "\n![loss by tokens read before](language.png)\n"
 
 
-def _cell(result: dict[str, Any], kind: str) -> str:
-    if f"{kind}perplexity" not in result:
+def _cell(results: list[dict[str, Any]], kind: str) -> str:
+    if f"{kind}perplexity" not in results[0]:
         return ""
-    words = result.get(f"{kind}word_perplexity")
-    return f"{result[f'{kind}perplexity']:.2f}" + (f" ({words:.0f})" if words else "")
+    words = [result[f"{kind}word_perplexity"] for result in results if f"{kind}word_perplexity" in result]
+    tokens = mean_deviation([result[f"{kind}perplexity"] for result in results], ".2f")
+    return tokens + (f" ({mean_deviation(words, '.0f')})" if words else "")
 
 
 EXPERIMENT = Experiment(
@@ -108,5 +120,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=measure,
     report=_report,
-    hours={"smoke": 0.02, "small": 1.5, "full": 17_000.0},
+    hours={"smoke": 0.02, "small": 2.1, "full": 17_000.0},
 )

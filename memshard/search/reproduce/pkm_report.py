@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.search.reproduce.catalogue import Point
+from memshard.search.reproduce.spread import mean_deviation, seeds
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 
 if TYPE_CHECKING:
@@ -28,37 +29,30 @@ def report(rows: Rows, folder: Path, name: str) -> str:
     plain = [label for label, results in learned.items() if not results[0]["table"]]
     largest = max(plain, key=lambda label: learned[label][0]["dense"], default=first)
     bases = list(dict.fromkeys((first, largest)))
-    seeds = len(learned[first])
-    spread = f"Mean +- standard deviation of {seeds} seeds." if seeds > 1 else "One seed."
     speed = clocks[0][1]["inference"] if clocks else {}
     made = learned[first][0]
     text = (
         f"{made['trained_tokens'] / 1e6:.1f} million tokens, learning rates {made['lr']:g} (dense) and {made['table_lr']:g} (tables); "
         f"{made['tokens']:,} held-out tokens.\n"
     )
-    text += f"{spread} Gain, seed by seed: nats a token. Inference: us a token.\n\n"
+    text += f"Perplexity, gain (nats a token, seed by seed), usage and KL: {seeds(len(learned[first]))}. Inference: us a token.\n\n"
     titles = ["model", "perplexity", *(f"gain over {base}" for base in bases), "inference", "dense", "table", "usage", "KL", "published"]
     text += f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
     for label, results in learned.items():
-        cells = [label, _spread([result["perplexity"] for result in results], ".2f")]
+        cells = [label, mean_deviation([result["perplexity"] for result in results], ".2f")]
         for base in bases:
             gains = [other["loss"] - result["loss"] for other, result in zip(learned[base], results, strict=True)]
-            cells.append("" if label == base else _spread(gains, "+.4f"))
+            cells.append("" if label == base else mean_deviation(gains, "+.4f"))
         cells.append(f"{statistics.median(speed[label]):.0f}" if label in speed else "")
         cells += [f"{results[0][kind] / 1e6:.2f} M" for kind in ("dense", "table")]
         used = "usage" in results[0]
-        cells.append(_spread([100 * result["usage"] for result in results], ".1f") + " %" if used else "")
-        cells.append(_spread([result["kl_weighted"] for result in results], ".2f") if used else "")
+        cells.append(mean_deviation([100 * result["usage"] for result in results], ".1f") + " %" if used else "")
+        cells.append(mean_deviation([result["kl_weighted"] for result in results], ".2f") if used else "")
         text += f"| {' | '.join([*cells, published[label]])} |\n"
     for point, result in clocks:
         text += "\n" + _clock_table(point, result)
     _draw(learned, clocks, folder / f"{name}.png")
     return text + f"\n![{name}]({name}.png)\n"
-
-
-def _spread(values: list[float], digits: str) -> str:
-    deviation = f" +- {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{digits}}{deviation}"
 
 
 def _clock_table(point: Point, result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from memshard.models.linear import INIT_STD
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.clock import now
+from memshard.search.reproduce.spread import mean_deviation
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 from memshard.trainer.optim.dense import build_adamw, learning_rate
@@ -164,7 +165,12 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         losses = [result["loss"] for result in results]
         gains = [base["loss"] - loss for base, loss in zip(found["vanilla"], losses, strict=True)]
         ratios = [time / base for time, base in zip(times[arm], times["vanilla"], strict=True)]
-        cells = [arm, f"{results[0]['parameters']:,}", _spread(losses, ".4f"), _spread(gains, "+.4f") if arm != "vanilla" else ""]
+        cells = [
+            arm,
+            f"{results[0]['parameters']:,}",
+            mean_deviation(losses, ".4f"),
+            mean_deviation(gains, "+.4f") if arm != "vanilla" else "",
+        ]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         factor = _factor(found["vanilla"], results)
         cells += [f"{factor / ratio:.2f}" if factor else "not reached" for ratio in (1.0, statistics.median(ratios))]
@@ -173,14 +179,9 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for worse, better in _CLAIMS:
         differences = [a["loss"] - b["loss"] for a, b in zip(found[worse], found[better], strict=True)]
         wins = sum(difference > 0 for difference in differences)
-        text += f"| {worse} | {better} | {wins} of {seeds} | {_spread(differences, '+.4f')} |\n"
+        text += f"| {worse} | {better} | {wins} of {seeds} | {mean_deviation(differences, '+.4f')} |\n"
     _draw(found, folder / "parts.png")
     return text + "\n![held-out loss by step](parts.png)\n"
-
-
-def _spread(values: list[float], digits: str) -> str:
-    deviation = f" +- {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{digits}}{deviation}"
 
 
 def _factor(vanilla: list[dict[str, Any]], results: list[dict[str, Any]]) -> float:

@@ -17,48 +17,51 @@ from memshard.search.reproduce.curves import lines
 _ROUNDS = (1, 2, 4, 8)
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"tokens": 2048, "lengths": [512, 1024], "repeats": 1},
-    "small": {"tokens": 16_384, "lengths": [1024, 2048, 4096, 8192, 16_384], "repeats": 3},
+    "small": {"tokens": 16_384, "lengths": [1024, 2048, 4096, 8192, 16_384], "repeats": 7},
     "full": {"tokens": 131_072, "lengths": [1024, 4096, 16_384, 65_536, 131_072], "repeats": 5},
 }
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of processor time of a layer's forward and backward, median of interleaved passes, by kind: "full" or "LSH-r".
+    """Seconds of processor time of a layer's forward and backward: kind ("full" or "LSH-r") -> length -> one number a round.
 
-    One layer of two heads, width 128, chunks of 64. On a GPU, where there is one, seconds of the device.
+    Every kind at every length in turn. One layer of two heads, width 128, chunks of 64. On a GPU seconds of the device.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers: dict[str, torch.nn.Module] = {"full": SoftmaxMixer(128, 2)}
     layers |= {f"LSH-{rounds}": LSHMixer(128, 2, rounds, 64) for rounds in _ROUNDS}
-    batch = point["tokens"] // point["length"]
-    x = torch.randn(batch, point["length"], 128, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-    ctx = Context.of(x[..., 0])
-    seconds: dict[str, list[float]] = {kind: [] for kind in layers}
     for layer in layers.values():
         initialize(layer.to(device), 0)
+    seconds: dict[str, dict[str, list[float]]] = {kind: {str(length): [] for length in point["lengths"]} for kind in layers}
     for turn in range(point["repeats"] + 1):
-        for kind, layer in layers.items():
-            begun = now(device)
-            layer(x, ctx)[0].sum().backward()
-            if turn:
-                seconds[kind].append(now(device) - begun)
-    return {kind: statistics.median(values) for kind, values in seconds.items()}
+        for length in point["lengths"]:
+            x = torch.randn(point["tokens"] // length, length, 128, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+            ctx = Context.of(x[..., 0])
+            for kind, layer in layers.items():
+                begun = now(device)
+                layer(x, ctx)[0].sum().backward()
+                if turn:  # the first one builds kernels and allocates
+                    seconds[kind][str(length)].append(now(device) - begun)
+    return seconds
 
 
 def _points(scale: Scale) -> list[Point]:
-    size = _SIZES[scale]
-    return [{"length": length, "tokens": size["tokens"], "repeats": size["repeats"]} for length in size["lengths"]]
+    return [_SIZES[scale]]
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    kinds = list(rows[0][1])
-    found = {kind: {point["length"]: result[kind] for point, result in rows} for kind in kinds}
-    lines(found, {}, folder / "lengths.png", "length", "seconds a layer, forward and backward")
-    text = f"Seconds of one layer, forward and backward, {rows[0][0]['tokens']:,} tokens at every length, one thread.\n\n"
-    text += f"| length | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}\n"
-    for point, result in rows:
-        text += f"| {point['length']:,} | {' | '.join(f'{result[kind]:.2f}' for kind in kinds)} |\n"
-    crossed = [point["length"] for point, result in rows if result["LSH-2"] < result["full"]]
+    ((point, result),) = rows
+    times = {kind: {int(length): seconds for length, seconds in of.items()} for kind, of in result.items()}
+    lines(times, {}, folder / "lengths.png", "length", "seconds a layer, forward and backward")
+    text = f"Seconds of one layer, forward and backward, {point['tokens']:,} tokens at every length, one thread; "
+    text += f"medians of {point['repeats']} interleaved rounds (range).\n\n"
+    text += f"| length | {' | '.join(times)} |\n|---|{'---|' * len(times)}\n"
+    for length in point["lengths"]:
+        found = [of[length] for of in times.values()]
+        cells = [f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})" for seconds in found]
+        text += f"| {length:,} | {' | '.join(cells)} |\n"
+    lsh, full = times["LSH-2"], times["full"]
+    crossed = [length for length in point["lengths"] if statistics.median(lsh[length]) < statistics.median(full[length])]
     text += f"\nTwo rounds are faster than full attention from length {min(crossed):,} on.\n" if crossed else ""
     return text + "\n![seconds a layer against length](lengths.png)\n"
 
@@ -69,4 +72,5 @@ EXPERIMENT = Experiment(
     run=measure,
     report=_report,
     hours={"smoke": 0.01, "small": 0.05, "full": 4.0},
+    alone=lambda point: True,
 )

@@ -6,6 +6,7 @@ from typing import Any
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
 from memshard.search.reproduce.retrieval import train
+from memshard.search.reproduce.spread import mean_deviation, seeds
 
 # Best held-out loss, read from the authors' published logs; none where theirs is NaN.
 _PUBLISHED = {
@@ -20,40 +21,47 @@ _PUBLISHED = {
 _CURVES = {"delta dpfp-1": {100: 0.157, 200: 0.036, 300: 0.0065, 500: 0.0015, 700: 0.00077}}
 _SIZES: dict[Scale, list[int]] = {"smoke": [20], "small": [20, 60, 100, 140, 200], "full": list(range(20, 201, 20))}
 _STEPS: dict[Scale, int] = {"smoke": 200, "small": 3000, "full": 100_000}
+_SEEDS: dict[Scale, int] = {"smoke": 1, "small": 2, "full": 1}
 
 
 def _points(scale: Scale) -> list[Point]:
     kinds = ["sum dpfp-1", "delta dpfp-1"] if scale == "smoke" else list(_PUBLISHED)
-    points = []
-    for size in _SIZES[scale]:
-        for kind in kinds:
-            rule, features = kind.split()
-            # The bounded rule has no chunked form; its published losses grow with S.
-            if rule != "fwm" or size == 20:
-                points.append({"symbols": size, "features": features, "rule": rule, "replace": True, "steps": _STEPS[scale], "seed": 1})
-    return points
+    # The bounded rule has no chunked form; its published losses grow with S.
+    cases = [(size, *kind.split()) for size in _SIZES[scale] for kind in kinds if size == 20 or not kind.startswith("fwm")]
+    return [
+        {"symbols": size, "features": features, "rule": rule, "replace": True, "steps": _STEPS[scale], "seed": seed}
+        for seed in range(1, _SEEDS[scale] + 1)
+        for size, rule, features in cases
+    ]
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    curves = {_name(point): dict(result["curve"]) for point, result in rows if point["symbols"] == 20}
-    lines(curves, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20")
-    found: dict[str, dict[int, tuple[float, int]]] = {}
+    curves: dict[str, dict[int, list[float]]] = {}
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for point, result in rows:
-        found.setdefault(_name(point), {})[point["symbols"]] = result["loss"], result["step"]
+        found.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
+        for step, loss in result["curve"] if point["symbols"] == 20 else ():
+            curves.setdefault(_name(point), {}).setdefault(step, []).append(loss)
+    lines(curves, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20")
     sizes = sorted({point["symbols"] for point, _ in rows})
     text = (
         "Best held-out loss at its step, in brackets the published loss. 2 S pairs of S keys, drawn with replacement; held-out\n"
-        f"sequences of S pairs, as published. At most {rows[0][0]['steps']:,} steps, published runs up to 100,000; one seed.\n\n"
+        f"sequences of S pairs, as published. At most {rows[0][0]['steps']:,} steps, published runs up to 100,000; "
+        f"of losses the {seeds(max(point['seed'] for point, _ in rows))}.\n\n"
     )
     text += f"| rule, features | {' | '.join(f'S = {size}' for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     for kind, losses in found.items():
         cells = []
         for size in sizes:
             published = _PUBLISHED[kind].get(size)
-            cell = f"{losses[size][0]:.2g} at {losses[size][1]}" if size in losses else ""
+            cell = f"{mean_deviation([r['loss'] for r in losses[size]], '.2g')} at {_steps(losses[size])}" if size in losses else ""
             cells.append(cell + (f" ({published:.2g})" if cell and published is not None else ""))
         text += f"| {kind} | {' | '.join(cells)} |\n"
     return text + "\n![loss by step](update.png)\n"
+
+
+def _steps(results: list[dict[str, Any]]) -> str:
+    return " and ".join(str(step) for step in dict.fromkeys(result["step"] for result in results))
 
 
 def _name(point: Point) -> str:
@@ -65,5 +73,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=train,
     report=_report,
-    hours={"smoke": 0.01, "small": 0.9, "full": 10.0},
+    hours={"smoke": 0.01, "small": 1.8, "full": 10.0},
 )
