@@ -5,6 +5,7 @@ know, where they are there; writes DIR/gallery.md and the pictures in DIR/pictur
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _OPENING = """# Gallery: the papers' experiments, measured here
 Every number comes from a result file in [results](results) that `memshard reproduce` wrote, with all settings, seeds and versions;
 `make gallery` writes this page from them. [experiments.md](experiments.md) says how to run them. Small models and little text:
 differences count, not absolute numbers. Published figures were partly taken from secondary sources and are there for the direction,
-not for the digits.
+not for the digits. Hours leave out runs that another study had made before: studies of memories share their models.
 """
 
 
@@ -46,10 +47,10 @@ def _entry(name: str, results: Path, pictures: Path) -> str:
         home.mkdir(parents=True, exist_ok=True)
         text += f"{_measured(summary)} [All numbers](results/{found.name}).\n\n```\n{_command(name, summary['scale'])}\n```\n\n"
         report = experiment.report([(row["point"], row["result"]) for row in summary["points"]], home)
-        text += report.replace("](", f"](pictures/{file}/")
+        text += re.sub(r"(!\[[^]]*\]\()", rf"\1pictures/{file}/", report)
     else:
         text += f"**Not measured yet.** About {experiment.hours['small']:g} hours of one core:\n\n```\n{_command(name, 'small')}\n```\n"
-    return text + (f"\n{notes.read_text()}" if notes.exists() else "")
+    return text + (f"\n{notes.read_text().replace('](../', '](')}" if notes.exists() else "")
 
 
 def _command(name: str, scale: str) -> str:

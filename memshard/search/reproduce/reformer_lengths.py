@@ -61,8 +61,9 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         cells = [f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})" for seconds in found]
         text += f"| {length:,} | {' | '.join(cells)} |\n"
     lsh, full = times["LSH-2"], times["full"]
-    crossed = [length for length in point["lengths"] if statistics.median(lsh[length]) < statistics.median(full[length])]
-    text += f"\nTwo rounds are faster than full attention from length {min(crossed):,} on.\n" if crossed else ""
+    slower = [length for length in point["lengths"] if statistics.median(lsh[length]) >= statistics.median(full[length])]
+    faster = [length for length in point["lengths"] if length > max(slower, default=0)]
+    text += f"\nTwo rounds are faster than full attention from length {min(faster):,} on.\n" if faster else ""
     return text + "\n![seconds a layer against length](lengths.png)\n"
 
 

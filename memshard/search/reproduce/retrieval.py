@@ -4,6 +4,7 @@ S keys and S values. Values are one-hot vectors; keys are learned. A model has n
 memory is its answer, and its loss half the squared distance to the value last written under the key.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def loss_of(readings: Tensor, values: Tensor) -> Tensor:
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
     """Train on a point {symbols, features, rule, replace, steps, seed} until solved (held-out loss below 0.001), or without progress
-    for more than 1,000 steps. Returns the best held-out loss, when it was met, and the curve [[step, loss], ...].
+    for more than 1,000 steps. Returns the best held-out loss, when it was met, and the curve [[step, loss], ...]; losses of None diverged.
     """
     symbols, replace = point["symbols"], point["replace"]
     torch.manual_seed(point["seed"])
@@ -130,7 +131,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), 1e-4 if tanh else 1e-3, fused=True)
     length = 2 * symbols if replace else symbols
     held_out = draw(symbols, symbols, _SEQUENCES, replace, torch.Generator().manual_seed(1_000_003 + point["seed"]))
-    curve: list[tuple[int, float]] = []
+    curve: list[tuple[int, float | None]] = []
     best = (float("inf"), 0)
     for step in range(1, point["steps"] + 1):
         keys, values = draw(symbols, length, 128 if tanh else 32, replace, random)
@@ -141,11 +142,12 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
         if step % _EVAL_EVERY == 0:
             found = evaluate(model, *held_out)
-            curve.append((step, found))
-            best = min(best, (found, step))
-            if best[0] < _SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not found < float("inf"):
+            finite = math.isfinite(found)
+            curve.append((step, found if finite else None))
+            best = min(best, (found, step)) if finite else best
+            if best[0] < _SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not finite:
                 break
-    return {"loss": best[0], "step": best[1], "curve": curve}
+    return {"loss": best[0] if best[1] else None, "step": best[1], "curve": curve}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
 from memshard.search.reproduce.retrieval import train
-from memshard.search.reproduce.spread import mean_deviation, seeds
+from memshard.search.reproduce.spread import low_high, ranges
 
 # Best held-out loss, read from the authors' published logs.
 _PUBLISHED = {
@@ -44,28 +44,30 @@ def _points(scale: Scale) -> list[Point]:
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    found: dict[str, dict[int, list[float]]] = {}
+    found: dict[str, dict[int, list[float | None]]] = {}
     stopped = {(point["features"], point["symbols"]) for point, result in rows if result["curve"][-1][0] == point["steps"]}
     for point, result in rows:
         found.setdefault(point["features"], {}).setdefault(point["symbols"], []).append(result["loss"])
     found = {kind: dict(sorted(losses.items())) for kind, losses in found.items()}
-    lines(found, _PUBLISHED, folder / "capacity.png", "pairs", "held-out loss")
+    finite = {kind: {size: [loss for loss in of if loss is not None] for size, of in losses.items()} for kind, losses in found.items()}
+    drawn = {kind: {size: of for size, of in losses.items() if of} for kind, losses in finite.items()}
+    lines(drawn, _PUBLISHED, folder / "capacity.png", "pairs", "held-out loss")
     sizes = sorted({size for losses in found.values() for size in losses})
     longer = (point for point, _ in rows if point["symbols"] not in found["softmax"])
     long = dict.fromkeys(f"{point['steps']:,} with {point['features']} of {point['symbols']}" for point in longer)
     most = {point["steps"]: point["symbols"] for point, _ in rows if point["symbols"] in found["softmax"]}  # the largest comes last
     text = (
-        f"Best held-out loss, {seeds(len(found['softmax'][sizes[0]]))}, in brackets the published one. Attention over S pairs of different "
-        "keys. At most "
+        f"Best held-out loss, {ranges(rows)}, in brackets the published one. Attention over S pairs of different keys. At most "
         + ", ".join([*(f"{steps:,} steps up to {size} pairs" for steps, size in most.items()), *long])
-        + "; * met that end. Published runs had up to 100,000.\n\n"
+        + "; * met that end. Runs end before where they are solved (below 0.001) or have not improved for 1,000 steps. Published ones had "
+        "up to 100,000.\n\n"
     )
     text += f"| features | {' | '.join(str(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     for kind, losses in found.items():
         cells = []
         for size in sizes:
             published = _PUBLISHED.get(kind, {}).get(size)
-            cell = f"{mean_deviation(losses[size], '.2g')}{'*' if (kind, size) in stopped else ''}" if size in losses else ""
+            cell = f"{low_high(losses[size], '.2g')}{'*' if (kind, size) in stopped else ''}" if size in losses else ""
             cells.append(cell + (f" ({published:.2g})" if cell and published is not None else ""))
         text += f"| {kind} | {' | '.join(cells)} |\n"
     return text + "\n![loss against the number of pairs](capacity.png)\n"

@@ -6,7 +6,7 @@ from typing import Any
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
 from memshard.search.reproduce.retrieval import train
-from memshard.search.reproduce.spread import mean_deviation, seeds
+from memshard.search.reproduce.spread import low_high, ranges
 
 # Best held-out loss, read from the authors' published logs; none where theirs is NaN.
 _PUBLISHED = {
@@ -36,28 +36,34 @@ def _points(scale: Scale) -> list[Point]:
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    curves: dict[str, dict[int, list[float]]] = {}
+    curves: dict[str, list[dict[int, float]]] = {}
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for point, result in rows:
         found.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
-        for step, loss in result["curve"] if point["symbols"] == 20 else ():
-            curves.setdefault(_name(point), {}).setdefault(step, []).append(loss)
-    lines(curves, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20")
+        if point["symbols"] == 20:
+            curves.setdefault(_name(point), []).append(dict(result["curve"]))
+    lines({kind: _together(of) for kind, of in curves.items()}, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20")
     sizes = sorted({point["symbols"] for point, _ in rows})
     text = (
         "Best held-out loss at its step, in brackets the published loss. 2 S pairs of S keys, drawn with replacement; held-out\n"
         f"sequences of S pairs, as published. At most {rows[0][0]['steps']:,} steps, published runs up to 100,000; "
-        f"of losses the {seeds(max(point['seed'] for point, _ in rows))}.\n\n"
+        f"{ranges(rows)}.\n\n"
     )
     text += f"| rule, features | {' | '.join(f'S = {size}' for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     for kind, losses in found.items():
         cells = []
         for size in sizes:
             published = _PUBLISHED[kind].get(size)
-            cell = f"{mean_deviation([r['loss'] for r in losses[size]], '.2g')} at {_steps(losses[size])}" if size in losses else ""
+            cell = f"{low_high([r['loss'] for r in losses[size]], '.2g')} at {_steps(losses[size])}" if size in losses else ""
             cells.append(cell + (f" ({published:.2g})" if cell and published is not None else ""))
         text += f"| {kind} | {' | '.join(cells)} |\n"
     return text + "\n![loss by step](update.png)\n"
+
+
+def _together(curves: list[dict[int, float]]) -> dict[int, list[float]]:
+    """step -> the losses of all seeds; one that has ended keeps its last."""
+    steps = sorted(set().union(*curves))
+    return {step: [curve[max(at for at in curve if at <= step)] for curve in curves] for step in steps}
 
 
 def _steps(results: list[dict[str, Any]]) -> str:

@@ -103,7 +103,7 @@ def _recipes(value: Any) -> Iterator[dict[str, Any]]:
 
 def _versions() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
-    machine = {"cores": os.cpu_count(), "memory, GB": memory, "threads a point": 1}
+    machine = {"cores": os.cpu_count(), "GB of memory": memory, "threads a point": 1}
     return {"torch": torch.__version__, "python": platform.python_version(), **machine}
 
 
