@@ -13,9 +13,9 @@ from memshard.search.reproduce.pkm_runs import run_point
 @dataclass(frozen=True)
 class Size:
     """A scale. recipe, overrides: of a model of `layers` layers with one memory. depths: the paper's 12, 16 and 24. keys: numbers of
-    sub-keys compared; flat: those also compared with flat keys; peer_keys: for PEER, whose two tables are then as large as the one.
-    reads: slots a token reads. steps: of training. seeds: of a study and of the headline. clock: rounds of timing. wide: overrides of the
-    headline's models for timing at the published width.
+    sub-keys compared; flat: those also compared with flat keys; peer: overrides for PEER, whose two tables are then as large
+    as the one. reads: slots a token reads. steps: of training. seeds: of a study and of the headline. clock: rounds of timing. wide:
+    overrides of the headline's models for timing at the published width.
     """
 
     recipe: str
@@ -24,7 +24,7 @@ class Size:
     depths: tuple[int, int, int]
     keys: tuple[int, ...]
     flat: tuple[int, ...]
-    peer_keys: int
+    peer: tuple[str, ...]
     reads: int
     steps: int
     seeds: tuple[int, int]
@@ -42,13 +42,15 @@ _TINY = (
     "train.precision=fp32", "train.eval_tokens=2048", "optimizer.warmup=1",
 )  # fmt: skip
 _SIZES: dict[Scale, Size] = {
-    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), 23, 8, 2, (1, 2), 1),
+    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), ("model.memory.keys=23",), 8, 2, (1, 2), 1),
     "small": Size(
-        "pkm-small", (), 6, (6, 8, 12), (64, 128, 256, 512), (32, 64, 128), 181, 32, 600, (2, 3), 9, _PAPER_WIDTH
+        "pkm-small", (), 6, (6, 8, 12), (64, 128, 256, 512), (32, 64, 128),
+        ("model.memory.keys=181", "tables.lr=4e-3"),  # of 1e-3, 4e-3, 1e-2 and 3e-2 the best
+        32, 600, (2, 3), 9, _PAPER_WIDTH,
     ),
     "full": Size(
         "lample2019", ("model.layers=6", "model.memory.layers=[4]", "model.memory.keys=512"), 6, (12, 16, 24),
-        (128, 256, 384, 512, 768, 1024), (128, 256), 362, 64, 250_000, (1, 1), 9,
+        (128, 256, 384, 512, 768, 1024), (128, 256), ("model.memory.keys=362",), 64, 250_000, (1, 1), 9,
     ),
 }  # fmt: skip
 
@@ -161,7 +163,7 @@ def _alternatives(size: Size) -> dict[str, Model]:
         "feedforward of equal operations": _model(builder="feedforward of equal operations"),
         "product-key memory": _model(),
         "Memory+": _model("model.memory.gate=true"),
-        "PEER": _model("model.memory.kind=peer", f"model.memory.keys={size.peer_keys}"),
+        "PEER": _model("model.memory.kind=peer", *size.peer),
         "mixture of experts, 1 active": _model(builder="mixture of experts, 1 active"),
         "mixture of experts, 2 active": _model(builder="mixture of experts, 2 active"),
     }

@@ -27,10 +27,9 @@ def report(rows: Rows, folder: Path, name: str) -> str:
     bases = list(dict.fromkeys((first, largest)))
     speed = clocks[0][1]["inference"] if clocks else {}
     made = learned[first][0]
-    text = (
-        f"{made['trained_tokens'] / 1e6:.1f} million tokens, learning rates {made['lr']:g} (dense) and {made['table_lr']:g} (tables); "
-        f"{made['tokens']:,} held-out tokens.\n"
-    )
+    own = [f"; {label} {results[0]['table_lr']:g}" for label, results in learned.items() if results[0]["table_lr"] != made["table_lr"]]
+    rates = f"{made['lr']:g} (dense) and {made['table_lr']:g} (tables{''.join(own)})"
+    text = f"{made['trained_tokens'] / 1e6:.1f} million tokens, learning rates {rates}; {made['tokens']:,} held-out tokens.\n"
     text += f"Perplexity, gain (nats a token, seed by seed), usage and KL: {seeds(len(learned[first]))}. Inference: us a token.\n\n"
     titles = ["model", "perplexity", *(f"gain over {base}" for base in bases), "inference", "dense", "table", "usage", "KL", "published"]
     table = []
