@@ -47,7 +47,7 @@ def _draw_usage(axes: "Axes", memories: dict[str, list[dict[str, Any]]]) -> None
     middle, low_high = _ranges(memories, "kl_weighted")
     divergence.errorbar(middle, list(memories), xerr=low_high, fmt="o", color=COLORS[1], capsize=3)
     divergence.set_xlabel("KL to uniform, nats (dots)")
-    divergence.set_xlim(left=0)
+    divergence.set_xlim(0, 1.1 * max(middle))
     divergence.spines["right"].set_visible(False)
 
 
