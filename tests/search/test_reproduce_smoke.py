@@ -38,7 +38,8 @@ def test_runs_from_data_to_picture(name: str, folder: Path, monkeypatch: pytest.
     assert main(["reproduce", name, "--scale", "smoke", "--workers", "1"]) == 0
     out = folder / "runs/reproduce" / name
     report = (out / "report.md").read_text()
-    assert report and all((out / picture).exists() for picture in re.findall(r"\]\((.*?\.png)\)", report))
+    pictures = re.findall(r"\]\((.*?\.png)\)", report)
+    assert pictures and all((out / picture).exists() for picture in pictures)
     summary = json.loads((out / "result.json").read_text())
     assert len(summary["points"]) == len(catalogue.find(name).points("smoke")) and summary["versions"]["torch"]
 

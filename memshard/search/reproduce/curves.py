@@ -30,8 +30,24 @@ def lines(
         axes.plot(places, [statistics.mean(ys) for ys in values], color=color, linewidth=1.8, marker="o", markersize=3, label=label)
         dots = sorted(set(published.get(label, {})))
         axes.plot(dots, [published[label][dot] for dot in dots] if dots else [], "o", color=color, markersize=7, markerfacecolor="none")
-    axes.set(**{f"{logarithmic}scale": "log"})
+    if logarithmic == "x":
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,g}")
+    else:
+        axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(f"{y} (rings: published)" if published else y)
     axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(file)
+
+
+def bars(found: Mapping[str, tuple[float, float]], file: Path, x: str) -> None:
+    """label -> (value, half its interval)."""
+    figure = canvas(8, 0.6 + 0.5 * len(found))
+    axes = figure.subplots()
+    clean(axes)
+    values, margins = zip(*found.values(), strict=True)
+    axes.barh(list(found), values, xerr=margins, color=COLORS[0], height=0.6, error_kw={"capsize": 3})
+    axes.invert_yaxis()
+    axes.set_xlabel(x)
     figure.savefig(file)

@@ -14,6 +14,7 @@ from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
+from memshard.search.reproduce.curves import lines
 from memshard.search.reproduce.spread import mean_deviation, seeds
 
 _SYMBOLS = 127
@@ -102,7 +103,7 @@ def _points(scale: Scale) -> list[Point]:
     ]
     for point in points:
         if scale == "small" and point["attention"] in ("2", "1"):
-            point["steps"] = 4500  # after 1,500 they copied 75 and 18 % with as many rounds, and were still learning
+            point["steps"] = 4500  # after 1,500 they were still learning
     return points
 
 
@@ -114,15 +115,23 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     text = "Percentage of the second half predicted, in brackets the published one (length 1024, 150,000 steps); here length "
     text += f"{2 * point['words'] + 2}, batches of {point['batch']}, width {point['dim']}, "
     text += f"chunk {point['chunk']}; {seeds(len(found['full']))}.\n\n"
-    text += f"| trained with | steps | {' | '.join('full' if kind == 'full' else f'LSH-{kind}' for kind in _EVALUATED)} |\n"
+    text += f"| trained with | steps | {' | '.join(map(_name, _EVALUATED))} |\n"
     text += f"|---|---|{'---|' * len(_EVALUATED)}\n"
     for kind, results in found.items():
         cells = [
             f"{mean_deviation([result[other] for result in results], '.1f')} ({published:g})"
             for other, published in zip(_EVALUATED, _PUBLISHED[kind], strict=True)
         ]
-        text += f"| {'full' if kind == 'full' else f'LSH-{kind}'} | {steps[kind]:,} | {' | '.join(cells)} |\n"
-    return text
+        text += f"| {_name(kind)} | {steps[kind]:,} | {' | '.join(cells)} |\n"
+    rounds = [int(other) for other in reversed(_EVALUATED) if other != "full"]
+    copied = {_name(kind): {n: [result[str(n)] for result in results] for n in rounds} for kind, results in found.items()}
+    published = {_name(kind): dict(zip(reversed(rounds), of[1:], strict=True)) for kind, of in _PUBLISHED.items()}
+    lines(copied, published, folder / "duplication.png", "rounds of LSH in evaluation", "predicted, %", logarithmic="x")
+    return text + "\n![percentage predicted against rounds in evaluation](duplication.png)\n"
+
+
+def _name(kind: str) -> str:
+    return "full" if kind == "full" else f"LSH-{kind}"
 
 
 EXPERIMENT = Experiment(

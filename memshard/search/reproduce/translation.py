@@ -7,6 +7,7 @@ from memshard.data_pipeline.build.sources import read_lines
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.models.seq2seq import EncoderDecoder
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
+from memshard.search.reproduce.curves import bars
 from memshard.search.reproduce.trained import finish, folder_of, prepare
 from memshard.trainer.evaluation.translation import bleu, translate
 from memshard.trainer.loop import evaluate_run
@@ -104,7 +105,9 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for number, (source, _, reference) in enumerate(first["examples"]):
         text += f"\n- {source}\n  - reference: {reference}\n"
         text += "".join(f"  - {point['model']}: {result['examples'][number][1]}\n" for point, result in rows)
-    return text
+    scores = {point["model"]: (result["bleu"], result["margin"]) for point, result in rows}
+    bars(scores, folder / "translation.png", "BLEU (95 % of draws of the sentences)")
+    return text + "\n![BLEU by attention](translation.png)\n"
 
 
 EXPERIMENT = Experiment(
