@@ -206,7 +206,7 @@ def _wide_clock(size: Size) -> Point:
 
 
 def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hours: float, headline: bool = False) -> Experiment:
-    """hours: of scale small."""
+    """hours: of scale small, if no other study has run models of it before."""
     return Experiment(
         what=what,
         points=partial(_points, models, headline),
@@ -218,11 +218,11 @@ def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hou
 
 
 _TIMES = "perplexity, training and inference time a token"
-HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.2, headline=True)
-DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 2.3)
-POSITION = _study("position", "which layer of six holds the memory", _position, 0.9)
-HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 0.6)
-KEYS = _study("keys", "number of slots, with and without batch norm of queries: perplexity, usage, KL", _keys, 1.6)
-FLAT = _study("flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 1.2)
-GATES = _study("gates", "softmax, sigmoid, relu; replace or add; Memory+; one table for three layers", _gates, 1.2)
-ALTERNATIVES = _study("alternatives", "a memory against feedforwards, PEER and mixtures of experts of equal parameters", _alternatives, 1.4)
+HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.1, headline=True)
+DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 3.3)
+POSITION = _study("position", "which layer of six holds the memory", _position, 1.4)
+HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 1.0)
+KEYS = _study("keys", "number of slots, with and without batch norm of queries: perplexity, usage, KL", _keys, 1.8)
+FLAT = _study("flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 2.1)
+GATES = _study("gates", "softmax, sigmoid, relu; replace or add; Memory+; one table for three layers", _gates, 1.8)
+ALTERNATIVES = _study("alternatives", "a memory against feedforwards, PEER and mixtures of experts of equal parameters", _alternatives, 1.5)
