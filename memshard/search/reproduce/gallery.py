@@ -21,9 +21,10 @@ _PAPERS = {
 _OPENING = """# Gallery: the papers' experiments, measured here
 
 Every number comes from a result file in [results](results) that `memshard reproduce` wrote, with all settings, seeds and versions;
-`make gallery` writes this page from them. [experiments.md](experiments.md) says how to run them and which data they need. Small models and little text:
-differences count, not absolute numbers. Published figures were partly taken from secondary sources and are there for the direction,
-not for the digits. Hours leave out runs that another study had made before: studies of memories share their models.
+`make gallery` writes this page from them. [experiments.md](experiments.md) says how to run them and which data they need.
+Small models and little text: differences count, not absolute numbers. Published figures were partly taken from secondary sources
+and are there for the direction, not for the digits. Hours leave out runs that another study had made before: studies of memories
+share their models.
 """
 
 
