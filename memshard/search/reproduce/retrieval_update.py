@@ -41,7 +41,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for point, result in rows:
         found.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
         if point["symbols"] == 20:
-            curves.setdefault(_name(point), []).append(dict(result["curve"]))
+            curves.setdefault(_name(point), []).append({step: loss for step, loss in result["curve"] if loss is not None})
     lines({kind: _together(of) for kind, of in curves.items()}, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20")
     sizes = sorted({point["symbols"] for point, _ in rows})
     text = (
