@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import resource
-import statistics
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from memshard.launch.bench.spread import shown, spread
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
@@ -71,8 +71,8 @@ def main() -> None:
     result["seconds"] = times(args)
     for kind, seconds in result["seconds"].items():
         compared = {other: [own / full for own, full in zip(seconds, result["seconds"][other], strict=True)] for other in FULL}
-        ratios = ", ".join(f"{statistics.median(values):.3f} x {other}" for other, values in compared.items())
-        print(f"{kind:18}{statistics.median(seconds) * 1e3:9.1f} ms: {ratios}")
+        ratios = ", ".join(f"{shown(spread(values), 1, '.3f')} x {other}" for other, values in compared.items())
+        print(f"{kind:18}{shown(spread(seconds), 1e-3, '.1f'):>26} ms: {ratios}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "reversible.json").write_text(json.dumps(result, indent=1) + "\n")

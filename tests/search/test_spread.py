@@ -16,6 +16,7 @@ def test_means_and_ranges() -> None:
 
 def test_a_seed_that_has_ended_keeps_its_last_loss() -> None:
     assert _together([{100: 0.5, 200: 0.1}, {100: 0.4, 200: 0.3, 300: 0.2}]) == {100: [0.5, 0.4], 200: [0.1, 0.3], 300: [0.1, 0.2]}
+    assert _together([{}, {100: 0.4}]) == {100: [0.4]} and _together([{}, {}]) == {}
 
 
 def test_what_shares_the_last_part_of_its_name_is_one_line() -> None:

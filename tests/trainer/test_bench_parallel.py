@@ -19,7 +19,8 @@ def test_both_splits_both_blocks_and_the_plain_loop(data: Path, capfd: pytest.Ca
     assert {"torch", "torch, ZeRO-1"} <= set(result["engines_s"])
     # Both spread the same block: the gradient of its input is the same.
     assert len(result["blocks_s"]) == 2 and result["blocks_difference"] < 1e-5
-    assert all(rate > 0 for rate in result["tokens_per_s"].values())
+    found = [*(point["step_s"] for point in result["steps"]), *result["engines_s"].values(), *result["tokens_per_s"].values()]
+    assert all(0 < one["low"] <= one["median"] <= one["high"] for one in found)
 
 
 def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

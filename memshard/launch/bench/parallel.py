@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -27,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from memshard.launch.bench.spread import spread
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
@@ -98,7 +98,7 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
 
 
 def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of a step at every split and of a block, medians of interleaved rounds; bytes a rank holds and sends."""
+    """Seconds of a step at every split and of a block, median and range of interleaved rounds; bytes a rank holds and sends."""
     ranks = dist.get_world_size()
     splits = [tensor for tensor in range(1, ranks + 1) if ranks % tensor == 0 and size.heads % tensor == 0]
     steps = {tensor: _step(size, tensor, device) for tensor in splits}
@@ -130,8 +130,8 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
     return found | {"blocks_s": interleaved(blocks, rounds, device)}
 
 
-def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each action on the slowest rank, one after the other in every round; a first round does not count."""
+def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Seconds of each action on the slowest rank, one after the other in every round; a first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
@@ -143,7 +143,7 @@ def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device
             taken = torch.tensor(time.perf_counter() - begun)
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             times[name].append(float(taken))
-    return {name: median(taken[1:]) for name, taken in times.items()}
+    return {name: spread(taken[1:]) for name, taken in times.items()}
 
 
 def _step(size: Size, tensor: int, device: torch.device, kind: str = "torch", zero: Literal[0, 1] = 0) -> tuple[Callable[[], object], int]:

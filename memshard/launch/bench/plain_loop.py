@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.launch.bench.spread import spread
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
@@ -56,8 +56,8 @@ class PlainModel(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def rates(path: str, layers: int, dim: int, heads: int, length: int, batch: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of both (of CPU time, on a CPU), medians of interleaved steps after a first pair."""
+def rates(path: str, layers: int, dim: int, heads: int, length: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens a second of both (of CPU time, on a CPU) in interleaved steps after a first pair, and their ratio step by step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     recipe = Recipe(
@@ -92,6 +92,8 @@ def rates(path: str, layers: int, dim: int, heads: int, length: int, batch: int,
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 times[name].append(clock() - begun)
-    found = {name: batch * length / median(taken[1:]) for name, taken in times.items()}
+    found = {name: spread([batch * length / seconds for seconds in taken[1:]]) for name, taken in times.items()}
+    own, other = times.values()
+    found["memshard / plain"] = spread([theirs / ours for ours, theirs in zip(own[1:], other[1:], strict=True)])
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in run.model.parameters())
     return found

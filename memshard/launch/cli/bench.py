@@ -157,17 +157,17 @@ def run_parallel(args: argparse.Namespace) -> dict:
 
 def show_parallel(result: dict) -> None:
     """Print the points, the blocks and the rates as tables."""
+    from memshard.launch.bench.spread import shown
+
     for point in result.get("steps", []):
         print(
-            f"tensor {point['tensor']} x data {point['data']:<4}{point['step_s'] * 1e3:>12,.1f} ms a step"
+            f"tensor {point['tensor']} x data {point['data']:<4}{shown(point['step_s'], 1e-3, ',.0f'):>24} ms a step"
             f"{point['dense_bytes'] / 1e6:>12,.1f} MB dense weights a rank{point['sent_bytes'] / 1e6:>12,.1f} MB sent a step"
         )
     for name, seconds in result.get("engines_s", {}).items():
-        print(f"engine {name:<32}{seconds * 1e3:>12,.1f} ms a step")
+        print(f"engine {name:<32}{shown(seconds, 1e-3, ',.0f'):>24} ms a step")
     for name, seconds in result.get("blocks_s", {}).items():
-        print(f"block, {name:<32}{seconds * 1e3:>12,.1f} ms")
-    rates = result.get("tokens_per_s", {})
-    for name, rate in rates.items():
-        print(f"{name:<24}{rate:>12,.0f} tokens/s")
-    if rates:
-        print(f"{'memshard / plain':<24}{rates['memshard train'] / rates['plain loop']:>12.2f}")
+        print(f"block, {name:<32}{shown(seconds, 1e-3, ',.0f'):>24} ms")
+    for name, rate in result.get("tokens_per_s", {}).items():
+        ratio = " / " in name
+        print(f"{name:<24}{shown(rate, 1, ',.2f' if ratio else ',.0f'):>24}{'' if ratio else ' tokens/s'}")

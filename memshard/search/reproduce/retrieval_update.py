@@ -61,9 +61,9 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
 
 
 def _together(curves: list[dict[int, float]]) -> dict[int, list[float]]:
-    """step -> the losses of all seeds; one that has ended keeps its last."""
+    """step -> the losses of all seeds; one that has ended keeps its last, one that diverged before its first has none."""
     steps = sorted(set().union(*curves))
-    return {step: [curve[max(at for at in curve if at <= step)] for curve in curves] for step in steps}
+    return {step: [curve[max(known)] for curve in curves if (known := [at for at in curve if at <= step])] for step in steps}
 
 
 def _steps(results: list[dict[str, Any]]) -> str:
