@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from memshard.launch.bench.spread import shown, spread
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.transformer import Transformer
@@ -157,11 +158,10 @@ def main() -> None:
                 if turn:
                     seconds[name].append(time.process_time() - begun)
         result[length] = {name: {"seconds": seconds[name], "peak_mb": peak(name, length)} for name in names}
-        base = statistics.median(seconds[names[0]])
-        print(f"{length:,} tokens: processor seconds a step (ratio to {names[0]}), peak MB")
+        print(f"{length:,} tokens: processor seconds a step, ratio to {names[0]} within a round (range), peak MB")
         for name, found in result[length].items():
-            median = statistics.median(found["seconds"])
-            print(f"  {name:<22}{median:8.2f}  {median / base:5.2f}x  {found['peak_mb']:7.0f}", flush=True)
+            ratios = spread([other / own for other, own in zip(seconds[name], seconds[names[0]], strict=True)])
+            print(f"  {name:<22}{statistics.median(seconds[name]):8.2f}  {shown(ratios, 1, '.2f')}  {found['peak_mb']:7.0f}", flush=True)
     if len(args.lengths) > 1:
         first, last = (statistics.median(result[length][names[0]]["seconds"]) for length in (args.lengths[0], args.lengths[-1]))
         print(f"{names[0]}: {last / first:.2f} times the time for {args.lengths[-1] / args.lengths[0]:g} times the tokens")

@@ -82,7 +82,8 @@ def _summary(sizes: Sizes, tokens: int, times: list[dict[str, float]], ours: lis
     found = {part: statistics.median(time.get(part, 0.0) for time in times) for part in (*PARTS, "cpu", "rows")}
     ratios = [time["total"] / own["total"] for time, own in zip(times, ours, strict=True)]
     found |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-    found["cpu_ratio"] = statistics.median(time["cpu"] / own["cpu"] for time, own in zip(times, ours, strict=True))
+    ratios = [time["cpu"] / own["cpu"] for time, own in zip(times, ours, strict=True)]
+    found |= {"cpu_ratio": statistics.median(ratios), "cpu_ratio_low": min(ratios), "cpu_ratio_high": max(ratios)}
     # Rows are read forward and, for the weights' gradients, backward; the update reads and writes distinct ones and two moments.
     size = _DTYPES[sizes.dtype].itemsize
     read = tokens * sizes.reads * sizes.dim * size

@@ -1,7 +1,7 @@
 """The pictures of experiments. Needs matplotlib (extra `eval`)."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +15,11 @@ def lines(
     x: str,
     y: str,
     logarithmic: Literal["x", "y"] = "y",
+    unfinished: Collection[tuple[str, int]] = (),
+    solved: float | None = None,
 ) -> None:
-    """Curves label -> {x: ys}, their mean as a line and their range as a band; one axis logarithmic. published: label -> {x: y}, hollow
-    dots of the same color.
+    """Curves label -> {x: ys}, their median as a line and their range as a band; one axis logarithmic. published: label -> {x: y}, hollow
+    dots of the same color. unfinished: (label, x) of runs cut short, crossed out. solved: the y below which runs end, a dotted line.
     """
     figure = canvas(8, 4.5)
     axes = figure.subplots()
@@ -26,17 +28,27 @@ def lines(
         color = COLORS[number % len(COLORS)]
         places = sorted(curve)
         values = [curve[place] for place in places]
+        middles = [statistics.median(ys) for ys in values]
         axes.fill_between(places, [min(ys) for ys in values], [max(ys) for ys in values], color=color, alpha=0.15, linewidth=0)
-        axes.plot(places, [statistics.mean(ys) for ys in values], color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+        axes.plot(places, middles, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+        short = [(place, middle) for place, middle in zip(places, middles, strict=True) if (label, place) in unfinished]
+        axes.plot([place for place, _ in short], [middle for _, middle in short], "x", color=color, markersize=7)
         dots = sorted(set(published.get(label, {})))
         axes.plot(dots, [published[label][dot] for dot in dots] if dots else [], "o", color=color, markersize=7, markerfacecolor="none")
     if logarithmic == "x":
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,g}")
     else:
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=[2, 5])
+        low, high = axes.get_ylim()
+        if high < 100 * low:  # where powers of ten are few
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        if solved is not None:
+            axes.axhline(solved, color="gray", linestyle=":", linewidth=1)
     axes.set_xlabel(x)
-    axes.set_ylabel(f"{y} (rings: published)" if published else y)
+    notes = [*(["rings: published"] if published else []), *(["crosses: cut short"] if unfinished else [])]
+    axes.set_ylabel(f"{y} ({', '.join(notes)})" if notes else y)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(file)
 

@@ -40,6 +40,7 @@ _SIZES: dict[Scale, dict[str, Any]] = {
 
 _SEEDS: dict[Scale, list[list[str]]] = {"smoke": [[]], "small": [[], ["train.seed=1"]], "full": [[]]}
 """Overrides; none is the recipe's own seed."""
+_FIRST_DRAWN = 64
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +91,10 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for point, result in rows:
         found.setdefault(point["model"], []).append(result)
         for bucket in result.get("by_position", ()):
-            curves.setdefault(point["model"], {}).setdefault(bucket["first"] + 1, []).append(bucket["loss"])
-    lines(curves, {}, folder / "language.png", "tokens read before, without truncation", "nats a token", logarithmic="x")
+            # Positions before hold a few tokens of one text.
+            if bucket["first"] >= _FIRST_DRAWN:
+                curves.setdefault(point["model"], {}).setdefault(bucket["first"], []).append(bucket["loss"])
+    lines(curves, {}, folder / "language.png", "first position of a bucket, without truncation", "nats a token", logarithmic="x")
     point, result = rows[0]
     text = (
         f"Recipe {point['recipe']}: perplexity of {result['tokens']:,} held-out tokens, in brackets a word's. Truncated: sliding windows,\n"
@@ -104,7 +107,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         cells = [model, f"{results[0]['parameters']:,}", _cell(results, ""), _cell(results, "endless_"), *published]
         text += f"| {' | '.join(cells)} |\n"
     text += "\nPublished: words of WikiText-103, small / medium model, ELU features; there sum and the small delta have positions, too.\n"
-    return text + "\n![loss by tokens read before](language.png)\n"
+    return text + "\n![loss by position in the text](language.png)\n"
 
 
 def _cell(results: list[dict[str, Any]], kind: str) -> str:

@@ -23,8 +23,8 @@ def draw(learned: dict[str, list[dict[str, Any]]], clocks: list[tuple[Point, dic
     figure = canvas(4.4 * panels, 4)
     parameters, speed, *rest = figure.subplots(1, panels)
     sizes = {label: [(results[0]["dense"] + results[0]["table"]) / 1e6] for label, results in learned.items()}
-    _scatter(parameters, sizes, learned, "million parameters")
-    parameters.set_xscale("log", subs=[2, 5])
+    _scatter(parameters, sizes, learned, "million parameters (logarithmic)")
+    parameters.set_xscale("log", subs=[2, 3, 4, 6, 8])
     parameters.xaxis.set_major_formatter("{x:g}")
     parameters.xaxis.set_minor_formatter("{x:g}")
     _scatter(speed, clocks[0][1]["inference"] if clocks else {}, learned, "inference, us a token (bars: range of rounds)")
@@ -57,7 +57,7 @@ def _draw_ratios(axes: "Axes", point: Point, result: dict[str, Any]) -> None:
     for number, kind in enumerate(KINDS):
         ratios = ratios_to_first(result[kind], first)
         middles = [statistics.median(of) for of in ratios.values()]
-        places = [labels.index(label) + 0.2 - 0.4 * number for label in ratios]
+        places = [labels.index(label) - 0.2 + 0.4 * number for label in ratios]
         axes.barh(
             places,
             middles,

@@ -124,8 +124,8 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         ]
         text += f"| {_name(kind)} | {steps[kind]:,} | {' | '.join(cells)} |\n"
     rounds = [int(other) for other in reversed(_EVALUATED) if other != "full"]
-    copied = {_name(kind): {n: [result[str(n)] for result in results] for n in rounds} for kind, results in found.items()}
-    published = {_name(kind): dict(zip(reversed(rounds), of[1:], strict=True)) for kind, of in _PUBLISHED.items()}
+    copied = {f"trained with {_name(kind)}": {n: [result[str(n)] for result in results] for n in rounds} for kind, results in found.items()}
+    published = {f"trained with {_name(kind)}": dict(zip(reversed(rounds), of[1:], strict=True)) for kind, of in _PUBLISHED.items()}
     lines(copied, published, folder / "duplication.png", "rounds of LSH in evaluation", "predicted, %", logarithmic="x")
     return text + "\n![percentage predicted against rounds in evaluation](duplication.png)\n"
 

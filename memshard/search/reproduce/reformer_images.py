@@ -144,7 +144,10 @@ def draw_grid(result: dict[str, Any], file: Path) -> None:
     figure = canvas(len(images), 3.2)
     axes = figure.subplots()
     axes.imshow(grid.squeeze(), cmap="gray", interpolation="nearest")
-    axes.set_axis_off()
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([(row + 0.5) * grid.shape[0] / 3 for row in range(3)], ["whole", "given", "completed"])
+    axes.tick_params(length=0)
     figure.savefig(file)
 
 

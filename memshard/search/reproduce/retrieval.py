@@ -15,7 +15,7 @@ from memshard.models.fast_weights.feature_maps import FeatureMap
 
 _KEY_DIM = 64
 _SEQUENCES, _MOST_QUERIES = 20, 200
-_EVAL_EVERY, _PATIENCE, _SOLVED = 100, 10, 0.001
+_EVAL_EVERY, _PATIENCE, SOLVED = 100, 10, 0.001
 FEATURES: dict[str, dict[str, Any]] = {
     "elu": {"kind": "elu"},
     "dpfp-1": {"kind": "dpfp", "width": 1},
@@ -145,7 +145,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
             finite = math.isfinite(found)
             curve.append((step, found if finite else None))
             best = min(best, (found, step)) if finite else best
-            if best[0] < _SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not finite:
+            if best[0] < SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not finite:
                 break
     return {"loss": best[0] if best[1] else None, "step": best[1], "curve": curve}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
-from memshard.search.reproduce.retrieval import train
+from memshard.search.reproduce.retrieval import SOLVED, train
 from memshard.search.reproduce.spread import low_high, ranges
 
 # Best held-out loss, read from the authors' published logs.
@@ -51,7 +51,8 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     found = {kind: dict(sorted(losses.items())) for kind, losses in found.items()}
     finite = {kind: {size: [loss for loss in of if loss is not None] for size, of in losses.items()} for kind, losses in found.items()}
     drawn = {kind: {size: of for size, of in losses.items() if of} for kind, losses in finite.items()}
-    lines(drawn, _PUBLISHED, folder / "capacity.png", "pairs", "held-out loss")
+    compared = {kind: {size: loss for size, loss in of.items() if size in found.get(kind, ())} for kind, of in _PUBLISHED.items()}
+    lines(drawn, compared, folder / "capacity.png", "pairs", "held-out loss", unfinished=stopped, solved=SOLVED)
     sizes = sorted({size for losses in found.values() for size in losses})
     longer = (point for point, _ in rows if point["symbols"] not in found["softmax"])
     long = dict.fromkeys(f"{point['steps']:,} with {point['features']} of {point['symbols']}" for point in longer)
@@ -59,8 +60,8 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     text = (
         f"Best held-out loss, {ranges(rows)}, in brackets the published one. Attention over S pairs of different keys. At most "
         + ", ".join([*(f"{steps:,} steps up to {size} pairs" for steps, size in most.items()), *long])
-        + "; * met that end. Runs end before where they are solved (below 0.001) or have not improved for 1,000 steps. Published ones had "
-        "up to 100,000.\n\n"
+        + f"; * met that end. Runs end before where they are solved (below {SOLVED:g}) or have not improved for 1,000 steps. "
+        "Published ones had up to 100,000.\n\n"
     )
     text += f"| features | {' | '.join(str(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     for kind, losses in found.items():

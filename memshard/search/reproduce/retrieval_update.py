@@ -5,7 +5,7 @@ from typing import Any
 
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.curves import lines
-from memshard.search.reproduce.retrieval import train
+from memshard.search.reproduce.retrieval import SOLVED, train
 from memshard.search.reproduce.spread import low_high, ranges
 
 # Best held-out loss, read from the authors' published logs; none where theirs is NaN.
@@ -42,7 +42,8 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         found.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
         if point["symbols"] == 20:
             curves.setdefault(_name(point), []).append({step: loss for step, loss in result["curve"] if loss is not None})
-    lines({kind: _together(of) for kind, of in curves.items()}, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20")
+    drawn = {kind: _together(of) for kind, of in curves.items()}
+    lines(drawn, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20", solved=SOLVED)
     sizes = sorted({point["symbols"] for point, _ in rows})
     text = (
         "Best held-out loss at its step, in brackets the published loss. 2 S pairs of S keys, drawn with replacement; held-out\n"
@@ -57,7 +58,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
             cell = f"{low_high([r['loss'] for r in losses[size]], '.2g')} at {_steps(losses[size])}" if size in losses else ""
             cells.append(cell + (f" ({published:.2g})" if cell and published is not None else ""))
         text += f"| {kind} | {' | '.join(cells)} |\n"
-    return text + "\n![loss by step](update.png)\n"
+    return text + "\n![loss by step with 20 keys](update.png)\n"
 
 
 def _together(curves: list[dict[int, float]]) -> dict[int, list[float]]:
