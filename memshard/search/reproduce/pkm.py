@@ -219,7 +219,7 @@ def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hou
 
 _TIMES = "perplexity, training and inference time a token"
 HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.1, headline=True)
-DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 3.3)
+DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 3.0)
 POSITION = _study("position", "which layer of six holds the memory", _position, 1.4)
 HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 1.0)
 KEYS = _study("keys", "number of slots, with and without batch norm of queries: perplexity, usage, KL", _keys, 1.8)
