@@ -80,5 +80,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=train,
     report=_report,
-    hours={"smoke": 0.01, "small": 1.8, "full": 10.0},
+    hours={"smoke": 0.01, "small": 1.7, "full": 10.0},
 )
