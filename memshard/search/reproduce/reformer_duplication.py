@@ -139,5 +139,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=train,
     report=_report,
-    hours={"smoke": 0.01, "small": 1.3, "full": 400.0},
+    hours={"smoke": 0.01, "small": 1.2, "full": 400.0},
 )
