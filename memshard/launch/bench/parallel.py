@@ -131,7 +131,7 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
 
 
 def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of each action on the slowest rank, one after the other in every round; a first round does not count."""
+    """Median and range of seconds of each action on the slowest rank, one after the other in every round; a first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
