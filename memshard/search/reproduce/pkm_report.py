@@ -6,7 +6,7 @@ from typing import Any
 
 from memshard.search.reproduce.catalogue import Point
 from memshard.search.reproduce.pkm_picture import KINDS, draw, ratios_to_first
-from memshard.search.reproduce.spread import mean_deviation, seeds
+from memshard.search.reproduce.spread import mean_deviation, median_range, seeds
 
 Rows = list[tuple[Point, dict[str, Any]]]
 
@@ -64,6 +64,6 @@ def _clock_table(point: Point, result: dict[str, Any]) -> str:
         for kind in KINDS:
             of = ratios[kind].get(label, [])
             cells.append(f"{statistics.median(result[kind][label]):.0f}" if of else "")
-            cells.append(f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" if of else "")
+            cells.append(median_range(of, ".2f") if of else "")
         text += f"| {' | '.join(cells)} |\n"
     return text

@@ -18,7 +18,7 @@ from memshard.models.linear import INIT_STD
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.clock import now
-from memshard.search.reproduce.spread import mean_deviation
+from memshard.search.reproduce.spread import mean_deviation, median_range
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 from memshard.trainer.optim.dense import build_adamw, learning_rate
@@ -171,7 +171,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
             mean_deviation(losses, ".4f"),
             mean_deviation(gains, "+.4f") if arm != "vanilla" else "",
         ]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        cells.append(median_range(ratios, ".2f"))
         factor = _factor(found["vanilla"], results)
         cells += [f"{factor / ratio:.2f}" if factor else "not reached" for ratio in (1.0, statistics.median(ratios))]
         text += f"| {' | '.join(cells)} |\n"

@@ -1,8 +1,6 @@
 """Images as bytes (Kitaev et al. 2020, section 5): train on them, and complete the lower halves of held-out ones."""
 
 import math
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from memshard.models.decode.generate import generate
 from memshard.models.transformer import Transformer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.clock import now
-from memshard.search.reproduce.spread import mean_deviation, seeds
+from memshard.search.reproduce.spread import mean_deviation, median_range, seeds
 from memshard.search.reproduce.trained import finish
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
@@ -133,14 +131,10 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         f"Images of {height} x {width} x {channels}, {point['layers']} layers of width {point['dim']}, {point['steps']:,} steps of "
         f"{point['batch']}: {mean_deviation([result['bits'] for result in results], '.3f')} bits a value on held-out images "
         f"({seeds(len(results))}); {shown['baseline_bits']:.3f} without context (frequencies of each channel).\n"
-        f"Decoding {len(shown['originals'])} images: {_middle(cached, '.0f')} tokens/s with cached states, "
-        f"{_middle(uncached, '.1f')} with a forward pass a token, {_middle(ratios, '.1f')} times as many "
+        f"Decoding {len(shown['originals'])} images: {median_range(cached, '.0f')} tokens/s with cached states, "
+        f"{median_range(uncached, '.1f')} with a forward pass a token, {median_range(ratios, '.1f')} times as many "
         f"(medians of {len(cached)} interleaved turns, range).\n\n![held-out images: whole, upper half, completed](images.png)\n"
     )
-
-
-def _middle(values: Sequence[float], digits: str) -> str:
-    return f"{statistics.median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
 
 
 def draw_grid(result: dict[str, Any], file: Path) -> None:

@@ -13,6 +13,7 @@ from memshard.models.mixers.softmax import SoftmaxMixer
 from memshard.search.reproduce.catalogue import Experiment, Point, Scale
 from memshard.search.reproduce.clock import now
 from memshard.search.reproduce.curves import lines
+from memshard.search.reproduce.spread import median_range
 
 _ROUNDS = (1, 2, 4, 8)
 _SIZES: dict[Scale, dict[str, Any]] = {
@@ -57,8 +58,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     text += f"medians of {point['repeats']} interleaved rounds (range).\n\n"
     text += f"| length | {' | '.join(times)} |\n|---|{'---|' * len(times)}\n"
     for length in point["lengths"]:
-        found = [of[length] for of in times.values()]
-        cells = [f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})" for seconds in found]
+        cells = [median_range(of[length], ".2f") for of in times.values()]
         text += f"| {length:,} | {' | '.join(cells)} |\n"
     lsh, full = times["LSH-2"], times["full"]
     slower = [length for length in point["lengths"] if statistics.median(lsh[length]) >= statistics.median(full[length])]

@@ -11,6 +11,11 @@ def mean_deviation(values: list[float], digits: str) -> str:
     return f"{statistics.mean(values):{digits}}{deviation}"
 
 
+def median_range(values: Sequence[float], digits: str) -> str:
+    """Median of measured times or rates, and the ends between which they lie."""
+    return f"{statistics.median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+
+
 def low_high(values: Sequence[float | None], digits: str) -> str:
     """Range of measurements that may lie decades apart, where means say nothing. None is one that diverged."""
     numbers = [value for value in values if value is not None]
