@@ -43,7 +43,10 @@ def test_states_load_into_hidden_and_visible_tables(source: bool, target: bool) 
             tensor.add_(1)
     loaded.load_state_dict(torch.load(io.BytesIO(_state_bytes(saved)), weights_only=True))
     assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert torch.equal(loaded(torch.ones(3, 6)), saved(torch.ones(3, 6)))
+    # A hidden table sums by our kernels and a visible one by torch's: in fp32 their last digits differ on some processors,
+    # and the second layer's norm multiplies that by ten.
+    x = torch.ones(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(loaded.double()(x), saved.double()(x))
 
 
 @pytest.mark.parametrize("hidden", [False, True])
