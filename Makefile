@@ -48,10 +48,10 @@ test-all: $(ENVIRONMENT)
 
 # Every experiment of the papers at its smallest size; part of test-all.
 reproduce-smoke: $(ENVIRONMENT)
-	$(PYTHON) -m pytest -q tests/search/test_reproduce_smoke.py
+	$(PYTHON) -m pytest -q tests/experiments/test_reproduce_smoke.py
 
 gallery: $(ENVIRONMENT)
-	$(PYTHON) -m memshard.search.reproduce.gallery docs
+	$(PYTHON) -m memshard.experiments.common.gallery docs
 
 # A real SLURM, sshd and network namespaces on this machine; .ci/run installs what they need.
 test-cluster: $(ENVIRONMENT)
@@ -59,9 +59,9 @@ test-cluster: $(ENVIRONMENT)
 
 # Those that need no data; docs/benchmarks.md has the commands of the others.
 bench: $(ENVIRONMENT)
-	$(PYTHON) benchmarks/search.py
-	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/values.py --threads 2 --rounds 3
+	$(PYTHON) -m memshard.bench.product_topk
+	OMP_NUM_THREADS=2 $(PYTHON) -m memshard bench values --threads 2 --rounds 3
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find memshard tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find memshard tests -name __pycache__ -type d -prune -exec rm -rf {} +

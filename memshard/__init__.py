@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memshard.models.memory.product_key import ProductKeyMemory
     from memshard.models.memory.table import externalize_tables
-    from memshard.parallel.tables.shard import shard_tables
-    from memshard.parallel.tables.whole import load_whole_state, whole_state
+    from memshard.parallel.tables.full_state import load_whole_state, whole_state
+    from memshard.parallel.tables.shard_tables import shard_tables
     from memshard.trainer.checkpoint.load_model import load
-    from memshard.trainer.evaluation.usage import memory_usage
+    from memshard.trainer.evaluation.slot_usage import memory_usage
     from memshard.trainer.export.foreign import load_memory
     from memshard.trainer.optim.combined import CombinedOptimizer
-    from memshard.trainer.optim.row_adam import RowAdam
+    from memshard.trainer.optim.rows.adam import RowAdam
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 import sentencepiece
 
+from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.remote import local_copy
-from memshard.data_pipeline.sources.fetch import is_url
 
 TokenizerModel = Literal["bpe", "unigram"]
 TOKENIZER_FILE = "tokenizer.model"

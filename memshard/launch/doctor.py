@@ -14,13 +14,13 @@ import torch
 
 import memshard
 from memshard.launch.capability import lacks_kernels
-from memshard.models.kernels.select import chosen
+from memshard.models.kernels.backend import chosen
 from memshard.trainer.checkpoint.folders import COMMIT, committed
-from memshard.trainer.checkpoint.pieces import verify
-from memshard.trainer.checkpoint.store import DamagedCheckpoint, check_files, index_of
-from memshard.trainer.failure import FLIGHT
-from memshard.trainer.heartbeat import late, read_beats, silent
-from memshard.trainer.metrics import METRICS_FILE, read_metrics
+from memshard.trainer.checkpoint.hashed_pieces import verify
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, check_files, index_of
+from memshard.trainer.watch.heartbeat import late, read_beats, silent
+from memshard.trainer.watch.lost_ranks import FLIGHT
+from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 
 _STALE_LOCK = 600
 _STALLED = 0.2

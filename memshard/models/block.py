@@ -3,13 +3,13 @@
 from torch import Tensor, nn
 
 from memshard.models.context import Context
+from memshard.models.layers.residual import Residual
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.build import Mixer, MixerState
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.random import dropout
-from memshard.models.replay import Replay
-from memshard.models.residual import Residual
+from memshard.models.recompute.replay import Replay
 
 _MIXER_BRANCH, _FEEDFORWARD_BRANCH = 0, 1
 

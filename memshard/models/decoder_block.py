@@ -7,9 +7,9 @@ from torch import Tensor
 
 from memshard.models.block import Block
 from memshard.models.context import Context
+from memshard.models.layers.residual import Residual
 from memshard.models.mixers.bidirectional import BidirectionalMixer, SourceState
 from memshard.models.mixers.build import MixerState
-from memshard.models.residual import Residual
 
 _CROSS_BRANCH = 2
 

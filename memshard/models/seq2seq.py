@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from memshard.models.checkpointing import run_block
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.decoder_block import DecoderBlock
+from memshard.models.layers.norm import build_norm
 from memshard.models.mixers.build import MixerState
-from memshard.models.norm import build_norm
+from memshard.models.recompute.checkpointing import run_block
 from memshard.models.transformer import Transformer
 
 

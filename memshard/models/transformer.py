@@ -6,27 +6,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from memshard.models.adaptive import AdaptiveHead
 from memshard.models.block import Block
-from memshard.models.checkpointing import Checkpointing, checkpointed, run_block
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.decoder_block import DecoderBlock
-from memshard.models.feedforward import FeedForward
-from memshard.models.linear import Projection, TokenEmbedding
+from memshard.models.layers.adaptive_softmax import AdaptiveHead
+from memshard.models.layers.feedforward import FeedForward
+from memshard.models.layers.linear import Projection, TokenEmbedding
+from memshard.models.layers.norm import build_norm
+from memshard.models.layers.position import AxialPositions, near_square, sinusoids
+from memshard.models.layers.residual import Residual
 from memshard.models.loss import IGNORE, chunked, token_losses
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
 from memshard.models.mixers.build import MixerState, build_cross, build_mixer
-from memshard.models.norm import build_norm
-from memshard.models.position import AxialPositions, near_square, sinusoids
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.models.random import dropout
-from memshard.models.replay import Replay
-from memshard.models.residual import Residual
-from memshard.models.reversible import Grid, reversible_blocks
+from memshard.models.recompute.checkpointing import Checkpointing, checkpointed, run_block
+from memshard.models.recompute.replay import Replay
+from memshard.models.recompute.reversible import Grid, reversible_blocks
 
 _EMBEDDING_LAYER = -1
 

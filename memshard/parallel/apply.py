@@ -15,10 +15,10 @@ from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
 from memshard.parallel.mesh import DATA, TABLE, group, tensor_size
-from memshard.parallel.pieces import piece_losses, share_sequences
+from memshard.parallel.segments import piece_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
-from memshard.parallel.tables.shard import Exchange, Layout, shard_tables
+from memshard.parallel.tables.shard_tables import Exchange, Layout, shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 
 Share = Literal["heads", "sequence"]

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.models.context import Context
-from memshard.models.convolution import CausalConvolution
-from memshard.models.feedforward import FeedForward
-from memshard.models.linear import TokenEmbedding
+from memshard.models.layers.convolution import CausalConvolution
+from memshard.models.layers.feedforward import FeedForward
+from memshard.models.layers.linear import TokenEmbedding
 from memshard.models.loss import IGNORE
 from memshard.models.mixers.build import Mixer
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.mixers.projections import HeadProjections
 from memshard.models.transformer import Transformer
-from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.sequence import fill_up, gather, own_piece, reduce_scatter, split
 from memshard.parallel.spec import ShardSpec
+from memshard.parallel.tensor_placement import split_matrices
 
 try:
     from fairscale.nn.model_parallel import initialize as fairscale_groups

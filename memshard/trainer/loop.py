@@ -10,12 +10,12 @@ from typing import Any
 
 from memshard.parallel.collectives import set_timeout
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
-from memshard.trainer.meter import Meter
-from memshard.trainer.metrics import Metrics
-from memshard.trainer.profile import StepProfiler
 from memshard.trainer.run import Run
 from memshard.trainer.step import StepOutcome, train_step
 from memshard.trainer.stop_signal import StopSignal
+from memshard.trainer.watch.meter import Meter
+from memshard.trainer.watch.metrics import Metrics
+from memshard.trainer.watch.profile import StepProfiler
 
 log = logging.getLogger(__name__)
 

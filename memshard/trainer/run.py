@@ -13,10 +13,10 @@ from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.format.remote import local_copy
 from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.held_out import HeldOutStream
-from memshard.data_pipeline.stream.open import AnyStream
+from memshard.data_pipeline.stream.open_stream import AnyStream
 from memshard.data_pipeline.stream.prefetch import prefetched
+from memshard.data_pipeline.stream.rank_share import rank_share
 from memshard.data_pipeline.stream.records import HeldOutRecords
-from memshard.data_pipeline.stream.share import rank_share
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.product_key import ProductKeyMemory
@@ -26,15 +26,15 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import from_first
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.carried import Carried
+from memshard.trainer.carried_states import Carried
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, find_checkpoints, prune, remove, set_aside
+from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
 from memshard.trainer.checkpoint.init_from import init_from
-from memshard.trainer.checkpoint.store import DamagedCheckpoint, load_state_together, load_tensors
-from memshard.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, load_state_together, load_tensors
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
 from memshard.trainer.precision import LossScale
 from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE
 from memshard.trainer.tasks.build import Task

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from memshard.data_pipeline.format.index import load_index
-from memshard.data_pipeline.stream.open import open_held_out, open_train
-from memshard.data_pipeline.stream.train import TrainStream
+from memshard.data_pipeline.stream.open_stream import open_held_out, open_train
+from memshard.data_pipeline.stream.train_stream import TrainStream
 from memshard.models.config import ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.memory.key_use import KeyUse
@@ -22,18 +22,18 @@ from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.carried import Carried
+from memshard.trainer.carried_states import Carried
 from memshard.trainer.compile import compile_layers
 from memshard.trainer.config.optimizers import TableOptimizerConfig
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.cost.estimate import check_fits, layout_choice
 from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.estimate import check_fits, layout_choice
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
 from memshard.trainer.precision import LossScale, compute_dtype, store_tables
 from memshard.trainer.run import Run
 from memshard.trainer.run_folder import check_identity, write_config
 from memshard.trainer.tasks.build import build_task
-from memshard.trainer.weights_and_biases import check_installed
+from memshard.trainer.watch.weights_and_biases import check_installed
 
 if TYPE_CHECKING:
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine

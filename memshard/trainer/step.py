@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memshard.models.reversible import Grid
+from memshard.models.recompute.reversible import Grid
 from memshard.trainer.guards import agree, gradients_finite, is_spike
-from memshard.trainer.optim.revive import revive
+from memshard.trainer.optim.rows.revive import revive
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
 from memshard.trainer.stop_signal import StopSignal

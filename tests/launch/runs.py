@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from memshard.trainer.metrics import METRICS_FILE
+from memshard.trainer.watch.metrics import METRICS_FILE
 from tests.trainer.tiny_run import numbers, train_run
 
 STEPS = 250

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.capability import lacks_kernels
-from memshard.launch.command import torchrun_options
+from memshard.launch.launchers.start import torchrun_options
 from tests.launch.test_scripts import EXAMPLES
 
 ROOT = Path(__file__).parents[2]

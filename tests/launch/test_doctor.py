@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.cli.main import main
-from memshard.trainer.heartbeat import Beat
-from memshard.trainer.metrics import METRICS_FILE
+from memshard.trainer.watch.heartbeat import Beat
+from memshard.trainer.watch.metrics import METRICS_FILE
 from tests.trainer.tiny_run import train_run
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, remove
-from memshard.trainer.heartbeat import read_beats
+from memshard.trainer.watch.heartbeat import read_beats
 from tests.distributed import run_distributed
 from tests.launch.runs import LONG, STEPS, wait_for_step
 from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from memshard.trainer.heartbeat import read_beats
+from memshard.trainer.watch.heartbeat import read_beats
 from tests.launch.runs import LONG, wait_for_step
 from tests.trainer.tiny_run import assert_same, checkpoint_state
 

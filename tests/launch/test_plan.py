@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from memshard.launch.arrangements import Site, changed_by, largest_batch, largest_micro_batch, suggestion, variants
 from memshard.launch.cli.main import main
 from memshard.launch.cli.plan import DEVICES
-from memshard.launch.devices import CARDS, device_of
-from memshard.launch.rehearse import rehearse
-from memshard.launch.step_time import step_time
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
-from memshard.trainer.estimate import estimate
+from memshard.trainer.cost.alternatives import Site, changed_by, largest_batch, largest_micro_batch, suggestion, variants
+from memshard.trainer.cost.devices import CARDS, device_of
+from memshard.trainer.cost.dry_run import rehearse
+from memshard.trainer.cost.estimate import estimate
+from memshard.trainer.cost.step_time import step_time
 
 MODEL = ModelConfig(layers=4, dim=256, mixer=MixerConfig(heads=8), memory=MemoryConfig(layers=(1,), keys=64, topk=8, heads=4))
 RECIPE = Recipe(data=DataConfig(path="nowhere"), model=MODEL, train=TrainConfig(batch=64))

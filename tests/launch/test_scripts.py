@@ -10,9 +10,9 @@ import pytest
 
 import memshard
 from memshard.launch.cli.main import main
-from memshard.launch.cluster import Cluster, load_cluster
-from memshard.launch.command import Start
-from memshard.launch.slurm import Job, render
+from memshard.launch.launchers.cluster import Cluster, load_cluster
+from memshard.launch.launchers.slurm import Job, render
+from memshard.launch.launchers.start import Start
 
 EXAMPLES = Path(memshard.__file__).parent / "launch/examples"
 START = Start("lample2019", (), "runs/lample2019")

@@ -11,7 +11,7 @@ import pytest
 
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.config.load import dump, load_recipe
-from memshard.trainer.heartbeat import read_beats
+from memshard.trainer.watch.heartbeat import read_beats
 from tests.distributed import run_distributed
 from tests.launch.runs import LONG, SHORT, STEPS, wait_for_step
 from tests.launch.slurm_cluster import SlurmCluster, missing_programs

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memshard.models.config import ModelConfig
-from memshard.models.position import AxialPositions, near_square
+from memshard.models.layers.position import AxialPositions, near_square
 from memshard.models.transformer import Transformer
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 

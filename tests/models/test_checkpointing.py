@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Checkpointing
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
 from tests.models.passes import LENGTH, assert_same, tiny_context, two_passes
@@ -122,7 +122,7 @@ def test_what_checkpointing_saves() -> None:
 
 
 def test_lsh_holds_less_than_checkpointed_softmax_attention() -> None:
-    """Six layers of width 128 on one long sequence: what `benchmarks/lsh.py` measures at 16,384 tokens."""
+    """Six layers of width 128 on one long sequence: what `memshard/bench/lsh.py` measures at 16,384 tokens."""
     tokens, peaks = torch.arange(2048)[None] % 50, []
     for kind in ("softmax", "lsh"):
         mixer = MixerConfig(kind=kind, heads=2)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.fast_weights.delta_rule import delta_rule
-from memshard.models.kernels.delta_rule import _difference, by_kernel, chosen
+from memshard.models.kernels.fla_delta_rule import _difference, by_kernel, chosen
 
 
 def _sequences(

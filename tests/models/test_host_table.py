@@ -10,7 +10,7 @@ from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import externalize_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])]
 

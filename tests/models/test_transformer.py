@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.context import Context
-from memshard.models.feedforward import FeedForward
 from memshard.models.initialize import initialize
+from memshard.models.layers.feedforward import FeedForward
+from memshard.models.layers.norm import PrimerNorm
+from memshard.models.layers.residual import Residual
 from memshard.models.loss import IGNORE, token_losses
-from memshard.models.norm import PrimerNorm
 from memshard.models.random import RandomKey
-from memshard.models.residual import Residual
 from memshard.models.transformer import Transformer
 from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
 

@@ -13,9 +13,9 @@ from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
-from memshard.parallel.tables.shard import shard_tables
+from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 

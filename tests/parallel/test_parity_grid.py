@@ -20,13 +20,13 @@ from memshard.models.random import RandomKey
 from memshard.parallel.apply import Share, apply, losses_on
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import all_sum
-from memshard.parallel.dense import split_matrices
 from memshard.parallel.mesh import build_mesh
-from memshard.trainer.checkpoint.tensors import model_tensors
+from memshard.parallel.tensor_placement import split_matrices
+from memshard.trainer.checkpoint.global_tensors import model_tensors
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.fast_weights.delta_rule import delta_rule
-from memshard.models.fast_weights.pieces import delta_in_pieces, sums_in_pieces
+from memshard.models.fast_weights.segments import delta_in_pieces, sums_in_pieces
 from memshard.models.fast_weights.sum_rule import sum_rule
-from memshard.parallel.pieces import Pieces
+from memshard.parallel.segments import Pieces
 from tests.distributed import run_distributed
 
 LENGTH, D, M = 12, 5, 3

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from memshard.models.checkpointing import Checkpointing
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Checkpointing
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.tables.sharded import ShardedTable

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from memshard.models.initialize import initialize
+from memshard.models.memory.slot_usage import UsageCounter
 from memshard.models.memory.table import ValueTable, externalize_tables, find_tables
-from memshard.models.memory.usage import UsageCounter
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.tables.columns import ColumnShardedTable
-from memshard.parallel.tables.shard import Exchange, Layout, shard_tables
-from memshard.trainer.evaluation.usage import usage_reports
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.parallel.tables.shard_tables import Exchange, Layout, shard_tables
+from memshard.trainer.evaluation.slot_usage import usage_reports
+from memshard.trainer.optim.rows.adam import RowAdam
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from memshard.models.memory.table import ValueTable, externalize_tables
-from memshard.parallel.tables.shard import Layout, shard_tables
-from memshard.parallel.tables.whole import load_whole_state, whole_state
+from memshard.parallel.tables.full_state import load_whole_state, whole_state
+from memshard.parallel.tables.shard_tables import Layout, shard_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
-from memshard.trainer.optim.row_adam import RowAdam, Semantics
+from memshard.trainer.optim.rows.adam import RowAdam, Semantics
 from tests.distributed import run_distributed
 
 

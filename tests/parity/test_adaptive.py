@@ -9,7 +9,7 @@ import torch
 from memshard.models.decode.generate import generate
 from memshard.models.loss import IGNORE, token_losses
 from memshard.models.transformer import Transformer
-from memshard.trainer.estimate import count_parameters, flops_per_token
+from memshard.trainer.cost.estimate import count_parameters, flops_per_token
 from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
 
 ADAPTIVE: dict[str, Any] = {"adaptive_cutoffs": (8, 15), "adaptive_division": 2.0, "tie_head": False, "memory": {"layers": ()}}

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.lsh import banded, compiled
+from memshard.models.kernels import cpu_banded
+from memshard.models.lsh import banded
 from memshard.models.lsh.banded import banded_attention
-from memshard.models.lsh.order import order_tokens
+from memshard.models.lsh.bucket_order import order_tokens
 
 ROWS, DIM = 3, 6
 
@@ -78,14 +79,14 @@ def test_a_window_beyond_the_chunk_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_compiled_kernel_is_plain_torch(dtype: torch.dtype, sizes: tuple[int, ...], itself: bool) -> None:
     length, chunk, window, dim, width = sizes
-    if compiled.kernel() is None:
+    if cpu_banded.kernel() is None:
         pytest.skip("no compiler")
     torch.manual_seed(length)
     q, k, v, d_out = (torch.randn(2, length, size).to(dtype) for size in (dim, dim, width, width))
     k = torch.nn.functional.normalize(k, dim=-1)
     orders = [order_tokens(groups, window, chunk) for groups in torch.randint(4, (3, 2, length))]
-    out, logs = compiled.forward(q, k, v, orders, window, chunk, itself)
-    ours = out, logs, *compiled.backward(q, k, v, orders, out, logs, d_out, window, chunk, itself)
+    out, logs = cpu_banded.forward(q, k, v, orders, window, chunk, itself)
+    ours = out, logs, *cpu_banded.backward(q, k, v, orders, out, logs, d_out, window, chunk, itself)
     exact = [x.double() for x in (q, k, v, out, logs, d_out)]
     theirs = banded._forward(*exact[:3], orders, window, chunk, itself)
     theirs = *theirs, *banded._backward(*exact[:3], orders, *exact[3:], window, chunk, itself)

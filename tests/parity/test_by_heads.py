@@ -10,7 +10,7 @@ from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.lsh import by_heads, hashing
 from memshard.models.mixers.lsh import LSHMixer
-from memshard.models.reversible import Grid, reversible_blocks
+from memshard.models.recompute.reversible import Grid, reversible_blocks
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
 from tests.models.tiny import tiny_config, tiny_model

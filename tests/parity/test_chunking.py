@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.checkpointing import Checkpointing
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.kernels.plain import bag_of_each_read
 from memshard.models.loss import IGNORE, chunked, token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Checkpointing
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
 from tests.models.passes import LENGTH, tiny_context

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.context import Context
-from memshard.models.convolution import causal_convolution, plain_convolution
 from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.models.layers.convolution import causal_convolution, plain_convolution
+from memshard.models.layers.position import rotate
 from memshard.models.mixers.fast_weights import FastWeightMixer
 from memshard.models.mixers.local import LocalMixer
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.mixers.softmax import SoftmaxMixer
-from memshard.models.position import rotate
 
 DIM, LENGTH = 16, 20
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

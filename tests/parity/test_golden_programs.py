@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
+from memshard.models.layers.norm import PrimerNorm
 from memshard.models.loss import token_losses
-from memshard.models.norm import PrimerNorm
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.models.transformer import Transformer

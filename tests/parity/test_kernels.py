@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels import plain
-from memshard.models.kernels.select import SWITCH, chosen
+from memshard.models.kernels.backend import SWITCH, chosen
 from memshard.models.memory.table import ValueTable
-from memshard.trainer.optim.compiled_update import disagreement
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.optim.rows.compiled_update import disagreement
 
 DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
 KERNELS, WHY = chosen(DEVICE)

@@ -10,8 +10,8 @@ from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory, slot_rows
 from memshard.models.memory.table import externalize_tables
-from memshard.trainer.optim.revive import revive
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.optim.rows.revive import revive
 
 HEADS, KEYS, TOPK = 2, 6, 2
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from memshard.models.memory.naive import naive_memory
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory, row_slots, slot_rows
 from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import externalize_tables
-from tests.parity.naive_memory import naive_memory
 
 _SIZES: dict[str, Any] = {"dim": 5, "keys": 8, "heads": 2, "topk": 4, "key_dim": 6, "query_norm": "layer"}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memshard.search.reproduce.pkm_layers import FlatKeyMemory, MixtureOfExperts
+from memshard.experiments.pkm.layers import FlatKeyMemory, MixtureOfExperts
 
 
 def _results(y: Tensor, layer: torch.nn.Module, x: Tensor) -> list[Tensor]:

@@ -15,11 +15,11 @@ from memshard.models.config import MixerConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
-from memshard.models.reversible import feedforward_change, mixer_change, reversible_blocks
+from memshard.models.recompute.naive import naive_block, naive_reversible
+from memshard.models.recompute.reversible import feedforward_change, mixer_change, reversible_blocks
 from memshard.models.transformer import Transformer
 from tests.models.passes import LENGTH, assert_same, tiny_context, two_passes
 from tests.models.tiny import MIXERS, VOCABULARY, tiny_config, tiny_model, tiny_tokens
-from tests.parity.naive_reversible import naive_block, naive_reversible
 
 _VARIANTS: list[dict[str, Any]] = [
     {"memory": {"layers": ()}, "activation": "relu"},

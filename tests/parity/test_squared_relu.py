@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.squared_relu import squared_relu
+from memshard.models.layers.squared_relu import squared_relu
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -3,8 +3,8 @@
 from typing import Any
 
 from memshard.search.dna.compile import Compiled, Shape, compile_dna
+from memshard.search.dna.form import Dna
 from memshard.search.dna.golden import golden
-from memshard.search.dna.program import Dna
 
 HEAD_WIDTH = 8
 SHAPE = Shape(vocab=29, length=24, parameters=(90_000, 130_000), layers=2)

@@ -18,10 +18,10 @@ from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.primitives import PRIMITIVES
 from memshard.search.dna.causality import perturbed
 from memshard.search.dna.compile import Compiled, Logits, Rejected, Shape, compile_dna
+from memshard.search.dna.form import invalid, load, save
 from memshard.search.dna.golden import golden
 from memshard.search.dna.graph import graph
 from memshard.search.dna.mutate import MUTATIONS, mutate
-from memshard.search.dna.program import invalid, load, save
 from memshard.search.dna.shapes import lower
 from memshard.trainer.config.load import load_recipe
 from tests.search.programs import HEAD_WIDTH, SHAPE, SOFTMAX, changed, compiled, line

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conftest import build, write_corpus
+from tests.data_pipeline.conftest import build, write_corpus
 from tests.trainer.tiny_run import RECIPE
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.cli.main import main
-from tests.data.conftest import build, write_corpus
+from tests.data_pipeline.conftest import build, write_corpus
 from tests.trainer.tiny_run import checkpoint_state, train_run
 
 

@@ -13,7 +13,7 @@ from memshard.trainer.checkpoint.load_model import load
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.run import Run
 from memshard.trainer.step import train_step
-from tests.data.conftest import build, write_corpus
+from tests.data_pipeline.conftest import build, write_corpus
 from tests.distributed import run_distributed
 from tests.trainer.overflow import dense_overflow
 from tests.trainer.test_evaluation import held_out_windows

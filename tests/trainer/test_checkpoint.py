@@ -18,7 +18,7 @@ from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.checkpoint.load_model import load
-from memshard.trainer.checkpoint.store import DamagedCheckpoint, load_state, load_tensors, save_checkpoint
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, load_state, load_tensors, save_checkpoint
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import assert_same, checkpoint_state, prepare, train_run
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memshard.data_pipeline.build.build import build_data
-from memshard.data_pipeline.build.images import build_images
-from memshard.data_pipeline.build.sources import Sources, find_files
 from memshard.data_pipeline.format import load_index
 from memshard.data_pipeline.format.shards import read_sidecar
+from memshard.data_pipeline.prepare.images import build_images
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
+from memshard.data_pipeline.prepare.pipeline import build_data
 from tests.trainer.tiny_run import RECIPE, numbers, train_run
 
 

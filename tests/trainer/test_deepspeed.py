@@ -12,7 +12,7 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.trainer.config.load import load_recipe
-from memshard.trainer.dense_bytes import dense_bytes
+from memshard.trainer.cost.dense_bytes import dense_bytes
 from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 from memshard.trainer.run_folder import write_config
 from memshard.trainer.step import train_step

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.launch.arrangements import changed_by
 from memshard.launch.cli.main import main
 from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
@@ -17,14 +16,15 @@ from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
-from memshard.parallel.tables.shard import shard_tables
+from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
-from memshard.trainer.activations import activation_bytes
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
-from memshard.trainer.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies, state_bytes
-from memshard.trainer.peak import peak_flops
-from memshard.trainer.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates
+from memshard.trainer.cost.activations import activation_bytes
+from memshard.trainer.cost.alternatives import changed_by
+from memshard.trainer.cost.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies, state_bytes
+from memshard.trainer.cost.peak_flops import peak_flops
+from memshard.trainer.cost.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates
 from tests.distributed import run_distributed
 from tests.live_bytes import LiveBytes
 

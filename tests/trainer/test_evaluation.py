@@ -17,7 +17,7 @@ from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.launch.cli.main import main
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.memory.usage import UsageReport
+from memshard.models.memory.slot_usage import UsageReport
 from memshard.trainer.checkpoint.load_model import LoadedModel, load
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.export.export import export

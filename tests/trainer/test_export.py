@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from memshard.launch.cli.main import main
-from memshard.models.memory.mapped import MappedTable
+from memshard.models.memory.disk_table import MappedTable
 from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.load_model import load

@@ -10,7 +10,7 @@ from torch import Tensor
 from memshard.models.config import MemoryConfig, ModelConfig
 from memshard.trainer.config.optimizers import TableOptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
-from memshard.trainer.estimate import check_fits, estimate, remedies
+from memshard.trainer.cost.estimate import check_fits, estimate, remedies
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import checkpoint_state, train_run
 
@@ -44,7 +44,7 @@ def test_the_estimate_counts_tables_where_they_lie(monkeypatch: pytest.MonkeyPat
     assert any("tables.place=host" in remedy for remedy in remedies(beside, 2, 100, False, there.bytes.total))
     # A little less host memory than the table needs.
     available = there.host.table + there.bytes.dense - 1
-    monkeypatch.setattr("memshard.trainer.estimate.available_memory", lambda device: available if device.type == "cpu" else 1e15)
+    monkeypatch.setattr("memshard.trainer.cost.estimate.available_memory", lambda device: available if device.type == "cpu" else 1e15)
     with pytest.raises(ValueError, match="the value table needs"):
         check_fits(apart, 2, 100, torch.device("cpu"))
     check_fits(apart, 4, 100, torch.device("cpu"))

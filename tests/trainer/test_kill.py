@@ -16,8 +16,8 @@ import pytest
 
 from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.folders import committed
-from memshard.trainer.metrics import METRICS_FILE
 from memshard.trainer.stop_signal import StopSignal
+from memshard.trainer.watch.metrics import METRICS_FILE
 from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train_run
 
 ENDLESS = "train.steps=100000"

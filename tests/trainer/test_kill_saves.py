@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from memshard.trainer.checkpoint.folders import committed
+from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.index import read_index
-from memshard.trainer.checkpoint.pieces import verify
-from memshard.trainer.checkpoint.store import check_files
+from memshard.trainer.checkpoint.save_load import check_files
 from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers
 
 KILLS = 30

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import Batch
-from memshard.trainer.carried import Carried
+from memshard.trainer.carried_states import Carried
 from memshard.trainer.guards import is_spike
 from memshard.trainer.loop import train
 from memshard.trainer.run import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memshard.trainer.heartbeat import Beat, Heartbeat, late, read_beats
+from memshard.trainer.watch.heartbeat import Beat, Heartbeat, late, read_beats
 from tests.trainer.tiny_run import prepare
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "--", "memshard", "train")

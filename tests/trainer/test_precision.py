@@ -11,7 +11,7 @@ from memshard.launch.cli.main import main
 from memshard.trainer.config.training import LossScaleConfig
 from memshard.trainer.precision import LossScale, compute_dtype
 from memshard.trainer.step import train_step
-from tests.data.conftest import build
+from tests.data_pipeline.conftest import build
 from tests.distributed import run_distributed
 from tests.trainer.overflow import OVERFLOWS
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, snapshot, train_run

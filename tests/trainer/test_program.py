@@ -12,12 +12,12 @@ from memshard.launch.cli.main import main
 from memshard.models.decode.generate import generate
 from memshard.models.loss import token_losses
 from memshard.models.program.mixer import ProgramMixer
-from memshard.parallel.dense import split_matrices
+from memshard.parallel.tensor_placement import split_matrices
 from memshard.search.dna.compile import Compiled, Shape, compile_dna
 from memshard.search.dna.golden import golden
-from memshard.trainer.activations import activation_bytes
 from memshard.trainer.checkpoint.load_model import load
 from memshard.trainer.config.load import load_recipe
+from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.export.export import export
 from tests.distributed import run_distributed
 from tests.live_bytes import LiveBytes

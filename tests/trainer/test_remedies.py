@@ -8,11 +8,11 @@ import torch
 
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.slot_usage import UsageCounter, UsageReport
 from memshard.models.memory.table import externalize_tables
-from memshard.models.memory.usage import UsageCounter, UsageReport
 from memshard.trainer.config.load import load_recipe
-from memshard.trainer.optim.revive import revive
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.optim.rows.revive import revive
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 

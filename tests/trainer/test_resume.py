@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from memshard.trainer.metrics import METRICS_FILE, read_metrics
+from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, prepare, train_run
 

@@ -8,7 +8,7 @@ import torch
 
 from memshard.launch.cli.train import arrangement
 from memshard.trainer.config.load import load_recipe
-from memshard.trainer.estimate import estimate
+from memshard.trainer.cost.estimate import estimate
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import checkpoint_state, numbers, prepare, train_run

@@ -18,10 +18,10 @@ from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
-from memshard.trainer.activations import activation_bytes
-from memshard.trainer.estimate import count_parameters
+from memshard.trainer.cost.activations import activation_bytes
+from memshard.trainer.cost.estimate import count_parameters
+from memshard.trainer.cost.traffic import choose_layout
 from memshard.trainer.step import train_step
-from memshard.trainer.traffic import choose_layout
 from tests.distributed import run_distributed
 from tests.trainer.test_precision import overflow_on_one_rank
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run

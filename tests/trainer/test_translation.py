@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from memshard.data_pipeline.build.build import build_data
-from memshard.data_pipeline.build.sources import Sources
+from memshard.data_pipeline.prepare.inputs import Sources
+from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream.batch import IGNORE, make_batch
 from memshard.data_pipeline.stream.records import RecordStream
 from memshard.launch.cli.main import main

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from memshard.launch.cli.main import main
-from memshard.trainer.metrics import METRICS_FILE, read_metrics
+from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.trainer.tiny_run import train_run
 
 

@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.folders import find_checkpoints
 from memshard.trainer.checkpoint.index import read_index
-from memshard.trainer.checkpoint.store import load_state, load_tensors
+from memshard.trainer.checkpoint.save_load import load_state, load_tensors
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.loop import train
-from memshard.trainer.metrics import METRICS_FILE, read_metrics
 from memshard.trainer.run import Run
 from memshard.trainer.set_up import set_up
+from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 
 RECIPE = """\
 data: {{path: {data}, length: 32}}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.remote import local_copy
-from memshard.data_pipeline.sources.fetch import is_url
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"

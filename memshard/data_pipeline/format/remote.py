@@ -11,7 +11,7 @@ import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
-from memshard.data_pipeline.sources.fetch import fetch, is_url, read_range, retry
+from memshard.data_pipeline.fetch import fetch, is_url, read_range, retry
 
 BLOCK_BYTES = 1 << 22
 DEFAULT_LIMIT = 64 << 30

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from memshard.data_pipeline.stream.batch import Batch
-from memshard.data_pipeline.stream.train import TrainStream
+from memshard.data_pipeline.stream.train_stream import TrainStream
 
 PERIOD = 1024  # samples in which every corpus has exactly its share, rounded to 1 / PERIOD
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch.utils.data import DataLoader, Dataset
 
 from memshard.data_pipeline.stream.batch import Batch
-from memshard.data_pipeline.stream.open import AnyStream
-from memshard.data_pipeline.stream.share import rank_share
+from memshard.data_pipeline.stream.open_stream import AnyStream
+from memshard.data_pipeline.stream.rank_share import rank_share
 
 
 class _Steps(Dataset[list[Batch]]):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.index import Index, Shard, load_index
 from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
-from memshard.data_pipeline.sources.fetch import is_url
 from memshard.data_pipeline.tokenizer import Tokenizer
 
 TOLERANCE = 0.001

@@ -8,7 +8,7 @@ import numpy as np
 
 from memshard.data_pipeline.format.index import HELD_OUT, TRAIN
 from memshard.data_pipeline.stream.batch import Batch, make_batch
-from memshard.data_pipeline.stream.order import epoch_order
+from memshard.data_pipeline.stream.epoch_order import epoch_order
 from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
 BUCKET_BATCHES = 100  # batches' worth of records sorted by length together: 1 or 2 % padding at 32 records a batch

@@ -75,7 +75,7 @@ def run_data(args: argparse.Namespace) -> dict:
     """Measure and print."""
     if not args.path and not args.warc:
         raise UsageError("nothing to measure: name a data folder, or WARC files with --warc")
-    from memshard.launch.bench import data
+    from memshard.bench import data
 
     result: dict = {}
     with usage_errors():
@@ -112,7 +112,7 @@ def run_values(args: argparse.Namespace) -> dict:
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     import torch
 
-    from memshard.launch.bench import layers, report, values
+    from memshard.bench import layers, values, values_report
 
     torch.set_num_threads(args.threads)
     sizes = values.Sizes(args.slots, args.dim, args.reads, tuple(args.tokens), args.rounds, args.dtype, args.clip)
@@ -126,9 +126,9 @@ def run_values(args: argparse.Namespace) -> dict:
         result["missing"] = {name: missing for name, missing in [*values.competitors(), *peers.items()] if missing}
         result["layers"] = {name: layers.measure(sizes, name) for name, missing in peers.items() if not missing}
     if not args.json:
-        report.show(result)
+        values_report.show(result)
     if args.out:
-        report.write(result, args.out)
+        values_report.write(result, args.out)
     return result
 
 
@@ -137,7 +137,7 @@ def run_parallel(args: argparse.Namespace) -> dict:
     for name in ("ranks", "rounds", *(name for name, _, _ in _SIZES)):
         if getattr(args, name) < (name != "keys"):
             raise UsageError(f"--{name} is {getattr(args, name)}; it must be at least {int(name != 'keys')}")
-    from memshard.launch.bench import parallel, plain_loop
+    from memshard.bench import parallel, plain_loop
 
     result: dict = {}
     with usage_errors():
@@ -157,7 +157,7 @@ def run_parallel(args: argparse.Namespace) -> dict:
 
 def show_parallel(result: dict) -> None:
     """Print the points, the blocks and the rates as tables."""
-    from memshard.launch.bench.spread import shown
+    from memshard.bench.spread import shown
 
     for point in result.get("steps", []):
         print(

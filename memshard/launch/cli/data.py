@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from memshard.data_pipeline.build.sources import EXCLUDED_FOLDERS, TEXT_SUFFIXES
+from memshard.data_pipeline.prepare.inputs import EXCLUDED_FOLDERS, TEXT_SUFFIXES
 from memshard.launch.cli.outcome import usage_errors
 
 
@@ -81,9 +81,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_build(args: argparse.Namespace) -> dict:
     """Build a data folder and print its report."""
-    from memshard.data_pipeline.build.build import build_data
-    from memshard.data_pipeline.build.documents import Filters
-    from memshard.data_pipeline.build.sources import Sources, find_files, is_warc
+    from memshard.data_pipeline.prepare.documents import Filters
+    from memshard.data_pipeline.prepare.inputs import Sources, find_files, is_warc
+    from memshard.data_pipeline.prepare.pipeline import build_data
 
     began = time.perf_counter()
     if args.images:
@@ -109,8 +109,8 @@ def run_build(args: argparse.Namespace) -> dict:
 def _build_images(args: argparse.Namespace, began: float) -> dict:
     from pathlib import Path
 
-    from memshard.data_pipeline.build.images import IMAGE_SUFFIXES, build_images
-    from memshard.data_pipeline.build.sources import find_files
+    from memshard.data_pipeline.prepare.images import IMAGE_SUFFIXES, build_images
+    from memshard.data_pipeline.prepare.inputs import find_files
 
     with usage_errors():
         files = [Path(file) for file in find_files(args.sources, IMAGE_SUFFIXES, args.exclude)]
@@ -153,8 +153,8 @@ def run_index(args: argparse.Namespace) -> dict:
     """Index tars of text and print what they hold."""
     from pathlib import Path
 
-    from memshard.data_pipeline.build.raw import index_tars
-    from memshard.data_pipeline.build.sources import find_files
+    from memshard.data_pipeline.prepare.index_tars import index_tars
+    from memshard.data_pipeline.prepare.inputs import find_files
 
     with usage_errors():
         tars = [Path(file) for file in find_files(args.sources, (".tar",))]

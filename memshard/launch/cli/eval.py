@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
     from memshard.data_pipeline.stream.held_out import HeldOutStream
-    from memshard.data_pipeline.stream.open import open_held_out
+    from memshard.data_pipeline.stream.open_stream import open_held_out
     from memshard.data_pipeline.stream.records import HeldOutRecords
     from memshard.trainer.evaluation.masked_tokens import masked_accuracy
     from memshard.trainer.evaluation.perplexity import evaluate
@@ -138,7 +138,7 @@ def _check_untruncated(args: argparse.Namespace, loaded: "LoadedModel", ranks: i
 
 def _score_files(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device") -> dict[str, Any]:
     """BLEU of translated files."""
-    from memshard.data_pipeline.build.sources import read_lines
+    from memshard.data_pipeline.prepare.inputs import read_lines
     from memshard.trainer.precision import compute_dtype
 
     with usage_errors():
@@ -221,7 +221,7 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
 
     from memshard.models.memory.product_key import row_slots
     from memshard.trainer.evaluation.pictures import loss_curve, usage_map
-    from memshard.trainer.metrics import METRICS_FILE
+    from memshard.trainer.watch.metrics import METRICS_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []

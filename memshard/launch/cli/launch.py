@@ -12,8 +12,8 @@ from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers
 
 if TYPE_CHECKING:
-    from memshard.launch.cluster import Cluster
-    from memshard.launch.command import Start
+    from memshard.launch.launchers.cluster import Cluster
+    from memshard.launch.launchers.start import Start
 
 _NUMBERS = ("nodes", "gpus", "ranks", "cpus", "notice")
 _OPTIONS = (*_NUMBERS, "time", "partition", "account", "qos", "constraint", "venv", "container", "interface")
@@ -53,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run_local(args: argparse.Namespace) -> dict[str, Any]:
     """Trains on this machine."""
-    from memshard.launch import foreground
+    from memshard.launch.launchers import foreground
 
     with usage_errors():
         ranks = args.ranks
@@ -72,7 +72,7 @@ def run_local(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
     """Trains on the hosts of a hostfile."""
-    from memshard.launch import foreground
+    from memshard.launch.launchers import foreground
 
     with usage_errors():
         hosts = Path(args.hostfile)
@@ -91,7 +91,7 @@ def run_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_slurm(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the script and submits it."""
-    from memshard.launch import slurm
+    from memshard.launch.launchers import slurm
 
     with usage_errors():
         if min(args.array, args.chain) != 1:
@@ -142,7 +142,7 @@ def _cluster(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
 
 
 def _load_cluster(args: argparse.Namespace) -> "Cluster":
-    from memshard.launch.cluster import Cluster, load_cluster
+    from memshard.launch.launchers.cluster import Cluster, load_cluster
 
     options = {item.name: getattr(args, item.name, None) for item in fields(Cluster)}
     return load_cluster(Path(args.cluster) if args.cluster else None, options)
@@ -151,7 +151,7 @@ def _load_cluster(args: argparse.Namespace) -> "Cluster":
 def _installed(args: argparse.Namespace) -> "Start":
     """The start of what is installed, after a look at the recipe."""
     from memshard.launch.cli.train import run_folder
-    from memshard.launch.command import Start
+    from memshard.launch.launchers.start import Start
     from memshard.trainer.config.load import load_recipe
 
     load_recipe(args.recipe, args.overrides)
@@ -160,13 +160,13 @@ def _installed(args: argparse.Namespace) -> "Start":
 
 def _snapshot(args: argparse.Namespace) -> "Start":
     from memshard.launch.cli.train import run_folder
-    from memshard.launch.command import snapshot
+    from memshard.launch.launchers.start import snapshot
 
     return snapshot(args.recipe, args.overrides, run_folder(args))
 
 
 def _show(args: argparse.Namespace, command: list[str], environment: str = "") -> dict[str, Any]:
-    from memshard.launch.command import shell
+    from memshard.launch.launchers.start import shell
 
     if not args.json:
         print(shell(command))
@@ -177,7 +177,7 @@ def _show(args: argparse.Namespace, command: list[str], environment: str = "") -
 
 def _outcome(code: int, start: "Start") -> dict[str, Any]:
     """What a launcher's end means: its own exit code does not tell a stop from a failure, rank 0's heartbeat does."""
-    from memshard.trainer.heartbeat import read_beats
+    from memshard.trainer.watch.heartbeat import read_beats
 
     beats = read_beats(Path(start.folder))
     if code and beats and beats[0].rank == 0 and beats[0].ended == "stopped":

@@ -14,12 +14,12 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 import memshard
-from memshard.launch.cli import bench, bring, config, data, doctor, export, generate, launch, plan, reproduce, search, train
+from memshard.launch.cli import bench, config, data, doctor, export, generate, import_, launch, plan, reproduce, search, train
 from memshard.launch.cli import eval as evaluate
 from memshard.launch.cli.outcome import Stopped, UsageError, describe, rank
 from memshard.launch.cli.parser import CommandParser
 
-COMMANDS = (train, evaluate, generate, export, bring, plan, launch, data, doctor, reproduce, search, bench, config)
+COMMANDS = (train, evaluate, generate, export, import_, plan, launch, data, doctor, reproduce, search, bench, config)
 
 
 def main(argv: list[str] | None = None) -> int:

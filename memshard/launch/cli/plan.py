@@ -34,12 +34,12 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
-        from memshard.launch.arrangements import Site, largest_batch, suggestion, variants
-        from memshard.launch.devices import device_of
-        from memshard.launch.rehearse import rehearse
-        from memshard.launch.step_time import step_time
         from memshard.trainer.config.load import load_recipe
-        from memshard.trainer.estimate import estimate, remedies
+        from memshard.trainer.cost.alternatives import Site, largest_batch, suggestion, variants
+        from memshard.trainer.cost.devices import device_of
+        from memshard.trainer.cost.dry_run import rehearse
+        from memshard.trainer.cost.estimate import estimate, remedies
+        from memshard.trainer.cost.step_time import step_time
 
         recipe = load_recipe(args.recipe, args.overrides)
         if args.device == "cpu":
@@ -105,7 +105,7 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
 
 def _measured_duplicates(recipe: str) -> float | None:
     """What a run last measured, if `recipe` is a run folder of several ranks."""
-    from memshard.trainer.metrics import METRICS_FILE, read_metrics
+    from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 
     file = Path(recipe) / METRICS_FILE
     lines = read_metrics(file) if file.exists() else []

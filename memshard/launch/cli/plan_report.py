@@ -7,7 +7,7 @@ from memshard.launch.cli.train import arrangement, spread
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
-    from memshard.trainer.estimate import Estimate, RankBytes
+    from memshard.trainer.cost.estimate import Estimate, RankBytes
 
 
 def report(args: argparse.Namespace, recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> str:

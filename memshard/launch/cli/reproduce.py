@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from memshard.experiments.common import catalogue
 from memshard.launch.cli.outcome import UsageError, usage_errors
-from memshard.search.reproduce import catalogue
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("name an experiment (memshard reproduce --list shows them)")
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers is {args.workers}; it must be at least 1")
-    from memshard.search.reproduce.run import reproduce
+    from memshard.experiments.common.run import reproduce
 
     with usage_errors():
         catalogue.find(args.name)

@@ -11,7 +11,7 @@ from memshard.launch.cli.parser import Subparsers
 from memshard.trainer.stop_signal import PREEMPTED, StopSignal
 
 if TYPE_CHECKING:
-    from memshard.trainer.estimate import Estimate
+    from memshard.trainer.cost.estimate import Estimate
     from memshard.trainer.run import Run
 
 
@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.stop_at is not None and args.stop_at < 1:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
-    from memshard.launch.rank_log import rank_log
-    from memshard.trainer.failure import lost_each_other, name_culprit
-    from memshard.trainer.heartbeat import Heartbeat
     from memshard.trainer.loop import train
     from memshard.trainer.set_up import set_up
+    from memshard.trainer.watch.heartbeat import Heartbeat
+    from memshard.trainer.watch.lost_ranks import lost_each_other, name_culprit
+    from memshard.trainer.watch.rank_log import rank_log
 
     with joined_ranks(recipe.guards.first_timeout) as (device, ranks):
         with usage_errors():
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def opening(prepared: "Run", launcher: str) -> str:
     """What is about to run: sizes, bytes, layout and kernels with the reason, and where its results go."""
-    from memshard.trainer.estimate import estimate
+    from memshard.trainer.cost.estimate import estimate
 
     recipe = prepared.recipe
     assert recipe.model.vocab_size is not None
@@ -129,8 +129,8 @@ def spread(cost: "Estimate") -> str:
 
 def _path(prepared: "Run") -> str:
     """What sums and updates rows, and why."""
-    from memshard.models.kernels.select import chosen
-    from memshard.trainer.optim.compiled_update import disagreement
+    from memshard.models.kernels.backend import chosen
+    from memshard.trainer.optim.rows.compiled_update import disagreement
 
     assert prepared.rows is not None
     device = prepared.rows.tables[0].weight.device
@@ -142,7 +142,7 @@ def _path(prepared: "Run") -> str:
 
 def _delta_path(prepared: "Run") -> str | None:
     """What computes the delta rule, and why; None without one."""
-    from memshard.models.kernels.delta_rule import chosen
+    from memshard.models.kernels.fla_delta_rule import chosen
     from memshard.models.mixers.fast_weights import FastWeightMixer
 
     mixers = (module for module in prepared.model.modules() if isinstance(module, FastWeightMixer) and module.rule == "delta")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.fast_weights.delta_rule import delta_rule
-from memshard.models.fast_weights.pieces import Rule
+from memshard.models.fast_weights.segments import Rule
 from memshard.models.fast_weights.sum_rule import sum_rule
 
 

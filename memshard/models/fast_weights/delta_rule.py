@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memshard.models.fast_weights.chunks import Fading, cut, fading, join, start
-from memshard.models.kernels.delta_rule import by_kernel, kernel_for
+from memshard.models.kernels.fla_delta_rule import by_kernel, kernel_for
 
 
 def delta_rule(

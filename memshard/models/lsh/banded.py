@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memshard.models.lsh import compiled
-from memshard.models.lsh.order import Order, order_tokens
+from memshard.models.kernels import cpu_banded
+from memshard.models.lsh.bucket_order import Order, order_tokens
 
 _TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
 _DEVICE_TILE_BYTES = 1 << 28
@@ -48,7 +48,7 @@ class _Banded(torch.autograd.Function):
         outs, totals = [], []
         for rows in _row_groups(q):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
-            out, total = (compiled.forward if _serves(q) else _forward)(q[rows], k[rows], v[rows], orders, *settings)
+            out, total = (cpu_banded.forward if _serves(q) else _forward)(q[rows], k[rows], v[rows], orders, *settings)
             outs.append(out)
             totals.append(total)
         out, total = _joined(outs), _joined(totals)
@@ -65,7 +65,7 @@ class _Banded(torch.autograd.Function):
         for rows in _row_groups(q):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
             tensors = q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows]
-            parts.append((compiled.backward if _serves(q) else _backward)(*tensors, *ctx.settings))
+            parts.append((cpu_banded.backward if _serves(q) else _backward)(*tensors, *ctx.settings))
         return *map(_joined, zip(*parts, strict=True)), None, None, None, None
 
 
@@ -142,7 +142,7 @@ def _serves(q: Tensor) -> bool:
 @torch.no_grad()
 def _kernel_agrees() -> bool:
     """Whether there is a compiled kernel, and it finds what plain torch does."""
-    if compiled.kernel() is None:
+    if cpu_banded.kernel() is None:
         return False
     random = torch.Generator().manual_seed(0)
     q, k, v, d_out = torch.randn(4, 2, 45, 20, generator=random)
@@ -151,7 +151,7 @@ def _kernel_agrees() -> bool:
         settings = 5, 8, itself
         out, total = _forward(q, k, v, orders, *settings)
         theirs = out, total, *_backward(q, k, v, orders, out, total, d_out, *settings)
-        ours = *compiled.forward(q, k, v, orders, *settings), *compiled.backward(q, k, v, orders, out, total, d_out, *settings)
+        ours = *cpu_banded.forward(q, k, v, orders, *settings), *cpu_banded.backward(q, k, v, orders, out, total, d_out, *settings)
         if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True)):
             return False
     return True

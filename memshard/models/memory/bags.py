@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from memshard.models.kernels import plain
-from memshard.models.kernels.select import kernels_for
+from memshard.models.kernels.backend import kernels_for
 
 
 def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

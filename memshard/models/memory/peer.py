@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
-from memshard.models.replay import Replay, once
+from memshard.models.recompute.replay import Replay, once
 
 
 class Peer(ProductKeyMemory):

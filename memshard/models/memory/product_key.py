@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from memshard.models.config import WeightingKind
 from memshard.models.memory.key_use import KeyUse
+from memshard.models.memory.product_topk import product_topk
 from memshard.models.memory.query_norm import QueryNorm
-from memshard.models.memory.search import product_topk
 from memshard.models.memory.table import ValueTable
-from memshard.models.replay import Replay, once
+from memshard.models.recompute.replay import Replay, once
 
 
 class ProductKeyMemory(nn.Module):

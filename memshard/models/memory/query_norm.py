@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.config import QueryNormKind
-from memshard.models.replay import Replay, once
+from memshard.models.recompute.replay import Replay, once
 
 _EPS = 1e-5
 _MOMENTUM = 0.1

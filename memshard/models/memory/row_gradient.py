@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels import plain
+from memshard.models.kernels.backend import kernels_for
 from memshard.models.kernels.plain import bag_of_each_read
-from memshard.models.kernels.select import kernels_for
 from memshard.models.memory.bags import segment_sums
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memshard.models.memory.bags import gather_sum, score_gradients
 from memshard.models.memory.fetched import Fetch, FetchedDot, FetchedSum
 from memshard.models.memory.host import to_device, to_host
-from memshard.models.memory.pages import prefer_huge_pages
+from memshard.models.memory.huge_pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import Read, SortedReads, row_gradients, sort_reads
 from memshard.models.random import normal_rows
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from memshard.models.context import Context
 from memshard.models.fast_weights.feature_maps import FeatureMap
 from memshard.models.fast_weights.sum_rule import read_sum, written_sum
-from memshard.models.linear import Projection
-from memshard.models.position import rotate
+from memshard.models.layers.linear import Projection
+from memshard.models.layers.position import rotate
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from memshard.models.context import Context
-from memshard.models.convolution import RecentRows
 from memshard.models.fast_weights.attention_norm import normalised_delta_rule, normalised_sum_rule
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
-from memshard.models.fast_weights.pieces import Neighbours, Rule, delta_in_pieces, sums_in_pieces
+from memshard.models.fast_weights.segments import Neighbours, Rule, delta_in_pieces, sums_in_pieces
 from memshard.models.fast_weights.sum_rule import sum_rule
-from memshard.models.linear import Projection
+from memshard.models.layers.convolution import RecentRows
+from memshard.models.layers.linear import Projection
+from memshard.models.layers.position import rotate
 from memshard.models.mixers.projections import HeadProjections
-from memshard.models.position import rotate
 
 RuleKind = Literal["sum", "delta"]
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.context import Context
-from memshard.models.convolution import Convolutions, RecentRows
-from memshard.models.linear import Projection
+from memshard.models.layers.convolution import Convolutions, RecentRows
+from memshard.models.layers.linear import Projection
 from memshard.models.lsh.banded import banded_attention
 from memshard.models.lsh.by_heads import ByHeads
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets

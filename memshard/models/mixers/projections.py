@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from memshard.models.context import Context
-from memshard.models.convolution import Convolutions, RecentRows
-from memshard.models.linear import Projection
+from memshard.models.layers.convolution import Convolutions, RecentRows
+from memshard.models.layers.linear import Projection
 
 
 class HeadProjections(nn.Module):

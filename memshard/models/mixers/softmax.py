@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.context import Context
-from memshard.models.convolution import RecentRows
+from memshard.models.layers.convolution import RecentRows
+from memshard.models.layers.position import rotate
 from memshard.models.mixers.per_document import DENSE_LENGTH, attend_per_document
 from memshard.models.mixers.projections import HeadProjections
-from memshard.models.position import rotate
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models.convolution import causal_convolution
-from memshard.models.squared_relu import squared_relu
+from memshard.models.layers.convolution import causal_convolution
+from memshard.models.layers.squared_relu import squared_relu
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from memshard.models.program.cached import refusal
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.search.dna.causality import explained, perturbed
+from memshard.search.dna.form import load
 from memshard.search.dna.fuse import fuse
 from memshard.search.dna.golden import NAMES, golden
 from memshard.search.dna.graph import TooLong, graph
-from memshard.search.dna.program import load
 from memshard.search.dna.shapes import WrongShape, lower
 from memshard.search.dna.source import source
 

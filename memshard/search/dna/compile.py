@@ -13,9 +13,9 @@ from memshard.models.loss import token_losses
 from memshard.models.program.program import Program
 from memshard.models.transformer import Transformer
 from memshard.search.dna.causality import explained, perturbed
+from memshard.search.dna.form import Dna, invalid
 from memshard.search.dna.fuse import fuse
 from memshard.search.dna.graph import Graph, TooLong, graph
-from memshard.search.dna.program import Dna, invalid
 from memshard.search.dna.rejected import Rejected
 from memshard.search.dna.shapes import WrongShape, lower, unit_in_band
 from memshard.search.dna.source import source

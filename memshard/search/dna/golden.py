@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from memshard.search.dna.program import VERSION, Dna, Instruction
+from memshard.search.dna.form import VERSION, Dna, Instruction
 
 HEAD_WIDTH = 64
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from memshard.models.program.primitives import COMMUTATIVE, PRIMITIVES
-from memshard.search.dna.program import Dna
+from memshard.search.dna.form import Dna
 
 MOST_NODES = 1024
 _IDEMPOTENT = frozenset({"ABS", "SIGN", "MASK", "MAX", "MIN"})

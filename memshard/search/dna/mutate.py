@@ -5,8 +5,7 @@ import random
 from collections.abc import Callable, Mapping
 
 from memshard.models.program.primitives import PRIMITIVES
-from memshard.search.dna.graph import TooLong, graph
-from memshard.search.dna.program import (
+from memshard.search.dna.form import (
     BRANCHES,
     CONSTANTS,
     DIMS,
@@ -16,6 +15,7 @@ from memshard.search.dna.program import (
     Dna,
     Instruction,
 )
+from memshard.search.dna.graph import TooLong, graph
 
 _TRIES = 50
 

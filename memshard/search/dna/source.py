@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models import squared_relu as fast
+from memshard.models.layers import squared_relu as fast
 from memshard.models.program import primitives
 from memshard.models.program.program import OPERATIONS, Node, Program
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from memshard.search.dna.at_width import at_width
 from memshard.search.dna.compile import Compiled, compile_dna
-from memshard.search.dna.program import save
+from memshard.search.dna.form import save
 from memshard.search.evolve import pictures, power_law
 from memshard.search.evolve.child import shape
 from memshard.search.evolve.history import STOPPED, Child, History, saving, stops

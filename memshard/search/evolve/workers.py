@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from memshard.search.evolve.journal import Event
-from memshard.search.parent import end_with_parent
+from memshard.search.processes import end_with_parent
 
 Work = Callable[[Any], Iterator[Event]]
 LOST = "lost"

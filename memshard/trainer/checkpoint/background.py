@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.trainer.checkpoint.store import save_checkpoint
+from memshard.trainer.checkpoint.save_load import save_checkpoint
 
 
 class BackgroundSave:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from memshard.models.memory.product_key import row_slots, slot_rows
 from memshard.models.memory.table import ValueTable
-from memshard.trainer.checkpoint.store import load_tensors
+from memshard.trainer.checkpoint.save_load import load_tensors
 
 _BLOCK_ROWS = 4096
 _NEW_KEY_LENGTH = 0.5

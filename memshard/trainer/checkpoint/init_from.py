@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor
 
-from memshard.models.convolution import CausalConvolution
+from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.grow import grow_sub_keys, grow_table, local_part
-from memshard.trainer.checkpoint.store import index_of, load_state_together, load_tensors
-from memshard.trainer.optim.row_adam import RowAdam
+from memshard.trainer.checkpoint.save_load import index_of, load_state_together, load_tensors
+from memshard.trainer.optim.rows.adam import RowAdam
 
 
 @torch.no_grad()

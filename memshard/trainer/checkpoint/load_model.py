@@ -9,13 +9,13 @@ from torch import nn
 
 from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
-from memshard.models.memory.mapped import map_tables
+from memshard.models.memory.disk_table import map_tables
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.folders import find_checkpoints
-from memshard.trainer.checkpoint.store import DamagedCheckpoint
-from memshard.trainer.checkpoint.stored_model import StoredModel, is_export, open_checkpoint, open_export
+from memshard.trainer.checkpoint.open_checkpoint import StoredModel, is_export, open_checkpoint, open_export
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint
 from memshard.trainer.config.recipe import Recipe
 
 _BLOCK_ROWS = 1 << 14

@@ -26,7 +26,7 @@ from memshard.parallel.mesh import DATA, group, tensor_size
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.training import TrainConfig
-from memshard.trainer.dense_bytes import BUCKET
+from memshard.trainer.cost.dense_bytes import BUCKET
 from memshard.trainer.optim.dense import MOMENTS, build_adamw, learning_rate, make_states, owners
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.records import HeldOutRecords
-from memshard.models.memory.usage import UsageCounter, UsageReport
+from memshard.models.memory.slot_usage import UsageCounter, UsageReport
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import all_sum
-from memshard.trainer.carried import Carried
-from memshard.trainer.evaluation.usage import observed_usage, usage_reports
+from memshard.trainer.carried_states import Carried
+from memshard.trainer.evaluation.slot_usage import observed_usage, usage_reports
 from memshard.trainer.precision import autocast
 from memshard.trainer.tasks.build import Task
 

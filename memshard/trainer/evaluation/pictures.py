@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshard.trainer.evaluation.canvas import COLORS, INK, canvas, clean
-from memshard.trainer.metrics import read_metrics
+from memshard.trainer.watch.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

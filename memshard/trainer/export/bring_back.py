@@ -10,9 +10,9 @@ from torch import Tensor
 
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.memory.table import find_tables
+from memshard.trainer.checkpoint.global_tensors import model_tensors
 from memshard.trainer.checkpoint.load_model import load
-from memshard.trainer.checkpoint.store import save_checkpoint
-from memshard.trainer.checkpoint.tensors import model_tensors
+from memshard.trainer.checkpoint.save_load import save_checkpoint
 from memshard.trainer.config.load import dump
 from memshard.trainer.precision import DTYPES
 from memshard.trainer.run_folder import CONFIG_FILE

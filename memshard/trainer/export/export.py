@@ -18,7 +18,7 @@ from memshard.models.memory.table import find_tables
 from memshard.models.random import fold
 from memshard.models.seq2seq import build_model
 from memshard.trainer.checkpoint.load_model import LoadedModel, load, open_model
-from memshard.trainer.checkpoint.stored_model import CONFIG_JSON, PREFIX, SCALE, WEIGHTS, StoredModel
+from memshard.trainer.checkpoint.open_checkpoint import CONFIG_JSON, PREFIX, SCALE, WEIGHTS, StoredModel
 from memshard.trainer.config.load import dump, to_dict
 from memshard.trainer.export.huggingface import write_code
 from memshard.trainer.export.safetensors import Entry, write_safetensors

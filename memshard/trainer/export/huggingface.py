@@ -12,7 +12,7 @@ _HOME = "memshard.trainer.export.remote"
 _ENTRIES = ("configuration_memshard", "modeling_memshard", "tokenization_memshard")
 _EOS_ID = 1
 _REPLACED = {
-    "memshard.models.kernels.select": '''"""Exports take plain torch everywhere: their code comes without a compiler."""
+    "memshard.models.kernels.backend": '''"""Exports take plain torch everywhere: their code comes without a compiler."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def kernels_for(*tensors: Any) -> None:
 def search_for(scores: Any) -> None:
     """No compiled search."""
 ''',
-    "memshard.models.kernels.delta_rule": '''"""Exports take plain torch everywhere."""
+    "memshard.models.kernels.fla_delta_rule": '''"""Exports take plain torch everywhere."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def kernel_for(*tensors: Any) -> None:
 def by_kernel(*arguments: Any) -> Any:
     """Never called."""
 ''',
-    "memshard.models.lsh.compiled": '''"""Exports take plain torch everywhere."""
+    "memshard.models.kernels.cpu_banded": '''"""Exports take plain torch everywhere."""
 
 
 def kernel() -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
-from memshard.data_pipeline.stream.open import AnyStream
+from memshard.data_pipeline.stream.open_stream import AnyStream
 from memshard.models.context import Context
 from memshard.models.random import RandomKey, fold, fold_tensor, random_bits
 from memshard.parallel.collectives import all_sum
-from memshard.trainer.carried import Carried
+from memshard.trainer.carried_states import Carried
 
 MASK = 0
 """What stands for a hidden token: <unk>, which the tokenizer, spelling unknown characters in bytes, gives no text."""

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
-from memshard.models.memory.mapped import MappedTable, replace_tables
+from memshard.models.memory.disk_table import MappedTable, replace_tables
 from memshard.models.memory.product_key import row_slots
 from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.transformer import Transformer

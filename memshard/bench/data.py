@@ -1,0 +1,179 @@
+"""Rates of the data pipeline on one core: web pages by stage, tokenisers, token stream; each beside its peer where there is one.
+
+All are CPU time of this process, the median of interleaved rounds.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from memshard.data_pipeline.format.index import TRAIN, load_index
+from memshard.data_pipeline.stream.reader import SplitReader
+from memshard.data_pipeline.stream.train_stream import TrainStream
+from memshard.data_pipeline.tokenizer import Tokenizer
+
+SAMPLE_TOKENS = 400_000
+LANES = 64
+Action = Callable[[], float]
+
+
+def stream_rates(path: str, lengths: tuple[int, ...], rounds: int) -> dict[str, float]:
+    """Tokens a second of the training stream by row length, and of stock webdataset reading and decoding the same shards."""
+    actions: dict[str, Action] = {f"stream, rows of {length}": _stream(path, length) for length in lengths}
+    actions["webdataset, whole shards"] = lambda: _webdataset(path)
+    return _rates(actions, rounds)
+
+
+def _stream(path: str, length: int) -> Action:
+    stream = TrainStream(path, length, LANES, 0)
+    place = 0
+
+    def run() -> float:
+        nonlocal place
+        tokens = 0
+        while tokens < 5 * SAMPLE_TOKENS:
+            tokens += stream.batch(place, LANES).inputs.numel()
+            place += LANES
+        return tokens
+
+    stream.batch(0, stream.samples_per_epoch)  # the page cache, the order of the epoch, and the checksums
+    return run
+
+
+def _webdataset(path: str) -> float:
+    import webdataset
+
+    shards = load_index(path).splits[TRAIN].shards[:2]
+    samples = webdataset.WebDataset([str(Path(path) / shard.file) for shard in shards], shardshuffle=False, empty_check=False).decode()
+    return float(sum(len(sample["tokens.npy"]) for sample in samples))
+
+
+def first_pass_rate(path: str, length: int) -> float:
+    """Tokens a second of a fresh stream, which tests every document's checksum."""
+    stream = TrainStream(path, length, LANES, 0)
+    stream.batch(0, 1)
+    begun = time.process_time()
+    tokens = sum(stream.batch(place, LANES).inputs.numel() for place in range(0, min(stream.samples_per_epoch, 40 * LANES), LANES))
+    return tokens / (time.process_time() - begun)
+
+
+def tokenizer_rates(path: str, rounds: int) -> dict[str, float]:
+    """Bytes of text a second on one thread: the folder's tokenizer, and Hugging Face tokenizers' byte BPE of the same size."""
+    tokenizer, texts = Tokenizer(path), list(_texts(path))
+    size = float(sum(len(text.encode()) for text in texts))
+
+    def own() -> float:
+        tokenizer.encode_batch(texts, threads=1)
+        return size
+
+    actions: dict[str, Action] = {"sentencepiece": own}
+    try:
+        import os
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        from tokenizers import ByteLevelBPETokenizer
+
+        peer = ByteLevelBPETokenizer()
+        peer.train_from_iterator(texts, vocab_size=tokenizer.vocab_size, show_progress=False)
+
+        def other() -> float:
+            peer._tokenizer.encode_batch_fast(texts)
+            return size
+
+        actions["tokenizers, byte BPE"] = other
+    except ImportError:
+        pass
+    return _rates(actions, rounds)
+
+
+def _texts(path: str) -> Iterator[str]:
+    tokenizer, reader = Tokenizer(path), SplitReader(path, TRAIN)
+    starts = np.concatenate([[0], np.cumsum(reader.lengths)])
+    order = np.arange(len(reader.lengths))
+    for document in range(int(np.searchsorted(starts, SAMPLE_TOKENS))):
+        tokens = reader.read(order, starts, starts[document : document + 1], int(reader.lengths[document]))[0][0]
+        yield tokenizer.decode(tokens[:-1])
+
+
+def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, dict[str, float]]:
+    """Of every stage from WARC to signature: pages a second, and input bytes a second; at most `pages` pages for the slow ones."""
+    from memshard.data_pipeline.prepare.duplicates import band_keys, exact_hash
+    from memshard.data_pipeline.web.extract import decode, main_text
+    from memshard.data_pipeline.web.language import detect_language
+    from memshard.data_pipeline.web.quality import failed_rule
+    from memshard.data_pipeline.web.warc import read_pages
+
+    bodies = [page.body for warc in warcs for page in read_pages(warc, Counter())]
+    sample = bodies[:: max(len(bodies) // pages, 1)]
+    html = [decode(body) for body in sample]
+    texts = [text for page in html if (text := main_text(page, "resiliparse"))]
+    raw, kept = float(sum(map(len, sample))), float(sum(len(text.encode()) for text in texts))
+
+    def over(function: Callable[[str], object], items: list[str]) -> Action:
+        return lambda: float(len([function(item) for item in items]))
+
+    actions: dict[str, tuple[Action, float]] = {
+        "read WARC (FastWARC)": (
+            lambda: float(sum(1 for warc in warcs for _ in read_pages(warc, Counter()))), sum(map(len, bodies)) / len(bodies)
+        ),
+        "decode": (lambda: float(len([decode(body) for body in sample])), raw / len(sample)),
+        "main text, resiliparse": (over(lambda page: main_text(page, "resiliparse"), html), raw / len(html)),
+        "main text, trafilatura": (over(lambda page: main_text(page, "trafilatura"), html), raw / len(html)),
+        "language": (over(detect_language, texts), kept / len(texts)),
+        "quality": (over(failed_rule, texts), kept / len(texts)),
+        "exact hash": (over(exact_hash, texts), kept / len(texts)),
+        "MinHash": (over(band_keys, texts), kept / len(texts)),
+    }  # fmt: skip
+    try:
+        from warcio.archiveiterator import ArchiveIterator
+
+        def peer() -> float:
+            count = 0
+            for warc in warcs:
+                with warc.open("rb") as stream:
+                    for record in ArchiveIterator(stream):
+                        if record.rec_type == "response":
+                            record.content_stream().read()
+                            count += 1
+            return float(count)
+
+        actions["read WARC (warcio)"] = peer, sum(map(len, bodies)) / len(bodies)
+    except ImportError:
+        pass
+    rates = _rates({name: action for name, (action, _) in actions.items()}, rounds)
+    return {name: {"pages_per_s": rate, "bytes_per_s": rate * actions[name][1]} for name, rate in rates.items()}
+
+
+def model_rate(layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, length: int = 256) -> float:
+    """Tokens a second that training (forward and backward) of a dense transformer takes in on this process's threads."""
+    import torch
+
+    from memshard.models.config import ModelConfig
+    from memshard.models.initialize import initialize
+    from memshard.models.loss import token_losses
+    from memshard.models.transformer import Transformer
+
+    model = Transformer(ModelConfig(layers=layers, dim=dim, vocab_size=vocabulary, max_length=length))
+    initialize(model, 0)
+    tokens = torch.randint(vocabulary, (2, length))
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        token_losses(model(tokens)[0], tokens).mean().backward()
+        times.append(time.perf_counter() - begun)
+    return tokens.numel() / median(times[1:])
+
+
+def _rates(actions: dict[str, Action], rounds: int) -> dict[str, float]:
+    """What each action does in a second of CPU time, the median of interleaved rounds."""
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            begun = time.process_time()
+            amount = action()
+            found[name].append(amount / (time.process_time() - begun))
+    return {name: median(rates) for name, rates in found.items()}

@@ -1,0 +1,54 @@
+"""What `memshard bench values` prints and writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from memshard.bench.values import FBGEMM, OURS, PARTS
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print all of it as Markdown."""
+    table, sizes = result["table"], result["table"]["sizes"]
+    shape = f"{sizes['slots']:,} x {sizes['dim']} {sizes['dtype']}, {sizes['reads']} reads a token"
+    print(f"{shape}, {result['threads']} threads, torch {result['torch']}")
+    print(f"{table['kernels']}; THP_MEM_ALLOC_ENABLE={int(result['thp'])}; clip {sizes['clip']:g}; {sizes['rounds']} rounds")
+    print(f"stream read {table['read_bandwidth'] / 1e9:.1f} GB/s")
+    for tokens, lines in table["tokens"].items():
+        print(f"\n{tokens:,} tokens a step, {tokens * sizes['reads']:,} reads\n")
+        print("| | forward, ms | backward | update | step | processor time | ours is faster by | by processor time | GB/s | memory, GB |")
+        print("|---" * 10 + "|")
+        for name, line in lines.items():
+            shown = " | ".join(f"{line[part] * 1e3:.1f}" for part in (*PARTS, "cpu"))
+            ratio = f"{_ratio(line)} | {line['cpu_ratio']:.1f}x"
+            print(f"| {name} | {shown} | {ratio} | {line['bytes_per_s'] / 1e9:.1f} | {_gigabytes(table['peak_memory'][name])} |")
+        own = lines[OURS]
+        over = table["read_bandwidth"] / own["forward_bytes_per_s"]
+        print(f"\nforward: {over:.2f} x (bytes of all reads) / (stream read bandwidth)")
+        print(f"distinct rows a step: {own['rows']:,.0f}; ours takes {own['total'] / own['rows'] * 1e6:.2f} us for each")
+    print("\nGB/s: the bytes that a step cannot avoid (reads twice, distinct rows and two moments in and out) over its time.")
+    print("Memory: the peak of a process that takes steps of the largest size, above what Python and torch have.")
+    if FBGEMM in table["peak_memory"]:
+        print("FBGEMM has no Adam on CPU: row-wise Adagrad keeps one number a row, and updates in its backward pass.")
+    for name, found in result["layers"].items():
+        for tokens, line in found["tokens"].items():
+            (ours, own), (_, other) = line["seconds"].items()
+            print(f"\nwhole layer, {tokens:,} tokens: {ours} {own * 1e3:.1f} ms, {name} {other * 1e3:.1f} ms: {_ratio(line)}")
+        (_, own_peak), (_, other_peak) = found["peak_memory"].items()
+        print(f"peak memory: {_gigabytes(own_peak)} against {_gigabytes(other_peak)} GB")
+    for name, command in result["missing"].items():
+        print(f"\nnot measured: {name} ({command})")
+
+
+def write(result: dict[str, Any], file: Path) -> None:
+    """Write it as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _ratio(line: dict[str, float]) -> str:
+    return f"{line['ratio']:.1f}x ({line['ratio_low']:.1f} to {line['ratio_high']:.1f})"
+
+
+def _gigabytes(peak: int | None) -> str:
+    return "?" if peak is None else f"{peak / 1e9:.2f}"

@@ -1,0 +1,201 @@
+"""Build a data folder: documents, duplicates, held-out split, tokenizer, token shards, index and report.
+
+Every stage keeps what it has finished in a work folder beside the output, under names that say what went in. A build that was
+killed goes on there; other settings redo what they change. The outcome is the same, byte for byte.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
+from memshard.data_pipeline.prepare.documents import Filters, Unit, plan_units, read_texts, write_unit
+from memshard.data_pipeline.prepare.inputs import PAIR, Sources, is_warc
+from memshard.data_pipeline.prepare.report import make_report
+from memshard.data_pipeline.prepare.split import TRAIN_SIDE, Splits, split_documents
+from memshard.data_pipeline.prepare.workers import cores, run_tasks
+from memshard.data_pipeline.prepare.write_shards import tokens_dtype, write_shards
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerModel, train_tokenizer, training_lines
+
+SAMPLE_LINES = 200_000
+SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
+HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
+REPORT_FILE = "report.json"
+
+
+def build_data(
+    sources: Sources,
+    out: str | os.PathLike[str],
+    *,
+    vocab_size: int = 8192,
+    model: TokenizerModel = "bpe",
+    tokenizer: str | os.PathLike[str] | None = None,
+    filters: Filters | None = None,
+    deduplicate: bool = False,
+    held_out: float | None = None,
+    test: float | None = None,
+    web: bool = False,
+    shard_bytes: int = 1 << 28,
+    seed: int = 0,
+    page_seconds: float = 20.0,
+    workers: int | None = None,
+) -> dict:
+    """Write the data folder `out` and return its report. The same sources and settings give the same bytes.
+
+    tokenizer: a model file or data folder whose tokenizer is taken, instead of training one. held_out, test: share of the
+    documents (below 1) or number of them, chosen by the hash of their text; by default 1 % and none, with `web` 5,000 each but no
+    more than 1 % (Lample et al. 2019, section 4.1, hold out 5,000 + 5,000 articles). workers: processes, all cores by default.
+    Raises ValueError or FileNotFoundError with the fix; what was finished stays in the work folder, and nothing in `out`.
+    """
+    target = Path(out).resolve()
+    _check(target, held_out, test, vocab_size, shard_bytes)
+    filters = filters or Filters()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.work"
+    with alone(work):
+        units = plan_units(sources, filters, work)
+        todo = [unit for unit in units if not unit.folder.is_dir()]
+        limit = page_seconds if any(is_warc(file) for unit in units for file in unit.files) else None
+        tasks = [(unit, sources, filters) for unit in todo]
+        run_tasks(write_unit, tasks, min(workers or cores(), len(tasks)), "reading", limit)
+        splits = split_documents(units, filters, deduplicate, *(_amounts(held_out, test, web, units)))
+        stages = _stages(units, splits)
+        if not stages["kept.documents"]:
+            raise ValueError(f"the corpus is empty: {_describe(sources, stages, _not_utf8(units))}; name sources with text")
+
+        proto = Tokenizer(tokenizer).proto if tokenizer else _trained(units, splits, work, vocab_size, model, seed)
+        final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *(unit.folder.name for unit in units))}"
+        final.mkdir(exist_ok=True)
+        (final / TOKENIZER_FILE).write_bytes(proto)
+        written = write_shards(units, splits, final, shard_bytes, workers or cores(), PAIR if sources.documents == "pairs" else None)
+        used = Tokenizer(final)
+        index = Index(tokens_dtype(used.vocab_size), used.vocab_size, used.eos_id, TOKENIZER_FILE, used.sha256, written, _kind(sources))
+        report = make_report(len(sources.files), _not_utf8(units), stages, index)
+        publish(final, target, index, report)
+        shutil.rmtree(work)
+    return report
+
+
+def publish(final: Path, target: Path, index: Index, report: dict) -> None:
+    """Make the folder `final` of finished shards the data folder `target`."""
+    (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
+    for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
+        if leftover.name not in (REPORT_FILE, INDEX_FILE):
+            leftover.unlink()
+    if target.exists():
+        target.rmdir()  # empty, or check_target had refused it
+    final.rename(target)
+
+
+def check_target(target: Path) -> None:
+    """ValueError if there is something at `target` already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already: choose another --out, or remove it first")
+
+
+def _amounts(held_out: float | None, test: float | None, web: bool, units: list[Unit]) -> tuple[float, float]:
+    if held_out is None:
+        documents = sum(_outcome(unit)["counts"].get("kept.documents", 0) for unit in units)
+        held_out = HELD_OUT_ARTICLES if web and documents > HELD_OUT_ARTICLES / HELD_OUT_SHARE else HELD_OUT_SHARE
+    return held_out, (held_out if web else 0.0) if test is None else test
+
+
+def _check(target: Path, held_out: float | None, test: float | None, vocab_size: int, shard_bytes: int) -> None:
+    check_target(target)
+    for name, amount in (("--held-out", held_out), ("--test", test)):
+        if amount is not None and (amount < 0 or 1 < amount != int(amount) or (name == "--held-out" and not amount)):
+            raise ValueError(f"{name} is {amount}; it is a share of the documents, above 0 and below 1, or a number of documents")
+    if vocab_size < 1:
+        raise ValueError(f"--vocab is {vocab_size}; it must be at least 1")
+    if shard_bytes < 1:
+        raise ValueError(f"--shard-bytes is {shard_bytes}; it must be at least 1")
+
+
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """The work folder, locked and free of half-written results; removed at the end if it holds none. ValueError if another build has it."""
+    (work / "units").mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another build is at work in {work}: wait for it, or choose another --out") from None
+        for partial in work.glob("units/*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            yield
+        finally:
+            for partial in work.glob("units/*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            if work.exists() and not any((work / "units").iterdir()):
+                shutil.rmtree(work)
+
+
+def _kind(sources: Sources) -> str:
+    return "pairs" if sources.documents == "pairs" else "text"
+
+
+def _stages(units: list[Unit], splits: Splits) -> Counter[str]:
+    stages: Counter[str] = Counter()
+    for unit in units:
+        stages.update(_outcome(unit)["counts"])
+    return stages + splits.counts
+
+
+def _not_utf8(units: list[Unit]) -> list[str]:
+    return [name for unit in units for name in _outcome(unit)["not_utf8"]]
+
+
+def _outcome(unit: Unit) -> dict:
+    outcome: dict = json.loads((unit.folder / "counts.json").read_text(encoding="utf-8"))
+    return outcome
+
+
+def _describe(sources: Sources, stages: Counter[str], not_utf8: list[str]) -> str:
+    skipped = f"{len(not_utf8)} not UTF-8 text, e.g. {not_utf8[0]}" if not_utf8 else "all readable"
+    left_out = {key.removesuffix(".documents"): number for key, number in stages.items() if key.endswith(".documents")}
+    return f"{len(sources.files)} files ({skipped}), {stages['empty']} empty and {stages['invalid']} invalid documents, stages {left_out}"
+
+
+def _trained(units: list[Unit], splits: Splits, work: Path, vocab_size: int, model: TokenizerModel, seed: int) -> bytes:
+    """A tokenizer trained on a uniform sample of the training documents' lines (reservoir sampling)."""
+    cached = work / f"tokenizer-{digest(splits.sides.tobytes(), vocab_size, model, seed, *(unit.folder.name for unit in units))}"
+    if cached.exists():
+        return cached.read_bytes()
+    train = splits.sides == TRAIN_SIDE
+    total = int(splits.sizes[train].sum())
+    if total > SAMPLE_BYTES:  # documents of a sample of hashes; not the lowest ones, those are held out
+        train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
+    draw = random.Random(seed)
+    lines: list[str] = []
+    seen = 0
+    for number, unit in enumerate(units):
+        own = slice(int(splits.first[number]), int(splits.first[number + 1]))
+        for text in read_texts(unit, splits.sizes[own], train[own]):
+            for line in training_lines(text.replace(PAIR, "\n")):
+                seen += 1
+                if len(lines) < SAMPLE_LINES:
+                    lines.append(line)
+                elif (place := int(draw.random() * seen)) < SAMPLE_LINES:
+                    lines[place] = line
+    proto = train_tokenizer(lines, vocab_size, model)
+    partial = cached.with_suffix(".partial")
+    partial.write_bytes(proto)
+    partial.replace(cached)
+    return proto
+
+
+def digest(*facts: object) -> str:
+    """A name for what is made of these facts."""
+    total = hashlib.blake2b(digest_size=8)
+    for fact in facts:
+        total.update(fact if isinstance(fact, bytes) else f"{fact};".encode())
+    return total.hexdigest()

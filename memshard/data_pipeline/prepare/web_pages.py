@@ -1,0 +1,49 @@
+"""Articles of a WARC file: pages to main text, each under a time limit."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
+from memshard.data_pipeline.web.extract import decode, main_text
+from memshard.data_pipeline.web.language import may_be
+from memshard.data_pipeline.web.warc import read_pages
+
+MAX_PAGE = 10_000_000  # bytes of HTML; larger ones are lists and data
+MAX_TEXT = 1_000_000  # characters; no article is longer, and everything behind takes time by length
+
+
+def read_articles(watch: Watch, file: Path, extractor: str, language: str | None, counts: Counter[str]) -> Iterator[str]:
+    """Texts of a WARC file's HTML pages, in order.
+
+    A page that is surely in another language by a quick look at its text is not extracted. Counts pages and their bytes by
+    `pages`, and those without a text by `page_large`, `page_timeout`, `page_failed`, `page_language`, `page_empty`.
+    """
+    for page in read_pages(file, counts):
+        reason, text = "", ""
+        try:
+            with watch.item(page.number):
+                if page.number in watch.skip:
+                    reason = "page_timeout"
+                elif len(page.body) > MAX_PAGE:
+                    reason = "page_large"
+                else:
+                    reason, text = _article(page.body, extractor, language)
+        except ItemTimeout:
+            reason = "page_timeout"
+        except (ValueError, RuntimeError, MemoryError, RecursionError, LookupError, TypeError, AttributeError):
+            reason = "page_failed"
+        for name in ("pages", reason) if reason else ("pages",):
+            counts[f"{name}.documents"] += 1
+            counts[f"{name}.bytes"] += len(page.body)
+        if not reason:
+            yield text
+
+
+def _article(body: bytes, extractor: str, language: str | None) -> tuple[str, str]:
+    html = decode(body)
+    quick = main_text(html, "resiliparse")
+    if language is not None and quick and not may_be(quick, language):
+        return "page_language", ""
+    text = quick if extractor == "resiliparse" else main_text(html, "trafilatura")
+    return ("", text[:MAX_TEXT] + "\n") if text.strip() else ("page_empty", "")

@@ -1,0 +1,118 @@
+"""Runs the points of an experiment in processes side by side, keeps each result at once, and writes the report."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memshard.experiments.common.catalogue import Point, Scale, find
+from memshard.experiments.common.trained import settings
+from memshard.search.processes import end_with_parent
+
+RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report.md"
+
+
+def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run what is missing of an experiment in `folder`, and write result.json, report.md and pictures there; returns the summary.
+
+    Points that points.jsonl already holds are not run again, so an interrupted experiment goes on where it stopped; another
+    scale only adds the points that it does not share.
+    """
+    experiment = find(name)
+    points = experiment.points(scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _read(folder / RESULTS_FILE)
+    missing = [point for point in points if _key(point) not in done]
+    hours = experiment.hours[scale] * len(missing) / len(points)
+    say(f"{name}, scale {scale}: {len(points)} points, {len(missing)} to run, about {_duration(hours)} of processor time")
+    timed = [point for point in missing if experiment.alone(point)]
+    others = [point for point in missing if point not in timed]
+    for point, result, seconds in chain(_results(name, others, workers), _results(name, timed, 1)):
+        line = json.dumps({"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)})
+        done[_key(point)] = json.loads(line)
+        with (folder / RESULTS_FILE).open("a") as file:
+            file.write(line + "\n")
+        say(f"{_text(point)}: {_text(result)} ({seconds:.0f} s)")
+    rows = [done[_key(point)] for point in points]
+    report = experiment.report([(row["point"], row["result"]) for row in rows], folder)
+    (folder / REPORT_FILE).write_text(report)
+    summary = {"experiment": name, "scale": scale, "versions": _versions(), "seconds": sum(row["seconds"] for row in rows), "points": rows}
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+    say(report)
+    return summary
+
+
+def _results(name: str, points: list[Point], workers: int) -> Any:
+    """(point, result, seconds) of every point as it is done."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
+        waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {pool.submit(_run, name, point): point for point in points}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    point = waiting.pop(future)
+                    yield point, *future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()
+
+
+def _run(name: str, point: Point) -> tuple[dict[str, Any], float]:
+    begun = time.process_time()
+    result = find(name).run(point)
+    return result, time.process_time() - begun
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What earlier calls have measured. A last line that a kill cut short is taken out of the file."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {row["key"]: row for row in rows}
+
+
+def _key(point: Point) -> str:
+    """Of the point, of the recipes it names as they read now, and of their data."""
+    text = "".join(settings(recipe) for recipe in _recipes(point))
+    return hashlib.sha256((json.dumps(point, sort_keys=True) + text).encode()).hexdigest()
+
+
+def _recipes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every {recipe, overrides, ...} anywhere in a point."""
+    if isinstance(value, dict):
+        if "recipe" in value:
+            yield value
+        for inner in value.values():
+            yield from _recipes(inner)
+
+
+def _versions() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
+    machine = {"cores": os.cpu_count(), "GB of memory": memory, "threads a point": 1}
+    return {"torch": torch.__version__, "python": platform.python_version(), **machine}
+
+
+def _text(values: dict[str, Any]) -> str:
+    shown = {
+        key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items() if not isinstance(value, list | dict)
+    }
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(hours * 60))} minutes"

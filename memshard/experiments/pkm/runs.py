@@ -1,0 +1,113 @@
+"""Runs of models with and without memory: what a model learns, and what a token costs."""
+
+import fcntl
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memshard.experiments.common.clock import now
+from memshard.experiments.common.trained import finish, folder_of, prepare
+from memshard.experiments.pkm.layers import BUILDERS
+from memshard.models.memory.table import find_tables
+from memshard.trainer.loop import evaluate_run
+from memshard.trainer.precision import autocast, compute_dtype
+from memshard.trainer.run import Run
+from memshard.trainer.run_folder import CHECKPOINTS
+from memshard.trainer.step import train_step
+
+RUNS = Path("runs/reproduce/pkm/runs")
+_RESULT = "result.json"
+
+
+def run_point(point: dict[str, Any]) -> dict[str, Any]:
+    """A point with "clock" is a comparison of speed, any other a training run.
+
+    FileNotFoundError, with the command that builds it, without the data.
+    """
+    return time_models(point) if "clock" in point else learn(point)
+
+
+def learn(point: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate a model, as a run of the trainer that resumes. Experiments that share it run it once.
+
+    point: recipe, a bundled name, with overrides; builder, one of BUILDERS. Of usage and KL the mean over the tables.
+    """
+    folder = folder_of(point, RUNS)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / _RESULT
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            run = _set_up(point, folder)
+            finish(run)
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps(_measured(run)))
+            partial.replace(kept)
+            shutil.rmtree(folder / CHECKPOINTS)
+        result: dict[str, Any] = json.loads(kept.read_text())
+        return result
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    evaluation, settings = evaluate_run(run), run.recipe
+    # PEER's other table is read at the same slots, without weights.
+    usage = [asdict(report) for name, report in evaluation.usage.items() if name.endswith("values")]
+    kinds = ("usage", "kl_weighted", "kl_count", "reads_per_slot") if usage else ()
+    mean = {kind: sum(report[kind] for report in usage) / len(usage) for kind in kinds}
+    return {
+        "loss": evaluation.loss,
+        "tokens": evaluation.tokens,
+        "trained_tokens": settings.train.steps * settings.train.batch * settings.data.length,
+        "lr": settings.optimizer.lr,
+        "table_lr": settings.tables.lr,
+        "perplexity": evaluation.perplexity,
+        "dense": sum(p.numel() for p in run.model.parameters()),
+        "table": sum(table.weight.numel() for _, table in find_tables(run.model)),
+        **mean,
+    }
+
+
+def time_models(point: dict[str, Any]) -> dict[str, Any]:
+    """Microseconds a token of training steps and of inference, of all models in turn: kind -> model -> one number a round.
+
+    point: models, each as a point of `learn`; clock, the number of rounds; trained, which of them also make training steps. As many rounds
+    go before: the first builds kernels, and with seven models the allocator took eight to settle (370 us a token, then 255). The models
+    are fresh ones, whose reads are spread over the whole table: no row is in a cache because it is popular. Inference is a forward pass
+    over a training micro-batch, in the precision of `memshard eval`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = {label: _set_up(model, Path(scratch, str(number))) for number, (label, model) in enumerate(point["models"].items())}
+        spent: dict[str, dict[str, list[float]]] = {"training": {label: [] for label in point["trained"]}, "inference": {}}
+        for turn in range(-point["clock"], point["clock"]):
+            for label, run in runs.items():
+                if label in point["trained"]:
+                    begun = now(run.device)
+                    train_step(run)
+                    tokens = run.recipe.train.batch * run.recipe.data.length
+                    if turn >= 0:
+                        spent["training"][label].append((now(run.device) - begun) / tokens * 1e6)
+                seconds = _inference(run)
+                if turn >= 0:
+                    spent["inference"].setdefault(label, []).append(seconds * 1e6)
+    return spent
+
+
+@torch.inference_mode()
+def _inference(run: Run) -> float:
+    """Seconds a token."""
+    rows = run.recipe.train.micro_batch or run.recipe.train.batch
+    tokens = run.held_out.batch(0, min(rows, run.held_out.windows)).inputs.to(run.device)
+    model = run.model.eval()
+    with autocast(compute_dtype("auto", run.device), run.device):
+        begun = now(run.device)
+        model(tokens)
+        return (now(run.device) - begun) / tokens.numel()
+
+
+def _set_up(model: dict[str, Any], folder: Path) -> Run:
+    return prepare(model, folder, "TEXT --vocab 4096 --held-out 0.005", BUILDERS[model["builder"]])

@@ -1,0 +1,42 @@
+"""`memshard import`: memories trained elsewhere, and our own exports, into our formats."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("import", help="memories of XLM, Meta or lucidrains; exports back to checkpoints")
+    parser.add_argument("source", metavar="SRC", help="a safetensors file with memory layers, or a folder that memshard export wrote")
+    parser.add_argument("out", metavar="OUT", help="a new folder: a memory each, or a checkpoint")
+    parser.add_argument("--topk", type=int, default=32, metavar="K", help="slots that a head reads, which weights do not tell (default 32)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Imports what is there."""
+    source, out = Path(args.source), Path(args.out)
+    with usage_errors():
+        from memshard.trainer.checkpoint.open_checkpoint import is_export
+        from memshard.trainer.export.bring_back import bring_back
+        from memshard.trainer.export.foreign import import_memories
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is there already: give the name of a new folder")
+        if is_export(source):
+            step = bring_back(source, out)
+            if not args.json:
+                print(f"{out}: checkpoint of step {step}, for eval, generate, export and train init_from={out}")
+            return {"checkpoint": str(out), "step": step}
+        if source.is_dir():
+            raise ValueError(f"{source} is no folder that memshard export wrote")
+        found = import_memories(source, out, args.topk)
+    if not args.json:
+        for memory in found:
+            print(f"{memory.path}: {memory.family} memory, {', '.join(f'{key} {value}' for key, value in memory.settings.items())}")
+        print("load one with memshard.load_memory(folder)")
+    return {"memories": [{"path": str(memory.path), "family": memory.family, **memory.settings} for memory in found]}

@@ -1,0 +1,31 @@
+"""The position-wise network."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memshard.models.layers.linear import Projection
+from memshard.models.layers.squared_relu import squared_relu
+
+
+class FeedForward(nn.Module):
+    """down(f(up(x))), f one of ReLU, GELU, squared ReLU (Primer); or SwiGLU: down(silu(gate(x)) * up(x)).
+
+    hidden: width; by default 4 x dim, and 8/3 x dim for SwiGLU, whose third matrix then costs nothing.
+    """
+
+    def __init__(self, dim: int, activation: str = "gelu", hidden: int | None = None, output_scale: float = 1.0) -> None:
+        super().__init__()
+        hidden = hidden or (dim * 8 // 3 if activation == "swiglu" else dim * 4)
+        self.activation = activation
+        self.up = Projection(dim, hidden)
+        self.gate = Projection(dim, hidden) if activation == "swiglu" else None
+        self.down = Projection(hidden, dim, scale=output_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim]; returns the same shape."""
+        h = self.up(x)
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * h)
+        if self.activation == "gelu":
+            return self.down(F.gelu(h, approximate="tanh"))
+        return self.down(squared_relu(h) if self.activation == "squared_relu" else F.relu(h))

@@ -1,0 +1,63 @@
+"""Which dense matrices tensor parallelism splits, and along which dim."""
+
+from memshard.models.layers.adaptive_softmax import AdaptiveHead
+from memshard.models.layers.convolution import CausalConvolution
+from memshard.models.layers.feedforward import FeedForward
+from memshard.models.mixers.build import Mixer
+from memshard.models.mixers.projections import HeadProjections
+from memshard.models.program.mixer import ProgramMixer
+from memshard.models.transformer import Transformer
+from memshard.parallel.spec import ShardSpec
+
+_BY_OUTPUT = ("query", "key", "value", "strength", "up", "gate")
+_BY_INPUT = ("output", "down")
+
+
+def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
+    """The placement of every split weight, by its name: attention and its convolutions by heads, feedforwards by width, embedding and head
+    by vocabulary.
+
+    ValueError where heads or widths cannot be shared evenly by `ranks` ranks. A vocabulary can: the last rank has less.
+    """
+    vocabulary = model.embedding.num_embeddings
+    if vocabulary <= (ranks - 1) * -(-vocabulary // ranks):
+        raise ValueError(f"model.vocab_size is {vocabulary}, too small to share between {ranks} ranks: set parallel.tensor to 1")
+    placement = {"embedding.weight": _split(vocabulary, 0)}
+    if isinstance(model.head, AdaptiveHead):
+        if ranks > 1:
+            raise ValueError("model.adaptive_cutoffs gives a head that ranks do not share: set parallel.tensor to 1")
+    elif model.head is not None:
+        placement["head.weight"] = _split(vocabulary, 0)
+    for name, module in model.named_modules():
+        if isinstance(module, ProgramMixer):
+            if ranks > 1:
+                raise ValueError(f"parallel.tensor is {ranks}, but model.program is not split by channels: set parallel.tensor to 1")
+        elif isinstance(module, Mixer):
+            _check("model.mixer.heads", module.heads, ranks)
+            if isinstance(module, HeadProjections):
+                _check("model.mixer.kv_heads", module.kv_heads, ranks)
+        elif isinstance(module, CausalConvolution):
+            placement[f"{name}.weight"] = _split(len(module.weight), 0)
+            continue
+        elif isinstance(module, FeedForward):
+            _check("model.feedforward.hidden", module.up.weight.shape[0], ranks)
+        else:
+            continue
+        for child, matrix in module.named_children():
+            if child in (*_BY_OUTPUT, *_BY_INPUT):
+                dim = int(child in _BY_INPUT)
+                placement[f"{name}.{child}.weight"] = _split(matrix.weight.shape[dim], dim)
+    return placement
+
+
+def _split(size: int, dim: int) -> ShardSpec:
+    return ShardSpec(dim, ("tensor",), size)
+
+
+def _check(key: str, size: int, ranks: int) -> None:
+    if size % ranks:
+        lower, upper = size // ranks * ranks, -(-size // ranks) * ranks
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ValueError(
+            f"{key} is {size}, which parallel.tensor, {ranks}, does not divide: set {key} to {nearest}, or parallel.tensor to a divisor"
+        )

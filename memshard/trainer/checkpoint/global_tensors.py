@@ -1,0 +1,64 @@
+"""The tensors of a checkpoint, by name and global shape."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from memshard.models.memory.table import find_tables
+from memshard.parallel.mesh import flat
+from memshard.parallel.spec import ShardSpec
+from memshard.trainer.optim.dense import MOMENTS
+from memshard.trainer.optim.rows.adam import RowAdam
+
+
+def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """Parameters, buffers and tables as `model.<name>`; tensors that `placement` splits come as DTensors over their axis.
+
+    The tensors share memory with the model, so loading into them loads the model. A shared table comes once.
+    """
+    tensors = {name: global_tensor(name, p, placement, mesh) for name, p in model.named_parameters()}
+    tensors |= dict(model.named_buffers())
+    for name, table in find_tables(model):
+        tensors[f"{name}.weight"] = global_tensor(f"{name}.weight", table.weight, placement, mesh)
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(
+    model: nn.Module, dense: Optimizer, rows: RowAdam | None, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
+) -> dict[str, Tensor]:
+    """Moments and step counts of the dense parameters that `dense` updates, and all that is kept for the rows of tables, as
+    `exp_avg.<name>` and so on.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = dense.state.get(parameter)
+        if state:
+            tensors[f"step.{name}"] = state["step"]
+            tensors |= {f"{key}.{name}": global_tensor(name, state[key], placement, mesh) for key in MOMENTS}
+    if rows is None:
+        return tensors
+    for table_name, table in find_tables(model):
+        name = f"{table_name}.weight"
+        for key, value in rows.state[table.anchor].items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}.{name}"] = global_tensor(name, value, placement, mesh)
+    return tensors
+
+
+def global_tensor(name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
+    """local: this rank's piece of the tensor of that name, or what the optimizer keeps for it."""
+    spec = placement.get(name)
+    # What is kept for each row of a table is whole where the ranks split columns.
+    if spec is None or spec.dim >= local.ndim:
+        return local.detach()
+    assert mesh is not None
+    shape = [*local.shape]
+    shape[spec.dim] = spec.size
+    stride = torch.empty(shape, device="meta").stride()
+    axis = flat(mesh, spec.axes)
+    if local.device.type != axis.device_type:
+        # A DTensor moves to the device type of its mesh; this one only describes a table in host memory, nothing is sent over it.
+        axis = DeviceMesh(local.device.type, axis.mesh, mesh_dim_names=axis.mesh_dim_names, _init_backend=False)
+    return DTensor.from_local(local.detach(), axis, [Shard(spec.dim)], run_check=False, shape=torch.Size(shape), stride=stride)

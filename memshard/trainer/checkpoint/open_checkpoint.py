@@ -1,0 +1,105 @@
+"""A trained model where it is stored, as a checkpoint or an export, read tensor by tensor and row by row through memory maps."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from memshard.models.memory.product_key import row_slots
+from memshard.models.memory.table import find_tables
+from memshard.models.seq2seq import build_model
+from memshard.trainer.checkpoint.hashed_pieces import verify
+from memshard.trainer.checkpoint.memmap import MappedTensor
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, index_of, load_state
+from memshard.trainer.config.load import load_recipe
+from memshard.trainer.config.recipe import Recipe
+
+CONFIG_JSON = "config.json"
+WEIGHTS = "model.safetensors"
+PREFIX = "model."
+SCALE = "scale"
+"""Of a table in int8: a factor a row, beside its `weight`."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """dense: of every parameter and buffer, what reads it whole. tables: of every table, what reads some rows: [n] int64, numbered as
+    in training; returns [n, dim] in table_dtype. Names are those of the model.
+    """
+
+    folder: Path
+    recipe: Recipe
+    step: int
+    dense: dict[str, Callable[[], Tensor]]
+    tables: dict[str, Callable[[Tensor], Tensor]]
+    table_dtype: torch.dtype
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder is what `memshard export` wrote."""
+    return (folder / CONFIG_JSON).is_file() and (folder / WEIGHTS).is_file()
+
+
+def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
+    """check: compare everything with its hash first. DamagedCheckpoint if it is not sound."""
+    state = load_state(folder)
+    recipe = load_recipe(str(folder / "config.yaml"), [])
+    index = {name.removeprefix(PREFIX): tensor for name, tensor in index_of(folder).items() if name.startswith(PREFIX)}
+    if check:
+        try:
+            verify(folder, index)
+        except ValueError as error:
+            raise DamagedCheckpoint(folder, str(error)) from error
+    stored = {name: MappedTensor(folder, tensor) for name, tensor in index.items()}
+    tables = {name: stored.pop(f"{name}.weight") for name in _table_names(recipe)}
+    return StoredModel(
+        folder=folder,
+        recipe=recipe,
+        step=state["progress"]["step"],
+        dense={name: tensor.whole for name, tensor in stored.items()},
+        tables={name: tensor.rows for name, tensor in tables.items()},
+        table_dtype=next((tensor.dtype for tensor in tables.values()), torch.float32),
+    )
+
+
+def open_export(folder: Path, check: bool = True) -> StoredModel:
+    """check: compare the file of weights with its hash first. ValueError if it is not sound."""
+    recipe = load_recipe(str(folder / "config.yaml"), [])
+    file = folder / WEIGHTS
+    try:
+        about = json.loads((folder / CONFIG_JSON).read_text())["memshard"]
+        if check:
+            with file.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != about["sha256"]:
+                    raise ValueError(f"{WEIGHTS} does not match its hash")
+        with safe_open(file, "pt") as opened:
+            # On the CPU, tensors of an open file are views of its memory map.
+            tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tables = {name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None)) for name in _table_names(recipe)}
+        keys = recipe.model.memory.keys
+        return StoredModel(
+            folder=folder,
+            recipe=recipe,
+            step=about["step"],
+            dense={name: tensor.clone for name, tensor in tensors.items()},
+            tables={name: partial(_read_slots, *pair, keys) for name, pair in tables.items()},
+            table_dtype=next((torch.float32 if scale is not None else values.dtype for values, scale in tables.values()), torch.float32),
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): export it again") from error
+
+
+def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -> Tensor:
+    slots = row_slots(rows, keys)
+    return values[slots] if scale is None else values[slots].float() * scale[slots, None]
+
+
+def _table_names(recipe: Recipe) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in find_tables(build_model(recipe.model))]

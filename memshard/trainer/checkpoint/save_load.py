@@ -1,0 +1,194 @@
+"""Write and read checkpoints: tensors through torch's distributed checkpoint (DCP), everything else as JSON."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from memshard.parallel.collectives import from_first
+from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
+from memshard.trainer.checkpoint.folders import COMMIT
+from memshard.trainer.checkpoint.index import StoredTensor, read_index
+
+_STATE = "state.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint cannot be read as it was written; the message names the folder, and `reason` the piece."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(folder, reason)
+        self.folder, self.reason = folder, reason
+
+    def __str__(self) -> str:
+        return f"{self.folder} is damaged ({self.reason}): copy it again, or delete that folder to go on from the checkpoint before it"
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    files: list[Path],
+    *,
+    group: dist.ProcessGroup | None = None,
+    in_place: Collection[str] = (),
+    free: Callable[[], None] = lambda: None,
+    committed: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a checkpoint: into a temporary folder, then commit marker, then rename. All ranks take part; OSError on all if it fails.
+
+    state: JSON values, rank 0's count. files: copied in, so that the checkpoint stands alone. group: of all ranks; by default the
+    one of the run. free: called once the tensors may change, those of `in_place` being written by then and the others
+    copied. committed: called on rank 0 at the end.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    temporary = folder.with_name(folder.name + ".tmp")
+    with _same_outcome(group, f"{temporary} could not be written"):
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    _expect_one_process()
+    try:
+        dcp.save(
+            tensors,
+            storage_writer=PieceWriter(temporary, in_place, free),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointException as error:
+        raise OSError(f"{temporary} could not be written ({_reason(error)}): is the disk full?") from error
+    with _same_outcome(group, f"{temporary} could not be written"):
+        if first:
+            for file in files:
+                shutil.copy2(file, temporary / file.name)
+            (temporary / _STATE).write_text(json.dumps(state, indent=1))
+            _commit(temporary, folder)
+            committed()
+
+
+def _expect_one_process() -> None:
+    """Keep DCP from warning where there is one. For good: on a thread, `catch_warnings` would hide the warnings of all others."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+def _commit(temporary: Path, folder: Path) -> None:
+    """Everything reaches the disk, then the marker, which holds the hashes of all but the tensors' own files, then the new name."""
+    hashes = {}
+    for file in sorted(temporary.iterdir()):
+        if file.suffix != ".bin":
+            hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            _to_disk(file)
+    (temporary / COMMIT).write_text(json.dumps(hashes))
+    _to_disk(temporary / COMMIT)
+    _to_disk(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # a folder without commit marker may stand there
+    os.replace(temporary, folder)
+    _to_disk(folder.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    """Fill tensors in place from a checkpoint saved on any number of ranks; DamagedCheckpoint, on all ranks, if it is damaged.
+
+    alone: read in this process only.
+    """
+    alone = alone or not dist.is_initialized()
+    index = index_of(folder) if alone else _from_first(lambda: index_of(folder))
+    _expect_one_process()
+    try:
+        dcp.load(tensors, storage_reader=PieceReader(folder, index), no_dist=alone)
+    except CheckpointException as error:
+        raise DamagedCheckpoint(folder, _reason(error)) from error
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint; DamagedCheckpoint if they, or any of the small files, are not what was saved."""
+    check_files(folder)
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    return state
+
+
+def load_state_together(folder: Path) -> dict[str, Any]:
+    """As `load_state`, which rank 0 does for all ranks."""
+    state: dict[str, Any] = _from_first(lambda: load_state(folder))
+    return state
+
+
+def index_of(folder: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a checkpoint lies; DamagedCheckpoint if that cannot be."""
+    try:
+        return read_index(folder)
+    except ValueError as error:
+        raise DamagedCheckpoint(folder, str(error)) from error
+
+
+def check_files(folder: Path) -> None:
+    """DamagedCheckpoint unless state, recipe, tokenizer and index are what was saved."""
+    try:
+        hashes = json.loads((folder / COMMIT).read_text())
+        for name in hashes:
+            if Path(name).name != name:
+                raise ValueError(f"{COMMIT} names {name!r}, which is no file of a checkpoint")
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != hashes[name]:
+                raise ValueError(f"{name} does not match its hash")
+        if _STATE not in hashes:
+            raise ValueError(f"{COMMIT} lists no {_STATE}")
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(folder, str(error)) from error
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first failure. The exception's own text is every rank's traceback, and no `except Exception` catches it."""
+    reason, _ = next(iter(error.failures.values()))
+    return f"{type(reason).__name__}: {reason}"
+
+
+def _from_first(read: Callable[[], Any]) -> Any:
+    """What rank 0 reads, on every rank; its DamagedCheckpoint, too."""
+    value = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = read()
+        except DamagedCheckpoint as error:
+            value = error
+    value = from_first(value)
+    if isinstance(value, DamagedCheckpoint):
+        raise value
+    return value
+
+
+@contextmanager
+def _same_outcome(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
+    """OSError on every rank if rank 0 has one here."""
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        problem = f"{what} ({error})"
+    if dist.is_initialized():
+        box = [problem]
+        dist.broadcast_object_list(box, group_src=0, group=group)
+        problem = box[0]
+    if problem is not None:
+        raise OSError(problem)

@@ -1,0 +1,61 @@
+"""Memory usage of a whole model over a set of text, on all ranks."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from memshard.models.memory.slot_usage import UsageCounter, UsageReport
+from memshard.models.memory.table import find_tables
+from memshard.parallel.collectives import all_rows, all_sum
+from memshard.parallel.tables.sharded import ShardedTable
+
+
+@contextmanager
+def observed_usage(model: nn.Module) -> Iterator[dict[str, UsageCounter]]:
+    """Counts the reads of every table while the context lasts; by the table's name."""
+    counters = {name: UsageCounter(table) for name, table in find_tables(model)}
+    for counter in counters.values():
+        counter.table.observer = counter
+    try:
+        yield counters
+    finally:
+        for counter in counters.values():
+            counter.table.observer = None
+
+
+def usage_reports(counters: dict[str, UsageCounter]) -> dict[str, UsageReport]:
+    """Reports over the rows of all ranks, and over all ranks' reads. Every rank must call it, once."""
+    return {name: _report(counter) for name, counter in counters.items()}
+
+
+def _report(counter: UsageCounter) -> UsageReport:
+    table = counter.table
+    if not isinstance(table, ShardedTable):
+        # Every rank holds all rows.
+        counter.merge(all_sum)
+        return counter.report()
+    if table.replicas is not None:
+        counter.merge(lambda counts: all_sum(counts, table.replicas))
+    if table.observers > 1:
+        # Every rank has seen all reads.
+        return counter.report()
+    return counter.report(lambda parts: all_sum(parts, table.group), lambda rows: all_rows(rows, table.group))
+
+
+def memory_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:
+    """Usage and KL of every value table of any model over some batches, without gradients and in evaluation mode.
+
+    batches: what the model takes: tensors, or mappings of keyword arguments.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), observed_usage(model) as counters:
+            for batch in batches:
+                model(**batch) if hasattr(batch, "keys") else model(batch)
+    finally:
+        model.train(training)
+    return usage_reports(counters)

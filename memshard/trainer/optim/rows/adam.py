@@ -1,0 +1,167 @@
+"""Row-sparse Adam for externalised value tables; works with or without the trainer."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from memshard.models.memory.huge_pages import prefer_huge_pages
+from memshard.models.memory.row_gradient import SortedReads
+from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
+from memshard.trainer.optim.rows.compiled_update import update_rows_compiled
+from memshard.trainer.optim.rows.step import Step, blocks, factors, update_rows
+
+Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
+Rounding = Literal["master", "stochastic"]
+
+
+class RowAdam(Optimizer):
+    """Adam on the rows that were read since the last step; the other rows and their moments do not move.
+
+    semantics, where a row is not read in every step:
+        lazy      as torch.optim.SparseAdam: its moments wait, bias correction counts all steps.
+        row-step  bias correction counts the row's own steps, so its first ones are not too large.
+        catch-up  before a step its moments decay as often as it was left out: dense Adam's moments, without its drift.
+        dense     torch.optim.Adam: every row moves in every step. No longer sparse in time.
+    No weight decay. Moments are fp32 at least, as large as the table; `last_step` in a table's state says when each row was last read,
+    0 if never. rounding, of tables in half precision: master keeps
+    an fp32 copy of the values; stochastic rounds up or down at random, so that small changes count on average. clip: largest
+    norm of all tables' gradients together, each row counted once over all ranks; 0 is none and saves a pass.
+
+    Gradients of all micro-batches and of all layers that share a table are summed before the one update. Where tables are
+    sharded, all ranks must step together.
+
+    In `param_groups` a table is represented by its `anchor` of two numbers: GradScaler's unscaling and inf check, and clipping by
+    the norm of all groups, act on the anchor's gradient, and `step` scales the row gradients accordingly. The anchor adds
+    nothing to that norm. `zero_grad` forgets collected reads.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[ValueTable],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        semantics: Semantics = "lazy",
+        rounding: Rounding = "master",
+        clip: float = 0.0,
+    ) -> None:
+        self.tables = list(tables)
+        for table in self.tables:
+            if not table.hidden:
+                raise ValueError("RowAdam needs externalised tables: pass it what externalize_tables(model) returns")
+        for name, value, choices in (("semantics", semantics, get_args(Semantics)), ("rounding", rounding, get_args(Rounding))):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        self.semantics = semantics
+        self.clip = clip
+        self.touched = [(0, 0) for _ in self.tables]
+        """Of every table in the last step: reads that this rank's tokens asked for, and rows updated here."""
+        self.norm: float | None = None
+        """Of the tables' gradient in the last step, before clipping; None without clipping."""
+        super().__init__([table.anchor for table in self.tables], {"lr": lr, "betas": betas, "eps": eps})
+        for table in self.tables:
+            self.state[table.anchor] = _new_state(table, semantics, rounding)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the rows that were read, then forget the reads."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        factor = self._clipping() if self.clip else 1.0
+        group = {id(anchor): group for group in self.param_groups for anchor in group["params"]}
+        for index, table in enumerate(self.tables):
+            self.touched[index] = self._update(table, group[id(table.anchor)], factor)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the reads collected since the last step."""
+        for table in self.tables:
+            table.drop_reads()
+
+    def unscale(self, scale: float) -> None:
+        """Take a loss scale out of the collected gradients, as GradScaler.unscale_ does."""
+        for table in self.tables:
+            if table.anchor.grad is not None:
+                table.anchor.grad.div_(scale)
+
+    def _clipping(self) -> float:
+        """The factor that brings the norm of all tables' gradients down to `clip`."""
+        squares = 0.0
+        for table in self.tables:
+            total = torch.zeros((), dtype=torch.float64, device=table.weight.device)
+            for part in table.gradients(_scale(table)):
+                for first, last in blocks(part):
+                    total += part.sums(first, last).double().square().sum()
+            squares += float(table.sum_over_parts(total))
+        self.norm = math.sqrt(squares)
+        return min(1.0, self.clip / (self.norm + 1e-6))
+
+    def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
+        """One Adam step of a table; returns the number of reads and of updated rows."""
+        if not table.reads and table.copies == 1:
+            return 0, 0
+        asked = table.reads_asked
+        state = self.state[table.anchor]
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        step = Step(self.semantics, state["step"], group["lr"], beta1, beta2, group["eps"])
+        updated = 0
+        parts = table.gradients(_scale(table) * factor)
+        for part in _with_all_rows(parts, table) if self.semantics == "dense" else parts:
+            updated += len(part.rows)
+            found = factors(step, state, part.rows)
+            if not update_rows_compiled(table, state, step, part, found):
+                update_rows(table, state, step, part, found)
+            state["last_step"][_read_rows(part)] = step.number
+        table.drop_reads()
+        return asked, updated
+
+
+def _scale(table: ValueTable) -> float:
+    """What scaled the dense gradients since the backward passes (a loss scaler, clipping) has scaled the anchor's with them."""
+    if table.anchor.grad is None:
+        return 1.0
+    return float(table.anchor.grad[0]) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
+
+
+def _read_rows(part: SortedReads) -> Tensor:
+    """Those of the part's rows that have reads."""
+    return part.rows[part.starts.diff() > 0]
+
+
+def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[SortedReads]:
+    """The same gradients, and zero for the rows that have none."""
+    start, end, device = 0, len(table.weight), table.weight.device
+    for part in parts:
+        stop = int(part.rows[-1]) + 1
+        yield part.of(torch.arange(start, stop, device=device))
+        start = stop
+    if start < end:
+        rows = torch.arange(start, end, device=device)
+        upstream = table.weight.new_zeros(1, table.weight.shape[1], dtype=torch.promote_types(table.weight.dtype, torch.float32))
+        yield SortedReads(rows, rows.new_zeros(len(rows) + 1), bags=rows[:0], weights=upstream.new_zeros(0), upstream=upstream)
+
+
+def _new_state(table: ValueTable, semantics: Semantics, rounding: Rounding) -> dict[str, Any]:
+    dtype = torch.promote_types(table.weight.dtype, torch.float32)
+    state: dict[str, Any] = {"step": 0}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).zero_()
+    if table.weight.dtype != dtype and rounding == "master":
+        state["master"] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).copy_(table.weight)
+    # Floating point, because optimizers cast what they load to the dtype of the anchor; exact up to 2^24 steps.
+    state["last_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)
+    if semantics == "row-step":
+        state["row_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)
+    return state

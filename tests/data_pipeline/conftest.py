@@ -1,0 +1,38 @@
+"""A small corpus of made-up prose, and the data folder built from it."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
+from memshard.data_pipeline.prepare.pipeline import build_data
+
+WORDS = [first + last for first in ("ba", "de", "fi", "go", "lu", "ma", "ne") for last in ("ck", "ld", "m", "n", "rt", "st", "x", "zz")]
+
+
+def write_corpus(folder: Path, documents: int = 300, seed: int = 0) -> None:
+    """One file a document, of very different lengths."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True)
+    for number in range(documents):
+        words = [f"document {number}"] + draw.choices(WORDS, k=draw.choice([3, 30, 300]))
+        (folder / f"{number:04d}.txt").write_text(" ".join(words) + ".\n", encoding="utf-8")
+
+
+def build(source: Path, out: Path, vocab_size: int = 500, held_out: float = 0.1, shard_bytes: int = 80_000) -> dict:
+    return build_data(Sources(find_files([source])), out, vocab_size=vocab_size, held_out=held_out, shard_bytes=shard_bytes, workers=1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "data"
+    build(corpus, out)
+    return out

@@ -1,0 +1,152 @@
+"""Records (pairs, images): whole, each once an epoch, in batches of like length, the same on any number of ranks."""
+
+import gzip
+import random
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memshard.data_pipeline.format import load_index
+from memshard.data_pipeline.format.verify import verify_data
+from memshard.data_pipeline.prepare.images import build_images
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
+from memshard.data_pipeline.prepare.pipeline import build_data
+from memshard.data_pipeline.stream import IGNORE, Batch
+from memshard.data_pipeline.stream.open_stream import open_held_out, open_train
+from memshard.data_pipeline.stream.rank_share import rank_share
+from memshard.data_pipeline.stream.records import HeldOutRecords, RecordStream
+from memshard.data_pipeline.tokenizer import Tokenizer
+from tests.data_pipeline.conftest import WORDS
+from tests.data_pipeline.test_build import texts_of
+
+SAMPLES = Path(__file__).parents[3] / "shared" / "data"
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    draw = random.Random(0)
+    for side in ("source", "target"):
+        lines = [f"{side} {number} " + " ".join(draw.choices(WORDS, k=draw.choice([2, 5, 20, 60]))) for number in range(2000)]
+        (folder / f"{side}.txt").write_text("\n".join(lines) + "\n")
+    sources = Sources((folder / "source.txt", folder / "target.txt"), documents="pairs")
+    build_data(sources, folder / "data", vocab_size=400, held_out=30, workers=1)
+    return folder / "data"
+
+
+def record_of(batch: Batch, row: int) -> tuple[int, ...]:
+    """A row's record: its first input and all it predicts."""
+    real = batch.targets[row] != IGNORE
+    assert not real.int().diff().gt(0).any(), "padding only at the end"
+    return (int(batch.inputs[row, 0]), *batch.targets[row][real].tolist())
+
+
+def test_pairs_come_back_whole(pairs: Path) -> None:
+    index = load_index(pairs)
+    assert index.kind == "pairs" and verify_data(pairs)["train"]["documents"] == 1970
+    tokenizer, stream = Tokenizer(pairs), open_train(str(pairs), 400, BATCH, 0)
+    epoch = [stream.batch(step * BATCH, BATCH) for step in range(stream.samples_per_epoch // BATCH)]
+    records = [record_of(batch, row) for batch in epoch for row in range(BATCH)]
+    assert max(Counter(records).values()) == 1 and len(records) == 1970 // BATCH * BATCH
+    for record in records[:50]:
+        assert record.count(index.eos_id) == 2 and record[-1] == index.eos_id
+        source = tokenizer.decode(record[: record.index(index.eos_id)]).split()
+        target = tokenizer.decode(record[record.index(index.eos_id) + 1 :]).split()
+        assert (source[0], target[0]) == ("source", "target") and source[1] == target[1]
+    assert [stream.predicted(step) for step in range(len(epoch))] == [int((batch.targets != IGNORE).sum()) for batch in epoch]
+    padding = 1 - sum(map(len, records)) / sum(batch.inputs.numel() + BATCH for batch in epoch)
+    assert padding < 0.15, "buckets of like length"
+    assert len({batch.inputs.shape[1] for batch in epoch[:20]}) > 3, "batches of all lengths are mixed"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("micro_batch", [1, 3, None])
+def test_any_ranks_see_the_same_records(pairs: Path, ranks: int, micro_batch: int | None) -> None:
+    stream = RecordStream(pairs, 400, BATCH, 1)
+    last = stream.samples_per_epoch // BATCH
+    for step in (0, 7, last - 1, last, 3 * last + 1):
+        shares = [rank_share(RecordStream(pairs, 400, BATCH, 1), step, BATCH, rank, ranks, micro_batch) for rank in range(ranks)]
+        rows = torch.cat([part.targets for share in shares for part in share])
+        samples = torch.cat([part.samples for share in shares for part in share])
+        assert torch.equal(rows[samples >= 0], stream.batch(step * BATCH, BATCH).targets)
+        assert (rows[samples < 0] == IGNORE).all()
+
+
+def test_long_records_are_left_out_not_cut(pairs: Path) -> None:
+    lengths = RecordStream(pairs, 400, BATCH, 0)._reader.lengths
+    stream = RecordStream(pairs, 60, BATCH, 0)
+    assert stream.samples_per_epoch == int((lengths <= 61).sum()) // BATCH * BATCH
+    eos = load_index(pairs).eos_id
+    for step in range(0, stream.samples_per_epoch // BATCH, 7):
+        batch = stream.batch(step * BATCH, BATCH)
+        assert all(record_of(batch, row)[-1] == eos for row in range(BATCH))
+    with pytest.raises(ValueError, match="less than train.batch 5000: lower it"):
+        RecordStream(pairs, 400, 5000, 0)
+
+
+def test_held_out_records(pairs: Path) -> None:
+    held_out = open_held_out(str(pairs), 400)
+    assert isinstance(held_out, HeldOutRecords) and held_out.windows == 30
+    batch = held_out.batch(0, 33)
+    assert batch.samples.tolist() == [*range(30), -1, -1, -1] and (batch.targets[30:] == IGNORE).all()
+    assert int((batch.targets != IGNORE).sum()) == held_out.tokens == load_index(pairs).splits["heldout"].tokens - 30
+
+
+def test_bad_pairs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\nthree\nfour\n")
+    (tmp_path / "b.txt").write_text("eins\nzwei\ndrei\n")
+    files = (tmp_path / "a.txt", tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="b.txt ends at line 3 and .*a.txt goes on"):
+        build_data(Sources(files, documents="pairs"), tmp_path / "data", vocab_size=300, workers=1)
+    with pytest.raises(ValueError, match="source and target files in turn"):
+        build_data(Sources(files[:1], documents="pairs"), tmp_path / "data", vocab_size=300, workers=1)
+
+
+def test_a_text_with_the_pair_mark_stays_one_document(tmp_path: Path) -> None:
+    texts = [f"number {number} with a mark \x1e inside {number}\n" for number in range(40)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    build_data(Sources(find_files([tmp_path])), tmp_path / "data", vocab_size=300, held_out=4, workers=1)
+    assert sorted(texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "heldout")) == sorted(texts)
+
+
+def test_images(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    pictures = {f"{number:03d}": draw.integers(0, 256, (8, 8, 3), dtype=np.uint8) for number in range(60)}
+    (tmp_path / "in").mkdir()
+    for name, pixels in pictures.items():
+        image.fromarray(pixels).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in" / "again.png").write_bytes((tmp_path / "in" / "000.png").read_bytes())
+    files = [Path(file) for file in find_files([tmp_path / "in"], [".png"])]
+    report = build_images(files, tmp_path / "data", size=8, held_out=6, workers=1)
+    assert report["images"] == 60 and report["equal"] == 1
+    index = load_index(tmp_path / "data")
+    assert (index.kind, index.shape, index.vocab_size) == ("images", (8, 8, 3), 257)
+    stream = open_train(str(tmp_path / "data"), 192, 6, 0)
+    found = [record_of(stream.batch(sample, 1), 0) for sample in range(54)]
+    assert {record[:-1] for record in found} <= {tuple(pixels.ravel().tolist()) for pixels in pictures.values()}
+    assert len(set(found)) == 54 and all(record[-1] == 256 for record in found)
+    verify_data(tmp_path / "data")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="bad.png is no image that can be read"):
+        build_images([*files, tmp_path / "in" / "bad.png"], tmp_path / "other", size=8, held_out=6, workers=1)
+
+
+@pytest.mark.skipif(not SAMPLES.exists(), reason="the sample data are not here")
+def test_real_pairs_and_images(tmp_path: Path) -> None:
+    names = [SAMPLES / "parallel" / f"multi30k_val.{language}.gz" for language in ("de", "en")]
+    report = build_data(Sources(tuple(names), documents="pairs"), tmp_path / "pairs", vocab_size=2000, held_out=100, workers=1)
+    with gzip.open(names[0], "rt") as stream:
+        assert report["documents"] == len(stream.readlines()) == 1014
+    pytest.importorskip("PIL")
+    with tarfile.open(SAMPLES / "images" / "cifar10_test_10000_jpg.tar.gz") as archive:
+        for member in [member for member in archive if member.isfile()][:50]:
+            archive.extract(member, tmp_path / "in", filter="data")
+    files = [Path(file) for file in find_files([tmp_path / "in"], [".jpg"])]
+    assert build_images(files, tmp_path / "images", held_out=5, workers=1)["splits"]["train"]["tokens"] == 45 * 3073

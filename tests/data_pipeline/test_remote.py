@@ -1,0 +1,154 @@
+"""Data elsewhere: range requests over http, whole files through commands, a cache with a limit, retries."""
+
+import http.server
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from memshard.data_pipeline import fetch as fetching
+from memshard.data_pipeline.fetch import fetch
+from memshard.data_pipeline.format import load_index, remote
+from memshard.data_pipeline.format.remote import BlockCache, cache_folder
+from memshard.data_pipeline.prepare.inputs import Sources
+from memshard.data_pipeline.prepare.pipeline import build_data
+from memshard.data_pipeline.stream import IGNORE, TrainStream
+from memshard.data_pipeline.tokenizer import Tokenizer
+
+
+@dataclass
+class Server:
+    """A server of `folder` on this machine. failures: how many times a path answers 503 or breaks off half-way before it works."""
+
+    folder: Path
+    url: str = ""
+    requests: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    refuse: Counter[str] = field(default_factory=Counter)
+    break_off: Counter[str] = field(default_factory=Counter)
+
+
+@pytest.fixture
+def server(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server(Path(shutil.copytree(data, tmp_path / "served")))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.lstrip("/")
+            state.requests[name] += 1
+            file = state.folder / name
+            if state.refuse[name] or not file.exists():
+                state.refuse[name] -= file.exists()
+                self.send_error(503 if file.exists() else 404)
+                return
+            content, begin = file.read_bytes(), 0
+            if wanted := self.headers.get("Range"):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                begin, end = int(first), int(last) + 1 if last else len(content)
+                content = content[begin:end]
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if state.break_off[name]:
+                state.break_off[name] -= 1
+                content = content[: len(content) // 2]
+            self.wfile.write(content)
+            state.sent[name] += len(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{running.server_address[1]}"
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    monkeypatch.setenv("MEMSHARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.001)
+    yield state
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def assert_same(one: TrainStream, other: TrainStream, first: int = 0, count: int = 200) -> None:
+    assert one.fingerprint == other.fingerprint
+    assert all(torch.equal(left, right) for left, right in zip(one.batch(first, count), other.batch(first, count), strict=True))
+
+
+def test_a_stream_over_http_is_the_local_one(data: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    assert Tokenizer(server.url).sha256 == load_index(data).tokenizer_sha256
+    before = server.requests.copy()
+    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    assert {name for name in server.requests if server.requests[name] > before[name]} == {"index.json"}, "the rest is in the cache"
+
+
+def test_a_rank_reads_only_what_its_rows_need(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 512)
+    stream = TrainStream(server.url, 8, 4, 0)
+    stream.batch(0, 1)
+    shards = load_index(server.url).splits["train"].shards
+    assert 0 < sum(server.sent[shard.file] for shard in shards) < sum(shard.bytes for shard in shards) / 10
+
+
+def test_refused_and_broken_transfers_are_tried_again(data: Path, server: Server, tmp_path: Path) -> None:
+    for name in ("index.json", "train-00000.tar", "train-00001.index.npy"):
+        server.refuse[name], server.break_off[name] = 2, 1
+    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    server.break_off["train-00000.tar"] = 3
+    assert fetch(f"{server.url}/train-00000.tar", tmp_path).read_bytes() == (data / "train-00000.tar").read_bytes()
+    server.refuse["train-00000.tar"] = 100
+    with pytest.raises(OSError, match=r"train-00000.tar could not be read, tried 5 times: HTTP Error 503"):
+        fetch(f"{server.url}/train-00000.tar", tmp_path)
+    before = server.requests["absent"]
+    with pytest.raises(OSError, match="absent could not be read, tried once: HTTP Error 404"):
+        fetch(f"{server.url}/absent", tmp_path)
+    assert server.requests["absent"] == before + 1
+
+
+def test_a_shard_that_is_gone_is_masked_up_to_the_tolerance(server: Server) -> None:
+    tolerant, strict = TrainStream(server.url, 24, 6, 0, tolerance=1.0), TrainStream(server.url, 24, 6, 0)
+    (server.folder / "train-00001.tar").unlink()
+    targets = tolerant.batch(0, tolerant.samples_per_epoch).targets
+    assert 0 < (targets == IGNORE).sum() < targets.numel()
+    with pytest.raises(RuntimeError, match="train-00001.tar.*404"):
+        strict.batch(0, strict.samples_per_epoch)
+
+
+def test_the_cache_keeps_its_limit(data: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    monkeypatch.setenv("MEMSHARD_CACHE_BYTES", "20000")
+    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    kept = [file.stat().st_size for file in (cache_folder(server.url) / "blocks").iterdir()]
+    assert 8192 <= sum(kept) <= 20_000 and max(kept) <= 4096
+    assert server.sent["train-00000.tar"] > 20_000
+
+
+@pytest.mark.parametrize("kind", ["pipe", "s3"])
+def test_commands_bring_whole_files(data: Path, server: Server, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("MEMSHARD_S3_COMMAND", f"cat {data}/$(basename {{url}})")
+    url = "s3://bucket/folder" if kind == "s3" else f"pipe:cat {data}/{{file}} | cat"
+    assert_same(TrainStream(url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    assert Tokenizer(url).sha256 == load_index(data).tokenizer_sha256
+    with pytest.raises(OSError, match=r"tried 5 times: `false \| cat` ended with code 1"):
+        fetch("pipe:false | cat", cache_folder(url))
+
+
+def test_a_cut_pipe_is_noticed(data: Path, server: Server) -> None:
+    cut = BlockCache(f"pipe:head -c 3000 {data}/{{file}}")
+    with pytest.raises(OSError, match="3000 bytes came instead of"):
+        cut.read("train-00000.tar", (data / "train-00000.tar").stat().st_size, 0, 100)
+
+
+def test_sources_may_be_fetched(server: Server, tmp_path: Path) -> None:
+    lines = "\n".join(f'{{"text": "document {number} of some words {number % 7} and more"}}' for number in range(200))
+    (server.folder / "a.jsonl").write_text(lines)
+    server.break_off["a.jsonl"] = 1
+    report = build_data(Sources((f"{server.url}/a.jsonl",)), tmp_path / "data", vocab_size=320, workers=1)
+    assert report["documents"] == 200
