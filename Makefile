@@ -36,6 +36,7 @@ data/quickstart: | $(ENVIRONMENT)
 		--suffix .py --vocab 4096 --out $@
 
 check: $(ENVIRONMENT)
+	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy memshard
 	$(PYTHON) -m pytest -q tests/test_house.py

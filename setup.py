@@ -2,12 +2,20 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Lower bounds are versions that the tests have really run with; constraints.txt holds the exact set.
+# Lower bounds are versions that the tests have really run with; constraints.txt holds the exact
+# set.
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "tensor-parallel": ["fairscale>=0.4.13"],
     # Web archives; FastWARC and Resiliparse 2 are rewrites that break code for 1.
-    "data": ["FastWARC>=2.0.1,<3", "Resiliparse>=2.0.1,<3", "trafilatura>=2.3.1", "lxml_html_clean>=0.4", "py3langid>=0.4", "pillow>=13"],
+    "data": [
+        "FastWARC>=2.0.1,<3",
+        "Resiliparse>=2.0.1,<3",
+        "trafilatura>=2.3.1",
+        "lxml_html_clean>=0.4",
+        "py3langid>=0.4",
+        "pillow>=13",
+    ],
     "eval": ["matplotlib>=3.11", "sacrebleu>=2.6", "lm_eval>=0.4.13", "datasets>=5.2"],
     # Loads exports made with --huggingface.
     "huggingface": ["transformers>=5.23"],
@@ -18,27 +26,43 @@ EXTRAS = {
     "ray": ["ray>=2.60"],
     # Peers. fbgemm-gpu-cpu 1.9.0 does not load under torch 2.13.
     "bench": [
-        "tokenizers>=0.23", "warcio>=1.8", "product-key-memory>=0.3", "PEER-pytorch>=0.2.2", "fbgemm-gpu-cpu==1.8.0",
+        "tokenizers>=0.23",
+        "warcio>=1.8",
+        "product-key-memory>=0.3",
+        "PEER-pytorch>=0.2.2",
+        "fbgemm-gpu-cpu==1.8.0",
         "reformer-pytorch>=1.4.4",
     ],
-    # Triton comes with torch's CUDA builds; elsewhere its interpreter and compiler test the GPU kernels.
+    # Triton comes with torch's CUDA builds; elsewhere its interpreter and compiler test the GPU
+    # kernels.
     "dev": [
-        "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12", "triton>=3.7.1; platform_system == 'Linux'",
-        "nbclient>=0.11", "ipykernel>=7.4",
+        "pytest>=9.2",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17",
+        "mypy>=2.4",
+        "types-PyYAML>=6.0.12",
+        "triton>=3.7.1; platform_system == 'Linux'",
+        "nbclient>=0.11",
+        "ipykernel>=7.4",
     ],
 }
 
 setup(
     name="memshard",
     version="0.1.0",
-    description="Language models with product-key memory layers: sharded value tables, row-sparse Adam, one trainer",
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    description="Language models with product-key memory layers: sharded value tables, row-sparse "
+    "Adam, one trainer",
+    long_description=Path("README.md").read_text(encoding="utf-8")
+    if Path("README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["memshard", "memshard.*"]),
-    package_data={"memshard": ["recipes/*.yaml", "launch/examples/*.sh", "models/kernels/*.cpp", "py.typed"]},
+    package_data={
+        "memshard": ["recipes/*.yaml", "launch/examples/*.sh", "models/kernels/*.cpp", "py.typed"]
+    },
     install_requires=[
         "torch>=2.13",
         "numpy>=2.4",
@@ -50,7 +74,12 @@ setup(
         "pydantic>=2.14",
         "tqdm>=4.70",
     ],
-    # fla (GPU kernels of the delta rule) is not among all: transformers imports it wherever it is, and fails without a GPU.
-    extras_require={**EXTRAS, "fla": ["fla-core>=0.6"], "all": sorted({package for packages in EXTRAS.values() for package in packages})},
+    # fla (GPU kernels of the delta rule) is not among all: transformers imports it wherever it is,
+    # and fails without a GPU.
+    extras_require={
+        **EXTRAS,
+        "fla": ["fla-core>=0.6"],
+        "all": sorted({package for packages in EXTRAS.values() for package in packages}),
+    },
     entry_points={"console_scripts": ["memshard = memshard.launch.cli.main:main"]},
 )

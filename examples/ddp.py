@@ -1,4 +1,5 @@
-"""Plain DDP with a memory whose table is split over the processes; its state loads in one process or any other number.
+"""Plain DDP with a memory whose table is split over the processes; its state loads in one process
+or any other number.
 
     torchrun --standalone --nproc-per-node 2 examples/ddp.py --out runs/ddp
 
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from memshard import CombinedOptimizer, ProductKeyMemory, RowAdam, externalize_tables, load_whole_state, shard_tables, whole_state
+from memshard import (
+    CombinedOptimizer,
+    ProductKeyMemory,
+    RowAdam,
+    externalize_tables,
+    load_whole_state,
+    shard_tables,
+    whole_state,
+)
 
 LENGTH, BATCH = 128, 16
 
@@ -45,7 +54,10 @@ class Model(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(256, dim), nn.Embedding(LENGTH, dim)
         memory = ProductKeyMemory(dim, keys=64, heads=2, topk=16, key_dim=64, query_norm="layer")
-        dense = [nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)) for _ in range(2)]
+        dense = [
+            nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+            for _ in range(2)
+        ]
         self.blocks = nn.Sequential(Block(dim, dense[0]), Block(dim, memory), Block(dim, dense[1]))
         self.head = nn.Linear(dim, 256)
 
@@ -57,7 +69,9 @@ class Model(nn.Module):
 
 def text() -> Tensor:
     """Real text, [rows, LENGTH + 1]."""
-    data = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
+    data = torch.frombuffer(
+        bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8
+    ).long()
     return data[: len(data) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
 
 
@@ -70,7 +84,9 @@ def build() -> tuple[Model, CombinedOptimizer]:
 
 
 def train(model: nn.Module, optimizer: CombinedOptimizer, first: int, steps: int) -> list[float]:
-    """Losses of some steps; every process takes its rows of each batch, and DDP averages the dense gradients."""
+    """Losses of some steps; every process takes its rows of each batch, and DDP averages the dense
+    gradients.
+    """
     rows = text()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -86,8 +102,12 @@ def train(model: nn.Module, optimizer: CombinedOptimizer, first: int, steps: int
 
 
 def main() -> None:
-    """Train, and save from the first process; what is there is loaded first, whatever number of processes saved it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Train, and save from the first process; what is there is loaded first, whatever number of
+    processes saved it.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ddp"))
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
@@ -105,7 +125,10 @@ def main() -> None:
     if whole is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         torch.save({"model": whole[0], "optimizer": whole[1], "step": first + args.steps}, file)
-        print(f"loss {losses[0]:.3f} at step {first + 1}, {losses[-1]:.3f} at step {first + args.steps}; saved in {file}")
+        print(
+            f"loss {losses[0]:.3f} at step {first + 1}, {losses[-1]:.3f} at step "
+            f"{first + args.steps}; saved in {file}"
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,8 +1,10 @@
-"""A Hugging Face Llama with a memory in place of one feedforward, trained by its Trainer, saved, loaded and resumed.
+"""A Hugging Face Llama with a memory in place of one feedforward, trained by its Trainer, saved,
+loaded and resumed.
 
     python examples/huggingface.py --out runs/llama
 
-Needs memshard[adopt]. No downloads: the model comes from a config, the text is Python's own help pages, read as bytes.
+Needs memshard[adopt]. No downloads: the model comes from a config, the text is Python's own help
+pages, read as bytes.
 """
 
 import argparse
@@ -32,17 +34,26 @@ class MemoryLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.model.layers[config.memory_layer].mlp = ProductKeyMemory(config.hidden_size, **config.memory)
+        self.model.layers[config.memory_layer].mlp = ProductKeyMemory(
+            config.hidden_size, **config.memory
+        )
 
 
 def text(length: int = 128) -> list[dict[str, torch.Tensor]]:
     """Rows of real text."""
-    data = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
-    return [{"input_ids": row, "labels": row} for row in data[: len(data) // length * length].view(-1, length)]
+    data = torch.frombuffer(
+        bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8
+    ).long()
+    return [
+        {"input_ids": row, "labels": row}
+        for row in data[: len(data) // length * length].view(-1, length)
+    ]
 
 
 def trainer(model: MemoryLlamaForCausalLM, folder: Path, steps: int) -> Trainer:
-    """A Trainer with the row-sparse optimizer; everything else is its own: schedule, clipping, accumulation, checkpoints."""
+    """A Trainer with the row-sparse optimizer; everything else is its own: schedule, clipping,
+    accumulation, checkpoints.
+    """
     tables = externalize_tables(model)
     optimizer = CombinedOptimizer(AdamW(model.parameters(), 3e-3), RowAdam(tables, 1e-2))
     arguments = TrainingArguments(
@@ -61,7 +72,9 @@ def trainer(model: MemoryLlamaForCausalLM, folder: Path, steps: int) -> Trainer:
     return Trainer(model, arguments, train_dataset=text(), optimizers=(optimizer, None))
 
 
-def train(folder: Path, steps: int, resume: Path | None = None) -> tuple[MemoryLlamaForCausalLM, list[float]]:
+def train(
+    folder: Path, steps: int, resume: Path | None = None
+) -> tuple[MemoryLlamaForCausalLM, list[float]]:
     """The trained model and the loss of every step; resume: one of the Trainer's checkpoints."""
     set_seed(0)
     model = MemoryLlamaForCausalLM(CONFIG)
@@ -72,7 +85,9 @@ def train(folder: Path, steps: int, resume: Path | None = None) -> tuple[MemoryL
 
 def main() -> None:
     """Train; save and load; resume from the middle."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/llama"))
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
@@ -86,7 +101,10 @@ def main() -> None:
     externalize_tables(loaded)
     batch = text()[0]["input_ids"][None]
     with torch.no_grad():
-        print("loaded model gives the same logits:", torch.equal(model.eval()(batch).logits, loaded(batch).logits))
+        print(
+            "loaded model gives the same logits:",
+            torch.equal(model.eval()(batch).logits, loaded(batch).logits),
+        )
 
     resumed, _ = train(args.out / "resumed", args.steps, args.out / f"checkpoint-{args.steps // 2}")
     states = zip(model.state_dict().values(), resumed.state_dict().values(), strict=True)

@@ -1,8 +1,10 @@
-"""A GPT-2 with a memory in place of one feedforward, trained by Lightning, checkpointed and resumed.
+"""A GPT-2 with a memory in place of one feedforward, trained by Lightning, checkpointed and
+resumed.
 
     python examples/lightning_trainer.py --out runs/gpt2
 
-Needs memshard[adopt]. No downloads: the model comes from a config, the text is Python's own help pages, read as bytes.
+Needs memshard[adopt]. No downloads: the model comes from a config, the text is Python's own help
+pages, read as bytes.
 """
 
 import argparse
@@ -41,7 +43,9 @@ class MemoryModel(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = GPT2LMHeadModel(CONFIG)
-        self.model.transformer.h[2].mlp = ProductKeyMemory(128, keys=64, heads=2, topk=16, key_dim=64)
+        self.model.transformer.h[2].mlp = ProductKeyMemory(
+            128, keys=64, heads=2, topk=16, key_dim=64
+        )
         # Here, so that no strategy of Lightning's ever sees the values as a parameter.
         self.tables = externalize_tables(self.model)
         self.losses: list[float] = []
@@ -61,7 +65,9 @@ class MemoryModel(lightning.LightningModule):
 
 def text(length: int = 128) -> Tensor:
     """Rows of real text."""
-    data = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
+    data = torch.frombuffer(
+        bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8
+    ).long()
     return data[: len(data) // length * length].view(-1, length)
 
 
@@ -74,18 +80,30 @@ def train(folder: Path, batches: int, resume: Path | None = None) -> MemoryModel
         max_epochs=2,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)],
+        callbacks=[
+            ModelCheckpoint(
+                folder,
+                filename="{epoch}",
+                save_top_k=-1,
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+            )
+        ],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(text()[: 8 * batches], batch_size=8), ckpt_path=resume, weights_only=True)  # type: ignore[arg-type]
+    trainer.fit(
+        module, DataLoader(text()[: 8 * batches], batch_size=8), ckpt_path=resume, weights_only=True
+    )  # type: ignore[arg-type]
     return module
 
 
 def main() -> None:
     """Train, load the checkpoint, resume from its middle."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gpt2"))
     parser.add_argument("--batches", type=int, default=60, help="of an epoch")
     args = parser.parse_args()

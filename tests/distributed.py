@@ -14,21 +14,29 @@ import torch
 import torch.distributed as dist
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120) -> list[Any]:
-    """What `fn(rank, world_size, *args)` returns on each rank, each rank a fresh process in one process group.
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120
+) -> list[Any]:
+    """What `fn(rank, world_size, *args)` returns on each rank, each rank a fresh process in one
+    process group.
 
-    `fn` is a function at the top of a module; arguments and results are pickled, tensors by value. With backend="nccl"
-    rank r has GPU r. Raises AssertionError with the traceback of the rank that failed first, or after `timeout` seconds.
+    `fn` is a function at the top of a module; arguments and results are pickled, tensors by value.
+    With backend="nccl" rank r has GPU r. Raises AssertionError with the traceback of the rank that
+    failed first, or after `timeout` seconds.
     """
     context = multiprocessing.get_context("spawn")
-    # Bytes, because multiprocessing's own pickling would let all ranks share the memory of one tensor.
+    # Bytes, because multiprocessing's own pickling would let all ranks share the memory of one
+    # tensor.
     call = pickle.dumps((fn, args))
     readers, processes = [], []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             for rank in range(world_size):
                 reader, writer = context.Pipe(duplex=False)
-                process = context.Process(target=_run_rank, args=(call, rank, world_size, backend, f"{folder}/store", writer))
+                process = context.Process(
+                    target=_run_rank,
+                    args=(call, rank, world_size, backend, f"{folder}/store", writer),
+                )
                 process.start()
                 writer.close()
                 readers.append(reader)
@@ -43,15 +51,21 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, backend
                 process.join()
 
 
-def _run_rank(call: bytes, rank: int, world_size: int, backend: str, store: str, writer: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+def _run_rank(
+    call: bytes, rank: int, world_size: int, backend: str, store: str, writer: Connection
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
+    )
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else None
     try:
         if device:
             torch.cuda.set_device(device)
         file_store = dist.FileStore(store, world_size)
-        dist.init_process_group(backend, store=file_store, rank=rank, world_size=world_size, device_id=device)
+        dist.init_process_group(
+            backend, store=file_store, rank=rank, world_size=world_size, device_id=device
+        )
         fn, args = pickle.loads(call)
         report = pickle.dumps((True, fn(rank, world_size, *args)))
         # Nobody leaves the group while another rank still talks to it.
@@ -69,14 +83,18 @@ def _collect(readers: list[Connection], timeout: float) -> list[Any]:
         waiting = {reader: rank for rank, reader in enumerate(readers) if rank not in results}
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise AssertionError(f"ranks {sorted(waiting.values())} of {len(readers)} not done after {timeout:g} s")
+            raise AssertionError(
+                f"ranks {sorted(waiting.values())} of {len(readers)} not done after {timeout:g} s"
+            )
         for reader in ready:
             assert isinstance(reader, Connection)
             rank = waiting[reader]
             try:
                 done, results[rank] = pickle.loads(reader.recv_bytes())
             except EOFError:
-                raise AssertionError(f"rank {rank} of {len(readers)} died without a traceback") from None
+                raise AssertionError(
+                    f"rank {rank} of {len(readers)} died without a traceback"
+                ) from None
             if not done:
                 raise AssertionError(f"rank {rank} of {len(readers)} failed:\n{results[rank]}")
     return [results[rank] for rank in range(len(readers))]

@@ -9,18 +9,26 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made inside the context that are still alive (`now`), and the most there were (`peak`)."""
+    """Bytes of all storages made inside the context that are still alive (`now`), and the most
+    there were (`peak`).
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         old = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage() not in old and x.untyped_storage() not in self._seen:
+            if (
+                isinstance(x, Tensor)
+                and x.untyped_storage() not in old
+                and x.untyped_storage() not in self._seen
+            ):
                 storage = x.untyped_storage()
                 self._seen.add(storage)
                 self.now += storage.nbytes()
@@ -30,4 +38,3 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.now -= size
-

@@ -37,7 +37,12 @@ def work(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         if args.how == "bug":
             raise ValueError("inside\nthe loop")
-        return {"loss": float("nan"), "path": Path("x"), "overrides": args.overrides, "steps": args.steps}
+        return {
+            "loss": float("nan"),
+            "path": Path("x"),
+            "overrides": args.overrides,
+            "steps": args.steps,
+        }
 
     def add_parser(subparsers: Subparsers) -> None:
         parser = subparsers.add_parser("work")
@@ -55,13 +60,19 @@ ENDS = [
     ("usage", 2, "memshard: error: shards/: no index build it"),
     ("stop", 75, "memshard: stopped: step 3 of 10; resume with the same command"),
     ("interrupt", 75, "memshard: stopped: interrupted; run the same command again to resume"),
-    ("bug", 1, "memshard: error: ValueError: inside the loop (run again with --debug for the traceback)"),
+    (
+        "bug",
+        1,
+        "memshard: error: ValueError: inside the loop (run again with --debug for the traceback)",
+    ),
 ]
 
 
 @pytest.mark.usefixtures("work")
 @pytest.mark.parametrize(("how", "code", "line"), ENDS)
-def test_each_end_has_its_exit_code_and_one_line(capfd: pytest.CaptureFixture[str], how: str, code: int, line: str) -> None:
+def test_each_end_has_its_exit_code_and_one_line(
+    capfd: pytest.CaptureFixture[str], how: str, code: int, line: str
+) -> None:
     assert cli.main(["work", how]) == code
     assert capfd.readouterr().err == f"{line}\n"
 
@@ -84,7 +95,9 @@ def test_json_is_all_that_reaches_standard_output(
 
 
 @pytest.mark.usefixtures("work")
-def test_other_ranks_repeat_nothing_but_their_own_crashes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_repeat_nothing_but_their_own_crashes(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(["work", "usage", "--json"]) == 2
@@ -108,11 +121,16 @@ def test_overrides_may_stand_after_options(capfd: pytest.CaptureFixture[str]) ->
         ([], "the following arguments are required: COMMAND (see memshard --help)"),
         (["wrok"], "invalid choice: 'wrok'"),
         (["work", "done", "--step", "3"], "unrecognized arguments: --step 3"),
-        (["work", "done", "--steps", "x"], "argument --steps: invalid int value: 'x' (see memshard work --help)"),
+        (
+            ["work", "done", "--steps", "x"],
+            "argument --steps: invalid int value: 'x' (see memshard work --help)",
+        ),
         (["work", "done", "--steps", "3", "stray"], "unrecognized arguments: stray"),
     ],
 )
-def test_bad_usage_is_exit_2_and_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+def test_bad_usage_is_exit_2_and_one_line(
+    capfd: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
     assert cli.main(argv) == 2
     err = capfd.readouterr().err
     assert message in err and err.count("\n") == 1
@@ -133,7 +151,9 @@ def test_config_commands(capfd: pytest.CaptureFixture[str], recipe: str) -> None
     assert cli.main(["config", "explain", "train.keep"]) == 0
     assert "train.keep: integer; default 2" in capfd.readouterr().out
     assert cli.main(["--json", "config", "explain", "train.kep"]) == 2
-    assert json.loads(capfd.readouterr().out) == {"error": "unknown key 'train.kep'; did you mean 'train.keep'?"}
+    assert json.loads(capfd.readouterr().out) == {
+        "error": "unknown key 'train.kep'; did you mean 'train.keep'?"
+    }
 
 
 def test_the_installed_command_end_to_end(recipe: str) -> None:

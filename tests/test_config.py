@@ -26,17 +26,40 @@ def write(tmp_path: Path):
 
 
 def test_later_values_win_along_base_file_and_overrides(write) -> None:
-    write("data: {path: shards, length: 64}\nmodel: {layers: 2, memory: {keys: 64, layers: [1]}}\ntrain: {steps: 7}", "deep/a.yaml")
+    write(
+        "data: {path: shards, length: 64}\nmodel: {layers: 2, memory: {keys: 64, layers: "
+        "[1]}}\ntrain: {steps: 7}",
+        "deep/a.yaml",
+    )
     write("base: deep/a.yaml\nmodel: {layers: 3, memory: {heads: 2}}\n", "b.yaml")
     path = write("base: b.yaml\ntrain: {steps: 9, batch: 4}\n")
-    recipe = load_recipe(path, ["train.batch=8", "model.memory.layers=[0, 2]", "optimizer={lr: 2e-4, warmup: 5}"])
-    assert (recipe.data.length, recipe.model.layers, recipe.train.steps, recipe.train.batch) == (64, 3, 9, 8)
-    assert (recipe.model.memory.keys, recipe.model.memory.heads, recipe.model.memory.layers) == (64, 2, (0, 2))
+    recipe = load_recipe(
+        path, ["train.batch=8", "model.memory.layers=[0, 2]", "optimizer={lr: 2e-4, warmup: 5}"]
+    )
+    assert (recipe.data.length, recipe.model.layers, recipe.train.steps, recipe.train.batch) == (
+        64,
+        3,
+        9,
+        8,
+    )
+    assert (recipe.model.memory.keys, recipe.model.memory.heads, recipe.model.memory.layers) == (
+        64,
+        2,
+        (0, 2),
+    )
     assert (recipe.optimizer.lr, recipe.optimizer.warmup) == (2e-4, 5)
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("2", 2.0), ("1.5e+2", 150.0), (".5", 0.5), ("1_000.0", 1000.0)]
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("2", 2.0),
+        ("1.5e+2", 150.0),
+        (".5", 0.5),
+        ("1_000.0", 1000.0),
+    ],
 )
 def test_numbers_are_read_as_people_write_them(write, text: str, value: float) -> None:
     path = write(f"{MINIMAL}optimizer: {{lr: {text}}}")
@@ -44,9 +67,14 @@ def test_numbers_are_read_as_people_write_them(write, text: str, value: float) -
     assert load_recipe(path, [f"tables.lr={text}"]).tables.lr == value
 
 
-@pytest.mark.parametrize("name", ["1e-3", "yes", "010", "1:30", "null", "2024-01-01", "a: b", "~", "#x", "  x "])
+@pytest.mark.parametrize(
+    "name", ["1e-3", "yes", "010", "1:30", "null", "2024-01-01", "a: b", "~", "#x", "  x "]
+)
 def test_a_dumped_recipe_reads_back_equal(write, name: str) -> None:
-    model, optimizer = ModelConfig(memory=MemoryConfig(layers=(0,))), OptimizerConfig(eps=1e-30, betas=(0.5, 0.25))
+    model, optimizer = (
+        ModelConfig(memory=MemoryConfig(layers=(0,))),
+        OptimizerConfig(eps=1e-30, betas=(0.5, 0.25)),
+    )
     recipe = Recipe(data=DataConfig(path=name), model=model, optimizer=optimizer)
     assert load_recipe(write(dump(recipe))) == recipe
 
@@ -54,7 +82,10 @@ def test_a_dumped_recipe_reads_back_equal(write, name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.memory.tpok=3", "unknown key 'model.memory.tpok'; did you mean 'model.memory.topk'?"),
+        (
+            "model.memory.tpok=3",
+            "unknown key 'model.memory.tpok'; did you mean 'model.memory.topk'?",
+        ),
         ("model.topk=3", "did you mean 'model.memory.topk'?"),
         ("modle.layers=3", "unknown key 'modle'; did you mean 'model'?"),
         ("model.layers=3.7", "model.layers is 3.7 (float); expected integer"),
@@ -69,15 +100,24 @@ def test_a_dumped_recipe_reads_back_equal(write, name: str) -> None:
         ("model.max_length=x", "expected integer or null"),
         ("model.memory.layers=1,3", "expected list [integer, ...]"),
         ("model.memory.layers=[1, a]", "expected list [integer, ...]"),
-        ("optimizer.betas=[0.9]", "optimizer.betas is [0.9] (list); expected list [number, number]"),
+        (
+            "optimizer.betas=[0.9]",
+            "optimizer.betas is [0.9] (list); expected list [number, number]",
+        ),
         ("model.norm=batch", "expected one of layer, rms"),
         ("model.layers.deep=1", "expected integer"),
-        ("model.memory=4", "model.memory is 4; expected a section with keys such as model.memory.layers"),
+        (
+            "model.memory=4",
+            "model.memory is 4; expected a section with keys such as model.memory.layers",
+        ),
         ("model.layers", "override 'model.layers': expected key=value"),
         ("=3", "expected key=value"),
         ("model.layers=[1", "override 'model.layers=[1': not valid YAML"),
         ("model.memory.topk=999", "model.memory.topk is 999 but there are only 128 sub-keys"),
-        ("model.memory.layers=[6]", "model.memory.layers names layer 6, but the model has 6 layers"),
+        (
+            "model.memory.layers=[6]",
+            "model.memory.layers names layer 6, but the model has 6 layers",
+        ),
     ],
 )
 def test_a_wrong_override_is_one_clear_line(write, override: str, message: str) -> None:
@@ -92,15 +132,27 @@ def test_a_wrong_override_is_one_clear_line(write, override: str, message: str) 
     [
         ("train: {steps: 3}", "run.yaml: data.path is required"),
         ("", "data.path is required"),
-        (f"{MINIMAL}model:\n  memory:\n    tpok: 3\n", "run.yaml: unknown key 'model.memory.tpok'; did you mean 'model.memory.topk'?"),
-        (f"{MINIMAL}train:\n  steps: ten\n", "run.yaml: train.steps is 'ten' (str); expected integer"),
+        (
+            f"{MINIMAL}model:\n  memory:\n    tpok: 3\n",
+            "run.yaml: unknown key 'model.memory.tpok'; did you mean 'model.memory.topk'?",
+        ),
+        (
+            f"{MINIMAL}train:\n  steps: ten\n",
+            "run.yaml: train.steps is 'ten' (str); expected integer",
+        ),
         (f"{MINIMAL}train:\n", "run.yaml: train is None; expected a section"),
         (f"{MINIMAL}train: {{steps: 1\nmodel: {{}}\n", "run.yaml, line 3: not valid YAML"),
         (f"{MINIMAL}train:\n\tsteps: 1\n", "run.yaml, line 3: not valid YAML"),
-        (f"{MINIMAL}train: {{steps: 1}}\ntrain: {{batch: 2}}\n", "run.yaml, line 3: not valid YAML: 'train' stands twice"),
+        (
+            f"{MINIMAL}train: {{steps: 1}}\ntrain: {{batch: 2}}\n",
+            "run.yaml, line 3: not valid YAML: 'train' stands twice",
+        ),
         (f"{MINIMAL}1: 2\n", "run.yaml, line 2: not valid YAML: 1 is not a key"),
         ("- data\n- model\n", "run.yaml: not a recipe"),
-        (f"{MINIMAL}base: [a, b]\n", "run.yaml: base is ['a', 'b']; expected the name or path of one recipe"),
+        (
+            f"{MINIMAL}base: [a, b]\n",
+            "run.yaml: base is ['a', 'b']; expected the name or path of one recipe",
+        ),
         (f"{MINIMAL}base: gone.yaml\n", "run.yaml: base: there is no recipe file"),
         (f"{MINIMAL}base: run.yaml\n", "recipes are each other's base"),
     ],
@@ -154,7 +206,10 @@ def test_diff_names_the_keys_that_differ(write) -> None:
 
 
 def test_explain_shows_type_default_and_meaning() -> None:
-    assert explain("model.memory.topk") == "model.memory.topk: integer; default 32\n    Slots read per head and token."
+    assert (
+        explain("model.memory.topk")
+        == "model.memory.topk: integer; default 32\n    Slots read per head and token."
+    )
     assert "data.path: text; required" in explain("data")
     assert "model.mixer.heads" not in explain("model.memory")
     assert "tables.eps" in explain()
@@ -169,4 +224,8 @@ def test_primer_and_its_baselines_have_equal_parameters() -> None:
     assert counts["transformer-gelu"] == counts["transformer"] == pytest.approx(35.3e6, rel=0.01)
     for name, count in counts.items():
         assert count == pytest.approx(counts["transformer"], rel=2e-3), name
-    assert load_recipe("primer").model.mixer.convolution == load_recipe("primer-ez").model.mixer.convolution == 3
+    assert (
+        load_recipe("primer").model.mixer.convolution
+        == load_recipe("primer-ez").model.mixer.convolution
+        == 3
+    )

@@ -35,12 +35,15 @@ def test_ranks_form_a_group_and_own_their_arguments(world_size: int) -> None:
 
 
 def test_a_failing_rank_is_named_with_its_traceback() -> None:
-    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 failed.*_fail_on_one.*ValueError: the reason"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)rank 1 of 2 failed.*_fail_on_one.*ValueError: the reason"
+    ):
         run_distributed(_fail_on_one, 2)
 
 
 @pytest.mark.parametrize(
-    ("how", "timeout", "message"), [("hang", 3, r"ranks \[0, 1\] of 2 not done after 3 s"), ("die", 300, "rank 1 of 2 died")]
+    ("how", "timeout", "message"),
+    [("hang", 3, r"ranks \[0, 1\] of 2 not done after 3 s"), ("die", 300, "rank 1 of 2 died")],
 )
 def test_hanging_and_dying_ranks_do_not_hang_the_test(how: str, timeout: int, message: str) -> None:
     started = time.monotonic()

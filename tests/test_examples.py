@@ -1,4 +1,6 @@
-"""The examples of docs/adopt.md run, learn, and lose nothing when they are saved, loaded and resumed."""
+"""The examples of docs/adopt.md run, learn, and lose nothing when they are saved, loaded and
+resumed.
+"""
 
 import copy
 from itertools import pairwise
@@ -60,7 +62,9 @@ def test_lightning(tmp_path: Path) -> None:
     _assert_equal_bits(resumed.state_dict(), module.state_dict())
 
 
-def _ddp(rank: int, world: int, saved: Any, steps: list[int]) -> tuple[list[float], Tensor, list[Any]]:
+def _ddp(
+    rank: int, world: int, saved: Any, steps: list[int]
+) -> tuple[list[float], Tensor, list[Any]]:
     """Losses, logits at the end, and states after some numbers of steps."""
     from examples.ddp import build, text, train
 

@@ -25,8 +25,16 @@ def _kinds(cell: Any) -> set[str]:
 def test_outputs_are_there_and_name_no_machine(path: Path) -> None:
     cells = [cell for cell in _read(path).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert any(output.output_type == "display_data" or "data" in output for cell in cells for output in cell.outputs)
-    shown = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for cell in cells for output in cell.outputs)
+    assert any(
+        output.output_type == "display_data" or "data" in output
+        for cell in cells
+        for output in cell.outputs
+    )
+    shown = "".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        for cell in cells
+        for output in cell.outputs
+    )
     assert not re.search(r"(^|[\s'\"])/\w+/|site-packages|Warning", shown)
     assert path.stat().st_size < 250_000
 

@@ -1,8 +1,10 @@
-"""Search of decoder programs: how many candidates one core draws and checks in a second, and what becomes of them.
+"""Search of decoder programs: how many candidates one core draws and checks in a second, and what
+becomes of them.
 
     OMP_NUM_THREADS=1 python -m memshard.bench.candidates
 
-`children` are mutations of the start alone; `descendants` are mutations of any candidate so far, as in a search that goes on. CPU seconds.
+`children` are mutations of the start alone; `descendants` are mutations of any candidate so far, as
+in a search that goes on. CPU seconds.
 """
 
 import argparse
@@ -19,20 +21,25 @@ from memshard.search.dna.mutate import mutate
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--start", default="transformer")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    # The size of the paper's search: some 35 million parameters, of which the embedding is almost half.
+    # The size of the paper's search: some 35 million parameters, of which the embedding is almost
+    # half.
     shape = Shape(vocab=32_000, length=64, parameters=(32_000_000, 38_000_000))
     for title, lineage in (("children", False), ("descendants", True)):
         for run in range(args.runs):
             report(f"{title}, seed {run}", *measure(args.start, args.count, lineage, run, shape))
 
 
-def measure(start: str, count: int, lineage: bool, seed: int, shape: Shape) -> tuple[float, float, Counter[str]]:
+def measure(
+    start: str, count: int, lineage: bool, seed: int, shape: Shape
+) -> tuple[float, float, Counter[str]]:
     """CPU seconds of a mutation and of a check, and the statuses of all candidates."""
     draws, parents, statuses = random.Random(seed), [golden(start)], Counter[str]()
     assert isinstance(compile_dna(parents[0], shape), Compiled)  # sets up what the first one needs

@@ -1,4 +1,5 @@
-"""Rates of the data pipeline on one core: web pages by stage, tokenisers, token stream; each beside its peer where there is one.
+"""Rates of the data pipeline on one core: web pages by stage, tokenisers, token stream; each beside
+its peer where there is one.
 
 All are CPU time of this process, the median of interleaved rounds.
 """
@@ -22,8 +23,12 @@ Action = Callable[[], float]
 
 
 def stream_rates(path: str, lengths: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Tokens a second of the training stream by row length, and of stock webdataset reading and decoding the same shards."""
-    actions: dict[str, Action] = {f"stream, rows of {length}": _stream(path, length) for length in lengths}
+    """Tokens a second of the training stream by row length, and of stock webdataset reading and
+    decoding the same shards.
+    """
+    actions: dict[str, Action] = {
+        f"stream, rows of {length}": _stream(path, length) for length in lengths
+    }
     actions["webdataset, whole shards"] = lambda: _webdataset(path)
     return _rates(actions, rounds)
 
@@ -40,7 +45,9 @@ def _stream(path: str, length: int) -> Action:
             place += LANES
         return tokens
 
-    stream.batch(0, stream.samples_per_epoch)  # the page cache, the order of the epoch, and the checksums
+    stream.batch(
+        0, stream.samples_per_epoch
+    )  # the page cache, the order of the epoch, and the checksums
     return run
 
 
@@ -48,7 +55,9 @@ def _webdataset(path: str) -> float:
     import webdataset
 
     shards = load_index(path).splits[TRAIN].shards[:2]
-    samples = webdataset.WebDataset([str(Path(path) / shard.file) for shard in shards], shardshuffle=False, empty_check=False).decode()
+    samples = webdataset.WebDataset(
+        [str(Path(path) / shard.file) for shard in shards], shardshuffle=False, empty_check=False
+    ).decode()
     return float(sum(len(sample["tokens.npy"]) for sample in samples))
 
 
@@ -57,12 +66,17 @@ def first_pass_rate(path: str, length: int) -> float:
     stream = TrainStream(path, length, LANES, 0)
     stream.batch(0, 1)
     begun = time.process_time()
-    tokens = sum(stream.batch(place, LANES).inputs.numel() for place in range(0, min(stream.samples_per_epoch, 40 * LANES), LANES))
+    tokens = sum(
+        stream.batch(place, LANES).inputs.numel()
+        for place in range(0, min(stream.samples_per_epoch, 40 * LANES), LANES)
+    )
     return tokens / (time.process_time() - begun)
 
 
 def tokenizer_rates(path: str, rounds: int) -> dict[str, float]:
-    """Bytes of text a second on one thread: the folder's tokenizer, and Hugging Face tokenizers' byte BPE of the same size."""
+    """Bytes of text a second on one thread: the folder's tokenizer, and Hugging Face tokenizers'
+    byte BPE of the same size.
+    """
     tokenizer, texts = Tokenizer(path), list(_texts(path))
     size = float(sum(len(text.encode()) for text in texts))
 
@@ -95,12 +109,16 @@ def _texts(path: str) -> Iterator[str]:
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     order = np.arange(len(reader.lengths))
     for document in range(int(np.searchsorted(starts, SAMPLE_TOKENS))):
-        tokens = reader.read(order, starts, starts[document : document + 1], int(reader.lengths[document]))[0][0]
+        tokens = reader.read(
+            order, starts, starts[document : document + 1], int(reader.lengths[document])
+        )[0][0]
         yield tokenizer.decode(tokens[:-1])
 
 
 def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, dict[str, float]]:
-    """Of every stage from WARC to signature: pages a second, and input bytes a second; at most `pages` pages for the slow ones."""
+    """Of every stage from WARC to signature: pages a second, and input bytes a second; at most
+    `pages` pages for the slow ones.
+    """
     from memshard.data_pipeline.prepare.duplicates import band_keys, exact_hash
     from memshard.data_pipeline.web.extract import decode, main_text
     from memshard.data_pipeline.web.language import detect_language
@@ -118,16 +136,23 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
 
     actions: dict[str, tuple[Action, float]] = {
         "read WARC (FastWARC)": (
-            lambda: float(sum(1 for warc in warcs for _ in read_pages(warc, Counter()))), sum(map(len, bodies)) / len(bodies)
+            lambda: float(sum(1 for warc in warcs for _ in read_pages(warc, Counter()))),
+            sum(map(len, bodies)) / len(bodies),
         ),
         "decode": (lambda: float(len([decode(body) for body in sample])), raw / len(sample)),
-        "main text, resiliparse": (over(lambda page: main_text(page, "resiliparse"), html), raw / len(html)),
-        "main text, trafilatura": (over(lambda page: main_text(page, "trafilatura"), html), raw / len(html)),
+        "main text, resiliparse": (
+            over(lambda page: main_text(page, "resiliparse"), html),
+            raw / len(html),
+        ),
+        "main text, trafilatura": (
+            over(lambda page: main_text(page, "trafilatura"), html),
+            raw / len(html),
+        ),
         "language": (over(detect_language, texts), kept / len(texts)),
         "quality": (over(failed_rule, texts), kept / len(texts)),
         "exact hash": (over(exact_hash, texts), kept / len(texts)),
         "MinHash": (over(band_keys, texts), kept / len(texts)),
-    }  # fmt: skip
+    }
     try:
         from warcio.archiveiterator import ArchiveIterator
 
@@ -145,11 +170,18 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
     except ImportError:
         pass
     rates = _rates({name: action for name, (action, _) in actions.items()}, rounds)
-    return {name: {"pages_per_s": rate, "bytes_per_s": rate * actions[name][1]} for name, rate in rates.items()}
+    return {
+        name: {"pages_per_s": rate, "bytes_per_s": rate * actions[name][1]}
+        for name, rate in rates.items()
+    }
 
 
-def model_rate(layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, length: int = 256) -> float:
-    """Tokens a second that training (forward and backward) of a dense transformer takes in on this process's threads."""
+def model_rate(
+    layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, length: int = 256
+) -> float:
+    """Tokens a second that training (forward and backward) of a dense transformer takes in on this
+    process's threads.
+    """
     import torch
 
     from memshard.models.config import ModelConfig
@@ -157,7 +189,9 @@ def model_rate(layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, leng
     from memshard.models.loss import token_losses
     from memshard.models.transformer import Transformer
 
-    model = Transformer(ModelConfig(layers=layers, dim=dim, vocab_size=vocabulary, max_length=length))
+    model = Transformer(
+        ModelConfig(layers=layers, dim=dim, vocab_size=vocabulary, max_length=length)
+    )
     initialize(model, 0)
     tokens = torch.randint(vocabulary, (2, length))
     times = []

@@ -2,9 +2,10 @@
 
     python -m memshard.bench.export [--slots 524288] [--dim 1024] [--folder DIR]
 
-Writes a checkpoint of random weights (a 2 GB table by default) in the format of a run, then exports it and evaluates it, memory-mapped
-and in memory, each in a process of its own that samples its anonymous memory (RssAnon) above what the interpreter with its libraries takes.
-Prints one JSON line each.
+Writes a checkpoint of random weights (a 2 GB table by default) in the format of a run, then exports
+it and evaluates it, memory-mapped and in memory, each in a process of its own that samples its
+anonymous memory (RssAnon) above what the interpreter with its libraries takes. Prints one JSON line
+each.
 """
 
 import argparse
@@ -23,7 +24,9 @@ import numpy as np
 def anonymous() -> int:
     """RssAnon of this process, bytes."""
     text = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
+    return 1024 * int(
+        next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]
+    )
 
 
 class Peak:
@@ -52,7 +55,9 @@ class Peak:
 
 
 def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
-    """A checkpoint with a table of that size, its rows random numbers repeated every 65,536 rows."""
+    """A checkpoint with a table of that size, its rows random numbers repeated every 65,536
+    rows.
+    """
     import torch
 
     from memshard.data_pipeline.tokenizer import train_tokenizer
@@ -64,22 +69,37 @@ def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
     from memshard.trainer.config.load import dump
     from memshard.trainer.config.recipe import DataConfig, Recipe
 
-    lines = [" ".join(f"w{number * number % 977}" for number in range(line, line + 12)) for line in range(400)]
+    lines = [
+        " ".join(f"w{number * number % 977}" for number in range(line, line + 12))
+        for line in range(400)
+    ]
     (folder / "tokenizer.model").write_bytes(train_tokenizer(lines, vocab_size=512))
     memory = MemoryConfig(layers=(1,), keys=math.isqrt(slots), heads=4, topk=32, key_dim=128)
-    model = ModelConfig(vocab_size=512, layers=2, dim=dim, max_length=256, mixer=MixerConfig(heads=8), memory=memory)
-    (folder / "config.yaml").write_text(dump(Recipe(data=DataConfig(path="none", length=256), model=model)))
+    model = ModelConfig(
+        vocab_size=512, layers=2, dim=dim, max_length=256, mixer=MixerConfig(heads=8), memory=memory
+    )
+    (folder / "config.yaml").write_text(
+        dump(Recipe(data=DataConfig(path="none", length=256), model=model))
+    )
     with torch.device("meta"):
         built = Transformer(model)
     map_tables(built, {"blocks.1.memory.values": lambda rows: rows})
     built.to_empty(device="cpu")
     initialize(built, 0)
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in (*built.named_parameters(), *built.named_buffers())}
+    tensors = {
+        f"model.{name}": tensor.detach()
+        for name, tensor in (*built.named_parameters(), *built.named_buffers())
+    }
     rows = memory.slots
     block = torch.randn(min(rows, 1 << 16), dim)
     tensors["model.blocks.1.memory.values.weight"] = block.repeat(-(-rows // len(block)), 1)[:rows]
     state = {"progress": {"step": 1}, "table_steps": {}, "stream": None}
-    save_checkpoint(folder / "checkpoints/step-00000001", tensors, state, [folder / "config.yaml", folder / "tokenizer.model"])
+    save_checkpoint(
+        folder / "checkpoints/step-00000001",
+        tensors,
+        state,
+        [folder / "config.yaml", folder / "tokenizer.model"],
+    )
 
 
 def run_export(folder: Path) -> dict[str, float | str]:
@@ -87,7 +107,12 @@ def run_export(folder: Path) -> dict[str, float | str]:
 
     with Peak() as peak:
         done = export(folder, folder / "export")
-    return {"what": "export, fp32", "anonymous_mb": peak.mb, "seconds": peak.seconds, "file_mb": done.bytes / 1e6}
+    return {
+        "what": "export, fp32",
+        "anonymous_mb": peak.mb,
+        "seconds": peak.seconds,
+        "file_mb": done.bytes / 1e6,
+    }
 
 
 def run_evaluation(folder: Path, memmap: bool) -> dict[str, float | str]:
@@ -96,7 +121,10 @@ def run_evaluation(folder: Path, memmap: bool) -> dict[str, float | str]:
 
     from memshard.trainer.checkpoint.load_model import load
 
-    batches = [torch.from_numpy(np.random.default_rng(number).integers(0, 512, (16, 256))) for number in range(5)]
+    batches = [
+        torch.from_numpy(np.random.default_rng(number).integers(0, 512, (16, 256)))
+        for number in range(5)
+    ]
     with Peak() as peak, torch.no_grad():
         loaded = load(folder / "export", memmap)
         loaded.model(batches[0])
@@ -104,11 +132,17 @@ def run_evaluation(folder: Path, memmap: bool) -> dict[str, float | str]:
         for batch in batches[1:]:
             loaded.model(batch)
         speed = 4 * 16 * 256 / (time.perf_counter() - begun)
-    return {"what": f"evaluation, {'memory-mapped' if memmap else 'in memory'}", "anonymous_mb": peak.mb, "tokens_per_s": speed}
+    return {
+        "what": f"evaluation, {'memory-mapped' if memmap else 'in memory'}",
+        "anonymous_mb": peak.mb,
+        "tokens_per_s": speed,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--slots", type=int, default=724**2)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--folder", type=Path)
@@ -123,13 +157,20 @@ def main() -> None:
         import memshard.trainer.export.export  # noqa: F401
 
         torch.ones(64, 64) @ torch.ones(64, 64)
-        result = run_export(args.folder) if args.only == "export" else run_evaluation(args.folder, args.only == "mapped")
+        result = (
+            run_export(args.folder)
+            if args.only == "export"
+            else run_evaluation(args.folder, args.only == "mapped")
+        )
         return print(json.dumps(result))
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         for only in ("write", "export", "mapped", "memory"):
             sizes = ["--slots", str(args.slots), "--dim", str(args.dim)]
-            subprocess.run([sys.executable, __file__, "--only", only, "--folder", str(folder), *sizes], check=True)
+            subprocess.run(
+                [sys.executable, __file__, "--only", only, "--folder", str(folder), *sizes],
+                check=True,
+            )
 
 
 if __name__ == "__main__":

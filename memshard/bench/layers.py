@@ -1,4 +1,6 @@
-"""Whole memory layers, ours and those of two packages: a training step of each on its own terms, with the optimizer it is used with."""
+"""Whole memory layers, ours and those of two packages: a training step of each on its own terms,
+with the optimizer it is used with.
+"""
 
 import importlib.util
 import statistics
@@ -25,7 +27,9 @@ _HEADS, _KEY_DIM = {PKM: 4, PEER: 8}, 256
 
 
 def measure(sizes: Sizes, peer: str) -> dict[str, Any]:
-    """Medians and ratios of a peer's layer and ours, in turn, with the peak memory of each alone."""
+    """Medians and ratios of a peer's layer and ours, in turn, with the peak memory of each
+    alone.
+    """
     names = (PAIRS[peer], peer)
     result: dict[str, Any] = {"tokens": {}}
     steps = {name: _BUILDERS[name](sizes) for name in names}
@@ -46,11 +50,18 @@ def measure(sizes: Sizes, peer: str) -> dict[str, Any]:
             "ratio_high": max(ratios),
         }
     steps.clear()
-    return result | {"peak_memory": {name: peak_memory(take_steps, sizes, name, max(token_counts(sizes, peer))) for name in names}}
+    return result | {
+        "peak_memory": {
+            name: peak_memory(take_steps, sizes, name, max(token_counts(sizes, peer)))
+            for name in names
+        }
+    }
 
 
 def token_counts(sizes: Sizes, peer: str) -> tuple[int, ...]:
-    """Tokens of a step. PEER-pytorch gathers every expert that a token reads, 2 MB of 1024 values: only the smallest step."""
+    """Tokens of a step. PEER-pytorch gathers every expert that a token reads, 2 MB of 1024 values:
+    only the smallest step.
+    """
     return sizes.tokens if peer == PKM else (min(sizes.tokens),)
 
 
@@ -63,14 +74,19 @@ def take_steps(sizes: Sizes, name: str, tokens: int) -> None:
 
 def competitors() -> Iterator[tuple[str, str | None]]:
     """(name, what to install for it) of the peers; None where nothing is missing."""
-    for name, module, package in ((PKM, "product_key_memory", "product-key-memory"), (PEER, "PEER_pytorch", "PEER-pytorch")):
+    for name, module, package in (
+        (PKM, "product_key_memory", "product-key-memory"),
+        (PEER, "PEER_pytorch", "PEER-pytorch"),
+    ):
         yield name, None if importlib.util.find_spec(module) else f"pip install {package}"
 
 
 def _ours(sizes: Sizes, kind: type[ProductKeyMemory], heads: int) -> Callable[[Tensor], None]:
     layer = kind(sizes.dim, isqrt(sizes.slots), heads, sizes.reads // heads, _KEY_DIM)
     tables = externalize_tables(layer)
-    optimizer = CombinedOptimizer(Adam(layer.parameters(), fused=True), RowAdam(tables, clip=sizes.clip))
+    optimizer = CombinedOptimizer(
+        Adam(layer.parameters(), fused=True), RowAdam(tables, clip=sizes.clip)
+    )
 
     def step(x: Tensor) -> None:
         take_path(plain=False)
@@ -88,14 +104,30 @@ def _pkm(sizes: Sizes) -> Callable[[Tensor], None]:
     from product_key_memory import PKM as Layer
 
     heads = _HEADS[PKM]
-    return _peers(Layer(sizes.dim, heads=heads, num_keys=isqrt(sizes.slots), topk=sizes.reads // heads, dim_head=_KEY_DIM // 2))
+    return _peers(
+        Layer(
+            sizes.dim,
+            heads=heads,
+            num_keys=isqrt(sizes.slots),
+            topk=sizes.reads // heads,
+            dim_head=_KEY_DIM // 2,
+        )
+    )
 
 
 def _peer(sizes: Sizes) -> Callable[[Tensor], None]:
     from PEER_pytorch import PEER as Layer
 
     heads, slots = _HEADS[PEER], isqrt(sizes.slots) ** 2
-    return _peers(Layer(sizes.dim, heads=heads, num_experts=slots, num_experts_per_head=sizes.reads // heads, dim_key=_KEY_DIM // 2))
+    return _peers(
+        Layer(
+            sizes.dim,
+            heads=heads,
+            num_experts=slots,
+            num_experts_per_head=sizes.reads // heads,
+            dim_key=_KEY_DIM // 2,
+        )
+    )
 
 
 _BUILDERS: dict[str, Callable[[Sizes], Callable[[Tensor], None]]] = {

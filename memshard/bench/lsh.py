@@ -1,11 +1,14 @@
-"""LSH attention against its peers: processor time of a training step and peak memory of small language models on long sequences.
+"""LSH attention against its peers: processor time of a training step and peak memory of small
+language models on long sequences.
 
     python -m memshard.bench.lsh --out docs/results/lsh.json
     python -m memshard.bench.lsh --lengths 16384 65536 --only memshard
 
-Six layers, width 128, two heads, two rounds, chunks of 64, bytes, AdamW, one thread, fp32. Ours (reversible, chunked), reformer-pytorch,
-transformers' Reformer and softmax attention with checkpointing, as far as they are installed. Times are medians of interleaved steps in one
-process; peaks are resident memory above what it was before the model, each in a process of its own. The peers' LSH is not strictly causal.
+Six layers, width 128, two heads, two rounds, chunks of 64, bytes, AdamW, one thread, fp32. Ours
+(reversible, chunked), reformer-pytorch, transformers' Reformer and softmax attention with
+checkpointing, as far as they are installed. Times are medians of interleaved steps in one process;
+peaks are resident memory above what it was before the model, each in a process of its own. The
+peers' LSH is not strictly causal.
 """
 
 import argparse
@@ -49,7 +52,14 @@ def softmax(length: int) -> tuple[nn.Module, Loss]:
 
 def config(mixer: MixerConfig, length: int, **changes: Any) -> ModelConfig:
     """The common sizes."""
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "layers": LAYERS, "dim": DIM, "max_length": length, "mixer": mixer, "position": "axial"}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "layers": LAYERS,
+        "dim": DIM,
+        "max_length": length,
+        "mixer": mixer,
+        "position": "axial",
+    }
     return ModelConfig(**{**sizes, "feedforward": FeedForwardConfig(activation="relu"), **changes})
 
 
@@ -65,10 +75,19 @@ def reformer_pytorch(length: int) -> tuple[nn.Module, Loss]:
     from reformer_pytorch import ReformerLM
 
     model = ReformerLM(
-        num_tokens=VOCABULARY, dim=DIM, depth=LAYERS, max_seq_len=length, heads=HEADS, bucket_size=CHUNK, n_hashes=ROUNDS,
-        ff_chunks=length // PIECE, causal=True,
-    )  # fmt: skip
-    return model, lambda tokens: nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        num_tokens=VOCABULARY,
+        dim=DIM,
+        depth=LAYERS,
+        max_seq_len=length,
+        heads=HEADS,
+        bucket_size=CHUNK,
+        n_hashes=ROUNDS,
+        ff_chunks=length // PIECE,
+        causal=True,
+    )
+    return model, lambda tokens: nn.functional.cross_entropy(
+        model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    )
 
 
 def transformers(length: int) -> tuple[nn.Module, Loss]:
@@ -78,12 +97,24 @@ def transformers(length: int) -> tuple[nn.Module, Loss]:
     buckets = 2 * length // CHUNK
     first = 1 << buckets.bit_length() // 2
     settings = ReformerConfig(
-        attn_layers=["lsh"] * LAYERS, hidden_size=DIM, feed_forward_size=4 * DIM, num_attention_heads=HEADS,
-        attention_head_size=DIM // HEADS, num_hashes=ROUNDS, lsh_attn_chunk_length=CHUNK, num_buckets=[first, buckets // first],
+        attn_layers=["lsh"] * LAYERS,
+        hidden_size=DIM,
+        feed_forward_size=4 * DIM,
+        num_attention_heads=HEADS,
+        attention_head_size=DIM // HEADS,
+        num_hashes=ROUNDS,
+        lsh_attn_chunk_length=CHUNK,
+        num_buckets=[first, buckets // first],
         axial_pos_shape=[length // 128, 128],
-        axial_pos_embds_dim=[DIM // 2, DIM // 2], max_position_embeddings=length, vocab_size=VOCABULARY, is_decoder=True,
-        chunk_size_feed_forward=PIECE, chunk_size_lm_head=PIECE, hidden_dropout_prob=0.0, lsh_attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        axial_pos_embds_dim=[DIM // 2, DIM // 2],
+        max_position_embeddings=length,
+        vocab_size=VOCABULARY,
+        is_decoder=True,
+        chunk_size_feed_forward=PIECE,
+        chunk_size_lm_head=PIECE,
+        hidden_dropout_prob=0.0,
+        lsh_attention_probs_dropout_prob=0.0,
+    )
     model = ReformerModelWithLMHead(settings)
     return model, lambda tokens: model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
 
@@ -117,7 +148,11 @@ def peak(name: str, length: int) -> float:
     """MB of resident memory that two steps need at most, in a new process."""
     command = [sys.executable, __file__, "--peak", name, "--lengths", str(length)]
     # The allocator must give back what is freed, or its hoard counts.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return float(done.stdout.split()[-1])
 
@@ -130,7 +165,9 @@ def resident(field: str) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[16_384])
     parser.add_argument("--runs", type=int, default=3, help="timed steps of each (default 3)")
     parser.add_argument("--only", choices=VARIANTS, nargs="+", help="leave the others out")
@@ -158,16 +195,35 @@ def main() -> None:
                 step()
                 if turn:
                     seconds[name].append(time.process_time() - begun)
-        result[length] = {name: {"seconds": seconds[name], "peak_mb": peak(name, length)} for name in names}
-        print(f"{length:,} tokens: processor seconds a step, ratio to {names[0]} within a round (range), peak MB")
+        result[length] = {
+            name: {"seconds": seconds[name], "peak_mb": peak(name, length)} for name in names
+        }
+        print(
+            f"{length:,} tokens: processor seconds a step, ratio to {names[0]} within a round "
+            "(range), peak MB"
+        )
         for name, found in result[length].items():
-            ratios = spread([other / own for other, own in zip(seconds[name], seconds[names[0]], strict=True)])
-            print(f"  {name:<22}{statistics.median(seconds[name]):8.2f}  {shown(ratios, 1, '.2f')}  {found['peak_mb']:7.0f}", flush=True)
+            ratios = spread(
+                [other / own for other, own in zip(seconds[name], seconds[names[0]], strict=True)]
+            )
+            print(
+                f"  {name:<22}{statistics.median(seconds[name]):8.2f}  {shown(ratios, 1, '.2f')}  "
+                f"{found['peak_mb']:7.0f}",
+                flush=True,
+            )
     if len(args.lengths) > 1:
-        first, last = (statistics.median(result[length][names[0]]["seconds"]) for length in (args.lengths[0], args.lengths[-1]))
-        print(f"{names[0]}: {last / first:.2f} times the time for {args.lengths[-1] / args.lengths[0]:g} times the tokens")
+        first, last = (
+            statistics.median(result[length][names[0]]["seconds"])
+            for length in (args.lengths[0], args.lengths[-1])
+        )
+        print(
+            f"{names[0]}: {last / first:.2f} times the time for "
+            f"{args.lengths[-1] / args.lengths[0]:g} times the tokens"
+        )
     if args.out:
-        args.out.write_text(json.dumps({"torch": torch.__version__, "result": result}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"torch": torch.__version__, "result": result}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What spreading costs: training steps at every (tensor, data) split of some ranks and on each engine, and a block beside DTensor's."""
+"""What spreading costs: training steps at every (tensor, data) split of some ranks and on each
+engine, and a block beside DTensor's.
+"""
 
 import json
 import math
@@ -46,7 +48,9 @@ from memshard.trainer.optim.rows.adam import RowAdam
 
 @dataclass(frozen=True)
 class Size:
-    """What to train. batch: sequences a step, over all ranks. keys: of a memory in the middle layer, 0 for none."""
+    """What to train. batch: sequences a step, over all ranks. keys: of a memory in the middle
+    layer, 0 for none.
+    """
 
     layers: int
     dim: int
@@ -59,7 +63,11 @@ class Size:
     @property
     def model(self) -> ModelConfig:
         """The model of this size."""
-        memory = MemoryConfig(layers=(self.layers // 2,), keys=self.keys, topk=min(32, self.keys)) if self.keys else MemoryConfig()
+        memory = (
+            MemoryConfig(layers=(self.layers // 2,), keys=self.keys, topk=min(32, self.keys))
+            if self.keys
+            else MemoryConfig()
+        )
         return ModelConfig(
             layers=self.layers,
             dim=self.dim,
@@ -71,7 +79,9 @@ class Size:
 
 
 def on_ranks(ranks: int, size: Size, rounds: int) -> dict[str, Any]:
-    """Run `measure` on as many processes of this machine, each with a GPU where there are enough; returns what rank 0 found."""
+    """Run `measure` on as many processes of this machine, each with a GPU where there are enough;
+    returns what rank 0 found.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (ranks, folder, size, rounds), nprocs=ranks)
         found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
@@ -86,8 +96,15 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
     if cuda:
         torch.cuda.set_device(device)
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
-    found = {"device": str(device), "ranks": ranks, "size": asdict(size), **measure(size, rounds, device)}
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks
+    )
+    found = {
+        "device": str(device),
+        "ranks": ranks,
+        "size": asdict(size),
+        **measure(size, rounds, device),
+    }
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()
@@ -98,11 +115,17 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
 
 
 def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of a step at every split and of a block, median and range of interleaved rounds; bytes a rank holds and sends."""
+    """Seconds of a step at every split and of a block, median and range of interleaved rounds;
+    bytes a rank holds and sends.
+    """
     ranks = dist.get_world_size()
-    splits = [tensor for tensor in range(1, ranks + 1) if ranks % tensor == 0 and size.heads % tensor == 0]
+    splits = [
+        tensor for tensor in range(1, ranks + 1) if ranks % tensor == 0 and size.heads % tensor == 0
+    ]
     steps = {tensor: _step(size, tensor, device) for tensor in splits}
-    seconds = interleaved({str(tensor): step for tensor, (step, _) in steps.items()}, rounds, device)
+    seconds = interleaved(
+        {str(tensor): step for tensor, (step, _) in steps.items()}, rounds, device
+    )
     points = []
     for tensor, (_, weights) in steps.items():
         recipe = Recipe(
@@ -113,25 +136,40 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
         )
         cost = estimate(recipe, ranks, size.vocabulary)
         tokens = cost.micro_batch * cost.micro_batches * size.length
-        sent = cost.tensor_traffic * tokens + cost.gradient_traffic + cost.lookup_traffic * tokens / tensor + cost.replica_traffic
+        sent = (
+            cost.tensor_traffic * tokens
+            + cost.gradient_traffic
+            + cost.lookup_traffic * tokens / tensor
+            + cost.replica_traffic
+        )
         took = {"step_s": seconds[str(tensor)], "dense_bytes": weights, "sent_bytes": sent}
         points.append({"tensor": tensor, "data": ranks // tensor, **took})
     found: dict[str, Any] = {"steps": points}
-    engines: dict[str, tuple[str, Literal[0, 1]]] = {"torch": ("torch", 0), "torch, ZeRO-1": ("torch", 1)}
+    engines: dict[str, tuple[str, Literal[0, 1]]] = {
+        "torch": ("torch", 0),
+        "torch, ZeRO-1": ("torch", 1),
+    }
     if find_spec("deepspeed"):
         engines["DeepSpeed, ZeRO-1"] = ("deepspeed", 1)
     forms = {name: _step(size, 1, device, *settings)[0] for name, settings in engines.items()}
     found["engines_s"] = interleaved(forms, rounds, device)
     if size.heads % ranks:
         return found
-    blocks = {"fairscale layers, own mappings": _block(size, device), "DTensor, Colwise and Rowwise": _dtensor_block(size, device)}
+    blocks = {
+        "fairscale layers, own mappings": _block(size, device),
+        "DTensor, Colwise and Rowwise": _dtensor_block(size, device),
+    }
     ours, theirs = (block() for block in blocks.values())
     found["blocks_difference"] = float((ours - theirs).norm() / theirs.norm())
     return found | {"blocks_s": interleaved(blocks, rounds, device)}
 
 
-def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median and range of seconds of each action on the slowest rank, one after the other in every round; a first round does not count."""
+def interleaved(
+    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Median and range of seconds of each action on the slowest rank, one after the other in every
+    round; a first round does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
@@ -146,8 +184,12 @@ def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, device
     return {name: spread(taken[1:]) for name, taken in times.items()}
 
 
-def _step(size: Size, tensor: int, device: torch.device, kind: str = "torch", zero: Literal[0, 1] = 0) -> tuple[Callable[[], object], int]:
-    """A training step on ranks in groups of `tensor`, and the bytes of this rank's dense weights."""
+def _step(
+    size: Size, tensor: int, device: torch.device, kind: str = "torch", zero: Literal[0, 1] = 0
+) -> tuple[Callable[[], object], int]:
+    """A training step on ranks in groups of `tensor`, and the bytes of this rank's dense
+    weights.
+    """
     mesh = build_mesh(device.type, None, tensor)
     with torch.device("meta"):
         model = Transformer(size.model)
@@ -168,11 +210,15 @@ def _step(size: Size, tensor: int, device: torch.device, kind: str = "torch", ze
     rows = RowAdam(tables) if tables else None
     losses = losses_on(mesh)
     share = math.ceil(size.batch * tensor / dist.get_world_size())
-    tokens = torch.randint(size.vocabulary, (share, size.length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.randint(
+        size.vocabulary, (share, size.length + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
     def step() -> None:
         with engine.forward_context(last=True), _half(device):
-            loss = losses(engine.model(tokens[:, :-1])[0], tokens[:, 1:]).sum() / (size.batch * size.length)
+            loss = losses(engine.model(tokens[:, :-1])[0], tokens[:, 1:]).sum() / (
+                size.batch * size.length
+            )
         engine.backward(loss, 1.0)
         engine.step(0, 1, engine.gradient_norm(1.0), 1.0, 1.0)
         if rows is not None:
@@ -187,7 +233,15 @@ def _half(device: torch.device) -> Any:
 
 def _plain_block(size: Size) -> Transformer:
     """One layer of the model; its first block counts."""
-    model = Transformer(ModelConfig(layers=1, dim=size.dim, mixer=MixerConfig(heads=size.heads), vocab_size=64, max_length=size.length))
+    model = Transformer(
+        ModelConfig(
+            layers=1,
+            dim=size.dim,
+            mixer=MixerConfig(heads=size.heads),
+            vocab_size=64,
+            max_length=size.length,
+        )
+    )
     initialize(model, 0)
     return model
 
@@ -213,22 +267,33 @@ def _dtensor_block(size: Size, device: torch.device) -> Callable[[], Tensor]:
     plan: dict[str, Any] = {
         "mixer_residual.norm": SequenceParallel(),
         "feedforward_residual.norm": SequenceParallel(),
-        "mixer": PrepareModuleInput(input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)),
-        "feedforward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "mixer": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+        ),
+        "feedforward": PrepareModuleInput(
+            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+        ),
         **{f"mixer.{name}": ColwiseParallel() for name in ("query", "key", "value")},
         "feedforward.up": ColwiseParallel(),
         "mixer.output": by_inputs,
         "feedforward.down": by_inputs,
     }
-    parallelize_module(model.blocks[0], init_device_mesh(device.type, (ranks,), mesh_dim_names=("tensor",)), plan)
+    parallelize_module(
+        model.blocks[0], init_device_mesh(device.type, (ranks,), mesh_dim_names=("tensor",)), plan
+    )
     return _run(model, size, device)
 
 
 def _run(model: Transformer, size: Size, device: torch.device) -> Callable[[], Tensor]:
-    """Forward and backward of this rank's piece of some sequences; returns the gradient of its input."""
+    """Forward and backward of this rank's piece of some sequences; returns the gradient of its
+    input.
+    """
     group = dist.group.WORLD
     assert group is not None
-    x = own_piece(torch.randn(size.batch, size.length, size.dim, generator=torch.Generator().manual_seed(0)), group).to(device)
+    x = own_piece(
+        torch.randn(size.batch, size.length, size.dim, generator=torch.Generator().manual_seed(0)),
+        group,
+    ).to(device)
     x.requires_grad_()
     ctx = Context.of(torch.empty(size.batch, size.length, dtype=torch.int64, device=device))
 

@@ -1,10 +1,12 @@
-"""How well `memshard plan` knows memory: the estimate of a training step's largest memory beside what a fresh process really grows by.
+"""How well `memshard plan` knows memory: the estimate of a training step's largest memory beside
+what a fresh process really grows by.
 
     OMP_NUM_THREADS=1 python -m memshard.bench.plan_memory
 
-Each recipe is set up and takes three steps on random tokens in a process of its own; on CPU its resident memory is read every 2 ms from the
-moment before the model is built (a small model has trained before, for what torch sets up once), on a GPU torch counts. Writes plan.json
-where --out says. Exit code 1 where an estimate is more than --tolerance off.
+Each recipe is set up and takes three steps on random tokens in a process of its own; on CPU its
+resident memory is read every 2 ms from the moment before the model is built (a small model has
+trained before, for what torch sets up once), on a GPU torch counts. Writes plan.json where --out
+says. Exit code 1 where an estimate is more than --tolerance off.
 """
 
 import argparse
@@ -45,11 +47,15 @@ RECIPES = {
     "memory, full checkpointing, micro-batches": changed_by(
         _BASE, {"model.memory": _MEMORY, "train.checkpointing": "full", "train.micro_batch": 8}
     ),
-    "memory, reversible, 12 layers": changed_by(_BASE, {"model.memory": _MEMORY, "model.residual": "reversible", "model.layers": 12}),
+    "memory, reversible, 12 layers": changed_by(
+        _BASE, {"model.memory": _MEMORY, "model.residual": "reversible", "model.layers": 12}
+    ),
     "memory, fp16 table, swiglu, rms": changed_by(
         _BASE,
         {
-            "model.memory": MemoryConfig(layers=(2,), keys=512, heads=4, topk=16, key_dim=128, query_norm="rms"),
+            "model.memory": MemoryConfig(
+                layers=(2,), keys=512, heads=4, topk=16, key_dim=128, query_norm="rms"
+            ),
             "model.feedforward": FeedForwardConfig(activation="swiglu"),
             "model.norm": "rms",
             "tables.dtype": "fp16",
@@ -61,7 +67,9 @@ RECIPES = {
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=[*DTYPES], default="fp32")
     parser.add_argument("--batch", type=int, default=16)
@@ -79,17 +87,29 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(_measure, (recipe, args.device, args.precision))
         rows[name] = {"estimated": estimated, "measured": measured}
-        print(f"{name:44}{estimated / 1e6:8.1f} MB{measured / 1e6:8.1f} MB{estimated / measured:8.3f}", flush=True)
+        print(
+            f"{name:44}{estimated / 1e6:8.1f} MB{measured / 1e6:8.1f} "
+            f"MB{estimated / measured:8.3f}",
+            flush=True,
+        )
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(abs(row["estimated"] / row["measured"] - 1) > args.tolerance for row in rows.values()))
+    return int(
+        any(abs(row["estimated"] / row["measured"] - 1) > args.tolerance for row in rows.values())
+    )
 
 
 def _measure(recipe: Recipe, device: str, precision: str) -> float:
     """Bytes that setting up and three steps take at most."""
     torch.set_num_threads(1)
-    small = {"train.batch": 1, "train.micro_batch": None, "model.dim": 48, "model.layers": 3, "data.length": 16}
+    small = {
+        "train.batch": 1,
+        "train.micro_batch": None,
+        "model.dim": 48,
+        "model.layers": 3,
+        "data.length": 16,
+    }
     _train(changed_by(recipe, small), device, precision)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -131,9 +151,14 @@ def _train(recipe: Recipe, name: str, precision: str) -> None:
         for first in range(0, recipe.train.batch, size):
             tokens = torch.randint(VOCABULARY, (size, length), device=device)
             numbers = torch.arange(first, first + size, device=device)
-            ctx = Context(torch.arange(length, device=device).expand(size, -1), random=RandomKey(0, step, numbers))
+            ctx = Context(
+                torch.arange(length, device=device).expand(size, -1),
+                random=RandomKey(0, step, numbers),
+            )
             with autocast(dtype, device):
-                loss = token_losses(model(tokens, ctx)[0], tokens).sum() / (recipe.train.batch * length)
+                loss = token_losses(model(tokens, ctx)[0], tokens).sum() / (
+                    recipe.train.batch * length
+                )
             engine.backward(loss, 1.0)
         engine.step(step, 100, engine.gradient_norm(1.0), 1.0, 1.0)
         if rows is not None:

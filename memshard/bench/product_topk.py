@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m memshard.bench.product_topk
 
-Medians of interleaved runs on random scores, and ratios to torch.topk (whose ties have no order) and to the unpruned search.
+Medians of interleaved runs on random scores, and ratios to torch.topk (whose ties have no order)
+and to the unpruned search.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from memshard.models.memory.product_topk import _search_plain, product_topk, ran
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--keys", type=int, default=512)
@@ -29,16 +32,26 @@ def main() -> None:
     first, second = torch.randn(2, args.tokens, args.heads, args.keys)
     k = args.topk
     with torch.no_grad():
-        report("top sub-keys of one half", args.runs, {
-            "torch.topk": lambda: first.topk(k),
-            "ranked_topk": lambda: ranked_topk(first, k),
-            "stable sort": lambda: torch.sort(first, dim=-1, descending=True, stable=True).indices[..., :k],
-        })
-        report("slots of both halves", args.runs, {
-            "all topk^2 pairs": lambda: unpruned(first, second, k),
-            "product_topk, plain": lambda: _search_plain(first, second, k),
-            "product_topk": lambda: product_topk(first, second, k),
-        })
+        report(
+            "top sub-keys of one half",
+            args.runs,
+            {
+                "torch.topk": lambda: first.topk(k),
+                "ranked_topk": lambda: ranked_topk(first, k),
+                "stable sort": lambda: torch.sort(
+                    first, dim=-1, descending=True, stable=True
+                ).indices[..., :k],
+            },
+        )
+        report(
+            "slots of both halves",
+            args.runs,
+            {
+                "all topk^2 pairs": lambda: unpruned(first, second, k),
+                "product_topk, plain": lambda: _search_plain(first, second, k),
+                "product_topk": lambda: product_topk(first, second, k),
+            },
+        )
 
 
 def unpruned(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +76,10 @@ def report(title: str, runs: int, variants: dict[str, Callable[[], object]]) -> 
     print(title)
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
-        print(f"  {name:<20}{median * 1e3:8.1f} ms  ({low * 1e3:.1f} to {high * 1e3:.1f})  {median / base:5.2f}x")
+        print(
+            f"  {name:<20}{median * 1e3:8.1f} ms  ({low * 1e3:.1f} to {high * 1e3:.1f})  "
+            f"{median / base:5.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 
 
 def peak_memory(work: Callable[..., Any], *args: Any) -> int | None:
-    """Largest resident memory, bytes, while `work(*args)` runs, above what the process had before; None where the system does not tell.
+    """Largest resident memory, bytes, while `work(*args)` runs, above what the process had before;
+    None where the system does not tell.
 
     work: a function at the top of a module.
     """
@@ -22,7 +23,9 @@ def peak_memory(work: Callable[..., Any], *args: Any) -> int | None:
     try:
         return reader.recv()
     except EOFError:
-        raise RuntimeError("the process that measures memory died; the machine may be short of it") from None
+        raise RuntimeError(
+            "the process that measures memory died; the machine may be short of it"
+        ) from None
     finally:
         process.join()
 
@@ -39,4 +42,8 @@ def _resident(name: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in status.read_text().splitlines()
+        if line.startswith(f"{name}:")
+    )

@@ -1,4 +1,6 @@
-"""Functions that compute the same, side by side: time of forward and backward, and what autograd keeps."""
+"""Functions that compute the same, side by side: time of forward and backward, and what autograd
+keeps.
+"""
 
 import statistics
 import time
@@ -10,9 +12,12 @@ from torch import Tensor
 Function = Callable[..., Tensor]
 
 
-def measure(functions: dict[str, Function], inputs: Sequence[Tensor], runs: int, parameters: int = 0) -> dict[str, dict[str, float]]:
-    """Of every function the median, lowest and highest milliseconds of processor time, forward and backward, in interleaved runs after one
-    that does not count; the median ratio to the first function, run by run; and what autograd keeps, in megabytes and tensors.
+def measure(
+    functions: dict[str, Function], inputs: Sequence[Tensor], runs: int, parameters: int = 0
+) -> dict[str, dict[str, float]]:
+    """Of every function the median, lowest and highest milliseconds of processor time, forward and
+    backward, in interleaved runs after one that does not count; the median ratio to the first
+    function, run by run; and what autograd keeps, in megabytes and tensors.
 
     parameters: how many of the last inputs are parameters, which are there anyway.
     """
@@ -32,7 +37,9 @@ def measure(functions: dict[str, Function], inputs: Sequence[Tensor], runs: int,
             "ms": statistics.median(times) * 1e3,
             "low_ms": min(times) * 1e3,
             "high_ms": max(times) * 1e3,
-            "ratio": statistics.median(time / ours for time, ours in zip(times, first, strict=True)),
+            "ratio": statistics.median(
+                time / ours for time, ours in zip(times, first, strict=True)
+            ),
             "kept_mb": sum(kept) / 1e6,
             "kept": float(len(kept)),
         }
@@ -44,11 +51,16 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     lines = []
     for name, row in rows.items():
         spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
-        lines.append(f"  {name:<32}{row['ms']:>9.2f} ms ({spread}){row['ratio']:>8.2f}x{row['kept_mb']:>9.1f} MB kept in {row['kept']:.0f}")
+        lines.append(
+            f"  {name:<32}{row['ms']:>9.2f} ms "
+            f"({spread}){row['ratio']:>8.2f}x{row['kept_mb']:>9.1f} MB kept in {row['kept']:.0f}"
+        )
     return "\n".join(lines)
 
 
-def check_equal(functions: dict[str, Function], inputs: Sequence[Tensor], relative: float, absolute: float) -> None:
+def check_equal(
+    functions: dict[str, Function], inputs: Sequence[Tensor], relative: float, absolute: float
+) -> None:
     """AssertionError if the functions do not compute the same."""
     with torch.no_grad():
         first, *others = (function(*inputs) for function in functions.values())
@@ -58,7 +70,9 @@ def check_equal(functions: dict[str, Function], inputs: Sequence[Tensor], relati
 
 def _kept(function: Function, inputs: Sequence[Tensor], parameters: int) -> list[int]:
     """Bytes of each distinct storage that autograd holds for backward, parameters' left out."""
-    left_out = {parameter.untyped_storage().data_ptr() for parameter in inputs[len(inputs) - parameters :]}
+    left_out = {
+        parameter.untyped_storage().data_ptr() for parameter in inputs[len(inputs) - parameters :]
+    }
     blocks: dict[int, int] = {}
 
     def hold(x: Tensor) -> Tensor:

@@ -11,4 +11,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def shown(found: dict[str, float], unit: float, digits: str) -> str:
     """A `spread` as text, in multiples of `unit`. digits: a format, as ",.1f"."""
-    return f"{found['median'] / unit:{digits}} ({found['low'] / unit:{digits}} to {found['high'] / unit:{digits}})"
+    return (
+        f"{found['median'] / unit:{digits}} ({found['low'] / unit:{digits}} to "
+        f"{found['high'] / unit:{digits}})"
+    )

@@ -12,28 +12,52 @@ def show(result: dict[str, Any]) -> None:
     table, sizes = result["table"], result["table"]["sizes"]
     shape = f"{sizes['slots']:,} x {sizes['dim']} {sizes['dtype']}, {sizes['reads']} reads a token"
     print(f"{shape}, {result['threads']} threads, torch {result['torch']}")
-    print(f"{table['kernels']}; THP_MEM_ALLOC_ENABLE={int(result['thp'])}; clip {sizes['clip']:g}; {sizes['rounds']} rounds")
+    print(
+        f"{table['kernels']}; THP_MEM_ALLOC_ENABLE={int(result['thp'])}; clip {sizes['clip']:g}; "
+        f"{sizes['rounds']} rounds"
+    )
     print(f"stream read {table['read_bandwidth'] / 1e9:.1f} GB/s")
     for tokens, lines in table["tokens"].items():
         print(f"\n{tokens:,} tokens a step, {tokens * sizes['reads']:,} reads\n")
-        print("| | forward, ms | backward | update | step | processor time | ours is faster by | by processor time | GB/s | memory, GB |")
+        print(
+            "| | forward, ms | backward | update | step | processor time | ours is faster by | by "
+            "processor time | GB/s | memory, GB |"
+        )
         print("|---" * 10 + "|")
         for name, line in lines.items():
             shown = " | ".join(f"{line[part] * 1e3:.1f}" for part in (*PARTS, "cpu"))
             ratio = f"{_ratio(line)} | {line['cpu_ratio']:.1f}x"
-            print(f"| {name} | {shown} | {ratio} | {line['bytes_per_s'] / 1e9:.1f} | {_gigabytes(table['peak_memory'][name])} |")
+            print(
+                f"| {name} | {shown} | {ratio} | {line['bytes_per_s'] / 1e9:.1f} | "
+                f"{_gigabytes(table['peak_memory'][name])} |"
+            )
         own = lines[OURS]
         over = table["read_bandwidth"] / own["forward_bytes_per_s"]
         print(f"\nforward: {over:.2f} x (bytes of all reads) / (stream read bandwidth)")
-        print(f"distinct rows a step: {own['rows']:,.0f}; ours takes {own['total'] / own['rows'] * 1e6:.2f} us for each")
-    print("\nGB/s: the bytes that a step cannot avoid (reads twice, distinct rows and two moments in and out) over its time.")
-    print("Memory: the peak of a process that takes steps of the largest size, above what Python and torch have.")
+        print(
+            f"distinct rows a step: {own['rows']:,.0f}; ours takes "
+            f"{own['total'] / own['rows'] * 1e6:.2f} us for each"
+        )
+    print(
+        "\nGB/s: the bytes that a step cannot avoid (reads twice, distinct rows and two moments "
+        "in and out) over its time."
+    )
+    print(
+        "Memory: the peak of a process that takes steps of the largest size, above what Python "
+        "and torch have."
+    )
     if FBGEMM in table["peak_memory"]:
-        print("FBGEMM has no Adam on CPU: row-wise Adagrad keeps one number a row, and updates in its backward pass.")
+        print(
+            "FBGEMM has no Adam on CPU: row-wise Adagrad keeps one number a row, and updates in "
+            "its backward pass."
+        )
     for name, found in result["layers"].items():
         for tokens, line in found["tokens"].items():
             (ours, own), (_, other) = line["seconds"].items()
-            print(f"\nwhole layer, {tokens:,} tokens: {ours} {own * 1e3:.1f} ms, {name} {other * 1e3:.1f} ms: {_ratio(line)}")
+            print(
+                f"\nwhole layer, {tokens:,} tokens: {ours} {own * 1e3:.1f} ms, {name} "
+                f"{other * 1e3:.1f} ms: {_ratio(line)}"
+            )
         (_, own_peak), (_, other_peak) = found["peak_memory"].items()
         print(f"peak memory: {_gigabytes(own_peak)} against {_gigabytes(other_peak)} GB")
     for name, command in result["missing"].items():

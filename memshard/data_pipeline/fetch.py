@@ -1,4 +1,6 @@
-"""Files from elsewhere: http(s), and s3 or anything else through a command; with retries, and going on where a transfer broke off."""
+"""Files from elsewhere: http(s), and s3 or anything else through a command; with retries, and going
+on where a transfer broke off.
+"""
 
 import http.client
 import os
@@ -37,13 +39,17 @@ def fetch(url: str, folder: Path) -> Path:
 
 
 def read_range(url: str, begin: int, end: int) -> bytes:
-    """Bytes begin to end - 1 of an http(s) URL. OSError after RETRIES tries, or when the server sends something else."""
+    """Bytes begin to end - 1 of an http(s) URL. OSError after RETRIES tries, or when the server
+    sends something else.
+    """
 
     def read() -> bytes:
         request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-{end - 1}"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             if response.status != 206:
-                raise OSError(f"the server does not answer range requests (status {response.status})")
+                raise OSError(
+                    f"the server does not answer range requests (status {response.status})"
+                )
             content: bytes = response.read(end - begin)
         if len(content) != end - begin:
             raise OSError(f"{len(content)} bytes came instead of {end - begin}")
@@ -53,15 +59,26 @@ def read_range(url: str, begin: int, end: int) -> bytes:
 
 
 def retry(url: str, action: Callable[[], Result]) -> Result:
-    """The result of `action`, tried again after failures with doubling waits, but not where the server says it has no such thing."""
+    """The result of `action`, tried again after failures with doubling waits, but not where the
+    server says it has no such thing.
+    """
     for attempt in range(RETRIES):
         try:
             return action()
         except (OSError, http.client.HTTPException) as error:
-            gone = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410)
+            gone = isinstance(error, urllib.error.HTTPError) and error.code in (
+                400,
+                401,
+                403,
+                404,
+                410,
+            )
             if gone or attempt == RETRIES - 1:
                 times = "once" if attempt == 0 else f"{attempt + 1} times"
-                raise OSError(f"{url} could not be read, tried {times}: {error}; check the address and the network") from error
+                raise OSError(
+                    f"{url} could not be read, tried {times}: {error}; check the address and the "
+                    "network"
+                ) from error
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError
 
@@ -88,9 +105,16 @@ def _command(url: str) -> str:
 
 
 def _run(command: str, target: Path) -> None:
-    """Write the standard output of a shell command; an exit code other than 0 is a failure even if all seems to have come."""
+    """Write the standard output of a shell command; an exit code other than 0 is a failure even if
+    all seems to have come.
+    """
     with target.open("wb") as stream:
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], stdout=stream, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], stdout=stream, stderr=subprocess.PIPE
+        )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OSError(f"`{command}` ended with code {done.returncode}: {lines[-1] if lines else 'it said nothing'}")
+        raise OSError(
+            f"`{command}` ended with code {done.returncode}: "
+            f"{lines[-1] if lines else 'it said nothing'}"
+        )

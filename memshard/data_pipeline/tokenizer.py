@@ -1,4 +1,6 @@
-"""Lossless sentencepiece tokenizer: any string decodes back to itself, whitespace and control characters included."""
+"""Lossless sentencepiece tokenizer: any string decodes back to itself, whitespace and control
+characters included.
+"""
 
 import hashlib
 import io
@@ -17,7 +19,8 @@ from memshard.data_pipeline.format.remote import local_copy
 TokenizerModel = Literal["bpe", "unigram"]
 TOKENIZER_FILE = "tokenizer.model"
 
-# sentencepiece writes a space as U+2581 inside pieces, so a real U+2581 has to go through its bytes.
+# sentencepiece writes a space as U+2581 inside pieces, so a real U+2581 has to go through its
+# bytes.
 SPACE_MARK = "\u2581"
 MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above 4192 bytes
 
@@ -30,10 +33,12 @@ def training_lines(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, model: TokenizerModel = "bpe") -> bytes:
-    """Train a vocabulary of exactly `vocab_size` pieces on `training_lines` and return the serialised model.
+    """Train a vocabulary of exactly `vocab_size` pieces on `training_lines` and return the
+    serialised model.
 
-    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, runs of spaces included. The result depends
-    on the lines alone, not on the machine's cores. Raises ValueError when the text cannot fill the vocabulary.
+    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, runs of spaces included.
+    The result depends on the lines alone, not on the machine's cores. Raises ValueError when the
+    text cannot fill the vocabulary.
     """
     proto = io.BytesIO()
     try:
@@ -63,9 +68,15 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, model: TokenizerModel
 
 def _explain(message: str, vocab_size: int) -> str:
     if largest := re.search(r"too high .*<= (\d+)", message):
-        return f"--vocab {vocab_size} is more than this text supports: set --vocab to at most {largest[1]}, or give more text"
+        return (
+            f"--vocab {vocab_size} is more than this text supports: set --vocab to at most "
+            f"{largest[1]}, or give more text"
+        )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"--vocab {vocab_size} cannot hold the characters of this text: set --vocab to at least {smallest[1]}"
+        return (
+            f"--vocab {vocab_size} cannot hold the characters of this text: set --vocab to at "
+            f"least {smallest[1]}"
+        )
     return f"the tokenizer could not be trained with --vocab {vocab_size}: {message}"
 
 
@@ -73,27 +84,39 @@ class Tokenizer:
     """A trained tokenizer, read from a model file or from the data folder that holds one."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = local_copy(path, TOKENIZER_FILE) if is_url(str(path)) or Path(path).is_dir() else Path(path)
+        file = (
+            local_copy(path, TOKENIZER_FILE)
+            if is_url(str(path)) or Path(path).is_dir()
+            else Path(path)
+        )
         try:
             proto = file.read_bytes()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{file}: no such tokenizer; `memshard data build` writes one") from None
+            raise FileNotFoundError(
+                f"{file}: no such tokenizer; `memshard data build` writes one"
+            ) from None
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
-            raise ValueError(f"{file} is not a sentencepiece model: build the data set again") from error
+            raise ValueError(
+                f"{file} is not a sentencepiece model: build the data set again"
+            ) from error
         self.proto = proto
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
-        self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._space_mark = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()
+        ]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without <eos>."""
         return self.encode_batch([text], threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = -1) -> list[list[int]]:
-        """Token ids of every text. `threads` of -1 uses all cores; the result does not depend on it."""
+        """Token ids of every text. `threads` of -1 uses all cores; the result does not depend on
+        it.
+        """
         parts = [text.split(SPACE_MARK) for text in texts]
         encoded = iter(self._encode_parts(list(chain.from_iterable(parts)), threads))
         ids = []
@@ -108,7 +131,10 @@ class Tokenizer:
         try:
             return self._processor.encode(parts, out_type=int, num_threads=threads)
         except (RuntimeError, TypeError) as error:
-            raise ValueError("the text is not a string, or holds half a surrogate pair, which UTF-8 cannot write: remove it") from error
+            raise ValueError(
+                "the text is not a string, or holds half a surrogate pair, which UTF-8 cannot "
+                "write: remove it"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; <eos> is dropped and an incomplete UTF-8 sequence becomes U+FFFD."""

@@ -1,4 +1,6 @@
-"""What is wrong with an installation, or with a run: each finding is a line, and whether it is bad."""
+"""What is wrong with an installation, or with a run: each finding is a line, and whether it is
+bad.
+"""
 
 import importlib.metadata
 import json
@@ -37,31 +39,45 @@ class Finding:
 def check_installation() -> Iterator[Finding]:
     """Versions, devices, kernels, host name, launchers, locks."""
     yield Finding(f"torch {torch.__version__}, memshard {memshard.__version__}")
-    for package, use in (("deepspeed", "train.engine deepspeed, launch deepspeed"), ("fairscale", "parallel.tensor above 1")):
+    for package, use in (
+        ("deepspeed", "train.engine deepspeed, launch deepspeed"),
+        ("fairscale", "parallel.tensor above 1"),
+    ):
         try:
             yield Finding(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             yield Finding(f"no {package}: needed for {use} only")
     yield from _devices()
     yield from _name()
-    programs = [name for name in ("sbatch", "srun", "torchrun", "deepspeed", "pdsh", "mpirun") if shutil.which(name)]
+    programs = [
+        name
+        for name in ("sbatch", "srun", "torchrun", "deepspeed", "pdsh", "mpirun")
+        if shutil.which(name)
+    ]
     yield Finding(f"launchers here: {', '.join(programs) or 'none'}")
     yield from stale_locks()
 
 
 def stale_locks() -> Iterator[Finding]:
-    """Locks that a killed compilation of torch's extensions (DeepSpeed's) has left: every later one waits for them, without end."""
+    """Locks that a killed compilation of torch's extensions (DeepSpeed's) has left: every later one
+    waits for them, without end.
+    """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     for lock in sorted(root.glob("**/lock")):
         age = time.time() - lock.stat().st_mtime
         if age > _STALE_LOCK:
-            yield Finding(f"{lock} is {age / 60:.0f} minutes old: if nothing is compiling, delete it", bad=True)
+            yield Finding(
+                f"{lock} is {age / 60:.0f} minutes old: if nothing is compiling, delete it",
+                bad=True,
+            )
 
 
 def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
-    """Who is late, what the last collectives were, which locks are stale, which checkpoints good, whether data hold the run up.
+    """Who is late, what the last collectives were, which locks are stale, which checkpoints good,
+    whether data hold the run up.
 
-    deep: read all tensors of all checkpoints against their hashes, which takes the time of loading them. ValueError for no run.
+    deep: read all tensors of all checkpoints against their hashes, which takes the time of loading
+    them. ValueError for no run.
     """
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
@@ -70,11 +86,18 @@ def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
     yield from stale_locks()
     yield from _checkpoints(folder / "checkpoints", deep)
     lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
-    waits = [line["speed/data_wait"] for line in lines if line.get("speed/data_wait") is not None][-10:]
+    waits = [line["speed/data_wait"] for line in lines if line.get("speed/data_wait") is not None][
+        -10:
+    ]
     if waits:
         share = sum(waits) / len(waits)
-        advice = ": raise data.workers, or put the data on a faster disk" if share > _STALLED else ""
-        yield Finding(f"{share:.0%} of the last steps' time went into reading data{advice}", bad=share > _STALLED)
+        advice = (
+            ": raise data.workers, or put the data on a faster disk" if share > _STALLED else ""
+        )
+        yield Finding(
+            f"{share:.0%} of the last steps' time went into reading data{advice}",
+            bad=share > _STALLED,
+        )
 
 
 def _devices() -> Iterator[Finding]:
@@ -88,7 +111,11 @@ def _devices() -> Iterator[Finding]:
         major, minor = torch.cuda.get_device_capability(number)
         problem = lacks_kernels((major, minor), built)
         advice = f": {problem}" if problem else ""
-        yield Finding(f"GPU {number}: {torch.cuda.get_device_name(number)}, capability {major}.{minor}{advice}", bad=problem is not None)
+        yield Finding(
+            f"GPU {number}: {torch.cuda.get_device_name(number)}, capability "
+            f"{major}.{minor}{advice}",
+            bad=problem is not None,
+        )
 
 
 def _name() -> Iterator[Finding]:
@@ -98,7 +125,11 @@ def _name() -> Iterator[Finding]:
     except OSError:
         yield Finding(f"this host's name, {name}, has no address: add it to /etc/hosts", bad=True)
         return
-    note = "; for several hosts set GLOO_SOCKET_IFNAME where memshard finds no interface by itself" if address.startswith("127.") else ""
+    note = (
+        "; for several hosts set GLOO_SOCKET_IFNAME where memshard finds no interface by itself"
+        if address.startswith("127.")
+        else ""
+    )
     yield Finding(f"this host, {name}, is {address}{note}")
 
 
@@ -112,14 +143,19 @@ def _ranks(folder: Path) -> Iterator[Finding]:
     alive = [beat for beat in beats if beat.ended is None and not silent(beat, now)]
     ended = sorted({beat.ended for beat in beats if beat.ended is not None})
     others = f"; others: {', '.join(ended)}" if ended else ""
-    yield Finding(f"{len(alive)} of {beats[0].ranks} ranks live{others}; rank {beats[0].rank} has finished step {beats[0].step}")
+    yield Finding(
+        f"{len(alive)} of {beats[0].ranks} ranks live{others}; rank {beats[0].rank} has finished "
+        f"step {beats[0].step}"
+    )
     if alive:
         longest = max(now - beat.since for beat in alive)
         yield Finding(f"the longest that a rank has been where it is: {longest:.0f} s")
 
 
 def _collectives(folder: Path) -> Iterator[Finding]:
-    """Who has joined fewer collectives than the others, by what each rank wrote down when it lost the others."""
+    """Who has joined fewer collectives than the others, by what each rank wrote down when it lost
+    the others.
+    """
     last: dict[str, dict[int, dict[str, object]]] = {}
     for path in (folder / FLIGHT).glob("rank*.json"):
         try:
@@ -134,8 +170,10 @@ def _collectives(folder: Path) -> Iterator[Finding]:
             behind = min(numbers, key=lambda rank: numbers[rank])
             ahead = by_rank[max(numbers, key=lambda rank: numbers[rank])]
             yield Finding(
-                f"when they lost each other, rank {behind} was at collective {numbers[behind]} of group {group}, "
-                f"others at {ahead['collective_seq_id']} ({ahead['profiling_name']}, sizes {ahead['input_sizes']})"
+                f"when they lost each other, rank {behind} was at collective {numbers[behind]} of "
+                f"group {group}, "
+                f"others at {ahead['collective_seq_id']} ({ahead['profiling_name']}, sizes "
+                f"{ahead['input_sizes']})"
             )
 
 
@@ -148,12 +186,23 @@ def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
             if deep:
                 verify(path, index)
         except ValueError as error:
-            damage = error if isinstance(error, DamagedCheckpoint) else DamagedCheckpoint(path, str(error))
+            damage = (
+                error
+                if isinstance(error, DamagedCheckpoint)
+                else DamagedCheckpoint(path, str(error))
+            )
             yield Finding(str(damage), bad=True)
         else:
-            yield Finding(f"{path} is {'good' if deep else 'complete, with files as long as they should be (--deep reads them)'}")
+            yield Finding(
+                f"{path} is "
+                + ("good" if deep else "complete, with files as long as they should be")
+                + ("" if deep else " (--deep reads them)")
+            )
     for path in sorted(root.glob("step-*")):
         if not (path / COMMIT).exists():
-            yield Finding(f"{path} is not complete: a save goes on, or was interrupted; the next one removes it")
+            yield Finding(
+                f"{path} is not complete: a save goes on, or was interrupted; the next one "
+                "removes it"
+            )
     if not found:
         yield Finding(f"no checkpoint in {root} yet")

@@ -23,8 +23,8 @@ _SIOCGIFADDR = 0x8915
 def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
     """Join the process group that a launcher has prepared, if any (see `read_ranks`).
 
-    timeout: seconds that collectives wait for a rank. Yields this rank's device (a GPU where there is one, else the CPU) and what the
-    launcher said. ValueError if it did not say enough.
+    timeout: seconds that collectives wait for a rank. Yields this rank's device (a GPU where there
+    is one, else the CPU) and what the launcher said. ValueError if it did not say enough.
     """
     ranks = read_ranks(os.environ)
     device = _device(ranks)
@@ -36,8 +36,13 @@ def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
                 dist.destroy_process_group()
         return
     _publish(ranks)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, for `memshard doctor`
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    os.environ.setdefault(
+        "TORCH_FR_BUFFER_SIZE", "2000"
+    )  # the last collectives, for `memshard doctor`
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout),
+    )
     try:
         yield device, ranks
     except Exception:
@@ -53,7 +58,10 @@ def _device(ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if visible > 1 and ranks.local_rank >= visible:
-        raise ValueError(f"process {ranks.local_rank} of this host finds {visible} GPUs: start {visible} ranks a host")
+        raise ValueError(
+            f"process {ranks.local_rank} of this host finds {visible} GPUs: start {visible} ranks "
+            "a host"
+        )
     # With one GPU bound to each task, it is number 0 for all of them.
     device = torch.device("cuda", ranks.local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)
@@ -67,10 +75,14 @@ def _publish(ranks: Ranks) -> None:
     """Set the variables that torch, DeepSpeed and fairscale read."""
     if ranks.address is None or ranks.port is None:
         raise ValueError(
-            f"{ranks.launcher} started {ranks.ranks} ranks and does not say where rank 0 listens: set MASTER_ADDR to its host and "
-            "MASTER_PORT to a free port on all ranks (mpirun: -x MASTER_ADDR=HOST -x MASTER_PORT=29500)"
+            f"{ranks.launcher} started {ranks.ranks} ranks and does not say where rank 0 listens: "
+            "set MASTER_ADDR to its host and "
+            "MASTER_PORT to a free port on all ranks (mpirun: -x MASTER_ADDR=HOST -x "
+            "MASTER_PORT=29500)"
         )
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.ranks), LOCAL_RANK=str(ranks.local_rank))
+    os.environ.update(
+        RANK=str(ranks.rank), WORLD_SIZE=str(ranks.ranks), LOCAL_RANK=str(ranks.local_rank)
+    )
     os.environ.update(MASTER_ADDR=ranks.address, MASTER_PORT=str(ranks.port))
     interface = reachable_interface(ranks.address)
     if interface is not None:
@@ -78,11 +90,14 @@ def _publish(ranks: Ranks) -> None:
 
 
 def reachable_interface(address: str) -> str | None:
-    """The network interface to reach other hosts by, where gloo would not find it: it takes the address of the host's own name, which
-    Debian's /etc/hosts sets to 127.0.1.1. None if there is nothing to mend, or no telling.
+    """The network interface to reach other hosts by, where gloo would not find it: it takes the
+    address of the host's own name, which Debian's /etc/hosts sets to 127.0.1.1. None if there is
+    nothing to mend, or no telling.
     """
     try:
-        if not _loopback(socket.gethostbyname(socket.gethostname())) or socket.gethostbyname(address).startswith("127.0.0."):
+        if not _loopback(socket.gethostbyname(socket.gethostname())) or socket.gethostbyname(
+            address
+        ).startswith("127.0.0."):
             return None
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing
@@ -99,7 +114,9 @@ def reachable_interface(address: str) -> str | None:
 
 def _address_of(interface: str, probe: socket.socket) -> str | None:
     try:
-        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        answer = fcntl.ioctl(
+            probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15])
+        )
     except OSError:  # it has no IPv4 address
         return None
     return socket.inet_ntoa(answer[20:24])
@@ -110,7 +127,9 @@ def _loopback(ip: str) -> bool:
 
 
 def _leave_at_once() -> None:
-    """Leaving in order waits for the ranks that are lost, for seconds, and may end in an abort of gloo's threads (exit code -6)."""
+    """Leaving in order waits for the ranks that are lost, for seconds, and may end in an abort of
+    gloo's threads (exit code -6).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

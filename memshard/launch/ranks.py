@@ -1,4 +1,6 @@
-"""Which process of how many this is, as the launcher's environment variables say. Imports nothing heavy."""
+"""Which process of how many this is, as the launcher's environment variables say. Imports nothing
+heavy.
+"""
 
 import re
 import zlib
@@ -11,7 +13,9 @@ PORTS = 10_000
 
 @dataclass(frozen=True)
 class Ranks:
-    """launcher: who set the variables, in words. local_rank: of those on this host. address, port: where rank 0 listens, if known."""
+    """launcher: who set the variables, in words. local_rank: of those on this host. address, port:
+    where rank 0 listens, if known.
+    """
 
     launcher: str
     rank: int = 0
@@ -22,15 +26,32 @@ class Ranks:
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """The first that applies of torchrun, DeepSpeed's launcher, plain RANK and WORLD_SIZE, a SLURM step, OpenMPI, and nothing.
+    """The first that applies of torchrun, DeepSpeed's launcher, plain RANK and WORLD_SIZE, a SLURM
+    step, OpenMPI, and nothing.
 
-    torchrun and DeepSpeed come first because they run inside SLURM steps, too. A batch script or an interactive shell of SLURM is not
-    a step: what runs there is alone.
+    torchrun and DeepSpeed come first because they run inside SLURM steps, too. A batch script or an
+    interactive shell of SLURM is not a step: what runs there is alone.
     """
-    address, port = env.get("MASTER_ADDR"), int(env["MASTER_PORT"]) if env.get("MASTER_PORT") else None
+    address, port = (
+        env.get("MASTER_ADDR"),
+        int(env["MASTER_PORT"]) if env.get("MASTER_PORT") else None,
+    )
     if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "DeepSpeed" if "CROSS_RANK" in env else "RANK and WORLD_SIZE"
-        return Ranks(launcher, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), address, port)
+        launcher = (
+            "torchrun"
+            if "TORCHELASTIC_RUN_ID" in env
+            else "DeepSpeed"
+            if "CROSS_RANK" in env
+            else "RANK and WORLD_SIZE"
+        )
+        return Ranks(
+            launcher,
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", 0)),
+            address,
+            port,
+        )
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         return Ranks(
             "SLURM",
@@ -41,11 +62,18 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
             port or job_port(int(env.get("SLURM_JOB_ID", 0))),
         )
     if "OMPI_COMM_WORLD_RANK" in env:
-        ranks, here = int(env["OMPI_COMM_WORLD_SIZE"]), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+        ranks, here = (
+            int(env["OMPI_COMM_WORLD_SIZE"]),
+            int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)),
+        )
         alone = "127.0.0.1" if ranks == here else None
         local_rank = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
-        port = port or job_port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode()))  # its name of the job
-        return Ranks("OpenMPI", int(env["OMPI_COMM_WORLD_RANK"]), ranks, local_rank, address or alone, port)
+        port = port or job_port(
+            zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())
+        )  # its name of the job
+        return Ranks(
+            "OpenMPI", int(env["OMPI_COMM_WORLD_RANK"]), ranks, local_rank, address or alone, port
+        )
     return Ranks("no launcher")
 
 

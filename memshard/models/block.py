@@ -1,4 +1,6 @@
-"""The three-slot block: a mixer, a feedforward (or memory, or both), and the residual that joins them."""
+"""The three-slot block: a mixer, a feedforward (or memory, or both), and the residual that joins
+them.
+"""
 
 from torch import Tensor, nn
 
@@ -37,11 +39,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ctx: Context, state: MixerState | None = None, replay: Replay | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """x: [batch, length, dim]; returns the same shape and the mixer's advanced state. replay: of a pass that backward repeats."""
+        """x: [batch, length, dim]; returns the same shape and the mixer's advanced state. replay:
+        of a pass that backward repeats.
+        """
         x, state = self.mixed(x, ctx, state)
         return self.fed(x, ctx, replay), state
 
-    def mixed(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+    def mixed(
+        self, x: Tensor, ctx: Context, state: MixerState | None = None
+    ) -> tuple[Tensor, MixerState | None]:
         """The first half: x after the mixer, and its advanced state."""
         change, state = self.mix(x, ctx, state)
         return self.mixer_residual.join(x, change), state
@@ -52,11 +58,18 @@ class Block(nn.Module):
             return x
         return self.feedforward_residual.join(x, self.feed(x, ctx, replay))
 
-    def mix(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+    def mix(
+        self, x: Tensor, ctx: Context, state: MixerState | None = None
+    ) -> tuple[Tensor, MixerState | None]:
         """What the mixer adds to x, norm and dropout included, and the advanced state."""
         mixer = self.mixer
         # Ranks that gather a sequence send normalised tokens.
-        if isinstance(mixer, LSHMixer) and mixer.heads_at_once and state is None and ctx.part is None:
+        if (
+            isinstance(mixer, LSHMixer)
+            and mixer.heads_at_once
+            and state is None
+            and ctx.part is None
+        ):
             y, state = mixer(x, ctx, None, self.mixer_residual.first)
         else:
             y, state = mixer(self.mixer_residual.before(x), ctx, state)

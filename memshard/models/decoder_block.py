@@ -1,4 +1,6 @@
-"""The block of a decoder that reads an encoder's output between its mixer and its feedforward (Vaswani et al. 2017, section 3.1)."""
+"""The block of a decoder that reads an encoder's output between its mixer and its feedforward
+(Vaswani et al. 2017, section 3.1).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,19 +36,27 @@ class DecoderBlock(Block):
         super().__init__(*block)
         self.cross, self.cross_residual = cross, cross_residual
 
-    def mixed(self, x: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+    def mixed(
+        self, x: Tensor, ctx: Context, state: MixerState | None = None
+    ) -> tuple[Tensor, MixerState | None]:
         """x after mixer and cross attention, and their advanced states."""
         assert state is None or isinstance(state, DecoderState)
         x, own = super().mixed(x, ctx, None if state is None else state.own)
-        y, source = self.cross(self.cross_residual.before(x), ctx, None if state is None else state.source)
+        y, source = self.cross(
+            self.cross_residual.before(x), ctx, None if state is None else state.source
+        )
         x = self.cross_residual.join(x, self._dropout(y, ctx, _CROSS_BRANCH))
         return x, None if own is None or source is None else DecoderState(own, source)
 
     def init_state(self, batch: int, capacity: int) -> DecoderState:
         """As a mixer's."""
-        return DecoderState(self.mixer.init_state(batch, capacity), self.cross.init_state(batch, capacity))
+        return DecoderState(
+            self.mixer.init_state(batch, capacity), self.cross.init_state(batch, capacity)
+        )
 
     def reorder(self, state: MixerState, rows: Tensor) -> DecoderState:
         """As a mixer's."""
         assert isinstance(state, DecoderState)
-        return DecoderState(self.mixer.reorder(state.own, rows), self.cross.reorder(state.source, rows))
+        return DecoderState(
+            self.mixer.reorder(state.own, rows), self.cross.reorder(state.source, rows)
+        )

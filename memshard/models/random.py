@@ -1,7 +1,8 @@
-"""Counter-based randomness: every draw is a pure function of its key, so layouts, recomputation and resume agree.
+"""Counter-based randomness: every draw is a pure function of its key, so layouts, recomputation and
+resume agree.
 
-A draw never depends on what was drawn before it or on which rank draws it, and only integer arithmetic and one table
-look-up stand between key and value, so CPU and GPU agree bit for bit.
+A draw never depends on what was drawn before it or on which rank draws it, and only integer
+arithmetic and one table look-up stand between key and value, so CPU and GPU agree bit for bit.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ class RandomKey:
 
 
 def fold(*numbers: int) -> int:
-    """Mix numbers into one 64-bit key (splitmix64 steps); the result is signed, as torch stores it."""
+    """Mix numbers into one 64-bit key (splitmix64 steps); the result is signed, as torch stores
+    it.
+    """
     key = 0
     for number in numbers:
         key = (key ^ (number & _MASK_64)) + 0x9E3779B97F4A7C15 & _MASK_64
@@ -38,7 +41,9 @@ def fold(*numbers: int) -> int:
 
 
 def fold_tensor(key: int, numbers: Tensor) -> Tensor:
-    """`fold` of a key with each of many numbers. numbers: int64 of any shape; returns int64 of that shape."""
+    """`fold` of a key with each of many numbers. numbers: int64 of any shape; returns int64 of that
+    shape.
+    """
     mixed = (numbers ^ key) + (0x9E3779B97F4A7C15 - (1 << 64))
     mixed = (mixed ^ _shift(mixed, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     mixed = (mixed ^ _shift(mixed, 27)) * (0x94D049BB133111EB - (1 << 64))
@@ -51,14 +56,18 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
-    """32 random bits for every (key, counter). keys: int64, counters: int32, broadcast; returns int32."""
+    """32 random bits for every (key, counter). keys: int64, counters: int32, broadcast; returns
+    int32.
+    """
     bits = _mix_(counters ^ keys.to(torch.int32))
     bits ^= (keys >> 32).to(torch.int32)
     return _mix_(bits)
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers with low bias (Wellons 2018), in place (twice as fast); int32 arithmetic wraps around."""
+    """A bijection of 32-bit integers with low bias (Wellons 2018), in place (twice as fast); int32
+    arithmetic wraps around.
+    """
     shifted = x >> 16
     x ^= shifted.bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
@@ -68,11 +77,14 @@ def _mix_(x: Tensor) -> Tensor:
     return x
 
 
-def dropout(x: Tensor, rate: float, key: RandomKey, positions: Tensor, layer: int, branch: int) -> Tensor:
+def dropout(
+    x: Tensor, rate: float, key: RandomKey, positions: Tensor, layer: int, branch: int
+) -> Tensor:
     """Zero elements with probability `rate` and scale the others by 1 / (1 - rate).
 
-    x: [batch, length, dim]; positions: [batch, length] int64, of each token in its sample; layer, branch: where in the
-    model. The same token of the same sample meets the same mask in every layout.
+    x: [batch, length, dim]; positions: [batch, length] int64, of each token in its sample; layer,
+    branch: where in the model. The same token of the same sample meets the same mask in every
+    layout.
     """
     keys = fold_tensor(fold(key.seed, key.step, layer, branch), key.samples.to(x.device))
     channels = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
@@ -81,10 +93,14 @@ def dropout(x: Tensor, rate: float, key: RandomKey, positions: Tensor, layer: in
     return torch.where(keep, x / (1 - rate), 0)
 
 
-def normal_rows(seed: int, first: int, count: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal values of rows first .. first + count - 1 of an endless matrix; [count, dim] fp32.
+def normal_rows(
+    seed: int, first: int, count: int, dim: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal values of rows first .. first + count - 1 of an endless matrix; [count, dim]
+    fp32.
 
-    A row depends on (seed, row number) alone. Values are quantiles of a 16-bit grid: exact on every device, at most 4.3.
+    A row depends on (seed, row number) alone. Values are quantiles of a 16-bit grid: exact on every
+    device, at most 4.3.
     """
     return normal_at(seed, torch.arange(first, first + count, device=device), dim)
 

@@ -16,11 +16,15 @@ from memshard.models.transformer import Transformer
 
 
 class EncoderDecoder(Transformer):
-    """The first `config.encoder_layers` blocks are the encoder, the others the decoder; both share the embeddings."""
+    """The first `config.encoder_layers` blocks are the encoder, the others the decoder; both share
+    the embeddings.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.encoder_norm = nn.Identity() if config.residual == "post" else build_norm(config.norm, config.dim)
+        self.encoder_norm = (
+            nn.Identity() if config.residual == "post" else build_norm(config.norm, config.dim)
+        )
 
     def forward(
         self,
@@ -30,7 +34,8 @@ class EncoderDecoder(Transformer):
         targets: Tensor | None = None,
         source: tuple[Tensor, Context] | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """As `Transformer.forward` of a decoder that reads `source`: tokens, [batch, source length] int64, and their context.
+        """As `Transformer.forward` of a decoder that reads `source`: tokens, [batch, source length]
+        int64, and their context.
 
         states: of the decoder's blocks; their first call takes the source, later ones need none.
         """
@@ -62,5 +67,7 @@ class EncoderDecoder(Transformer):
 
 
 def build_model(config: ModelConfig) -> Transformer:
-    """The model that the settings ask for. `vocab_size` must be set, and `max_length` for learned positions."""
+    """The model that the settings ask for. `vocab_size` must be set, and `max_length` for learned
+    positions.
+    """
     return EncoderDecoder(config) if config.translates else Transformer(config)

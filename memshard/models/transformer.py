@@ -1,4 +1,6 @@
-"""A language model of three-slot blocks; with an encoder's mixers in all of them, a model of masked tokens."""
+"""A language model of three-slot blocks; with an encoder's mixers in all of them, a model of masked
+tokens.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -32,36 +34,58 @@ _EMBEDDING_LAYER = -1
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks, head. `config.vocab_size` must be set, and `config.max_length` for learned positions."""
+    """Embeddings, blocks, head. `config.vocab_size` must be set, and `config.max_length` for
+    learned positions.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: give the size of the tokenizer's vocabulary")
+            raise ValueError(
+                "model.vocab_size is not set: give the size of the tokenizer's vocabulary"
+            )
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.positions = _build_positions(config)
-        shared = [_build_table(config) for _ in range(config.memory.tables)] if config.memory.layers and config.memory.share else []
-        blocks = nn.ModuleList(_build_block(config, layer, shared) for layer in range(config.layers))
+        shared = (
+            [_build_table(config) for _ in range(config.memory.tables)]
+            if config.memory.layers and config.memory.share
+            else []
+        )
+        blocks = nn.ModuleList(
+            _build_block(config, layer, shared) for layer in range(config.layers)
+        )
         self.blocks = cast("list[Block]", blocks)
         self.grid = Grid() if config.residual == "reversible" else None
         width = 2 * config.dim if self.grid is not None and not config.tie_head else config.dim
         self.norm = nn.Identity() if config.residual == "post" else build_norm(config.norm, width)
-        self.head: Projection | AdaptiveHead | None = None if config.tie_head else Projection(width, config.vocab_size)
+        self.head: Projection | AdaptiveHead | None = (
+            None if config.tie_head else Projection(width, config.vocab_size)
+        )
         if config.adaptive_cutoffs:
-            self.head = AdaptiveHead(width, config.vocab_size, config.adaptive_cutoffs, config.adaptive_division)
+            self.head = AdaptiveHead(
+                width, config.vocab_size, config.adaptive_cutoffs, config.adaptive_division
+            )
         self.checkpointing: Checkpointing = "none"
         """What backward computes again instead of keeping; blocks that are not reversible only."""
         self.check_inversion = False
-        """Of reversible blocks: compare each block's rebuilt input with a checksum of the true one."""
+        """Of reversible blocks: compare each block's rebuilt input with a checksum of the true one.
+        """
         self.chunk = 0
-        """How many tokens of a sequence feedforwards, memories and the head take at a time; 0 for all."""
+        """How many tokens of a sequence feedforwards, memories and the head take at a time; 0 for
+        all.
+        """
         self.segments = 1
-        """Pieces of a sequence that training takes one after the other, with the mixers' states between them; see `_in_segments`."""
+        """Pieces of a sequence that training takes one after the other, with the mixers' states
+        between them; see `_in_segments`.
+        """
         self.label_smoothing = 0.0
-        """Of losses in training: the share of the target that is spread over the whole vocabulary."""
+        """Of losses in training: the share of the target that is spread over the whole vocabulary.
+        """
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
-        """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and tells the context this rank's."""
+        """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and
+        tells the context this rank's.
+        """
 
     def forward(
         self,
@@ -72,9 +96,11 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[MixerState] | None]:
         """Logits of the next token at every position, or their losses.
 
-        tokens: [batch, length] int64. ctx: plain unpadded text from position 0 if left out. states: one per block from
-        `init_states`, when tokens continue what they have seen. targets: [batch, length] int64, to get `token_losses` in place of logits,
-        which are then computed `chunk` tokens at a time. Returns [batch, length, vocabulary], or [batch, length], and the advanced states.
+        tokens: [batch, length] int64. ctx: plain unpadded text from position 0 if left out. states:
+        one per block from `init_states`, when tokens continue what they have seen. targets: [batch,
+        length] int64, to get `token_losses` in place of logits, which are then computed `chunk`
+        tokens at a time. Returns [batch, length, vocabulary], or [batch, length], and the advanced
+        states.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         if self.segments > 1 and targets is not None and torch.is_grad_enabled():
@@ -84,10 +110,14 @@ class Transformer(nn.Module):
     def _in_segments(
         self, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None, targets: Tensor
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """The losses, piece by piece: gradients flow back through the states, and of a piece only the state before it is kept."""
+        """The losses, piece by piece: gradients flow back through the states, and of a piece only
+        the state before it is kept.
+        """
         states, losses = states or self.init_states(len(tokens), tokens.shape[1]), []
         for piece, part in ctx.pieces(-(-tokens.shape[1] // self.segments)):
-            found, states = checkpointed(self._pass, tokens[:, piece], part, states, targets[:, piece])
+            found, states = checkpointed(
+                self._pass, tokens[:, piece], part, states, targets[:, piece]
+            )
             losses.append(found)
         return torch.cat(losses, 1), list(states)
 
@@ -102,12 +132,21 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         if self.share_sequence is not None:
             if states:
-                raise ValueError("ranks that share a sequence cannot decode token by token: load the checkpoint with memshard.load")
+                raise ValueError(
+                    "ranks that share a sequence cannot decode token by token: load the "
+                    "checkpoint with memshard.load"
+                )
             tokens, ctx = self.share_sequence(tokens, ctx)
         if self.grid is not None:
             # Not through a name, which would keep the embedding.
             x1, x2, advanced = reversible_blocks(
-                self.stack, self.grid, self._embed(tokens, ctx), ctx, states, self.check_inversion, self.chunk
+                self.stack,
+                self.grid,
+                self._embed(tokens, ctx),
+                ctx,
+                states,
+                self.check_inversion,
+                self.chunk,
             )
             streams = [x1, x2]
         else:
@@ -115,7 +154,15 @@ class Transformer(nn.Module):
             checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
             for layer, block in enumerate(self.stack):
-                x, state = run_block(checkpointing, block, x, ctx, states[layer] if states else None, self.chunk, replay)
+                x, state = run_block(
+                    checkpointing,
+                    block,
+                    x,
+                    ctx,
+                    states[layer] if states else None,
+                    self.chunk,
+                    replay,
+                )
                 if state is not None:
                     advanced.append(state)
             streams = [x]
@@ -128,17 +175,24 @@ class Transformer(nn.Module):
     def _losses(self, *inputs: Tensor) -> Tensor:
         """inputs: streams and targets."""
         predicted = inputs[-1] != IGNORE
-        # Windows that slide and masked tokens ask for a few losses, and the head is most of a small model's work.
+        # Windows that slide and masked tokens ask for a few losses, and the head is most of a small
+        # model's work.
         if (self.config.encoder_layers or not torch.is_grad_enabled()) and not predicted.all():
             found = self._losses(*(x[predicted][None] for x in inputs))
             return found.new_zeros(predicted.shape).masked_scatter(predicted, found)
-        return chunked(self._piece_losses, *inputs, chunk=self.chunk) if self.chunk else self._piece_losses(*inputs)
+        return (
+            chunked(self._piece_losses, *inputs, chunk=self.chunk)
+            if self.chunk
+            else self._piece_losses(*inputs)
+        )
 
     def _piece_losses(self, *inputs: Tensor) -> Tensor:
         *streams, targets = inputs
         if isinstance(self.head, AdaptiveHead):
             return self.head.losses(self._joined(*streams), targets)
-        return token_losses(self._logits(*streams), targets, self.label_smoothing if self.training else 0.0)
+        return token_losses(
+            self._logits(*streams), targets, self.label_smoothing if self.training else 0.0
+        )
 
     def _logits(self, *streams: Tensor) -> Tensor:
         x = self._joined(*streams)
@@ -173,10 +227,13 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(ctx.own.positions)
         elif self.config.position == "sinusoidal":
-            # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up to meet the sinusoids.
+            # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up
+            # to meet the sinusoids.
             x = x * self.config.dim**0.5 + sinusoids(ctx.own.positions, self.config.dim).to(x.dtype)
         if self.training and self.config.dropout and ctx.random is not None:
-            x = dropout(x, self.config.dropout, ctx.random, ctx.own.positions, _EMBEDDING_LAYER, branch)
+            x = dropout(
+                x, self.config.dropout, ctx.random, ctx.own.positions, _EMBEDDING_LAYER, branch
+            )
         return x
 
 
@@ -184,7 +241,9 @@ def _build_positions(config: ModelConfig) -> nn.Module | None:
     if config.position not in ("learned", "axial"):
         return None
     if config.max_length is None:
-        raise ValueError(f"model.max_length is not set: {config.position} positions need the longest sequence")
+        raise ValueError(
+            f"model.max_length is not set: {config.position} positions need the longest sequence"
+        )
     if config.position == "axial":
         return AxialPositions(config.axial or near_square(config.max_length), config.dim)
     return TokenEmbedding(config.max_length, config.dim)
@@ -197,33 +256,57 @@ def _build_table(config: ModelConfig) -> ValueTable:
 def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMemory:
     settings = config.memory
     tables = shared or [_build_table(config) for _ in range(settings.tables)]
-    common: dict[str, Any] = {name: getattr(settings, name) for name in ("keys", "heads", "topk", "key_dim", "query_norm", "weighting")}
+    common: dict[str, Any] = {
+        name: getattr(settings, name)
+        for name in ("keys", "heads", "topk", "key_dim", "query_norm", "weighting")
+    }
     if settings.kind == "peer":
         return Peer(config.dim, **common, values=tables[0], down=tables[1])
-    return ProductKeyMemory(config.dim, **common, value_dim=settings.value_dim, gate=settings.gate, values=tables[0])
+    return ProductKeyMemory(
+        config.dim, **common, value_dim=settings.value_dim, gate=settings.gate, values=tables[0]
+    )
 
 
 def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:
     memory = _build_memory(config, shared) if layer in config.memory.layers else None
     if config.program is not None:
         added = Residual("whole" if memory is None else "pre", config.norm, config.dim)
-        return Block(layer, _build_program(config), None, memory, (Residual("whole", config.norm, config.dim), added), config.dropout)
+        return Block(
+            layer,
+            _build_program(config),
+            None,
+            memory,
+            (Residual("whole", config.norm, config.dim), added),
+            config.dropout,
+        )
     output_scale = (2 * config.layers) ** -0.5
     mixer = build_mixer(config, layer, output_scale)
     feedforward = None
     if memory is None or config.memory.mode == "add":
-        feedforward = FeedForward(config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale)
+        feedforward = FeedForward(
+            config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale
+        )
     behind = config.feedforward.norm == "after"
-    residuals = Residual(config.residual, config.norm, config.dim), Residual(config.residual, config.norm, config.dim, behind)
+    residuals = (
+        Residual(config.residual, config.norm, config.dim),
+        Residual(config.residual, config.norm, config.dim, behind),
+    )
     block = layer, mixer, feedforward, memory, residuals, config.dropout
     if not config.translates or layer < config.encoder_layers:
         return Block(*block)
-    return DecoderBlock(build_cross(config, layer, output_scale), Residual(config.residual, config.norm, config.dim), *block)
+    return DecoderBlock(
+        build_cross(config, layer, output_scale),
+        Residual(config.residual, config.norm, config.dim),
+        *block,
+    )
 
 
 def _build_program(config: ModelConfig) -> ProgramMixer:
     assert config.program is not None
     program = Program.from_json(config.program)
     if program.width != config.dim:
-        raise ValueError(f"model.dim is {config.dim} but model.program was compiled for {program.width}: set model.dim={program.width}")
+        raise ValueError(
+            f"model.dim is {config.dim} but model.program was compiled for {program.width}: set "
+            f"model.dim={program.width}"
+        )
     return ProgramMixer(program)

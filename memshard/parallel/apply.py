@@ -25,17 +25,25 @@ Share = Literal["heads", "sequence"]
 
 
 def apply(
-    model: nn.Module, mesh: DeviceMesh | None, layout: Layout = "rows", exchange: Exchange = "pooled", share: Share = "heads"
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    layout: Layout = "rows",
+    exchange: Exchange = "pooled",
+    share: Share = "heads",
 ) -> dict[str, ShardSpec]:
-    """Hide the model's tables and split them, split the dense matrices over the tensor axis, and sum query statistics over all tokens.
+    """Hide the model's tables and split them, split the dense matrices over the tensor axis, and
+    sum query statistics over all tokens.
 
-    share: what ranks along the tensor axis share: "heads", the large matrices and between them the tokens of sequences, or "sequence", the
-    tokens alone, through the states of fast weights; matrices are then whole.
+    share: what ranks along the tensor axis share: "heads", the large matrices and between them the
+    tokens of sequences, or "sequence", the tokens alone, through the states of fast weights;
+    matrices are then whole.
 
-    The losses of the ranks along the data axes must add up to the loss of the batch; along the tensor axis each rank has the same loss.
-    Then the gradient of a split tensor is the sum over the data axes, that of any other the sum over all ranks (see `grad_norm.py`).
-    Returns the placement of every tensor that is split, by its name in `state_dict()`; whatever it does not list is the same on all
-    ranks. layout, exchange: see `shard_tables`. ValueError where sizes do not divide, or fairscale is missing.
+    The losses of the ranks along the data axes must add up to the loss of the batch; along the
+    tensor axis each rank has the same loss. Then the gradient of a split tensor is the sum over the
+    data axes, that of any other the sum over all ranks (see `grad_norm.py`). Returns the placement
+    of every tensor that is split, by its name in `state_dict()`; whatever it does not list is the
+    same on all ranks. layout, exchange: see `shard_tables`. ValueError where sizes do not divide,
+    or fairscale is missing.
     """
     if mesh is None:
         externalize_tables(model)
@@ -43,7 +51,10 @@ def apply(
     ranks, placement = tensor_size(mesh), {}
     if ranks > 1:
         if not isinstance(model, Transformer):
-            raise ValueError(f"parallel.tensor is {ranks}, which is for memshard's Transformer: set it to 1 for {type(model).__name__}")
+            raise ValueError(
+                f"parallel.tensor is {ranks}, which is for memshard's Transformer: set it to 1 "
+                f"for {type(model).__name__}"
+            )
         if share == "sequence":
             share_sequences(model, group(mesh, ("tensor",)))
         else:
@@ -52,7 +63,9 @@ def apply(
             placement = split_dense(model, mesh)
     same_reads = layout == "tensor"
     axes, copies = (("tensor",), DATA) if same_reads else (TABLE, ("replica",))
-    tables = shard_tables(model, group(mesh, axes), False, layout, exchange, replicas=group(mesh, copies))
+    tables = shard_tables(
+        model, group(mesh, axes), False, layout, exchange, replicas=group(mesh, copies)
+    )
     if same_reads:
         for table in tables:
             table.gradient_scale = ranks
@@ -66,11 +79,15 @@ def apply(
     # A shared table stands in `state_dict()` under the name of every reader.
     for name, table in model.named_modules(remove_duplicate=False):
         if isinstance(table, ShardedTable):
-            placement[f"{name}.weight"] = ShardSpec(table.spec_dim, axes, (table.slots, table.dim)[table.spec_dim])
+            placement[f"{name}.weight"] = ShardSpec(
+                table.spec_dim, axes, (table.slots, table.dim)[table.spec_dim]
+            )
     return placement
 
 
-def losses_on(mesh: DeviceMesh | None, share: Share = "heads") -> Callable[[Tensor, Tensor], Tensor]:
+def losses_on(
+    mesh: DeviceMesh | None, share: Share = "heads"
+) -> Callable[[Tensor, Tensor], Tensor]:
     """`token_losses` of what a model on this mesh returns. share: as for `apply`."""
     if mesh is None or tensor_size(mesh) == 1:
         return token_losses
@@ -81,11 +98,14 @@ def losses_on(mesh: DeviceMesh | None, share: Share = "heads") -> Callable[[Tens
     return split_token_losses
 
 
-def _let_read_whole_sequences(memory: ProductKeyMemory, ranks: dist.ProcessGroup, count: int) -> None:
+def _let_read_whole_sequences(
+    memory: ProductKeyMemory, ranks: dist.ProcessGroup, count: int
+) -> None:
     """Give a memory all tokens of the sequence, and keep this rank's piece of what it reads.
 
-    Every rank then finds the whole gradient of the memory's dense parameters; taking 1 / ranks of it makes that a part, like those of
-    other layers, so that copies cannot drift apart. The tables, whose columns only one rank has, undo it.
+    Every rank then finds the whole gradient of the memory's dense parameters; taking 1 / ranks of
+    it makes that a part, like those of other layers, so that copies cannot drift apart. The tables,
+    whose columns only one rank has, undo it.
     """
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,11 +12,13 @@ from memshard.parallel.spec import ShardSpec
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_copies(tensors: Mapping[str, Tensor], placement: Mapping[str, ShardSpec], mesh: DeviceMesh | None) -> None:
+def check_copies(
+    tensors: Mapping[str, Tensor], placement: Mapping[str, ShardSpec], mesh: DeviceMesh | None
+) -> None:
     """RuntimeError, on every rank, if a tensor differs in any bit from its copies on other ranks.
 
-    tensors: this rank's, by the same names on all ranks; those that `placement` splits have copies only where the mesh axes of the
-    split agree. One all-gather of 8 bytes a tensor.
+    tensors: this rank's, by the same names on all ranks; those that `placement` splits have copies
+    only where the mesh axes of the split agree. One all-gather of 8 bytes a tensor.
     """
     if mesh is None:
         return
@@ -38,8 +40,10 @@ def check_copies(tensors: Mapping[str, Tensor], placement: Mapping[str, ShardSpe
                 place = tuple(different[0].tolist())
                 first = (*place[:axis], 0, *place[axis + 1 :])
                 raise RuntimeError(
-                    f"{name} on rank {int(mesh.mesh[place])} is not the copy of rank {int(mesh.mesh[first])}'s that it should be: ranks "
-                    "that hold the same weights have drifted apart; resume the last checkpoint, and if it happens again report the setting"
+                    f"{name} on rank {int(mesh.mesh[place])} is not the copy of rank "
+                    f"{int(mesh.mesh[first])}'s that it should be: ranks "
+                    "that hold the same weights have drifted apart; resume the last checkpoint, "
+                    "and if it happens again report the setting"
                 )
 
 

@@ -15,9 +15,11 @@ from torch.distributed import distributed_c10d
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent to others: for reads, their sums and gradients, and to add row gradients up over replicas.
+    """Bytes that this rank has sent to others: for reads, their sums and gradients, and to add row
+    gradients up over replicas.
 
-    seconds: spent on the first, on CPU, where an exchange is over when its call returns; waiting for ranks that come later counts.
+    seconds: spent on the first, on CPU, where an exchange is over when its call returns; waiting
+    for ranks that come later counts.
     """
 
     reads: int = 0
@@ -69,16 +71,25 @@ def differentiable_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _AllReduce.apply(x, group)
 
 
-def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, traffic: Traffic | None = None) -> Tensor:
-    """Send send[r] leading rows of x to each rank r in turn, get receive[r] from it; differentiable.
+def exchange(
+    x: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: dist.ProcessGroup,
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """Send send[r] leading rows of x to each rank r in turn, get receive[r] from it;
+    differentiable.
 
-    x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part, backward too. traffic: where to
-    count the bytes.
+    x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part,
+    backward too. traffic: where to count the bytes.
     """
     return _Exchange.apply(x, list(send), list(receive), group, traffic)
 
 
-def share_counts(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
+def share_counts(
+    counts: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> list[int]:
     """Tell every rank r counts[r]; returns what the ranks tell this one. Waits for the device."""
     ranks = len(counts)
     return exchange(torch.tensor(counts, device=device), [1] * ranks, [1] * ranks, group).tolist()
@@ -103,10 +114,22 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return _all_to_all(gradient, ctx.receive, ctx.send, ctx.group, ctx.traffic), None, None, None, None
+        return (
+            _all_to_all(gradient, ctx.receive, ctx.send, ctx.group, ctx.traffic),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic | None) -> Tensor:
+def _all_to_all(
+    x: Tensor,
+    send: list[int],
+    receive: list[int],
+    group: dist.ProcessGroup,
+    traffic: Traffic | None,
+) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
     begun = time.perf_counter()
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)

@@ -13,15 +13,20 @@ TABLE = ("memory", "tensor")
 def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> DeviceMesh | None:
     """The mesh with axes (replica, memory, tensor) over all ranks; None for a single process.
 
-    tensor: neighbouring ranks that share the dense matrices and the tokens of a sequence. memory: neighbouring ranks, whole tensor
-    groups, that split a value table (default: all); it is copied along the replica axis. ValueError if they do not divide.
+    tensor: neighbouring ranks that share the dense matrices and the tokens of a sequence. memory:
+    neighbouring ranks, whole tensor groups, that split a value table (default: all); it is copied
+    along the replica axis. ValueError if they do not divide.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     tensor_ranks(tensor, ranks)
     memory = memory_ranks(memory, ranks, tensor)
     if ranks == 1:
         return None
-    return init_device_mesh(device_type, (ranks // memory, memory // tensor, tensor), mesh_dim_names=("replica", "memory", "tensor"))
+    return init_device_mesh(
+        device_type,
+        (ranks // memory, memory // tensor, tensor),
+        mesh_dim_names=("replica", "memory", "tensor"),
+    )
 
 
 def flat(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
@@ -43,7 +48,10 @@ def tensor_size(mesh: DeviceMesh | None) -> int:
 def tensor_ranks(tensor: int, ranks: int) -> int:
     """`tensor`, once it is known to divide the ranks."""
     if ranks % tensor:
-        raise ValueError(f"parallel.tensor is {tensor}, which does not divide the number of ranks, {ranks}: use a divisor, or other ranks")
+        raise ValueError(
+            f"parallel.tensor is {tensor}, which does not divide the number of ranks, {ranks}: "
+            "use a divisor, or other ranks"
+        )
     return tensor
 
 
@@ -51,10 +59,14 @@ def memory_ranks(memory: int | None, ranks: int, tensor: int = 1) -> int:
     """How many ranks split a table. memory: as the recipe says it, None for all."""
     memory = memory or ranks
     if ranks % memory:
-        raise ValueError(f"parallel.memory is {memory}, which does not divide the {ranks} ranks: use a divisor, or null for all ranks")
+        raise ValueError(
+            f"parallel.memory is {memory}, which does not divide the {ranks} ranks: use a "
+            "divisor, or null for all ranks"
+        )
     if memory % tensor:
         raise ValueError(
-            f"parallel.memory is {memory} and parallel.tensor {tensor}: a table is split over whole tensor-parallel groups, "
+            f"parallel.memory is {memory} and parallel.tensor {tensor}: a table is split over "
+            "whole tensor-parallel groups, "
             f"so use a multiple of {tensor}, or null for all ranks"
         )
     return memory

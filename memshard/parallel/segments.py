@@ -1,7 +1,9 @@
-"""Sequences in pieces over ranks, for fast weights: each rank has its own tokens from the embedding to the loss, and whole matrices.
+"""Sequences in pieces over ranks, for fast weights: each rank has its own tokens from the embedding
+to the loss, and whole matrices.
 
-What the others have to know of a piece is small: the affine map by which it changes the fast weights (`models/fast_weights/segments.py`), and
-the last rows of convolutions. Every rank gets all maps and finds the state before its own piece.
+What the others have to know of a piece is small: the affine map by which it changes the fast
+weights (`models/fast_weights/segments.py`), and the last rows of convolutions. Every rank gets all
+maps and finds the state before its own piece.
 """
 
 from typing import Any
@@ -21,7 +23,9 @@ from memshard.parallel.sequence import fill_up, gather, gathered, own_piece
 
 
 class Pieces:
-    """The ranks of a group, each with one of neighbouring pieces of equal length. What they exchange stays out of compiled code."""
+    """The ranks of a group, each with one of neighbouring pieces of equal length. What they
+    exchange stays out of compiled code.
+    """
 
     def __init__(self, ranks: dist.ProcessGroup) -> None:
         self.ranks = ranks
@@ -35,15 +39,21 @@ class Pieces:
         return F.pad(before, [0, 0] * (x.ndim - 2) + [count - before.shape[1], 0])
 
     @torch.compiler.disable
-    def states(self, through: Tensor, written: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `Neighbours.states`. Each rank's gradient of `first` is a part of it; what ranks make of the last state adds up."""
+    def states(
+        self, through: Tensor, written: Tensor, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Neighbours.states`. Each rank's gradient of `first` is a part of it; what ranks make
+        of the last state adds up.
+        """
         before, after = _States.apply(through, written, first, self.ranks)
         return before, after
 
 
 class _States(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, through: Tensor, written: Tensor, first: Tensor | None, ranks: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, through: Tensor, written: Tensor, first: Tensor | None, ranks: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         width = through.shape[-1]
         maps = gathered(torch.cat((through, written), -1)[:, None], ranks).unbind(1)
         state = torch.zeros_like(written) if first is None else first.to(written.dtype, copy=True)
@@ -75,34 +85,49 @@ class _States(torch.autograd.Function):
 
 
 def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
-    """Let the ranks of a group have a piece of each sequence. ValueError for other mixers than fast weights.
+    """Let the ranks of a group have a piece of each sequence. ValueError for other mixers than fast
+    weights.
 
     The model then returns the logits of this rank's tokens; `piece_losses` has the losses of all.
     """
     if isinstance(model.head, AdaptiveHead):
-        raise ValueError("model.adaptive_cutoffs gives a head that needs whole sequences: set parallel.tensor to 1")
+        raise ValueError(
+            "model.adaptive_cutoffs gives a head that needs whole sequences: set parallel.tensor "
+            "to 1"
+        )
     for block in model.blocks:
         if not isinstance(block.mixer, FastWeightMixer):
-            raise ValueError("parallel.share is sequence, which is for mixers linear and delta: set model.mixer.kind, or leave it out")
+            raise ValueError(
+                "parallel.share is sequence, which is for mixers linear and delta: set "
+                "model.mixer.kind, or leave it out"
+            )
         block.mixer.neighbours = block.mixer.convolutions.neighbours = Pieces(ranks)
 
     def own(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         tokens, ctx, real = fill_up(tokens, ctx, ranks)
-        documents, padding = (None if facts is None else own_piece(facts, ranks) for facts in (ctx.documents, real))
-        return own_piece(tokens, ranks), Context(own_piece(ctx.positions, ranks), documents, padding, ctx.random)
+        documents, padding = (
+            None if facts is None else own_piece(facts, ranks) for facts in (ctx.documents, real)
+        )
+        return own_piece(tokens, ranks), Context(
+            own_piece(ctx.positions, ranks), documents, padding, ctx.random
+        )
 
     model.share_sequence = own
 
 
 def piece_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) -> Tensor:
-    """As `models.loss.token_losses`, of all tokens on every rank, from logits of this rank's tokens. targets: [batch, length], all."""
+    """As `models.loss.token_losses`, of all tokens on every rank, from logits of this rank's
+    tokens. targets: [batch, length], all.
+    """
     length = targets.shape[1]
     targets = F.pad(targets, (0, -length % dist.get_world_size(ranks)), value=IGNORE)
     return _Joined.apply(token_losses(logits, own_piece(targets, ranks)), ranks)[:, :length]
 
 
 class _Joined(torch.autograd.Function):
-    """All ranks' pieces. All have the same loss, of whose gradient each takes that of its own piece."""
+    """All ranks' pieces. All have the same loss, of whose gradient each takes that of its own
+    piece.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:

@@ -1,7 +1,9 @@
-"""Pieces of a sequence between the ranks of a group: split, gathered, and summed on the way; differentiable.
+"""Pieces of a sequence between the ranks of a group: split, gathered, and summed on the way;
+differentiable.
 
-Each rank holds the same number of neighbouring tokens: x is [batch, length / ranks, ...] where it is split and [batch, length, ...] where
-it is whole. All ranks of the group must call these together, backward too.
+Each rank holds the same number of neighbouring tokens: x is [batch, length / ranks, ...] where it
+is split and [batch, length, ...] where it is whole. All ranks of the group must call these
+together, backward too.
 """
 
 from dataclasses import replace
@@ -25,7 +27,9 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def split(x: Tensor, group: dist.ProcessGroup, scale: float = 1.0) -> Tensor:
-    """This rank's piece of what is the same on all ranks; backward gathers the gradient of the whole and multiplies it by `scale`."""
+    """This rank's piece of what is the same on all ranks; backward gathers the gradient of the
+    whole and multiplies it by `scale`.
+    """
     return _Split.apply(x, group, scale)
 
 
@@ -42,18 +46,29 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return pieces.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def fill_up(tokens: Tensor, ctx: Context, group: dist.ProcessGroup) -> tuple[Tensor, Context, Tensor | None]:
-    """Tokens and facts of a sequence padded at its end until the ranks' pieces are equal, and where tokens are real, None for everywhere.
+def fill_up(
+    tokens: Tensor, ctx: Context, group: dist.ProcessGroup
+) -> tuple[Tensor, Context, Tensor | None]:
+    """Tokens and facts of a sequence padded at its end until the ranks' pieces are equal, and where
+    tokens are real, None for everywhere.
 
     The context's own padding is left out where it was: nobody before the end sees it.
     """
     missing = -tokens.shape[1] % dist.get_world_size(group)
     real = ctx.padding
     if missing:
-        real = F.pad(torch.ones_like(tokens, dtype=torch.bool) if real is None else real, (0, missing))
+        real = F.pad(
+            torch.ones_like(tokens, dtype=torch.bool) if real is None else real, (0, missing)
+        )
         tokens, positions = F.pad(tokens, (0, missing)), F.pad(ctx.positions, (0, missing))
         documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
-        ctx = replace(ctx, positions=positions, documents=documents, padding=None if ctx.padding is None else real, filler=missing)
+        ctx = replace(
+            ctx,
+            positions=positions,
+            documents=documents,
+            padding=None if ctx.padding is None else real,
+            filler=missing,
+        )
     return tokens, ctx, real
 
 

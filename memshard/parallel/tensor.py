@@ -1,8 +1,10 @@
-"""Tensor parallelism: ranks that share the matrices of a transformer, and the tokens of a sequence between them.
+"""Tensor parallelism: ranks that share the matrices of a transformer, and the tokens of a sequence
+between them.
 
-Layers and loss are fairscale's; the sequence mappings between them are ours: where fairscale would sum whole activations on every rank, a
-rank gets the sum of its own piece of the sequence (Korthikanti et al. 2022, section 4.2.2), so no token passes a norm or a memory twice.
-This is the only file that imports fairscale.
+Layers and loss are fairscale's; the sequence mappings between them are ours: where fairscale would
+sum whole activations on every rank, a rank gets the sum of its own piece of the sequence
+(Korthikanti et al. 2022, section 4.2.2), so no token passes a norm or a memory twice. This is the
+only file that imports fairscale.
 """
 
 from copy import deepcopy
@@ -32,16 +34,25 @@ from memshard.parallel.tensor_placement import split_matrices
 try:
     from fairscale.nn.model_parallel import initialize as fairscale_groups
     from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
-    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+    from fairscale.nn.model_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+    )
 except ImportError as error:
-    raise ValueError("parallel.tensor needs fairscale: pip install 'memshard[tensor-parallel]', or set parallel.tensor to 1") from error
+    raise ValueError(
+        "parallel.tensor needs fairscale: pip install 'memshard[tensor-parallel]', or set "
+        "parallel.tensor to 1"
+    ) from error
 
 
 def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
-    """Replace the model's large matrices by this rank's pieces and share its sequences; returns the placement of the split weights.
+    """Replace the model's large matrices by this rank's pieces and share its sequences; returns the
+    placement of the split weights.
 
-    Weights are kept (each rank cuts its piece from its own copy); on the meta device `initialize` draws them, the same for any
-    number of ranks. ValueError where sizes do not divide. The model then returns logits of this rank's part of the vocabulary.
+    Weights are kept (each rank cuts its piece from its own copy); on the meta device `initialize`
+    draws them, the same for any number of ranks. ValueError where sizes do not divide. The model
+    then returns logits of this rank's part of the vocabulary.
     """
     ranks = mesh["tensor"].get_group()
     placement = split_matrices(model, dist.get_world_size(ranks))
@@ -68,15 +79,18 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
 
 
 def leave() -> None:
-    """Let go of the process groups; before `destroy_process_group`, which may otherwise abort the process at its exit."""
+    """Let go of the process groups; before `destroy_process_group`, which may otherwise abort the
+    process at its exit.
+    """
     fairscale_groups.destroy_model_parallel()
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """As `models.loss.token_losses`, of logits whose vocabulary is split; every rank gets all losses.
+    """As `models.loss.token_losses`, of logits whose vocabulary is split; every rank gets all
+    losses.
 
-    logits: [..., this rank's tokens of the vocabulary]; fp32 ones are used up. Maxima, sums and the targets' logits travel: 12 bytes a
-    token, and never logits.
+    logits: [..., this rank's tokens of the vocabulary]; fp32 ones are used up. Maxima, sums and the
+    targets' logits travel: 12 bytes a token, and never logits.
     """
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     losses = vocab_parallel_cross_entropy(logits.contiguous(), targets)
@@ -84,7 +98,9 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Piece(nn.Module):
-    """A rank's piece of a weight. Mixed into fairscale's layers, whose constructors would draw the whole weight on every rank."""
+    """A rank's piece of a weight. Mixed into fairscale's layers, whose constructors would draw the
+    whole weight on every rank.
+    """
 
     weight: nn.Parameter
     spec: ShardSpec
@@ -92,13 +108,17 @@ class _Piece(nn.Module):
     def cut(self, whole: nn.Linear | nn.Embedding | CausalConvolution, spec: ShardSpec) -> None:
         """Take this rank's piece of `whole`'s weight."""
         self.spec = spec
-        self.weight = nn.Parameter(self._piece(whole.weight.detach()).clone(memory_format=torch.contiguous_format))
+        self.weight = nn.Parameter(
+            self._piece(whole.weight.detach()).clone(memory_format=torch.contiguous_format)
+        )
         # As a list, so that it is no part of the model.
         self._like = [deepcopy(whole).to("meta")]
         self._tag()
 
     def reset_parameters(self) -> None:
-        """Draw the whole weight, as the layer does that this one is a piece of, and keep the piece."""
+        """Draw the whole weight, as the layer does that this one is a piece of, and keep the
+        piece.
+        """
         whole = deepcopy(self._like[0]).to_empty(device=self.weight.device)
         whole.reset_parameters()
         with torch.no_grad():
@@ -122,17 +142,23 @@ class _Piece(nn.Module):
 
 
 class _Columns(_Piece, ColumnParallelLinear):
-    """Some outputs of a linear map; x is whole, and backward leaves the sum over ranks to whoever gathered it."""
+    """Some outputs of a linear map; x is whole, and backward leaves the sum over ranks to whoever
+    gathered it.
+    """
 
     def __init__(self, whole: nn.Linear, spec: ShardSpec) -> None:
         ranks = fairscale_groups.get_model_parallel_world_size()
-        ColumnParallelLinear.__init__(self, 1, ranks, bias=False, gather_output=False, init_method=_leave_alone)
+        ColumnParallelLinear.__init__(
+            self, 1, ranks, bias=False, gather_output=False, init_method=_leave_alone
+        )
         self.in_features, self.out_features = whole.in_features, whole.out_features
         self.cut(whole, spec)
         self.output_size_per_partition = len(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., inputs]; returns [..., this rank's outputs]. One gather serves all maps of an input, where fairscale's own sums each."""
+        """x: [..., inputs]; returns [..., this rank's outputs]. One gather serves all maps of an
+        input, where fairscale's own sums each.
+        """
         return F.linear(x, self.weight)
 
 
@@ -140,16 +166,22 @@ class _Head(_Columns):
     """The output head's part of the vocabulary."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, length / ranks, dim]; returns [batch, length, ceil(vocabulary / ranks)], -inf where the last rank has no token."""
+        """x: [batch, length / ranks, dim]; returns [batch, length, ceil(vocabulary / ranks)], -inf
+        where the last rank has no token.
+        """
         return _logits(x, self.weight, self.spec)
 
 
 class _Rows(_Piece, RowParallelLinear):
-    """A linear map of some inputs, whose results are summed over the ranks, each getting its piece of the sequence."""
+    """A linear map of some inputs, whose results are summed over the ranks, each getting its piece
+    of the sequence.
+    """
 
     def __init__(self, whole: nn.Linear, spec: ShardSpec) -> None:
         ranks = fairscale_groups.get_model_parallel_world_size()
-        RowParallelLinear.__init__(self, ranks, 1, bias=False, input_is_parallel=True, init_method=_leave_alone)
+        RowParallelLinear.__init__(
+            self, ranks, 1, bias=False, input_is_parallel=True, init_method=_leave_alone
+        )
         self.in_features, self.out_features = whole.in_features, whole.out_features
         self.cut(whole, spec)
         self.input_size_per_partition = self.weight.shape[1]
@@ -198,7 +230,15 @@ def _form(whole: nn.Module, spec: ShardSpec, name: str) -> Any:
     """What takes the place of a layer."""
     if isinstance(whole, CausalConvolution):
         return _Channels
-    return _Embedding if isinstance(whole, nn.Embedding) else _Rows if spec.dim else _Head if name == "head" else _Columns
+    return (
+        _Embedding
+        if isinstance(whole, nn.Embedding)
+        else _Rows
+        if spec.dim
+        else _Head
+        if name == "head"
+        else _Columns
+    )
 
 
 def _leave_alone(weight: Tensor) -> Tensor:
@@ -223,11 +263,17 @@ def _gather_to_multiply(x: Tensor) -> Tensor:
 
 
 def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
-    """Pad the end of the sequence until the ranks' pieces are equal, and give the context this rank's part."""
+    """Pad the end of the sequence until the ranks' pieces are equal, and give the context this
+    rank's part.
+    """
     ranks = fairscale_groups.get_model_parallel_group()
     # Nobody before the padding sees it, so only layers that take tokens one by one have to be told.
     tokens, ctx, real = fill_up(tokens, ctx, ranks)
-    part = Context(own_piece(ctx.positions, ranks), padding=None if real is None else own_piece(real, ranks), random=ctx.random)
+    part = Context(
+        own_piece(ctx.positions, ranks),
+        padding=None if real is None else own_piece(real, ranks),
+        random=ctx.random,
+    )
     return tokens, replace(ctx, part=part)
 
 
@@ -235,4 +281,8 @@ def _logits(x: Tensor, weight: Tensor, spec: ShardSpec) -> Tensor:
     logits = F.linear(_gather_to_multiply(x), weight)
     width = -(-spec.size // fairscale_groups.get_model_parallel_world_size())
     # fairscale's loss takes all ranks' parts of the vocabulary for equal.
-    return logits if logits.shape[-1] == width else F.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf)
+    return (
+        logits
+        if logits.shape[-1] == width
+        else F.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf)
+    )

@@ -14,24 +14,34 @@ _BY_INPUT = ("output", "down")
 
 
 def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
-    """The placement of every split weight, by its name: attention and its convolutions by heads, feedforwards by width, embedding and head
-    by vocabulary.
+    """The placement of every split weight, by its name: attention and its convolutions by heads,
+    feedforwards by width, embedding and head by vocabulary.
 
-    ValueError where heads or widths cannot be shared evenly by `ranks` ranks. A vocabulary can: the last rank has less.
+    ValueError where heads or widths cannot be shared evenly by `ranks` ranks. A vocabulary can: the
+    last rank has less.
     """
     vocabulary = model.embedding.num_embeddings
     if vocabulary <= (ranks - 1) * -(-vocabulary // ranks):
-        raise ValueError(f"model.vocab_size is {vocabulary}, too small to share between {ranks} ranks: set parallel.tensor to 1")
+        raise ValueError(
+            f"model.vocab_size is {vocabulary}, too small to share between {ranks} ranks: set "
+            "parallel.tensor to 1"
+        )
     placement = {"embedding.weight": _split(vocabulary, 0)}
     if isinstance(model.head, AdaptiveHead):
         if ranks > 1:
-            raise ValueError("model.adaptive_cutoffs gives a head that ranks do not share: set parallel.tensor to 1")
+            raise ValueError(
+                "model.adaptive_cutoffs gives a head that ranks do not share: set parallel.tensor "
+                "to 1"
+            )
     elif model.head is not None:
         placement["head.weight"] = _split(vocabulary, 0)
     for name, module in model.named_modules():
         if isinstance(module, ProgramMixer):
             if ranks > 1:
-                raise ValueError(f"parallel.tensor is {ranks}, but model.program is not split by channels: set parallel.tensor to 1")
+                raise ValueError(
+                    f"parallel.tensor is {ranks}, but model.program is not split by channels: set "
+                    "parallel.tensor to 1"
+                )
         elif isinstance(module, Mixer):
             _check("model.mixer.heads", module.heads, ranks)
             if isinstance(module, HeadProjections):
@@ -59,5 +69,6 @@ def _check(key: str, size: int, ranks: int) -> None:
         lower, upper = size // ranks * ranks, -(-size // ranks) * ranks
         nearest = f"{lower} or {upper}" if lower else f"{upper}"
         raise ValueError(
-            f"{key} is {size}, which parallel.tensor, {ranks}, does not divide: set {key} to {nearest}, or parallel.tensor to a divisor"
+            f"{key} is {size}, which parallel.tensor, {ranks}, does not divide: set {key} to "
+            f"{nearest}, or parallel.tensor to a divisor"
         )

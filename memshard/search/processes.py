@@ -6,7 +6,9 @@ import threading
 
 
 def end_with_parent() -> None:
-    """End this process, whatever it does, when its parent is gone: a killed parent cannot stop its workers, which would go on for hours."""
+    """End this process, whatever it does, when its parent is gone: a killed parent cannot stop its
+    workers, which would go on for hours.
+    """
     threading.Thread(target=_wait, daemon=True).start()
 
 

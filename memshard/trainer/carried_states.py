@@ -16,14 +16,21 @@ from memshard.trainer.checkpoint.global_tensors import global_tensor
 
 
 class Carried:
-    """The mixers' states of this rank's lanes, without gradient. They move when a step is done: one that is skipped leaves no trace.
+    """The mixers' states of this rank's lanes, without gradient. They move when a step is done: one
+    that is skipped leaves no trace.
 
-    lanes: rows of the global batch; the sequence of a lane goes on where the one a step before ended. continues: of sample numbers,
-    whether they do; the others begin with nothing. rank, ranks: which share of the lanes is here, cut as `rank_share` does.
+    lanes: rows of the global batch; the sequence of a lane goes on where the one a step before
+    ended. continues: of sample numbers, whether they do; the others begin with nothing. rank,
+    ranks: which share of the lanes is here, cut as `rank_share` does.
     """
 
     def __init__(
-        self, model: Transformer, lanes: int, continues: Callable[[Tensor], Tensor], rank: int = 0, ranks: int = 1
+        self,
+        model: Transformer,
+        lanes: int,
+        continues: Callable[[Tensor], Tensor],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         share = -(-lanes // ranks)
         self.lanes, self.first = lanes, min(rank * share, lanes)
@@ -35,11 +42,16 @@ class Carried:
         self._advanced: list[tuple[Tensor, Sequence[MixerState]]] = []
 
     def begin(self, samples: Tensor) -> list[Any]:
-        """The states that the rows of a micro-batch go on from. samples: [rows], on the CPU; -1 for filler rows."""
+        """The states that the rows of a micro-batch go on from. samples: [rows], on the CPU; -1 for
+        filler rows.
+        """
         device = next(iter(state_tensors(self._states[0]).values())).device
         rows = self._rows(samples).to(device)
         fresh = (~self._continues(samples) | (samples < 0)).to(device)
-        return [mixer.reset(mixer.reorder(state, rows), fresh) for mixer, state in zip(self._mixers, self._states, strict=True)]  # type: ignore[arg-type]
+        return [
+            mixer.reset(mixer.reorder(state, rows), fresh)  # type: ignore[arg-type]
+            for mixer, state in zip(self._mixers, self._states, strict=True)
+        ]
 
     def advance(self, samples: Tensor, states: Sequence[MixerState]) -> None:
         """What those rows go on to, once the step is done."""
@@ -52,7 +64,9 @@ class Carried:
             real = samples >= 0
             for mine, new in zip(self._states, states, strict=True):
                 for name, kept in state_tensors(mine).items():
-                    kept[self._rows(samples[real]).to(kept.device)] = state_tensors(new)[name][real.to(kept.device)]
+                    kept[self._rows(samples[real]).to(kept.device)] = state_tensors(new)[name][
+                        real.to(kept.device)
+                    ]
         self.discard()
 
     def discard(self) -> None:
@@ -65,7 +79,9 @@ class Carried:
         for layer, state in enumerate(self._states):
             for key, value in state_tensors(state).items():
                 name = f"carried.blocks.{layer}.{key}"
-                found[name] = global_tensor(name, value[: self.real], {} if mesh is None else {name: placement}, mesh)
+                found[name] = global_tensor(
+                    name, value[: self.real], {} if mesh is None else {name: placement}, mesh
+                )
         return found
 
     def _rows(self, samples: Tensor) -> Tensor:

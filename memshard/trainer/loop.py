@@ -21,10 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
-    """Train to the recipe's last step, or to `stop_at`, or until told to stop; the last step is always saved.
+    """Train to the recipe's last step, or to `stop_at`, or until told to stop; the last step is
+    always saved.
 
-    stop: who listens; by default the loop itself does. Returns the result, with `finished` telling whether the recipe's last
-    step was reached. RuntimeError if too many steps in a row had a gradient that is not finite.
+    stop: who listens; by default the loop itself does. Returns the result, with `finished` telling
+    whether the recipe's last step was reached. RuntimeError if too many steps in a row had a
+    gradient that is not finite.
     """
     settings, guards = run.recipe.train, run.recipe.guards
     last = min(settings.steps, stop_at or settings.steps)
@@ -50,7 +52,10 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                         run.rewind()
                     metrics.close()
                     metrics = Metrics(run)
-                    metrics.say(f"back to step {run.progress.step}, rewind {run.progress.rewinds} of {guards.rewinds}")
+                    metrics.say(
+                        f"back to step {run.progress.step}, rewind {run.progress.rewinds} of "
+                        f"{guards.rewinds}"
+                    )
                     meter.restart()
                     continue
                 step = run.progress.step
@@ -61,7 +66,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                     metrics.write(step, values)
                     if not metrics.shows_bar:
                         metrics.say(_line(step, settings.steps, values))
-                if step == settings.steps or (settings.eval_every and step % settings.eval_every == 0):
+                if step == settings.steps or (
+                    settings.eval_every and step % settings.eval_every == 0
+                ):
                     with meter.paused(), _patience(run):
                         evaluation = evaluate_run(run)
                     metrics.write(step, evaluation_values(evaluation))
@@ -76,7 +83,11 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     finally:
         metrics.close()
     progress = run.progress
-    result: dict[str, Any] = {"step": progress.step, "skipped": progress.skipped, "checkpoint": str(checkpoint)}
+    result: dict[str, Any] = {
+        "step": progress.step,
+        "skipped": progress.skipped,
+        "checkpoint": str(checkpoint),
+    }
     if evaluation is not None:
         result |= {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
         result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
@@ -94,16 +105,22 @@ def _patience(run: Run) -> Iterator[None]:
 
 
 def _be_impatient(run: Run) -> None:
-    set_timeout(run.recipe.guards.timeout, but=run.saving.group)  # a save that goes on behind the steps may take its time
+    set_timeout(
+        run.recipe.guards.timeout, but=run.saving.group
+    )  # a save that goes on behind the steps may take its time
 
 
 def evaluate_run(run: Run) -> Evaluation:
-    """Evaluate on the held-out text, with the rows of a training micro-batch at a time; as one text where training carries states."""
+    """Evaluate on the held-out text, with the rows of a training micro-batch at a time; as one text
+    where training carries states.
+    """
     run.phase = "evaluating"
     if run.carried is not None:
         return evaluate(run.model, run.task, run.held_out, 1, run.dtype, carry=True)
     rows = run.recipe.train.micro_batch or -(-run.recipe.train.batch // run.data_ranks)
-    return evaluate(run.model, run.task, run.held_out, rows, run.dtype, run.data_rank, run.data_ranks)
+    return evaluate(
+        run.model, run.task, run.held_out, rows, run.dtype, run.data_rank, run.data_ranks
+    )
 
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
@@ -115,19 +132,31 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _spike_line(run: Run, outcome: StepOutcome) -> str:
-    done = {"warn": "trained on all the same", "skip": "not trained on", "rewind": "going back"}[run.recipe.guards.loss_spike]
-    return f"step {run.progress.step}: loss {outcome.loss:.4f} against a median of {median(run.progress.losses):.4f}: {done}"
+    done = {"warn": "trained on all the same", "skip": "not trained on", "rewind": "going back"}[
+        run.recipe.guards.loss_spike
+    ]
+    return (
+        f"step {run.progress.step}: loss {outcome.loss:.4f} against a median of "
+        f"{median(run.progress.losses):.4f}: {done}"
+    )
 
 
 def _line(step: int, steps: int, values: dict[str, float]) -> str:
     return (
-        f"step {step}/{steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  norm {values['train/grad_norm']:.2f}  "
-        f"{values['speed/tokens_per_s']:,.0f} tokens/s  mfu {values['speed/mfu']:.0%}  data {values['speed/data_wait']:.1%}"
+        f"step {step}/{steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  norm "
+        f"{values['train/grad_norm']:.2f}  "
+        f"{values['speed/tokens_per_s']:,.0f} tokens/s  mfu {values['speed/mfu']:.0%}  data "
+        f"{values['speed/data_wait']:.1%}"
     )
 
 
 def _evaluation_line(step: int, evaluation: Evaluation) -> str:
-    text = f"step {step}  held-out loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}"
+    text = (
+        f"step {step}  held-out loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}"
+    )
     for name, report in evaluation.usage.items():
-        text += f"\n  {name}: usage {report.usage:.1%}, KL {report.kl_weighted:.2f} weighted, {report.kl_count:.2f} by count"
+        text += (
+            f"\n  {name}: usage {report.usage:.1%}, KL {report.kl_weighted:.2f} weighted, "
+            f"{report.kl_count:.2f} by count"
+        )
     return text

@@ -12,8 +12,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. precision: "fp32", "fp16", "bf16" or "auto", which is bf16 from CUDA capability 8.0 on, fp16
-    below, and fp32 on CPU.
+    """The dtype of matrix products. precision: "fp32", "fp16", "bf16" or "auto", which is bf16 from
+    CUDA capability 8.0 on, fp16 below, and fp32 on CPU.
     """
     if precision != "auto":
         return DTYPES[precision]
@@ -35,10 +35,11 @@ def store_tables(model: nn.Module, dtype: str) -> None:
 
 
 class LossScale:
-    """What losses are multiplied by before backward, so that small gradients survive fp16; 1 in other arithmetic.
+    """What losses are multiplied by before backward, so that small gradients survive fp16; 1 in
+    other arithmetic.
 
-    Dynamic (Micikevicius et al. 2018, section 3.2): lower after a gradient that is not finite, higher after `growth_interval`
-    steps without one.
+    Dynamic (Micikevicius et al. 2018, section 3.2): lower after a gradient that is not finite,
+    higher after `growth_interval` steps without one.
     """
 
     def __init__(self, config: LossScaleConfig, dtype: torch.dtype) -> None:
@@ -69,6 +70,11 @@ class LossScale:
         return {"value": self.value, "clean_steps": self.clean_steps} if self.dynamic else {}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint; from the initial scale if that was trained in other arithmetic."""
+        """Go on from a checkpoint; from the initial scale if that was trained in other
+        arithmetic.
+        """
         if self.dynamic:
-            self.value, self.clean_steps = state.get("value", self.config.initial), int(state.get("clean_steps", 0))
+            self.value, self.clean_steps = (
+                state.get("value", self.config.initial),
+                int(state.get("clean_steps", 0)),
+            )

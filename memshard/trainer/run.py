@@ -1,4 +1,6 @@
-"""One training run: every piece the loop needs, its progress, and how it is saved, resumed and rewound."""
+"""One training run: every piece the loop needs, its progress, and how it is saved, resumed and
+rewound.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -28,10 +30,21 @@ from memshard.parallel.collectives import from_first
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.carried_states import Carried
 from memshard.trainer.checkpoint.background import BackgroundSave
-from memshard.trainer.checkpoint.folders import checkpoint_folder, committed, find_checkpoints, prune, remove, set_aside
+from memshard.trainer.checkpoint.folders import (
+    checkpoint_folder,
+    committed,
+    find_checkpoints,
+    prune,
+    remove,
+    set_aside,
+)
 from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
 from memshard.trainer.checkpoint.init_from import init_from
-from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, load_state_together, load_tensors
+from memshard.trainer.checkpoint.save_load import (
+    DamagedCheckpoint,
+    load_state_together,
+    load_tensors,
+)
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.optim.rows.adam import RowAdam
@@ -47,10 +60,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """What changes from step to step, besides tensors. step: finished; skipped: steps without update; in_a_row: the latest of them.
+    """What changes from step to step, besides tensors. step: finished; skipped: steps without
+    update; in_a_row: the latest of them.
 
-    losses: of the last updates, at most guards.window. spikes, rewinds: how often. left_out: batches that rewinds have passed over.
-    rewound_to: the step of the checkpoint that the last one took.
+    losses: of the last updates, at most guards.window. spikes, rewinds: how often. left_out:
+    batches that rewinds have passed over. rewound_to: the step of the checkpoint that the last one
+    took.
     """
 
     step: int = 0
@@ -75,7 +90,9 @@ PHASES = ("starting", *_STEP_PHASES, "evaluating", "saving", "done", "stopped")
 
 @dataclass
 class Run:
-    """A run ready to go on from `progress`. `rows` is None for a model without memory, `carried` unless states go on from step to step."""
+    """A run ready to go on from `progress`. `rows` is None for a model without memory, `carried`
+    unless states go on from step to step.
+    """
 
     recipe: Recipe
     folder: Path
@@ -102,15 +119,26 @@ class Run:
         """This rank's micro-batches of the next step; to be called once a step."""
         settings, batch, workers = self.recipe.train, self.progress.batch, self.recipe.data.workers
         if not workers:
-            return rank_share(self.stream, batch, settings.batch, self.data_rank, self.data_ranks, settings.micro_batch)
+            return rank_share(
+                self.stream,
+                batch,
+                settings.batch,
+                self.data_rank,
+                self.data_ranks,
+                settings.micro_batch,
+            )
         if self._ahead is None:
             share = settings.batch, self.data_rank, self.data_ranks, settings.micro_batch
-            self._ahead = prefetched(self.stream, batch, settings.steps + self.progress.left_out, *share, workers)
+            self._ahead = prefetched(
+                self.stream, batch, settings.steps + self.progress.left_out, *share, workers
+            )
         return next(self._ahead)
 
     @property
     def data_rank(self) -> int:
-        """Which share of a batch this rank trains on; ranks that share the dense matrices have the same."""
+        """Which share of a batch this rank trains on; ranks that share the dense matrices have the
+        same.
+        """
         return self.rank // self.recipe.parallel.tensor
 
     @property
@@ -126,13 +154,18 @@ class Run:
     @property
     def watched(self) -> list[tuple[ProductKeyMemory, KeyUse]]:
         """The memories whose key use is watched, all or none, and who watches them."""
-        return [(memory, memory.key_use) for _, memory in self.model.memories() if memory.key_use is not None]
+        return [
+            (memory, memory.key_use)
+            for _, memory in self.model.memories()
+            if memory.key_use is not None
+        ]
 
     def save(self, wait: bool = True) -> Path:
-        """Write a checkpoint of the finished step, if there is none yet; returns its folder. All ranks take part.
+        """Write a checkpoint of the finished step, if there is none yet; returns its folder. All
+        ranks take part.
 
-        wait: until it is committed; otherwise until training may go on, and the next save, or the one that waits, raises what
-        went wrong with this one.
+        wait: until it is committed; otherwise until training may go on, and the next save, or the
+        one that waits, raises what went wrong with this one.
         """
         self.phase = "saving"
         self.saving.wait()
@@ -147,16 +180,24 @@ class Run:
             # Tables are too large for a second copy, so they are written before training goes on.
             tables = tuple(f".{name}.weight" for name, _ in find_tables(self.model))
             in_place = [name for name in tensors if name.endswith(tables)] if tables else []
-            self.saving.start(folder, tensors, self._state(), files, in_place, lambda: prune(root, settings.keep, settings.keep_every))
+            self.saving.start(
+                folder,
+                tensors,
+                self._state(),
+                files,
+                in_place,
+                lambda: prune(root, settings.keep, settings.keep_every),
+            )
         if wait:
             self.saving.wait()
         return folder
 
     def resume(self) -> None:
-        """Continue from the newest committed checkpoint; from one before it, with a warning, if that is damaged. If there is none,
-        begin with the recipe's `init_from`.
+        """Continue from the newest committed checkpoint; from one before it, with a warning, if
+        that is damaged. If there is none, begin with the recipe's `init_from`.
 
-        ValueError if the data has changed since, if all are damaged, or if what the run is to begin with does not fit.
+        ValueError if the data has changed since, if all are damaged, or if what the run is to begin
+        with does not fit.
         """
         damaged: dict[Path, DamagedCheckpoint] = {}
         found = from_first(committed(self.folder / CHECKPOINTS))
@@ -170,7 +211,12 @@ class Run:
             raise damaged[found[-1]]
         if self.rank == 0:
             for folder, problem in damaged.items():
-                log.warning("%s is damaged (%s): the run goes on from step %d", set_aside(folder), problem.reason, self.progress.step)
+                log.warning(
+                    "%s is damaged (%s): the run goes on from step %d",
+                    set_aside(folder),
+                    problem.reason,
+                    self.progress.step,
+                )
         if not found and self.recipe.init_from is not None:
             self._begin_with(from_first(find_checkpoints(Path(self.recipe.init_from))[0]))
 
@@ -178,7 +224,10 @@ class Run:
         """Take over what another run has learned."""
         tokenizer, data = checkpoint / TOKENIZER_FILE, self.recipe.data.path
         if tokenizer.exists() and Tokenizer(tokenizer).sha256 != load_index(data).tokenizer_sha256:
-            raise ValueError(f"{data} was built with another tokenizer than {checkpoint}: its tokens mean nothing to that model")
+            raise ValueError(
+                f"{data} was built with another tokenizer than {checkpoint}: its tokens mean "
+                "nothing to that model"
+            )
         learned = self.engine.state(self._learned(), everywhere=True)
         init_from(checkpoint, self.model, learned, self.rows)
         self.engine.restore(learned)
@@ -186,13 +235,16 @@ class Run:
     def rewind(self) -> None:
         """Back to the newest checkpoint, on with the data after the last batch. All ranks call it.
 
-        Where the last rewind went to that checkpoint too, the one before it is taken. RuntimeError if guards.rewinds are used up.
+        Where the last rewind went to that checkpoint too, the one before it is taken. RuntimeError
+        if guards.rewinds are used up.
         """
         guards, left = self.recipe.guards, self.progress
         if left.rewinds >= guards.rewinds:
             raise RuntimeError(
-                f"the loss spiked again at step {left.step} after {left.rewinds} rewinds (guards.rewinds): "
-                "begin another run (init_from) at an earlier checkpoint, with a lower optimizer.lr or tables.lr, or look at the data there"
+                f"the loss spiked again at step {left.step} after {left.rewinds} rewinds "
+                "(guards.rewinds): "
+                "begin another run (init_from) at an earlier checkpoint, with a lower "
+                "optimizer.lr or tables.lr, or look at the data there"
             )
         self.saving.wait()
         root = self.folder / CHECKPOINTS
@@ -208,7 +260,9 @@ class Run:
         self._ahead = None
 
     def _rewind_target(self, root: Path) -> Path:
-        """The checkpoint to go back to; removes a later one, which is not of the branch that is to be. For rank 0."""
+        """The checkpoint to go back to; removes a later one, which is not of the branch that is to
+        be. For rank 0.
+        """
         found = committed(root)
         if len(found) > 1 and found[-1] == checkpoint_folder(root, self.progress.rewound_to or 0):
             remove(found.pop())
@@ -237,8 +291,8 @@ class Run:
         check_copies(tensors, self.placement, self.mesh)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint keeps as tensors, by name. They share memory with the run, but for what `engine.restore` takes
-        back; all ranks call it.
+        """Everything that a checkpoint keeps as tensors, by name. They share memory with the run,
+        but for what `engine.restore` takes back; all ranks call it.
         """
         tensors = self.engine.state(self._learned())
         for layer, memory in self.model.memories():
@@ -255,7 +309,11 @@ class Run:
         )
 
     def _state(self) -> dict[str, Any]:
-        steps = {name: self.rows.state[table.anchor]["step"] for name, table in find_tables(self.model)} if self.rows else {}
+        steps = (
+            {name: self.rows.state[table.anchor]["step"] for name, table in find_tables(self.model)}
+            if self.rows
+            else {}
+        )
         return {
             "progress": vars(self.progress),
             "loss_scale": self.loss_scale.state(),

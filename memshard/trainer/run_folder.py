@@ -14,28 +14,60 @@ _FREE_TO_CHANGE = {
     "data.path",
     "data.damage_tolerance",
     "data.workers",
-    *(f"train.{key}" for key in ("steps", "micro_batch", "precision", "engine", "zero", "offload", "max_skipped")),
-    *(f"train.{key}" for key in ("compile", "profile", "checkpointing", "chunk", "segments", "check_inversion")),
-    *(f"train.{key}" for key in ("log_every", "wandb", "eval_every", "eval_tokens", "save_every", "keep", "keep_every")),
+    *(
+        f"train.{key}"
+        for key in ("steps", "micro_batch", "precision", "engine", "zero", "offload", "max_skipped")
+    ),
+    *(
+        f"train.{key}"
+        for key in ("compile", "profile", "checkpointing", "chunk", "segments", "check_inversion")
+    ),
+    *(
+        f"train.{key}"
+        for key in (
+            "log_every",
+            "wandb",
+            "eval_every",
+            "eval_tokens",
+            "save_every",
+            "keep",
+            "keep_every",
+        )
+    ),
     *(f"train.loss_scale.{key}" for key in ("initial", "growth_interval", "backoff", "minimum")),
-    *(f"guards.{key}" for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")),
+    *(
+        f"guards.{key}"
+        for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")
+    ),
     "tables.place",
-    *(f"parallel.{key}" for key in ("tensor", "share", "memory", "layout", "exchange", "checksum_every")),
+    *(
+        f"parallel.{key}"
+        for key in ("tensor", "share", "memory", "layout", "exchange", "checksum_every")
+    ),
 }
 
 
 def check_identity(folder: Path, recipe: Recipe) -> None:
-    """ValueError, with the differences, if the folder holds a run of another model, data order or optimizer.
+    """ValueError, with the differences, if the folder holds a run of another model, data order or
+    optimizer.
 
-    More steps, other intervals, other ranks and a data folder that moved (its content is checked by hash) are the same run.
+    More steps, other intervals, other ranks and a data folder that moved (its content is checked by
+    hash) are the same run.
     """
     config = folder / CONFIG_FILE
     if not config.exists():
         return
-    changes = [change for change in diff(load_recipe(str(config), []), recipe) if change[0] not in _FREE_TO_CHANGE]
+    changes = [
+        change
+        for change in diff(load_recipe(str(config), []), recipe)
+        if change[0] not in _FREE_TO_CHANGE
+    ]
     if changes:
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in changes)
-        raise ValueError(f"{folder} holds another run ({listed}): choose another folder with --run, or the same settings")
+        raise ValueError(
+            f"{folder} holds another run ({listed}): choose another folder with --run, or the "
+            "same settings"
+        )
 
 
 def write_config(folder: Path, recipe: Recipe) -> None:

@@ -39,11 +39,18 @@ if TYPE_CHECKING:
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 
 
-def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[ModelConfig], Transformer] = build_model) -> Run:
-    """Build the run and resume it where its folder holds a checkpoint. All ranks call it with the same recipe.
+def set_up(
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    build: Callable[[ModelConfig], Transformer] = build_model,
+) -> Run:
+    """Build the run and resume it where its folder holds a checkpoint. All ranks call it with the
+    same recipe.
 
-    build: makes the model; one that puts other layers in serves comparisons.
-    ValueError or FileNotFoundError for whatever is the user's to mend; nothing is written to the folder before all is well.
+    build: makes the model; one that puts other layers in serves comparisons. ValueError or
+    FileNotFoundError for whatever is the user's to mend; nothing is written to the folder before
+    all is well.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     recipe = resolve(recipe)
@@ -53,11 +60,26 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
         check_installed()
     data = recipe.data
     by_epochs = data.mixture_by == "epochs"
-    stream = open_train(data.path, data.length, recipe.train.batch, recipe.train.seed, data.damage_tolerance, data.mixture, by_epochs)
+    stream = open_train(
+        data.path,
+        data.length,
+        recipe.train.batch,
+        recipe.train.seed,
+        data.damage_tolerance,
+        data.mixture,
+        by_epochs,
+    )
     if recipe.train.carry_state and not isinstance(stream, TrainStream):
-        raise ValueError(f"train.carry_state needs text that goes on from step to step, and {data.path} holds whole records: leave it out")
+        raise ValueError(
+            f"train.carry_state needs text that goes on from step to step, and {data.path} holds "
+            "whole records: leave it out"
+        )
     # One text is read in pieces as large as a micro-batch.
-    rows = (recipe.train.micro_batch or -(-recipe.train.batch * recipe.parallel.tensor // ranks)) if recipe.train.carry_state else 1
+    rows = (
+        (recipe.train.micro_batch or -(-recipe.train.batch * recipe.parallel.tensor // ranks))
+        if recipe.train.carry_state
+        else 1
+    )
     held_out = open_held_out(recipe.data.path, rows * recipe.data.length, recipe.train.eval_tokens)
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
 
@@ -71,8 +93,15 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
         table.host = recipe.tables.place == "host"
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
-    model.checkpointing, model.check_inversion = recipe.train.checkpointing, recipe.train.check_inversion
-    model.chunk, model.segments, model.label_smoothing = recipe.train.chunk, recipe.train.segments, recipe.train.label_smoothing
+    model.checkpointing, model.check_inversion = (
+        recipe.train.checkpointing,
+        recipe.train.check_inversion,
+    )
+    model.chunk, model.segments, model.label_smoothing = (
+        recipe.train.chunk,
+        recipe.train.segments,
+        recipe.train.label_smoothing,
+    )
     for _, memory in model.memories():
         memory.query_norm.deferred = True
         if recipe.tables.revive or recipe.train.key_balance:
@@ -110,17 +139,25 @@ def set_up(recipe: Recipe, folder: Path, device: torch.device, build: Callable[[
 
 
 def _engine(
-    recipe: Recipe, model: Transformer, mesh: DeviceMesh | None, placement: dict[str, ShardSpec], dtype: torch.dtype
+    recipe: Recipe,
+    model: Transformer,
+    mesh: DeviceMesh | None,
+    placement: dict[str, ShardSpec],
+    dtype: torch.dtype,
 ) -> "NativeEngine | DeepSpeedEngine":
     if recipe.train.engine == "torch":
-        return NativeEngine(model, recipe.optimizer, mesh, placement, shard_states=recipe.train.zero > 0)
+        return NativeEngine(
+            model, recipe.optimizer, mesh, placement, shard_states=recipe.train.zero > 0
+        )
     from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(model, recipe.optimizer, recipe.train, mesh, placement, dtype)
 
 
 def _row_adam(tables: list[ValueTable], config: TableOptimizerConfig) -> RowAdam:
-    return RowAdam(tables, config.lr, config.betas, config.eps, config.semantics, config.rounding, config.clip)
+    return RowAdam(
+        tables, config.lr, config.betas, config.eps, config.semantics, config.rounding, config.clip
+    )
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -129,11 +166,19 @@ def resolve(recipe: Recipe) -> Recipe:
     model = recipe.model
     if model.vocab_size is not None and model.vocab_size < vocabulary:
         raise ValueError(
-            f"model.vocab_size is {model.vocab_size} but the tokenizer of {recipe.data.path} has {vocabulary} tokens: "
+            f"model.vocab_size is {model.vocab_size} but the tokenizer of {recipe.data.path} has "
+            f"{vocabulary} tokens: "
             f"leave model.vocab_size out, or set at least {vocabulary}"
         )
     if model.longest(recipe.data.length) < recipe.data.length:
         key = "model.max_length" if model.max_length else "model.axial"
-        raise ValueError(f"{key} holds {model.longest(0)} positions but data.length is {recipe.data.length}: raise it or leave it out")
-    model = replace(model, vocab_size=model.vocab_size or vocabulary, max_length=model.longest(recipe.data.length))
+        raise ValueError(
+            f"{key} holds {model.longest(0)} positions but data.length is {recipe.data.length}: "
+            "raise it or leave it out"
+        )
+    model = replace(
+        model,
+        vocab_size=model.vocab_size or vocabulary,
+        max_length=model.longest(recipe.data.length),
+    )
     return replace(recipe, model=model)

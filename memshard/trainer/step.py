@@ -19,9 +19,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """loss: the batch's mean loss, of all ranks. norm: of the dense gradient. rate: learning rate, 0 if the step was skipped.
-    data_wait: seconds spent on reading. stopping: whether any rank was told to stop. spiked: whether the loss stands out.
-    rewind: whether to go back to a checkpoint. tokens: read, over all ranks, padding of pairs not counted.
+    """loss: the batch's mean loss, of all ranks. norm: of the dense gradient. rate: learning rate,
+    0 if the step was skipped. data_wait: seconds spent on reading. stopping: whether any rank
+    was told to stop. spiked: whether the loss stands out. rewind: whether to go back to a
+    checkpoint. tokens: read, over all ranks, padding of pairs not counted.
     """
 
     loss: float
@@ -35,12 +36,18 @@ class StepOutcome:
 
 
 def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
-    """Train on the next batch, or skip the update on all ranks: if any rank's gradient is not finite, if reversible streams left their
-    grid (which gets coarser), or for a loss spike.
+    """Train on the next batch, or skip the update on all ranks: if any rank's gradient is not
+    finite, if reversible streams left their grid (which gets coarser), or for a loss spike.
 
-    stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too many steps in a row were skipped.
+    stop: asked at the end, so that a signal during the step stops after it. RuntimeError if too
+    many steps in a row were skipped.
     """
-    guards, progress, scale, grid = run.recipe.guards, run.progress, run.loss_scale.value, run.model.grid
+    guards, progress, scale, grid = (
+        run.recipe.guards,
+        run.progress,
+        run.loss_scale.value,
+        run.model.grid,
+    )
     if not run.model.training:
         run.model.train()
     if grid is not None:
@@ -51,11 +58,19 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     data_wait = time.perf_counter() - begun
 
     run.phase = "forward and backward"
-    tokens, read = run.task.predicted(run.stream, progress.batch, batches), run.stream.predicted(progress.batch)
+    tokens, read = (
+        run.task.predicted(run.stream, progress.batch, batches),
+        run.stream.predicted(progress.batch),
+    )
     for memory, use in run.watched:
         # A mean over the batch's tokens and over heads and halves, scaled like the loss beside it.
-        # Where several ranks search for the same tokens, the factor of their table's gradient says how many.
-        use.balance = run.recipe.train.key_balance * scale / (tokens * 2 * memory.heads * memory.values.gradient_scale)
+        # Where several ranks search for the same tokens, the factor of their table's gradient says
+        # how many.
+        use.balance = (
+            run.recipe.train.key_balance
+            * scale
+            / (tokens * 2 * memory.heads * memory.values.gradient_scale)
+        )
     total = torch.zeros((), device=run.device)
     for number, batch in enumerate(batches, 1):
         with run.engine.forward_context(last=number == len(batches)):
@@ -70,10 +85,16 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     run.phase = "agreeing on a verdict"
     # Ranks that share the dense matrices all have the loss of their tokens.
     share = total / run.recipe.parallel.tensor
-    batch_loss, (infinite, out_of_range, stopping) = agree(share, ~finite, left_range, stop is not None and stop.received)
+    batch_loss, (infinite, out_of_range, stopping) = agree(
+        share, ~finite, left_range, stop is not None and stop.received
+    )
     broken = infinite or out_of_range
     # All ranks have the same loss and history, and so the same opinion.
-    spiked = not broken and len(progress.losses) == guards.window and is_spike(batch_loss, progress.losses, guards.threshold)
+    spiked = (
+        not broken
+        and len(progress.losses) == guards.window
+        and is_spike(batch_loss, progress.losses, guards.threshold)
+    )
     run.phase = "updating"
     rate = 0.0
     if broken or (spiked and guards.loss_spike != "warn"):
@@ -91,7 +112,10 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
     hopeless = _hopeless(run, infinite and not out_of_range)
     rewind = guards.loss_spike == "rewind" and (spiked or bool(hopeless))
     if hopeless and not rewind:
-        advice = "begin another run (init_from) at an earlier checkpoint, with a lower optimizer.lr or tables.lr"
+        advice = (
+            "begin another run (init_from) at an earlier checkpoint, with a lower "
+            "optimizer.lr or tables.lr"
+        )
         raise RuntimeError(f"{hopeless} (norm {float(norm)}, loss {batch_loss}): {advice}")
     every = run.recipe.parallel.checksum_every
     if every and progress.step % every == 0:
@@ -113,7 +137,12 @@ def _update(run: Run, norm: Tensor, scale: float) -> float:
         for memory, use in run.watched:
             use.commit(run.rows.state[memory.values.anchor]["step"])
         if run.recipe.tables.revive:
-            revive((memory for memory, _ in run.watched), run.rows, run.recipe.tables.dead_after, run.recipe.train.seed)
+            revive(
+                (memory for memory, _ in run.watched),
+                run.rows,
+                run.recipe.tables.dead_after,
+                run.recipe.train.seed,
+            )
     run.progress.in_a_row = 0
     return rate
 
@@ -133,9 +162,17 @@ def _skip(run: Run) -> None:
 
 
 def _coarsen(grid: Grid, step: int) -> None:
-    for (layer, largest), left in zip(grid.largest.items(), grid.left_range().tolist(), strict=True):
+    for (layer, largest), left in zip(
+        grid.largest.items(), grid.left_range().tolist(), strict=True
+    ):
         if left:
-            log.warning("step %d: a stream of block %d reached %g and the grid ends at %g", step, layer, largest, grid.limit)
+            log.warning(
+                "step %d: a stream of block %d reached %g and the grid ends at %g",
+                step,
+                layer,
+                largest,
+                grid.limit,
+            )
     grid.coarsen()
     log.warning("step %d is left out: streams left the grid; it ends at %g now", step, grid.limit)
 
@@ -144,7 +181,10 @@ def _hopeless(run: Run, overflow: bool) -> str | None:
     """Why the run cannot go on, if it cannot."""
     scale, progress = run.loss_scale, run.progress
     if scale.exhausted:
-        return f"the loss scale fell to {scale.value:g}, below train.loss_scale.minimum, and the gradient is still not finite"
+        return (
+            f"the loss scale fell to {scale.value:g}, below train.loss_scale.minimum, and the "
+            "gradient is still not finite"
+        )
     # Overflows that lower the loss scale are not yet failures.
     if progress.in_a_row > run.recipe.train.max_skipped and not (overflow and scale.dynamic):
         reasons = "a gradient that is not finite, a loss spike or streams beyond their grid"

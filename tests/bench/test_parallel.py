@@ -7,10 +7,27 @@ import pytest
 
 from memshard.launch.cli.main import main
 
-TINY = ["--layers", "2", "--dim", "16", "--heads", "2", "--length", "16", "--batch", "4", "--keys", "4", "--rounds", "1"]
+TINY = [
+    "--layers",
+    "2",
+    "--dim",
+    "16",
+    "--heads",
+    "2",
+    "--length",
+    "16",
+    "--batch",
+    "4",
+    "--keys",
+    "4",
+    "--rounds",
+    "1",
+]
 
 
-def test_both_splits_both_blocks_and_the_plain_loop(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_both_splits_both_blocks_and_the_plain_loop(
+    data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "parallel", *TINY, "--data", str(data), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert [(point["tensor"], point["data"]) for point in result["steps"]] == [(1, 2), (2, 1)]
@@ -19,7 +36,11 @@ def test_both_splits_both_blocks_and_the_plain_loop(data: Path, capfd: pytest.Ca
     assert {"torch", "torch, ZeRO-1"} <= set(result["engines_s"])
     # Both spread the same block: the gradient of its input is the same.
     assert len(result["blocks_s"]) == 2 and result["blocks_difference"] < 1e-5
-    found = [*(point["step_s"] for point in result["steps"]), *result["engines_s"].values(), *result["tokens_per_s"].values()]
+    found = [
+        *(point["step_s"] for point in result["steps"]),
+        *result["engines_s"].values(),
+        *result["tokens_per_s"].values(),
+    ]
     assert all(0 < one["low"] <= one["median"] <= one["high"] for one in found)
 
 

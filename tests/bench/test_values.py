@@ -23,7 +23,9 @@ def test_the_list_and_a_missing_name(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_a_table_that_copies_its_gradient_takes_more_memory() -> None:
-    """A dense gradient of 32,768 x 256 is 34 MB beside 101 MB of values and moments, which both have."""
+    """A dense gradient of 32,768 x 256 is 34 MB beside 101 MB of values and moments, which both
+    have.
+    """
     result = measure(Sizes(32_768, 256, 16, (64,), rounds=1), [OURS, DENSE])
     own, dense = result["tokens"][64][OURS], result["tokens"][64][DENSE]
     assert own["ratio"] == 1 and dense["ratio"] > 1
@@ -34,7 +36,19 @@ def test_a_table_that_copies_its_gradient_takes_more_memory() -> None:
 @pytest.mark.slow
 def test_all_competitors(tmp_path: Path) -> None:
     pytest.importorskip("fbgemm_gpu")
-    command = [sys.executable, "-m", "memshard", "bench", "values", "--quick", "--threads", "1", "--json", "--out", str(tmp_path / "v.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "memshard",
+        "bench",
+        "values",
+        "--quick",
+        "--threads",
+        "1",
+        "--json",
+        "--out",
+        str(tmp_path / "v.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

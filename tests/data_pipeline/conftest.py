@@ -8,7 +8,11 @@ import pytest
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 
-WORDS = [first + last for first in ("ba", "de", "fi", "go", "lu", "ma", "ne") for last in ("ck", "ld", "m", "n", "rt", "st", "x", "zz")]
+WORDS = [
+    first + last
+    for first in ("ba", "de", "fi", "go", "lu", "ma", "ne")
+    for last in ("ck", "ld", "m", "n", "rt", "st", "x", "zz")
+]
 
 
 def write_corpus(folder: Path, documents: int = 300, seed: int = 0) -> None:
@@ -20,8 +24,17 @@ def write_corpus(folder: Path, documents: int = 300, seed: int = 0) -> None:
         (folder / f"{number:04d}.txt").write_text(" ".join(words) + ".\n", encoding="utf-8")
 
 
-def build(source: Path, out: Path, vocab_size: int = 500, held_out: float = 0.1, shard_bytes: int = 80_000) -> dict:
-    return build_data(Sources(find_files([source])), out, vocab_size=vocab_size, held_out=held_out, shard_bytes=shard_bytes, workers=1)
+def build(
+    source: Path, out: Path, vocab_size: int = 500, held_out: float = 0.1, shard_bytes: int = 80_000
+) -> dict:
+    return build_data(
+        Sources(find_files([source])),
+        out,
+        vocab_size=vocab_size,
+        held_out=held_out,
+        shard_bytes=shard_bytes,
+        workers=1,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""From sources to a data folder: what counts as a document, what bad input says, and the same bytes each time."""
+"""From sources to a data folder: what counts as a document, what bad input says, and the same bytes
+each time.
+"""
 
 import gzip
 import json
@@ -11,7 +13,13 @@ import pytest
 
 from memshard.data_pipeline.format import load_index
 from memshard.data_pipeline.format.verify import verify_data
-from memshard.data_pipeline.prepare.inputs import MAX_DOCUMENT, Sources, find_files, is_utf8, read_documents
+from memshard.data_pipeline.prepare.inputs import (
+    MAX_DOCUMENT,
+    Sources,
+    find_files,
+    is_utf8,
+    read_documents,
+)
 from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.conftest import build, write_corpus
@@ -32,7 +40,9 @@ def texts_of(folder: Path, split: str) -> list[str]:
     tokenizer, reader = Tokenizer(folder), SplitReader(folder, split)
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     order = np.arange(len(reader.lengths))
-    rows = [reader.read(order, starts, starts[i : i + 1], int(reader.lengths[i]))[0][0] for i in order]
+    rows = [
+        reader.read(order, starts, starts[i : i + 1], int(reader.lengths[i]))[0][0] for i in order
+    ]
     assert all(row[-1] == tokenizer.eos_id and tokenizer.eos_id not in row[:-1] for row in rows)
     return [tokenizer.decode(row[:-1]) for row in rows]
 
@@ -81,7 +91,9 @@ def test_large_vocabularies_use_uint32(corpus: Path, tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text("\n".join(words[number::40] * 2))
     build(tmp_path, tmp_path / "data", vocab_size=66_000, shard_bytes=1 << 28)
     assert load_index(tmp_path / "data").dtype == "uint32"
-    assert sorted(texts_of(tmp_path / "data", "train"))[0] in {file.read_text() for file in tmp_path.glob("*.txt")}
+    assert sorted(texts_of(tmp_path / "data", "train"))[0] in {
+        file.read_text() for file in tmp_path.glob("*.txt")
+    }
     verify_data(tmp_path / "data")
 
 
@@ -91,9 +103,13 @@ def test_directories_are_read_in_order_without_other_files(tmp_path: Path) -> No
         (tmp_path / name).write_text(name)
     with gzip.open(tmp_path / "a" / "c.txt.gz", "wt") as stream:
         stream.write("zipped")
-    relative = [file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path, tmp_path / "b.txt"])]
+    relative = [
+        file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path, tmp_path / "b.txt"])
+    ]
     assert relative == ["b.txt", "a/b.py", "a/c.txt.gz", "a/z.md"]
-    assert find_files([tmp_path], [".bin"]) == find_files([tmp_path], ["bin"]) == (tmp_path / "c.bin",)
+    assert (
+        find_files([tmp_path], [".bin"]) == find_files([tmp_path], ["bin"]) == (tmp_path / "c.bin",)
+    )
     assert documents_of(tmp_path / "a" / "c.txt.gz")[0] == ["zipped"]
 
 
@@ -101,7 +117,8 @@ def test_kinds_of_documents(tmp_path: Path) -> None:
     wiki = tmp_path / "wiki_00"
     wiki.write_text(
         '<doc id="1" url="?curid=1" title="Only &amp; title">\nOnly &amp; title\n\n\n</doc>\n'
-        '<doc id="2" url="?curid=2" title="Two">\nTwo\n\nBody of two.\n\n</doc>\n<doc id="3" url="" title="Three">\nCut off'
+        '<doc id="2" url="?curid=2" title="Two">\nTwo\n\nBody of two.\n\n</doc>\n<doc id="3" '
+        'url="" title="Three">\nCut off'
     )
     assert documents_of(wiki) == (["Two\n\nBody of two.\n", "Cut off\n"], Counter(empty=1, cut=0))
     assert len(documents_of(wiki, documents="file")[0]) == 1
@@ -112,14 +129,21 @@ def test_kinds_of_documents(tmp_path: Path) -> None:
     assert documents_of(lines)[0] == ["one\r\n\n two \nthree"]
 
     records = tmp_path / "records.jsonl"
-    records.write_text('{"text": "a\\r\\nb\\u2028", "body": "x"}\n\n{"text": "", "body": "y"}\n{"text": "\\ud800", "body": "z"}\n')
+    records.write_text(
+        '{"text": "a\\r\\nb\\u2028", "body": "x"}\n\n{"text": "", "body": "y"}\n{"text": '
+        '"\\ud800", "body": "z"}\n'
+    )
     assert documents_of(records) == (["a\r\nb\u2028"], Counter(empty=1, invalid=1, cut=0))
     assert documents_of(records, text_key="body")[0] == ["x", "y", "z"]
 
 
 def test_long_documents_are_cut_at_line_ends(tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
-    text = "".join(f"line {number} of many\n" for number in range(10_000)) + "x" * (2 * MAX_DOCUMENT) + "\nend"
+    text = (
+        "".join(f"line {number} of many\n" for number in range(10_000))
+        + "x" * (2 * MAX_DOCUMENT)
+        + "\nend"
+    )
     file.write_text(text)
     documents, counts = documents_of(file)
     assert "".join(documents) == text and counts["cut"] == 1
@@ -145,24 +169,48 @@ def bad_input(tmp_path: Path, content: bytes, name: str = "bad.jsonl") -> Path:
     ("name", "content", "message"),
     [
         ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', r"bad.jsonl, line 2 is not JSON"),
-        ("bad.jsonl", b'{"content": "x", "id": 1}\n', r"bad.jsonl, line 1 has no key 'text' \(it has: content, id\).*--text-key"),
-        ("bad.jsonl", b'["x"]\n', r"line 1 has no key 'text' \(it has: a list instead of an object\)"),
+        (
+            "bad.jsonl",
+            b'{"content": "x", "id": 1}\n',
+            r"bad.jsonl, line 1 has no key 'text' \(it has: content, id\).*--text-key",
+        ),
+        (
+            "bad.jsonl",
+            b'["x"]\n',
+            r"line 1 has no key 'text' \(it has: a list instead of an object\)",
+        ),
         ("bad.jsonl", b'{"text": 5}\n', r"line 1: 'text' is no text but int.*--text-key"),
-        ("bad.txt.gz", gzip.compress(b"some text " * 1000, mtime=0)[:-20], r"bad.txt.gz is a damaged gzip file.*fetch it again"),
+        (
+            "bad.txt.gz",
+            gzip.compress(b"some text " * 1000, mtime=0)[:-20],
+            r"bad.txt.gz is a damaged gzip file.*fetch it again",
+        ),
         ("bad.txt.gz", b"no gzip at all", r"bad.txt.gz is a damaged gzip file"),
         ("empty.txt", b"", r"the corpus is empty: 1 files .*1 empty"),
-        ("latin.txt", b"caf\xe9", r"the corpus is empty: 1 files \(1 not UTF-8 text, e.g. .*latin.txt\)"),
+        (
+            "latin.txt",
+            b"caf\xe9",
+            r"the corpus is empty: 1 files \(1 not UTF-8 text, e.g. .*latin.txt\)",
+        ),
         ("one.txt", b"a single document\n", r"the corpus is one document.*--documents line"),
-        ("two.jsonl", b'{"text": "aa bb cc"}\n{"text": "dd ee"}\n', r"--vocab 500 is more than this text supports: .*at most \d+"),
+        (
+            "two.jsonl",
+            b'{"text": "aa bb cc"}\n{"text": "dd ee"}\n',
+            r"--vocab 500 is more than this text supports: .*at most \d+",
+        ),
     ],
 )
-def test_bad_input_names_file_and_fix(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_input_names_file_and_fix(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     source = bad_input(tmp_path, content, name)
     with pytest.raises(ValueError, match=message) as caught:
         build(source, tmp_path / "new" / "data")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, "new"])
-    assert {path.name for path in (tmp_path / "new").iterdir()} <= {".data.work"}, "only finished stages may stay"
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= {".data.work"}, (
+        "only finished stages may stay"
+    )
 
 
 def test_bad_settings_name_the_option(corpus: Path, tmp_path: Path) -> None:
@@ -205,8 +253,13 @@ def test_command_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "train-00000.tar").unlink()
     missing = command("data", "verify", tmp_path / "data")
     again = command("data", "build", corpus, "--out", tmp_path / "data")
-    for failed, message in ((missing, "train-00000.tar: is missing"), (again, "exists already: choose another --out")):
-        assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+    for failed, message in (
+        (missing, "train-00000.tar: is missing"),
+        (again, "exists already: choose another --out"),
+    ):
+        assert (
+            failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+        )
 
 
 @pytest.mark.skipif(not WIKIPEDIA.exists(), reason="the sample data are not here")
@@ -216,7 +269,11 @@ def test_real_wikipedia(tmp_path: Path) -> None:
     (tmp_path / "wiki_00").write_text(sample, encoding="utf-8")
     report = build(tmp_path / "wiki_00", tmp_path / "data", vocab_size=4000, held_out=0.02)
     documents, counts = documents_of(tmp_path / "wiki_00")
-    assert sorted(texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "heldout")) == sorted(documents)
-    assert len(documents) > 500 and counts["empty"] > 500  # most articles of this sample are a title only
+    assert sorted(
+        texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "heldout")
+    ) == sorted(documents)
+    assert (
+        len(documents) > 500 and counts["empty"] > 500
+    )  # most articles of this sample are a title only
     assert "<doc " not in "".join(documents) and "</doc>" not in "".join(documents)
     assert report["splits"]["train"]["bytes_per_token"] > 3

@@ -1,4 +1,6 @@
-"""Damage at run time: a bad document becomes masked padding of its length, is named, and too many of them end the run."""
+"""Damage at run time: a bad document becomes masked padding of its length, is named, and too many
+of them end the run.
+"""
 
 import logging
 import os
@@ -35,22 +37,35 @@ def damage(folder: Path, document: int, split: str = "train") -> int:
     return tokens
 
 
-def test_a_bad_document_is_masked_and_nothing_else_changes(data: Path, copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_document_is_masked_and_nothing_else_changes(
+    data: Path, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lost = damage(copy, 5) + damage(copy, 17)
-    good, bad = TrainStream(data, LENGTH, LANES, 0), TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1)
+    good, bad = (
+        TrainStream(data, LENGTH, LANES, 0),
+        TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1),
+    )
     with caplog.at_level(logging.WARNING):
         whole, masked = good.batch(0, good.samples_per_epoch), bad.batch(0, good.samples_per_epoch)
     assert sorted(record.getMessage().partition(" of ")[0] for record in caplog.records) == [
-        "train-00000.tar, document 17", "train-00000.tar, document 5",
-    ]  # fmt: skip
+        "train-00000.tar, document 17",
+        "train-00000.tar, document 5",
+    ]
     hidden = masked.targets == IGNORE
     assert lost - 4 * LENGTH <= int(hidden.sum()) <= lost + 2 + LENGTH
-    assert torch.equal(masked.targets[~hidden], whole.targets[~hidden]) and torch.equal(masked.inputs[~hidden], whole.inputs[~hidden])
-    assert torch.equal(masked.documents, whole.documents) and torch.equal(masked.samples, whole.samples)
+    assert torch.equal(masked.targets[~hidden], whole.targets[~hidden]) and torch.equal(
+        masked.inputs[~hidden], whole.inputs[~hidden]
+    )
+    assert torch.equal(masked.documents, whole.documents) and torch.equal(
+        masked.samples, whole.samples
+    )
     eos = load_index(data).eos_id
     changed = masked.inputs != whole.inputs
     assert (masked.inputs[changed] == eos).all() and hidden[changed].all()
-    parts = [TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1).batch(first, 5) for first in range(0, 60, 5)]
+    parts = [
+        TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1).batch(first, 5)
+        for first in range(0, 60, 5)
+    ]
     assert torch.equal(torch.cat([part.targets for part in parts]), masked.targets[:60])
 
 
@@ -58,17 +73,26 @@ def test_past_the_tolerance_the_run_fails(copy: Path) -> None:
     for document in range(8):
         damage(copy, document)
     stream = TrainStream(copy, LENGTH, LANES, 0, tolerance=0.005)
-    with pytest.raises(RuntimeError, match="are damaged, more than the .* tolerated, the last one train-00000.tar, document .*data verify"):
+    with pytest.raises(
+        RuntimeError,
+        match="are damaged, more than the .* tolerated, the last one train-00000.tar, document "
+        ".*data verify",
+    ):
         stream.batch(0, stream.samples_per_epoch)
 
 
 def test_a_file_that_shrinks_or_goes_while_it_is_read(copy: Path, data: Path) -> None:
-    stream, other = TrainStream(copy, LENGTH, LANES, 0, tolerance=1.0), TrainStream(copy, LENGTH, LANES, 0, tolerance=1.0)
+    stream, other = (
+        TrainStream(copy, LENGTH, LANES, 0, tolerance=1.0),
+        TrainStream(copy, LENGTH, LANES, 0, tolerance=1.0),
+    )
     os.truncate(copy / "train-00000.tar", 6000)
     first = stream.batch(0, stream.samples_per_epoch)
     assert (first.targets == IGNORE).any() and (first.targets != IGNORE).any()
     (copy / "train-00001.tar").unlink()
-    assert (other.batch(0, other.samples_per_epoch).targets == IGNORE).sum() > (first.targets == IGNORE).sum()
+    assert (other.batch(0, other.samples_per_epoch).targets == IGNORE).sum() > (
+        first.targets == IGNORE
+    ).sum()
     strict = TrainStream(data, LENGTH, LANES, 0, tolerance=0.0)
     assert (strict.batch(0, strict.samples_per_epoch).targets != IGNORE).all()
 
@@ -93,9 +117,12 @@ def test_verify_finds_every_kind(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         verify_data(copy)
     for problem in (
-        "train-00000.tar: content differs from its hash (documents 3)", "train-00001.tar: is missing", "heldout-00000.tar: is empty",
-        "train-00002.index.npy: content differs from its hash", f"train-00003.tar: has {len(tar) - 2048:,} bytes instead of {len(tar):,}",
-    ):  # fmt: skip
+        "train-00000.tar: content differs from its hash (documents 3)",
+        "train-00001.tar: is missing",
+        "heldout-00000.tar: is empty",
+        "train-00002.index.npy: content differs from its hash",
+        f"train-00003.tar: has {len(tar) - 2048:,} bytes instead of {len(tar):,}",
+    ):
         assert problem in str(caught.value)
 
 

@@ -29,7 +29,9 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
     (folder / "index.json").write_text(json.dumps(fields))
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning"
+)  # webdataset leaves its files to the garbage collector
 def test_stock_webdataset_reads_the_shards(data: Path) -> None:
     split = load_index(data).splits["train"]
     urls = [str(data / shard.file) for shard in split.shards]
@@ -66,12 +68,19 @@ def test_a_truncated_shard_is_named_wherever_it_is_cut(copy: Path) -> None:
     content = shard.read_bytes()
     for size in range(0, len(content), 3000):
         shard.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=rf"train-00000.tar has {size:,} bytes but index.json says {len(content):,}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"train-00000.tar has {size:,} bytes but index.json says {len(content):,}",
+        ):
             TrainStream(copy, 16, 4, 0)
 
 
 def test_verify_finds_every_changed_file(copy: Path) -> None:
-    for name, place in (("train-00000.tar", 5000), ("heldout-00000.index.npy", -1), ("tokenizer.model", 100)):
+    for name, place in (
+        ("train-00000.tar", 5000),
+        ("heldout-00000.index.npy", -1),
+        ("tokenizer.model", 100),
+    ):
         content = bytearray((copy / name).read_bytes())
         content[place] ^= 1
         (copy / name).write_bytes(content)
@@ -92,16 +101,33 @@ def test_path_tricks_are_refused(copy: Path, name: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields.update(format=99), r"has format 99 and this memshard reads up to 1: update memshard"),
+        (
+            lambda fields: fields.update(format=99),
+            r"has format 99 and this memshard reads up to 1: update memshard",
+        ),
         (lambda fields: fields.update(format="x"), r"unknown format 'x'"),
         (lambda fields: fields.pop("format"), r"index.json is damaged"),
-        (lambda fields: fields["splits"].pop("heldout"), r"index.json is damaged \(splits are \['train'\]"),
-        (lambda fields: fields.update(dtype="float32"), r"index.json is damaged \(dtype is 'float32'"),
-        (lambda fields: fields["splits"]["train"].update(tokens=1), r"tokens of split train do not add up"),
-        (lambda fields: fields["splits"]["train"]["shards"][0].pop("sha256"), r"index.json is damaged.*sha256"),
+        (
+            lambda fields: fields["splits"].pop("heldout"),
+            r"index.json is damaged \(splits are \['train'\]",
+        ),
+        (
+            lambda fields: fields.update(dtype="float32"),
+            r"index.json is damaged \(dtype is 'float32'",
+        ),
+        (
+            lambda fields: fields["splits"]["train"].update(tokens=1),
+            r"tokens of split train do not add up",
+        ),
+        (
+            lambda fields: fields["splits"]["train"]["shards"][0].pop("sha256"),
+            r"index.json is damaged.*sha256",
+        ),
     ],
 )
-def test_a_wrong_index_is_explained(copy: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+def test_a_wrong_index_is_explained(
+    copy: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     edit_index(copy, change)
     with pytest.raises(ValueError, match=message):
         load_index(copy)
@@ -127,16 +153,22 @@ def test_absurd_places_and_sizes_are_refused(column: int, value: int, copy: Path
     def change(fields: dict[str, Any]) -> None:
         split = fields["splits"]["train"]
         split["tokens"] += total - split["shards"][0]["tokens"]
-        split["shards"][0].update(tokens=total, sidecar_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        split["shards"][0].update(
+            tokens=total, sidecar_sha256=hashlib.sha256(file.read_bytes()).hexdigest()
+        )
 
     edit_index(copy, change)
-    with pytest.raises(ValueError, match="points outside train-00000.tar|are damaged|do not add up|damaged"):
+    with pytest.raises(
+        ValueError, match="points outside train-00000.tar|are damaged|do not add up|damaged"
+    ):
         TrainStream(copy, 16, 4, 0).batch(0, 4)
 
 
 def test_a_sidecar_whose_header_promises_too_much_is_refused(copy: Path) -> None:
     with (copy / "train-00000.index.npy").open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)}
+        )
         file.write(bytes(48))
     with pytest.raises(ValueError, match="damaged|does not list"):
         TrainStream(copy, 16, 4, 0)

@@ -22,11 +22,19 @@ LENGTH, LANES, SEED = 24, 12, 3
 def other(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     write_corpus(folder / "text", 90, seed=5)
-    build_data(Sources(find_files([folder / "text"])), folder / "data", tokenizer=data, held_out=0.1, workers=1)
+    build_data(
+        Sources(find_files([folder / "text"])),
+        folder / "data",
+        tokenizer=data,
+        held_out=0.1,
+        workers=1,
+    )
     return folder / "data"
 
 
-def mixture(data: Path, other: Path, by_epochs: bool = False, weights: tuple[float, float] = (3, 1)) -> MixtureStream:
+def mixture(
+    data: Path, other: Path, by_epochs: bool = False, weights: tuple[float, float] = (3, 1)
+) -> MixtureStream:
     shares = dict(zip((str(data), str(other)), weights, strict=True))
     stream = open_train(str(data), LENGTH, LANES, SEED, mixture=shares, by_epochs=by_epochs)
     assert isinstance(stream, MixtureStream)
@@ -36,11 +44,15 @@ def mixture(data: Path, other: Path, by_epochs: bool = False, weights: tuple[flo
 def test_shares_are_exact_and_samples_come_in_each_corpus_order(data: Path, other: Path) -> None:
     stream = mixture(data, other)
     corpora = stream.corpora(0, 3 * PERIOD)
-    assert (np.bincount(corpora.reshape(3, PERIOD)[1]) == [768, 256]).all() and len(set(corpora[:20])) == 2
+    assert (np.bincount(corpora.reshape(3, PERIOD)[1]) == [768, 256]).all() and len(
+        set(corpora[:20])
+    ) == 2
     batch = stream.batch(0, 2000)
     for number, folder in enumerate((data, other)):
         rows = torch.from_numpy(np.flatnonzero(corpora[:2000] == number))
-        assert torch.equal(batch.inputs[rows], TrainStream(folder, LENGTH, LANES, SEED).batch(0, len(rows)).inputs)
+        assert torch.equal(
+            batch.inputs[rows], TrainStream(folder, LENGTH, LANES, SEED).batch(0, len(rows)).inputs
+        )
     assert batch.samples.tolist() == list(range(2000))
 
 
@@ -55,7 +67,10 @@ def test_any_restart_and_ranks_see_the_same_mixture(data: Path, other: Path) -> 
     draw = random.Random(1)
     for _ in range(15):
         step, ranks = draw.randrange(3000 // LANES), draw.choice([1, 2, 3, 4, 6])
-        shares = [rank_share(mixture(data, other), step, LANES, rank, ranks, draw.choice([None, 1])) for rank in range(ranks)]
+        shares = [
+            rank_share(mixture(data, other), step, LANES, rank, ranks, draw.choice([None, 1]))
+            for rank in range(ranks)
+        ]
         for name in ("inputs", "targets", "samples"):
             rows = torch.cat([getattr(part, name) for share in shares for part in share])
             assert torch.equal(rows, getattr(whole, name)[step * LANES : (step + 1) * LANES])
@@ -71,7 +86,9 @@ def test_mixtures_that_cannot_be(data: Path, other: Path, corpus: Path, tmp_path
 
 
 def test_state_carried_by_lane_survives_restarts_on_other_ranks(data: Path) -> None:
-    """A running hash of everything a lane has seen since its epoch began, kept in a row a lane, as recurrent state would be."""
+    """A running hash of everything a lane has seen since its epoch began, kept in a row a lane, as
+    recurrent state would be.
+    """
 
     def advance(states: torch.Tensor, stream: TrainStream, step: int, ranks: int) -> None:
         for rank in range(ranks):
@@ -94,7 +111,12 @@ def test_state_carried_by_lane_survives_restarts_on_other_ranks(data: Path) -> N
         advance(moved, stream, step, draw.choice([1, 2, 3, 4, 5, 6, 8]))
         assert torch.equal(alone, moved)
     last = stream.samples_per_epoch * 2
-    rows = stream.batch(last, 3 * LANES).inputs.reshape(3, LANES, LENGTH).transpose(0, 1).reshape(LANES, -1)
+    rows = (
+        stream.batch(last, 3 * LANES)
+        .inputs.reshape(3, LANES, LENGTH)
+        .transpose(0, 1)
+        .reshape(LANES, -1)
+    )
     expected = torch.full((LANES,), 7)
     for column in rows.unbind(1):
         expected = (expected * 31 + column) % 1_000_003

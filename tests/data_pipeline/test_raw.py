@@ -1,4 +1,6 @@
-"""Existing tars of text: used as they are, in the order of token shards, tokenised by any number of workers."""
+"""Existing tars of text: used as they are, in the order of token shards, tokenised by any number of
+workers.
+"""
 
 import io
 import os
@@ -22,7 +24,9 @@ LENGTH, LANES = 24, 6
 
 @pytest.fixture(scope="module")
 def tars(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The corpus as WebDataset samples of a text and something else, in the order in which a build reads it."""
+    """The corpus as WebDataset samples of a text and something else, in the order in which a build
+    reads it.
+    """
     folder, files = tmp_path_factory.mktemp("tars"), sorted(corpus.iterdir())
     for number in range(3):
         with tarfile.open(folder / f"part-{number}.tar", "w") as archive:
@@ -41,16 +45,24 @@ def raw(tars: list[Path], data: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def test_raw_text_gives_the_stream_of_token_shards(raw: Path, corpus: Path, data: Path, tmp_path: Path) -> None:
+def test_raw_text_gives_the_stream_of_token_shards(
+    raw: Path, corpus: Path, data: Path, tmp_path: Path
+) -> None:
     tokens = tmp_path / "tokens"
     build_data(Sources(find_files([corpus])), tokens, tokenizer=data, held_out=30, workers=1)
     one, other = TrainStream(raw, LENGTH, LANES, 0), TrainStream(tokens, LENGTH, LANES, 0)
     assert one.samples_per_epoch == other.samples_per_epoch
     for first in (0, 777, one.samples_per_epoch - 5):
-        assert all(torch.equal(a, b) for a, b in zip(one.batch(first, 60), other.batch(first, 60), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(one.batch(first, 60), other.batch(first, 60), strict=True)
+        )
     held = HeldOutStream(raw, LENGTH)
     assert held.words == HeldOutStream(tokens, LENGTH).words
-    assert torch.equal(held.batch(0, held.windows).targets, HeldOutStream(tokens, LENGTH).batch(0, held.windows).targets)
+    assert torch.equal(
+        held.batch(0, held.windows).targets,
+        HeldOutStream(tokens, LENGTH).batch(0, held.windows).targets,
+    )
     assert verify_data(raw)["train"]["documents"] == 270 and (raw / "part-0.tar").is_symlink()
 
 
@@ -61,10 +73,16 @@ def test_workers_change_nothing(raw: Path, workers: int) -> None:
     last = stream.samples_per_epoch // LANES + 3
     for rank in range(2):
         share = LANES, rank, 2, 2
-        for step, batches in enumerate(prefetched(stream, last - 8, last, *share, workers), last - 8):
+        for step, batches in enumerate(
+            prefetched(stream, last - 8, last, *share, workers), last - 8
+        ):
             expected = rank_share(stream, step, *share)
             assert len(batches) == len(expected) == 2
-            assert all(torch.equal(a, b) for got, own in zip(batches, expected, strict=True) for a, b in zip(got, own, strict=True))
+            assert all(
+                torch.equal(a, b)
+                for got, own in zip(batches, expected, strict=True)
+                for a, b in zip(got, own, strict=True)
+            )
 
 
 def test_damaged_raw_text_is_masked_and_found(tars: list[Path], data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Records (pairs, images): whole, each once an epoch, in batches of like length, the same on any number of ranks."""
+"""Records (pairs, images): whole, each once an epoch, in batches of like length, the same on any
+number of ranks.
+"""
 
 import gzip
 import random
@@ -32,7 +34,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     draw = random.Random(0)
     for side in ("source", "target"):
-        lines = [f"{side} {number} " + " ".join(draw.choices(WORDS, k=draw.choice([2, 5, 20, 60]))) for number in range(2000)]
+        lines = [
+            f"{side} {number} " + " ".join(draw.choices(WORDS, k=draw.choice([2, 5, 20, 60])))
+            for number in range(2000)
+        ]
         (folder / f"{side}.txt").write_text("\n".join(lines) + "\n")
     sources = Sources((folder / "source.txt", folder / "target.txt"), documents="pairs")
     build_data(sources, folder / "data", vocab_size=400, held_out=30, workers=1)
@@ -58,10 +63,14 @@ def test_pairs_come_back_whole(pairs: Path) -> None:
         source = tokenizer.decode(record[: record.index(index.eos_id)]).split()
         target = tokenizer.decode(record[record.index(index.eos_id) + 1 :]).split()
         assert (source[0], target[0]) == ("source", "target") and source[1] == target[1]
-    assert [stream.predicted(step) for step in range(len(epoch))] == [int((batch.targets != IGNORE).sum()) for batch in epoch]
+    assert [stream.predicted(step) for step in range(len(epoch))] == [
+        int((batch.targets != IGNORE).sum()) for batch in epoch
+    ]
     padding = 1 - sum(map(len, records)) / sum(batch.inputs.numel() + BATCH for batch in epoch)
     assert padding < 0.15, "buckets of like length"
-    assert len({batch.inputs.shape[1] for batch in epoch[:20]}) > 3, "batches of all lengths are mixed"
+    assert len({batch.inputs.shape[1] for batch in epoch[:20]}) > 3, (
+        "batches of all lengths are mixed"
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
@@ -70,7 +79,10 @@ def test_any_ranks_see_the_same_records(pairs: Path, ranks: int, micro_batch: in
     stream = RecordStream(pairs, 400, BATCH, 1)
     last = stream.samples_per_epoch // BATCH
     for step in (0, 7, last - 1, last, 3 * last + 1):
-        shares = [rank_share(RecordStream(pairs, 400, BATCH, 1), step, BATCH, rank, ranks, micro_batch) for rank in range(ranks)]
+        shares = [
+            rank_share(RecordStream(pairs, 400, BATCH, 1), step, BATCH, rank, ranks, micro_batch)
+            for rank in range(ranks)
+        ]
         rows = torch.cat([part.targets for share in shares for part in share])
         samples = torch.cat([part.samples for share in shares for part in share])
         assert torch.equal(rows[samples >= 0], stream.batch(step * BATCH, BATCH).targets)
@@ -93,8 +105,14 @@ def test_held_out_records(pairs: Path) -> None:
     held_out = open_held_out(str(pairs), 400)
     assert isinstance(held_out, HeldOutRecords) and held_out.windows == 30
     batch = held_out.batch(0, 33)
-    assert batch.samples.tolist() == [*range(30), -1, -1, -1] and (batch.targets[30:] == IGNORE).all()
-    assert int((batch.targets != IGNORE).sum()) == held_out.tokens == load_index(pairs).splits["heldout"].tokens - 30
+    assert (
+        batch.samples.tolist() == [*range(30), -1, -1, -1] and (batch.targets[30:] == IGNORE).all()
+    )
+    assert (
+        int((batch.targets != IGNORE).sum())
+        == held_out.tokens
+        == load_index(pairs).splits["heldout"].tokens - 30
+    )
 
 
 def test_bad_pairs(tmp_path: Path) -> None:
@@ -104,21 +122,29 @@ def test_bad_pairs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="b.txt ends at line 3 and .*a.txt goes on"):
         build_data(Sources(files, documents="pairs"), tmp_path / "data", vocab_size=300, workers=1)
     with pytest.raises(ValueError, match="source and target files in turn"):
-        build_data(Sources(files[:1], documents="pairs"), tmp_path / "data", vocab_size=300, workers=1)
+        build_data(
+            Sources(files[:1], documents="pairs"), tmp_path / "data", vocab_size=300, workers=1
+        )
 
 
 def test_a_text_with_the_pair_mark_stays_one_document(tmp_path: Path) -> None:
     texts = [f"number {number} with a mark \x1e inside {number}\n" for number in range(40)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
-    build_data(Sources(find_files([tmp_path])), tmp_path / "data", vocab_size=300, held_out=4, workers=1)
-    assert sorted(texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "heldout")) == sorted(texts)
+    build_data(
+        Sources(find_files([tmp_path])), tmp_path / "data", vocab_size=300, held_out=4, workers=1
+    )
+    assert sorted(
+        texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "heldout")
+    ) == sorted(texts)
 
 
 def test_images(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     draw = np.random.default_rng(0)
-    pictures = {f"{number:03d}": draw.integers(0, 256, (8, 8, 3), dtype=np.uint8) for number in range(60)}
+    pictures = {
+        f"{number:03d}": draw.integers(0, 256, (8, 8, 3), dtype=np.uint8) for number in range(60)
+    }
     (tmp_path / "in").mkdir()
     for name, pixels in pictures.items():
         image.fromarray(pixels).save(tmp_path / "in" / f"{name}.png")
@@ -130,18 +156,28 @@ def test_images(tmp_path: Path) -> None:
     assert (index.kind, index.shape, index.vocab_size) == ("images", (8, 8, 3), 257)
     stream = open_train(str(tmp_path / "data"), 192, 6, 0)
     found = [record_of(stream.batch(sample, 1), 0) for sample in range(54)]
-    assert {record[:-1] for record in found} <= {tuple(pixels.ravel().tolist()) for pixels in pictures.values()}
+    assert {record[:-1] for record in found} <= {
+        tuple(pixels.ravel().tolist()) for pixels in pictures.values()
+    }
     assert len(set(found)) == 54 and all(record[-1] == 256 for record in found)
     verify_data(tmp_path / "data")
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="bad.png is no image that can be read"):
-        build_images([*files, tmp_path / "in" / "bad.png"], tmp_path / "other", size=8, held_out=6, workers=1)
+        build_images(
+            [*files, tmp_path / "in" / "bad.png"], tmp_path / "other", size=8, held_out=6, workers=1
+        )
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="the sample data are not here")
 def test_real_pairs_and_images(tmp_path: Path) -> None:
     names = [SAMPLES / "parallel" / f"multi30k_val.{language}.gz" for language in ("de", "en")]
-    report = build_data(Sources(tuple(names), documents="pairs"), tmp_path / "pairs", vocab_size=2000, held_out=100, workers=1)
+    report = build_data(
+        Sources(tuple(names), documents="pairs"),
+        tmp_path / "pairs",
+        vocab_size=2000,
+        held_out=100,
+        workers=1,
+    )
     with gzip.open(names[0], "rt") as stream:
         assert report["documents"] == len(stream.readlines()) == 1014
     pytest.importorskip("PIL")
@@ -149,4 +185,7 @@ def test_real_pairs_and_images(tmp_path: Path) -> None:
         for member in [member for member in archive if member.isfile()][:50]:
             archive.extract(member, tmp_path / "in", filter="data")
     files = [Path(file) for file in find_files([tmp_path / "in"], [".jpg"])]
-    assert build_images(files, tmp_path / "images", held_out=5, workers=1)["splits"]["train"]["tokens"] == 45 * 3073
+    assert (
+        build_images(files, tmp_path / "images", held_out=5, workers=1)["splits"]["train"]["tokens"]
+        == 45 * 3073
+    )

@@ -1,4 +1,6 @@
-"""Data elsewhere: range requests over http, whole files through commands, a cache with a limit, retries."""
+"""Data elsewhere: range requests over http, whole files through commands, a cache with a limit,
+retries.
+"""
 
 import http.server
 import shutil
@@ -23,7 +25,9 @@ from memshard.data_pipeline.tokenizer import Tokenizer
 
 @dataclass
 class Server:
-    """A server of `folder` on this machine. failures: how many times a path answers 503 or breaks off half-way before it works."""
+    """A server of `folder` on this machine. failures: how many times a path answers 503 or breaks
+    off half-way before it works.
+    """
 
     folder: Path
     url: str = ""
@@ -77,34 +81,54 @@ def server(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def assert_same(one: TrainStream, other: TrainStream, first: int = 0, count: int = 200) -> None:
     assert one.fingerprint == other.fingerprint
-    assert all(torch.equal(left, right) for left, right in zip(one.batch(first, count), other.batch(first, count), strict=True))
+    assert all(
+        torch.equal(left, right)
+        for left, right in zip(one.batch(first, count), other.batch(first, count), strict=True)
+    )
 
 
-def test_a_stream_over_http_is_the_local_one(data: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_over_http_is_the_local_one(
+    data: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
     assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
     assert Tokenizer(server.url).sha256 == load_index(data).tokenizer_sha256
     before = server.requests.copy()
     assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
-    assert {name for name in server.requests if server.requests[name] > before[name]} == {"index.json"}, "the rest is in the cache"
+    assert {name for name in server.requests if server.requests[name] > before[name]} == {
+        "index.json"
+    }, "the rest is in the cache"
 
 
-def test_a_rank_reads_only_what_its_rows_need(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_reads_only_what_its_rows_need(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 512)
     stream = TrainStream(server.url, 8, 4, 0)
     stream.batch(0, 1)
     shards = load_index(server.url).splits["train"].shards
-    assert 0 < sum(server.sent[shard.file] for shard in shards) < sum(shard.bytes for shard in shards) / 10
+    assert (
+        0
+        < sum(server.sent[shard.file] for shard in shards)
+        < sum(shard.bytes for shard in shards) / 10
+    )
 
 
-def test_refused_and_broken_transfers_are_tried_again(data: Path, server: Server, tmp_path: Path) -> None:
+def test_refused_and_broken_transfers_are_tried_again(
+    data: Path, server: Server, tmp_path: Path
+) -> None:
     for name in ("index.json", "train-00000.tar", "train-00001.index.npy"):
         server.refuse[name], server.break_off[name] = 2, 1
     assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
     server.break_off["train-00000.tar"] = 3
-    assert fetch(f"{server.url}/train-00000.tar", tmp_path).read_bytes() == (data / "train-00000.tar").read_bytes()
+    assert (
+        fetch(f"{server.url}/train-00000.tar", tmp_path).read_bytes()
+        == (data / "train-00000.tar").read_bytes()
+    )
     server.refuse["train-00000.tar"] = 100
-    with pytest.raises(OSError, match=r"train-00000.tar could not be read, tried 5 times: HTTP Error 503"):
+    with pytest.raises(
+        OSError, match=r"train-00000.tar could not be read, tried 5 times: HTTP Error 503"
+    ):
         fetch(f"{server.url}/train-00000.tar", tmp_path)
     before = server.requests["absent"]
     with pytest.raises(OSError, match="absent could not be read, tried once: HTTP Error 404"):
@@ -113,7 +137,10 @@ def test_refused_and_broken_transfers_are_tried_again(data: Path, server: Server
 
 
 def test_a_shard_that_is_gone_is_masked_up_to_the_tolerance(server: Server) -> None:
-    tolerant, strict = TrainStream(server.url, 24, 6, 0, tolerance=1.0), TrainStream(server.url, 24, 6, 0)
+    tolerant, strict = (
+        TrainStream(server.url, 24, 6, 0, tolerance=1.0),
+        TrainStream(server.url, 24, 6, 0),
+    )
     (server.folder / "train-00001.tar").unlink()
     targets = tolerant.batch(0, tolerant.samples_per_epoch).targets
     assert 0 < (targets == IGNORE).sum() < targets.numel()
@@ -121,7 +148,9 @@ def test_a_shard_that_is_gone_is_masked_up_to_the_tolerance(server: Server) -> N
         strict.batch(0, strict.samples_per_epoch)
 
 
-def test_the_cache_keeps_its_limit(data: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_keeps_its_limit(
+    data: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
     monkeypatch.setenv("MEMSHARD_CACHE_BYTES", "20000")
     assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
@@ -131,7 +160,9 @@ def test_the_cache_keeps_its_limit(data: Path, server: Server, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("kind", ["pipe", "s3"])
-def test_commands_bring_whole_files(data: Path, server: Server, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_commands_bring_whole_files(
+    data: Path, server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setenv("MEMSHARD_S3_COMMAND", f"cat {data}/$(basename {{url}})")
     url = "s3://bucket/folder" if kind == "s3" else f"pipe:cat {data}/{{file}} | cat"
     assert_same(TrainStream(url, 24, 6, 0), TrainStream(data, 24, 6, 0))
@@ -147,8 +178,13 @@ def test_a_cut_pipe_is_noticed(data: Path, server: Server) -> None:
 
 
 def test_sources_may_be_fetched(server: Server, tmp_path: Path) -> None:
-    lines = "\n".join(f'{{"text": "document {number} of some words {number % 7} and more"}}' for number in range(200))
+    lines = "\n".join(
+        f'{{"text": "document {number} of some words {number % 7} and more"}}'
+        for number in range(200)
+    )
     (server.folder / "a.jsonl").write_text(lines)
     server.break_off["a.jsonl"] = 1
-    report = build_data(Sources((f"{server.url}/a.jsonl",)), tmp_path / "data", vocab_size=320, workers=1)
+    report = build_data(
+        Sources((f"{server.url}/a.jsonl",)), tmp_path / "data", vocab_size=320, workers=1
+    )
     assert report["documents"] == 200

@@ -1,4 +1,6 @@
-"""The order is a pure function of (seed, epoch, index): ranks, micro-batches and restarts cannot change it."""
+"""The order is a pure function of (seed, epoch, index): ranks, micro-batches and restarts cannot
+change it.
+"""
 
 import shutil
 from collections import Counter
@@ -32,14 +34,18 @@ def joined(batches: list[Batch]) -> Batch:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
-def test_any_ranks_and_micro_batches_see_the_same_global_batches(data: Path, stream: TrainStream, ranks: int, micro_batch: int) -> None:
+def test_any_ranks_and_micro_batches_see_the_same_global_batches(
+    data: Path, stream: TrainStream, ranks: int, micro_batch: int
+) -> None:
     share = LANES // ranks
     for step in (0, 1, 5):
         rows = []
         for rank in range(ranks):
             own = TrainStream(data, LENGTH, LANES, SEED)
             for start in range(0, share, micro_batch):
-                rows.append(own.batch(step * LANES + rank * share + start, min(micro_batch, share - start)))
+                rows.append(
+                    own.batch(step * LANES + rank * share + start, min(micro_batch, share - start))
+                )
         assert_equal(joined(rows), stream.batch(step * LANES, LANES))
 
 
@@ -48,18 +54,27 @@ def test_resume_at_any_sample_equals_a_continuous_run(data: Path, stream: TrainS
     whole = stream.batch(0, total)  # crosses two epoch ends in one call
     assert whole.samples.tolist() == list(range(total))
     draw = np.random.default_rng(0)
-    for first in [0, stream.samples_per_epoch - 1, stream.samples_per_epoch, *draw.integers(0, total - 30, 20).tolist()]:
+    for first in [
+        0,
+        stream.samples_per_epoch - 1,
+        stream.samples_per_epoch,
+        *draw.integers(0, total - 30, 20).tolist(),
+    ]:
         fresh = TrainStream(data, LENGTH, LANES, SEED).batch(first, 30)
         assert_equal(fresh, Batch(*(tensor[first : first + 30] for tensor in whole)))
     assert_equal(joined([stream.batch(first, 1) for first in range(total)]), whole)
 
 
-def test_an_epoch_holds_every_token_at_most_once_and_nearly_all(data: Path, stream: TrainStream) -> None:
+def test_an_epoch_holds_every_token_at_most_once_and_nearly_all(
+    data: Path, stream: TrainStream
+) -> None:
     reader = SplitReader(data, "train")
     order = np.arange(len(reader.lengths))
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     corpus = reader.read(order, starts, np.array([0]), int(starts[-1]))[0][0]
-    documents = [tuple(corpus[begin:end]) for begin, end in zip(starts[:-1], starts[1:], strict=True)]
+    documents = [
+        tuple(corpus[begin:end]) for begin, end in zip(starts[:-1], starts[1:], strict=True)
+    ]
     assert len(set(documents)) == len(documents)  # each text begins with its number
 
     epoch = stream.batch(0, stream.samples_per_epoch)
@@ -84,9 +99,12 @@ def test_documents_and_positions(data: Path, stream: TrainStream) -> None:
     ended = batch.inputs == SplitReader(data, "train").index.eos_id
     within = ended.cumsum(1) - ended.long()  # <eos> belongs to the document it ends
     assert torch.equal(batch.documents - batch.documents[:, :1], within) and within.max() > 0
-    # A lane's next row goes on with the same number, or one more where the last token ended a document.
+    # A lane's next row goes on with the same number, or one more where the last token ended a
+    # document.
     before, after = batch.documents[:-LANES, -1], batch.documents[LANES:, 0]
-    assert torch.equal(after, before + ended[:-LANES, -1]) and 0 < int((after - before).sum()) < len(before)
+    assert torch.equal(after, before + ended[:-LANES, -1]) and 0 < int(
+        (after - before).sum()
+    ) < len(before)
     assert torch.equal(batch.positions, torch.arange(LENGTH).expand(200, -1))
 
 
@@ -96,16 +114,23 @@ def test_epochs_and_seeds_differ(data: Path, stream: TrainStream) -> None:
     other = TrainStream(data, LENGTH, LANES, SEED + 1).batch(0, epoch).inputs
     for one in (second, other):
         assert (one == first).all(1).float().mean() < 0.1
-    assert_equal(stream.batch(5 * epoch, 3), TrainStream(data, LENGTH, LANES, SEED).batch(5 * epoch, 3))
+    assert_equal(
+        stream.batch(5 * epoch, 3), TrainStream(data, LENGTH, LANES, SEED).batch(5 * epoch, 3)
+    )
 
 
-def test_fingerprint_covers_all_that_decides_the_order(data: Path, stream: TrainStream, corpus: Path, tmp_path: Path) -> None:
+def test_fingerprint_covers_all_that_decides_the_order(
+    data: Path, stream: TrainStream, corpus: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
     assert TrainStream(copy, LENGTH, LANES, SEED).fingerprint == stream.fingerprint
     build(corpus, tmp_path / "other", vocab_size=501)
     settings = [(LENGTH + 1, LANES, SEED), (LENGTH, LANES + 1, SEED), (LENGTH, LANES, SEED + 1)]
     fingerprints = {TrainStream(data, *other).fingerprint for other in settings}
-    fingerprints |= {stream.fingerprint, TrainStream(tmp_path / "other", LENGTH, LANES, SEED).fingerprint}
+    fingerprints |= {
+        stream.fingerprint,
+        TrainStream(tmp_path / "other", LENGTH, LANES, SEED).fingerprint,
+    }
     assert len(fingerprints) == 5
 
 
@@ -122,7 +147,14 @@ def test_order_is_a_permutation_far_from_the_file_order(documents: int, lanes: i
 def test_order_never_changes_between_releases() -> None:
     """A resumed run must read on where it stopped, so these numbers are part of the format."""
     assert epoch_order(12, 2, seed=0, epoch=0).tolist() == [10, 3, 8, 2, 1, 4, 6, 0, 9, 11, 5, 7]
-    assert epoch_order(100_000, 4, seed=3, epoch=1)[:6].tolist() == [24491, 44867, 61938, 24472, 44901, 90115]
+    assert epoch_order(100_000, 4, seed=3, epoch=1)[:6].tolist() == [
+        24491,
+        44867,
+        61938,
+        24472,
+        44901,
+        90115,
+    ]
 
 
 def test_fewer_documents_than_lanes(tmp_path: Path) -> None:
@@ -130,12 +162,20 @@ def test_fewer_documents_than_lanes(tmp_path: Path) -> None:
     build(tmp_path / "text", tmp_path / "data", vocab_size=300)
     stream = TrainStream(tmp_path / "data", 8, 16, 0)
     assert stream.samples_per_epoch >= 16 and stream.batch(0, 16).inputs.shape == (16, 8)
-    with pytest.raises(ValueError, match="too few for one step of train.batch 16 x data.length 5000.*lower train.batch or data.length"):
+    with pytest.raises(
+        ValueError,
+        match="too few for one step of train.batch 16 x data.length 5000.*lower train.batch or "
+        "data.length",
+    ):
         TrainStream(tmp_path / "data", 5000, 16, 0)
 
 
 def test_bad_settings_name_the_key(data: Path) -> None:
-    for settings, key in (((0, 1, 0), "data.length"), ((8, 0, 0), "train.batch"), ((8, 1, -1), "train.seed")):
+    for settings, key in (
+        ((0, 1, 0), "data.length"),
+        ((8, 0, 0), "train.batch"),
+        ((8, 1, -1), "train.seed"),
+    ):
         with pytest.raises(ValueError, match=key):
             TrainStream(data, *settings)
     with pytest.raises(ValueError, match="train.eval_tokens"):
@@ -149,12 +189,18 @@ def test_held_out_predicts_every_token_after_the_first_once(data: Path, length: 
     text = reader.read(np.arange(len(reader.lengths)), starts, np.array([0]), int(starts[-1]))[0][0]
     stream = HeldOutStream(data, length)
     split = reader.index.splits["heldout"]
-    assert (stream.tokens, stream.text_bytes, stream.words) == (len(text) - 1, split.text_bytes, split.words)
+    assert (stream.tokens, stream.text_bytes, stream.words) == (
+        len(text) - 1,
+        split.text_bytes,
+        split.words,
+    )
     batch = stream.batch(0, stream.windows + 3)
     predicted = batch.targets != IGNORE
     assert torch.equal(batch.targets[predicted], torch.from_numpy(text[1:]))
     assert torch.equal(batch.inputs[predicted], torch.from_numpy(text[:-1]))
-    assert batch.samples.tolist() == [*range(stream.windows), -1, -1, -1] and not predicted[-3:].any()
+    assert (
+        batch.samples.tolist() == [*range(stream.windows), -1, -1, -1] and not predicted[-3:].any()
+    )
     assert predicted[: stream.windows].any(1).all(), "no window without a prediction"
 
 
@@ -163,5 +209,8 @@ def test_held_out_in_parts_and_cut(data: Path) -> None:
     assert (cut.tokens, cut.windows, cut.text_bytes, cut.words) == (100, 7, None, None)
     assert (cut.batch(0, 9).targets != IGNORE).sum() == 100
     assert torch.equal(cut.batch(0, 6).targets, whole.batch(0, 6).targets)
-    assert_equal(joined([whole.batch(start, 5) for start in range(0, whole.windows, 5)][:-1]), whole.batch(0, (whole.windows - 1) // 5 * 5))
+    assert_equal(
+        joined([whole.batch(start, 5) for start in range(0, whole.windows, 5)][:-1]),
+        whole.batch(0, (whole.windows - 1) // 5 * 5),
+    )
     assert HeldOutStream(data, 16, max_tokens=10**9).words == whole.words

@@ -17,15 +17,22 @@ HARD = [
     "emoji \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 and flags \U0001f1e9\U0001f1ea",
     "control \x00\x01\x07\x0b\x0c\x1b\x7f\x85 characters",
     "\u2581 sentencepiece's own space mark \u2581\u2581 \u2581",
-    "decomposed e\u0301, ligature \ufb01, full width \uff21, no-break\u00a0space, byte order mark \ufeff",
+    "decomposed e\u0301, ligature \ufb01, full width \uff21, no-break\u00a0space, byte order mark "
+    "\ufeff",
     "written like pieces: <eos> <unk> <s> <0x0A> \u2047",
     "\u4e2d\u6587 \u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u2028 \u2029 \U0010ffff",
 ]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    lines = [line for text in [Path(__file__).read_text(encoding="utf-8")] * 3 for line in training_lines(text)]
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    lines = [
+        line
+        for text in [Path(__file__).read_text(encoding="utf-8")] * 3
+        for line in training_lines(text)
+    ]
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     file.write_bytes(train_tokenizer(lines, 420, request.param))
     return Tokenizer(file)
@@ -38,12 +45,18 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 def test_round_trip_of_random_characters(tokenizer: Tokenizer) -> None:
     draw = random.Random(0)
-    alphabet = " \t\r\n\u2581aeZ\u00e9\u4e2d\U0001f600" + "".join(chr(draw.randrange(0x2FFF)) for _ in range(50))
+    alphabet = " \t\r\n\u2581aeZ\u00e9\u4e2d\U0001f600" + "".join(
+        chr(draw.randrange(0x2FFF)) for _ in range(50)
+    )
     texts = ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(500)]
     encoded = tokenizer.encode_batch(texts, threads=2)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert encoded == [tokenizer.encode(text) for text in texts]
-    assert all(0 <= token < tokenizer.vocab_size and token != tokenizer.eos_id for ids in encoded for token in ids)
+    assert all(
+        0 <= token < tokenizer.vocab_size and token != tokenizer.eos_id
+        for ids in encoded
+        for token in ids
+    )
 
 
 def test_indentation_is_cheap(tokenizer: Tokenizer) -> None:
@@ -56,9 +69,15 @@ def test_long_lines_still_train() -> None:
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--vocab 8192 is more than this text supports: set --vocab to at most \d+"):
+    with pytest.raises(
+        ValueError,
+        match=r"--vocab 8192 is more than this text supports: set --vocab to at most \d+",
+    ):
         train_tokenizer(["the cat sat on the mat"], 8192)
-    with pytest.raises(ValueError, match=r"--vocab 100 cannot hold the characters of this text: set --vocab to at least \d+"):
+    with pytest.raises(
+        ValueError,
+        match=r"--vocab 100 cannot hold the characters of this text: set --vocab to at least \d+",
+    ):
         train_tokenizer(["the cat sat on the mat"], 100)
     with pytest.raises(FileNotFoundError, match="memshard data build"):
         Tokenizer(tmp_path)

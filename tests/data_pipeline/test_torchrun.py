@@ -1,4 +1,6 @@
-"""Real torchrun processes, restarted at random with other ranks and workers, read the global batches of one process."""
+"""Real torchrun processes, restarted at random with other ranks and workers, read the global
+batches of one process.
+"""
 
 import random
 import subprocess
@@ -31,14 +33,43 @@ def test_random_restarts_on_other_ranks_and_workers(data: Path, tmp_path: Path) 
     stream, draw = TrainStream(data, LENGTH, LANES, 0), random.Random(7)
     step = stream.samples_per_epoch // LANES - 9  # the fifth restart is past the epoch's end
     for ranks in (1, 8, 3, 4, 6, 2):
-        count, micro_batch, workers = draw.randrange(1, 5), draw.choice([1, 2, 5]), draw.randrange(4)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(tmp_path / "reader.py")]
-        arguments = [str(data), str(tmp_path), str(step), str(step + count), str(micro_batch), str(workers)]
-        environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-        subprocess.run([*command, *arguments], check=True, capture_output=True, env=environment, timeout=300)
+        count, micro_batch, workers = (
+            draw.randrange(1, 5),
+            draw.choice([1, 2, 5]),
+            draw.randrange(4),
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            str(tmp_path / "reader.py"),
+        ]
+        arguments = [
+            str(data),
+            str(tmp_path),
+            str(step),
+            str(step + count),
+            str(micro_batch),
+            str(workers),
+        ]
+        environment = {
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "PATH": "/usr/bin:/bin",
+        }
+        subprocess.run(
+            [*command, *arguments], check=True, capture_output=True, env=environment, timeout=300
+        )
         shares = [torch.load(tmp_path / f"{step}-{rank}.pt") for rank in range(ranks)]
         for number in range(count):
-            rows = [torch.cat(fields) for fields in zip(*(batch for share in shares for batch in share[number]), strict=True)]
+            rows = [
+                torch.cat(fields)
+                for fields in zip(
+                    *(batch for share in shares for batch in share[number]), strict=True
+                )
+            ]
             expected = stream.batch((step + number) * LANES, LANES)
             assert all(torch.equal(got, own) for got, own in zip(rows, expected, strict=True))
         step += count

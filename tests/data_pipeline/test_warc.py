@@ -20,7 +20,15 @@ from memshard.data_pipeline.web.extract import decode, main_text  # noqa: E402
 from memshard.data_pipeline.web.language import detect_language  # noqa: E402
 from memshard.data_pipeline.web.warc import read_pages, read_records  # noqa: E402
 
-FAULTS = ("fault_truncated", "fault_corrupt", "fault_garbage", "fault_bad_header", "fault_wrong_length", "fault_http", "fault_empty")
+FAULTS = (
+    "fault_truncated",
+    "fault_corrupt",
+    "fault_garbage",
+    "fault_bad_header",
+    "fault_wrong_length",
+    "fault_http",
+    "fault_empty",
+)
 
 
 def members() -> list[bytes]:
@@ -77,29 +85,71 @@ def test_every_page_of_an_intact_file(parts: list[bytes], urls: list[str], tmp_p
         (lambda m: b"", 1, {}),
         (lambda m: m[: len(m) // 2], 1, {"fault_corrupt": 1}),
         (lambda m: recompressed(m, lambda r: b"WORC/1.0" + r[8:]), 1, {"fault_bad_header": 1}),
-        (lambda m: recompressed(m, lambda r: r.replace(b"Content-Length: ", b"Content-Length: x", 1)), 1, {"fault_bad_header": 1}),
-        (lambda m: recompressed(m, lambda r: r.replace(b"Content-Length: ", b"Content-Length: 1", 1)), 0, {"fault_wrong_length": 1}),
-        (lambda m: recompressed(m, lambda r: r.replace(b"Content-Length: 7", b"Content-Length: ", 1)), 0, {"fault_wrong_length": 1}),
-        (lambda m: recompressed(m, lambda r: r.replace(b"HTTP/1.1 200", b"HTTP/1.1 404", 1)), 1, {}),
+        (
+            lambda m: recompressed(
+                m, lambda r: r.replace(b"Content-Length: ", b"Content-Length: x", 1)
+            ),
+            1,
+            {"fault_bad_header": 1},
+        ),
+        (
+            lambda m: recompressed(
+                m, lambda r: r.replace(b"Content-Length: ", b"Content-Length: 1", 1)
+            ),
+            0,
+            {"fault_wrong_length": 1},
+        ),
+        (
+            lambda m: recompressed(
+                m, lambda r: r.replace(b"Content-Length: 7", b"Content-Length: ", 1)
+            ),
+            0,
+            {"fault_wrong_length": 1},
+        ),
+        (
+            lambda m: recompressed(m, lambda r: r.replace(b"HTTP/1.1 200", b"HTTP/1.1 404", 1)),
+            1,
+            {},
+        ),
     ],
-    ids=["deflate", "checksum", "garbage", "absent", "cut", "header", "length-missing", "length-large", "length-small", "status"],
+    ids=[
+        "deflate",
+        "checksum",
+        "garbage",
+        "absent",
+        "cut",
+        "header",
+        "length-missing",
+        "length-large",
+        "length-small",
+        "status",
+    ],
 )
 def test_damage_costs_one_page_and_is_counted(
-    parts: list[bytes], urls: list[str], tmp_path: Path, damage: Callable[[bytes], bytes], lost: int, expected: dict[str, int]
+    parts: list[bytes],
+    urls: list[str],
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+    lost: int,
+    expected: dict[str, int],
 ) -> None:
     found, counts = pages_of(b"".join([*parts[:1], damage(parts[1]), *parts[2:]]), tmp_path)
     assert found == urls[lost:] and faults(counts) == expected
     assert (counts["skipped_bytes"] > 0) == bool(expected and (lost or "fault_garbage" in expected))
 
 
-def test_a_cut_file_is_noticed_wherever_it_is_cut(parts: list[bytes], urls: list[str], tmp_path: Path) -> None:
+def test_a_cut_file_is_noticed_wherever_it_is_cut(
+    parts: list[bytes], urls: list[str], tmp_path: Path
+) -> None:
     content = b"".join(parts[:6])
     ends = {sum(map(len, parts[:count])): count - 1 for count in range(1, 7)}
     for size in [*range(0, len(content), 2111), *ends]:
         found, counts = pages_of(content[:size], tmp_path)
         whole = max((pages for end, pages in ends.items() if end <= size), default=0)
         assert found == urls[:whole]
-        assert faults(counts) == ({} if size in ends else {"fault_empty": 1} if not size else {"fault_truncated": 1}), size
+        assert faults(counts) == (
+            {} if size in ends else {"fault_empty": 1} if not size else {"fault_truncated": 1}
+        ), size
     plain = gzip.decompress(content)
     _, counts = pages_of(plain[: len(plain) - 1000], tmp_path)
     assert faults(counts) == {"fault_truncated": 1}
@@ -108,10 +158,18 @@ def test_a_cut_file_is_noticed_wherever_it_is_cut(parts: list[bytes], urls: list
 def test_content_encoding_and_chunks_are_undone(parts: list[bytes], tmp_path: Path) -> None:
     body = b"<html><body><p>" + b"a page that was sent compressed " * 50 + b"</p></body></html>"
     packed = gzip.compress(body)
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (packed[:50], packed[50:], b""))
+    chunks = b"".join(
+        b"%x\r\n%s\r\n" % (len(part), part) for part in (packed[:50], packed[50:], b"")
+    )
     for headers, payload in ((b"", packed), (b"Transfer-Encoding: chunked\r\n", chunks)):
-        http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Encoding: gzip\r\n" + headers + b"\r\n" + payload
-        head = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: <http://a/>\r\nContent-Type: application/http; msgtype=response\r\n"
+        http = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Encoding: "
+            b"gzip\r\n" + headers + b"\r\n" + payload
+        )
+        head = (
+            b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: "
+            b"<http://a/>\r\nContent-Type: application/http; msgtype=response\r\n"
+        )
         record = head + b"Content-Length: %d\r\n\r\n" % len(http) + http + b"\r\n\r\n"
         (tmp_path / "a.warc").write_bytes(record)
         pages = list(read_pages(tmp_path / "a.warc", Counter()))
@@ -120,10 +178,15 @@ def test_content_encoding_and_chunks_are_undone(parts: list[bytes], tmp_path: Pa
 
 def test_genuine_broken_files_are_read_as_far_as_they_go() -> None:
     expected = {
-        "warcio-example.warc.gz": (6, 1), "warcio-example-bad.warc.gz.bad": (6, 1), "warcio-example-bad-non-chunked.warc.gz": (6, 1),
-        "warcio-example-trunc.warc": (4, 1), "warcio-example-wrong-chunks.warc.gz": (2, 1), "cc-whirlwind.warc.gz": (4, 1),
-        "dolma-sample-0000.warc.gz": (48, 22), "cc-whirlwind.warc.wet.gz": (2, 0),
-    }  # fmt: skip
+        "warcio-example.warc.gz": (6, 1),
+        "warcio-example-bad.warc.gz.bad": (6, 1),
+        "warcio-example-bad-non-chunked.warc.gz": (6, 1),
+        "warcio-example-trunc.warc": (4, 1),
+        "warcio-example-wrong-chunks.warc.gz": (2, 1),
+        "cc-whirlwind.warc.gz": (4, 1),
+        "dolma-sample-0000.warc.gz": (48, 22),
+        "cc-whirlwind.warc.wet.gz": (2, 0),
+    }
     for name, (records, pages) in expected.items():
         counts = Counter[str]()
         found = list(read_pages(SAMPLES / "warc" / name, counts))
@@ -132,11 +195,22 @@ def test_genuine_broken_files_are_read_as_far_as_they_go() -> None:
     assert counts["skipped_bytes"] == 0
 
 
-def test_a_huge_declared_length_does_not_fill_the_memory(parts: list[bytes], urls: list[str], tmp_path: Path) -> None:
-    huge = recompressed(parts[1], lambda r: r.replace(b"Content-Length: ", b"Content-Length: 9999999", 1))
+def test_a_huge_declared_length_does_not_fill_the_memory(
+    parts: list[bytes], urls: list[str], tmp_path: Path
+) -> None:
+    huge = recompressed(
+        parts[1], lambda r: r.replace(b"Content-Length: ", b"Content-Length: 9999999", 1)
+    )
     found, counts = pages_of(b"".join([parts[0], huge, *parts[2:]]), tmp_path)
-    assert found == urls[1:] and counts["too_large"] == 1 and faults(counts) == {"fault_wrong_length": 1}
-    assert not list(read_records(io.BytesIO(b"no archive at all"), counts)) and counts["fault_bad_header"] == 1
+    assert (
+        found == urls[1:]
+        and counts["too_large"] == 1
+        and faults(counts) == {"fault_wrong_length": 1}
+    )
+    assert (
+        not list(read_records(io.BytesIO(b"no archive at all"), counts))
+        and counts["fault_bad_header"] == 1
+    )
 
 
 def test_extraction_reaches_its_score() -> None:
@@ -151,9 +225,14 @@ def test_extraction_reaches_its_score() -> None:
 
 def test_languages_agree_with_the_truth_file() -> None:
     lines = (SAMPLES / "warc" / "news_pages.truth.jsonl").read_text(encoding="utf-8").splitlines()
-    truth = {record["url"]: {record["lang_resiliparse"], record["lang_py3langid"]} for record in map(json.loads, lines)}
+    truth = {
+        record["url"]: {record["lang_resiliparse"], record["lang_py3langid"]}
+        for record in map(json.loads, lines)
+    }
     pages = read_pages(SAMPLES / "warc" / "news_pages-00000.warc.gz", Counter())
     texts = [(main_text(decode(page.body), "resiliparse"), truth[page.url]) for page in pages]
     found = [(detect_language(text), accepted) for text, accepted in texts if text]
     assert sum(language in accepted for language, accepted in found) >= 0.99 * len(found)
-    assert sum(("en" in accepted) == (language == "en") for language, accepted in found) >= 0.99 * len(found)
+    assert sum(
+        ("en" in accepted) == (language == "en") for language, accepted in found
+    ) >= 0.99 * len(found)

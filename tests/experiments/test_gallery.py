@@ -14,7 +14,10 @@ def test_the_page_is_what_the_results_make_it(tmp_path: Path) -> None:
     assert page == write_gallery(DOCS, tmp_path), "make gallery writes it again"
     assert all(f"### {name}\n" in page for name in catalogue.names())
     drawn = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")}
-    assert all((DOCS / "pictures" / picture).exists() and f"](pictures/{picture})" in page for picture in drawn)
+    assert all(
+        (DOCS / "pictures" / picture).exists() and f"](pictures/{picture})" in page
+        for picture in drawn
+    )
 
 
 def test_a_result_and_its_notes_enter_the_page(tmp_path: Path) -> None:
@@ -25,7 +28,11 @@ def test_a_result_and_its_notes_enter_the_page(tmp_path: Path) -> None:
     (results / "reformer_lengths.md").write_text("Short ones only.\n")
     page = write_gallery(tmp_path, tmp_path / "pictures")
     entry = page.split("### reformer/lengths")[1].split("\n## ")[0]
-    assert "--scale smoke" in entry and "Scale smoke: 1 point," in entry and entry.endswith("Short ones only.\n")
+    assert (
+        "--scale smoke" in entry
+        and "Scale smoke: 1 point," in entry
+        and entry.endswith("Short ones only.\n")
+    )
     assert "](pictures/reformer_lengths/lengths.png)" in entry
     assert (tmp_path / "pictures/reformer_lengths/lengths.png").exists()
     assert page.count("**Not measured yet.**") == len(catalogue.names()) - 1

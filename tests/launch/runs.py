@@ -20,7 +20,9 @@ def train_undisturbed(rank: int, world: int, recipe: Path, folder: Path) -> None
 def wait_for_step(folder: Path, step: int, timeout: float = 120) -> None:
     """Until a run has finished a step."""
     deadline = time.monotonic() + timeout
-    while not ((folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step):
+    while not (
+        (folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step
+    ):
         logs = [path.read_text()[-2000:] for path in (folder / "log").glob("*.out")]
         assert time.monotonic() < deadline, f"no step {step} after {timeout} s: {logs}"
         time.sleep(0.05)

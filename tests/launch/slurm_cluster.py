@@ -1,6 +1,8 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd as children, all their files in one folder.
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd as children, all
+their files in one folder.
 
-Nodes are named 127.0.0.1 and 127.0.0.2, so that names in SLURM_JOB_NODELIST resolve without /etc/hosts.
+Nodes are named 127.0.0.1 and 127.0.0.2, so that names in SLURM_JOB_NODELIST resolve without
+/etc/hosts.
 """
 
 import getpass
@@ -17,7 +19,8 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 _NODES = 2
 
-# proctrack/linuxproc and task/none need no cgroups. cred_expire=5: a requeued job waits for its old credential to expire.
+# proctrack/linuxproc and task/none need no cgroups. cred_expire=5: a requeued job waits for its old
+# credential to expire.
 _CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -43,7 +46,8 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=20
-NodeName=127.0.0.[1-2] NodeHostname={host} NodeAddr=127.0.0.[1-2] Port=[{first}-{last}] CPUs=4 RealMemory=1000 State=UNKNOWN
+NodeName=127.0.0.[1-2] NodeHostname={host} NodeAddr=127.0.0.[1-2] Port=[{first}-{last}] \\
+  CPUs=4 RealMemory=1000 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -62,19 +66,37 @@ class SlurmCluster:
         (folder / "state").mkdir()
         folder.chmod(0o755)
         port = free_ports(_NODES + 1)
-        values = {"host": socket.gethostname().partition(".")[0], "user": getpass.getuser(), "folder": folder}
+        values = {
+            "host": socket.gethostname().partition(".")[0],
+            "user": getpass.getuser(),
+            "folder": folder,
+        }
         text = _CONFIG.format(**values, port=port, first=port + 1, last=port + _NODES)
         (folder / "slurm.conf").write_text(text)
         key = folder / "munge.key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
-        files = [f"--{name}={folder}/munge.{end}" for name, end in (("socket", "sock"), ("pid-file", "pid"), ("seed-file", "seed"))]
-        self._start("munged", "munged", "--foreground", f"--key-file={key}", f"--log-file={folder}/munge.log", *files)
+        files = [
+            f"--{name}={folder}/munge.{end}"
+            for name, end in (("socket", "sock"), ("pid-file", "pid"), ("seed-file", "seed"))
+        ]
+        self._start(
+            "munged",
+            "munged",
+            "--foreground",
+            f"--key-file={key}",
+            f"--log-file={folder}/munge.log",
+            *files,
+        )
         self._wait_until(lambda: (folder / "munge.sock").exists())
         self._start("slurmctld", "slurmctld", "-D")
         for node in range(1, _NODES + 1):
             self._start(f"slurmd{node}", "slurmd", "-D", "-N", f"127.0.0.{node}")
-        self._wait_until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * _NODES)
+        self._wait_until(
+            lambda: (
+                self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * _NODES
+            )
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,21 +136,32 @@ class SlurmCluster:
         with (self.folder / f"{name}.out").open("wb") as out:
             program = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
             assert program is not None
-            options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+            options = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": subprocess.STDOUT,
+                "start_new_session": True,
+            }
             self._daemons[name] = subprocess.Popen([program, *command[1:]], env=self.env, **options)
 
     def _wait_until(self, condition, timeout: float = 30) -> None:  # type: ignore[no-untyped-def]
         deadline = time.monotonic() + timeout
         while not condition():
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
-            assert not dead, f"{dead} ended: {[(self.folder / f'{name}.out').read_text() for name in dead]}"
+            assert not dead, (
+                f"{dead} ended: {[(self.folder / f'{name}.out').read_text() for name in dead]}"
+            )
             assert time.monotonic() < deadline, f"not after {timeout} s; see {self.folder}"
             time.sleep(0.1)
 
 
 def missing_programs() -> list[str]:
     """What has to be installed first."""
-    return [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    return [
+        name
+        for name in PROGRAMS
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
 
 
 def free_ports(count: int) -> int:

@@ -1,4 +1,6 @@
-"""What start-up says of GPUs that this torch was not built for, and which options its launcher has."""
+"""What start-up says of GPUs that this torch was not built for, and which options its launcher
+has.
+"""
 
 import re
 from pathlib import Path
@@ -28,7 +30,9 @@ CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
         ((7, 0), ["gfx90a"], None),
     ],
 )
-def test_capability_against_build(capability: tuple[int, int], built: list[str], advice: str | None) -> None:
+def test_capability_against_build(
+    capability: tuple[int, int], built: list[str], advice: str | None
+) -> None:
     problem = lacks_kernels(capability, built)
     assert problem is None if advice is None else problem is not None and advice in problem
     assert (ROOT / "docs/volta.md").exists()
@@ -48,11 +52,17 @@ def test_scripts_that_restart_share_no_store() -> None:
 
 
 def test_lower_bounds_are_versions_that_run_here() -> None:
-    """The tests run with constraints.txt; a bound that names another version there was never run."""
-    exact = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    """The tests run with constraints.txt; a bound that names another version there was never
+    run.
+    """
+    exact = dict(
+        re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    )
     exact = {name.lower().replace("_", "-"): version for name, version in exact.items()}
     bounds = re.findall(r'"([\w.-]+)>=([\d.]+)', (ROOT / "setup.py").read_text())
     assert len(bounds) > 15
     for name, bound in bounds:
         version = exact[name.lower().replace("_", "-")]
-        assert f"{version}.".startswith(f"{bound}."), f"setup.py asks for {name}>={bound}, the tests run {version}"
+        assert f"{version}.".startswith(f"{bound}."), (
+            f"setup.py asks for {name}>={bound}, the tests run {version}"
+        )

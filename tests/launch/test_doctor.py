@@ -14,7 +14,9 @@ from memshard.trainer.watch.metrics import METRICS_FILE
 from tests.trainer.tiny_run import train_run
 
 
-def _examine(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[list[str], list[str]]:
+def _examine(
+    capfd: pytest.CaptureFixture[str], *arguments: str | Path
+) -> tuple[list[str], list[str]]:
     capfd.readouterr()
     assert main(["doctor", *map(str, arguments), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
@@ -30,7 +32,9 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert not bad and "no heartbeats: the run has not started" in notes and set(good) < set(notes)
 
     (folder / "checkpoints/step-00000015.tmp").mkdir()
-    piece = max((folder / "checkpoints/step-00000010").glob("*.bin"), key=lambda path: path.stat().st_size)
+    piece = max(
+        (folder / "checkpoints/step-00000010").glob("*.bin"), key=lambda path: path.stat().st_size
+    )
     content = bytearray(piece.read_bytes())
     content[len(content) // 2] ^= 1
     piece.write_bytes(content)
@@ -40,7 +44,11 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     now = time.time()
     beat = Beat(0, 3, "n1", 100, 19, "forward and backward", now - 50, now, 1.0)
     (folder / "heartbeat").mkdir()
-    for each in (beat, replace(beat, rank=1, phase="reading data"), replace(beat, rank=2, time=now - 40)):
+    for each in (
+        beat,
+        replace(beat, rank=1, phase="reading data"),
+        replace(beat, rank=2, time=now - 40),
+    ):
         (folder / f"heartbeat/rank{each.rank}.json").write_text(json.dumps(asdict(each)))
     (folder / "flight").mkdir()
     for rank, number in ((0, 813), (1, 812)):
@@ -49,21 +57,37 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         (folder / f"flight/rank{rank}.json").write_text(json.dumps({"entries": [entry]}))
     bad, notes = _examine(capfd, folder, "--deep")
     silent, damaged, waiting = bad
-    assert silent.startswith("rank 2 (process 100 on n1), in step 20, forward and backward, has been silent for 4")
-    assert damaged.startswith(f"{folder}/checkpoints/step-00000010 is damaged (") and "do not match their hash" in damaged
-    assert waiting.startswith("60% of the last steps' time went into reading data: raise data.workers")
+    assert silent.startswith(
+        "rank 2 (process 100 on n1), in step 20, forward and backward, has been silent for 4"
+    )
+    assert (
+        damaged.startswith(f"{folder}/checkpoints/step-00000010 is damaged (")
+        and "do not match their hash" in damaged
+    )
+    assert waiting.startswith(
+        "60% of the last steps' time went into reading data: raise data.workers"
+    )
     assert good[1] in notes and any("step-00000015.tmp is not complete" in note for note in notes)
-    assert any("rank 1 was at collective 812 of group default_pg, others at 813 (gloo:all_reduce" in note for note in notes)
+    assert any(
+        "rank 1 was at collective 812 of group default_pg, others at 813 (gloo:all_reduce" in note
+        for note in notes
+    )
 
 
-def test_checkpoints_at_a_glance(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_at_a_glance(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     train_run(recipe, folder, "train.save_every=5")
     older, newer = (folder / f"checkpoints/step-{step:08d}" for step in (5, 10))
     piece = max(newer.glob("*.bin"), key=lambda path: path.stat().st_size)
     os.truncate(piece, piece.stat().st_size - 1)
     bad, notes = _examine(capfd, folder)
-    assert len(bad) == 1 and bad[0].startswith(f"{newer} is damaged (") and f"of {piece.name}, which has" in bad[0]
+    assert (
+        len(bad) == 1
+        and bad[0].startswith(f"{newer} is damaged (")
+        and f"of {piece.name}, which has" in bad[0]
+    )
     assert f"{older} is complete, with files as long as they should be (--deep reads them)" in notes
 
 
@@ -72,7 +96,9 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert "is no run folder: it holds no config.yaml" in capfd.readouterr().err
 
 
-def test_an_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name in ("old/lock", "new/lock"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()

@@ -1,7 +1,8 @@
-"""torchrun over two hosts with network namespaces of their own: one is killed, comes back or does not, and the run ends as if nothing had
-happened.
+"""torchrun over two hosts with network namespaces of their own: one is killed, comes back or does
+not, and the run ends as if nothing had happened.
 
-Each host's own name means 127.0.1.1 to it, as Debian has it, so that gloo by itself would offer others an address that is theirs.
+Each host's own name means 127.0.1.1 to it, as Debian has it, so that gloo by itself would offer
+others an address that is theirs.
 """
 
 import os
@@ -30,10 +31,20 @@ def _possible() -> bool:
     """Whether namespaces can be made here."""
     if os.getuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         return False
-    return subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["unshare", "--net", "--uts", "--mount", "true"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(not _possible(), reason="needs root, iproute2 and the right to make namespaces")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(
+        not _possible(), reason="needs root, iproute2 and the right to make namespaces"
+    ),
+]
 
 
 class Hosts:
@@ -48,12 +59,27 @@ class Hosts:
         for name in self.names.values():
             self._ip("netns", "add", name)
         first, second = self.names.values()
-        self._ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+        self._ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            first,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            second,
+        )
         for host, name in self.names.items():
             self._ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 self._ip("-n", name, "link", "set", device, "up")
-            others = "".join(f"{address} {other}\n" for other, address in ADDRESSES.items() if other != host)
+            others = "".join(
+                f"{address} {other}\n" for other, address in ADDRESSES.items() if other != host
+            )
             (self.folder / host).write_text(f"127.0.0.1 localhost\n127.0.1.1 {host}\n{others}")
         return self
 
@@ -66,7 +92,16 @@ class Hosts:
 
     def start(self, host: str, log: Path, *command: str, **env: str) -> "subprocess.Popen[bytes]":
         """Start a command on a host, in a process group of its own."""
-        enter = ["nsenter", f"--net=/run/netns/{self.names[host]}", "unshare", "--uts", "--mount", "--propagation", "slave", "--"]
+        enter = [
+            "nsenter",
+            f"--net=/run/netns/{self.names[host]}",
+            "unshare",
+            "--uts",
+            "--mount",
+            "--propagation",
+            "slave",
+            "--",
+        ]
         script = f'hostname "$0"; mount --bind {self.folder / host} /etc/hosts; exec "$@"'
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -97,10 +132,24 @@ def hosts() -> Iterator[Hosts]:
 
 def _torchrun(nodes: str, recipe: Path, folder: Path) -> list[str]:
     options = [
-        f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400", "--rdzv-id=test",
+        f"--nnodes={nodes}",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=n1:29400",
+        "--rdzv-id=test",
         "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3",
-    ]  # fmt: skip
-    train = ["memshard", "train", str(recipe), *LONG, "train.save_every=20", "train.keep=20", "--run", str(folder)]
+    ]
+    train = [
+        "memshard",
+        "train",
+        str(recipe),
+        *LONG,
+        "train.save_every=20",
+        "train.keep=20",
+        "--run",
+        str(folder),
+    ]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "--", *train]
 
 
@@ -116,17 +165,23 @@ def _cut_off(hosts: Hosts, folder: Path, agent: "subprocess.Popen[bytes]") -> No
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> str:
     """Until all are done; returns what n1 said."""
     for process in processes:
-        assert process.wait(240) == 0, [path.read_text()[-3000:] for path in (folder / "log").glob("*.out")]
+        assert process.wait(240) == 0, [
+            path.read_text()[-3000:] for path in (folder / "log").glob("*.out")
+        ]
     said = (folder / "log/n1.out").read_text()
     assert "on n2), in step " in said and "has been silent for" in said
     return said
 
 
-def test_a_host_that_is_killed_and_comes_back(hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_host_that_is_killed_and_comes_back(
+    hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     (folder / "log").mkdir(parents=True)
     command = _torchrun("2", recipe, folder)
-    first, second = (hosts.start(host, folder / f"log/{host}.out", *command, **ENV) for host in ADDRESSES)
+    first, second = (
+        hosts.start(host, folder / f"log/{host}.out", *command, **ENV) for host in ADDRESSES
+    )
     wait_for_step(folder, 45)
     _cut_off(hosts, folder, second)
     second = hosts.start("n2", folder / "log/n2.out", *command, **ENV)
@@ -139,23 +194,33 @@ def _finish(rank: int, world: int, recipe: Path, folder: Path) -> None:
     train_run(recipe, folder, *LONG)
 
 
-def test_a_host_that_never_comes_back(hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The other goes on from the checkpoint of both: bit for bit as any one rank from there, and but for rounding as both."""
+def test_a_host_that_never_comes_back(
+    hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The other goes on from the checkpoint of both: bit for bit as any one rank from there, and
+    but for rounding as both.
+    """
     folder, alone = tmp_path / "run", tmp_path / "alone"
     (folder / "log").mkdir(parents=True)
     command = _torchrun("1:2", recipe, folder)
-    first, second = (hosts.start(host, folder / f"log/{host}.out", *command, **ENV) for host in ADDRESSES)
+    first, second = (
+        hosts.start(host, folder / f"log/{host}.out", *command, **ENV) for host in ADDRESSES
+    )
     wait_for_step(folder, 45)
     _cut_off(hosts, folder, second)
     said = _wait([first], folder)
     assert "ranks: 2" in said and "ranks: 1" in said
     (resumed,) = map(int, re.findall(rf"\(resumes at step (\d+), to step {STEPS}\)", said))
     assert 40 <= resumed < STEPS
-    assert [(beat.rank, beat.host, beat.ended) for beat in read_beats(folder)] == [(0, "n1", "done")]
+    assert [(beat.rank, beat.host, beat.ended) for beat in read_beats(folder)] == [
+        (0, "n1", "done")
+    ]
     losses, expected = numbers(folder, "train/loss"), numbers(undisturbed / "long", "train/loss")
     both = range(1, resumed + 1)
     assert [losses[step] for step in both] == [expected[step] for step in both]
-    assert losses[resumed + 1] == pytest.approx(expected[resumed + 1], rel=1e-6) and losses == pytest.approx(expected, rel=5e-3)
+    assert losses[resumed + 1] == pytest.approx(
+        expected[resumed + 1], rel=1e-6
+    ) and losses == pytest.approx(expected, rel=5e-3)
 
     shutil.copytree(folder, alone)
     for checkpoint in committed(alone / "checkpoints"):

@@ -13,14 +13,38 @@ from memshard.trainer.watch.heartbeat import read_beats
 from tests.launch.runs import LONG, wait_for_step
 from tests.trainer.tiny_run import assert_same, checkpoint_state
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(shutil.which("mpirun") is None, reason="not installed: mpirun")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(shutil.which("mpirun") is None, reason="not installed: mpirun"),
+]
 
 
 def test_mpirun_passes_a_notice_on(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    mpirun = ["mpirun", "-np", "2", "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
-    command = [*mpirun, sys.executable, "-m", "memshard", "train", str(recipe), *LONG, "--run", str(folder)]
-    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    mpirun = [
+        "mpirun",
+        "-np",
+        "2",
+        "--oversubscribe",
+        *(["--allow-run-as-root"] if os.getuid() == 0 else []),
+    ]
+    command = [
+        *mpirun,
+        sys.executable,
+        "-m",
+        "memshard",
+        "train",
+        str(recipe),
+        *LONG,
+        "--run",
+        str(folder),
+    ]
+    options = {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
     with subprocess.Popen(command, **options) as first:
         wait_for_step(folder, 30)
         first.send_signal(signal.SIGUSR2)

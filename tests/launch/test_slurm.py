@@ -1,4 +1,6 @@
-"""Jobs of a real SLURM, from scripts that `memshard launch slurm` wrote. Judged by what the runs wrote, never by a job's state alone."""
+"""Jobs of a real SLURM, from scripts that `memshard launch slurm` wrote. Judged by what the runs
+wrote, never by a job's state alone.
+"""
 
 import json
 import subprocess
@@ -19,7 +21,9 @@ from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, train
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
+    pytest.mark.skipif(
+        bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"
+    ),
 ]
 
 
@@ -31,7 +35,17 @@ def cluster() -> Iterator[SlurmCluster]:
 
 def _launch(cluster: SlurmCluster, *arguments: object, nodes: int = 2) -> list[str]:
     """The numbers of the jobs."""
-    command = [sys.executable, "-m", "memshard", "launch", "slurm", *map(str, arguments), "--nodes", str(nodes), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "memshard",
+        "launch",
+        "slurm",
+        *map(str, arguments),
+        "--nodes",
+        str(nodes),
+        "--json",
+    ]
     done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     jobs: list[str] = json.loads(done.stdout)["jobs"]
@@ -45,8 +59,17 @@ def _output(folder: Path) -> str:
 def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int:
     """The step of the newest checkpoint, once there is one beyond a step."""
     deadline = time.monotonic() + timeout
-    while not (found := [int(path.name.partition("-")[2]) for path in committed(folder / "checkpoints")]) or found[-1] <= beyond:
-        assert time.monotonic() < deadline, f"no checkpoint beyond {beyond} after {timeout} s: {_output(folder)}"
+    while (
+        not (
+            found := [
+                int(path.name.partition("-")[2]) for path in committed(folder / "checkpoints")
+            ]
+        )
+        or found[-1] <= beyond
+    ):
+        assert time.monotonic() < deadline, (
+            f"no checkpoint beyond {beyond} after {timeout} s: {_output(folder)}"
+        )
         time.sleep(0.05)
     return found[-1]
 
@@ -68,7 +91,10 @@ def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
     cluster.wait_for_end(job)
     assert "Restarts=2 " in cluster.run("scontrol", "show", "job", job)
     output = _output(folder)
-    assert output.count(f"run          {folder} (") == 3 and f"resumes at step {second}, to step {STEPS}" in output
+    assert (
+        output.count(f"run          {folder} (") == 3
+        and f"resumes at step {second}, to step {STEPS}" in output
+    )
     assert output.count("launcher     SLURM") == 3
     assert {beat.rank: beat.ended for beat in read_beats(folder)} == {0: "done", 1: "done"}
     assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "long"))
@@ -79,8 +105,11 @@ def _train(rank: int, world: int, recipe: Path, folder: Path, steps: int) -> Non
     train_run(recipe, folder, f"train.steps={steps}")
 
 
-def test_a_run_that_meets_its_time_limit_is_the_undisturbed_one(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
-    """SLURM looks at limits every 30 s, and gives notice at the last look before it would be late: here 15 to 45 s after the start.
+def test_a_run_that_meets_its_time_limit_is_the_undisturbed_one(
+    cluster: SlurmCluster, recipe: Path, tmp_path: Path
+) -> None:
+    """SLURM looks at limits every 30 s, and gives notice at the last look before it would be late:
+    here 15 to 45 s after the start.
 
     What is left to train is cut short then, in the recipe that the job reads when it starts again.
     """
@@ -98,7 +127,9 @@ def test_a_run_that_meets_its_time_limit_is_the_undisturbed_one(cluster: SlurmCl
     assert numbers(folder, "train/loss") == numbers(tmp_path / "undisturbed", "train/loss")
 
 
-def test_a_cancelled_job_saves_and_can_go_on_with_fewer_nodes(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_can_go_on_with_fewer_nodes(
+    cluster: SlurmCluster, recipe: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, "train.steps=100000", "--run", folder)
     wait_for_step(folder, 10)
@@ -112,23 +143,34 @@ def test_a_cancelled_job_saves_and_can_go_on_with_fewer_nodes(cluster: SlurmClus
     saved = _wait_for_checkpoint(folder, 9)
     (job,) = _launch(cluster, recipe, f"train.steps={saved + 5}", "--run", folder, nodes=1)
     cluster.wait_for_end(job)
-    assert "ranks: 1" in _output(folder) and f"(resumes at step {saved}, to step {saved + 5})" in _output(folder)
+    assert "ranks: 1" in _output(
+        folder
+    ) and f"(resumes at step {saved}, to step {saved + 5})" in _output(folder)
     assert {(beat.rank, beat.ended) for beat in read_beats(folder)} == {(0, "done")}
 
 
 @pytest.mark.parametrize("flavour", ["torchrun", "deepspeed"])
-def test_a_notice_passes_through_a_launcher(flavour: str, cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_notice_passes_through_a_launcher(
+    flavour: str, cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, *LONG, "--run", folder, "--flavour", flavour)
     wait_for_step(folder, 20)
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     assert _wait_for_checkpoint(folder, 19) < STEPS
     cluster.wait_for_end(job)
-    assert _output(folder).count(f"launcher     {'torchrun' if flavour == 'torchrun' else 'DeepSpeed'}") == 2
+    assert (
+        _output(folder).count(
+            f"launcher     {'torchrun' if flavour == 'torchrun' else 'DeepSpeed'}"
+        )
+        == 2
+    )
     assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "long"))
 
 
-def test_turns_of_an_array_and_a_chain(cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_turns_of_an_array_and_a_chain(
+    cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """The second turn finds a finished run."""
     for name, option in (("array", "--array"), ("chain", "--chain")):
         folder = tmp_path / name

@@ -20,16 +20,23 @@ def tiny_context(which: str = "plain") -> Context:
     positions = torch.arange(LENGTH).expand(3, -1)
     return Context(
         positions,
-        documents=torch.tensor([[0] * 4 + [1] * 5, [7] * 9, [1] + [2] * 8]) if which == "documents" else None,
+        documents=torch.tensor([[0] * 4 + [1] * 5, [7] * 9, [1] + [2] * 8])
+        if which == "documents"
+        else None,
         padding=positions < torch.tensor([9, 4, 6])[:, None] if which == "padding" else None,
         random=RandomKey(3, 5, torch.arange(3)),
     )
 
 
 def two_passes(
-    model: Transformer, logits: Callable[[Transformer, Tensor, Context], Tensor], ctx: Context, dtype: torch.dtype = torch.float32
+    model: Transformer,
+    logits: Callable[[Transformer, Tensor, Context], Tensor],
+    ctx: Context,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Of two micro-batches: outputs, gradients of all parameters, buffers, reads kept for tables. dtype: of autocast."""
+    """Of two micro-batches: outputs, gradients of all parameters, buffers, reads kept for tables.
+    dtype: of autocast.
+    """
     found = {}
     for seed in range(2):
         tokens = tiny_tokens(3, LENGTH, seed=seed)
@@ -37,12 +44,17 @@ def two_passes(
             found[f"logits {seed}"] = logits(model, tokens, ctx)
             losses = token_losses(found[f"logits {seed}"], tokens.roll(-1, dims=1))
         (losses.sum() * 8).backward()
-    found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {
+        f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
     found |= dict(model.named_buffers())
     for name, table in find_tables(model):
         if table.hidden:
             assert table.anchor.grad is not None
-            found[f"{name}.anchor"], found[f"{name}.asked"] = table.anchor.grad, torch.tensor(table.reads_asked)
+            found[f"{name}.anchor"], found[f"{name}.asked"] = (
+                table.anchor.grad,
+                torch.tensor(table.reads_asked),
+            )
             for number, read in enumerate(table.reads):
                 found |= {f"{name}.{number}.{field}": value for field, value in vars(read).items()}
     return found

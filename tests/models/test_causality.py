@@ -16,7 +16,9 @@ _QUERY_NORMS = ["batch", "layer", "rms", "lagged", "none"]
 
 
 def _past_is_bit_equal(model: Transformer, deferred: bool = False) -> bool:
-    """Whether logits before CHANGED keep their bits when the tokens from there on change. Each pass starts from the same model."""
+    """Whether logits before CHANGED keep their bits when the tokens from there on change. Each pass
+    starts from the same model.
+    """
     tokens, other = tiny_tokens(2, LENGTH), tiny_tokens(2, LENGTH, seed=5)
     other[:, :CHANGED] = tokens[:, :CHANGED]
     ctx = Context(torch.arange(LENGTH).expand(2, -1), random=RandomKey(0, 0, torch.arange(2)))
@@ -47,12 +49,20 @@ def test_training_is_causal(query_norm: str, deferred: bool) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_mixers_are_causal(mixer: str, dtype: torch.dtype) -> None:
     """In fp32, LSH and local attention take the compiled kernel."""
-    assert _past_is_bit_equal(tiny_model(tiny_config({"query_norm": "layer"}, mixer=MIXERS[mixer], dropout=0.2)).to(dtype).train())
+    assert _past_is_bit_equal(
+        tiny_model(tiny_config({"query_norm": "layer"}, mixer=MIXERS[mixer], dropout=0.2))
+        .to(dtype)
+        .train()
+    )
 
 
-@pytest.mark.parametrize(("query_norm", "mixer"), [("lagged", "softmax"), *(("layer", mixer) for mixer in MIXERS)])
+@pytest.mark.parametrize(
+    ("query_norm", "mixer"), [("lagged", "softmax"), *(("layer", mixer) for mixer in MIXERS)]
+)
 def test_documents_leak_neither_values_nor_gradients(query_norm: str, mixer: str) -> None:
-    model = tiny_model(tiny_config({"query_norm": query_norm}, mixer=MIXERS[mixer], tie_head=False)).train()
+    model = tiny_model(
+        tiny_config({"query_norm": query_norm}, mixer=MIXERS[mixer], tie_head=False)
+    ).train()
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2]])
     ctx = Context(torch.arange(LENGTH)[None], documents=documents)
     middle = documents[0] == 1

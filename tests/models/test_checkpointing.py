@@ -34,7 +34,9 @@ def _logits(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
 @pytest.mark.parametrize("hidden", [False, True], ids=["visible", "hidden"])
 @pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("changes", _VARIANTS, ids=str)
-def test_nothing_changes(changes: dict[str, Any], kind: Checkpointing, hidden: bool, which: str) -> None:
+def test_nothing_changes(
+    changes: dict[str, Any], kind: Checkpointing, hidden: bool, which: str
+) -> None:
     """Not a bit; running statistics take each batch in once, tables collect each read once."""
     model = tiny_model(tiny_config(**changes), spread=0.1).float().train()
     if hidden:
@@ -45,12 +47,25 @@ def test_nothing_changes(changes: dict[str, Any], kind: Checkpointing, hidden: b
     assert_same(two_passes(model, _logits, tiny_context(which), dtype), plain)
 
 
-def _bytes(residual: Any = "pre", kind: Checkpointing = "none", layers: int = 12, memory: tuple[int, ...] = ()) -> tuple[int, int]:
-    """What a forward pass of 256 tokens keeps, and the most that forward and backward hold; parameters and their gradients aside."""
+def _bytes(
+    residual: Any = "pre",
+    kind: Checkpointing = "none",
+    layers: int = 12,
+    memory: tuple[int, ...] = (),
+) -> tuple[int, int]:
+    """What a forward pass of 256 tokens keeps, and the most that forward and backward hold;
+    parameters and their gradients aside.
+    """
     config = ModelConfig(
-        vocab_size=50, max_length=64, layers=layers, dim=32, mixer=MixerConfig(heads=2), residual=residual, dropout=0.1,
+        vocab_size=50,
+        max_length=64,
+        layers=layers,
+        dim=32,
+        mixer=MixerConfig(heads=2),
+        residual=residual,
+        dropout=0.1,
         memory=MemoryConfig(layers=memory, keys=16, heads=2, topk=4, key_dim=16),
-    )  # fmt: skip
+    )
     model = Transformer(config).train()
     model.checkpointing = kind
     externalize_tables(model)
@@ -69,13 +84,19 @@ def _bytes(residual: Any = "pre", kind: Checkpointing = "none", layers: int = 12
 def test_reversible_layers_cost_no_activations(memory: tuple[int, ...]) -> None:
     shallow = _bytes("reversible", layers=2, memory=memory)
     for layers in (12, 48):
-        for value, reference in zip(_bytes("reversible", layers=layers, memory=memory), shallow, strict=True):
+        for value, reference in zip(
+            _bytes("reversible", layers=layers, memory=memory), shallow, strict=True
+        ):
             assert value < 1.15 * reference
     assert _bytes(layers=12, memory=memory)[1] > 3 * shallow[1]
 
 
 @pytest.mark.parametrize("which", ["plain", "documents", "padding"])
-@pytest.mark.parametrize("changes", [{"memory": {"query_norm": "layer"}}, {"memory": {"layers": ()}, "dropout": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"memory": {"query_norm": "layer"}}, {"memory": {"layers": ()}, "dropout": 0.3}],
+    ids=str,
+)
 @pytest.mark.parametrize("mixer", ["linear", "convolved delta", "normalised delta"])
 def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) -> None:
     """Gradients flow back through the states; tables collect each read once."""
@@ -96,11 +117,15 @@ def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) 
 
 
 def test_what_segments_save() -> None:
-    """Of 1,024 tokens in 16 pieces: what a forward pass keeps is the losses and some states, and backward holds one piece."""
+    """Of 1,024 tokens in 16 pieces: what a forward pass keeps is the losses and some states, and
+    backward holds one piece.
+    """
 
     def measure(segments: int) -> tuple[int, int]:
         mixer = MixerConfig(heads=4, kind="delta")
-        model = Transformer(ModelConfig(vocab_size=50, layers=4, dim=64, mixer=mixer, position="none")).train()
+        model = Transformer(
+            ModelConfig(vocab_size=50, layers=4, dim=64, mixer=mixer, position="none")
+        ).train()
         model.segments = segments
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -116,18 +141,26 @@ def test_what_segments_save() -> None:
 
 
 def test_what_checkpointing_saves() -> None:
-    (none, _), (selective, _), (full, peak) = (_bytes(kind=kind) for kind in ("none", "selective", "full"))
+    (none, _), (selective, _), (full, peak) = (
+        _bytes(kind=kind) for kind in ("none", "selective", "full")
+    )
     assert selective < 0.6 * none and full < 0.2 * none
     assert peak < 0.3 * _bytes()[1]
 
 
 def test_lsh_holds_less_than_checkpointed_softmax_attention() -> None:
-    """Six layers of width 128 on one long sequence: what `memshard/bench/lsh.py` measures at 16,384 tokens."""
+    """Six layers of width 128 on one long sequence: what `memshard/bench/lsh.py` measures at 16,384
+    tokens.
+    """
     tokens, peaks = torch.arange(2048)[None] % 50, []
     for kind in ("softmax", "lsh"):
         mixer = MixerConfig(kind=kind, heads=2)  # type: ignore[arg-type]
         residual: Any = "reversible" if kind == "lsh" else "pre"
-        model = Transformer(ModelConfig(vocab_size=50, max_length=2048, layers=6, dim=128, mixer=mixer, residual=residual)).train()
+        model = Transformer(
+            ModelConfig(
+                vocab_size=50, max_length=2048, layers=6, dim=128, mixer=mixer, residual=residual
+            )
+        ).train()
         model.chunk, model.checkpointing = (128, "none") if kind == "lsh" else (0, "full")
         with LiveBytes() as live:
             model(tokens, targets=tokens)[0].mean().backward()

@@ -1,4 +1,6 @@
-"""The way into and out of flash-linear-attention's kernels, by a stand-in with their arguments: the delta rule, sequence by sequence."""
+"""The way into and out of flash-linear-attention's kernels, by a stand-in with their arguments: the
+delta rule, sequence by sequence.
+"""
 
 import pytest
 import torch
@@ -19,25 +21,44 @@ def _sequences(
     output_final_state: bool,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[batch, length, heads, ...]; packed, a batch of 1 with the borders of its sequences and as many states."""
+    """[batch, length, heads, ...]; packed, a batch of 1 with the borders of its sequences and as
+    many states.
+    """
     assert output_final_state and initial_state.dtype == torch.promote_types(v.dtype, torch.float32)
-    q, k, v, beta = (scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), beta.transpose(1, 2)
+    q, k, v, beta = (
+        (scale * q).transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        beta.transpose(1, 2),
+    )
     if cu_seqlens is None:
         out, state = delta_rule(q, k, v, beta, initial_state)
         return out.transpose(1, 2), state
     outs, states = [], []
-    for number, (first, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
-        out, state = delta_rule(*(x[:, :, first:end] for x in (q, k, v, beta)), initial_state[number : number + 1])
+    for number, (first, end) in enumerate(
+        zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+    ):
+        out, state = delta_rule(
+            *(x[:, :, first:end] for x in (q, k, v, beta)), initial_state[number : number + 1]
+        )
         outs.append(out)
         states.append(state)
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(states)
 
 
-@pytest.mark.parametrize("borders", [None, [], [(0, 0)], [(1, 0), (1, 5)], [(0, 3), (0, 20), (1, 0), (2, 20)]])
+@pytest.mark.parametrize(
+    "borders", [None, [], [(0, 0)], [(1, 0), (1, 5)], [(0, 3), (0, 20), (1, 0), (2, 20)]]
+)
 def test_packed_sequences_with_states_are_resets(borders: list[tuple[int, int]] | None) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, 21, 8, dtype=torch.float64) for _ in range(3))
-    inputs = [q, F.normalize(k, dim=-1), v, torch.rand(3, 2, 21, dtype=torch.float64), torch.randn(3, 2, 8, 8, dtype=torch.float64)]
+    inputs = [
+        q,
+        F.normalize(k, dim=-1),
+        v,
+        torch.rand(3, 2, 21, dtype=torch.float64),
+        torch.randn(3, 2, 8, 8, dtype=torch.float64),
+    ]
     resets = None
     if borders is not None:
         resets = torch.zeros(3, 21, dtype=torch.bool)
@@ -46,7 +67,11 @@ def test_packed_sequences_with_states_are_resets(borders: list[tuple[int, int]] 
     results = []
     for by_library in (True, False):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        out, state = by_kernel(_sequences, *leaves, resets) if by_library else delta_rule(*leaves, resets=resets)
+        out, state = (
+            by_kernel(_sequences, *leaves, resets)
+            if by_library
+            else delta_rule(*leaves, resets=resets)
+        )
         loss = (out * out.detach().cos()).sum() + (state * state.detach().sin()).sum()
         results.append([out, state, *torch.autograd.grad(loss, leaves)])
     for ours, theirs in zip(*results, strict=True):
@@ -56,7 +81,9 @@ def test_packed_sequences_with_states_are_resets(borders: list[tuple[int, int]] 
 def test_the_first_call_finds_wrong_kernels() -> None:
     device = torch.device("cpu")
 
-    def forgets_states(*inputs: Tensor, initial_state: Tensor, **named: object) -> tuple[Tensor, Tensor]:
+    def forgets_states(
+        *inputs: Tensor, initial_state: Tensor, **named: object
+    ) -> tuple[Tensor, Tensor]:
         return _sequences(*inputs, initial_state=0 * initial_state, **named)  # type: ignore[arg-type]
 
     def scales_queries(*inputs: Tensor, scale: float, **named: object) -> tuple[Tensor, Tensor]:

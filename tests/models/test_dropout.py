@@ -5,7 +5,14 @@ from torch import Tensor
 from memshard.models.random import RandomKey, dropout
 
 
-def _mask(samples: list[int], step: int = 0, layer: int = 0, branch: int = 0, seed: int = 0, start: int = 0) -> Tensor:
+def _mask(
+    samples: list[int],
+    step: int = 0,
+    layer: int = 0,
+    branch: int = 0,
+    seed: int = 0,
+    start: int = 0,
+) -> Tensor:
     x = torch.ones(len(samples), 6, 40)
     positions = torch.arange(start, start + 6).expand(len(samples), -1)
     return dropout(x, 0.3, RandomKey(seed, step, torch.tensor(samples)), positions, layer, branch)
@@ -21,7 +28,10 @@ def test_masks_follow_positions() -> None:
     assert torch.equal(_mask([1], start=2)[:, :4], _mask([1])[:, 2:])
 
 
-@pytest.mark.parametrize("change", [{"step": 1}, {"layer": 1}, {"layer": -1}, {"branch": 1}, {"seed": 1}, {"samples": [7, 8, 9]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 1}, {"layer": 1}, {"layer": -1}, {"branch": 1}, {"seed": 1}, {"samples": [7, 8, 9]}],
+)
 def test_masks_differ_in_all_else(change: dict) -> None:
     a, b = _mask([0, 1, 2]), _mask(**({"samples": [0, 1, 2]} | change))
     # Independent masks agree in 0.3^2 + 0.7^2 = 58 % of the places.
@@ -37,9 +47,12 @@ def test_rate_and_expectation(rate: float) -> None:
     kept = y != 0
     torch.testing.assert_close(y[kept], x[kept] / (1 - rate))
     for dim in range(3):
-        # No place, sample or channel is dropped noticeably more often than others: 5 standard deviations.
+        # No place, sample or channel is dropped noticeably more often than others: 5 standard
+        # deviations.
         rates = (y == 0).float().mean([d for d in range(3) if d != dim])
-        assert (rates - rate).abs().max() < 5 * (rate * (1 - rate) * x.shape[dim] / x.numel()) ** 0.5
+        assert (rates - rate).abs().max() < 5 * (
+            rate * (1 - rate) * x.shape[dim] / x.numel()
+        ) ** 0.5
 
 
 def test_gradient_passes_where_values_do() -> None:

@@ -23,7 +23,9 @@ def test_any_split_of_a_stream_gives_the_same() -> None:
 
 
 def test_a_long_stream_stays_bounded() -> None:
-    """200,000 random tokens: the delta rule's state has the size of a few values, the sum rule's grows with the stream."""
+    """200,000 random tokens: the delta rule's state has the size of a few values, the sum rule's
+    grows with the stream.
+    """
     torch.manual_seed(0)
     features = FeatureMap("elu", 16)
     delta, total = None, None
@@ -36,7 +38,9 @@ def test_a_long_stream_stays_bounded() -> None:
 
 
 def test_memory_grows_with_the_length() -> None:
-    """What autograd keeps for four times the tokens is four times as much, and no [length, dim, dim] tensor."""
+    """What autograd keeps for four times the tokens is four times as much, and no [length, dim,
+    dim] tensor.
+    """
 
     def kept(length: int) -> int:
         total = 0
@@ -92,17 +96,26 @@ def test_elu_keeps_small_values_in_half_precision() -> None:
 
 
 def test_elu_plus_one_has_the_branches_values_and_gradients() -> None:
-    x = torch.tensor([-800.0, -3.0, -1e-9, 0.0, 1e-9, 2.0, 800.0], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor(
+        [-800.0, -3.0, -1e-9, 0.0, 1e-9, 2.0, 800.0], dtype=torch.float64, requires_grad=True
+    )
     branches = torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
     torch.testing.assert_close(elu_plus_one(x), branches, rtol=1e-15, atol=0)
-    (ours,), (theirs,) = (torch.autograd.grad(y.cos().sum(), x) for y in (elu_plus_one(x), branches))
+    (ours,), (theirs,) = (
+        torch.autograd.grad(y.cos().sum(), x) for y in (elu_plus_one(x), branches)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-15, atol=0)
-    assert torch.autograd.gradgradcheck(elu_plus_one, torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradgradcheck(
+        elu_plus_one, torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    )
 
 
 def test_favor_is_a_softmax_of_its_projections_and_the_published_form_underflows() -> None:
     torch.manual_seed(0)
-    stable, paper = FeatureMap("favor", 64, width=64), FeatureMap("favor", 64, width=64, paper_faithful=True)
+    stable, paper = (
+        FeatureMap("favor", 64, width=64),
+        FeatureMap("favor", 64, width=64, paper_faithful=True),
+    )
     paper.directions = stable.directions
     x = torch.randn(10, 64, dtype=torch.float64)
     torch.testing.assert_close(stable(x * 64**0.25), paper(x))
@@ -112,7 +125,9 @@ def test_favor_is_a_softmax_of_its_projections_and_the_published_form_underflows
 
 def test_l2_normalised_keys_are_overwritten_exactly() -> None:
     torch.manual_seed(0)
-    k = FeatureMap("dpfp", 8, normalise="l2")(torch.randn(1, 1, 1, 8, dtype=torch.float64)).expand(1, 1, 3, -1)
+    k = FeatureMap("dpfp", 8, normalise="l2")(torch.randn(1, 1, 1, 8, dtype=torch.float64)).expand(
+        1, 1, 3, -1
+    )
     v = torch.randn(1, 1, 3, 4, dtype=torch.float64)
     out, _ = delta_rule(k, k, v, torch.ones(1, 1, 3, dtype=torch.float64))
     torch.testing.assert_close(out, v)

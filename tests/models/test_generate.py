@@ -18,12 +18,20 @@ def build(position: Any = "learned", max_length: int = 48) -> Transformer:
     torch.manual_seed(0)
     memory = MemoryConfig(layers=(1,), keys=12, heads=2, topk=4, key_dim=8)
     config = ModelConfig(
-        vocab_size=VOCABULARY, layers=3, dim=32, max_length=max_length, position=position, mixer=MixerConfig(heads=4), memory=memory
+        vocab_size=VOCABULARY,
+        layers=3,
+        dim=32,
+        max_length=max_length,
+        position=position,
+        mixer=MixerConfig(heads=4),
+        memory=memory,
     )
     model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # Small initial weights would make every continuation repeat one token.
+            parameter.mul_(
+                3
+            )  # Small initial weights would make every continuation repeat one token.
     return model.eval()
 
 
@@ -45,10 +53,14 @@ def test_cached_greedy_equals_uncached(position: str, prompt: Tensor) -> None:
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
-def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone(position: str, prompt: Tensor) -> None:
+def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone(
+    position: str, prompt: Tensor
+) -> None:
     model = build(position)
     rows = [prompt[0, :2].tolist(), prompt[1].tolist(), prompt[2, :5].tolist()]
-    together = generate(model, *left_padded(rows, 3)[:1], 15, real=left_padded(rows, 3)[1], temperature=0)
+    together = generate(
+        model, *left_padded(rows, 3)[:1], 15, real=left_padded(rows, 3)[1], temperature=0
+    )
     for row, continued in zip(rows, together, strict=True):
         assert torch.equal(continued, generate(model, torch.tensor([row]), 15, temperature=0)[0])
 
@@ -66,7 +78,9 @@ def test_draws_follow_the_model(prompt: Tensor) -> None:
     many = prompt[:1].expand(20_000, -1)
     with torch.no_grad():
         expected = (model(prompt[:1])[0][0, -1] / 0.7).softmax(-1)
-    frequencies = torch.bincount(generate(model, many, 1, temperature=0.7)[:, 0], minlength=VOCABULARY) / len(many)
+    frequencies = torch.bincount(
+        generate(model, many, 1, temperature=0.7)[:, 0], minlength=VOCABULARY
+    ) / len(many)
     assert (frequencies - expected).abs().max() < 0.02
 
 
@@ -78,10 +92,18 @@ def test_topk_and_topp_leave_out_the_tail(prompt: Tensor) -> None:
     assert set(generate(model, many, 1, topk=3).flatten().tolist()) == set(order[:3].tolist())
     nucleus = int((probabilities.cumsum(-1) < 0.5).sum()) + 1
     assert 1 < nucleus < VOCABULARY
-    assert set(generate(model, many, 1, topp=0.5).flatten().tolist()) == set(order[:nucleus].tolist())
-    assert torch.equal(generate(model, prompt, 5, topk=1), generate(model, prompt, 5, temperature=0))
-    assert torch.equal(generate(model, prompt, 5, topp=1e-9), generate(model, prompt, 5, temperature=0))
-    assert torch.equal(generate(model, prompt, 5, temperature=1e-30), generate(model, prompt, 5, temperature=0))
+    assert set(generate(model, many, 1, topp=0.5).flatten().tolist()) == set(
+        order[:nucleus].tolist()
+    )
+    assert torch.equal(
+        generate(model, prompt, 5, topk=1), generate(model, prompt, 5, temperature=0)
+    )
+    assert torch.equal(
+        generate(model, prompt, 5, topp=1e-9), generate(model, prompt, 5, temperature=0)
+    )
+    assert torch.equal(
+        generate(model, prompt, 5, temperature=1e-30), generate(model, prompt, 5, temperature=0)
+    )
 
 
 def test_topk_keeps_exactly_k_of_equal_logits() -> None:
@@ -95,7 +117,9 @@ def test_stop_ends_a_row_and_then_the_batch(prompt: Tensor) -> None:
     stop = next(token for token in row[3:] if token not in row[:3])
     where = row.index(stop)
     stopped = generate(model, prompt, 20, temperature=0, stop=stop)
-    assert torch.equal(stopped[0, : where + 1], free[0, : where + 1]) and bool((stopped[0, where:] == stop).all())
+    assert torch.equal(stopped[0, : where + 1], free[0, : where + 1]) and bool(
+        (stopped[0, where:] == stop).all()
+    )
     alone = generate(model, prompt[:1], 20, temperature=0, stop=stop)
     assert alone.tolist() == [row[: where + 1]]
 
@@ -110,7 +134,10 @@ def test_learned_positions_can_be_filled_to_the_last(prompt: Tensor) -> None:
     model = build(max_length=10)
     assert possible_tokens(model, 7) == 4
     assert generate(model, prompt, 4).shape == (3, 4)
-    with pytest.raises(ValueError, match="5 new tokens were asked for and 4 are possible.*10 learned positions.*at most 4"):
+    with pytest.raises(
+        ValueError,
+        match="5 new tokens were asked for and 4 are possible.*10 learned positions.*at most 4",
+    ):
         generate(model, prompt, 5)
     with pytest.raises(ValueError, match="shorten the prompt"):
         generate(model, torch.zeros(1, 11, dtype=torch.long), 1)
@@ -141,7 +168,9 @@ def test_training_mode_is_refused(prompt: Tensor) -> None:
 
 
 def test_streamed_text_never_shows_half_a_character(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["some plain words to learn from"] * 20, vocab_size=290))
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_tokenizer(["some plain words to learn from"] * 20, vocab_size=290)
+    )
     tokenizer = Tokenizer(tmp_path)
     text = " some \u00e9 \u4e2d\U0001f600 words\n"
     growing = GrowingText(tokenizer)

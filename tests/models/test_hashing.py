@@ -30,4 +30,12 @@ def test_many_buckets_are_found_in_factors_of_few_directions() -> None:
 
 
 def test_short_sequences_are_one_bucket() -> None:
-    assert [bucket_count(length, 64) for length in (1, 64, 128, 129, 256, 257, 1 << 20)] == [1, 1, 1, 2, 2, 4, 8192]
+    assert [bucket_count(length, 64) for length in (1, 64, 128, 129, 256, 257, 1 << 20)] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        4,
+        8192,
+    ]

@@ -1,4 +1,6 @@
-"""Attention document by document is attention under the document mask, without the mask's memory."""
+"""Attention document by document is attention under the document mask, without the mask's
+memory.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ def ragged_context(rows: int, length: int, longest: int, padding: bool) -> Conte
 
 
 @pytest.mark.parametrize("padding", [False, True])
-def test_outputs_and_gradients_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch, padding: bool) -> None:
+def test_outputs_and_gradients_are_those_of_the_mask(
+    monkeypatch: pytest.MonkeyPatch, padding: bool
+) -> None:
     torch.manual_seed(0)
     mixer = SoftmaxMixer(32, 4, rotary=True).double()
     x = torch.randn(3, 50, 32, dtype=torch.float64, requires_grad=True)

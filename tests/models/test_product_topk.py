@@ -24,21 +24,31 @@ def _brute_force(first: list[float], second: list[float], k: int) -> list[tuple[
     """All slots, sorted by sum, then by rank of i1, then of i2; ranks by score, then by index."""
 
     def ranks(scores: list[float]) -> dict[int, int]:
-        return {i: rank for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: (-scores[i], i)))}
+        return {
+            i: rank
+            for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: (-scores[i], i)))
+        }
 
     rank1, rank2 = ranks(first), ranks(second)
     slots = [(i, j) for i in range(len(first)) for j in range(len(second))]
-    return sorted(slots, key=lambda slot: (-(first[slot[0]] + second[slot[1]]), rank1[slot[0]], rank2[slot[1]]))[:k]
+    return sorted(
+        slots,
+        key=lambda slot: (-(first[slot[0]] + second[slot[1]]), rank1[slot[0]], rank2[slot[1]]),
+    )[:k]
 
 
-@pytest.mark.parametrize(("keys", "k"), [(1, 1), (5, 1), (5, 5), (9, 4), (12, 12), (40, 32), (70, 5)])
+@pytest.mark.parametrize(
+    ("keys", "k"), [(1, 1), (5, 1), (5, 5), (9, 4), (12, 12), (40, 32), (70, 5)]
+)
 @pytest.mark.parametrize("levels", [1, 2, 4, 1000])
 def test_search_is_exact_and_settles_ties_as_documented(keys: int, k: int, levels: int) -> None:
     generator = torch.Generator().manual_seed(keys * 1000 + levels)
     first, second = torch.randint(-levels, levels + 1, (2, 10, keys), generator=generator).float()
     scores, i1, i2 = product_topk(first, second, k)
     for row in range(len(first)):
-        assert list(zip(i1[row].tolist(), i2[row].tolist(), strict=True)) == _brute_force(first[row].tolist(), second[row].tolist(), k)
+        assert list(zip(i1[row].tolist(), i2[row].tolist(), strict=True)) == _brute_force(
+            first[row].tolist(), second[row].tolist(), k
+        )
     assert torch.equal(scores, first.gather(1, i1) + second.gather(1, i2))
 
 
@@ -61,13 +71,21 @@ def test_rows_are_searched_independently_of_their_neighbours() -> None:
 @pytest.mark.parametrize(("keys", "k"), [(7, 3), (64, 16), (256, 8), (512, 32), (1000, 100)])
 def test_both_paths_find_the_same(keys: int, k: int) -> None:
     """Rounded scores, so that some of them tie; zeros of both signs are equal."""
-    scores = (torch.randn(2, 3, 50, 4, keys, generator=torch.Generator().manual_seed(k)) * 20).round() / 20
+    scores = (
+        torch.randn(2, 3, 50, 4, keys, generator=torch.Generator().manual_seed(k)) * 20
+    ).round() / 20
     both = [search_for(scores[0, 0]), None]
     assert (scores == 0).any() and both[0] is not None
     strided = scores.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     heads_first = scores.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4)
-    for first, second in [*zip(*scores, strict=True), *zip(*strided, strict=True), *zip(*heads_first, strict=True)]:
-        assert torch.equal(both[0](first, second, _candidates(k), k), topk_module._search_plain(first, second, k))
+    for first, second in [
+        *zip(*scores, strict=True),
+        *zip(*strided, strict=True),
+        *zip(*heads_first, strict=True),
+    ]:
+        assert torch.equal(
+            both[0](first, second, _candidates(k), k), topk_module._search_plain(first, second, k)
+        )
 
 
 def test_scores_that_are_not_numbers_stay_inside_the_table() -> None:

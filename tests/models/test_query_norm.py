@@ -51,8 +51,12 @@ def test_deferred_statistics_wait_for_commit(kind: str) -> None:
     deferred(c)
     assert not deferred.running_mean.any()
     deferred.commit()
-    torch.testing.assert_close(deferred.running_mean, 0.1 * torch.stack((b.mean(0), c.mean(0))).mean(0))
-    torch.testing.assert_close(deferred.running_var, 0.9 + 0.1 * torch.stack((b.var(0), c.var(0))).mean(0))
+    torch.testing.assert_close(
+        deferred.running_mean, 0.1 * torch.stack((b.mean(0), c.mean(0))).mean(0)
+    )
+    torch.testing.assert_close(
+        deferred.running_var, 0.9 + 0.1 * torch.stack((b.var(0), c.var(0))).mean(0)
+    )
     single(b)
     torch.testing.assert_close(single.running_mean, 0.1 * b.mean(0))
 

@@ -16,13 +16,22 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "dpfp": {"kind": "linear", "features": "dpfp", "feature_width": 2},
     "favor": {"kind": "linear", "features": "favor", "feature_width": 8},
     "delta": {"kind": "delta"},
-    "local decoder": {"pattern": ("softmax", "softmax", "local", "lsh"), "window": 3, "chunk": 2, "buckets": 4},
+    "local decoder": {
+        "pattern": ("softmax", "softmax", "local", "lsh"),
+        "window": 3,
+        "chunk": 2,
+        "buckets": 4,
+    },
 }
 
 
 def translation_config(attention: str, **changes: Any) -> ModelConfig:
     """Two layers of encoder and two of decoder, a memory in the last of each."""
-    return tiny_config({"layers": (1, 3)}, mixer=ATTENTIONS[attention], **{"layers": 4, "encoder_layers": 2} | changes)
+    return tiny_config(
+        {"layers": (1, 3)},
+        mixer=ATTENTIONS[attention],
+        **{"layers": 4, "encoder_layers": 2} | changes,
+    )
 
 
 def translator(attention: str, **changes: Any) -> EncoderDecoder:
@@ -38,10 +47,18 @@ def _source(lengths: list[int], longest: int) -> tuple[torch.Tensor, Context]:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("changes", [{}, {"residual": "post", "position": "rotary"}], ids=["pre", "post"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"residual": "post", "position": "rotary"}], ids=["pre", "post"]
+)
 @torch.no_grad()
-def test_cached_decoding_of_reordered_rows_equals_the_full_forward(attention: str, changes: dict[str, Any]) -> None:
-    model, source, target = translator(attention, **changes), _source([7, 3, 5], 7), tiny_tokens(3, 9)
+def test_cached_decoding_of_reordered_rows_equals_the_full_forward(
+    attention: str, changes: dict[str, Any]
+) -> None:
+    model, source, target = (
+        translator(attention, **changes),
+        _source([7, 3, 5], 7),
+        tiny_tokens(3, 9),
+    )
     full, none = model(target, source=source)
     assert none is None
     rows = torch.tensor([2, 0, 0, 1])
@@ -75,7 +92,10 @@ def test_targets_give_the_smoothed_losses_of_the_logits(attention: str) -> None:
     expected = -(0.9 * right + 0.1 * shares.mean(-1))
     torch.testing.assert_close(losses, expected.masked_fill(predicted < 0, 0))
     weights = list(model.parameters())
-    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in (losses.sum(), expected[predicted >= 0].sum())]
+    gradients = [
+        torch.autograd.grad(loss, weights, retain_graph=True)
+        for loss in (losses.sum(), expected[predicted >= 0].sum())
+    ]
     torch.testing.assert_close(*(list(each) for each in gradients))
 
 

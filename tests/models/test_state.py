@@ -18,7 +18,9 @@ def _context(batch: int, which: str) -> Context:
     if which == "plain":
         return Context(positions)
     if which == "documents":
-        documents = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3], [5] * 7 + [4] * 5, [0] * 12])[:batch]
+        documents = torch.tensor(
+            [[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3], [5] * 7 + [4] * 5, [0] * 12]
+        )[:batch]
         return Context(positions, documents=documents)
     lefts = torch.tensor([4, 0, 11])[:batch, None]
     return Context((positions - lefts).clamp(min=0), padding=positions >= lefts)
@@ -28,7 +30,9 @@ def _part(ctx: Context, start: int, end: int) -> Context:
     def cut(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[:, start:end]
 
-    return Context(ctx.positions[:, start:end], documents=cut(ctx.documents), padding=cut(ctx.padding))
+    return Context(
+        ctx.positions[:, start:end], documents=cut(ctx.documents), padding=cut(ctx.padding)
+    )
 
 
 def _model(position: str = "learned", mixer: str = "softmax") -> Transformer:
@@ -41,7 +45,9 @@ def _model(position: str = "learned", mixer: str = "softmax") -> Transformer:
     [(position, "softmax") for position in ("learned", "sinusoidal", "rotary", "none")]
     + [("learned", mixer) for mixer in MIXERS if mixer != "softmax"],
 )
-def test_chunked_prefill_and_decode_equal_the_full_forward(position: str, mixer: str, which: str) -> None:
+def test_chunked_prefill_and_decode_equal_the_full_forward(
+    position: str, mixer: str, which: str
+) -> None:
     model, tokens, ctx = _model(position, mixer), tiny_tokens(3, LENGTH), _context(3, which)
     with torch.no_grad():
         full, none = model(tokens, ctx)
@@ -82,7 +88,9 @@ def test_reorder(mixer: str) -> None:
     rows = torch.tensor([1, 1, 0])
     full, _ = model(tokens[rows])
     _, states = model(tokens[:, :7], None, model.init_states(2, LENGTH))
-    states = [block.mixer.reorder(state, rows) for block, state in zip(model.blocks, states, strict=True)]
+    states = [
+        block.mixer.reorder(state, rows) for block, state in zip(model.blocks, states, strict=True)
+    ]
     rest, _ = model(tokens[rows][:, 7:], None, states)
     torch.testing.assert_close(rest, full[:, 7:], rtol=1e-10, atol=1e-10)
 
@@ -94,7 +102,9 @@ def test_rollback(mixer: str) -> None:
     full, _ = model(tokens)
     _, states = model(tokens[:, :5], None, model.init_states(2, LENGTH))
     _, states = model(tiny_tokens(2, 2, seed=9), None, states)
-    states = [block.mixer.rollback(state, 2) for block, state in zip(model.blocks, states, strict=True)]
+    states = [
+        block.mixer.rollback(state, 2) for block, state in zip(model.blocks, states, strict=True)
+    ]
     rest, _ = model(tokens[:, 5:], None, states)
     torch.testing.assert_close(rest, full[:, 5:], rtol=1e-10, atol=1e-10)
 
@@ -106,7 +116,10 @@ def test_reset_forgets_the_given_rows_only(mixer: str) -> None:
     full, _ = model(tokens)
     fresh, _ = model(tokens[1:, 5:])
     _, states = model(tokens[:, :5], None, model.init_states(2, LENGTH))
-    states = [block.mixer.reset(state, torch.tensor([False, True])) for block, state in zip(model.blocks, states, strict=True)]
+    states = [
+        block.mixer.reset(state, torch.tensor([False, True]))
+        for block, state in zip(model.blocks, states, strict=True)
+    ]
     positions = torch.stack((torch.arange(5, LENGTH), torch.arange(LENGTH - 5)))
     rest, _ = model(tokens[:, 5:], Context(positions), states)
     torch.testing.assert_close(rest, torch.cat((full[:1, 5:], fresh)), rtol=1e-10, atol=1e-10)

@@ -20,8 +20,16 @@ _VARIANTS: list[dict[str, Any]] = [
     {"activation": "relu"},
     {"activation": "gelu", "norm": "rms", "position": "none"},
     {"activation": "swiglu", "residual": "post", "memory": {"share": True, "query_norm": "layer"}},
-    {"activation": "squared_relu", "tie_head": False, "position": "rotary", "memory": {"mode": "add", "query_norm": "lagged"}},
-    {"position": "sinusoidal", "memory": {"gate": True, "value_dim": 5, "query_norm": "rms", "share": True}},
+    {
+        "activation": "squared_relu",
+        "tie_head": False,
+        "position": "rotary",
+        "memory": {"mode": "add", "query_norm": "lagged"},
+    },
+    {
+        "position": "sinusoidal",
+        "memory": {"gate": True, "value_dim": 5, "query_norm": "rms", "share": True},
+    },
     {"memory": {"layers": ()}, "residual": "post", "norm": "rms"},
     {"memory": {"layers": (0,), "query_norm": "none", "mode": "add"}, "dropout": 0.3},
 ]
@@ -51,7 +59,13 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     before = torch.get_rng_state()
     states = {}
     bare: dict[str, Any] = {"layers": ()}
-    for name, seed, memory in (("one", 1, {}), ("again", 1, {}), ("two", 2, {}), ("bare", 1, bare), ("added", 1, {"mode": "add"})):
+    for name, seed, memory in (
+        ("one", 1, {}),
+        ("again", 1, {}),
+        ("two", 2, {}),
+        ("bare", 1, bare),
+        ("added", 1, {"mode": "add"}),
+    ):
         model = Transformer(tiny_config(memory))
         torch.set_rng_state(before)
         initialize(model, seed)
@@ -60,10 +74,22 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     for name, tensor in states["one"].items():
         assert torch.equal(tensor, states["again"][name]), name
         for other in ("bare", "added"):
-            assert name not in states[other] or torch.equal(tensor, states[other][name]), (other, name)
+            assert name not in states[other] or torch.equal(tensor, states[other][name]), (
+                other,
+                name,
+            )
     matrices = [name for name, tensor in states["one"].items() if tensor.std() > 0]
     assert all(not torch.equal(states["one"][name], states["two"][name]) for name in matrices)
-    assert len({states["one"][name].flatten()[0].item() for name in matrices if "memory.values" not in name}) > 15
+    assert (
+        len(
+            {
+                states["one"][name].flatten()[0].item()
+                for name in matrices
+                if "memory.values" not in name
+            }
+        )
+        > 15
+    )
 
 
 def test_shared_and_own_tables() -> None:
@@ -87,17 +113,28 @@ def test_pre_and_post_norm(norm: str) -> None:
     def normed(h: Tensor) -> Tensor:
         return F.layer_norm(h, (8,)) if norm == "layer" else F.rms_norm(h, (8,), eps=1e-6)
 
-    expected = {("pre", False): x + normed(x).sin(), ("post", False): normed(x + x.sin()), ("pre", True): x + normed(x.sin())}
+    expected = {
+        ("pre", False): x + normed(x).sin(),
+        ("post", False): normed(x + x.sin()),
+        ("pre", True): x + normed(x.sin()),
+    }
     for (kind, behind), y in expected.items():
         residual = Residual(kind, norm, 8, behind)
         torch.testing.assert_close(residual.join(x, residual.after(residual.before(x).sin())), y)
 
 
 def test_primers_norm_is_layer_norm() -> None:
-    ours, theirs, x = PrimerNorm(50).double(), nn.LayerNorm(50, eps=1e-6).double(), torch.randn(4, 50).double().requires_grad_()
+    ours, theirs, x = (
+        PrimerNorm(50).double(),
+        nn.LayerNorm(50, eps=1e-6).double(),
+        torch.randn(4, 50).double().requires_grad_(),
+    )
     theirs.load_state_dict({name: value.normal_() for name, value in ours.state_dict().items()})
     probe = torch.randn(4, 50).double()
-    results = [(norm(x), *torch.autograd.grad((norm(x) * probe).sum(), (x, *norm.parameters()))) for norm in (ours, theirs)]
+    results = [
+        (norm(x), *torch.autograd.grad((norm(x) * probe).sum(), (x, *norm.parameters())))
+        for norm in (ours, theirs)
+    ]
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
@@ -139,7 +176,9 @@ def test_dropout_of_a_model_does_not_depend_on_the_split_of_the_batch() -> None:
         return model(tokens[rows], ctx)[0]
 
     whole = run(slice(0, 4))
-    torch.testing.assert_close(whole, torch.cat((run(slice(0, 1)), run(slice(1, 4)))), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        whole, torch.cat((run(slice(0, 1)), run(slice(1, 4)))), rtol=1e-10, atol=1e-10
+    )
     assert not torch.allclose(whole, run(slice(0, 4), step=1))
     model.eval()
     assert torch.equal(run(slice(0, 4)), run(slice(0, 4), step=1))
@@ -170,7 +209,9 @@ def test_missing_sizes_are_explained() -> None:
     ],
 )
 def test_what_positions_tell(position: str, sees_order: bool, sees_place: bool) -> None:
-    """Order: swapping earlier tokens changes the last output of a single layer. Place: so does moving the whole text."""
+    """Order: swapping earlier tokens changes the last output of a single layer. Place: so does
+    moving the whole text.
+    """
     model = tiny_model(tiny_config({"layers": ()}, layers=1, position=position)).eval()
     tokens = torch.tensor([[3, 8, 5, 2]])
 

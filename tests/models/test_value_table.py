@@ -14,7 +14,9 @@ from memshard.models.memory.table import ValueTable, externalize_tables, find_ta
 def _model(hidden: bool) -> nn.Sequential:
     torch.manual_seed(0)
     first = ProductKeyMemory(6, keys=4, heads=2, topk=3, key_dim=4, query_norm="layer")
-    model = nn.Sequential(first, ProductKeyMemory(6, keys=4, heads=2, topk=3, key_dim=4, values=first.values))
+    model = nn.Sequential(
+        first, ProductKeyMemory(6, keys=4, heads=2, topk=3, key_dim=4, values=first.values)
+    )
     if hidden:
         externalize_tables(model)
     return model
@@ -42,9 +44,12 @@ def test_states_load_into_hidden_and_visible_tables(source: bool, target: bool) 
         for tensor in saved.state_dict().values():
             tensor.add_(1)
     loaded.load_state_dict(torch.load(io.BytesIO(_state_bytes(saved)), weights_only=True))
-    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    # A hidden table sums by our kernels and a visible one by torch's: in fp32 their last digits differ on some processors,
-    # and the second layer's norm multiplies that by ten.
+    assert all(
+        torch.equal(tensor, saved.state_dict()[name])
+        for name, tensor in loaded.state_dict().items()
+    )
+    # A hidden table sums by our kernels and a visible one by torch's: in fp32 their last digits
+    # differ on some processors, and the second layer's norm multiplies that by ten.
     x = torch.ones(3, 6, dtype=torch.float64)
     torch.testing.assert_close(loaded.double()(x), saved.double()(x))
 
@@ -70,7 +75,11 @@ def test_to_and_deepcopy(hidden: bool) -> None:
     table, other = model[0].values, copy[0].values
     assert isinstance(table, ValueTable) and isinstance(other, ValueTable)
     assert other.weight.dtype == torch.float64 and table.weight.dtype == torch.float32
-    assert torch.equal(table.weight.double(), other.weight) and copy[1].values is other and other.hidden == hidden
+    assert (
+        torch.equal(table.weight.double(), other.weight)
+        and copy[1].values is other
+        and other.hidden == hidden
+    )
     with torch.no_grad():
         other.weight.add_(1)
     assert not torch.equal(table.weight.double(), other.weight)
@@ -109,7 +118,9 @@ def test_evaluation_collects_nothing() -> None:
 
 
 def test_micro_batches_keep_5_kb_a_token() -> None:
-    """128 reads of 1024 values in fp32: the rows and weights of the reads, and one upstream gradient."""
+    """128 reads of 1024 values in fp32: the rows and weights of the reads, and one upstream
+    gradient.
+    """
     table = ValueTable(64, 1024)
     table.hide()
     tokens = 0
@@ -117,10 +128,21 @@ def test_micro_batches_keep_5_kb_a_token() -> None:
         weights = torch.rand(8, 128, requires_grad=True)
         table.weighted_sum(torch.randint(64, (8, 128)), weights).backward(torch.randn(8, 1024))
         tokens += 8
-    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for read in table.reads for x in vars(read).values()}
+    kept = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for read in table.reads
+        for x in vars(read).values()
+    }
     assert len(table.reads) == 4 and sum(kept.values()) < 5.2 * 1024 * tokens
     # Summed in blocks: no more than 5 rows' gradients at a time, none of them dense.
-    assert sum(len(rows) for rows, gradient in row_gradients(table.reads, 5) if gradient.shape == (len(rows), 1024)) == 64
+    assert (
+        sum(
+            len(rows)
+            for rows, gradient in row_gradients(table.reads, 5)
+            if gradient.shape == (len(rows), 1024)
+        )
+        == 64
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])

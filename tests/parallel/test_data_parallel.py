@@ -32,7 +32,9 @@ def _train_transformer(rank: int, world: int, memory: dict[str, Any]) -> list[fl
     model = tiny_model(tiny_config(memory))
     apply(model, build_mesh("cpu"))
     dense = torch.optim.AdamW(model.parameters(), lr=0.01)
-    optimizer = CombinedOptimizer(dense, RowAdam([table for _, table in find_tables(model)], lr=0.01))
+    optimizer = CombinedOptimizer(
+        dense, RowAdam([table for _, table in find_tables(model)], lr=0.01)
+    )
     mine = slice(0, 4) if world == 1 else (slice(0, 3), slice(3, 4))[rank]
     losses = []
     for step in range(10):
@@ -60,15 +62,21 @@ def _build(hidden: bool) -> nn.Module:
 
 
 def _train_ddp(rank: int, world: int, hidden: bool) -> dict[str, Tensor]:
-    """State after 5 steps on a batch of 8, each rank's loss a mean over its own half. hidden: table sharded, row-sparse Adam."""
+    """State after 5 steps on a batch of 8, each rank's loss a mean over its own half. hidden: table
+    sharded, row-sparse Adam.
+    """
     model = _build(hidden=hidden and world == 1)
-    tables = shard_tables(model) if hidden and world > 1 else [table for _, table in find_tables(model)]
+    tables = (
+        shard_tables(model) if hidden and world > 1 else [table for _, table in find_tables(model)]
+    )
     parallel = DistributedDataParallel(model) if world > 1 else model
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     if hidden:
         optimizer = CombinedOptimizer(optimizer, RowAdam(tables, lr=0.02))
     for step in range(5):
-        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
+        x = torch.randn(
+            8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+        ).chunk(world)[rank]
         optimizer.zero_grad()
         (parallel(x) - x.sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
@@ -88,7 +96,9 @@ def two_ranks() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("index", range(len(_MEMORIES)), ids=[str(memory) for memory in _MEMORIES])
-def test_a_transformer_with_batch_statistics_and_sharded_tables(index: int, two_ranks: list[dict[str, Any]]) -> None:
+def test_a_transformer_with_batch_statistics_and_sharded_tables(
+    index: int, two_ranks: list[dict[str, Any]]
+) -> None:
     losses = _train_transformer(0, 1, _MEMORIES[index])
     assert losses[9] < losses[0]
     for rank in two_ranks:

@@ -1,4 +1,6 @@
-"""However a model is spread, it trains as on one process: losses, norms, every gradient, and the weights after three steps."""
+"""However a model is spread, it trains as on one process: losses, norms, every gradient, and the
+weights after three steps.
+"""
 
 import sys
 from dataclasses import dataclass, replace
@@ -48,21 +50,42 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "delta rule, LSH, local window": {
         "memory": {"query_norm": "rms", "mode": "add"},
-        "mixer": {"pattern": ("delta", "lsh", "local"), "chunk": 2, "buckets": 2, "window": 3, "heads_at_once": 1},
+        "mixer": {
+            "pattern": ("delta", "lsh", "local"),
+            "chunk": 2,
+            "buckets": 2,
+            "window": 3,
+            "heads_at_once": 1,
+        },
     },
     "Primer": {
         "memory": {"query_norm": "layer"},
-        "mixer": {"pattern": ("softmax", "lsh", "linear"), "chunk": 2, "buckets": 2, "convolution": 3, "share_qk": True},
+        "mixer": {
+            "pattern": ("softmax", "lsh", "linear"),
+            "chunk": 2,
+            "buckets": 2,
+            "convolution": 3,
+            "share_qk": True,
+        },
         "activation": "squared_relu",
         "norm_behind": True,
         "norm": "primer",
     },
-    "PEER, post-norm": {"memory": {"kind": "peer", "query_norm": "lagged"}, "residual": "post", "position": "sinusoidal"},
+    "PEER, post-norm": {
+        "memory": {"kind": "peer", "query_norm": "lagged"},
+        "residual": "post",
+        "position": "sinusoidal",
+    },
 }
 FAST_WEIGHTS: dict[str, dict[str, Any]] = {
     "fast weights": {
         "memory": {"query_norm": "batch", "mode": "add"},
-        "mixer": {"pattern": ("delta", "linear"), "convolution": 4, "share_qk": True, "features": "dpfp"},
+        "mixer": {
+            "pattern": ("delta", "linear"),
+            "convolution": 4,
+            "share_qk": True,
+            "features": "dpfp",
+        },
         "activation": "squared_relu",
     },
     "normalised fast weights": {
@@ -85,7 +108,9 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Point:
-    """One way to train. tensor: ranks that share matrices, or sequences alone. accumulation: micro-batches a step. wide: fp64."""
+    """One way to train. tensor: ranks that share matrices, or sequences alone. accumulation:
+    micro-batches a step. wide: fp64.
+    """
 
     model: str
     tensor: int
@@ -114,7 +139,9 @@ def train(point: Point) -> dict[str, Any]:
     layout, exchange, memory = LAYOUTS[point.layout]
     mesh = _mesh(memory, point.tensor)
     placement = apply(model, mesh, layout, exchange, point.share)
-    ranks, rank = (1, 0) if mesh is None else (mesh.size() // point.tensor, mesh.get_rank() // point.tensor)
+    ranks, rank = (
+        (1, 0) if mesh is None else (mesh.size() // point.tensor, mesh.get_rank() // point.tensor)
+    )
     engine = _engine(point, model, mesh, placement, BATCH // ranks // point.accumulation)
     rows = RowAdam([table for _, table in find_tables(model)], lr=0.01, eps=EPS)
     losses = losses_on(mesh, point.share)
@@ -125,7 +152,10 @@ def train(point: Point) -> dict[str, Any]:
         total = torch.zeros((), dtype=dtype)
         for number, samples in enumerate(torch.arange(BATCH).chunk(point.accumulation), 1):
             with engine.forward_context(last=number == point.accumulation):
-                loss = _loss(engine.model, losses, tokens, samples.chunk(ranks)[rank], step) / tokens.numel()
+                loss = (
+                    _loss(engine.model, losses, tokens, samples.chunk(ranks)[rank], step)
+                    / tokens.numel()
+                )
                 engine.backward(loss, 1.0)
             total += loss.detach()
         found["losses"].append(float(all_sum(total)) / point.tensor)
@@ -151,7 +181,12 @@ def _loss(model: Any, losses: Any, tokens: Tensor, samples: Tensor, step: int) -
     inputs, targets = tokens[samples, :-1], tokens[samples, 1:].clone()
     targets[samples == 2, 5:] = IGNORE
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    ctx = Context(positions, documents=(positions > 3).long(), padding=targets != IGNORE, random=RandomKey(7, step, samples))
+    ctx = Context(
+        positions,
+        documents=(positions > 3).long(),
+        padding=targets != IGNORE,
+        random=RandomKey(7, step, samples),
+    )
     return losses(model(inputs, ctx)[0], targets).sum()
 
 
@@ -179,7 +214,9 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return held
 
 
-def _whole(model: Any, placement: Any, mesh: Any, held: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _whole(
+    model: Any, placement: Any, mesh: Any, held: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """All weights, or what this rank holds for them, put together."""
     whole = {}
     for name, each in model_tensors(model, placement, mesh).items():
@@ -188,7 +225,14 @@ def _whole(model: Any, placement: Any, mesh: Any, held: dict[str, Tensor] | None
         own = each if held is None else held[name]
         assert own is not None, name
         if isinstance(each, DTensor) and held is not None:
-            own = DTensor.from_local(own, each.device_mesh, each.placements, run_check=False, shape=each.shape, stride=each.stride())
+            own = DTensor.from_local(
+                own,
+                each.device_mesh,
+                each.placements,
+                run_check=False,
+                shape=each.shape,
+                stride=each.stride(),
+            )
         whole[name] = (own.full_tensor() if isinstance(own, DTensor) else own).clone()
     return whole
 
@@ -200,20 +244,30 @@ GRID = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)]
 def points(tensor: int, data: int) -> list[Point]:
     """All that makes sense on these ranks."""
     found = []
-    for number, (layout, residual, accumulation, engine) in enumerate(product(LAYOUTS, RESIDUALS, (1, 2), ENGINES)):
+    for number, (layout, residual, accumulation, engine) in enumerate(
+        product(LAYOUTS, RESIDUALS, (1, 2), ENGINES)
+    ):
         form, _, memory = LAYOUTS[layout]
         name, zero = ENGINES[engine]
         copies = memory is None or (tensor * data > memory and memory % tensor == 0)
-        if copies and (tensor > 1 or form != "tensor") and (data > 1 or name == "deepspeed" or not zero):
+        if (
+            copies
+            and (tensor > 1 or form != "tensor")
+            and (data > 1 or name == "deepspeed" or not zero)
+        ):
             # Each in turn, but for post-norm, which cannot be reversible.
             model = list(MODELS)[number % (len(MODELS) - (residual == "reversible"))]
-            found.append(Point(model, tensor, layout, residual, accumulation, engine, wide=name == "torch"))
+            found.append(
+                Point(model, tensor, layout, residual, accumulation, engine, wide=name == "torch")
+            )
     return found
 
 
 def sample(world: int) -> list[Point]:
     """A few of them: every value of every choice somewhere."""
-    everything = [point for ranks in GRID if ranks[0] * ranks[1] == world for point in points(*ranks)]
+    everything = [
+        point for ranks in GRID if ranks[0] * ranks[1] == world for point in points(*ranks)
+    ]
     return everything[world::17]
 
 
@@ -231,21 +285,31 @@ def alone(model: str, residual: str, accumulation: int, wide: bool) -> dict[str,
 
 
 def check(world: int, grid: list[Point]) -> None:
-    """Every point on every rank against one process, which keeps all activations; a reversible model is another function."""
+    """Every point on every rank against one process, which keeps all activations; a reversible
+    model is another function.
+    """
     for rank, found in enumerate(run_distributed(_train_all, world, grid, timeout=900)):
         for point, result in found.items():
             residual = "reversible" if point.residual == "reversible" else "standard"
             expected = alone(point.model, residual, point.accumulation, point.wide)
             assert expected["losses"][2] < expected["losses"][0]
-            # In fp32 the order of a sum turns some roundings to the reversible grid, of 2^-14, and some of the reads behind them.
+            # In fp32 the order of a sum turns some roundings to the reversible grid, of 2^-14, and
+            # some of the reads behind them.
             near = 1e-9 if point.wide else 1e-5 if residual == "standard" else 5e-3
             for key in ("losses", "norms"):
                 assert result[key] == pytest.approx(expected[key], rel=near), (point, rank, key)
-            tolerance = {"rtol": 1e-7, "atol": 1e-10} if point.wide else {"rtol": near, "atol": near}
+            tolerance = (
+                {"rtol": 1e-7, "atol": 1e-10} if point.wide else {"rtol": near, "atol": near}
+            )
             for key in ("gradients", "weights"):
                 assert result[key].keys() == expected[key].keys(), (point, rank, key)
                 for name, tensor in expected[key].items():
-                    torch.testing.assert_close(result[key][name], tensor, **tolerance, msg=f"{key} {name}, rank {rank}, {point}")
+                    torch.testing.assert_close(
+                        result[key][name],
+                        tensor,
+                        **tolerance,
+                        msg=f"{key} {name}, rank {rank}, {point}",
+                    )
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -261,15 +325,37 @@ def test_the_whole_grid(ranks: tuple[int, int]) -> None:
 
 SEQUENCES = [
     Point("fast weights", 2, "rows, pooled", "standard", 2, share="sequence"),
-    Point("normalised fast weights", 2, "columns", "checkpointed", 1, "torch, ZeRO-1", share="sequence"),
-    Point("fast weights", 2, "rows, unique", "reversible", 1, "DeepSpeed, ZeRO-1", wide=False, share="sequence"),
+    Point(
+        "normalised fast weights",
+        2,
+        "columns",
+        "checkpointed",
+        1,
+        "torch, ZeRO-1",
+        share="sequence",
+    ),
+    Point(
+        "fast weights",
+        2,
+        "rows, unique",
+        "reversible",
+        1,
+        "DeepSpeed, ZeRO-1",
+        wide=False,
+        share="sequence",
+    ),
 ]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sequences_over_ranks(world: int) -> None:
     """Of fast weights; with four ranks, also pieces shorter than the convolutions."""
-    check(world, SEQUENCES if world == 2 else [*SEQUENCES, replace(SEQUENCES[0], tensor=4), replace(SEQUENCES[1], tensor=4)])
+    check(
+        world,
+        SEQUENCES
+        if world == 2
+        else [*SEQUENCES, replace(SEQUENCES[0], tensor=4), replace(SEQUENCES[1], tensor=4)],
+    )
 
 
 def _logits(rank: int, world: int, mixer: MixerConfig) -> Tensor:
@@ -294,10 +380,14 @@ def _logits(rank: int, world: int, mixer: MixerConfig) -> Tensor:
 )
 def test_logits(ranks: int, mixer: MixerConfig) -> None:
     parts = run_distributed(_logits, ranks, mixer)
-    torch.testing.assert_close(torch.cat(parts, -1)[..., : tiny_config().vocab_size], _logits(0, 1, mixer))
+    torch.testing.assert_close(
+        torch.cat(parts, -1)[..., : tiny_config().vocab_size], _logits(0, 1, mixer)
+    )
 
 
 def test_heads_of_keys_are_shared_evenly() -> None:
     model = tiny_model(tiny_config(mixer={"kv_heads": 1}))
-    with pytest.raises(ValueError, match=r"model.mixer.kv_heads is 1, which parallel.tensor, 2, does not divide"):
+    with pytest.raises(
+        ValueError, match=r"model.mixer.kv_heads is 1, which parallel.tensor, 2, does not divide"
+    ):
         split_matrices(model, 2)

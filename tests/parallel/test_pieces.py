@@ -1,4 +1,6 @@
-"""Fast weights of a text in pieces on three ranks are those of the whole text: readings, last state, gradients, the first state's too."""
+"""Fast weights of a text in pieces on three ranks are those of the whole text: readings, last
+state, gradients, the first state's too.
+"""
 
 from typing import Any
 
@@ -22,8 +24,18 @@ def _inputs() -> dict[str, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=draw)
 
-    q, k, v = normal(2, 2, LENGTH, D), F.normalize(normal(2, 2, LENGTH, D), dim=-1), normal(2, 2, LENGTH, M)
-    return {"q": q, "k": k, "v": v, "beta": normal(2, 2, LENGTH).sigmoid(), "state": normal(2, 2, D, M)}
+    q, k, v = (
+        normal(2, 2, LENGTH, D),
+        F.normalize(normal(2, 2, LENGTH, D), dim=-1),
+        normal(2, 2, LENGTH, M),
+    )
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "beta": normal(2, 2, LENGTH).sigmoid(),
+        "state": normal(2, 2, D, M),
+    }
 
 
 def _probes() -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +45,9 @@ def _probes() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 2, LENGTH, M).double(), torch.randn(2, 2, D, M).double(), resets
 
 
-def _read(rule: Any, inputs: dict[str, Tensor], resets: Tensor, probe: Tensor, probe_state: Tensor) -> list[Tensor]:
+def _read(
+    rule: Any, inputs: dict[str, Tensor], resets: Tensor, probe: Tensor, probe_state: Tensor
+) -> list[Tensor]:
     """Readings, last state and the gradients of everything."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     out, after = rule(**leaves, resets=resets)
@@ -47,7 +61,10 @@ def _without_beta(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _on_rank(rank: int, world: int) -> list[list[Tensor]]:
     assert dist.group.WORLD is not None
-    pieces, own = Pieces(dist.group.WORLD), slice(rank * LENGTH // world, (rank + 1) * LENGTH // world)
+    pieces, own = (
+        Pieces(dist.group.WORLD),
+        slice(rank * LENGTH // world, (rank + 1) * LENGTH // world),
+    )
     inputs = {name: x if name == "state" else x[:, :, own] for name, x in _inputs().items()}
     probe, probe_state, resets = _probes()
     rest = resets[:, own], probe[:, :, own], probe_state / world
@@ -65,10 +82,16 @@ def _on_rank(rank: int, world: int) -> list[list[Tensor]]:
 def test_pieces_are_the_whole() -> None:
     found = run_distributed(_on_rank, 3)
     probe, probe_state, resets = _probes()
-    for kind, (rule, inputs) in enumerate([(delta_rule, _inputs()), (sum_rule, _without_beta(_inputs()))]):
+    for kind, (rule, inputs) in enumerate(
+        [(delta_rule, _inputs()), (sum_rule, _without_beta(_inputs()))]
+    ):
         expected = _read(rule, inputs, resets, probe, probe_state)
         out, after, *gradients = zip(*(rank[kind] for rank in found), strict=True)
-        joined = [torch.cat(out, 2), *(torch.cat(gradient, 2) for gradient in gradients[:-1]), sum(gradients[-1])]
+        joined = [
+            torch.cat(out, 2),
+            *(torch.cat(gradient, 2) for gradient in gradients[:-1]),
+            sum(gradients[-1]),
+        ]
         for ours, theirs in zip(joined, [expected[0], *expected[2:]], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         for last in after:

@@ -1,4 +1,6 @@
-"""Reversible and checkpointed models on two ranks give the gradients of one process, in all modes of DDP and with tables split any way."""
+"""Reversible and checkpointed models on two ranks give the gradients of one process, in all modes
+of DDP and with tables split any way.
+"""
 
 from contextlib import nullcontext
 from functools import partial
@@ -26,15 +28,30 @@ _MODES: dict[str, dict[str, Any]] = {
     "find_unused": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
 }
-_LAYOUTS: list[dict[str, Any]] = [{"layout": "rows"}, {"layout": "rows", "exchange": "unique"}, {"layout": "columns"}]
-_MEMORIES: list[dict[str, Any]] = [{"share": True, "mode": "add"}, {"kind": "peer", "query_norm": "lagged"}]
+_LAYOUTS: list[dict[str, Any]] = [
+    {"layout": "rows"},
+    {"layout": "rows", "exchange": "unique"},
+    {"layout": "columns"},
+]
+_MEMORIES: list[dict[str, Any]] = [
+    {"share": True, "mode": "add"},
+    {"kind": "peer", "query_norm": "lagged"},
+]
 _BUCKET_MB = 1e-3  # several buckets, so that gradients travel during backward
 
 
 def _gradients(
-    rank: int, world: int, memory: dict[str, Any], mode: str, layout: dict[str, Any], residual: str, kind: Checkpointing
+    rank: int,
+    world: int,
+    memory: dict[str, Any],
+    mode: str,
+    layout: dict[str, Any],
+    residual: str,
+    kind: Checkpointing,
 ) -> dict[str, Tensor]:
-    """After two micro-batches (one with a static graph) of 4 texts: of parameters and table rows, and running statistics."""
+    """After two micro-batches (one with a static graph) of 4 texts: of parameters and table rows,
+    and running statistics.
+    """
     model = tiny_model(tiny_config(memory, residual=residual, dropout=0.2), spread=0.1).train()
     model.checkpointing = kind
     apply(model, build_mesh("cpu"), **layout)
@@ -43,18 +60,29 @@ def _gradients(
         layer.query_norm.deferred = True
     wrapped: Any = model
     if world > 1:
-        wrapped = DistributedDataParallel(model, forward_sync_buffers=False, bucket_cap_mb=_BUCKET_MB, **_MODES[mode])
+        wrapped = DistributedDataParallel(
+            model, forward_sync_buffers=False, bucket_cap_mb=_BUCKET_MB, **_MODES[mode]
+        )
         wrapped.register_comm_hook(None, _sum)
     mine = slice(0, 4) if world == 1 else (slice(0, 3), slice(3, 4))[rank]
     # A static graph and no_sync do not go together.
     for batch in range(1 if mode == "static_graph" else 2):
         tokens = tiny_tokens(4, 9, seed=batch)[mine]
-        ctx = Context(torch.arange(9).expand(len(tokens), -1), random=RandomKey(0, batch, torch.arange(4)[mine]))
-        with wrapped.no_sync() if world > 1 and batch == 0 and mode != "static_graph" else nullcontext():
+        ctx = Context(
+            torch.arange(9).expand(len(tokens), -1),
+            random=RandomKey(0, batch, torch.arange(4)[mine]),
+        )
+        with (
+            wrapped.no_sync()
+            if world > 1 and batch == 0 and mode != "static_graph"
+            else nullcontext()
+        ):
             (token_losses(wrapped(tokens, ctx)[0][:, :-1], tokens[:, 1:]).sum() / 32).backward()
     for _, layer in model.memories():
         layer.query_norm.commit()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(model.named_buffers())
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(
+        model.named_buffers()
+    )
     return found | {name: _row_gradients(table) for name, table in find_tables(model)}
 
 
@@ -76,9 +104,22 @@ def _row_gradients(table: Any) -> Tensor:
 
 
 _CASES: list[tuple[Any, ...]] = [
-    *((_MEMORIES[0], mode, layout, "reversible", "none") for mode in _MODES for layout in _LAYOUTS[:1]),
-    *((memory, "plain", layout, "reversible", "none") for memory in _MEMORIES for layout in _LAYOUTS),
-    *((memory, "plain", layout, "pre", kind) for memory in _MEMORIES for layout in _LAYOUTS[1:] for kind in ("full", "selective")),
+    *(
+        (_MEMORIES[0], mode, layout, "reversible", "none")
+        for mode in _MODES
+        for layout in _LAYOUTS[:1]
+    ),
+    *(
+        (memory, "plain", layout, "reversible", "none")
+        for memory in _MEMORIES
+        for layout in _LAYOUTS
+    ),
+    *(
+        (memory, "plain", layout, "pre", kind)
+        for memory in _MEMORIES
+        for layout in _LAYOUTS[1:]
+        for kind in ("full", "selective")
+    ),
     *((_MEMORIES[0], mode, _LAYOUTS[0], "pre", "full") for mode in ("find_unused", "static_graph")),
 ]
 
@@ -99,11 +140,12 @@ def test_two_ranks_are_one(index: int, two_ranks: list[list[dict[str, Tensor]]])
     for rank in two_ranks:
         assert rank[index].keys() == alone.keys()
         for name, expected in alone.items():
-            # Sums over ranks differ in their last bits; a branch that such a bit pushes over a grid line would differ by a step.
-            torch.testing.assert_close(rank[index][name], expected, rtol=1e-7, atol=1e-9, msg=partial(_message, name))
+            # Sums over ranks differ in their last bits; a branch that such a bit pushes over a grid
+            # line would differ by a step.
+            torch.testing.assert_close(
+                rank[index][name], expected, rtol=1e-7, atol=1e-9, msg=partial(_message, name)
+            )
 
 
 def _message(name: str, text: str) -> str:
     return f"{name}: {text}"
-
-

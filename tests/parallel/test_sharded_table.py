@@ -1,4 +1,6 @@
-"""A table spread over ranks, in every layout, is the local table: reads, gradients, updates, usage, initial values."""
+"""A table spread over ranks, in every layout, is the local table: reads, gradients, updates, usage,
+initial values.
+"""
 
 from copy import deepcopy
 from dataclasses import asdict
@@ -37,7 +39,11 @@ _CASES = {
 }
 
 
-_FORMS: list[tuple[Layout, Exchange]] = [("rows", "pooled"), ("rows", "unique"), ("columns", "pooled")]
+_FORMS: list[tuple[Layout, Exchange]] = [
+    ("rows", "pooled"),
+    ("rows", "unique"),
+    ("columns", "pooled"),
+]
 
 
 def _piece(x: Tensor, world: int, rank: int, dim: int = 0) -> Tensor:
@@ -61,7 +67,10 @@ def _check_parity(rank: int, world: int) -> None:
         for host, (layout, exchange) in product((False, True) if world == 2 else (False,), _FORMS):
             for name, (slots, counts, below) in _CASES.items():
                 tokens = counts[:world] if world < 4 else counts
-                case = f"{name}, {layout}, {exchange}, {memory} of {world} ranks{', in host memory' if host else ''}"
+                case = (
+                    f"{name}, {layout}, {exchange}, {memory} of {world} "
+                    f"ranks{', in host memory' if host else ''}"
+                )
                 torch.manual_seed(1)
                 whole = ValueTable(slots, 5).double()
                 holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
@@ -70,12 +79,20 @@ def _check_parity(rank: int, world: int) -> None:
                 shard.host = host
                 assert holder["a"] is shard and not list(holder.parameters())
                 part = int(layout == "columns"), memory, rank % memory
-                assert torch.equal(shard.weight, _piece(whole.weight, part[1], part[2], part[0])), case
+                assert torch.equal(shard.weight, _piece(whole.weight, part[1], part[2], part[0])), (
+                    case
+                )
                 _compare(whole, shard, tokens, below, part, case, rank)
 
 
 def _compare(
-    whole: ValueTable, shard: ValueTable, tokens: tuple[int, ...], below: int, part: tuple[int, int, int], case: str, rank: int
+    whole: ValueTable,
+    shard: ValueTable,
+    tokens: tuple[int, ...],
+    below: int,
+    part: tuple[int, int, int],
+    case: str,
+    rank: int,
 ) -> None:
     optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
     mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
@@ -86,25 +103,39 @@ def _compare(
             rows = torch.randint(below, (sum(tokens), 6))
             weights = torch.rand(rows.shape, dtype=torch.float64)
             upstream = torch.randn(len(rows), 5, dtype=torch.float64)
-            all_weights, my_weights = weights.clone().requires_grad_(), weights[mine].clone().requires_grad_()
-            expected, y = whole.weighted_sum(rows, all_weights), shard.weighted_sum(rows[mine], my_weights)
+            all_weights, my_weights = (
+                weights.clone().requires_grad_(),
+                weights[mine].clone().requires_grad_(),
+            )
+            expected, y = (
+                whole.weighted_sum(rows, all_weights),
+                shard.weighted_sum(rows[mine], my_weights),
+            )
             torch.testing.assert_close(y, expected[mine], rtol=1e-12, atol=1e-12, msg=case)
             expected.backward(upstream)
             y.backward(upstream[mine])
             assert my_weights.grad is not None and all_weights.grad is not None
-            torch.testing.assert_close(my_weights.grad, all_weights.grad[mine], rtol=1e-12, atol=1e-12, msg=case)
+            torch.testing.assert_close(
+                my_weights.grad, all_weights.grad[mine], rtol=1e-12, atol=1e-12, msg=case
+            )
         for table, tokens_of in ((whole, slice(None)), (shard, mine)):
             x = (upstream + 1)[tokens_of].requires_grad_()
             products = table.dot(rows[tokens_of], x)
             products.backward(weights[tokens_of] - 0.5)
             found.append((products, x.grad))
-        torch.testing.assert_close(found[-1][0], found[-2][0][mine], rtol=1e-12, atol=1e-12, msg=case)
-        torch.testing.assert_close(found[-1][1], found[-2][1][mine], rtol=1e-12, atol=1e-12, msg=case)
+        torch.testing.assert_close(
+            found[-1][0], found[-2][0][mine], rtol=1e-12, atol=1e-12, msg=case
+        )
+        torch.testing.assert_close(
+            found[-1][1], found[-2][1][mine], rtol=1e-12, atol=1e-12, msg=case
+        )
         for optimizer in optimizers:
             optimizer.step()
         expected = _piece(whole.weight, part[1], part[2], part[0])
         torch.testing.assert_close(shard.weight, expected, rtol=1e-10, atol=1e-10, msg=case)
-        assert optimizers[0].state[whole.anchor]["step"] == optimizers[1].state[shard.anchor]["step"], case
+        assert (
+            optimizers[0].state[whole.anchor]["step"] == optimizers[1].state[shard.anchor]["step"]
+        ), case
     expected_usage, usage = counters[0].report(), usage_reports({"a": counters[1]})["a"]
     for key, value in asdict(expected_usage).items():
         assert asdict(usage)[key] == pytest.approx(value, rel=1e-9, abs=1e-9), (case, key)
@@ -118,16 +149,28 @@ def _check_same_reads(rank: int, world: int) -> None:
     assert group is not None
     shard = ColumnShardedTable(7, 5, group, same_reads=True)
     whole.hide()
-    shard.hold(_piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format))
+    shard.hold(
+        _piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format)
+    )
     optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
     for _ in range(2):
         rows, upstream = torch.randint(7, (4, 3)), torch.randn(4, 5, dtype=torch.float64)
-        weights = [torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2)]
-        sums = [table.weighted_sum(rows, each) for table, each in zip((whole, shard), weights, strict=True)]
+        weights = [
+            torch.rand(
+                4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+            ).requires_grad_()
+            for _ in range(2)
+        ]
+        sums = [
+            table.weighted_sum(rows, each)
+            for table, each in zip((whole, shard), weights, strict=True)
+        ]
         for each in sums:
             each.backward(upstream)
         tokens = [upstream.clone().requires_grad_() for _ in range(2)]
-        products = [table.dot(rows, each) for table, each in zip((whole, shard), tokens, strict=True)]
+        products = [
+            table.dot(rows, each) for table, each in zip((whole, shard), tokens, strict=True)
+        ]
         for each in products:
             each.backward(weights[0].detach() - 0.3)
         torch.testing.assert_close(products[1], products[0], rtol=1e-12, atol=1e-12)
@@ -136,11 +179,15 @@ def _check_same_reads(rank: int, world: int) -> None:
             optimizer.step()
         torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(weights[1].grad, weights[0].grad, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(shard.weight, _piece(whole.weight, world, rank, dim=1), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            shard.weight, _piece(whole.weight, world, rank, dim=1), rtol=1e-10, atol=1e-10
+        )
 
 
 def _check_optimizers(rank: int, world: int) -> None:
-    """Every semantics, half-precision values and clipping: the same bits, or nearly so, in all layouts."""
+    """Every semantics, half-precision values and clipping: the same bits, or nearly so, in all
+    layouts.
+    """
     options: list[dict[str, Any]] = [
         {"semantics": "row-step", "clip": 0.3},
         {"semantics": "catch-up"},
@@ -152,7 +199,9 @@ def _check_optimizers(rank: int, world: int) -> None:
         for memory in {1, world}:
             for layout, exchange in _FORMS:
                 torch.manual_seed(number)
-                whole = ValueTable(9, 6).to(torch.float16 if "rounding" in option else torch.float64)
+                whole = ValueTable(9, 6).to(
+                    torch.float16 if "rounding" in option else torch.float64
+                )
                 holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
                 group, replicas = _groups(rank, world, memory)
                 (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
@@ -160,16 +209,23 @@ def _check_optimizers(rank: int, world: int) -> None:
                 optimizers = RowAdam([whole], lr=0.1, **option), RowAdam([shard], lr=0.1, **option)
                 for _ in range(3):
                     rows = torch.randint(4, (world, 3)) + torch.randint(6, ())
-                    weights, upstream = torch.rand(world, 3, dtype=torch.float64), torch.randn(world, 6, dtype=torch.float64)
+                    weights, upstream = (
+                        torch.rand(world, 3, dtype=torch.float64),
+                        torch.randn(world, 6, dtype=torch.float64),
+                    )
                     dtype = torch.promote_types(whole.weight.dtype, torch.float32)
                     whole.weighted_sum(rows, weights.to(dtype)).backward(upstream.to(dtype))
-                    shard.weighted_sum(rows[rank, None], weights[rank, None].to(dtype)).backward(upstream[rank, None].to(dtype))
+                    shard.weighted_sum(rows[rank, None], weights[rank, None].to(dtype)).backward(
+                        upstream[rank, None].to(dtype)
+                    )
                     for optimizer in optimizers:
                         optimizer.step()
                 case = f"{option}, {layout}, {exchange}, {memory} of {world} ranks"
                 part = _piece(whole.weight, memory, rank % memory, int(layout == "columns"))
                 tolerance = 2e-3 if "rounding" in option else 1e-10
-                torch.testing.assert_close(shard.weight, part, rtol=tolerance, atol=tolerance, msg=case)
+                torch.testing.assert_close(
+                    shard.weight, part, rtol=tolerance, atol=tolerance, msg=case
+                )
                 if "clip" in option:
                     assert optimizers[1].norm == pytest.approx(optimizers[0].norm, rel=1e-10), case
 
@@ -191,7 +247,9 @@ def _check_life(rank: int, world: int) -> None:
 
 
 def _gather(x: Tensor, slots: int, world: int) -> list[Tensor]:
-    parts = [x.new_empty(_piece(torch.empty(slots), world, r).shape[0], x.shape[1]) for r in range(world)]
+    parts = [
+        x.new_empty(_piece(torch.empty(slots), world, r).shape[0], x.shape[1]) for r in range(world)
+    ]
     for source, part in enumerate(parts):
         if source == dist.get_rank():
             part.copy_(x)
@@ -236,7 +294,9 @@ def test_a_sharded_table_equals_the_local_one(world: int) -> None:
             pieces = [states[index][0][name] for states in ranks]
             # A table is listed under every name that it has.
             placements = [states[index][1] for states in ranks]
-            assert all(set(placement) == (split if world > 1 else set()) for placement in placements)
+            assert all(
+                set(placement) == (split if world > 1 else set()) for placement in placements
+            )
             if name in placements[0]:
                 assert placements[0][name] == int(layout == "columns")
                 assert torch.equal(torch.cat(pieces, dim=placements[0][name]), tensor), name

@@ -1,4 +1,6 @@
-"""The whole state of a model whose tables are split is the state of the same model on one process, and loads on any number."""
+"""The whole state of a model whose tables are split is the state of the same model on one process,
+and loads on any number.
+"""
 
 from typing import Any
 
@@ -25,12 +27,22 @@ class _Model(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         ones = torch.ones(rows.shape)
-        return self.dense(self.a.weighted_sum(rows, ones) + self.b.weighted_sum(rows % 2, ones) + self.again.weighted_sum(rows, ones))
+        return self.dense(
+            self.a.weighted_sum(rows, ones)
+            + self.b.weighted_sum(rows % 2, ones)
+            + self.again.weighted_sum(rows, ones)
+        )
 
 
-def _train(rank: int, world: int, layout: Layout, semantics: Semantics, saved: Any, steps: range) -> Any:
+def _train(
+    rank: int, world: int, layout: Layout, semantics: Semantics, saved: Any, steps: range
+) -> Any:
     model = _Model()
-    tables = shard_tables(model, average=False, layout=layout) if world > 1 else externalize_tables(model)
+    tables = (
+        shard_tables(model, average=False, layout=layout)
+        if world > 1
+        else externalize_tables(model)
+    )
     optimizer = CombinedOptimizer(AdamW(model.parameters()), RowAdam(tables, semantics=semantics))
     if saved:
         load_whole_state(model, optimizer, *saved)
@@ -45,15 +57,25 @@ def _train(rank: int, world: int, layout: Layout, semantics: Semantics, saved: A
 
 def _tensors(states: Any) -> dict[str, Tensor]:
     model, optimizer = states
-    state = {f"{number}.{name}": torch.as_tensor(x) for number, entry in optimizer["state"].items() for name, x in entry.items()}
+    state = {
+        f"{number}.{name}": torch.as_tensor(x)
+        for number, entry in optimizer["state"].items()
+        for name, x in entry.items()
+    }
     return {**model, **state}
 
 
-_CASES: list[tuple[Layout, Semantics]] = [("rows", "row-step"), ("columns", "row-step"), ("columns", "lazy")]
+_CASES: list[tuple[Layout, Semantics]] = [
+    ("rows", "row-step"),
+    ("columns", "row-step"),
+    ("columns", "lazy"),
+]
 
 
 def _train_all(rank: int, world: int, saved: list[Any], steps: range) -> list[Any]:
-    return [_train(rank, world, *case, state, steps) for case, state in zip(_CASES, saved, strict=True)]
+    return [
+        _train(rank, world, *case, state, steps) for case, state in zip(_CASES, saved, strict=True)
+    ]
 
 
 def test_whole_states_are_those_of_one_process_and_load_on_any_number() -> None:
@@ -66,4 +88,6 @@ def test_whole_states_are_those_of_one_process_and_load_on_any_number() -> None:
         for case, states, wanted in zip(_CASES, found, expected, strict=True):
             assert _tensors(states).keys() == _tensors(wanted).keys()
             for name, tensor in _tensors(wanted).items():
-                torch.testing.assert_close(_tensors(states)[name], tensor, rtol=1e-5, atol=1e-6, msg=f"{case}: {name}")
+                torch.testing.assert_close(
+                    _tensors(states)[name], tensor, rtol=1e-5, atol=1e-6, msg=f"{case}: {name}"
+                )

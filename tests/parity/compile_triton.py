@@ -1,4 +1,5 @@
-"""Compile every Triton kernel, as triton_rows.py launches it, for a compute capability given as 80, 90 and so on; needs no GPU.
+"""Compile every Triton kernel, as triton_rows.py launches it, for a compute capability given as 80,
+90 and so on; needs no GPU.
 
 A process of its own, because it tells Triton that there is one.
 """
@@ -40,14 +41,30 @@ JITFunction.run = _compile
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for dim, by_row in ((1024, False), (37, True)):
         values, upstream = torch.zeros(6, dim, dtype=dtype), torch.zeros(3, dim)
-        rows, weights, offsets = torch.zeros(600, dtype=torch.int32), torch.zeros(600), torch.tensor([0, 5, 10])
+        rows, weights, offsets = (
+            torch.zeros(600, dtype=torch.int32),
+            torch.zeros(600),
+            torch.tensor([0, 5, 10]),
+        )
         triton_rows.gather_sum(values, rows, weights, offsets)
         triton_rows.score_gradients(values, rows, offsets, upstream)
         triton_rows.segment_sums(upstream, rows, weights, torch.tensor([0, 600]))
         state = {name: torch.zeros(6, dim) for name in ("exp_avg", "exp_avg_sq")}
         factor = torch.ones(1) if by_row else None
-        tensors = {"values": values, **state, "rows": torch.tensor([1]), "starts": torch.tensor([0, 600]), "bags": rows}
-        tensors |= {"weights": weights, "upstream": upstream, "step_sizes": factor, "decay1": factor, "decay2": factor}
+        tensors = {
+            "values": values,
+            **state,
+            "rows": torch.tensor([1]),
+            "starts": torch.tensor([0, 600]),
+            "bags": rows,
+        }
+        tensors |= {
+            "weights": weights,
+            "upstream": upstream,
+            "step_sizes": factor,
+            "decay1": factor,
+            "decay2": factor,
+        }
         numbers = {"count": 1, "first_row": 0, "first_column": 0, "key": -(1 << 62)}
         numbers |= {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "step_size": 1e-3}
         for master in (None, torch.zeros(6, dim)):

@@ -1,4 +1,6 @@
-"""Adaptive softmax as an output head: the losses are those of its log-probabilities, and every part of it is trained."""
+"""Adaptive softmax as an output head: the losses are those of its log-probabilities, and every part
+of it is trained.
+"""
 
 from copy import deepcopy
 from typing import Any
@@ -12,10 +14,17 @@ from memshard.models.transformer import Transformer
 from memshard.trainer.cost.estimate import count_parameters, flops_per_token
 from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
 
-ADAPTIVE: dict[str, Any] = {"adaptive_cutoffs": (8, 15), "adaptive_division": 2.0, "tie_head": False, "memory": {"layers": ()}}
+ADAPTIVE: dict[str, Any] = {
+    "adaptive_cutoffs": (8, 15),
+    "adaptive_division": 2.0,
+    "tie_head": False,
+    "memory": {"layers": ()},
+}
 
 
-@pytest.mark.parametrize("changes", [{}, {"residual": "reversible"}, {"adaptive_division": 1.0, "norm": "rms"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"residual": "reversible"}, {"adaptive_division": 1.0, "norm": "rms"}], ids=str
+)
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_losses_are_those_of_the_log_probabilities(chunk: int, changes: dict[str, Any]) -> None:
     model = tiny_model(tiny_config(**(ADAPTIVE | changes)))
@@ -39,9 +48,15 @@ def test_a_cluster_without_targets_has_a_gradient_of_zero() -> None:
     """Ranks that exchange gradients wait for each parameter."""
     model = tiny_model(tiny_config(**ADAPTIVE))
     model(tiny_tokens(2, 5), targets=torch.zeros(2, 5, dtype=torch.long))[0].sum().backward()
-    assert model.head is not None and model.embedding.weight.grad is not None and model.embedding.weight.grad.any()
+    assert (
+        model.head is not None
+        and model.embedding.weight.grad is not None
+        and model.embedding.weight.grad.any()
+    )
     for name, parameter in model.head.named_parameters():
-        assert parameter.grad is not None and bool(parameter.grad.any()) == name.startswith("head"), name
+        assert parameter.grad is not None and bool(parameter.grad.any()) == name.startswith(
+            "head"
+        ), name
 
 
 @torch.no_grad()
@@ -50,7 +65,9 @@ def test_losses_that_nobody_asks_for_are_not_computed() -> None:
     for changes in ({}, ADAPTIVE):
         model = tiny_model(tiny_config(**changes)).eval()
         seen: list[int] = []
-        model.norm.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0].shape[:-1].numel()))
+        model.norm.register_forward_hook(
+            lambda _, inputs, __, seen=seen: seen.append(inputs[0].shape[:-1].numel())
+        )
         targets = tiny_tokens(3, 9, seed=1)
         whole, _ = model(tiny_tokens(3, 9), targets=targets)
         wanted = torch.arange(9).expand(3, -1) > 6
@@ -78,7 +95,9 @@ def test_costs() -> None:
     """Clusters are narrow, and rare tokens pay for them."""
     whole, adaptive = tiny_config(tie_head=False, memory={"layers": ()}), tiny_config(**ADAPTIVE)
     head = 16 * (8 + 2) + 16 * 8 + 8 * 7 + 16 * 4 + 4 * (VOCABULARY - 15)
-    assert count_parameters(adaptive).dense == count_parameters(whole).dense - 16 * VOCABULARY + head
+    assert (
+        count_parameters(adaptive).dense == count_parameters(whole).dense - 16 * VOCABULARY + head
+    )
     assert flops_per_token(whole, 9) - flops_per_token(adaptive, 9) == 6 * 16 * (VOCABULARY - 10)
 
 

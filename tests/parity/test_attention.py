@@ -9,9 +9,14 @@ BATCH, LENGTH, DIM, HEADS = 2, 7, 12, 3
 
 
 def _naive(mixer: SoftmaxMixer, x: Tensor, ctx: Context) -> Tensor:
-    """One query at a time, over the keys it may see; rotation as multiplication of complex numbers."""
+    """One query at a time, over the keys it may see; rotation as multiplication of complex
+    numbers.
+    """
     out = torch.zeros_like(x)
-    q, k, v = ((x @ p.weight.T).view(BATCH, LENGTH, HEADS, -1) for p in (mixer.query, mixer.key, mixer.value))
+    q, k, v = (
+        (x @ p.weight.T).view(BATCH, LENGTH, HEADS, -1)
+        for p in (mixer.query, mixer.key, mixer.value)
+    )
     if mixer.rotary:
         half = DIM // HEADS // 2
         angle = ctx.positions[..., None, None] * (10_000.0 ** (-torch.arange(half) / half)).double()
@@ -43,7 +48,9 @@ def test_softmax_attention(rotary: bool, masked: bool) -> None:
             parameter.mul_(20)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 0, 1, 2]])
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 3, 3, 3]]) if masked else None
-    padding = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]]).bool() if masked else None
+    padding = (
+        torch.tensor([[1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]]).bool() if masked else None
+    )
     ctx = Context(positions, documents=documents, padding=padding)
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64, requires_grad=True)
     ours, naive = mixer(x, ctx)[0], _naive(mixer, x, ctx)
@@ -52,4 +59,6 @@ def test_softmax_attention(rotary: bool, masked: bool) -> None:
     torch.testing.assert_close(ours, naive, rtol=tolerance, atol=tolerance)
     inputs = [x, *mixer.parameters()]
     gradients = (torch.autograd.grad(y.square().sum(), inputs) for y in (ours, naive))
-    torch.testing.assert_close(*(list(g) for g in gradients), rtol=10 * tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(
+        *(list(g) for g in gradients), rtol=10 * tolerance, atol=10 * tolerance
+    )

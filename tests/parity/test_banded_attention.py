@@ -1,4 +1,6 @@
-"""Sorted, tiled attention is attention over the union of each round's predecessors, one token at a time."""
+"""Sorted, tiled attention is attention over the union of each round's predecessors, one token at a
+time.
+"""
 
 import pytest
 import torch
@@ -19,18 +21,31 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, itself:
         for numbers in groups[row].tolist():
             seen |= set([j for j in range(i + itself) if numbers[j] == numbers[i]][-window:])
         chosen = sorted(seen)
-        out.append((k[row, chosen] @ q[row, i]).softmax(0) @ v[row, chosen] if chosen else v[row, i])
+        out.append(
+            (k[row, chosen] @ q[row, i]).softmax(0) @ v[row, chosen] if chosen else v[row, i]
+        )
     return torch.stack(out).view(len(q), -1, v.shape[-1])
 
 
 @pytest.mark.parametrize("itself", [False, True])
 @pytest.mark.parametrize(
     ("length", "chunk", "window", "rounds", "buckets"),
-    [(1, 4, 4, 1, 1), (7, 4, 4, 1, 2), (33, 4, 3, 2, 3), (50, 8, 8, 3, 2), (64, 8, 5, 4, 9), (100, 16, 1, 2, 40)],
+    [
+        (1, 4, 4, 1, 1),
+        (7, 4, 4, 1, 2),
+        (33, 4, 3, 2, 3),
+        (50, 8, 8, 3, 2),
+        (64, 8, 5, 4, 9),
+        (100, 16, 1, 2, 40),
+    ],
 )
-def test_banded_attention(length: int, chunk: int, window: int, rounds: int, buckets: int, itself: bool) -> None:
+def test_banded_attention(
+    length: int, chunk: int, window: int, rounds: int, buckets: int, itself: bool
+) -> None:
     torch.manual_seed(length)
-    q, k, v = (torch.randn(ROWS, length, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(ROWS, length, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     groups = torch.randint(buckets, (ROWS, rounds, length))
     ours = banded_attention(q, k, v, groups, window, chunk, itself)
     naive = _naive(q, k, v, groups, window, itself)
@@ -38,7 +53,10 @@ def test_banded_attention(length: int, chunk: int, window: int, rounds: int, buc
     single = banded_attention(q.float(), k.float(), v.float(), groups, window, chunk, itself)
     torch.testing.assert_close(single.double(), naive, rtol=1e-6, atol=1e-6)
     probe = torch.randn_like(naive)
-    gradients = [torch.autograd.grad((y * probe).sum(), (q, k, v), allow_unused=True, materialize_grads=True) for y in (ours, naive)]
+    gradients = [
+        torch.autograd.grad((y * probe).sum(), (q, k, v), allow_unused=True, materialize_grads=True)
+        for y in (ours, naive)
+    ]
     torch.testing.assert_close(*(list(g) for g in gradients), rtol=1e-11, atol=1e-11)
 
 
@@ -53,16 +71,26 @@ def test_a_lonely_token_gets_its_own_value_in_every_precision(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_future_changes_no_bit_of_the_past(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    q, v, groups = torch.randn(2, 900, 32).to(dtype), torch.randn(2, 900, 32).to(dtype), torch.randint(3, (2, 4, 900))
+    q, v, groups = (
+        torch.randn(2, 900, 32).to(dtype),
+        torch.randn(2, 900, 32).to(dtype),
+        torch.randint(3, (2, 4, 900)),
+    )
     before = banded_attention(q, q, v, groups, 64, 64)
     q[:, 500:], v[:, 500:], groups[:, :, 500:] = 7.0, -3.0, torch.randint(3, (2, 4, 400))
     after = banded_attention(q, q, v, groups, 64, 64)
-    assert torch.equal(before[:, :500], after[:, :500]) and not torch.equal(before[:, 500:], after[:, 500:])
+    assert torch.equal(before[:, :500], after[:, :500]) and not torch.equal(
+        before[:, 500:], after[:, 500:]
+    )
 
 
 def test_autocast_leaves_sums_of_weights_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banded, "_serves", lambda q: False)
-    q, v, groups = torch.randn(2, 300, 32).bfloat16(), torch.randn(2, 300, 32).bfloat16(), torch.randint(3, (2, 4, 300))
+    q, v, groups = (
+        torch.randn(2, 300, 32).bfloat16(),
+        torch.randn(2, 300, 32).bfloat16(),
+        torch.randint(3, (2, 4, 300)),
+    )
     expected = banded_attention(q, q, v, groups, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(banded_attention(q, q, v, groups, 64, 64), expected)
@@ -75,9 +103,13 @@ def test_a_window_beyond_the_chunk_is_refused() -> None:
 
 
 @pytest.mark.parametrize("itself", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 4, 4, 1, 1), (50, 8, 5, 33, 5), (300, 64, 64, 64, 140), (130, 16, 1, 16, 16)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 4, 1, 1), (50, 8, 5, 33, 5), (300, 64, 64, 64, 140), (130, 16, 1, 16, 16)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_compiled_kernel_is_plain_torch(dtype: torch.dtype, sizes: tuple[int, ...], itself: bool) -> None:
+def test_the_compiled_kernel_is_plain_torch(
+    dtype: torch.dtype, sizes: tuple[int, ...], itself: bool
+) -> None:
     length, chunk, window, dim, width = sizes
     if cpu_banded.kernel() is None:
         pytest.skip("no compiler")

@@ -17,7 +17,11 @@ def _naive(mixer: BidirectionalMixer, x: Tensor, source: Tensor, real: Tensor) -
         seen = source[b, real[b]]
         for h in range(HEADS):
             part = slice(h * WIDTH, (h + 1) * WIDTH)
-            q, k, v = x[b] @ mixer.query.weight[part].T, seen @ mixer.key.weight[part].T, seen @ mixer.value.weight[part].T
+            q, k, v = (
+                x[b] @ mixer.query.weight[part].T,
+                seen @ mixer.key.weight[part].T,
+                seen @ mixer.value.weight[part].T,
+            )
             for t in range(x.shape[1]):
                 if mixer.features is None:
                     weights = (k @ q[t] / WIDTH**0.5).softmax(0)
@@ -28,7 +32,10 @@ def _naive(mixer: BidirectionalMixer, x: Tensor, source: Tensor, real: Tensor) -
     return out @ mixer.output.weight.T
 
 
-@pytest.mark.parametrize("features", [None, FeatureMap("elu", WIDTH, normalise="none"), FeatureMap("dpfp", WIDTH, 2, "none")])
+@pytest.mark.parametrize(
+    "features",
+    [None, FeatureMap("elu", WIDTH, normalise="none"), FeatureMap("dpfp", WIDTH, 2, "none")],
+)
 @pytest.mark.parametrize("cross", [False, True])
 def test_attention_to_everything(features: FeatureMap | None, cross: bool) -> None:
     torch.manual_seed(0)
@@ -40,7 +47,11 @@ def test_attention_to_everything(features: FeatureMap | None, cross: bool) -> No
     source = torch.randn(2, 7, DIM, dtype=torch.float64, requires_grad=True) if cross else x
     real = torch.arange(source.shape[1]) < torch.tensor([4, source.shape[1]])[:, None]
     positions = torch.arange(5).expand(2, -1)
-    ctx = Context(positions, source=source, source_padding=real) if cross else Context(positions, padding=real)
+    ctx = (
+        Context(positions, source=source, source_padding=real)
+        if cross
+        else Context(positions, padding=real)
+    )
     ours, naive = mixer(x, ctx)[0], _naive(mixer, x, source, real)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-10)
     inputs = [x, *([source] if cross else []), *mixer.parameters()]

@@ -1,4 +1,6 @@
-"""LSH attention some heads at a time, norm and output projection included, is that of all heads at once, and holds a few arrays."""
+"""LSH attention some heads at a time, norm and output projection included, is that of all heads at
+once, and holds a few arrays.
+"""
 
 from typing import Any
 
@@ -18,22 +20,38 @@ from tests.models.tiny import tiny_config, tiny_model
 BATCH, LENGTH, DIM, HEADS = 2, 19, 12, 3
 
 
-def _branch(heads_at_once: int, x: Tensor, norm: nn.Module, ctx: Context, inside: bool, convolution: int = 0) -> list[Tensor]:
+def _branch(
+    heads_at_once: int, x: Tensor, norm: nn.Module, ctx: Context, inside: bool, convolution: int = 0
+) -> list[Tensor]:
     torch.manual_seed(1)
-    mixer = LSHMixer(DIM, HEADS, rounds=2, chunk=4, buckets=2, heads_at_once=heads_at_once, convolution=convolution).to(x.dtype)
+    mixer = LSHMixer(
+        DIM,
+        HEADS,
+        rounds=2,
+        chunk=4,
+        buckets=2,
+        heads_at_once=heads_at_once,
+        convolution=convolution,
+    ).to(x.dtype)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5)
     leaf = x.detach().requires_grad_()
     norm.zero_grad()
     y, _ = mixer(leaf, ctx, None, norm) if inside else mixer(norm(leaf), ctx)
     (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum().backward()
-    return [y, leaf.grad, *(parameter.grad for parameter in (*mixer.parameters(), *norm.parameters()))]
+    return [
+        y,
+        leaf.grad,
+        *(parameter.grad for parameter in (*mixer.parameters(), *norm.parameters())),
+    ]
 
 
 @pytest.mark.parametrize("which", ["plain", "documents", "padding"])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize(("heads_at_once", "convolution"), [(1, 0), (2, 3), (3, 7)])
-def test_heads_at_once(heads_at_once: int, convolution: int, kind: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_at_once(
+    heads_at_once: int, convolution: int, kind: str, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(by_heads, "_PIECE", 5)
     torch.manual_seed(0)
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64)
@@ -48,9 +66,14 @@ def test_heads_at_once(heads_at_once: int, convolution: int, kind: str, which: s
     )
     whole = _branch(0, x, norm, ctx, False, convolution)
     for inside in (False, True):
-        torch.testing.assert_close(_branch(heads_at_once, x, norm, ctx, inside, convolution), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            _branch(heads_at_once, x, norm, ctx, inside, convolution), whole, rtol=1e-12, atol=1e-12
+        )
     with torch.autocast("cpu", torch.bfloat16):
-        half = [_branch(heads, x.float(), norm.float(), ctx, heads > 0, convolution) for heads in (0, heads_at_once)]
+        half = [
+            _branch(heads, x.float(), norm.float(), ctx, heads > 0, convolution)
+            for heads in (0, heads_at_once)
+        ]
     assert half[0][0].dtype == half[1][0].dtype == torch.bfloat16
     for ours, theirs in zip(*half, strict=True):
         assert (ours - theirs).norm() < 0.03 * theirs.norm()
@@ -64,18 +87,32 @@ def test_frozen_weights_get_no_gradient() -> None:
     x = torch.randn(BATCH, LENGTH, DIM)
     mixer(x, Context.of(x[..., 0]), None, norm)[0].sum().backward()
     assert mixer.value.weight.grad is norm.bias.grad is None
-    assert mixer.query.weight.grad is not None and mixer.output.weight.grad is not None and norm.weight.grad is not None
+    assert (
+        mixer.query.weight.grad is not None
+        and mixer.output.weight.grad is not None
+        and norm.weight.grad is not None
+    )
 
 
-def test_a_step_holds_both_streams_their_gradients_and_one_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In arrays of [length, dim] fp32. Pieces and weights are small beside them, as at a million tokens."""
+def test_a_step_holds_both_streams_their_gradients_and_one_branch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In arrays of [length, dim] fp32. Pieces and weights are small beside them, as at a million
+    tokens.
+    """
     monkeypatch.setattr(by_heads, "_PIECE", 64)
     monkeypatch.setattr(hashing, "_HASH_BLOCK", 64)
     length, dim, heads = 2048, 128, 16
     config = ModelConfig(
-        vocab_size=8, layers=3, dim=dim, max_length=length, mixer=MixerConfig(kind="lsh", heads=heads, chunk=16, heads_at_once=1),
-        position="axial", residual="reversible", tie_head=False,
-    )  # fmt: skip
+        vocab_size=8,
+        layers=3,
+        dim=dim,
+        max_length=length,
+        mixer=MixerConfig(kind="lsh", heads=heads, chunk=16, heads_at_once=1),
+        position="axial",
+        residual="reversible",
+        tie_head=False,
+    )
     model = Transformer(config).train()
     model.chunk = 64
     tokens = torch.randint(8, (1, length + 1))
@@ -87,10 +124,20 @@ def test_a_step_holds_both_streams_their_gradients_and_one_branch(monkeypatch: p
     assert live.peak - gradients < 6.6 * length * dim * 4
 
 
-@pytest.mark.parametrize("changes", [{"memory": {"mode": "add", "query_norm": "layer"}}, {"memory": {"layers": ()}}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"memory": {"mode": "add", "query_norm": "layer"}}, {"memory": {"layers": ()}}],
+    ids=str,
+)
 def test_one_gradient_for_both_streams_is_not_written_to(changes: dict[str, Any]) -> None:
-    """The last block's gradients belong to whoever made them; its outputs may be used by one graph only, or by one that is kept."""
-    model = tiny_model(tiny_config(residual="reversible", mixer={"kind": "lsh", "chunk": 4, "heads_at_once": 1}, **changes)).train()
+    """The last block's gradients belong to whoever made them; its outputs may be used by one graph
+    only, or by one that is kept.
+    """
+    model = tiny_model(
+        tiny_config(
+            residual="reversible", mixer={"kind": "lsh", "chunk": 4, "heads_at_once": 1}, **changes
+        )
+    ).train()
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     own, upstream = torch.randn(2, 2, 9, 16, dtype=torch.float64, requires_grad=True).unbind()
     own = own.detach().requires_grad_()

@@ -1,4 +1,6 @@
-"""Primer's convolutions against loops over tokens: alone, in attention, and in every way of decoding."""
+"""Primer's convolutions against loops over tokens: alone, in attention, and in every way of
+decoding.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -25,8 +27,12 @@ MIXERS: dict[str, Any] = {
     "shared, grouped": lambda: SoftmaxMixer(DIM, 4, convolution=3, share_qk=True, kv_heads=2),
     "local": lambda: LocalMixer(DIM, 2, 5, convolution=4, kv_heads=1),
     "lsh": lambda: LSHMixer(DIM, 2, 3, 4, 2, convolution=3),
-    "delta": lambda: FastWeightMixer(DIM, 2, "delta", FeatureMap("elu", 8, 1, "sum"), convolution=3, share_qk=True),
-    "linear": lambda: FastWeightMixer(DIM, 2, "sum", FeatureMap("dpfp", 8, 1), attention_norm=True, convolution=2),
+    "delta": lambda: FastWeightMixer(
+        DIM, 2, "delta", FeatureMap("elu", 8, 1, "sum"), convolution=3, share_qk=True
+    ),
+    "linear": lambda: FastWeightMixer(
+        DIM, 2, "sum", FeatureMap("dpfp", 8, 1), attention_norm=True, convolution=2
+    ),
 }
 CONTEXTS = ["plain", "documents", "left padding"]
 
@@ -35,7 +41,11 @@ def _naive(x: Tensor, kernel: Tensor, documents: Tensor | None = None) -> Tensor
     rows = []
     for row in range(len(x)):
         for t in range(x.shape[1]):
-            lags = [lag for lag in range(min(kernel.shape[1], t + 1)) if documents is None or documents[row, t] == documents[row, t - lag]]
+            lags = [
+                lag
+                for lag in range(min(kernel.shape[1], t + 1))
+                if documents is None or documents[row, t] == documents[row, t - lag]
+            ]
             rows.append(torch.stack([kernel[:, lag] * x[row, t - lag] for lag in lags]).sum(0))
     return torch.stack(rows).view_as(x)
 
@@ -52,7 +62,9 @@ def _context(which: str, batch: int = 3) -> Context:
 
 
 def _part(ctx: Context, start: int, end: int) -> Context:
-    documents, padding = (None if x is None else x[:, start:end] for x in (ctx.documents, ctx.padding))
+    documents, padding = (
+        None if x is None else x[:, start:end] for x in (ctx.documents, ctx.padding)
+    )
     return Context(ctx.positions[:, start:end], documents=documents, padding=padding)
 
 
@@ -66,7 +78,9 @@ def _mixer(name: str) -> Any:
 
 
 def _text(batch: int = 3, length: int = LENGTH, seed: int = 0) -> Tensor:
-    return torch.randn(batch, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -75,10 +89,19 @@ def _text(batch: int = 3, length: int = LENGTH, seed: int = 0) -> Tensor:
 def test_values_and_gradients(length: int, width: int, packed: bool) -> None:
     torch.manual_seed(0)
     # More rows than one block takes.
-    x = torch.randn(30, length, 400 if length == 20 else 3, dtype=torch.float64)[:, :, -7:].requires_grad_()
-    kernel, probe = torch.randn(7 if length == 20 else 3, width, dtype=torch.float64, requires_grad=True), torch.randn_like(x)
+    x = torch.randn(30, length, 400 if length == 20 else 3, dtype=torch.float64)[
+        :, :, -7:
+    ].requires_grad_()
+    kernel, probe = (
+        torch.randn(7 if length == 20 else 3, width, dtype=torch.float64, requires_grad=True),
+        torch.randn_like(x),
+    )
     documents = (torch.rand(30, length) < 0.3).cumsum(1) if packed else None
-    same = [] if documents is None else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, width)]
+    same = (
+        []
+        if documents is None
+        else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, width)]
+    )
     theirs = _naive(x, kernel, documents)
     expected = theirs, *torch.autograd.grad((theirs * probe).sum(), (x, kernel))
     for ours in (causal_convolution(x, kernel, documents), plain_convolution(x, kernel, same)):
@@ -90,7 +113,10 @@ def test_values_and_gradients(length: int, width: int, packed: bool) -> None:
 def test_blocks_of_rows_and_grouped_conv1d() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 100, 700, dtype=torch.float64, requires_grad=True)
-    kernel, probe = torch.randn(700, 3, dtype=torch.float64, requires_grad=True), torch.randn_like(x)
+    kernel, probe = (
+        torch.randn(700, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn_like(x),
+    )
     theirs = F.conv1d(x.mT, kernel.flip(1)[:, None], padding=2, groups=700)[..., :100].mT
     ours = causal_convolution(x, kernel)
     torch.testing.assert_close(ours, theirs, **EXACT)
@@ -105,7 +131,10 @@ def test_halves_are_summed_in_fp32(dtype: torch.dtype) -> None:
     x, probe = torch.randn(4, 50, 8).to(dtype).requires_grad_(), torch.randn(4, 50, 8).to(dtype)
     kernel = torch.randn(8, 3, requires_grad=True)
     ours, exact = causal_convolution(x, kernel), _naive(x.double(), kernel.double())
-    assert ours.dtype == dtype and ((ours - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all()
+    assert (
+        ours.dtype == dtype
+        and ((ours - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all()
+    )
     ours, exact = (torch.autograd.grad((y * probe).sum(), kernel)[0] for y in (ours, exact))
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-4)
 
@@ -118,7 +147,11 @@ def test_multi_dconv_head_attention(name: str, which: str) -> None:
     real = torch.ones(3, LENGTH, dtype=torch.bool) if ctx.padding is None else ctx.padding
 
     def convolved(projection: str, x: Tensor) -> Tensor:
-        return _naive(getattr(mixer, projection)(x) * real[..., None], mixer.convolutions[projection].kernel, ctx.documents)
+        return _naive(
+            getattr(mixer, projection)(x) * real[..., None],
+            mixer.convolutions[projection].kernel,
+            ctx.documents,
+        )
 
     k, v = convolved("key", x), convolved("value", x)
     q = mixer.query(k) if mixer.share_qk else convolved("query", x)
@@ -129,7 +162,9 @@ def test_multi_dconv_head_attention(name: str, which: str) -> None:
     seen = torch.ones(LENGTH, LENGTH).tril().bool() & real[:, None, None, :]
     if ctx.documents is not None:
         seen = seen & (ctx.documents[:, None, :, None] == ctx.documents[:, None, None, :])
-    scores = (q @ k.mT * (DIM // 4) ** -0.5).masked_fill(~(seen | torch.eye(LENGTH).bool()), -torch.inf)
+    scores = (q @ k.mT * (DIM // 4) ** -0.5).masked_fill(
+        ~(seen | torch.eye(LENGTH).bool()), -torch.inf
+    )
     theirs = mixer.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))[real]
     ours = mixer(x, ctx)[0][real]
     torch.testing.assert_close(ours, theirs, **EXACT)
@@ -160,7 +195,8 @@ def test_drafts_are_taken_back_and_beams_change_places(name: str) -> None:
     mixer, x, draft = _mixer(name), _text(2), _text(2, 3, seed=1)
     ctx, beams = replace(_context("plain", 2)), torch.tensor([1, 1, 0])
     _, state = mixer(x[:, :9], _part(ctx, 0, 9), mixer.init_state(2, LENGTH))
-    # A draft of four tokens, the first of which is accepted; fast weights take back what came in one call.
+    # A draft of four tokens, the first of which is accepted; fast weights take back what came in
+    # one call.
     _, state = mixer(torch.cat((x[:, 9:10], draft), 1), _part(ctx, 9, 13), state)
     state = mixer.reorder(mixer.rollback(state, 3), beams)
     rest, _ = mixer(x[beams, 10:], _part(_context("plain"), 10, LENGTH), state)
@@ -175,7 +211,9 @@ def test_no_more_is_taken_back_than_is_remembered() -> None:
         state = mixer.rollback(state, tokens)
     again, _ = mixer(x[:, 4:], _part(ctx, 4, LENGTH), state)
     torch.testing.assert_close(again, mixer(x, ctx)[0][:, 4:], **EXACT)
-    with pytest.raises(ValueError, match="take back at most 0 tokens here, not 1; keep the earlier state"):
+    with pytest.raises(
+        ValueError, match="take back at most 0 tokens here, not 1; keep the earlier state"
+    ):
         mixer.rollback(state, 1)
 
 

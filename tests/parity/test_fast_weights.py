@@ -36,7 +36,9 @@ def _naive(
         if rule == "delta":
             divisor = (z * key).sum(-1, keepdim=True)
             old = torch.einsum("bhdm,bhd->bhm", s, key)
-            written = beta[:, :, t, None] * (written - (old / torch.where(divisor > 0, divisor, 1) if normalise else old))
+            written = beta[:, :, t, None] * (
+                written - (old / torch.where(divisor > 0, divisor, 1) if normalise else old)
+            )
         s, z = s + key[..., None] * written[..., None, :], z + key
         read = torch.einsum("bhdm,bhd->bhm", s, q[:, :, t])
         out.append(read / ((z * q[:, :, t]).sum(-1, keepdim=True) + 1e-6) if normalise else read)
@@ -48,24 +50,44 @@ def _inputs(length: int, positive: bool = False, scale: float = 1.0) -> list[Ten
     torch.manual_seed(length)
     q, k = (torch.randn(BATCH, HEADS, length, D, dtype=torch.float64) for _ in range(2))
     q, k = (x.abs() if positive else x for x in (q, k))
-    tensors = q, scale * torch.nn.functional.normalize(k, dim=-1), torch.randn(BATCH, HEADS, length, M).double()
-    return [x.requires_grad_() for x in (*tensors, torch.rand(BATCH, HEADS, length, dtype=torch.float64))]
+    tensors = (
+        q,
+        scale * torch.nn.functional.normalize(k, dim=-1),
+        torch.randn(BATCH, HEADS, length, M).double(),
+    )
+    return [
+        x.requires_grad_()
+        for x in (*tensors, torch.rand(BATCH, HEADS, length, dtype=torch.float64))
+    ]
 
 
-def _same(ours: tuple[Tensor, Tensor], naive: tuple[Tensor, Tensor], inputs: list[Tensor], tolerance: float = 1e-12) -> None:
+def _same(
+    ours: tuple[Tensor, Tensor],
+    naive: tuple[Tensor, Tensor],
+    inputs: list[Tensor],
+    tolerance: float = 1e-12,
+) -> None:
     torch.testing.assert_close(ours, naive, rtol=tolerance, atol=tolerance)
     probes = [torch.randn_like(x) for x in naive]
     gradients = [
-        torch.autograd.grad([(x * probe).sum() for x, probe in zip(pair, probes, strict=True)], inputs, allow_unused=True)
+        torch.autograd.grad(
+            [(x * probe).sum() for x, probe in zip(pair, probes, strict=True)],
+            inputs,
+            allow_unused=True,
+        )
         for pair in (ours, naive)
     ]
-    torch.testing.assert_close(*(list(g) for g in gradients), rtol=10 * tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(
+        *(list(g) for g in gradients), rtol=10 * tolerance, atol=10 * tolerance
+    )
 
 
 @pytest.mark.parametrize("rule", ["delta", "sum"])
 @pytest.mark.parametrize("decays", [False, True])
 @pytest.mark.parametrize("resets", [False, True])
-@pytest.mark.parametrize(("length", "chunk"), [(1, 1), (5, 32), (37, 1), (37, 4), (64, 32), (130, 128)])
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(1, 1), (5, 32), (37, 1), (37, 4), (64, 32), (130, 128)]
+)
 def test_rules(rule: str, decays: bool, resets: bool, length: int, chunk: int) -> None:
     q, k, v, beta = _inputs(length)
     state = torch.randn(BATCH, HEADS, D, M, dtype=torch.float64, requires_grad=True)
@@ -88,9 +110,19 @@ def test_rules(rule: str, decays: bool, resets: bool, length: int, chunk: int) -
 def test_attention_normalisation(rule: str, carried: bool) -> None:
     q, k, v, beta = _inputs(70, positive=True)
     borders = torch.rand(BATCH, 70) < 0.1
-    state = torch.rand(BATCH, HEADS, D, M + 1, dtype=torch.float64, requires_grad=True) if carried else None
-    inputs = [q, k, v] + ([beta] if rule == "delta" else []) + ([state] if state is not None else [])
-    ours = normalised_delta_rule(q, k, v, beta, state, borders) if rule == "delta" else normalised_sum_rule(q, k, v, state, borders)
+    state = (
+        torch.rand(BATCH, HEADS, D, M + 1, dtype=torch.float64, requires_grad=True)
+        if carried
+        else None
+    )
+    inputs = (
+        [q, k, v] + ([beta] if rule == "delta" else []) + ([state] if state is not None else [])
+    )
+    ours = (
+        normalised_delta_rule(q, k, v, beta, state, borders)
+        if rule == "delta"
+        else normalised_sum_rule(q, k, v, state, borders)
+    )
     _same(ours, _naive(rule, q, k, v, beta, state, resets=borders, normalise=True), inputs, 1e-10)
 
 
@@ -134,4 +166,6 @@ def test_zero_keys_write_nothing() -> None:
 def test_gradients_by_finite_differences() -> None:
     q, k, v, beta = _inputs(7, scale=0.9)
     state = torch.randn(BATCH, HEADS, D, M, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: delta_rule(*x, chunk=3), (q, k, v, beta, state), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *x: delta_rule(*x, chunk=3), (q, k, v, beta, state), fast_mode=True
+    )

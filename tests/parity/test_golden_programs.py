@@ -1,4 +1,6 @@
-"""Golden DNAs, compiled, are the models written by hand: outputs, gradients, numbers of parameters."""
+"""Golden DNAs, compiled, are the models written by hand: outputs, gradients, numbers of
+parameters.
+"""
 
 from typing import Any
 
@@ -25,8 +27,14 @@ NORM = 5
 """Number of the golden subprogram."""
 HAND: dict[str, dict[str, Any]] = {
     "transformer": {"feedforward": FeedForwardConfig(activation="relu")},
-    "transformer-pp": {"feedforward": FeedForwardConfig(activation="swiglu", hidden=24 * HEAD_WIDTH), "norm": "rms"},
-    "primer-ez": {"mixer": MixerConfig(heads=HEADS, convolution=3), "feedforward": FeedForwardConfig(activation="squared_relu")},
+    "transformer-pp": {
+        "feedforward": FeedForwardConfig(activation="swiglu", hidden=24 * HEAD_WIDTH),
+        "norm": "rms",
+    },
+    "primer-ez": {
+        "mixer": MixerConfig(heads=HEADS, convolution=3),
+        "feedforward": FeedForwardConfig(activation="squared_relu"),
+    },
     # Primer's norm is LayerNorm by another formula; here with the same epsilon.
     "primer": {
         "mixer": MixerConfig(heads=HEADS, convolution=3, share_qk=True),
@@ -37,12 +45,16 @@ HAND: dict[str, dict[str, Any]] = {
 
 def _by_hand(name: str) -> Transformer:
     settings = {"mixer": MixerConfig(heads=HEADS), "position": "sinusoidal", **HAND[name]}
-    model = Transformer(ModelConfig(vocab_size=SHAPE.vocab, layers=SHAPE.layers, dim=HEADS * HEAD_WIDTH, **settings))
+    model = Transformer(
+        ModelConfig(vocab_size=SHAPE.vocab, layers=SHAPE.layers, dim=HEADS * HEAD_WIDTH, **settings)
+    )
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.eps = 1e-5  # as programs have it; RMSNorm here has 1e-6
     if isinstance(model.norm, nn.RMSNorm):
-        model.norm = nn.LayerNorm(HEADS * HEAD_WIDTH)  # A search gives all candidates the same last norm.
+        model.norm = nn.LayerNorm(
+            HEADS * HEAD_WIDTH
+        )  # A search gives all candidates the same last norm.
     return model.double()
 
 
@@ -52,11 +64,28 @@ def _names(name: str, program: Program) -> list[str]:
     before, after = _norm(name, "mixer"), _norm(name, "feedforward")
     if name == "primer":
         filters = {kind: f"mixer.convolutions.{kind}.weight" for kind in ("key", "value")}
-        mixing = ["mixer.key.weight", filters["key"], "mixer.query.weight", "mixer.value.weight", filters["value"]]
-        return [*before, *mixing, "mixer.output.weight", "feedforward.up.weight", "feedforward.down.weight", *after]
+        mixing = [
+            "mixer.key.weight",
+            filters["key"],
+            "mixer.query.weight",
+            "mixer.value.weight",
+            filters["value"],
+        ]
+        return [
+            *before,
+            *mixing,
+            "mixer.output.weight",
+            "feedforward.up.weight",
+            "feedforward.down.weight",
+            *after,
+        ]
     mixing = [f"{kind}.weight" for kind in convolved]
     if name == "primer-ez":
-        mixing = [each for kind in convolved for each in (f"{kind}.weight", f"{kind.replace('mixer', 'mixer.convolutions')}.weight")]
+        mixing = [
+            each
+            for kind in convolved
+            for each in (f"{kind}.weight", f"{kind.replace('mixer', 'mixer.convolutions')}.weight")
+        ]
     widening = ["feedforward.up.weight"]
     if name == "transformer-pp":
         # Products have no order of their own: what a sigmoid reads is the gate.
@@ -67,15 +96,24 @@ def _names(name: str, program: Program) -> list[str]:
 
 
 def _norm(name: str, which: str) -> list[str]:
-    return [f"{which}_residual.norm.{kind}" for kind in (("weight",) if name == "transformer-pp" else ("weight", "bias"))]
+    return [
+        f"{which}_residual.norm.{kind}"
+        for kind in (("weight",) if name == "transformer-pp" else ("weight", "bias"))
+    ]
 
 
 def _own_head(name: str, parameter: str, theirs: Tensor) -> Tensor:
-    """What of a parameter written by hand a program has. Its branches do not see each other: Primer's map from keys to queries, which goes
-    over all heads at once, is one for each head there.
+    """What of a parameter written by hand a program has. Its branches do not see each other:
+    Primer's map from keys to queries, which goes over all heads at once, is one for each head
+    there.
     """
     if name == "primer" and parameter == "mixer.query.weight":
-        return theirs.view(HEADS, HEAD_WIDTH, HEADS, HEAD_WIDTH).diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(-1, HEAD_WIDTH)
+        return (
+            theirs.view(HEADS, HEAD_WIDTH, HEADS, HEAD_WIDTH)
+            .diagonal(dim1=0, dim2=2)
+            .permute(2, 0, 1)
+            .reshape(-1, HEAD_WIDTH)
+        )
     return theirs
 
 
@@ -86,21 +124,36 @@ def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
     assert isinstance(logits, Logits)
     mine = logits.model.double()
     across_heads = SHAPE.layers * (HEADS * HEADS - HEADS) * HEAD_WIDTH**2 if name == "primer" else 0
-    assert found.parameters == sum(parameter.numel() for parameter in hand.parameters()) - across_heads
+    assert (
+        found.parameters == sum(parameter.numel() for parameter in hand.parameters()) - across_heads
+    )
 
     torch.manual_seed(0)
-    pairs = [(mine.embedding.weight, "embedding.weight"), (mine.norm.weight, "norm.weight"), (mine.norm.bias, "norm.bias")]
+    pairs = [
+        (mine.embedding.weight, "embedding.weight"),
+        (mine.norm.weight, "norm.weight"),
+        (mine.norm.bias, "norm.bias"),
+    ]
     for layer, block in enumerate(mine.blocks):
         assert isinstance(block.mixer, ProgramMixer)
         own = sorted(block.mixer.named_parameters(), key=lambda entry: int(entry[0].split(".")[1]))
         names = _names(name, block.mixer.program)
-        pairs += [(weight, f"blocks.{layer}.{theirs}") for (_, weight), theirs in zip(own, names, strict=True)]
+        pairs += [
+            (weight, f"blocks.{layer}.{theirs}")
+            for (_, weight), theirs in zip(own, names, strict=True)
+        ]
     assert len(pairs) == len(list(hand.parameters()))
     with torch.no_grad():
         for weight, theirs in pairs:
-            drawn = hand.get_parameter(theirs).normal_(std=0.3).add_(1.0 if theirs.endswith("norm.weight") else 0.0)
+            drawn = (
+                hand.get_parameter(theirs)
+                .normal_(std=0.3)
+                .add_(1.0 if theirs.endswith("norm.weight") else 0.0)
+            )
             if name == "primer" and theirs.endswith("query.weight"):
-                drawn.view(HEADS, HEAD_WIDTH, HEADS, HEAD_WIDTH).mul_(torch.eye(HEADS)[:, None, :, None])
+                drawn.view(HEADS, HEAD_WIDTH, HEADS, HEAD_WIDTH).mul_(
+                    torch.eye(HEADS)[:, None, :, None]
+                )
             weight.copy_(_own_head(name, theirs.partition(".")[2].partition(".")[2], drawn))
 
     tokens = torch.randint(SHAPE.vocab, (3, 12))
@@ -112,20 +165,34 @@ def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
         gradient = hand.get_parameter(theirs).grad
         assert gradient is not None
         expected = _own_head(name, theirs.partition(".")[2].partition(".")[2], gradient)
-        torch.testing.assert_close(weight.grad, expected, rtol=1e-9, atol=1e-11, msg=lambda text, theirs=theirs: f"{theirs}: {text}")
+        torch.testing.assert_close(
+            weight.grad,
+            expected,
+            rtol=1e-9,
+            atol=1e-11,
+            msg=lambda text, theirs=theirs: f"{theirs}: {text}",
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("name", "norm"), [("transformer", nn.LayerNorm), ("primer", PrimerNorm)])
-def test_norms_in_half_precision_are_computed_in_fp32(name: str, norm: type[nn.Module], dtype: torch.dtype) -> None:
-    """Of channels far from 0, whose mean half precision rounds, and of large ones, whose squares fp16 does not hold."""
-    mixer = ProgramMixer(fuse(lower(graph(changed(name, 0, [line({"sub": NORM}, 0)])), HEAD_WIDTH))).to(dtype)
+def test_norms_in_half_precision_are_computed_in_fp32(
+    name: str, norm: type[nn.Module], dtype: torch.dtype
+) -> None:
+    """Of channels far from 0, whose mean half precision rounds, and of large ones, whose squares
+    fp16 does not hold.
+    """
+    mixer = ProgramMixer(
+        fuse(lower(graph(changed(name, 0, [line({"sub": NORM}, 0)])), HEAD_WIDTH))
+    ).to(dtype)
     torch.manual_seed(0)
     for spread in (1.0, 100.0):
         x = (100 + spread * torch.randn(2, 3, HEADS * HEAD_WIDTH)).to(dtype)
         y = mixer(x, Context.of(x[..., 0]))[0]
         assert y.dtype == dtype
-        torch.testing.assert_close(y.float(), norm(HEADS * HEAD_WIDTH)(x.float()), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            y.float(), norm(HEADS * HEAD_WIDTH)(x.float()), rtol=1e-2, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("name", HAND)
@@ -147,4 +214,6 @@ def test_programs_run_in_half_precision(name: str, dtype: torch.dtype) -> None:
             y, state = block(piece, Context.of(piece[..., 0]), state)
             pieces.append(y)
     for y in (mixed, halved, torch.cat(pieces, 1)):
-        torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            y.float(), expected, rtol=0, atol=0.02 * float(expected.abs().max())
+        )

@@ -1,6 +1,7 @@
 """The kernels are plain torch: sums, gradients, order of reads, steps of every semantics and dtype.
 
-Here those of the CPU; test_triton.py runs this file again for Triton, on a GPU or in its interpreter.
+Here those of the CPU; test_triton.py runs this file again for Triton, on a GPU or in its
+interpreter.
 """
 
 import os
@@ -42,9 +43,17 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
     values = torch.randn(11, dim, device=DEVICE).to(dtype)
     rows, weights = torch.randint(11, (reads,), device=DEVICE), torch.randn(reads, device=DEVICE)
     upstream = torch.randn(len(lengths), dim, device=DEVICE)
-    offsets = torch.tensor([sum(lengths[:bag]) for bag in range(len(lengths))], dtype=torch.int64, device=DEVICE)
-    ours = KERNELS.gather_sum(values, rows, weights, offsets), KERNELS.score_gradients(values, rows, offsets, upstream)
-    theirs = plain.gather_sum(values, rows, weights, offsets), plain.score_gradients(values, rows, offsets, upstream)
+    offsets = torch.tensor(
+        [sum(lengths[:bag]) for bag in range(len(lengths))], dtype=torch.int64, device=DEVICE
+    )
+    ours = (
+        KERNELS.gather_sum(values, rows, weights, offsets),
+        KERNELS.score_gradients(values, rows, offsets, upstream),
+    )
+    theirs = (
+        plain.gather_sum(values, rows, weights, offsets),
+        plain.score_gradients(values, rows, offsets, upstream),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -52,28 +61,51 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
 def test_sums_of_wide_rows() -> None:
     """Wider than one program's columns."""
     assert KERNELS is not None
-    values, rows, weights = torch.randn(5, 2100, device=DEVICE), torch.tensor([4, 0, 4], device=DEVICE), torch.randn(3, device=DEVICE)
+    values, rows, weights = (
+        torch.randn(5, 2100, device=DEVICE),
+        torch.tensor([4, 0, 4], device=DEVICE),
+        torch.randn(3, device=DEVICE),
+    )
     offsets, upstream = torch.tensor([0, 2], device=DEVICE), torch.randn(2, 2100, device=DEVICE)
-    ours = KERNELS.gather_sum(values, rows, weights, offsets), KERNELS.score_gradients(values, rows, offsets, upstream)
-    theirs = plain.gather_sum(values, rows, weights, offsets), plain.score_gradients(values, rows, offsets, upstream)
+    ours = (
+        KERNELS.gather_sum(values, rows, weights, offsets),
+        KERNELS.score_gradients(values, rows, offsets, upstream),
+    )
+    theirs = (
+        plain.gather_sum(values, rows, weights, offsets),
+        plain.score_gradients(values, rows, offsets, upstream),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
-@pytest.mark.parametrize("lengths", [(3, 0, 700, 2, 256, 900, 1), (256, 256), (5,), (0, 0), ()], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(3, 0, 700, 2, 256, 900, 1), (256, 256), (5,), (0, 0), ()], ids=str
+)
 @pytest.mark.parametrize("part", [slice(None), slice(1, -1)], ids=["all", "middle"])
 def test_segment_sums(lengths: tuple[int, ...], part: slice) -> None:
-    """Rows with few reads, and with more than one program sums; all rows of a step, or a block of them."""
+    """Rows with few reads, and with more than one program sums; all rows of a step, or a block of
+    them.
+    """
     assert KERNELS is not None
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     reads, starts = sum(lengths), ends[part] if len(lengths) > 2 else ends
-    values, rows, weights = torch.randn(9, 20, device=DEVICE), torch.randint(9, (reads,), device=DEVICE), torch.randn(reads, device=DEVICE)
-    ours, theirs = KERNELS.segment_sums(values, rows, weights, starts), plain.segment_sums(values, rows, weights, starts)
+    values, rows, weights = (
+        torch.randn(9, 20, device=DEVICE),
+        torch.randint(9, (reads,), device=DEVICE),
+        torch.randn(reads, device=DEVICE),
+    )
+    ours, theirs = (
+        KERNELS.segment_sums(values, rows, weights, starts),
+        plain.segment_sums(values, rows, weights, starts),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 @needs_kernels
-@pytest.mark.parametrize(("reads", "slots"), [(0, 5), (1, 1), (100, 7), (5000, 2**31 - 1), (3000, 2048), (3000, 2049)])
+@pytest.mark.parametrize(
+    ("reads", "slots"), [(0, 5), (1, 1), (100, 7), (5000, 2**31 - 1), (3000, 2048), (3000, 2049)]
+)
 def test_order_of_reads(reads: int, slots: int) -> None:
     assert KERNELS is not None
     rows = torch.randint(slots, (reads,), dtype=torch.int32, device=DEVICE)
@@ -97,17 +129,25 @@ def _train(dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
             generator = torch.Generator().manual_seed(2 * step + micro)
             rows = (torch.rand(5, 7, generator=generator) ** 2 * slots).long().to(DEVICE)
             weights = torch.rand(5, 7, generator=generator).to(DEVICE).requires_grad_()
-            table.weighted_sum(rows, weights).backward(torch.randn(5, 37, generator=generator).to(DEVICE))
+            table.weighted_sum(rows, weights).backward(
+                torch.randn(5, 37, generator=generator).to(DEVICE)
+            )
             assert weights.grad is not None
             scores.append(weights.grad)
         optimizer.step()
     state = optimizer.state[table.anchor]
-    return [table.weight.float(), *(state[name] for name in sorted(state) if name != "step"), *scores]
+    return [
+        table.weight.float(),
+        *(state[name] for name in sorted(state) if name != "step"),
+        *scores,
+    ]
 
 
 @needs_kernels
 @pytest.mark.parametrize(("semantics", "dtype", "rounding"), STEPS)
-def test_steps(dtype: torch.dtype, rounding: str, semantics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps(
+    dtype: torch.dtype, rounding: str, semantics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert disagreement(DEVICE) is None
     options = {"rounding": rounding, "semantics": semantics}
     ours = _train(dtype, options)
@@ -121,7 +161,8 @@ def test_steps(dtype: torch.dtype, rounding: str, semantics: str, monkeypatch: p
     # Rounding may go the other way where sums differ in their last bit.
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    # With other random bits half of the values would differ; the interpreter cuts fp32 off where it makes bf16 of it.
+    # With other random bits half of the values would differ; the interpreter cuts fp32 off where it
+    # makes bf16 of it.
     cut = INTERPRETED and dtype == torch.bfloat16 and rounding == "master"
     if dtype != torch.float32 and not cut:
         assert (ours[0] == theirs[0]).float().mean() > 0.95
@@ -136,7 +177,9 @@ def test_rows_outside_the_table_are_refused() -> None:
         rows, weights = torch.tensor([[0, row]], device=DEVICE), torch.ones(1, 2, device=DEVICE)
         if TRITON:
             assert table.weighted_sum(rows, weights).isnan().all()
-            assert table.dot(rows, torch.ones(1, 4, device=DEVICE)).isnan().tolist() == [[False, True]]
+            assert table.dot(rows, torch.ones(1, 4, device=DEVICE)).isnan().tolist() == [
+                [False, True]
+            ]
         else:
             with pytest.raises(IndexError, match="outside the table's 5 rows"):
                 table.weighted_sum(rows, weights)
@@ -157,7 +200,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_tables_of_more_values_than_int32_counts() -> None:
-    """The last rows of a large table, and the same rows as a small one: reads, gradients and randomly rounded steps agree."""
+    """The last rows of a large table, and the same rows as a small one: reads, gradients and
+    randomly rounded steps agree.
+    """
     rows = 2**21 + 8
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB of free GPU memory")

@@ -38,7 +38,9 @@ def _naive_balance(memory: ProductKeyMemory, share: Tensor, x: Tensor) -> Tensor
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
-def test_the_balance_gradient_is_that_of_the_loss_however_tokens_are_split(kind: type[ProductKeyMemory], parts: int) -> None:
+def test_the_balance_gradient_is_that_of_the_loss_however_tokens_are_split(
+    kind: type[ProductKeyMemory], parts: int
+) -> None:
     memory = _memory(0, kind).double()
     assert memory.key_use is not None
     memory.key_use.share = memory.key_use.share.double()
@@ -51,12 +53,18 @@ def test_the_balance_gradient_is_that_of_the_loss_however_tokens_are_split(kind:
     for y in outputs:
         y.square().sum().backward()
     expected = plain(twin)
-    assert torch.equal(torch.cat(outputs), expected) if parts == 1 else torch.allclose(torch.cat(outputs), expected)
+    assert (
+        torch.equal(torch.cat(outputs), expected)
+        if parts == 1
+        else torch.allclose(torch.cat(outputs), expected)
+    )
     (expected.square().sum() + 0.3 * _naive_balance(plain, memory.key_use.share, twin)).backward()
     torch.testing.assert_close(x.grad, twin.grad, rtol=1e-10, atol=1e-10)
     theirs = dict(plain.named_parameters())
     for name, parameter in memory.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=name
+        )
 
 
 def test_shares_and_last_reads_are_those_of_the_search() -> None:
@@ -69,7 +77,11 @@ def test_shares_and_last_reads_are_those_of_the_search() -> None:
         for _ in range(2):
             x = torch.randn(2, 5)
             rows = memory.lookup(x)[0].view(2, HEADS, TOPK)
-            where = {int(slot_rows(torch.tensor(i1), torch.tensor(i2), KEYS)): (i1, i2) for i1 in range(KEYS) for i2 in range(KEYS)}
+            where = {
+                int(slot_rows(torch.tensor(i1), torch.tensor(i2), KEYS)): (i1, i2)
+                for i1 in range(KEYS)
+                for i2 in range(KEYS)
+            }
             for token in rows.tolist():
                 for head, found in enumerate(token):
                     for row in found:
@@ -93,7 +105,9 @@ def test_shares_and_last_reads_are_those_of_the_search() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
-def test_revival_moves_dead_sub_keys_next_to_hot_ones_and_their_rows_with_them(kind: type[ProductKeyMemory]) -> None:
+def test_revival_moves_dead_sub_keys_next_to_hot_ones_and_their_rows_with_them(
+    kind: type[ProductKeyMemory],
+) -> None:
     """Two readers of one table: every sub-key and every row, one by one."""
     first, second = _memory(2, kind), _memory(3, kind)
     second.values = first.values
@@ -123,18 +137,31 @@ def test_revival_moves_dead_sub_keys_next_to_hot_ones_and_their_rows_with_them(k
         assert memory.key_use is not None and old.key_use is not None
         for head in range(HEADS):
             for half in (0, 1):
-                share, last = old.key_use.share[head, half].tolist(), old.key_use.last_read[head, half].tolist()
+                share, last = (
+                    old.key_use.share[head, half].tolist(),
+                    old.key_use.last_read[head, half].tolist(),
+                )
                 dead = [i for i in range(KEYS) if last[i] <= 10]
-                hot = sorted((i for i in range(KEYS) if last[i] > 10 and share[i] > 1 / KEYS), key=lambda i: -share[i])
+                hot = sorted(
+                    (i for i in range(KEYS) if last[i] > 10 and share[i] > 1 / KEYS),
+                    key=lambda i: -share[i],
+                )
                 pairs = dict(zip(dead, hot, strict=False))
                 moved += len(pairs)
                 for i in range(KEYS):
-                    now, source = memory.sub_keys.weight[head, half, i], old.sub_keys.weight[head, half, pairs.get(i, i)]
+                    now, source = (
+                        memory.sub_keys.weight[head, half, i],
+                        old.sub_keys.weight[head, half, pairs.get(i, i)],
+                    )
                     distance = float((now - source).norm() / source.norm())
                     assert 0.02 < distance < 0.8 if i in pairs else distance == 0
                     halved = i in pairs or i in pairs.values()
-                    assert float(memory.key_use.share[head, half, i]) == pytest.approx(share[pairs.get(i, i)] / (1 + halved))
-                    assert memory.key_use.last_read[head, half, i] == (20 if i in pairs else last[i])
+                    assert float(memory.key_use.share[head, half, i]) == pytest.approx(
+                        share[pairs.get(i, i)] / (1 + halved)
+                    )
+                    assert memory.key_use.last_read[head, half, i] == (
+                        20 if i in pairs else last[i]
+                    )
                 for i, source_key in pairs.items():
                     sources[half].setdefault(i, source_key)
     assert moved > 4
@@ -151,10 +178,18 @@ def test_revival_moves_dead_sub_keys_next_to_hot_ones_and_their_rows_with_them(k
                     revived += 1
                     difference = (table.weight[row] - old_table.weight[source]).abs()
                     assert 0 < difference.max() < 0.1
-                    assert not state["exp_avg"][row].any() and not state["exp_avg_sq"][row].any() and state["row_step"][row] == 0
+                    assert (
+                        not state["exp_avg"][row].any()
+                        and not state["exp_avg_sq"][row].any()
+                        and state["row_step"][row] == 0
+                    )
                 else:
                     assert torch.equal(table.weight[row], old_table.weight[row])
-                    assert state["exp_avg"][row].eq(7).all() and state["exp_avg_sq"][row].eq(7).all() and state["row_step"][row] == 7
+                    assert (
+                        state["exp_avg"][row].eq(7).all()
+                        and state["exp_avg_sq"][row].eq(7).all()
+                        and state["row_step"][row] == 7
+                    )
         assert torch.equal(state["last_step"], old_state["last_step"])
     assert 4 < revived < 60
 

@@ -1,4 +1,6 @@
-"""The memory layer equals its naive twin: outputs, input gradients, gradients of every parameter and of single table rows."""
+"""The memory layer equals its naive twin: outputs, input gradients, gradients of every parameter
+and of single table rows.
+"""
 
 from copy import deepcopy
 from typing import Any
@@ -13,7 +15,14 @@ from memshard.models.memory.product_key import ProductKeyMemory, row_slots, slot
 from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import externalize_tables
 
-_SIZES: dict[str, Any] = {"dim": 5, "keys": 8, "heads": 2, "topk": 4, "key_dim": 6, "query_norm": "layer"}
+_SIZES: dict[str, Any] = {
+    "dim": 5,
+    "keys": 8,
+    "heads": 2,
+    "topk": 4,
+    "key_dim": 6,
+    "query_norm": "layer",
+}
 
 
 def _memory(**changes: Any) -> ProductKeyMemory:
@@ -34,7 +43,9 @@ def _tokens(*shape: int) -> Tensor:
 
 
 def _results(y: Tensor, memory: ProductKeyMemory, x: Tensor) -> list[Tensor]:
-    """The output and the gradients of a random projection of it, to the input and to every parameter."""
+    """The output and the gradients of a random projection of it, to the input and to every
+    parameter.
+    """
     upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
     return [y, *torch.autograd.grad((y * upstream).sum(), [x, *memory.parameters()])]
 
@@ -74,7 +85,9 @@ def test_every_size(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
-    """Against each token's experts, one by one; gradients to the input, every parameter and both tables."""
+    """Against each token's experts, one by one; gradients to the input, every parameter and both
+    tables.
+    """
     torch.manual_seed(0)
     peer = Peer(dim=5, keys=4, heads=2, topk=3, key_dim=6, query_norm="layer").double()
     naive, x = deepcopy(peer), _tokens(6)
@@ -84,7 +97,12 @@ def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
     parts = []
     for token, found, scores in zip(x, rows, weights, strict=True):
         experts = zip(found, scores, strict=True)
-        parts.append(sum(w * torch.nn.functional.gelu(naive.down.weight[r] @ token) * naive.values.weight[r] for r, w in experts))
+        parts.append(
+            sum(
+                w * torch.nn.functional.gelu(naive.down.weight[r] @ token) * naive.values.weight[r]
+                for r, w in experts
+            )
+        )
     expected = torch.stack(parts)  # type: ignore[arg-type]
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     y.square().sum().backward()
@@ -93,7 +111,9 @@ def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
     torch.testing.assert_close(ours, x.grad, rtol=1e-10, atol=1e-10)
     theirs = dict(naive.named_parameters())
     for name, parameter in peer.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, rtol=1e-10, atol=1e-10, msg=name
+        )
     if hidden:
         for table, name in zip(tables, ("values.weight", "down.weight"), strict=True):
             gradient = torch.zeros_like(table.weight)
@@ -127,7 +147,10 @@ def test_tied_sub_keys_are_read_in_the_documented_order(topk: int) -> None:
 
 def test_leading_dims_are_tokens() -> None:
     memory, x = _memory(query_norm="batch"), _tokens(2, 3)
-    _assert_same(_results(memory(x), memory, x), _results(naive_memory(memory, x.view(6, 5)).view(2, 3, 5), memory, x))
+    _assert_same(
+        _results(memory(x), memory, x),
+        _results(naive_memory(memory, x.view(6, 5)).view(2, 3, 5), memory, x),
+    )
 
 
 @pytest.mark.parametrize("query_norm", ["batch", "lagged", "layer"])
@@ -141,7 +164,9 @@ def test_padding_is_as_if_it_were_not_there(query_norm: str) -> None:
     ours = _results(memory(x, padding), memory, x)
     _assert_same(ours, naive_results)
     assert not ours[0][~padding].any() and not ours[1][~padding].any()
-    for (name, with_padding), (_, without) in zip(memory.named_buffers(), alone.named_buffers(), strict=True):
+    for (name, with_padding), (_, without) in zip(
+        memory.named_buffers(), alone.named_buffers(), strict=True
+    ):
         torch.testing.assert_close(with_padding, without, msg=name)
 
 
@@ -159,7 +184,9 @@ def test_no_tokens_give_no_gradient_and_no_statistics(query_norm: str) -> None:
 
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> None:
-    """Two passes and two layers that share a table; every row comes once, in order, in blocks of bounded size."""
+    """Two passes and two layers that share a table; every row comes once, in order, in blocks of
+    bounded size.
+    """
     first = _memory()
     second = ProductKeyMemory(**_SIZES, values=first.values).double()
     layers = torch.nn.ModuleList([first, second])
@@ -178,7 +205,9 @@ def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> No
     rows = torch.cat([rows for rows, _ in blocks])
     assert all(len(rows) <= block for rows, _ in blocks)
     assert rows.diff().gt(0).all()
-    gradient = torch.zeros_like(table.weight).index_copy(0, rows, torch.cat([gradient for _, gradient in blocks]))
+    gradient = torch.zeros_like(table.weight).index_copy(
+        0, rows, torch.cat([gradient for _, gradient in blocks])
+    )
     torch.testing.assert_close(gradient, first.values.weight.grad, rtol=1e-10, atol=1e-10)
 
 
@@ -199,6 +228,11 @@ def test_storage_order_is_a_permutation_that_spreads_every_sub_key(keys: int) ->
     rows = slot_rows(i1, i2, keys)
     assert sorted(rows.flatten().tolist()) == list(range(keys**2))
     assert torch.equal(row_slots(rows, keys), i1 * keys + i2)
-    # Every stretch of `keys` rows that starts at a diagonal holds each first and each second sub-key once.
+    # Every stretch of `keys` rows that starts at a diagonal holds each first and each second
+    # sub-key once.
     for sub_key in range(keys):
-        assert (rows[sub_key] // keys).unique().numel() == (rows[:, sub_key] // keys).unique().numel() == keys
+        assert (
+            (rows[sub_key] // keys).unique().numel()
+            == (rows[:, sub_key] // keys).unique().numel()
+            == keys
+        )

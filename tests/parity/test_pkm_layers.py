@@ -1,4 +1,6 @@
-"""What product keys are compared with equals its naive twin: flat keys, and a mixture of experts."""
+"""What product keys are compared with equals its naive twin: flat keys, and a mixture of
+experts.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +10,12 @@ from memshard.experiments.pkm.layers import FlatKeyMemory, MixtureOfExperts
 
 def _results(y: Tensor, layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
     upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
-    return [y, *torch.autograd.grad((y * upstream).sum(), [x, *layer.parameters()], materialize_grads=True)]
+    return [
+        y,
+        *torch.autograd.grad(
+            (y * upstream).sum(), [x, *layer.parameters()], materialize_grads=True
+        ),
+    ]
 
 
 def test_flat_keys_are_compared_one_by_one() -> None:
@@ -20,11 +27,18 @@ def test_flat_keys_are_compared_one_by_one() -> None:
     for token in range(7):
         y = torch.zeros(5, dtype=torch.float64)
         for head in range(2):
-            scores = torch.stack([queries[token, head] @ key for key in memory.flat_keys.weight[head]])
+            scores = torch.stack(
+                [queries[token, head] @ key for key in memory.flat_keys.weight[head]]
+            )
             best = scores.sort(descending=True).indices[:3]
             y = y + scores[best].softmax(-1) @ memory.values.weight[best]
         rows.append(y)
-    torch.testing.assert_close(_results(memory(x), memory, x), _results(torch.stack(rows), memory, x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        _results(memory(x), memory, x),
+        _results(torch.stack(rows), memory, x),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_every_token_gets_its_experts_and_loads_are_evened_out() -> None:
@@ -37,14 +51,22 @@ def test_every_token_gets_its_experts_and_loads_are_evened_out() -> None:
     for token in x.flatten(0, 1):
         gates = mixture.router(token).sigmoid()
         best = (gates + mixture.bias).sort(descending=True).indices[:2].tolist()
-        rows.append(torch.stack([gates[number] * mixture.experts[number](token) for number in best]).sum(0))
+        rows.append(
+            torch.stack([gates[number] * mixture.experts[number](token) for number in best]).sum(0)
+        )
     # The gate is fp32 in every precision.
     torch.testing.assert_close(
-        _results(mixture(x), mixture, x), _results(torch.stack(rows).view(3, 4, 5), mixture, x), rtol=1e-5, atol=1e-6
+        _results(mixture(x), mixture, x),
+        _results(torch.stack(rows).view(3, 4, 5), mixture, x),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
     mixture.train()
-    mixture.router.weight.data[0], mixture.router.weight.data[3] = mixture.router.weight.data[3], mixture.router.weight.data[0].clone()
+    mixture.router.weight.data[0], mixture.router.weight.data[3] = (
+        mixture.router.weight.data[3],
+        mixture.router.weight.data[0].clone(),
+    )
     tokens = torch.randn(400, 5, dtype=torch.float64)
 
     def heaviest() -> float:

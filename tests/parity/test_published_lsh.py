@@ -1,4 +1,6 @@
-"""The published rules of LSH attention: transformers' layer number for number, and the paper's by brute force."""
+"""The published rules of LSH attention: transformers' layer number for number, and the paper's by
+brute force.
+"""
 
 import pytest
 import torch
@@ -20,9 +22,17 @@ def test_transformers_lsh_layer(length: int, rounds: int) -> None:
 
     torch.manual_seed(length + rounds)
     settings = ReformerConfig(
-        hidden_size=24, num_attention_heads=2, attention_head_size=12, num_hashes=rounds, num_buckets=8, lsh_attn_chunk_length=16,
-        is_decoder=True, attn_layers=["lsh"], lsh_attention_probs_dropout_prob=0.0, axial_pos_embds=False,
-    )  # fmt: skip
+        hidden_size=24,
+        num_attention_heads=2,
+        attention_head_size=12,
+        num_hashes=rounds,
+        num_buckets=8,
+        lsh_attn_chunk_length=16,
+        is_decoder=True,
+        attn_layers=["lsh"],
+        lsh_attention_probs_dropout_prob=0.0,
+        axial_pos_embds=False,
+    )
     layer = reformer.LSHSelfAttention(settings, 0).eval()
     x = torch.randn(3, length, 24, requires_grad=True)
     probe = torch.randn(3, length, 24)
@@ -33,22 +43,36 @@ def test_transformers_lsh_layer(length: int, rounds: int) -> None:
         buckets = (flat.view(6, rounds, length) - 8 * torch.arange(rounds)[:, None]).long()
     else:
         theirs, buckets = layer(x).hidden_states, torch.zeros(6, rounds, length, dtype=torch.long)
-    q, v = (project(x).unflatten(-1, (2, 12)).transpose(1, 2).flatten(0, 1) for project in (layer.query_key, layer.value))
-    ours = published_attention(q, _unit(q), v, buckets, 16, "hf_compat").unflatten(0, (3, 2)).transpose(1, 2).flatten(2)
+    q, v = (
+        project(x).unflatten(-1, (2, 12)).transpose(1, 2).flatten(0, 1)
+        for project in (layer.query_key, layer.value)
+    )
+    ours = (
+        published_attention(q, _unit(q), v, buckets, 16, "hf_compat")
+        .unflatten(0, (3, 2))
+        .transpose(1, 2)
+        .flatten(2)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    gradients = [torch.autograd.grad((y * probe).sum(), x, retain_graph=True)[0] for y in (ours, theirs)]
+    gradients = [
+        torch.autograd.grad((y * probe).sum(), x, retain_graph=True)[0] for y in (ours, theirs)
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def _brute_force(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, chunk: int) -> Tensor:
-    """One row: softmax over the union of what the rounds' chunks show of the own bucket's earlier tokens."""
+    """One row: softmax over the union of what the rounds' chunks show of the own bucket's earlier
+    tokens.
+    """
     rounds, length = buckets.shape
     out = []
     for i in range(length):
         seen = set()
         for numbers in buckets:
             places = numbers.argsort(stable=True).argsort() // chunk
-            seen |= {j for j in range(i) if numbers[j] == numbers[i] and 0 <= places[i] - places[j] <= 1}
+            seen |= {
+                j for j in range(i) if numbers[j] == numbers[i] and 0 <= places[i] - places[j] <= 1
+            }
         chosen = sorted(seen)
         out.append((k[chosen] @ q[i]).softmax(0) @ v[chosen] if chosen else v[i])
     return torch.stack(out)
@@ -63,7 +87,8 @@ def test_the_papers_rule() -> None:
     theirs = torch.stack([_brute_force(*row, 8) for row in zip(q, k, v, buckets, strict=True)])
     lonely = (theirs == v).all(-1)
     torch.testing.assert_close(ours[~lonely], theirs[~lonely], rtol=1e-9, atol=1e-9)
-    # Their constant for a token itself is rounded away against fp64's log-sum-exp too, by about 1e-11.
+    # Their constant for a token itself is rounded away against fp64's log-sum-exp too, by about
+    # 1e-11.
     torch.testing.assert_close(ours[lonely], theirs[lonely], rtol=1e-6, atol=1e-6)
 
 
@@ -74,7 +99,9 @@ def test_published_rules_are_not_strictly_causal(rule: str) -> None:
     q, buckets = torch.randn(1, 64, 6), torch.randint(3, (1, 2, 64))
     changed = buckets.clone()
     changed[..., 40:] = torch.randint(3, (1, 2, 24))
-    first, second = (published_attention(q, _unit(q), q, each, 8, rule) for each in (buckets, changed))  # type: ignore[arg-type]
+    first, second = (
+        published_attention(q, _unit(q), q, each, 8, rule) for each in (buckets, changed)
+    )  # type: ignore[arg-type]
     assert (first[:, :40] != second[:, :40]).any()
     with pytest.raises(ValueError, match="must fill a sequence"):
         published_attention(q[:, :63], q[:, :63], q[:, :63], buckets[..., :63], 8, rule)  # type: ignore[arg-type]
@@ -89,16 +116,38 @@ def test_transformers_reformer() -> None:
     torch.manual_seed(0)
     layers, buckets, length = 3, 8, 64
     settings = ReformerConfig(
-        hidden_size=24, num_attention_heads=2, attention_head_size=12, feed_forward_size=48, num_hashes=2, num_buckets=buckets,
-        lsh_attn_chunk_length=16, attn_layers=["lsh"] * layers, axial_pos_shape=[8, 8], axial_pos_embds_dim=[12, 12],
-        max_position_embeddings=length, vocab_size=30, hidden_act="relu", layer_norm_eps=1e-5, is_decoder=True, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=24,
+        num_attention_heads=2,
+        attention_head_size=12,
+        feed_forward_size=48,
+        num_hashes=2,
+        num_buckets=buckets,
+        lsh_attn_chunk_length=16,
+        attn_layers=["lsh"] * layers,
+        axial_pos_shape=[8, 8],
+        axial_pos_embds_dim=[12, 12],
+        max_position_embeddings=length,
+        vocab_size=30,
+        hidden_act="relu",
+        layer_norm_eps=1e-5,
+        is_decoder=True,
+        tie_word_embeddings=False,
+    )
     theirs = reformer.ReformerModelWithLMHead(settings).double().eval()
     config = ModelConfig(
-        vocab_size=30, layers=layers, dim=24, max_length=length, position="axial", axial=(8, 8), residual="reversible", tie_head=False,
-        mixer=MixerConfig(kind="lsh", heads=2, rounds=2, chunk=16, buckets=buckets, rule="hf_compat"),
+        vocab_size=30,
+        layers=layers,
+        dim=24,
+        max_length=length,
+        position="axial",
+        axial=(8, 8),
+        residual="reversible",
+        tie_head=False,
+        mixer=MixerConfig(
+            kind="lsh", heads=2, rounds=2, chunk=16, buckets=buckets, rule="hf_compat"
+        ),
         feedforward=FeedForwardConfig(activation="relu", hidden=48),
-    )  # fmt: skip
+    )
     ours = Transformer(config).double().eval()
     assert ours.grid is not None and ours.positions is not None and ours.head is not None
     ours.grid.scale.fill_(2.0**40)  # they do not round
@@ -110,7 +159,9 @@ def test_transformers_reformer() -> None:
 
     model = theirs.reformer
     copy(ours.embedding, model.embeddings.word_embeddings)
-    for axis, weights in zip(ours.positions.axes, model.embeddings.position_embeddings.weights, strict=True):  # type: ignore[call-overload]
+    for axis, weights in zip(
+        ours.positions.axes, model.embeddings.position_embeddings.weights, strict=True
+    ):  # type: ignore[call-overload]
         nn.init.normal_(axis.weight)
         weights.data.copy_(axis.weight.view_as(weights))
     copy(ours.norm, model.encoder.layer_norm)

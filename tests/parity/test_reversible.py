@@ -1,4 +1,6 @@
-"""Reversible blocks equal their naive twin bit for bit: outputs, gradients of inputs and parameters, reads kept for tables."""
+"""Reversible blocks equal their naive twin bit for bit: outputs, gradients of inputs and
+parameters, reads kept for tables.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -95,11 +97,15 @@ def test_a_state_from_before(kind: Any) -> None:
     """Of which nothing has a gradient."""
     model = _model(hidden=True, mixer=MixerConfig(heads=2, kind=kind))
     with torch.no_grad():
-        states = model(tiny_tokens(3, LENGTH, seed=9), tiny_context(), model.init_states(3, LENGTH))[1]
+        states = model(
+            tiny_tokens(3, LENGTH, seed=9), tiny_context(), model.init_states(3, LENGTH)
+        )[1]
     model.check_inversion = True
     twin = deepcopy(model)
     ours = two_passes(model, lambda *call: model(*call[1:], states)[0], tiny_context("documents"))
-    assert_same(ours, two_passes(twin, partial(naive_reversible, states=states), tiny_context("documents")))
+    assert_same(
+        ours, two_passes(twin, partial(naive_reversible, states=states), tiny_context("documents"))
+    )
 
 
 @pytest.mark.parametrize("which", ["documents", "padding"])
@@ -110,7 +116,8 @@ def test_masks_and_dropout(which: str) -> None:
         block.dropout_rate = 0.3
     twin = deepcopy(model)
     assert_same(
-        two_passes(model, _ours, tiny_context(which), torch.float32), two_passes(twin, naive_reversible, tiny_context(which), torch.float32)
+        two_passes(model, _ours, tiny_context(which), torch.float32),
+        two_passes(twin, naive_reversible, tiny_context(which), torch.float32),
     )
 
 
@@ -119,16 +126,25 @@ def test_shared_and_frozen_parameters() -> None:
     model.blocks[2].mixer = model.blocks[0].mixer
     assert model.blocks[0].feedforward is not None
     model.blocks[2].feedforward = model.blocks[0].feedforward
-    for parameter in (model.embedding.weight, model.positions.weight, *model.blocks[1].mixer.parameters()):  # type: ignore[union-attr]
+    for parameter in (
+        model.embedding.weight,
+        model.positions.weight,
+        *model.blocks[1].mixer.parameters(),
+    ):  # type: ignore[union-attr]
         parameter.requires_grad_(False)
     twin = deepcopy(model)
     ours = two_passes(model, _ours, tiny_context(), torch.float32)
     assert_same(ours, two_passes(twin, naive_reversible, tiny_context(), torch.float32))
-    assert "gradient of blocks.0.mixer.query.weight" in ours and "gradient of blocks.1.mixer.query.weight" not in ours
+    assert (
+        "gradient of blocks.0.mixer.query.weight" in ours
+        and "gradient of blocks.1.mixer.query.weight" not in ours
+    )
 
 
 def test_a_weight_that_autocast_casts_in_a_block_and_again_outside_gets_both_gradients() -> None:
-    """Autocast's cache of half precision copies would hand the copy of the gradient-free pass on."""
+    """Autocast's cache of half precision copies would hand the copy of the gradient-free pass
+    on.
+    """
 
     def twice(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def function(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
@@ -147,9 +163,17 @@ def test_a_weight_that_autocast_casts_in_a_block_and_again_outside_gets_both_gra
 
 @pytest.mark.parametrize("mixer", ["softmax", "lsh", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(dtype: torch.dtype, mixer: str) -> None:
+def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(
+    dtype: torch.dtype, mixer: str
+) -> None:
     """Forward by hand, then back by hand; and gradients as from checkpointing the same function."""
-    model = _model(True, layers=48, memory={"layers": tuple(range(3, 48, 12))}, dropout=0.2, mixer=MixerConfig(heads=2, **MIXERS[mixer]))
+    model = _model(
+        True,
+        layers=48,
+        memory={"layers": tuple(range(3, 48, 12))},
+        dropout=0.2,
+        mixer=MixerConfig(heads=2, **MIXERS[mixer]),
+    )
     for block in model.blocks:
         # Large branches: the streams reach about 40.
         torch.nn.init.normal_(block.mixer.output.weight, std=0.4)
@@ -163,7 +187,9 @@ def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(dtype: torch.dtype
         for block in reversed(model.blocks):
             x2 = x2 - feedforward_change(block, model.grid, x1, ctx)
             x1 = x1 - mixer_change(block, model.grid, x2, ctx)[0]
-    assert torch.equal(x1.view(torch.int32), (model.grid.round(start) + 0.0).view(torch.int32)) and torch.equal(x2, x1)
+    assert torch.equal(
+        x1.view(torch.int32), (model.grid.round(start) + 0.0).view(torch.int32)
+    ) and torch.equal(x2, x1)
 
     checkpointed = partial(checkpoint, naive_block, use_reentrant=False)
     gradients = []
@@ -175,12 +201,20 @@ def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(dtype: torch.dtype
             if checked:
                 y1, y2 = copy.grid.round(x).clone(), copy.grid.round(x).clone()
                 for block in copy.blocks:
-                    y1, y2 = (checkpointed if block.memory is None else naive_block)(block, y1, y2, ctx)
+                    y1, y2 = (checkpointed if block.memory is None else naive_block)(
+                        block, y1, y2, ctx
+                    )
             else:
                 y1, y2, _ = reversible_blocks(copy.blocks, copy.grid, x, ctx, check=True)
         (y1 * y2).mean().backward()
         assert x.grad is not None
-        gradients.append([x.grad, *(p.grad for p in copy.blocks.parameters()), *(t.reads[0].upstream for _, t in find_tables(copy))])
+        gradients.append(
+            [
+                x.grad,
+                *(p.grad for p in copy.blocks.parameters()),
+                *(t.reads[0].upstream for _, t in find_tables(copy)),
+            ]
+        )
     assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -213,7 +247,9 @@ def test_a_branch_that_is_not_deterministic_is_found() -> None:
 def test_a_graph_may_be_kept_but_not_differentiated_twice() -> None:
     model = _model(True, memory={"mode": "add", "gate": True})
     weights = [p for p in model.parameters() if p.requires_grad]
-    loss = token_losses(model(tiny_tokens(3, LENGTH), tiny_context())[0], tiny_tokens(3, LENGTH, seed=1)).sum()
+    loss = token_losses(
+        model(tiny_tokens(3, LENGTH), tiny_context())[0], tiny_tokens(3, LENGTH, seed=1)
+    ).sum()
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     again = torch.autograd.grad(loss, weights)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -221,7 +257,9 @@ def test_a_graph_may_be_kept_but_not_differentiated_twice() -> None:
         loss.backward()
     loss = model(tiny_tokens(3, LENGTH), tiny_context())[0].sum()
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        sum(gradient.sum() for gradient in torch.autograd.grad(loss, weights, create_graph=True)).backward()  # type: ignore[union-attr]
+        sum(
+            gradient.sum() for gradient in torch.autograd.grad(loss, weights, create_graph=True)
+        ).backward()  # type: ignore[union-attr]
 
 
 def test_hooks_that_would_run_twice_are_refused() -> None:

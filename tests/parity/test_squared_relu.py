@@ -22,14 +22,20 @@ def test_values_and_gradients(dtype: torch.dtype) -> None:
 def test_one_tensor_is_kept() -> None:
     kept: list[Tensor] = []
     x = torch.randn(5, 3, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         squared_relu(x)
     assert len(kept) == 1
 
 
 def test_fp16_does_not_overflow() -> None:
-    """Where the square does not fit, value and gradient are those of the largest input whose square does."""
-    x = torch.tensor([-1e4, 255.875, 256.0, 300.0, 6e4, float("nan")], dtype=torch.float16, requires_grad=True)
+    """Where the square does not fit, value and gradient are those of the largest input whose square
+    does.
+    """
+    x = torch.tensor(
+        [-1e4, 255.875, 256.0, 300.0, 6e4, float("nan")], dtype=torch.float16, requires_grad=True
+    )
     y = squared_relu(x)
     assert y[:5].tolist() == [0, *[65472] * 4] and y[5].isnan()
     y[:5].sum().backward()

@@ -1,4 +1,6 @@
-"""A search without training: programs are a number, and their loss is known. As a script it runs one, for tests that kill it."""
+"""A search without training: programs are a number, and their loss is known. As a script it runs
+one, for tests that kill it.
+"""
 
 import random
 import sys
@@ -23,22 +25,46 @@ def settings(folder: Path, **changes: Any) -> Settings:
     text = folder / "text"
     if not text.exists():
         text.write_bytes(bytes(range(97, 107)) * 1000)
-    small = {"children": 60, "copies": 4, "population": 12, "tournament": 4, "free": 4, "window": 16, "budget": 150, "final_seeds": 2}
+    small = {
+        "children": 60,
+        "copies": 4,
+        "population": 12,
+        "tournament": 4,
+        "free": 4,
+        "window": 16,
+        "budget": 150,
+        "final_seeds": 2,
+    }
     return Settings(str(text), **({"seed": 0} | small | changes))
 
 
 def work(task: Task) -> Iterator[dict[str, Any]]:
-    """Mutations move the number, mostly down; the loss falls with steps and number, plus noise of the seed. A tenth is rejected."""
+    """Mutations move the number, mostly down; the loss falls with steps and number, plus noise of
+    the seed. A tenth is rejected.
+    """
     draw = random.Random(f"{task.seed}/{task.id}")
     time.sleep(PAUSE * draw.random())
     if task.do == "draw":
         number = 0.0 if task.dna is None else task.dna["number"] + draw.gauss(-1, 1)
         mutation = "" if task.dna is None else "move"
         if mutation and draw.random() < 0.1:
-            yield {"event": "done", "id": task.id, "dna": {"number": number}, "mutation": mutation, "status": "leak", "reason": "drawn"}
+            yield {
+                "event": "done",
+                "id": task.id,
+                "dna": {"number": number},
+                "mutation": mutation,
+                "status": "leak",
+                "reason": "drawn",
+            }
         else:
             known = {"hash": f"{number:.3f}", "parameters": 1}
-            yield {"event": "program", "id": task.id, "dna": {"number": number}, "mutation": mutation, **known}
+            yield {
+                "event": "program",
+                "id": task.id,
+                "dna": {"number": number},
+                "mutation": mutation,
+                **known,
+            }
         return
     assert task.dna is not None
     if not task.steps:
@@ -46,7 +72,14 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
     for rung, share in enumerate(stops(task.settings)):
         time.sleep(PAUSE * draw.random())
         loss = 3 - task.dna["number"] * 0.1 - share + draw.gauss(0, 0.02)
-        yield {"event": "rung", "id": task.id, "rung": rung, "step": round(150 * share), "loss": loss, "seconds": 0.0}
+        yield {
+            "event": "rung",
+            "id": task.id,
+            "rung": rung,
+            "step": round(150 * share),
+            "loss": loss,
+            "seconds": 0.0,
+        }
         hurdle = task.hurdles[rung] if rung < len(task.hurdles) else None
         if hurdle is not None and loss > hurdle:
             yield {"event": "done", "id": task.id, "status": STOPPED, "reason": "drawn"}
@@ -57,7 +90,12 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
 def run(folder: Path, workers: int, **changes: Any) -> History:
     """The search with real worker processes."""
     chosen = settings(folder, **changes)
-    return search(folder, chosen, lambda: Processes(work, workers, chosen.timeout, None), say=lambda line: None)
+    return search(
+        folder,
+        chosen,
+        lambda: Processes(work, workers, chosen.timeout, None),
+        say=lambda line: None,
+    )
 
 
 class Here:
@@ -79,7 +117,10 @@ class Here:
 
 
 def run_here(
-    folder: Path, work: Callable[[Task], Iterable[Event]] = work, say: Callable[[str], None] = lambda line: None, **changes: Any
+    folder: Path,
+    work: Callable[[Task], Iterable[Event]] = work,
+    say: Callable[[str], None] = lambda line: None,
+    **changes: Any,
 ) -> History:
     """The search without processes."""
     return search(folder, settings(folder, **changes), lambda: Here(work), say)
@@ -88,7 +129,10 @@ def run_here(
 def outcome(history: History) -> list[Any]:
     """All that two equal histories must agree on: programs, losses, ends, and the winner."""
     facts = ("id", "parent", "dna", "mutation", "hash", "steps", "hurdles", "status", "fitness")
-    children = [[getattr(child, fact) for fact in facts] + [rung[:2] for rung in child.rungs] for child in history.children]
+    children = [
+        [getattr(child, fact) for fact in facts] + [rung[:2] for rung in child.rungs]
+        for child in history.children
+    ]
     return [children, history.winner()]
 
 

@@ -30,13 +30,25 @@ GOLDEN = ("transformer", "transformer-pp", "primer-ez", "primer")
 SOFTMAX_LINES = [line("EXP", 0), line("MASK", 2), line("RED_SUM", 3), line("DIVIDE", 3, 4)]
 LEAKS = {
     "no mask": ([line("EXP", 0), line("RED_SUM", 2), line("DIVIDE", 2, 3)], {"leak"}),
-    "mask after normalising": ([line("EXP", 0), line("RED_SUM", 2), line("DIVIDE", 2, 3), line("MASK", 4)], {"leak"}),
+    "mask after normalising": (
+        [line("EXP", 0), line("RED_SUM", 2), line("DIVIDE", 2, 3), line("MASK", 4)],
+        {"leak"},
+    ),
     "sign of unmasked scores": (
-        [line("SIGN", 0), line("RED_SUM", 2), line("EXP", 0), line("MASK", 4), line("MULTIPLY", 5, 3)],
+        [
+            line("SIGN", 0),
+            line("RED_SUM", 2),
+            line("EXP", 0),
+            line("MASK", 4),
+            line("MULTIPLY", 5, 3),
+        ],
         {"leak"},
     ),
     "a scale for each position": ([*SOFTMAX_LINES, line("SCALE", 5)], {"length"}),
-    "mean of masked scores": ([line("EXP", 0), line("MASK", 2), line("RED_MEAN", 3), line("DIVIDE", 3, 4)], {"length"}),
+    "mean of masked scores": (
+        [line("EXP", 0), line("MASK", 2), line("RED_MEAN", 3), line("DIVIDE", 3, 4)],
+        {"length"},
+    ),
 }
 
 
@@ -88,7 +100,12 @@ def test_a_graph_is_the_same_however_it_is_written() -> None:
     dna = golden("transformer", HEAD_WIDTH)
     other = copy.deepcopy(dna)
     other["subprograms"][8] = [line("ADD", 1, 0)]
-    other["subprograms"][9] = [line("COS", 0), line("MAX", 0), line("C_MUL", 3, const=1), line("MAX", 3)]
+    other["subprograms"][9] = [
+        line("COS", 0),
+        line("MAX", 0),
+        line("C_MUL", 3, const=1),
+        line("MAX", 3),
+    ]
     assert graph(other).hash == graph(dna).hash
     other["subprograms"][9] = [line("MAX", 0), line("SQUARE", 2)]
     assert graph(other).hash != graph(dna).hash
@@ -119,13 +136,27 @@ CACHED = {
     "sums, products, wide filters": changed(
         "transformer",
         2,
-        [line("CUM_SUM", 0), line("TANH", 2), line("CUM_PROD", 3), line("CONV_7X1", 4, dim=2), line("DCONV_15X1", 5), line("CONV_3X1", 6)],
+        [
+            line("CUM_SUM", 0),
+            line("TANH", 2),
+            line("CUM_PROD", 3),
+            line("CONV_7X1", 4, dim=2),
+            line("DCONV_15X1", 5),
+            line("CONV_3X1", 6),
+        ],
     ),
     "nothing learnt": changed("transformer", 0, [line("CUM_SUM", 0), line("TANH", 2)]),
     "unusual attention": changed(
         "transformer",
         SOFTMAX,
-        [line("TANH", 0), line("MASK", 2), line("ABS", 3), line("RED_SUM", 4), line("ABS_ROOT", 5), line("DIVIDE", 3, 6)],
+        [
+            line("TANH", 0),
+            line("MASK", 2),
+            line("ABS", 3),
+            line("RED_SUM", 4),
+            line("ABS_ROOT", 5),
+            line("DIVIDE", 3, 6),
+        ],
     ),
 }
 
@@ -141,13 +172,20 @@ def test_cached_decoding_equals_the_whole_text(name: str, chunks: list[int]) -> 
     with torch.no_grad():
         _, ahead = model(torch.zeros(2, 3, dtype=torch.int64), None, states)
         assert ahead is not None
-        states = [block.mixer.rollback(state, 3) for block, state in zip(model.blocks, ahead, strict=True)]
+        states = [
+            block.mixer.rollback(state, 3) for block, state in zip(model.blocks, ahead, strict=True)
+        ]
         for chunk in tokens.split(chunks, dim=1):
             part, advanced = model(chunk, None, states)
             assert advanced is not None
-            states = [block.mixer.reorder(state, torch.tensor([0, 1])) for block, state in zip(model.blocks, advanced, strict=True)]
+            states = [
+                block.mixer.reorder(state, torch.tensor([0, 1]))
+                for block, state in zip(model.blocks, advanced, strict=True)
+            ]
             parts.append(part)
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.cat(parts, dim=1), model(tokens)[0], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_a_program_without_a_cached_form_is_refused_with_the_reason() -> None:
@@ -167,9 +205,21 @@ def test_every_primitive_compiles_somewhere() -> None:
             (SOFTMAX, [*scores, line(op, 3, 0)]),
             (1, [line(3, 0), line("T_MAT_MUL", 0, 0), line("MASK", 3), line(op, 4, 0)]),
         ):
-            dna = changed("transformer", number, [{**entry, "op": {"sub": 3} if entry["op"] == 3 else entry["op"]} for entry in lines])
+            dna = changed(
+                "transformer",
+                number,
+                [
+                    {**entry, "op": {"sub": 3} if entry["op"] == 3 else entry["op"]}
+                    for entry in lines
+                ],
+            )
             result = compile_dna(dna, replace(SHAPE, parameters=(10_000, 10_000_000)))
-            assert isinstance(result, Compiled) or result.status in ("shape", "leak", "length", "nonfinite"), (op, result)
+            assert isinstance(result, Compiled) or result.status in (
+                "shape",
+                "leak",
+                "length",
+                "nonfinite",
+            ), (op, result)
             found[op] += isinstance(result, Compiled)
     # All programs here have T_MAT_MUL, which makes the scores.
     assert [op for op in PRIMITIVES if not found[op]] == ["T_MAT_MUL"]
@@ -178,7 +228,12 @@ def test_every_primitive_compiles_somewhere() -> None:
 def test_branches_run_at_once_and_equal_one_after_another() -> None:
     """Nested branches and operands from outside a branch, against a program written without any."""
     dna = golden("transformer", HEAD_WIDTH)
-    sub = [line("CONV_1X1", 0, dim=1), line("DCONV_3X1", 2), line("MULTIPLY", 3, 1), line("SCALE", 4)]
+    sub = [
+        line("CONV_1X1", 0, dim=1),
+        line("DCONV_3X1", 2),
+        line("MULTIPLY", 3, 1),
+        line("SCALE", 4),
+    ]
     main = [line({"sub": 1}, 0, 0, branch=2), line("CONV_1X1", 2), line("ADD", 3, 0)]
     dna["subprograms"] = [main, [line({"sub": 2}, 0, 0, branch=4)], sub]
     dna["dims"] = [8, 8, 8, 8, 8, 8]
@@ -193,7 +248,11 @@ def test_branches_run_at_once_and_equal_one_after_another() -> None:
     for number in range(8):
         own = slice(8 * number, 8 * number + 8)
         h = x @ conv[own].T
-        h = sum(torch.cat((torch.zeros(2, lag, 8, dtype=x.dtype), h[:, : 5 - lag]), 1) * filters.view(-1, 3)[own, lag] for lag in range(3))
+        h = sum(
+            torch.cat((torch.zeros(2, lag, 8, dtype=x.dtype), h[:, : 5 - lag]), 1)
+            * filters.view(-1, 3)[own, lag]
+            for lag in range(3)
+        )
         branches.append(h * x * scales[own])
     expected = torch.cat(branches, -1) @ last.T + x
     torch.testing.assert_close(mixer(x, Context.of(x[..., 0]))[0], expected)
@@ -228,27 +287,60 @@ def test_a_file_holds_a_dna(tmp_path: Path) -> None:
 
 def test_calls_that_multiply_are_cut_off() -> None:
     dna = golden("transformer")
-    dna["subprograms"] = [[line({"sub": number + 1}, 0, 0), line({"sub": number + 1}, 2, 2)] for number in range(30)] + [[line("SCALE", 0)]]
+    dna["subprograms"] = [
+        [line({"sub": number + 1}, 0, 0), line({"sub": number + 1}, 2, 2)] for number in range(30)
+    ] + [[line("SCALE", 0)]]
     found = compile_dna(dna, SHAPE)
     assert found == Rejected("invalid", "its calls, inlined, are more than a block may have")
 
 
 def test_a_narrower_band_is_met_or_refused() -> None:
     for middle in (40_000, 400_000, 4_000_000):
-        found = compile_dna(golden("transformer"), Shape(vocab=29, length=24, parameters=(middle * 3 // 4, middle * 5 // 4), layers=2))
-        assert isinstance(found, Compiled) and middle * 3 // 4 <= found.parameters <= middle * 5 // 4
-    refused = compile_dna(golden("transformer"), Shape(vocab=29, length=24, parameters=(10, 20), layers=2))
+        found = compile_dna(
+            golden("transformer"),
+            Shape(vocab=29, length=24, parameters=(middle * 3 // 4, middle * 5 // 4), layers=2),
+        )
+        assert (
+            isinstance(found, Compiled) and middle * 3 // 4 <= found.parameters <= middle * 5 // 4
+        )
+    refused = compile_dna(
+        golden("transformer"), Shape(vocab=29, length=24, parameters=(10, 20), layers=2)
+    )
     assert isinstance(refused, Rejected) and refused.status == "band"
 
 
-def test_a_winner_is_compiled_to_any_width_and_proved_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_winner_is_compiled_to_any_width_and_proved_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(golden("primer", 16), tmp_path / "winner.json")
     out, code = tmp_path / "program.json", tmp_path / "block.py"
-    assert main(["search", "compile", str(tmp_path / "winner.json"), "--dim", "128", "--out", str(out), "--source", str(code)]) == 0
+    assert (
+        main(
+            [
+                "search",
+                "compile",
+                str(tmp_path / "winner.json"),
+                "--dim",
+                "128",
+                "--out",
+                str(out),
+                "--source",
+                str(code),
+            ]
+        )
+        == 0
+    )
     assert "generates with a cache" in capsys.readouterr().out and "class Block" in code.read_text()
-    assert load_recipe("quickstart", [f"model.program={out}", "model.dim=128", "model.memory.layers=[]"]).model.program
+    assert load_recipe(
+        "quickstart", [f"model.program={out}", "model.dim=128", "model.memory.layers=[]"]
+    ).model.program
     assert main(["search", "compile", "transformer", "--dim", "20", "--out", str(out)]) == 2
     assert "choose a multiple of 8" in capsys.readouterr().err
-    save(changed("transformer", SOFTMAX, LEAKS["mask after normalising"][0]), tmp_path / "leak.json")
-    assert main(["search", "compile", str(tmp_path / "leak.json"), "--dim", "64", "--out", str(out)]) == 2
+    save(
+        changed("transformer", SOFTMAX, LEAKS["mask after normalising"][0]), tmp_path / "leak.json"
+    )
+    assert (
+        main(["search", "compile", str(tmp_path / "leak.json"), "--dim", "64", "--out", str(out)])
+        == 2
+    )
     assert "later positions" in capsys.readouterr().err

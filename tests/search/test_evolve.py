@@ -1,4 +1,6 @@
-"""Evolution: what it breeds from, what it stops, and that no kill and no number of workers changes what it finds."""
+"""Evolution: what it breeds from, what it stops, and that no kill and no number of workers changes
+what it finds.
+"""
 
 import json
 import os
@@ -22,13 +24,21 @@ from tests.search import landscape
 
 
 def _kill_at(folder: Path, events: int, workers: int, children: int, of: str) -> None:
-    """Start a search and kill -9 it, or one of its workers, once its journal has so many events; wait for its end."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.search.landscape", str(folder), str(workers), str(children)])
+    """Start a search and kill -9 it, or one of its workers, once its journal has so many events;
+    wait for its end.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.search.landscape", str(folder), str(workers), str(children)]
+    )
     deadline = time.monotonic() + 120
     while len(read(folder)) < events:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    below = [child for child in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(child.cmdline())]
+    below = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "resource_tracker" not in " ".join(child.cmdline())
+    ]
     if of == "worker":
         os.kill(random.choice(below).pid, signal.SIGKILL)
         assert process.wait(timeout=120) == 0
@@ -42,7 +52,10 @@ def test_the_same_history_with_any_number_of_workers_and_after_any_kill(tmp_path
     folders = [tmp_path / name for name in ("one", "three", "killed")]
     for folder in folders:
         folder.mkdir()
-    one, three = landscape.run(folders[0], 1, children=80), landscape.run(folders[1], 3, children=80)
+    one, three = (
+        landscape.run(folders[0], 1, children=80),
+        landscape.run(folders[1], 3, children=80),
+    )
     assert landscape.outcome(one) == landscape.outcome(three)
     _kill_at(folders[2], 150, 2, 80, "search")
     with (folders[2] / JOURNAL_FILE).open("a") as journal:
@@ -54,19 +67,31 @@ def test_the_same_history_with_any_number_of_workers_and_after_any_kill(tmp_path
     assert {child.phase for child in one.children} == {"search", "final", "lineage", "size"}
 
 
-def test_a_search_finds_better_programs_and_its_hurdles_save_what_theory_says(tmp_path: Path) -> None:
-    history = landscape.run(tmp_path, 2, children=400, population=40, tournament=8, ahead=8, hurdles=3, sizes=())
+def test_a_search_finds_better_programs_and_its_hurdles_save_what_theory_says(
+    tmp_path: Path,
+) -> None:
+    history = landscape.run(
+        tmp_path, 2, children=400, population=40, tournament=8, ahead=8, hurdles=3, sizes=()
+    )
     start = statistics.fmean(child.fitness for child in history.children[:4])
     assert history.children[history.winner()].fitness < start - 0.5
-    met = [c for c in history.searched() if None not in c.hurdles and c.status in ("full", "hurdle")]
+    met = [
+        c for c in history.searched() if None not in c.hurdles and c.status in ("full", "hurdle")
+    ]
     assert 150 / statistics.fmean(child.spent for child in met) == pytest.approx(saving(3), rel=0.2)
     # Every program at a hurdle passed if and only if it was not above it.
     for child in met:
-        passed = [rung.loss <= hurdle for rung, hurdle in zip(child.rungs, child.hurdles, strict=False) if hurdle is not None]
+        passed = [
+            rung.loss <= hurdle
+            for rung, hurdle in zip(child.rungs, child.hurdles, strict=False)
+            if hurdle is not None
+        ]
         assert all(passed[:-1]) and passed[-1] == (child.status == "full")
 
 
-def test_without_order_every_finished_program_counts_at_once_and_a_resumed_search_ends(tmp_path: Path) -> None:
+def test_without_order_every_finished_program_counts_at_once_and_a_resumed_search_ends(
+    tmp_path: Path,
+) -> None:
     _kill_at(tmp_path, 30, 2, 60, "search")
     journal = tmp_path / JOURNAL_FILE
     lines = journal.read_text().splitlines()
@@ -75,30 +100,47 @@ def test_without_order_every_finished_program_counts_at_once_and_a_resumed_searc
     journal.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     history = landscape.run(tmp_path, 2, deterministic=False)
     assert not history.living() and landscape.outcome(load(tmp_path)) == landscape.outcome(history)
-    assert all(child.parent in history.ended[: history.ended.index(child.id)] for child in history.searched() if child.parent)
+    assert all(
+        child.parent in history.ended[: history.ended.index(child.id)]
+        for child in history.searched()
+        if child.parent
+    )
 
 
 def test_published_hurdles() -> None:
-    """So et al. 2021: 4 hurdles in 25,200 s stop after 812.9, 2438.7, 5690.3 and 12193.5 s, and save a factor of 6.2."""
+    """So et al. 2021: 4 hurdles in 25,200 s stop after 812.9, 2438.7, 5690.3 and 12193.5 s, and
+    save a factor of 6.2.
+    """
     found = [25_200 * share for share in stops(Settings("text", hurdles=4))]
-    assert found == pytest.approx([812.9, 2438.7, 5690.3, 12193.5, 25200], abs=0.1) and saving(4) == pytest.approx(6.2)
+    assert found == pytest.approx([812.9, 2438.7, 5690.3, 12193.5, 25200], abs=0.1) and saving(
+        4
+    ) == pytest.approx(6.2)
 
 
 def test_parents_are_the_best_of_a_tournament_among_the_latest() -> None:
-    """With losses in order of birth, the parent of rank r among P is drawn with the probability of the lowest of S draws."""
-    settings = Settings("text", children=4000, copies=100, population=100, tournament=10, hurdles=0, ahead=1)
+    """With losses in order of birth, the parent of rank r among P is drawn with the probability of
+    the lowest of S draws.
+    """
+    settings = Settings(
+        "text", children=4000, copies=100, population=100, tournament=10, hurdles=0, ahead=1
+    )
     history = History(settings)
     ranks: Counter[int] = Counter()
     for id in range(settings.children):
         (birth,) = history.next_births()
         history.apply(birth)
-        history.apply({"event": "rung", "id": id, "rung": 0, "step": 1, "loss": float(id), "seconds": 0.0})
+        history.apply(
+            {"event": "rung", "id": id, "rung": 0, "step": 1, "loss": float(id), "seconds": 0.0}
+        )
         history.apply({"event": "done", "id": id, "status": "full"})
         if id >= 100:
             assert birth["parent"] >= id - 100
             ranks[birth["parent"] - (id - 100)] += 1
-    # P(lowest of 10 without replacement has rank 0) = 0.1, rank below 7 = 1 - C(93, 10) / C(100, 10) = 0.528.
-    assert ranks[0] / 3900 == pytest.approx(0.1, abs=0.02) and sum(ranks[r] for r in range(7)) / 3900 == pytest.approx(0.528, abs=0.03)
+    # P(lowest of 10 without replacement has rank 0) = 0.1, rank below 7 = 1 - C(93, 10) / C(100,
+    # 10) = 0.528.
+    assert ranks[0] / 3900 == pytest.approx(0.1, abs=0.02) and sum(
+        ranks[r] for r in range(7)
+    ) / 3900 == pytest.approx(0.528, abs=0.03)
 
 
 def test_a_second_search_in_the_folder_is_refused(tmp_path: Path) -> None:

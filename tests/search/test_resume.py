@@ -1,4 +1,6 @@
-"""Journals that a kill cut short, workers that are lost at a bad moment, and reports of searches in which something failed."""
+"""Journals that a kill cut short, workers that are lost at a bad moment, and reports of searches in
+which something failed.
+"""
 
 import json
 import shutil
@@ -25,7 +27,11 @@ def test_a_kill_after_any_birth_of_the_verdict_loses_none(tmp_path: Path) -> Non
     whole = landscape.run_here(tmp_path, **SHORT)
     lines = (tmp_path / JOURNAL_FILE).read_text().splitlines(keepends=True)
     events = [json.loads(line) for line in lines]
-    cuts = [number for number, event in enumerate(events, start=1) if event["event"] == "born" and event["phase"] != "search"]
+    cuts = [
+        number
+        for number, event in enumerate(events, start=1)
+        if event["event"] == "born" and event["phase"] != "search"
+    ]
     assert {events[cut - 1]["phase"] for cut in cuts} == {"final", "lineage", "size"}
     for cut in cuts:
         folder = tmp_path / str(cut)
@@ -52,7 +58,9 @@ def test_a_start_that_does_not_train_is_refused_in_every_session(tmp_path: Path)
     done = next(number for number, line in enumerate(lines) if json.loads(line)["event"] == "done")
     (tmp_path / JOURNAL_FILE).write_text("".join(lines[:done]))
     with Journal(tmp_path) as journal:
-        journal.write(json.loads(lines[done]) | {"status": "crash", "reason": f"{LOSSES} workers died"})
+        journal.write(
+            json.loads(lines[done]) | {"status": "crash", "reason": f"{LOSSES} workers died"}
+        )
     with pytest.raises(ValueError, match="does not train: crash"):
         landscape.run_here(tmp_path, children=4, finalists=0, sizes=())
 
@@ -81,13 +89,17 @@ def test_another_version_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     landscape.run_here(tmp_path, say=said.append, children=4, finalists=0, sizes=())
     journal = tmp_path / JOURNAL_FILE
-    journal.write_text(journal.read_text().replace(f'"torch":"{torch.__version__}"', '"torch":"0.1"'))
+    journal.write_text(
+        journal.read_text().replace(f'"torch":"{torch.__version__}"', '"torch":"0.1"')
+    )
     assert not any("begun with" in line for line in said)
     landscape.run_here(tmp_path, say=said.append, children=4, finalists=0, sizes=())
     assert any("begun with {'torch': '0.1'" in line for line in said)
 
 
-def test_a_report_says_which_trainings_failed_and_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_says_which_trainings_failed_and_is_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work(task: Task) -> Iterable[Event]:
         if task.do == "train" and task.size == 2.0 and task.dna == {"number": 0.0}:
             return [{"event": "done", "id": task.id, "status": "oom", "reason": "too large"}]
@@ -95,18 +107,31 @@ def test_a_report_says_which_trainings_failed_and_is_json(tmp_path: Path, monkey
 
     history = landscape.run_here(tmp_path, work, **SHORT, final_seeds=1)
     assert history.winner() != 0
-    monkeypatch.setattr("memshard.search.evolve.report._source", lambda *of: "")  # a number has none
+    monkeypatch.setattr(
+        "memshard.search.evolve.report._source", lambda *of: ""
+    )  # a number has none
     result = report(history, tmp_path)
-    assert result["again"]["0"]["test"]["deviation"] is None and "NaN" not in (tmp_path / RESULT_FILE).read_text()
-    assert "transformer (start) at 2 times the size, oom (too large)" in (tmp_path / REPORT_FILE).read_text()
+    assert (
+        result["again"]["0"]["test"]["deviation"] is None
+        and "NaN" not in (tmp_path / RESULT_FILE).read_text()
+    )
+    assert (
+        "transformer (start) at 2 times the size, oom (too large)"
+        in (tmp_path / REPORT_FILE).read_text()
+    )
 
 
-def test_the_lineage_that_is_drawn_is_the_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lineage_that_is_drawn_is_the_winners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where that is the start alone."""
 
     def work(task: Task) -> Iterable[Event]:
         worse = 9.0 if task.verdict and task.dna != {"number": 0.0} else 0.0
-        return [event | {"loss": event["loss"] + worse} if event["event"] == "rung" else event for event in landscape.work(task)]
+        return [
+            event | {"loss": event["loss"] + worse} if event["event"] == "rung" else event
+            for event in landscape.work(task)
+        ]
 
     drawn: dict[str, list[int]] = {}
     plot = Axes.plot

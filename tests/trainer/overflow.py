@@ -1,4 +1,6 @@
-"""Gradients that overflow on one rank, as they would in backward: before anything is summed over ranks."""
+"""Gradients that overflow on one rank, as they would in backward: before anything is summed over
+ranks.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,11 @@ from memshard.trainer.run import Run
 def dense_overflow(run: Run) -> Iterator[None]:
     """The last rank's gradient of one matrix is infinite."""
     weight = run.model.blocks[1].mixer.output.weight
-    hook = weight.register_hook(lambda gradient: gradient + torch.inf) if run.rank == run.ranks - 1 else None
+    hook = (
+        weight.register_hook(lambda gradient: gradient + torch.inf)
+        if run.rank == run.ranks - 1
+        else None
+    )
     yield
     if hook:
         hook.remove()

@@ -1,4 +1,6 @@
-"""Fast weights that go on from step to step: a stream in pieces is the stream, whatever happens to the run in between."""
+"""Fast weights that go on from step to step: a stream in pieces is the stream, whatever happens to
+the run in between.
+"""
 
 import json
 from pathlib import Path
@@ -21,8 +23,12 @@ from tests.trainer.test_ranks import load_whole
 from tests.trainer.tiny_run import RECIPE, assert_same, checkpoint_state, prepare, train_run
 
 CARRY = (
-    "train.carry_state=true", "model.position=none", "model.mixer.kind=delta", "model.mixer.features=dpfp", "model.memory.query_norm=layer"
-)  # fmt: skip
+    "train.carry_state=true",
+    "model.position=none",
+    "model.mixer.kind=delta",
+    "model.mixer.features=dpfp",
+    "model.memory.query_norm=layer",
+)
 FROZEN = ("optimizer.lr=0", "tables.lr=0", "model.dropout=0")
 
 
@@ -46,8 +52,19 @@ def _loud(run: Run) -> Run:
 
 
 def _loss(recipe: Path, folder: Path, steps: int, *settings: str) -> float:
-    """Of a tiny model that does not learn, over steps that cover the same 48 tokens of every lane."""
-    run = _loud(prepare(recipe, folder / f"{steps} {settings}", *CARRY, *FROZEN, f"data.length={48 // steps}", *settings))
+    """Of a tiny model that does not learn, over steps that cover the same 48 tokens of every
+    lane.
+    """
+    run = _loud(
+        prepare(
+            recipe,
+            folder / f"{steps} {settings}",
+            *CARRY,
+            *FROZEN,
+            f"data.length={48 // steps}",
+            *settings,
+        )
+    )
     return sum(train_step(run).loss for _ in range(steps)) / steps
 
 
@@ -59,7 +76,10 @@ def _loss(recipe: Path, folder: Path, steps: int, *settings: str) -> float:
         (("model.mixer.kind=linear", "train.checkpointing=full", "train.chunk=7"), 1e-5),
         (("model.mixer.convolution=3", "train.segments=3"), 1e-5),
         # Roundings to the grid differ where sums do.
-        (("data.document_mask=true", "model.residual=reversible", "train.check_inversion=true"), 1e-4),
+        (
+            ("data.document_mask=true", "model.residual=reversible", "train.check_inversion=true"),
+            1e-4,
+        ),
     ],
     ids=str,
 )
@@ -69,7 +89,10 @@ def test_any_split_of_a_stream_gives_the_losses_of_one_pass(
     whole = _loss(recipe, tmp_path, 1, *settings)
     for steps in (2, 6):
         assert _loss(recipe, tmp_path, steps, *settings) == pytest.approx(whole, abs=tolerance)
-    assert abs(_loss(recipe, tmp_path, 6, *settings, "train.carry_state=false") - whole) > 100 * tolerance
+    assert (
+        abs(_loss(recipe, tmp_path, 6, *settings, "train.carry_state=false") - whole)
+        > 100 * tolerance
+    )
 
 
 @pytest.mark.slow
@@ -77,7 +100,16 @@ def test_engines_carry_the_same(recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     losses = []
     for engine in ("torch", "deepspeed"):
-        run = _loud(prepare(recipe, tmp_path / engine, *CARRY, "data.length=16", f"train.engine={engine}", "model.dropout=0"))
+        run = _loud(
+            prepare(
+                recipe,
+                tmp_path / engine,
+                *CARRY,
+                "data.length=16",
+                f"train.engine={engine}",
+                "model.dropout=0",
+            )
+        )
         losses.append([train_step(run).loss for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -89,14 +121,23 @@ def test_documents_are_forgotten_where_they_end(recipe: Path, tmp_path: Path) ->
 
 
 def _stop_and_go_on(rank: int, world: int, recipe: Path, folder: Path, *settings: str) -> None:
-    common = (*CARRY, "train.steps=6", "train.micro_batch=3", "data.length=24", "train.eval_tokens=100", *settings)
+    common = (
+        *CARRY,
+        "train.steps=6",
+        "train.micro_batch=3",
+        "data.length=24",
+        "train.eval_tokens=100",
+        *settings,
+    )
     train_run(recipe, folder / "whole", *common)
     train_run(recipe, folder / "stopped", *common, stop_at=3)
     train_run(recipe, folder / "stopped", *common)
 
 
 @pytest.mark.parametrize(("world", "residual"), [(1, "pre"), (1, "reversible"), (2, "pre")])
-def test_three_and_three_steps_are_six(world: int, residual: str, recipe: Path, tmp_path: Path) -> None:
+def test_three_and_three_steps_are_six(
+    world: int, residual: str, recipe: Path, tmp_path: Path
+) -> None:
     settings = f"model.residual={residual}", "data.document_mask=true", "model.mixer.convolution=2"
     if world == 1:
         _stop_and_go_on(0, 1, recipe, tmp_path, *settings)
@@ -107,8 +148,19 @@ def test_three_and_three_steps_are_six(world: int, residual: str, recipe: Path, 
     memory = whole["carried.blocks.1.memory"]
     assert memory.shape == (8, 2, 16, 8) and bool(memory.flatten(1).any(1).all())
     # Without what was carried, the run would have gone elsewhere.
-    train_run(recipe, tmp_path / "forgetful", *CARRY, *settings, "train.steps=6", "data.length=24", "train.carry_state=false")
-    assert not torch.equal(checkpoint_state(tmp_path / "forgetful")["model.embedding.weight"], whole["model.embedding.weight"])
+    train_run(
+        recipe,
+        tmp_path / "forgetful",
+        *CARRY,
+        *settings,
+        "train.steps=6",
+        "data.length=24",
+        "train.carry_state=false",
+    )
+    assert not torch.equal(
+        checkpoint_state(tmp_path / "forgetful")["model.embedding.weight"],
+        whole["model.embedding.weight"],
+    )
 
 
 _FEW_LANES = (*CARRY, "train.batch=4", "train.steps=3", "data.length=16")
@@ -126,7 +178,10 @@ def test_lanes_move_to_another_number_of_ranks(recipe: Path, tmp_path: Path) -> 
     """Saved on 2 ranks; of 3 one has no lane at all."""
     run_distributed(_train_few, 2, recipe, tmp_path)
     saved = checkpoint_state(tmp_path)
-    for loaded in (load_whole(recipe, tmp_path, *_FEW_LANES), *run_distributed(_load_few, 3, recipe, tmp_path)):
+    for loaded in (
+        load_whole(recipe, tmp_path, *_FEW_LANES),
+        *run_distributed(_load_few, 3, recipe, tmp_path),
+    ):
         names = [name for name in saved if name.startswith(("carried.", "model."))]
         assert len([name for name in names if name.startswith("carried.")]) == 4
         assert_same({name: loaded[name] for name in names}, {name: saved[name] for name in names})
@@ -138,10 +193,14 @@ def test_an_epoch_begins_with_nothing(recipe: Path, tmp_path: Path) -> None:
     run = _loud(prepare(recipe, tmp_path / "run", *CARRY, *FROZEN, *long))
     steps = run.stream.samples_per_epoch // 3
     losses = [train_step(run).loss for _ in range(steps + 1)]
-    forgetful = _loud(prepare(recipe, tmp_path / "forgetful", *CARRY, *FROZEN, *long, "train.carry_state=false"))
+    forgetful = _loud(
+        prepare(recipe, tmp_path / "forgetful", *CARRY, *FROZEN, *long, "train.carry_state=false")
+    )
     expected = [train_step(forgetful).loss for _ in range(steps + 1)]
     assert steps > 1 and losses[0] == expected[0] and losses[steps] == expected[steps]
-    assert all(ours != theirs for ours, theirs in zip(losses[1:steps], expected[1:steps], strict=True))
+    assert all(
+        ours != theirs for ours, theirs in zip(losses[1:steps], expected[1:steps], strict=True)
+    )
 
 
 def test_a_skipped_step_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
@@ -154,7 +213,9 @@ def test_a_skipped_step_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
     assert run.progress.skipped == 1
     assert_same(run.carried.tensors(None), before)
     train_step(run)
-    assert not torch.equal(run.carried.tensors(None)["carried.blocks.0.memory"], before["carried.blocks.0.memory"])
+    assert not torch.equal(
+        run.carried.tensors(None)["carried.blocks.0.memory"], before["carried.blocks.0.memory"]
+    )
 
 
 def _evaluated(run: Path, capfd: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -163,7 +224,9 @@ def _evaluated(run: Path, capfd: pytest.CaptureFixture[str], *options: str) -> d
     return {**printed, "code": code}
 
 
-def test_untruncated_evaluation_is_one_pass(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_untruncated_evaluation_is_one_pass(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Of training with carried states, and of the command on whatever model can."""
     trained = train_run(recipe, tmp_path / "run", *CARRY, "data.length=16", "train.steps=5")
     loaded = load(tmp_path / "run")
@@ -176,16 +239,27 @@ def test_untruncated_evaluation_is_one_pass(recipe: Path, tmp_path: Path, capfd:
     capfd.readouterr()
     for batch in ("1", "7"):
         found = _evaluated(tmp_path / "run", capfd, "--untruncated", "--batch", batch)
-        assert found["code"] == 0 and found["tokens"] == targets.numel() and found["loss"] == pytest.approx(expected, rel=1e-6)
+        assert (
+            found["code"] == 0
+            and found["tokens"] == targets.numel()
+            and found["loss"] == pytest.approx(expected, rel=1e-6)
+        )
         last = found["by_position"][-1]
-        assert last["last"] == targets.numel() - 1 or last["tokens"] == targets.numel() - last["first"]
+        assert (
+            last["last"] == targets.numel() - 1 or last["tokens"] == targets.numel() - last["first"]
+        )
         assert last["loss"] == pytest.approx(float(losses[0, last["first"] :].mean()), rel=1e-6)
     assert found["untruncated"] and not _evaluated(tmp_path / "run", capfd)["untruncated"]
     assert _evaluated(tmp_path / "run", capfd)["loss"] != pytest.approx(expected, rel=1e-6)
-    assert "leave one of them out" in _evaluated(tmp_path / "run", capfd, "--untruncated", "--stride", "1")["error"]
+    assert (
+        "leave one of them out"
+        in _evaluated(tmp_path / "run", capfd, "--untruncated", "--stride", "1")["error"]
+    )
 
 
-def test_untruncated_evaluation_needs_states_of_constant_size(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_untruncated_evaluation_needs_states_of_constant_size(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=1")
     capfd.readouterr()
     found = _evaluated(tmp_path / "run", capfd, "--untruncated")
@@ -201,7 +275,10 @@ def test_untruncated_evaluation_needs_states_of_constant_size(recipe: Path, tmp_
         (("model.encoder_layers=2", "model.memory.layers=[]"), "model.encoder_layers is"),
         (("parallel.tensor=2",), "parallel.tensor is 2: set it to 1"),
         (("train.segments=2", "train.chunk=8"), "leave out train.chunk, or train.segments"),
-        (("train.segments=2", "model.residual=reversible"), "leave out model.residual=reversible, or train.segments"),
+        (
+            ("train.segments=2", "model.residual=reversible"),
+            "leave out model.residual=reversible, or train.segments",
+        ),
         (("train.segments=0",), "train.segments is 0"),
     ],
     ids=str,

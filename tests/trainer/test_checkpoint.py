@@ -18,7 +18,12 @@ from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.checkpoint.load_model import load
-from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, load_state, load_tensors, save_checkpoint
+from memshard.trainer.checkpoint.save_load import (
+    DamagedCheckpoint,
+    load_state,
+    load_tensors,
+    save_checkpoint,
+)
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import assert_same, checkpoint_state, prepare, train_run
 
@@ -45,19 +50,30 @@ def saved_twice(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
-    name: str, damage: Callable[[Path], None], saved_twice: Path, recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str,
+    damage: Callable[[Path], None],
+    saved_twice: Path,
+    recipe: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = Path(shutil.copytree(saved_twice, tmp_path / "run"))
     newest = run / "checkpoints/step-00000004"
     damage(newest / name)
-    with pytest.raises(DamagedCheckpoint, match=f"step-00000004 is damaged .*{name.partition('.')[0]}"):
+    with pytest.raises(
+        DamagedCheckpoint, match=f"step-00000004 is damaged .*{name.partition('.')[0]}"
+    ):
         load(newest)
-    with pytest.warns(UserWarning, match="step-00000004 is damaged.*the checkpoint before it is read"):
+    with pytest.warns(
+        UserWarning, match="step-00000004 is damaged.*the checkpoint before it is read"
+    ):
         assert load(run).step == 2
     with caplog.at_level(logging.WARNING):
         resumed = prepare(recipe, run)
     assert resumed.progress.step == 2 and "the run goes on from step 2" in caplog.text
-    assert [path.name for path in (run / "checkpoints").iterdir() if "damaged" in path.name] == ["damaged-step-00000004"]
+    assert [path.name for path in (run / "checkpoints").iterdir() if "damaged" in path.name] == [
+        "damaged-step-00000004"
+    ]
 
 
 def test_a_run_that_fell_back_ends_like_one_that_did_not(recipe: Path, tmp_path: Path) -> None:
@@ -68,19 +84,30 @@ def test_a_run_that_fell_back_ends_like_one_that_did_not(recipe: Path, tmp_path:
     assert_same(checkpoint_state(tmp_path / "run"), checkpoint_state(tmp_path / "whole"))
 
 
-def test_where_all_are_damaged_the_newest_is_named(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_where_all_are_damaged_the_newest_is_named(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=4", "train.save_every=2")
     for folder in committed(tmp_path / "run/checkpoints"):
         _flip(folder / "state.json")
     assert main(["train", str(recipe), "--run", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
-    assert "step-00000004 is damaged (state.json does not match its hash)" in error and "delete that folder" in error
+    assert (
+        "step-00000004 is damaged (state.json does not match its hash)" in error
+        and "delete that folder" in error
+    )
     assert len(committed(tmp_path / "run/checkpoints")) == 2
 
 
 def test_a_save_beside_training_hides_no_warnings_of_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of a step"):
-        save_checkpoint(tmp_path / "step-00000001", {"x": torch.ones(2)}, {}, [], free=lambda: warnings.warn("of a step", stacklevel=1))
+        save_checkpoint(
+            tmp_path / "step-00000001",
+            {"x": torch.ones(2)},
+            {},
+            [],
+            free=lambda: warnings.warn("of a step", stacklevel=1),
+        )
 
 
 class _Code:
@@ -138,13 +165,21 @@ def test_an_index_is_not_believed(change: dict[str, Any], message: str, tmp_path
 
 def _tensors(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"table": (9000, 1000), "dense": (3000, 1000), "scalar": (), "empty": (0, 7), "odd": (3, 5, 7)}
+    sizes = {
+        "table": (9000, 1000),
+        "dense": (3000, 1000),
+        "scalar": (),
+        "empty": (0, 7),
+        "odd": (3, 5, 7),
+    }
     tensors = {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
     return tensors | {"half": tensors["odd"].bfloat16(), "flags": tensors["odd"] > 0.5}
 
 
 def test_an_update_during_a_save_does_not_reach_it(tmp_path: Path) -> None:
-    """A table of three pieces is written where it lies, the others are copied; the save is of one step."""
+    """A table of three pieces is written where it lies, the others are copied; the save is of one
+    step.
+    """
     saving, live, state = BackgroundSave(), _tensors(0), {"losses": [1.0]}
     saving.start(tmp_path / "step-00000001", live, state, [], ["table"], lambda: None)
     for tensor in live.values():
@@ -160,7 +195,9 @@ def test_an_update_during_a_save_does_not_reach_it(tmp_path: Path) -> None:
 
 def test_old_checkpoints_go_and_those_of_round_steps_stay(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", "train.save_every=1", "train.keep_every=4")
-    assert [path.name for path in committed(tmp_path / "run/checkpoints")] == [f"step-{step:08d}" for step in (4, 8, 9, 10)]
+    assert [path.name for path in committed(tmp_path / "run/checkpoints")] == [
+        f"step-{step:08d}" for step in (4, 8, 9, 10)
+    ]
 
 
 def _fill_the_disk_of_the_second_rank(rank: int, world: int, recipe: Path, folder: Path) -> str:
@@ -183,7 +220,10 @@ def _fill_the_disk_of_the_second_rank(rank: int, world: int, recipe: Path, folde
 def test_a_full_disk_on_one_rank_costs_no_checkpoint(recipe: Path, tmp_path: Path) -> None:
     problems = run_distributed(_fill_the_disk_of_the_second_rank, 2, recipe, tmp_path / "run")
     for problem in problems:
-        assert "step-00000001.tmp could not be written" in problem and "is the disk full?, at step 0" in problem
+        assert (
+            "step-00000001.tmp could not be written" in problem
+            and "is the disk full?, at step 0" in problem
+        )
     assert [path.name for path in committed(tmp_path / "run/checkpoints")] == ["step-00000000"]
 
 

@@ -17,14 +17,28 @@ from tests.trainer.tiny_run import RECIPE, numbers, train_run
 
 def recipe_for(data: Path, folder: Path, extra: str = "") -> Path:
     file = folder / "recipe.yaml"
-    file.write_text(RECIPE.format(data=data).replace("length: 32", f"length: 48{extra}").replace("eval_every: 0", "eval_every: 5"))
+    file.write_text(
+        RECIPE.format(data=data)
+        .replace("length: 32", f"length: 48{extra}")
+        .replace("eval_every: 0", "eval_every: 5")
+    )
     return file
 
 
 def test_a_run_on_pairs_resumes(tmp_path: Path) -> None:
     for side in "ab":
-        (tmp_path / f"{side}.txt").write_text("\n".join(f"{side} sentence {number} " + "word " * (number % 9) for number in range(200)))
-    build_data(Sources((tmp_path / "a.txt", tmp_path / "b.txt"), "pairs"), tmp_path / "data", vocab_size=300, held_out=10, workers=1)
+        (tmp_path / f"{side}.txt").write_text(
+            "\n".join(
+                f"{side} sentence {number} " + "word " * (number % 9) for number in range(200)
+            )
+        )
+    build_data(
+        Sources((tmp_path / "a.txt", tmp_path / "b.txt"), "pairs"),
+        tmp_path / "data",
+        vocab_size=300,
+        held_out=10,
+        workers=1,
+    )
     recipe = recipe_for(tmp_path / "data", tmp_path)
     whole = train_run(recipe, tmp_path / "whole")
     train_run(recipe, tmp_path / "parts", stop_at=4)
@@ -39,8 +53,16 @@ def test_a_run_on_images(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for number in range(40):
-        image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{number}.png")
-    build_images([Path(file) for file in find_files([tmp_path / "in"], ["png"])], tmp_path / "data", size=4, held_out=4, workers=1)
+        image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(
+            tmp_path / "in" / f"{number}.png"
+        )
+    build_images(
+        [Path(file) for file in find_files([tmp_path / "in"], ["png"])],
+        tmp_path / "data",
+        size=4,
+        held_out=4,
+        workers=1,
+    )
     assert train_run(recipe_for(tmp_path / "data", tmp_path), tmp_path / "run")["finished"]
 
 
@@ -53,7 +75,9 @@ def test_a_run_on_a_mixture(data: Path, tmp_path: Path) -> None:
         train_run(recipe_for(data, tmp_path), tmp_path / "run")
 
 
-def test_a_damaged_document_costs_its_tokens_and_past_the_tolerance_the_run(data: Path, tmp_path: Path) -> None:
+def test_a_damaged_document_costs_its_tokens_and_past_the_tolerance_the_run(
+    data: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "data"))
     shard = load_index(copy).splits["train"].shards[0]
     offset, tokens, *_ = read_sidecar(copy, shard)[2].tolist()

@@ -1,4 +1,6 @@
-"""Rows that nobody reads: the log's counts and the list that `memshard eval` writes, against every single read."""
+"""Rows that nobody reads: the log's counts and the list that `memshard eval` writes, against every
+single read.
+"""
 
 import json
 from pathlib import Path
@@ -45,7 +47,19 @@ def test_the_log_counts_rows_without_reads(semantics: str, recipe: Path, tmp_pat
 
 def test_eval_lists_the_slots_that_no_token_reads(recipe: Path, data: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", *FEW_READS, stop_at=2)
-    assert main(["eval", str(tmp_path / "run"), "--dead-rows", str(tmp_path / "dead.json"), "--max-tokens", "100"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(tmp_path / "run"),
+                "--dead-rows",
+                str(tmp_path / "dead.json"),
+                "--max-tokens",
+                "100",
+            ]
+        )
+        == 0
+    )
     loaded = load(tmp_path / "run")
     table = next(memory.values for _, memory in loaded.model.memories())
     table.observer = reads = _Reads()

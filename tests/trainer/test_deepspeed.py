@@ -49,26 +49,45 @@ def _allow_fp16() -> None:
 
 
 def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[str, Any]]:
-    """Losses, norms and all weights after three steps, of every engine and stage; checks that DeepSpeed keeps the bytes foreseen."""
+    """Losses, norms and all weights after three steps, of every engine and stage; checks that
+    DeepSpeed keeps the bytes foreseen.
+    """
     found = []
     for settings in STAGES:
-        run = prepare(recipe, folder / "-".join(settings), *MICRO, "model.memory.query_norm=layer", *settings)
+        run = prepare(
+            recipe, folder / "-".join(settings), *MICRO, "model.memory.query_norm=layer", *settings
+        )
         outcomes = [train_step(run) for _ in range(3)]
         numbers = torch.tensor([(outcome.loss, outcome.norm, outcome.rate) for outcome in outcomes])
-        if isinstance(run.engine, DeepSpeedEngine) and run.engine.shards and run.data_ranks == world:
+        if (
+            isinstance(run.engine, DeepSpeedEngine)
+            and run.engine.shards
+            and run.data_ranks == world
+        ):
             masters = run.engine.zero.single_partition_of_fp32_groups
-            bytes_of = [sum(t.nbytes for t in (*run.engine.parameters, *masters)), 2 * sum(t.nbytes for t in masters)]
+            bytes_of = [
+                sum(t.nbytes for t in (*run.engine.parameters, *masters)),
+                2 * sum(t.nbytes for t in masters),
+            ]
             sizes = [p.numel() for p in run.engine.parameters]
             here, in_host = dense_bytes(run.recipe.train, sum(sizes), max(sizes), world, half=False)
-            predicted = [here.get(key, 0) + in_host.get(key, 0) for key in ("dense_weights", "dense_moments")]
+            predicted = [
+                here.get(key, 0) + in_host.get(key, 0) for key in ("dense_weights", "dense_moments")
+            ]
             assert bytes_of == pytest.approx(predicted, rel=0.01), settings
-        whole = {} if run.data_ranks < world else {name: value.clone() for name, value in run.model.state_dict().items()}
+        whole = (
+            {}
+            if run.data_ranks < world
+            else {name: value.clone() for name, value in run.model.state_dict().items()}
+        )
         found.append({"numbers": numbers, **whole})
     return found
 
 
 def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
-    """A checkpoint of the torch engine, resumed and saved again by others; then two more steps, and on with torch."""
+    """A checkpoint of the torch engine, resumed and saved again by others; then two more steps, and
+    on with torch.
+    """
     train_run(recipe, folder / "torch", *MICRO, stop_at=4)
     _allow_fp16()
     for name, settings in OTHERS.items():
@@ -82,7 +101,9 @@ def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
                 write_config(run.folder, run.recipe)
             run.save()
         assert train_run(recipe, folder / name / "6", *MICRO, stop_at=8)["step"] == 8
-    prepare(recipe, folder / "begun", *MICRO, DEEPSPEED, "train.zero=2", f"init_from={folder / 'torch'}").save()
+    prepare(
+        recipe, folder / "begun", *MICRO, DEEPSPEED, "train.zero=2", f"init_from={folder / 'torch'}"
+    ).save()
     train_run(recipe, folder / "torch", *MICRO, stop_at=6)
 
 
@@ -90,7 +111,9 @@ def test_all_stages_train_as_torch_does(recipe: Path, tmp_path: Path) -> None:
     first, second = run_distributed(_all_stages, 2, recipe, tmp_path, timeout=300)
     for settings, found, other in zip(STAGES, first, second, strict=True):
         expected = {name: first[0][name] for name in found}
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, s=settings: f"{s}: {text}")
+        torch.testing.assert_close(
+            found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, s=settings: f"{s}: {text}"
+        )
         assert torch.equal(found["numbers"], other["numbers"])
     assert (tmp_path / "-".join(STAGES[2]) / "deepspeed.json").exists()
 
@@ -98,19 +121,38 @@ def test_all_stages_train_as_torch_does(recipe: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_goes_from_engine_to_engine_and_back(recipe: Path, tmp_path: Path) -> None:
     run_distributed(_there_and_back, 2, recipe, tmp_path, timeout=300)
     before = checkpoint_state(tmp_path / "torch/checkpoints/step-00000004")
-    learned = {name: value for name, value in before.items() if isinstance(value, torch.Tensor) and "key_" not in name}
+    learned = {
+        name: value
+        for name, value in before.items()
+        if isinstance(value, torch.Tensor) and "key_" not in name
+    }
     for name in (*(f"{name}/4" for name in OTHERS), "begun"):
         after = checkpoint_state(tmp_path / name)
         assert_same({name: after[name] for name in learned}, learned)
         assert name == "begun" or after["progress"] == before["progress"]
-    torch_6, deepspeed_6 = (checkpoint_state(tmp_path / name) for name in ("torch", "fp32/6/checkpoints/step-00000006"))
+    torch_6, deepspeed_6 = (
+        checkpoint_state(tmp_path / name) for name in ("torch", "fp32/6/checkpoints/step-00000006")
+    )
     for name, value in torch_6.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(deepspeed_6[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                deepspeed_6[name],
+                value,
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda text, n=name: f"{n}: {text}",
+            )
 
 
 def _stream_dtypes(rank: int, world: int, recipe: Path, folder: Path) -> list[torch.dtype]:
-    settings = (DEEPSPEED, "train.zero=1", "train.precision=bf16", "parallel.tensor=2", "model.position=rotary", "model.memory.layers=[]")
+    settings = (
+        DEEPSPEED,
+        "train.zero=1",
+        "train.precision=bf16",
+        "parallel.tensor=2",
+        "model.position=rotary",
+        "model.memory.layers=[]",
+    )
     run = prepare(recipe, folder, *settings)
     found: list[torch.dtype] = []
     for block in run.model.blocks:
@@ -125,24 +167,48 @@ def test_the_residual_stream_of_tensor_parallel_ranks_is_fp32(recipe: Path, tmp_
 
 def _overflow(rank: int, world: int, recipe: Path, folder: Path) -> list[list[float]]:
     _allow_fp16()
-    return [overflow_on_one_rank(rank, world, recipe, folder / zero, DEEPSPEED, f"train.zero={zero}") for zero in ("1", "2")]
+    return [
+        overflow_on_one_rank(rank, world, recipe, folder / zero, DEEPSPEED, f"train.zero={zero}")
+        for zero in ("1", "2")
+    ]
 
 
-def test_an_overflow_on_one_rank_skips_the_step_under_deepspeed_too(recipe: Path, tmp_path: Path) -> None:
-    assert run_distributed(_overflow, 2, recipe, tmp_path, timeout=300) == [[[65536.0, 32768.0, 16384.0]] * 2] * 2
+def test_an_overflow_on_one_rank_skips_the_step_under_deepspeed_too(
+    recipe: Path, tmp_path: Path
+) -> None:
+    assert (
+        run_distributed(_overflow, 2, recipe, tmp_path, timeout=300)
+        == [[[65536.0, 32768.0, 16384.0]] * 2] * 2
+    )
 
 
 @pytest.mark.slow
 def test_one_process_leaves_standard_output_alone(recipe: Path, tmp_path: Path) -> None:
-    argv = ["train", str(recipe), "--run", str(tmp_path / "run"), DEEPSPEED, "train.zero=1", "train.steps=2", "--json"]
-    done = subprocess.run([sys.executable, "-m", "memshard", *argv], capture_output=True, text=True, timeout=300)
+    argv = [
+        "train",
+        str(recipe),
+        "--run",
+        str(tmp_path / "run"),
+        DEEPSPEED,
+        "train.zero=1",
+        "train.steps=2",
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "memshard", *argv], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 2
     assert "Traceback" not in done.stderr and "arning" not in done.stderr, done.stderr
 
 
-def test_settings_that_cannot_work_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for override, message in (("train.zero=2", "set train.engine=deepspeed"), ("train.offload=true", "needs train.engine=deepspeed")):
+def test_settings_that_cannot_work_are_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for override, message in (
+        ("train.zero=2", "set train.engine=deepspeed"),
+        ("train.offload=true", "needs train.engine=deepspeed"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_recipe(str(recipe), [override])
     argv = ["train", str(recipe), "--run", str(tmp_path / "run"), DEEPSPEED, "train.precision=bf16"]
@@ -151,7 +217,10 @@ def test_settings_that_cannot_work_are_refused(recipe: Path, tmp_path: Path, cap
 
 
 def test_a_missing_package_is_named(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert main(["train", str(recipe), "--run", str(tmp_path / "run"), DEEPSPEED]) == 2

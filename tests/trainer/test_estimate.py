@@ -22,14 +22,29 @@ from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.cost.alternatives import changed_by
-from memshard.trainer.cost.estimate import check_fits, count_parameters, estimate, flops_per_token, remedies, state_bytes
+from memshard.trainer.cost.estimate import (
+    check_fits,
+    count_parameters,
+    estimate,
+    flops_per_token,
+    remedies,
+    state_bytes,
+)
 from memshard.trainer.cost.peak_flops import peak_flops
-from memshard.trainer.cost.traffic import LAYOUTS, choose_layout, layout_name, sent_per_token, uniform_duplicates
+from memshard.trainer.cost.traffic import (
+    LAYOUTS,
+    choose_layout,
+    layout_name,
+    sent_per_token,
+    uniform_duplicates,
+)
 from tests.distributed import run_distributed
 from tests.live_bytes import LiveBytes
 
 MEMORY = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
-MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4), memory=MEMORY)
+MODEL = ModelConfig(
+    vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4), memory=MEMORY
+)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -37,10 +52,30 @@ MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=Mixer
     "model",
     [
         MODEL,
-        replace(MODEL, memory=MemoryConfig(), feedforward=FeedForwardConfig(activation="swiglu"), vocab_size=3000),
-        replace(MODEL, memory=replace(MEMORY, query_norm="rms", gate=True, value_dim=96, mode="add"), norm="rms", dropout=0.1),
-        replace(MODEL, memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True), residual="post"),
-        replace(MODEL, position="rotary", feedforward=FeedForwardConfig(activation="relu"), memory=MemoryConfig(), tie_head=False),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            feedforward=FeedForwardConfig(activation="swiglu"),
+            vocab_size=3000,
+        ),
+        replace(
+            MODEL,
+            memory=replace(MEMORY, query_norm="rms", gate=True, value_dim=96, mode="add"),
+            norm="rms",
+            dropout=0.1,
+        ),
+        replace(
+            MODEL,
+            memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True),
+            residual="post",
+        ),
+        replace(
+            MODEL,
+            position="rotary",
+            feedforward=FeedForwardConfig(activation="relu"),
+            memory=MemoryConfig(),
+            tie_head=False,
+        ),
         replace(MODEL, memory=replace(MEMORY, keys=200, topk=32, query_norm="none")),
         replace(MODEL, memory=replace(MEMORY, kind="peer", topk=32)),
         replace(
@@ -50,18 +85,28 @@ MODEL = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=Mixer
             mixer=MixerConfig(heads=4, convolution=3, share_qk=True),
             feedforward=FeedForwardConfig(activation="squared_relu", norm="after"),
         ),
-        replace(MODEL, memory=MemoryConfig(), mixer=MixerConfig(heads=4, convolution=3, kv_heads=2), dropout=0.1),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            mixer=MixerConfig(heads=4, convolution=3, kv_heads=2),
+            dropout=0.1,
+        ),
     ],
 )
 @pytest.mark.parametrize(("document_mask", "balanced"), [(False, False), (True, True)])
-def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, document_mask: bool, balanced: bool) -> None:
+def test_activations_are_what_autograd_saves(
+    model: ModelConfig, half: bool, document_mask: bool, balanced: bool
+) -> None:
     batch, length = 16, 64
     transformer = Transformer(model).train()
     tables = externalize_tables(transformer)
     for _, memory in transformer.memories():
         memory.key_use = KeyUse(memory.heads, model.memory.keys)
         memory.key_use.balance = float(balanced)
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*transformer.parameters(), *(table.weight for table in tables)]}
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in [*transformer.parameters(), *(table.weight for table in tables)]
+    }
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -71,13 +116,22 @@ def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, doc
 
     tokens = torch.randint(100, (batch, length))
     documents = torch.zeros_like(tokens) if document_mask else None
-    ctx = Context(torch.arange(length).expand(batch, -1), documents, random=RandomKey(0, 0, torch.arange(batch)))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
+    ctx = Context(
+        torch.arange(length).expand(batch, -1),
+        documents,
+        random=RandomKey(0, 0, torch.arange(batch)),
+    )
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
         token_losses(transformer(tokens, ctx)[0], tokens).sum()
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     if half:  # the copies of weights, which the estimate counts as weights
         measured -= 2 * count_parameters(model).active
-    sizes = activation_bytes(model, length, half=half, document_mask=document_mask, key_balance=balanced)
+    sizes = activation_bytes(
+        model, length, half=half, document_mask=document_mask, key_balance=balanced
+    )
     predicted = batch * length * sizes[0]
     assert predicted == pytest.approx(measured, rel=0.05)
 
@@ -86,13 +140,24 @@ def test_activations_are_what_autograd_saves(model: ModelConfig, half: bool, doc
     "model",
     [
         replace(MODEL, memory=MemoryConfig(), layers=8, dropout=0.1),
-        replace(MODEL, memory=replace(MEMORY, query_norm="rms", gate=True, mode="add"), norm="rms", dropout=0.1, tie_head=False),
+        replace(
+            MODEL,
+            memory=replace(MEMORY, query_norm="rms", gate=True, mode="add"),
+            norm="rms",
+            dropout=0.1,
+            tie_head=False,
+        ),
         replace(MODEL, memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True)),
     ],
 )
 @pytest.mark.parametrize("chunk", [0, 16])
-@pytest.mark.parametrize(("residual", "checkpointing"), [("pre", "none"), ("pre", "full"), ("pre", "selective"), ("reversible", "none")])
-def test_activations_that_are_computed_again(model: ModelConfig, residual: Any, checkpointing: Any, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("residual", "checkpointing"),
+    [("pre", "none"), ("pre", "full"), ("pre", "selective"), ("reversible", "none")],
+)
+def test_activations_that_are_computed_again(
+    model: ModelConfig, residual: Any, checkpointing: Any, chunk: int
+) -> None:
     batch, length = 16, 64
     model = replace(model, residual=residual)
     transformer = Transformer(model).train()
@@ -101,13 +166,18 @@ def test_activations_that_are_computed_again(model: ModelConfig, residual: Any, 
     for parameter in transformer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens = torch.randint(100, (batch, length))
-    ctx = Context(torch.arange(length).expand(batch, -1), random=RandomKey(0, 0, torch.arange(batch)))
+    ctx = Context(
+        torch.arange(length).expand(batch, -1), random=RandomKey(0, 0, torch.arange(batch))
+    )
     with LiveBytes() as live:
         loss = transformer(tokens, ctx, targets=tokens)[0].sum()
         kept = live.now
         live.peak = 0
         loss.backward()
-    predicted, again = (batch * length * size for size in activation_bytes(model, length, checkpointing=checkpointing, chunk=chunk))
+    predicted, again = (
+        batch * length * size
+        for size in activation_bytes(model, length, checkpointing=checkpointing, chunk=chunk)
+    )
     assert predicted == pytest.approx(kept, rel=0.05)
     if again and not chunk:
         # What is held for a moment, such as gradients inside a branch, comes on top.
@@ -116,8 +186,16 @@ def test_activations_that_are_computed_again(model: ModelConfig, residual: Any, 
 
 def test_segments_hold_one_piece() -> None:
     """Losses and states of 16 pieces, of which one is computed again."""
-    model = replace(MODEL, memory=MemoryConfig(), dim=32, position="none", mixer=MixerConfig(heads=2, kind="delta", features="dpfp"))
-    assert state_bytes(model) == model.layers * (2 * 32 * 16 * 4 + 8)  # matrices, and the document of the last token
+    model = replace(
+        MODEL,
+        memory=MemoryConfig(),
+        dim=32,
+        position="none",
+        mixer=MixerConfig(heads=2, kind="delta", features="dpfp"),
+    )
+    assert state_bytes(model) == model.layers * (
+        2 * 32 * 16 * 4 + 8
+    )  # matrices, and the document of the last token
     recipe = Recipe(data=DataConfig(path="", length=1024), model=model, train=TrainConfig(batch=1))
     whole = estimate(recipe, 1, 100).bytes
     pieces = estimate(replace(recipe, train=replace(recipe.train, segments=16)), 1, 100).bytes
@@ -127,14 +205,20 @@ def test_segments_hold_one_piece() -> None:
 
 @pytest.mark.parametrize("tie_head", [False, True])
 def test_parameters_are_the_models(tie_head: bool) -> None:
-    config = replace(MODEL, tie_head=tie_head, memory=replace(MEMORY, layers=(0, 2), share=True, gate=True))
+    config = replace(
+        MODEL, tie_head=tie_head, memory=replace(MEMORY, layers=(0, 2), share=True, gate=True)
+    )
     state = torch.get_rng_state()
     parameters = count_parameters(config)
     assert torch.equal(state, torch.get_rng_state())
     model = Transformer(config)
     tables = externalize_tables(model)
     dense = sum(parameter.numel() for parameter in model.parameters())
-    assert (parameters.dense, parameters.table, parameters.tables) == (dense, tables[0].weight.numel(), 1)
+    assert (parameters.dense, parameters.table, parameters.tables) == (
+        dense,
+        tables[0].weight.numel(),
+        1,
+    )
     assert parameters.active == dense - 64 * 64 - (0 if tie_head else 100 * 64)
 
 
@@ -148,11 +232,18 @@ def test_paper_size_model_by_hand() -> None:
     )
     cost = estimate(recipe, 32, 50_000)
     assert cost.parameters.table == 2**30 and cost.table_part == (2**15, 1024)
-    assert cost.bytes.table_rows == 2**15 * 1024 * 4 and cost.bytes.table_moments == 2 * cost.bytes.table_rows
-    dense = 50_000 * 1024 + 512 * 1024 + 16 * 4 * 1024**2 + 15 * 8 * 1024**2 + 1024 * 1024 + 1024 * 1024
+    assert (
+        cost.bytes.table_rows == 2**15 * 1024 * 4
+        and cost.bytes.table_moments == 2 * cost.bytes.table_rows
+    )
+    dense = (
+        50_000 * 1024 + 512 * 1024 + 16 * 4 * 1024**2 + 15 * 8 * 1024**2 + 1024 * 1024 + 1024 * 1024
+    )
     assert cost.parameters.dense == pytest.approx(dense, rel=0.001)
     assert (cost.micro_batch, cost.micro_batches, cost.tokens_per_step) == (4, 2, 256 * 512)
-    assert cost.flops_per_token == pytest.approx(6 * (dense - 512 * 1024 + 16 * 512 * 1024 + 128 * 1024), rel=0.001)
+    assert cost.flops_per_token == pytest.approx(
+        6 * (dense - 512 * 1024 + 16 * 512 * 1024 + 128 * 1024), rel=0.001
+    )
     assert estimate(recipe, 33, 50_000).table_part[0] * 33 >= 2**20
 
 
@@ -164,11 +255,15 @@ def test_flops_of_attention_and_lookup_count() -> None:
 
 
 def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
-    """Bytes that this rank really sends to others for a read of 48 tokens and its backward, and how often it read a row."""
+    """Bytes that this rank really sends to others for a read of 48 tokens and its backward, and how
+    often it read a row.
+    """
     sent = 0
     exchange = dist.all_to_all_single
 
-    def counted(out: Tensor, x: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup) -> Any:
+    def counted(
+        out: Tensor, x: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup
+    ) -> Any:
         nonlocal sent
         row = x.element_size() * (x.numel() // max(len(x), 1))
         sent += row * (sum(in_sizes) - in_sizes[rank])
@@ -177,7 +272,9 @@ def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
     dist.all_to_all_single = counted  # type: ignore[assignment]
     found = {}
     for layout, how in LAYOUTS:
-        (table,) = shard_tables(torch.nn.Sequential(ValueTable(slots=64, dim=36)), layout=layout, exchange=how)
+        (table,) = shard_tables(
+            torch.nn.Sequential(ValueTable(slots=64, dim=36)), layout=layout, exchange=how
+        )
         rows = torch.randint(64, (48, 8), generator=torch.Generator().manual_seed(rank))
         before = sent
         table.weighted_sum(rows, torch.rand(48, 8, requires_grad=True)).sum().backward()
@@ -199,9 +296,17 @@ def test_traffic_is_what_the_ranks_send(world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "duplicates", "expected"), [(2, 1.0, "columns"), (64, 1.0, "rows, pooled"), (64, 16.0, "rows, unique"), (8, 16.0, "columns")]
+    ("ranks", "duplicates", "expected"),
+    [
+        (2, 1.0, "columns"),
+        (64, 1.0, "rows, pooled"),
+        (64, 16.0, "rows, unique"),
+        (8, 16.0, "columns"),
+    ],
 )
-def test_the_layout_that_sends_least_is_chosen(ranks: int, duplicates: float, expected: str) -> None:
+def test_the_layout_that_sends_least_is_chosen(
+    ranks: int, duplicates: float, expected: str
+) -> None:
     choice = choose_layout("auto", "auto", ranks, 1024, 128, duplicates)
     assert choice.name == expected and expected in choice.reason
     others = {**choice.sent, "columns": float("inf")} if choice.name != "columns" else choice.sent
@@ -214,19 +319,32 @@ def test_a_recipe_can_ask_for_a_layout() -> None:
     assert choose_layout("columns", "auto", 64, 64, 128, 1.0).name == "columns"
 
 
-@pytest.mark.parametrize(("reads", "measured"), [(256 * 128, 1.1), (1024 * 128, 1.3), (4096 * 128, 2.5), (8192 * 128, 4.3)])
+@pytest.mark.parametrize(
+    ("reads", "measured"),
+    [(256 * 128, 1.1), (1024 * 128, 1.3), (4096 * 128, 2.5), (8192 * 128, 4.3)],
+)
 def test_duplicates_of_batch_normalised_queries(reads: int, measured: float) -> None:
     """Against reads of a 512^2 memory that were counted."""
     assert uniform_duplicates(reads, 512**2) == pytest.approx(measured, rel=0.1)
 
 
-RECIPE = Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, max_length=None), train=TrainConfig(batch=64))
+RECIPE = Recipe(
+    data=DataConfig(path="nowhere"),
+    model=replace(MODEL, max_length=None),
+    train=TrainConfig(batch=64),
+)
 
 
 def test_a_table_that_does_not_fit_is_refused_before_anything_is_allocated() -> None:
     check_fits(RECIPE, 1, 100, torch.device("cpu"))
-    huge = replace(RECIPE, model=replace(MODEL, max_length=None, memory=replace(MEMORY, keys=100_000)))
-    with pytest.raises(ValueError, match=r"the value table needs 7,68\d\.\d GB a rank .*lower model.memory.keys, or use more ranks"):
+    huge = replace(
+        RECIPE, model=replace(MODEL, max_length=None, memory=replace(MEMORY, keys=100_000))
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"the value table needs 7,68\d\.\d GB a rank .*lower model.memory.keys, or use more "
+        r"ranks",
+    ):
         check_fits(huge, 1, 100, torch.device("cpu"))
 
 
@@ -246,12 +364,20 @@ def test_every_remedy_works() -> None:
         if "ranks" in remedy:
             ranks = int(remedy.split()[1])
         elif "keys" in remedy:
-            changed = replace(RECIPE, model=replace(RECIPE.model, memory=replace(MEMORY, keys=int(remedy.rpartition("=")[2]))))
+            changed = replace(
+                RECIPE,
+                model=replace(
+                    RECIPE.model, memory=replace(MEMORY, keys=int(remedy.rpartition("=")[2]))
+                ),
+            )
         elif "place" in remedy:
             changed = replace(RECIPE, tables=replace(RECIPE.tables, place="host"))
         else:
             values = dict(text.split("=") for text in remedy.split()[1:])
-            changed = changed_by(RECIPE, {key: int(value) if value.isdigit() else value for key, value in values.items()})
+            changed = changed_by(
+                RECIPE,
+                {key: int(value) if value.isdigit() else value for key, value in values.items()},
+            )
         assert estimate(changed, ranks, 100).bytes.total <= available, remedy
     assert remedies(RECIPE, 1, 100, False, 1000) == []
 
@@ -263,26 +389,56 @@ def test_peak_is_a_plausible_number_of_this_machine(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> str:
-    text = "data: {path: nowhere}\nmodel: {layers: 3, dim: 64, memory: {layers: [1], keys: 64}}\ntrain: {batch: 64}\n"
+    text = (
+        "data: {path: nowhere}\nmodel: {layers: 3, dim: 64, memory: {layers: [1], keys: "
+        "64}}\ntrain: {batch: 64}\n"
+    )
     (tmp_path / "small.yaml").write_text(text)
     return str(tmp_path / "small.yaml")
 
 
-def test_plan_prints_a_table_and_says_what_to_change(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_a_table_and_says_what_to_change(
+    recipe_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", recipe_file, "--world", "8", "--device", "v100-16g"]) == 0
     out = capsys.readouterr().out
     assert "fits" in out and "32,768" in out and "vocabulary" in out
-    assert main(["plan", recipe_file, "model.memory.keys=8192", "--world", "1", "--device", "v100-16g"]) == 0
+    assert (
+        main(
+            ["plan", recipe_file, "model.memory.keys=8192", "--world", "1", "--device", "v100-16g"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "does not fit" in out and "ranks" in out and "model.memory.keys=" in out
 
 
 def test_plan_as_json(recipe_file: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", recipe_file, "--world", "2", "--device", "a100-80g", "--vocab", "1000", "--json"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                recipe_file,
+                "--world",
+                "2",
+                "--device",
+                "a100-80g",
+                "--vocab",
+                "1000",
+                "--json",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capfd.readouterr().out)
     assert result["fits"] is True and result["vocab_size"] == 1000
-    assert result["parameters"]["table"] == 64 * 64 * 64 and result["bytes"]["table_rows"] == 64 * 64 * 64 * 4 / 2
-    assert result["bytes"]["total"] == pytest.approx(sum(value for name, value in result["bytes"].items() if name != "total"))
+    assert (
+        result["parameters"]["table"] == 64 * 64 * 64
+        and result["bytes"]["table_rows"] == 64 * 64 * 64 * 4 / 2
+    )
+    assert result["bytes"]["total"] == pytest.approx(
+        sum(value for name, value in result["bytes"].items() if name != "total")
+    )
 
 
 def test_plan_refuses_no_ranks(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,18 +447,32 @@ def test_plan_refuses_no_ranks(recipe_file: str, capsys: pytest.CaptureFixture[s
 
 
 def test_zero_splits_the_moments_down_to_the_largest_parameter() -> None:
-    recipe = Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, vocab_size=1000), train=TrainConfig(batch=64, zero=1))
+    recipe = Recipe(
+        data=DataConfig(path="nowhere"),
+        model=replace(MODEL, vocab_size=1000),
+        train=TrainConfig(batch=64, zero=1),
+    )
     parameters = count_parameters(replace(MODEL, vocab_size=1000))
     assert parameters.largest == 64 * 1000
     assert estimate(recipe, 2, 0).bytes.dense_moments == parameters.dense * 4
     assert estimate(recipe, 64, 0).bytes.dense_moments == 64_000 * 8
-    assert estimate(replace(recipe, train=TrainConfig(batch=64)), 64, 0).bytes.dense_moments == parameters.dense * 8
+    assert (
+        estimate(replace(recipe, train=TrainConfig(batch=64)), 64, 0).bytes.dense_moments
+        == parameters.dense * 8
+    )
 
 
 def test_deepspeed_splits_masters_and_moments_and_offload_moves_them() -> None:
     def of(half: bool, **settings: Any) -> tuple[Any, Any]:
         train = TrainConfig(batch=64, engine="deepspeed", **settings)
-        cost = estimate(Recipe(data=DataConfig(path="nowhere"), model=replace(MODEL, vocab_size=1000), train=train), 4, 0, half)
+        cost = estimate(
+            Recipe(
+                data=DataConfig(path="nowhere"), model=replace(MODEL, vocab_size=1000), train=train
+            ),
+            4,
+            0,
+            half,
+        )
         return cost.bytes, cost.host
 
     dense = count_parameters(replace(MODEL, vocab_size=1000)).dense

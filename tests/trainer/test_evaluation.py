@@ -40,7 +40,10 @@ def held_out_windows(data: Path) -> list[tuple[Tensor, Tensor]]:
     reader = SplitReader(data, "heldout")
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     tokens, *_ = reader.read(np.arange(len(reader.lengths)), starts, np.array([0]), int(starts[-1]))
-    pieces = [torch.from_numpy(tokens[:, start : start + LENGTH + 1]) for start in range(0, tokens.shape[1] - 1, LENGTH)]
+    pieces = [
+        torch.from_numpy(tokens[:, start : start + LENGTH + 1])
+        for start in range(0, tokens.shape[1] - 1, LENGTH)
+    ]
     return [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
 
 
@@ -53,7 +56,9 @@ def expected_report(slots: int, reads: list[tuple[Tensor, Tensor]]) -> UsageRepo
 
     def divergence(sums: np.ndarray) -> float:
         shares = sums / sums.sum()
-        return math.log(slots) + sum(share * math.log(share) for share in shares.tolist() if share > 0)
+        return math.log(slots) + sum(
+            share * math.log(share) for share in shares.tolist() if share > 0
+        )
 
     def top(share: float) -> int:
         taken = np.cumsum(np.sort(counted)[::-1])
@@ -62,20 +67,30 @@ def expected_report(slots: int, reads: list[tuple[Tensor, Tensor]]) -> UsageRepo
     pairs = np.abs(counted[:, None] - counted[None, :])
     gini = pairs.sum() / (2 * slots * counted.sum())
     usage, reads = float((counted > 0).mean()), counted.sum() / slots
-    return UsageReport(usage, divergence(weighted), divergence(counted), reads, gini, top(0.5), top(0.9), top(0.99))
+    return UsageReport(
+        usage, divergence(weighted), divergence(counted), reads, gini, top(0.5), top(0.9), top(0.99)
+    )
 
 
-def evaluation(trained: LoadedModel, data: Path, rows: int, max_tokens: int | None = None) -> Evaluation:
+def evaluation(
+    trained: LoadedModel, data: Path, rows: int, max_tokens: int | None = None
+) -> Evaluation:
     task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
-    return evaluate(trained.model, task, HeldOutStream(data, LENGTH, max_tokens), rows, torch.float32)
+    return evaluate(
+        trained.model, task, HeldOutStream(data, LENGTH, max_tokens), rows, torch.float32
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
-def test_held_out_loss_and_usage_are_those_of_a_plain_loop(rows: int, trained: LoadedModel, data: Path) -> None:
+def test_held_out_loss_and_usage_are_those_of_a_plain_loop(
+    rows: int, trained: LoadedModel, data: Path
+) -> None:
     """rows: windows at a time; fillers after the last one must not count."""
     reads: list[tuple[Tensor, Tensor]] = []
     hooks = [
-        memory.register_forward_pre_hook(lambda layer, args: reads.append(layer.lookup(args[0].flatten(0, -2))))
+        memory.register_forward_pre_hook(
+            lambda layer, args: reads.append(layer.lookup(args[0].flatten(0, -2)))
+        )
         for _, memory in trained.model.memories()
     ]
     total = tokens = 0.0
@@ -101,11 +116,15 @@ def test_a_limit_cuts_the_text_at_that_token(trained: LoadedModel, data: Path) -
         logits, _ = trained.model(inputs)
     expected = F.cross_entropy(logits[0, :10], targets[0, :10])
     for rows in (1, 3):
-        assert evaluation(trained, data, rows, max_tokens=10).loss == pytest.approx(float(expected), rel=1e-6)
+        assert evaluation(trained, data, rows, max_tokens=10).loss == pytest.approx(
+            float(expected), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("stride", [1, 5, 31])
-def test_sliding_windows_predict_each_token_once_from_what_precedes_it(stride: int, trained: LoadedModel, data: Path) -> None:
+def test_sliding_windows_predict_each_token_once_from_what_precedes_it(
+    stride: int, trained: LoadedModel, data: Path
+) -> None:
     """Token by token: the longest context that a window of 32 gives it."""
     text = torch.cat([inputs[0] for inputs, _ in held_out_windows(data)[:3]])
     total, count = 0.0, 70
@@ -121,12 +140,23 @@ def test_sliding_windows_predict_each_token_once_from_what_precedes_it(stride: i
     assert measured.tokens == count and measured.loss == pytest.approx(total / count, rel=1e-5)
     buckets = measured.by_position()
     assert sum(bucket["tokens"] for bucket in buckets) == count
-    assert sum(bucket["loss"] * bucket["tokens"] for bucket in buckets) == pytest.approx(total, rel=1e-5)
-    assert [(bucket["first"], bucket["last"]) for bucket in buckets] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+    assert sum(bucket["loss"] * bucket["tokens"] for bucket in buckets) == pytest.approx(
+        total, rel=1e-5
+    )
+    assert [(bucket["first"], bucket["last"]) for bucket in buckets] == [
+        (0, 0),
+        (1, 1),
+        (2, 3),
+        (4, 7),
+        (8, 15),
+        (16, 31),
+    ]
 
 
 def test_memory_usage_of_a_plain_model() -> None:
-    """Any model, its table an ordinary parameter, tensors or mappings as batches; dropout off meanwhile."""
+    """Any model, its table an ordinary parameter, tensors or mappings as batches; dropout off
+    meanwhile.
+    """
     torch.manual_seed(0)
     memory = ProductKeyMemory(8, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer")
     model = nn.Sequential(nn.Dropout(0.5), memory)
@@ -160,7 +190,15 @@ def test_reads_of_a_single_slot_and_none_at_all() -> None:
 def _evaluate_on_ranks(rank: int, world: int, run: Path) -> dict[str, Any]:
     loaded = load(run, memmap=True)
     task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
-    found = evaluate(loaded.model, task, HeldOutStream(loaded.recipe.data.path, LENGTH), 2, torch.float32, rank, world)
+    found = evaluate(
+        loaded.model,
+        task,
+        HeldOutStream(loaded.recipe.data.path, LENGTH),
+        2,
+        torch.float32,
+        rank,
+        world,
+    )
     return {"loss": found.loss, "positions": found.positions, **vars(found.usage[TABLE])}
 
 
@@ -179,23 +217,57 @@ def test_the_command_measures_the_same_from_memory_from_disk_and_from_an_export(
 ) -> None:
     export(trained.path, tmp_path / "out")
     results = []
-    for source, options in ((trained.path, []), (trained.path, ["--memmap"]), (tmp_path / "out", []), (tmp_path / "out", ["--memmap"])):
-        assert main(["eval", str(source), *options, "--precision", precision, "--json", "--max-tokens", "500", "--stride", "16"]) == 0
+    for source, options in (
+        (trained.path, []),
+        (trained.path, ["--memmap"]),
+        (tmp_path / "out", []),
+        (tmp_path / "out", ["--memmap"]),
+    ):
+        assert (
+            main(
+                [
+                    "eval",
+                    str(source),
+                    *options,
+                    "--precision",
+                    precision,
+                    "--json",
+                    "--max-tokens",
+                    "500",
+                    "--stride",
+                    "16",
+                ]
+            )
+            == 0
+        )
         results.append(json.loads(capfd.readouterr().out))
     for result in results[1:]:
-        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5 if precision == "fp32" else 1e-2)
-        assert result["tokens"] == 500 and result["usage"][TABLE]["top50"] == pytest.approx(results[0]["usage"][TABLE]["top50"], abs=1)
+        assert result["loss"] == pytest.approx(
+            results[0]["loss"], rel=1e-5 if precision == "fp32" else 1e-2
+        )
+        assert result["tokens"] == 500 and result["usage"][TABLE]["top50"] == pytest.approx(
+            results[0]["usage"][TABLE]["top50"], abs=1
+        )
     assert main(["eval", str(trained.path), "--length", "64"]) == 2
     assert "--length is 64, but the model has 32 learned positions" in capfd.readouterr().err
 
 
-def test_several_prompts_are_continued_as_each_alone(trained: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_several_prompts_are_continued_as_each_alone(
+    trained: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts").write_text("w1 w2 w3\n\nw4\n")
     options = ["--greedy", "--max-tokens", "9", "--json"]
-    assert main(["generate", str(trained.path), "--prompts", str(tmp_path / "prompts"), *options]) == 0
+    assert (
+        main(["generate", str(trained.path), "--prompts", str(tmp_path / "prompts"), *options]) == 0
+    )
     results = json.loads(capfd.readouterr().out)["results"]
     assert [result["prompt"] for result in results] == ["w1 w2 w3", "", "w4"]
     for result in results:
-        assert main(["generate", str(trained.path), "--memmap", "--prompt", result["prompt"], *options]) == 0
+        assert (
+            main(
+                ["generate", str(trained.path), "--memmap", "--prompt", result["prompt"], *options]
+            )
+            == 0
+        )
         alone = json.loads(capfd.readouterr().out)
         assert {key: alone[key] for key in result} == result

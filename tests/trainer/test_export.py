@@ -23,7 +23,12 @@ from tests.trainer.tiny_run import TABLE, train_run
 LAYOUTS = [(), ("parallel.layout=columns",)]
 KINDS = {
     "shared": (),
-    "own tables, gated, half": ("model.memory.share=false", "model.memory.gate=true", "model.memory.value_dim=12", "tables.dtype=fp16"),
+    "own tables, gated, half": (
+        "model.memory.share=false",
+        "model.memory.gate=true",
+        "model.memory.value_dim=12",
+        "tables.dtype=fp16",
+    ),
     "peer": ("model.memory.kind=peer", "model.tie_head=false", "model.position=rotary"),
     "fast weights": ("model.mixer.kind=delta", "model.position=sinusoidal"),
     "none": ("model.memory.layers=[]", "model.norm=rms"),
@@ -44,7 +49,9 @@ def _logits(path: Path, memmap: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_export_of_shards_gives_the_same_logits(layout: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
+def test_an_export_of_shards_gives_the_same_logits(
+    layout: tuple[str, ...], recipe: Path, tmp_path: Path
+) -> None:
     run_distributed(_train_on_ranks, 2, recipe, tmp_path / "run", *layout)
     expected = _logits(tmp_path / "run")
     torch.testing.assert_close(_logits(tmp_path / "run", memmap=True), expected)
@@ -56,17 +63,30 @@ def test_an_export_of_shards_gives_the_same_logits(layout: tuple[str, ...], reci
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_in_every_dtype(kind: str, recipe: Path, tmp_path: Path) -> None:
-    """An export is exported again without a change. bf16 flips which slots such an untrained model reads, hence the wide bound."""
+    """An export is exported again without a change. bf16 flips which slots such an untrained model
+    reads, hence the wide bound.
+    """
     train_run(recipe, tmp_path / "run", "train.steps=1", *KINDS[kind])
     expected = _logits(tmp_path / "run")
-    for dtype, tables, tolerance in (("fp32", None, 1e-5), ("fp16", None, 1e-2), ("bf16", "int8", 1)):
+    for dtype, tables, tolerance in (
+        ("fp32", None, 1e-5),
+        ("fp16", None, 1e-2),
+        ("bf16", "int8", 1),
+    ):
         out, again = tmp_path / dtype, tmp_path / f"{dtype} again"
         exported = export(tmp_path / "run", out, dtype, tables)
         error = (_logits(out) - expected).abs().max()
-        assert error < tolerance * expected.abs().max() and exported.difference < tolerance * expected.abs().max()
+        assert (
+            error < tolerance * expected.abs().max()
+            and exported.difference < tolerance * expected.abs().max()
+        )
         torch.testing.assert_close(_logits(out), _logits(out, memmap=True))
         assert export(out, again, dtype, tables).difference < 1e-3
-        assert tables or (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+        assert (
+            tables
+            or (out / "model.safetensors").read_bytes()
+            == (again / "model.safetensors").read_bytes()
+        )
 
 
 def test_tables_are_in_slot_order(recipe: Path, tmp_path: Path) -> None:
@@ -85,10 +105,14 @@ def test_int8_rows_are_off_by_half_a_step_at_most() -> None:
     values = torch.randn(50, 30) * torch.logspace(-30, 3, 50)[:, None]
     values[7] = 0
     whole, scale = quantise(values)
-    assert ((whole * scale[:, None] - values).abs() <= 0.501 * values.abs().amax(1, keepdim=True) / 127).all()
+    assert (
+        (whole * scale[:, None] - values).abs() <= 0.501 * values.abs().amax(1, keepdim=True) / 127
+    ).all()
 
 
-def test_a_wrong_export_gets_no_name(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_export_gets_no_name(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sub-keys swapped: the table of slots transposed."""
     train_run(recipe, tmp_path / "run", "train.steps=1")
     monkeypatch.setattr(export_module, "slot_rows", lambda i1, i2, keys: slot_rows(i2, i1, keys))
@@ -98,7 +122,9 @@ def test_a_wrong_export_gets_no_name(recipe: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("place", [100, -40])
-def test_a_damaged_export_is_refused(place: int, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_export_is_refused(
+    place: int, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=1")
     export(tmp_path / "run", tmp_path / "out")
     file = tmp_path / "out/model.safetensors"
@@ -106,7 +132,10 @@ def test_a_damaged_export_is_refused(place: int, recipe: Path, tmp_path: Path, c
     data[place] ^= 1
     file.write_bytes(data)
     assert main(["generate", str(tmp_path / "out"), "--prompt", "x"]) == 2
-    assert f"{tmp_path / 'out'} is damaged (ValueError: model.safetensors does not match its hash)" in capfd.readouterr().err
+    assert (
+        f"{tmp_path / 'out'} is damaged (ValueError: model.safetensors does not match its hash)"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("length", [1 << 62, 10, 99])
@@ -119,12 +148,20 @@ def test_a_header_of_an_absurd_size_is_refused(length: int, recipe: Path, tmp_pa
         load(tmp_path / "out", memmap=True)
 
 
-def test_what_the_command_says(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_says(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=1")
     capfd.readouterr()
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--tables", "int8", "--json"]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--tables", "int8", "--json"])
+        == 0
+    )
     result: dict[str, Any] = json.loads(capfd.readouterr().out)
-    assert result["step"] == 1 and result["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    assert (
+        result["step"] == 1
+        and result["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    )
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "out is there already: give the name of a new folder" in capfd.readouterr().err
 
@@ -138,27 +175,31 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 texts = ["def read(self)", " a \\u2581 b  c\\n", "x"]
 for text in texts:
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text, tokenizer.decode(tokenizer(text)["input_ids"])
+    decoded = tokenizer.decode(tokenizer(text)["input_ids"])
+    assert decoded == text, decoded
 batch = tokenizer(texts, return_tensors="pt", padding=True)
 tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(3))
 with torch.no_grad():
     logits = model(tokens).logits
 model.eval()
-greedy = [model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)[0] for text in texts]
-longer = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=int(sys.argv[3]), do_sample=False)[0]
-uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False, use_cache=False)[0]
+first = tokenizer(texts[0], return_tensors="pt")
+plain = {"max_new_tokens": 8, "do_sample": False}
+greedy = [model.generate(**tokenizer(text, return_tensors="pt"), **plain)[0] for text in texts]
+longer = model.generate(**first, **plain | {"max_new_tokens": int(sys.argv[3])})[0]
+uncached = model.generate(**first, **plain, use_cache=False)[0]
 padded = model.generate(**batch, max_new_tokens=8, do_sample=False)
-beams = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False)
-beams_uncached = model.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+beams = model.generate(**first, **plain, num_beams=3)
+beams_uncached = model.generate(**first, **plain, num_beams=3, use_cache=False)
 assert torch.equal(beams, beams_uncached)
 assert torch.equal(greedy[0], uncached)
 longer_uncached = model.generate(
-    **tokenizer(texts[0], return_tensors="pt"), max_new_tokens=int(sys.argv[3]), do_sample=False, use_cache=False
+    **first, **plain | {"max_new_tokens": int(sys.argv[3])}, use_cache=False
 )[0]
 assert torch.equal(longer, longer_uncached)
 for alone, row in zip(greedy, padded):
     new = alone[-8:] if len(alone) >= 8 else alone
-    assert alone.tolist()[-3:] == row.tolist()[-3:] or tokenizer.eos_token_id in row.tolist(), (alone, row)
+    ended = tokenizer.eos_token_id in row.tolist()
+    assert alone.tolist()[-3:] == row.tolist()[-3:] or ended, (alone, row)
 model.save_pretrained(out + "-again")
 torch.save({"logits": logits, "greedy": greedy[0], "prompt": batch["input_ids"][0]}, out)
 assert not any(name.startswith("memshard.") for name in sys.modules)
@@ -174,13 +215,20 @@ assert not any(name.startswith("memshard.") for name in sys.modules)
         pytest.param("fast weights", None, marks=pytest.mark.slow),
     ],
 )
-def test_transformers_loads_it_without_memshard(kind: str, tables: str | None, recipe: Path, tmp_path: Path) -> None:
+def test_transformers_loads_it_without_memshard(
+    kind: str, tables: str | None, recipe: Path, tmp_path: Path
+) -> None:
     """Offline, from the export's own code."""
     pytest.importorskip("transformers")
     train_run(recipe, tmp_path / "run", "train.steps=2", *KINDS[kind])
     export(tmp_path / "run", tmp_path / "out", tables=tables, huggingface=True)
     expected = _logits(tmp_path / "out")
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [
         sys.executable,
         "-c",

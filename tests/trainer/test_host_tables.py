@@ -30,21 +30,38 @@ def test_a_run_may_move_its_tables_out_of_host_memory(recipe: Path, tmp_path: Pa
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         if isinstance(tensor, Tensor):
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                tensor,
+                theirs[name],
+                rtol=1e-2,
+                atol=2e-3,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def test_the_estimate_counts_tables_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ModelConfig(vocab_size=100, layers=2, dim=64, memory=MemoryConfig(layers=(1,), keys=256, heads=2, topk=4, key_dim=16))
+    model = ModelConfig(
+        vocab_size=100,
+        layers=2,
+        dim=64,
+        memory=MemoryConfig(layers=(1,), keys=256, heads=2, topk=4, key_dim=16),
+    )
     beside = Recipe(data=DataConfig(path="", length=64), model=model)
     apart = replace(beside, tables=TableOptimizerConfig(place="host"))
     here, there = estimate(beside, 2, 100), estimate(apart, 2, 100)
     assert not here.host.total and not there.bytes.table and not there.bytes.reads
     assert there.host.table == here.bytes.table == 256**2 // 2 * 64 * 12
     assert there.host.reads == here.bytes.reads and there.bytes.dense == here.bytes.dense
-    assert any("tables.place=host" in remedy for remedy in remedies(beside, 2, 100, False, there.bytes.total))
+    assert any(
+        "tables.place=host" in remedy
+        for remedy in remedies(beside, 2, 100, False, there.bytes.total)
+    )
     # A little less host memory than the table needs.
     available = there.host.table + there.bytes.dense - 1
-    monkeypatch.setattr("memshard.trainer.cost.estimate.available_memory", lambda device: available if device.type == "cpu" else 1e15)
+    monkeypatch.setattr(
+        "memshard.trainer.cost.estimate.available_memory",
+        lambda device: available if device.type == "cpu" else 1e15,
+    )
     with pytest.raises(ValueError, match="the value table needs"):
         check_fits(apart, 2, 100, torch.device("cpu"))
     check_fits(apart, 4, 100, torch.device("cpu"))

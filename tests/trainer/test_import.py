@@ -25,9 +25,13 @@ def _random(*shape: int) -> Tensor:
 
 
 def _read(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-    """The paper's layer over all slots. keys: [heads, 2, n, half]; queries: [tokens, heads, 2 half]."""
+    """The paper's layer over all slots. keys: [heads, 2, n, half]; queries: [tokens, heads, 2
+    half].
+    """
     scores = torch.einsum("thd,hnd->thn", queries[..., :HALF], keys[:, 0])[..., :, None]
-    scores = (scores + torch.einsum("thd,hnd->thn", queries[..., HALF:], keys[:, 1])[..., None, :]).flatten(-2)
+    scores = (
+        scores + torch.einsum("thd,hnd->thn", queries[..., HALF:], keys[:, 1])[..., None, :]
+    ).flatten(-2)
     best = scores.topk(TOPK)
     return (best.values.softmax(-1)[..., None] * values[best.indices]).sum((1, 2))
 
@@ -44,11 +48,22 @@ def _xlm(norm: bool, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     }
     queries = F.linear(x, tensors[f"{place}.0.weight"], tensors[f"{place}.0.bias"])
     if norm:
-        parts = {"weight": _random(width), "bias": _random(width), "running_mean": _random(width), "running_var": torch.rand(width) + 0.5}
-        tensors |= {f"{place}.1.{name}": tensor for name, tensor in parts.items()} | {f"{place}.1.num_batches_tracked": torch.tensor(3)}
-        queries = F.batch_norm(queries, parts["running_mean"], parts["running_var"], parts["weight"], parts["bias"])
+        parts = {
+            "weight": _random(width),
+            "bias": _random(width),
+            "running_mean": _random(width),
+            "running_var": torch.rand(width) + 0.5,
+        }
+        tensors |= {f"{place}.1.{name}": tensor for name, tensor in parts.items()} | {
+            f"{place}.1.num_batches_tracked": torch.tensor(3)
+        }
+        queries = F.batch_norm(
+            queries, parts["running_mean"], parts["running_var"], parts["weight"], parts["bias"]
+        )
     values = tensors["transformer.memories.4.values.weight"]
-    return tensors, _read(tensors["transformer.memories.4.keys"], values, queries.view(-1, HEADS, 2 * HALF))
+    return tensors, _read(
+        tensors["transformer.memories.4.keys"], values, queries.view(-1, HEADS, 2 * HALF)
+    )
 
 
 def _meta(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -65,16 +80,39 @@ def _meta(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         "layers.2.feed_forward.value_proj.bias": _random(DIM),
     }
     own = {name.removeprefix("layers.2.feed_forward."): tensor for name, tensor in tensors.items()}
-    queries = F.linear(x, own["query_proj.query_mlps.0.0.weight"], own["query_proj.query_mlps.0.0.bias"]).view(-1, HEADS, 2 * HALF)
+    queries = F.linear(
+        x, own["query_proj.query_mlps.0.0.weight"], own["query_proj.query_mlps.0.0.bias"]
+    ).view(-1, HEADS, 2 * HALF)
     y = _read(own["keys"].view(HEADS, 2, KEYS, HALF), own["values.weight"], queries)
     gated = y * F.silu(F.linear(x, own["swilu_projection.weight"], own["swilu_projection.bias"]))
     return tensors, F.linear(gated, own["value_proj.weight"], own["value_proj.bias"])
 
 
-def _check(tensors: dict[str, Tensor], x: Tensor, expected: Tensor, folder: Path, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "theirs.safetensors")
+def _check(
+    tensors: dict[str, Tensor],
+    x: Tensor,
+    expected: Tensor,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> dict[str, Any]:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "theirs.safetensors",
+    )
     capfd.readouterr()
-    assert main(["import", str(folder / "theirs.safetensors"), str(folder / "ours"), "--topk", str(TOPK), "--json"]) == 0
+    assert (
+        main(
+            [
+                "import",
+                str(folder / "theirs.safetensors"),
+                str(folder / "ours"),
+                "--topk",
+                str(TOPK),
+                "--json",
+            ]
+        )
+        == 0
+    )
     (found,) = json.loads(capfd.readouterr().out)["memories"]
     memory = memshard.load_memory(found["path"])
     torch.testing.assert_close(memory(x), expected, rtol=1e-4, atol=1e-4)
@@ -100,14 +138,21 @@ def test_meta(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lucidrains_own_layer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    theirs = pytest.importorskip("product_key_memory").PKM(DIM, heads=HEADS, num_keys=KEYS, topk=TOPK, dim_head=HALF).eval()
+    theirs = (
+        pytest.importorskip("product_key_memory")
+        .PKM(DIM, heads=HEADS, num_keys=KEYS, topk=TOPK, dim_head=HALF)
+        .eval()
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn_like(parameter))
         x = _random(2, 9, DIM)
         expected = theirs(x)
-    assert _check(dict(theirs.state_dict()), x, expected, tmp_path, capfd)["query_norm"] == "layer-half"
+    assert (
+        _check(dict(theirs.state_dict()), x, expected, tmp_path, capfd)["query_norm"]
+        == "layer-half"
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,10 +165,17 @@ def test_lucidrains_own_layer(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         ({"keys": (HEADS, 3, KEYS, HALF)}, "fit no layout"),
     ],
 )
-def test_what_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_known_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     tensors, _ = _xlm(False, _random(2, DIM))
-    tensors = {name.removeprefix("transformer.memories.4."): tensor for name, tensor in tensors.items()}
-    save_file(tensors | {name: _random(*shape) for name, shape in change.items()}, tmp_path / "theirs.safetensors")
+    tensors = {
+        name.removeprefix("transformer.memories.4."): tensor for name, tensor in tensors.items()
+    }
+    save_file(
+        tensors | {name: _random(*shape) for name, shape in change.items()},
+        tmp_path / "theirs.safetensors",
+    )
     assert main(["import", str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours")]) == 2
     assert message in capfd.readouterr().err
 
@@ -131,11 +183,16 @@ def test_what_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_
 def test_a_pickle_is_refused_unread(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "theirs.pth").write_bytes(pickle.dumps(0))
     assert main(["import", str(tmp_path / "theirs.pth"), str(tmp_path / "ours")]) == 2
-    assert "nothing pickled is loaded here: convert it" in capfd.readouterr().err and not (tmp_path / "ours").exists()
+    assert (
+        "nothing pickled is loaded here: convert it" in capfd.readouterr().err
+        and not (tmp_path / "ours").exists()
+    )
 
 
 @pytest.mark.parametrize("tables", ["fp32", "fp16"])
-def test_an_export_becomes_a_checkpoint_that_trains_on(tables: str, recipe: Path, tmp_path: Path) -> None:
+def test_an_export_becomes_a_checkpoint_that_trains_on(
+    tables: str, recipe: Path, tmp_path: Path
+) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=3")
     export(tmp_path / "run", tmp_path / "out", tables=tables)
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
@@ -143,5 +200,11 @@ def test_an_export_becomes_a_checkpoint_that_trains_on(tables: str, recipe: Path
     with torch.no_grad():
         there, here = load(tmp_path / "out"), load(tmp_path / "back")
         assert torch.equal(there.model(tokens)[0], here.model(tokens)[0]) and here.step == 3
-    result = train_run(recipe, tmp_path / "more", f"init_from={tmp_path / 'back'}", f"tables.dtype={tables}", "train.steps=2")
+    result = train_run(
+        recipe,
+        tmp_path / "more",
+        f"init_from={tmp_path / 'back'}",
+        f"tables.dtype={tables}",
+        "train.steps=2",
+    )
     assert result["finished"]

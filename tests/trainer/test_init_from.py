@@ -34,8 +34,12 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _begin(rank: int, world: int, recipe: Path, source: Path, folder: Path, *overrides: str) -> float:
-    """The held-out loss before the first step of a run that begins with `source`; its checkpoint is saved as step 0."""
+def _begin(
+    rank: int, world: int, recipe: Path, source: Path, folder: Path, *overrides: str
+) -> float:
+    """The held-out loss before the first step of a run that begins with `source`; its checkpoint is
+    saved as step 0.
+    """
     run = prepare(recipe, folder, f"init_from={source}", *overrides)
     loss = evaluate_run(run).loss
     assert run.progress.step == 0
@@ -45,7 +49,10 @@ def _begin(rank: int, world: int, recipe: Path, source: Path, folder: Path, *ove
 
 def _grow(rank: int, world: int, recipe: Path, source: Path, folder: Path) -> dict[str, float]:
     """The losses of a table with more keys in all layouts."""
-    return {name: _begin(rank, world, recipe, source, folder / name, *GROWN, *settings) for name, settings in LAYOUTS.items()}
+    return {
+        name: _begin(rank, world, recipe, source, folder / name, *GROWN, *settings)
+        for name, settings in LAYOUTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,11 @@ def grown(trained: Path, recipe: Path) -> dict[str, float]:
     return {"one": one, **both[0]}
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.memory.gate=true", "model.memory.value_dim=24"), ("model.memory.kind=peer",)], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("model.memory.gate=true", "model.memory.value_dim=24"), ("model.memory.kind=peer",)],
+    ids=str,
+)
 @pytest.mark.parametrize("residual", ["pre", "post"])
 def test_memories_added_to_a_dense_model_change_nothing_and_learn(
     overrides: tuple[str, ...], residual: str, recipe: Path, tmp_path: Path
@@ -79,27 +90,51 @@ def test_memories_added_to_a_dense_model_change_nothing_and_learn(
             assert not torch.equal(value, start[name]), name
 
 
-def test_a_memory_may_take_the_place_of_a_feedforward(trained: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_memory_may_take_the_place_of_a_feedforward(
+    trained: Path, recipe: Path, tmp_path: Path
+) -> None:
     _begin(0, 1, recipe, trained / "dense", tmp_path / "replaced")
     before, after = checkpoint_state(trained / "dense"), checkpoint_state(tmp_path / "replaced")
     assert not after[f"model.{TABLE}.weight"].any()
-    kept = {name for name in before if name.startswith(("model.", "exp_avg", "step.")) and ".feedforward." not in name}
+    kept = {
+        name
+        for name in before
+        if name.startswith(("model.", "exp_avg", "step.")) and ".feedforward." not in name
+    }
     assert len(kept) > 20
     assert_same({name: before[name] for name in kept}, {name: after[name] for name in kept})
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_convolutions_added_to_a_model_change_nothing_and_learn(ranks: int, trained: Path, recipe: Path, tmp_path: Path) -> None:
-    settings = (recipe, trained / "memory", tmp_path / "run", "model.mixer.convolution=3", f"parallel.tensor={ranks}")
+def test_convolutions_added_to_a_model_change_nothing_and_learn(
+    ranks: int, trained: Path, recipe: Path, tmp_path: Path
+) -> None:
+    settings = (
+        recipe,
+        trained / "memory",
+        tmp_path / "run",
+        "model.mixer.convolution=3",
+        f"parallel.tensor={ranks}",
+    )
     loss = _begin(0, 1, *settings) if ranks == 1 else run_distributed(_begin, ranks, *settings)[0]
-    assert loss == pytest.approx(numbers(trained / "memory", "eval/loss")[10], rel=0 if ranks == 1 else 1e-6)
+    assert loss == pytest.approx(
+        numbers(trained / "memory", "eval/loss")[10], rel=0 if ranks == 1 else 1e-6
+    )
     name = "model.blocks.0.mixer.convolutions.query.weight"
     assert checkpoint_state(tmp_path / "run")[name].tolist() == [1, 0, 0] * 16
-    train_run(recipe, tmp_path / "run", "model.mixer.convolution=3", f"init_from={trained / 'memory'}", stop_at=2)
+    train_run(
+        recipe,
+        tmp_path / "run",
+        "model.mixer.convolution=3",
+        f"init_from={trained / 'memory'}",
+        stop_at=2,
+    )
     assert checkpoint_state(tmp_path / "run")[name].view(-1, 3).all()
 
 
-def test_a_grown_table_keeps_its_slots(grown: dict[str, float], trained: Path, recipe: Path) -> None:
+def test_a_grown_table_keeps_its_slots(
+    grown: dict[str, float], trained: Path, recipe: Path
+) -> None:
     before, after = checkpoint_state(trained / "memory"), checkpoint_state(trained / "one")
     old_loss = numbers(trained / "memory", "eval/loss")[10]
     assert grown["one"] == pytest.approx(old_loss, abs=TOLERANCE)
@@ -119,21 +154,38 @@ def test_a_grown_table_keeps_its_slots(grown: dict[str, float], trained: Path, r
         assert torch.equal(keys[1][:, :, :8], keys[0])
         lengths = [part.square().mean((2, 3)).sqrt() for part in (keys[1][:, :, 8:], keys[0])]
         torch.testing.assert_close(lengths[0], 0.5 * lengths[1])
-        moments = [state[f"exp_avg.blocks.{layer}.memory.sub_keys.weight"] for state in (before, after)]
-        assert torch.equal(moments[1][:, :, :8], moments[0]) and moments[0].any() and not moments[1][:, :, 8:].any()
+        moments = [
+            state[f"exp_avg.blocks.{layer}.memory.sub_keys.weight"] for state in (before, after)
+        ]
+        assert (
+            torch.equal(moments[1][:, :, :8], moments[0])
+            and moments[0].any()
+            and not moments[1][:, :, 8:].any()
+        )
     train_run(recipe, trained / "one", *GROWN, f"init_from={trained / 'memory'}")
     assert numbers(trained / "one", "eval/loss")[10] < old_loss
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_and_layouts_grow_it_alike(layout: str, grown: dict[str, float], trained: Path) -> None:
+def test_ranks_and_layouts_grow_it_alike(
+    layout: str, grown: dict[str, float], trained: Path
+) -> None:
     assert grown[layout] == pytest.approx(grown["one"], rel=1e-6)
-    assert_same(checkpoint_state(trained / layout), checkpoint_state(trained / "one/checkpoints/step-00000000"))
+    assert_same(
+        checkpoint_state(trained / layout),
+        checkpoint_state(trained / "one/checkpoints/step-00000000"),
+    )
 
 
-def test_values_come_from_the_fp32_copy_and_go_to_it(trained: Path, recipe: Path, tmp_path: Path) -> None:
+def test_values_come_from_the_fp32_copy_and_go_to_it(
+    trained: Path, recipe: Path, tmp_path: Path
+) -> None:
     half = ("model.memory.gate=true", "model.memory.share=false", "tables.dtype=fp16")
-    for source, overrides in (("fp16", half[:2]), ("fp16", half), ("fp16", (*half, "model.memory.keys=9"))):
+    for source, overrides in (
+        ("fp16", half[:2]),
+        ("fp16", half),
+        ("fp16", (*half, "model.memory.keys=9")),
+    ):
         _begin(0, 1, recipe, trained / source, tmp_path / str(len(overrides)), *overrides)
     before = checkpoint_state(trained / "fp16")
     wide, same, grown = (checkpoint_state(tmp_path / name) for name in "234")
@@ -142,25 +194,53 @@ def test_values_come_from_the_fp32_copy_and_go_to_it(trained: Path, recipe: Path
         assert torch.equal(wide[f"model.{name}"], before[f"master.{name}"])
         assert torch.equal(same[f"model.{name}"], before[f"model.{name}"])
         assert torch.equal(same[f"master.{name}"], before[f"master.{name}"])
-        assert torch.equal(grown[f"model.{name}"], grown[f"master.{name}"].half()) and grown[f"model.{name}"].any()
+        assert (
+            torch.equal(grown[f"model.{name}"], grown[f"master.{name}"].half())
+            and grown[f"model.{name}"].any()
+        )
 
 
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
-        ("memory", ("model.memory.keys=7",), r"sub_keys.weight is \[2, 2, 8, 4\] in .* \[2, 2, 7, 4\] here: tables can only grow"),
-        ("memory", ("model.dim=24",), r"embedding.weight is \[300, 16\] in .* and \[300, 24\] here"),
-        ("memory", ("model.memory.heads=3",), r"blocks.0.memory.query.weight is \[16, 16\] in .*and \[24, 16\] here"),
+        (
+            "memory",
+            ("model.memory.keys=7",),
+            r"sub_keys.weight is \[2, 2, 8, 4\] in .* \[2, 2, 7, 4\] here: tables can only grow",
+        ),
+        (
+            "memory",
+            ("model.dim=24",),
+            r"embedding.weight is \[300, 16\] in .* and \[300, 24\] here",
+        ),
+        (
+            "memory",
+            ("model.memory.heads=3",),
+            r"blocks.0.memory.query.weight is \[16, 16\] in .*and \[24, 16\] here",
+        ),
         ("memory", ("model.layers=3",), r"has no model.blocks.2.mixer"),
-        ("memory", ("model.layers=1", "model.memory.layers=[0]"), r"has model.blocks.1.\S+, which this model lacks"),
+        (
+            "memory",
+            ("model.layers=1", "model.memory.layers=[0]"),
+            r"has model.blocks.1.\S+, which this model lacks",
+        ),
         ("memory", (DENSE,), r"has model.blocks.0.memory.\S+, which this model lacks"),
         ("dense", (DENSE, "model.tie_head=false"), "has no model.head.weight"),
-        ("fp16", ("model.memory.share=false",), r"has model.blocks.0.memory.\S+, which this model lacks"),
+        (
+            "fp16",
+            ("model.memory.share=false",),
+            r"has model.blocks.0.memory.\S+, which this model lacks",
+        ),
         ("none", (), "none does not exist"),
     ],
 )
 def test_what_does_not_fit_is_named(
-    source: str, overrides: tuple[str, ...], message: str, trained: Path, recipe: Path, tmp_path: Path
+    source: str,
+    overrides: tuple[str, ...],
+    message: str,
+    trained: Path,
+    recipe: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _begin(0, 1, recipe, trained / source, tmp_path / "new", *overrides)
@@ -168,8 +248,28 @@ def test_what_does_not_fit_is_named(
 
 
 def test_a_trained_table_gets_no_reader_with_fresh_keys(recipe: Path, tmp_path: Path) -> None:
-    train_run(recipe, tmp_path / "one", "model.memory.layers=[0]", "model.memory.mode=add", stop_at=2)
-    with pytest.raises(ValueError, match="layer 1 to the readers of a table that the checkpoint has trained"):
+    train_run(
+        recipe, tmp_path / "one", "model.memory.layers=[0]", "model.memory.mode=add", stop_at=2
+    )
+    with pytest.raises(
+        ValueError, match="layer 1 to the readers of a table that the checkpoint has trained"
+    ):
         _begin(0, 1, recipe, tmp_path / "one", tmp_path / "two", "model.memory.mode=add")
-    alone = _begin(0, 1, recipe, tmp_path / "one", tmp_path / "two", "model.memory.mode=add", "model.memory.share=false")
-    assert alone == _begin(0, 1, recipe, tmp_path / "one", tmp_path / "same", "model.memory.layers=[0]", "model.memory.mode=add")
+    alone = _begin(
+        0,
+        1,
+        recipe,
+        tmp_path / "one",
+        tmp_path / "two",
+        "model.memory.mode=add",
+        "model.memory.share=false",
+    )
+    assert alone == _begin(
+        0,
+        1,
+        recipe,
+        tmp_path / "one",
+        tmp_path / "same",
+        "model.memory.layers=[0]",
+        "model.memory.mode=add",
+    )

@@ -1,4 +1,6 @@
-"""Real signals to real commands: whatever ends a run, the next start goes on as if nothing had happened."""
+"""Real signals to real commands: whatever ends a run, the next start goes on as if nothing had
+happened.
+"""
 
 import json
 import os
@@ -25,9 +27,13 @@ ENDLESS = "train.steps=100000"
 Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 
 
-def _wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]", timeout: float = 60) -> None:
+def _wait_for_step(
+    folder: Path, step: int, process: "subprocess.Popen[str]", timeout: float = 60
+) -> None:
     deadline = time.monotonic() + timeout
-    while not ((folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step):
+    while not (
+        (folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step
+    ):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"no step {step} after {timeout} s"
         time.sleep(0.01)
@@ -40,7 +46,11 @@ def start() -> Iterator[Start]:
 
     def start(*command: object, **options: Any) -> "subprocess.Popen[str]":
         line = [sys.executable, "-m", *map(str, command)]
-        processes.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options))
+        processes.append(
+            subprocess.Popen(
+                line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+            )
+        )
         return processes[-1]
 
     yield start
@@ -51,9 +61,20 @@ def start() -> Iterator[Start]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, start: Start, recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_step_and_saves(
+    number: signal.Signals, start: Start, recipe: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "a run"
-    process = start("memshard", "train", recipe, "optimizer.betas=[0.9, 0.95]", "--run", folder, ENDLESS, "--json")
+    process = start(
+        "memshard",
+        "train",
+        recipe,
+        "optimizer.betas=[0.9, 0.95]",
+        "--run",
+        folder,
+        ENDLESS,
+        "--json",
+    )
     _wait_for_step(folder, 3, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -72,8 +93,12 @@ def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, start: Sta
     assert (folder / METRICS_FILE).read_text().count("train/loss") == step + 3
 
 
-def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(start: Start, recipe: Path, tmp_path: Path) -> None:
-    """Saving after every other step takes most of the time, so kills hit it, too: at step 10 checkpoint 8 may still be on its way."""
+def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(
+    start: Start, recipe: Path, tmp_path: Path
+) -> None:
+    """Saving after every other step takes most of the time, so kills hit it, too: at step 10
+    checkpoint 8 may still be on its way.
+    """
     folder, draw = tmp_path / "run", random.Random(0)
     for reached in (5, 10, 15):
         process = start("memshard", "train", recipe, "--run", folder, ENDLESS, "train.save_every=2")
@@ -92,10 +117,14 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(start: Start, rec
     assert (folder / METRICS_FILE).read_text().count("train/loss") == len(losses)
 
 
-def test_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(start: Start, recipe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(
+    start: Start, recipe: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "--")
-    process = start(*torchrun, "memshard", "train", recipe, "--run", folder, ENDLESS, start_new_session=True)
+    process = start(
+        *torchrun, "memshard", "train", recipe, "--run", folder, ENDLESS, start_new_session=True
+    )
     _wait_for_step(folder, 3, process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -108,7 +137,9 @@ def test_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(start: Start, recipe:
 
     train_run(recipe, folder, f"train.steps={step + 2}")
     train_run(recipe, tmp_path / "whole", f"train.steps={step + 2}")
-    assert list(numbers(folder, "train/loss").values()) == pytest.approx(list(numbers(tmp_path / "whole", "train/loss").values()), rel=1e-3)
+    assert list(numbers(folder, "train/loss").values()) == pytest.approx(
+        list(numbers(tmp_path / "whole", "train/loss").values()), rel=1e-3
+    )
 
 
 def test_only_a_second_ctrl_c_aborts() -> None:

@@ -1,4 +1,6 @@
-"""kill -9 of one rank or of all, at random moments of a run of two processes that saves after each step."""
+"""kill -9 of one rank or of all, at random moments of a run of two processes that saves after each
+step.
+"""
 
 import os
 import random
@@ -25,10 +27,29 @@ def _start(recipe: Path, folder: Path, steps: int) -> list["subprocess.Popen[byt
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "memshard", "train", str(recipe), "--run", str(folder), *SETTINGS, f"train.steps={steps}"]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "memshard",
+        "train",
+        str(recipe),
+        "--run",
+        str(folder),
+        *SETTINGS,
+        f"train.steps={steps}",
+    ]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     null = subprocess.DEVNULL
-    return [subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=null, stderr=null) for rank in (0, 1)]
+    return [
+        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=null, stderr=null)
+        for rank in (0, 1)
+    ]
 
 
 def _finish(processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
@@ -62,8 +83,12 @@ def test_thirty_kills_cost_no_checkpoint_and_no_step(recipe: Path, tmp_path: Pat
         processes = _start(recipe, tmp_path / "run", 1_000_000)
         deadline = time.monotonic() + 120
         # At least one save of this start, then any moment of the next few.
-        while len(committed(checkpoints)) == 0 or int(committed(checkpoints)[-1].name[5:]) <= newest:
-            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        while (
+            len(committed(checkpoints)) == 0 or int(committed(checkpoints)[-1].name[5:]) <= newest
+        ):
+            assert time.monotonic() < deadline and all(
+                process.poll() is None for process in processes
+            )
             time.sleep(0.002)
         time.sleep(draw.random() * 0.5)
         victims = [processes, processes[:1], processes[1:]][number % 3]
@@ -78,7 +103,10 @@ def test_thirty_kills_cost_no_checkpoint_and_no_step(recipe: Path, tmp_path: Pat
         assert len(found) >= 2 or number == 0
         assert int(found[-1].name[5:]) > newest
         newest = int(found[-1].name[5:])
-    print(f"{newest} steps; kills hit: { {phase: phases.count(phase) for phase in sorted(set(phases))} }")
+    print(
+        f"{newest} steps; kills hit: "
+        f"{ {phase: phases.count(phase) for phase in sorted(set(phases))} }"
+    )
     assert len(set(phases)) > 1, phases
 
     for folder in (tmp_path / "run", tmp_path / "whole"):

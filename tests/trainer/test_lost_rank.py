@@ -13,7 +13,18 @@ import pytest
 from memshard.trainer.watch.heartbeat import Beat, Heartbeat, late, read_beats
 from tests.trainer.tiny_run import prepare
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "--", "memshard", "train")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "3",
+    "-m",
+    "--",
+    "memshard",
+    "train",
+)
 
 
 def _beats(folder: Path) -> list[Beat]:
@@ -22,10 +33,24 @@ def _beats(folder: Path) -> list[Beat]:
     return beats if len(beats) == 3 else []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_a_lost_rank_is_named(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
-    command = (*TORCHRUN, str(recipe), "--run", str(tmp_path / "run"), "train.steps=100000", "guards.timeout=4")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "8"})
+    command = (
+        *TORCHRUN,
+        str(recipe),
+        "--run",
+        str(tmp_path / "run"),
+        "train.steps=100000",
+        "guards.timeout=4",
+    )
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "8"},
+    )
     try:
         deadline = time.monotonic() + 90
         while not (beats := _beats(tmp_path / "run")):
@@ -44,14 +69,23 @@ def test_a_lost_rank_is_named(number: signal.Signals, recipe: Path, tmp_path: Pa
         assert survivor.error.startswith(culprit) and "has been silent for" in survivor.error
         assert "rank 0 (" not in survivor.error and "rank 2 (" not in survivor.error
     assert f"memshard: error: {culprit}" in err and f"memshard: error: rank 2: {culprit}" in err
-    assert {path.name for path in (tmp_path / "run/flight").iterdir()} == {"rank0.json", "rank2.json"}
+    assert {path.name for path in (tmp_path / "run/flight").iterdir()} == {
+        "rank0.json",
+        "rank2.json",
+    }
 
 
 def test_heartbeats_follow_the_run(recipe: Path, tmp_path: Path) -> None:
     run = prepare(recipe, tmp_path / "run")
     with Heartbeat(run) as heartbeat:
         (beat,) = read_beats(run.folder)
-        assert (beat.rank, beat.pid, beat.step, beat.phase, beat.ended) == (0, os.getpid(), 0, "starting", None)
+        assert (beat.rank, beat.pid, beat.step, beat.phase, beat.ended) == (
+            0,
+            os.getpid(),
+            0,
+            "starting",
+            None,
+        )
         run.phase, run.progress.step = "reading data", 7
         deadline = time.monotonic() + 10
         while read_beats(run.folder)[0].step == 0:
@@ -67,16 +101,30 @@ def test_heartbeats_follow_the_run(recipe: Path, tmp_path: Path) -> None:
 
 def test_who_is_late() -> None:
     now = time.time()
-    beats = [Beat(rank, 3, "n1", 100 + rank, 40, "forward and backward", now - 60, now, 1.0) for rank in range(3)]
+    beats = [
+        Beat(rank, 3, "n1", 100 + rank, 40, "forward and backward", now - 60, now, 1.0)
+        for rank in range(3)
+    ]
     assert late(beats, now) == []
     reading = [beats[0], replace(beats[1], phase="reading data", since=now - 70), beats[2]]
-    assert late(reading, now) == ["rank 1 (process 101 on n1), in step 41, reading data, is behind, for 70 s now"]
+    assert late(reading, now) == [
+        "rank 1 (process 101 on n1), in step 41, reading data, is behind, for 70 s now"
+    ]
     earlier = [replace(beats[0], step=39, phase="saving", since=now - 90), *reading[1:]]
-    assert late(earlier, now) == ["rank 0 (process 100 on n1), in step 40, saving, is behind, for 90 s now"]
+    assert late(earlier, now) == [
+        "rank 0 (process 100 on n1), in step 40, saving, is behind, for 90 s now"
+    ]
     dead = [beats[0], beats[1], replace(beats[2], time=now - 30)]
     (line,) = late(dead, now)
-    assert line == "rank 2 (process 102 on n1), in step 41, forward and backward, has been silent for 30 s: killed, stopped or cut off"
-    failed = [replace(beats[0], ended="failed", error="peer", time=now), replace(beats[1], ended="failed", error="bug", time=now - 1)]
+    assert (
+        line
+        == "rank 2 (process 102 on n1), in step 41, forward and backward, has been silent for 30 "
+        "s: killed, stopped or cut off"
+    )
+    failed = [
+        replace(beats[0], ended="failed", error="peer", time=now),
+        replace(beats[1], ended="failed", error="bug", time=now - 1),
+    ]
     assert late(failed, now + 100)[0] == "no sign of rank 2: not started, or on another file system"
     assert late([*failed, replace(beats[2], ended="stopped")], now + 100) == [
         "rank 1 (process 101 on n1), in step 41, forward and backward, failed first: bug"

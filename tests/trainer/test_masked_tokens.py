@@ -15,7 +15,9 @@ from tests.trainer.tiny_run import RECIPE, assert_same, checkpoint_state, number
 def _batch(rows: int, length: int) -> Batch:
     tokens = torch.randint(2, 100, (rows, length), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length).repeat(rows, 1)
-    return Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), positions, torch.arange(rows))
+    return Batch(
+        tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), positions, torch.arange(rows)
+    )
 
 
 def test_of_the_tokens_to_be_found_8_in_10_are_hidden_and_1_in_10_replaced() -> None:
@@ -25,7 +27,10 @@ def test_of_the_tokens_to_be_found_8_in_10_are_hidden_and_1_in_10_replaced() -> 
     found = targets != IGNORE
     assert (found.sum(1) == 15).all() and torch.equal(targets[found], batch.inputs[found])
     assert torch.equal(inputs[~found], batch.inputs[~found])
-    hidden, same = (inputs[found] == MASK).float().mean(), (inputs[found] == targets[found]).float().mean()
+    hidden, same = (
+        (inputs[found] == MASK).float().mean(),
+        (inputs[found] == targets[found]).float().mean(),
+    )
     assert abs(hidden - 0.8) < 0.03 and abs(same - 0.101) < 0.03
     assert found.float().mean(0).std() < 0.06, "no place is preferred"
 
@@ -35,7 +40,9 @@ def test_draws_depend_on_step_and_sample_and_not_on_the_batch() -> None:
     batch = _batch(8, 40)
     inputs = task.hidden(batch, 7)[0]
     half = Batch(*(field[4:] for field in batch))
-    assert torch.equal(task.hidden(half, 7)[0], inputs[4:]) and not torch.equal(task.hidden(batch, 8)[0], inputs)
+    assert torch.equal(task.hidden(half, 7)[0], inputs[4:]) and not torch.equal(
+        task.hidden(batch, 8)[0], inputs
+    )
     assert torch.equal(task.hidden(batch, None)[0], task.hidden(batch, None)[0])
 
 
@@ -50,7 +57,9 @@ def test_padding_is_never_to_be_found() -> None:
 @pytest.fixture(scope="session")
 def masked_recipe(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "masked.yaml"
-    path.write_text(RECIPE.format(data=data).replace("layers: 2\n", "layers: 2\n  encoder_layers: 2\n"))
+    path.write_text(
+        RECIPE.format(data=data).replace("layers: 2\n", "layers: 2\n  encoder_layers: 2\n")
+    )
     return path
 
 
@@ -68,4 +77,8 @@ def test_an_encoder_with_a_memory_resumes_and_learns(
     capfd.readouterr()
     assert main(["eval", str(tmp_path / "whole"), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert found["loss"] == pytest.approx(whole["loss"]) and 0.05 < found["accuracy"] < 1 and "bits_per_byte" not in found
+    assert (
+        found["loss"] == pytest.approx(whole["loss"])
+        and 0.05 < found["accuracy"] < 1
+        and "bits_per_byte" not in found
+    )

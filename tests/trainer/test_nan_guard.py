@@ -58,14 +58,22 @@ def _skip_and_go_on(rank: int, world: int, recipe: Path, folder: Path) -> dict[s
             outcome = train_step(run)
         assert outcome.rate == 0
         assert_same(snapshot(run), before)
-        assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (2 * number, number, 1)
+        assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (
+            2 * number,
+            number,
+            1,
+        )
         reference.progress.step += 1
         train_step(run)
         train_step(reference)
         after = snapshot(run)
         assert_same(after, snapshot(reference))
         assert run.progress.in_a_row == 0 and run.progress.skipped == number
-        for name in ("model.embedding.weight", "model.blocks.1.memory.query_norm.running_mean", f"exp_avg.{TABLE}.weight"):
+        for name in (
+            "model.embedding.weight",
+            "model.blocks.1.memory.query_norm.running_mean",
+            f"exp_avg.{TABLE}.weight",
+        ):
             assert not torch.equal(after[name], before[name]) and after[name].isfinite().all(), name
         assert after[TABLE] == before[TABLE] + 1
 
@@ -73,13 +81,18 @@ def _skip_and_go_on(rank: int, world: int, recipe: Path, folder: Path) -> dict[s
         patch.setattr(run.engine, "backward", _poisoned(run, _poison_read))
         train_step(run)
         train_step(run)
-        with pytest.raises(RuntimeError, match=r"^3 steps in a row, up to step 8, had a gradient that is not finite.*: begin"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"^3 steps in a row, up to step 8, had a gradient that is not finite.*: begin",
+        ):
             train_step(run)
     return {name: value for name, value in snapshot(run).items() if ".values." not in name}
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_bad_gradient_on_one_rank_is_skipped_on_all(world: int, recipe: Path, tmp_path: Path) -> None:
+def test_a_bad_gradient_on_one_rank_is_skipped_on_all(
+    world: int, recipe: Path, tmp_path: Path
+) -> None:
     if world == 1:
         _skip_and_go_on(0, 1, recipe, tmp_path / "run")
     else:
@@ -87,8 +100,18 @@ def test_a_bad_gradient_on_one_rank_is_skipped_on_all(world: int, recipe: Path, 
         assert_same(first, second)
 
 
-def test_a_run_that_diverges_ends_with_exit_code_1(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["train", str(recipe), "--run", str(tmp_path / "run"), "optimizer.lr=1e38", "train.steps=30", "--json"]
+def test_a_run_that_diverges_ends_with_exit_code_1(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "train",
+        str(recipe),
+        "--run",
+        str(tmp_path / "run"),
+        "optimizer.lr=1e38",
+        "train.steps=30",
+        "--json",
+    ]
     assert main(argv) == 1
     error = json.loads(capfd.readouterr().out)["error"]
     assert "steps in a row, up to step" in error and "lower optimizer.lr" in error

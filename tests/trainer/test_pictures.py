@@ -12,7 +12,9 @@ image = pytest.importorskip("matplotlib.image")
 
 
 def write_metrics(path: Path, steps: int = 20) -> Path:
-    lines = [json.dumps({"step": step, "train/loss": 5 - step / 10}) for step in range(1, steps + 1)]
+    lines = [
+        json.dumps({"step": step, "train/loss": 5 - step / 10}) for step in range(1, steps + 1)
+    ]
     lines.insert(10, json.dumps({"step": 10, "eval/loss": 4.2}))
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -27,7 +29,9 @@ def picture(path: Path) -> np.ndarray:
 
 
 def purple_share(pixels: np.ndarray) -> float:
-    """Share of the picture in the darkest colour of the map, which stands for the least read slots."""
+    """Share of the picture in the darkest colour of the map, which stands for the least read
+    slots.
+    """
     return float((np.abs(pixels - np.array([0.267, 0.005, 0.329])).max(-1) < 0.02).mean())
 
 
@@ -105,5 +109,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path) -> No
         "try: usage_map([1], 1, 'x.png')\n"
         "except ValueError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert "pip install memshard[eval]" in done.stdout, done.stderr

@@ -14,7 +14,15 @@ from memshard.trainer.step import train_step
 from tests.data_pipeline.conftest import build
 from tests.distributed import run_distributed
 from tests.trainer.overflow import OVERFLOWS
-from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, snapshot, train_run
+from tests.trainer.tiny_run import (
+    TABLE,
+    assert_same,
+    checkpoint_state,
+    numbers,
+    prepare,
+    snapshot,
+    train_run,
+)
 
 FP16 = ("train.precision=fp16", "train.micro_batch=2", "model.memory.query_norm=lagged")
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "text" / "wikipedia_en_extract.txt.gz"
@@ -45,7 +53,10 @@ def test_other_arithmetic_has_no_scale() -> None:
     assert scale.value == 1 and scale.state() == {}
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+)
 def test_automatic_precision_follows_the_capability(
     capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,8 +65,12 @@ def test_automatic_precision_follows_the_capability(
     assert compute_dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def overflow_on_one_rank(rank: int, world: int, recipe: Path, folder: Path, *overrides: str) -> list[float]:
-    """Every second step has a gradient that overflows on the last rank only; returns all loss scales."""
+def overflow_on_one_rank(
+    rank: int, world: int, recipe: Path, folder: Path, *overrides: str
+) -> list[float]:
+    """Every second step has a gradient that overflows on the last rank only; returns all loss
+    scales.
+    """
     run = prepare(recipe, folder, *FP16, *overrides)
     train_step(run)
     scales = [run.loss_scale.value]
@@ -65,18 +80,30 @@ def overflow_on_one_rank(rank: int, world: int, recipe: Path, folder: Path, *ove
             outcome = train_step(run)
         assert outcome.rate == 0
         assert_same(snapshot(run), before)
-        assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (2 * number, number, 1)
+        assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (
+            2 * number,
+            number,
+            1,
+        )
         scales.append(run.loss_scale.value)
         assert train_step(run).rate > 0
         after = snapshot(run)
-        for name in ("model.embedding.weight", "model.blocks.1.memory.query_norm.running_mean", f"exp_avg.{TABLE}.weight"):
+        for name in (
+            "model.embedding.weight",
+            "model.blocks.1.memory.query_norm.running_mean",
+            f"exp_avg.{TABLE}.weight",
+        ):
             # DeepSpeed keeps each dense tensor on one rank.
-            assert name not in after or (not torch.equal(after[name], before[name]) and after[name].isfinite().all()), name
+            assert name not in after or (
+                not torch.equal(after[name], before[name]) and after[name].isfinite().all()
+            ), name
     return scales
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_an_overflow_on_one_rank_halves_the_scale_and_changes_nothing_else(world: int, recipe: Path, tmp_path: Path) -> None:
+def test_an_overflow_on_one_rank_halves_the_scale_and_changes_nothing_else(
+    world: int, recipe: Path, tmp_path: Path
+) -> None:
     if world == 1:
         scales = [overflow_on_one_rank(0, 1, recipe, tmp_path / "run")]
     else:
@@ -85,8 +112,13 @@ def test_an_overflow_on_one_rank_halves_the_scale_and_changes_nothing_else(world
 
 
 def test_the_scale_leaves_the_update_alone(recipe: Path, tmp_path: Path) -> None:
-    """In fp32, where no gradient is lost: dense weights, table rows, and the norms that clip them."""
-    runs = [prepare(recipe, tmp_path / name, "tables.clip=0.01", "train.clip=0.1") for name in ("1", "4096")]
+    """In fp32, where no gradient is lost: dense weights, table rows, and the norms that clip
+    them.
+    """
+    runs = [
+        prepare(recipe, tmp_path / name, "tables.clip=0.01", "train.clip=0.1")
+        for name in ("1", "4096")
+    ]
     runs[1].loss_scale.value = 4096
     outcomes = [[train_step(run) for _ in range(3)] for run in runs]
     for plain, scaled in zip(*outcomes, strict=True):
@@ -103,14 +135,31 @@ def test_resuming_in_fp16_is_exact(recipe: Path, tmp_path: Path) -> None:
     whole = checkpoint_state(tmp_path / "whole")
     assert_same(checkpoint_state(tmp_path / "stopped"), whole)
     scales = numbers(tmp_path / "whole", "train/loss_scale")
-    assert scales == numbers(tmp_path / "stopped", "train/loss_scale") and scales[125] == whole["loss_scale"]["value"]
+    assert (
+        scales == numbers(tmp_path / "stopped", "train/loss_scale")
+        and scales[125] == whole["loss_scale"]["value"]
+    )
     assert max(scales[step] / scales[step - 1] for step in range(2, 126)) == 2
 
 
-def test_a_run_whose_scale_falls_too_low_says_so(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["train", str(recipe), "--run", str(tmp_path / "run"), *FP16, "optimizer.lr=1e38", "train.steps=40", "--json"]
+def test_a_run_whose_scale_falls_too_low_says_so(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "train",
+        str(recipe),
+        "--run",
+        str(tmp_path / "run"),
+        *FP16,
+        "optimizer.lr=1e38",
+        "train.steps=40",
+        "--json",
+    ]
     assert main(argv) == 1
-    assert "the loss scale fell to 0.5, below train.loss_scale.minimum" in json.loads(capfd.readouterr().out)["error"]
+    assert (
+        "the loss scale fell to 0.5, below train.loss_scale.minimum"
+        in json.loads(capfd.readouterr().out)["error"]
+    )
 
 
 @pytest.mark.slow
@@ -119,8 +168,19 @@ def test_200_steps_in_fp16_follow_fp32(recipe: Path, tmp_path: Path) -> None:
     with gzip.open(TEXT, "rt", encoding="utf-8") as source:
         (tmp_path / "text.txt").write_text(source.read(2_000_000), encoding="utf-8")
     build(tmp_path / "text.txt", tmp_path / "data", vocab_size=1000)
-    settings = (f"data.path={tmp_path / 'data'}", "data.length=64", "model.dim=64", "model.memory.keys=32", "model.memory.heads=4")
-    settings += ("model.memory.layers=[1]", "train.steps=200", "optimizer.lr=1e-3", "train.micro_batch=null")
+    settings = (
+        f"data.path={tmp_path / 'data'}",
+        "data.length=64",
+        "model.dim=64",
+        "model.memory.keys=32",
+        "model.memory.heads=4",
+    )
+    settings += (
+        "model.memory.layers=[1]",
+        "train.steps=200",
+        "optimizer.lr=1e-3",
+        "train.micro_batch=null",
+    )
     losses = {}
     for precision in ("fp32", "fp16"):
         train_run(recipe, tmp_path / precision, *settings, f"train.precision={precision}")

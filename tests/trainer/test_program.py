@@ -27,12 +27,22 @@ from tests.trainer.tiny_run import assert_same, checkpoint_state, train_run
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Of a recipe: Primer-EZ with heads of two channels, and a memory behind the first block."""
-    found = compile_dna(golden("primer-ez", 2), Shape(vocab=1, length=32, parameters=(6_000, 8_000), layers=2))
-    assert isinstance(found, Compiled) and found.config.dim == 16 and found.config.program is not None
+    found = compile_dna(
+        golden("primer-ez", 2), Shape(vocab=1, length=32, parameters=(6_000, 8_000), layers=2)
+    )
+    assert (
+        isinstance(found, Compiled) and found.config.dim == 16 and found.config.program is not None
+    )
     path = tmp_path_factory.mktemp("program") / "winner.json"
     path.write_text(found.config.program)
     memory = ("model.memory.layers=[0]", "model.memory.query_norm=layer")
-    return f"model.program={path}", "model.dropout=0", "model.position=sinusoidal", "train.steps=8", *memory
+    return (
+        f"model.program={path}",
+        "model.dropout=0",
+        "model.position=sinusoidal",
+        "train.steps=8",
+        *memory,
+    )
 
 
 def test_a_program_trains_resumes_generates_and_exports(
@@ -41,7 +51,9 @@ def test_a_program_trains_resumes_generates_and_exports(
     result = train_run(recipe, tmp_path / "whole", *settings)
     assert result["loss"] < 5.6
     train_run(recipe, tmp_path / "parts", *settings, stop_at=5)
-    Path(settings[0].partition("=")[2]).rename(tmp_path / "gone.json")  # A run needs the file no more.
+    Path(settings[0].partition("=")[2]).rename(
+        tmp_path / "gone.json"
+    )  # A run needs the file no more.
     train_run(tmp_path / "parts", tmp_path / "parts")
     (tmp_path / "gone.json").rename(settings[0].partition("=")[2])
     assert_same(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts"))
@@ -57,7 +69,12 @@ def test_a_program_trains_resumes_generates_and_exports(
     assert torch.equal(generate(model, prompt, 12, temperature=0), tokens[:, 3:])
     assert main(["generate", str(tmp_path / "whole"), "--prompt", "a", "--max-tokens", "4"]) == 0
     with pytest.raises(ValueError, match="prompts of one length"):
-        generate(model, torch.tensor([[1, 5], [5, 9]]), 3, real=torch.tensor([[False, True], [True, True]]))
+        generate(
+            model,
+            torch.tensor([[1, 5], [5, 9]]),
+            3,
+            real=torch.tensor([[False, True], [True, True]]),
+        )
     assert main(["eval", str(tmp_path / "whole")]) == 0
     assert export(tmp_path / "whole", tmp_path / "out").difference == 0
     capsys.readouterr()
@@ -72,20 +89,30 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 prompt = torch.tensor([[5, 9, 11]])
-cached, again = (model.generate(prompt, max_new_tokens=9, do_sample=False, use_cache=use) for use in (True, False))
+plain = {"max_new_tokens": 9, "do_sample": False}
+cached, again = (model.generate(prompt, **plain, use_cache=use) for use in (True, False))
 assert torch.equal(cached, again)
-beams, again = (model.generate(prompt, max_new_tokens=9, num_beams=3, do_sample=False, use_cache=use) for use in (True, False))
+beams, again = (
+    model.generate(prompt, **plain, num_beams=3, use_cache=use) for use in (True, False)
+)
 assert torch.equal(beams, again)
 torch.save(model(prompt).logits.detach(), sys.argv[2])
 """
 
 
 @pytest.mark.slow
-def test_transformers_loads_a_program(recipe: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_transformers_loads_a_program(
+    recipe: Path, settings: tuple[str, ...], tmp_path: Path
+) -> None:
     pytest.importorskip("transformers")
     train_run(recipe, tmp_path / "run", *settings)
     export(tmp_path / "run", tmp_path / "out", huggingface=True)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", _LOAD, str(tmp_path / "out"), str(tmp_path / "logits")]
     done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -95,7 +122,9 @@ def test_transformers_loads_a_program(recipe: Path, settings: tuple[str, ...], t
 
 
 @pytest.mark.slow
-def test_ranks_share_the_batch_of_a_program(recipe: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_ranks_share_the_batch_of_a_program(
+    recipe: Path, settings: tuple[str, ...], tmp_path: Path
+) -> None:
     run_distributed(_train, 2, recipe, tmp_path / "two", *settings)
     train_run(recipe, tmp_path / "one", *settings)
     one, two = (checkpoint_state(tmp_path / name) for name in ("one", "two"))
@@ -114,7 +143,9 @@ def test_ranks_share_the_batch_of_a_program(recipe: Path, settings: tuple[str, .
         ('model.program={"width": 16, "nodes": [{"op": "EVIL", "inputs": [0]}]}', "model.program"),
     ],
 )
-def test_what_cannot_be_is_said(recipe: Path, settings: tuple[str, ...], change: str, problem: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_said(
+    recipe: Path, settings: tuple[str, ...], change: str, problem: str, tmp_path: Path
+) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=problem):
         train_run(recipe, tmp_path / "run", *settings, change)
 
@@ -127,7 +158,9 @@ def test_a_recipe_holds_the_text_of_its_program(recipe: Path, settings: tuple[st
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["transformer", "primer"])
 def test_the_memory_estimate_is_on_the_safe_side(name: str, half: bool) -> None:
-    found = compile_dna(golden(name, 8), Shape(vocab=29, length=96, parameters=(90_000, 130_000), layers=2))
+    found = compile_dna(
+        golden(name, 8), Shape(vocab=29, length=96, parameters=(90_000, 130_000), layers=2)
+    )
     assert isinstance(found, Compiled)
     model, tokens = found.build(0), torch.randint(29, (4, 96))
     with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -1,4 +1,6 @@
-"""The number of ranks, the layout of tables, and the number of micro-batches change nothing but the speed."""
+"""The number of ranks, the layout of tables, and the number of micro-batches change nothing but the
+speed.
+"""
 
 import shutil
 from dataclasses import asdict
@@ -13,7 +15,13 @@ from memshard.trainer.run import Run
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
-LONG = ("train.steps=50", "train.eval_every=10", "train.save_every=10", "train.keep=9", "optimizer.lr=3e-3")
+LONG = (
+    "train.steps=50",
+    "train.eval_every=10",
+    "train.save_every=10",
+    "train.keep=9",
+    "optimizer.lr=3e-3",
+)
 SAVED = "step-00000010"
 FEW = ("train.batch=2", "data.length=16", "train.micro_batch=1", "model.memory.query_norm=layer")
 
@@ -33,14 +41,21 @@ def load_whole(recipe: Path, folder: Path, *settings: str) -> dict[str, Any]:
 
 def _whole(run: Run) -> dict[str, Any]:
     tensors = run.tensors()
-    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone() for name, tensor in tensors.items()}
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in tensors.items()
+    }
 
 
 def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
     """What a checkpoint saved on two ranks becomes on these: whole tensors, and its evaluation."""
     run = prepare(recipe, folder, *LONG, *layout)
     evaluation = evaluate_run(run)
-    return {**_whole(run), "loss": evaluation.loss, **{name: asdict(report) for name, report in evaluation.usage.items()}}
+    return {
+        **_whole(run),
+        "loss": evaluation.loss,
+        **{name: asdict(report) for name, report in evaluation.usage.items()},
+    }
 
 
 def _three_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
@@ -57,15 +72,22 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of all runs, and what one rank and each of three loaded of the two ranks' checkpoint."""
+def runs(
+    recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of all runs, and what one rank and each of three loaded of the two ranks'
+    checkpoint.
+    """
     folder = tmp_path_factory.mktemp("runs")
     run_distributed(_two_ranks, 2, recipe, folder)
     for name in ("on 1", "on 3"):
         _copy_with_one_checkpoint(folder / "2 ranks", folder / name)
     train_run(recipe, folder / "1 rank", *LONG)
     train_run(recipe, folder / "1 rank, few rows", *FEW)
-    return folder, [_load(recipe, folder / "on 1"), *run_distributed(_three_ranks, 3, recipe, folder)]
+    return folder, [
+        _load(recipe, folder / "on 1"),
+        *run_distributed(_three_ranks, 3, recipe, folder),
+    ]
 
 
 def losses(folder: Path, steps: int) -> list[float]:
@@ -73,7 +95,9 @@ def losses(folder: Path, steps: int) -> list[float]:
     return [values[step] for step in range(1, steps + 1)]
 
 
-def test_losses_do_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_losses_do_not_depend_on_the_number_of_ranks(
+    runs: tuple[Path, list[dict[str, Any]]],
+) -> None:
     folder, _ = runs
     one = losses(folder / "1 rank", 50)
     assert one[-1] < one[0] - 1
@@ -83,23 +107,34 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict
     assert losses(folder / "3 ranks", 10) == pytest.approx(one[:10], rel=1e-5)
 
 
-def test_table_metrics_do_not_depend_on_ranks_and_layouts(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_table_metrics_do_not_depend_on_ranks_and_layouts(
+    runs: tuple[Path, list[dict[str, Any]]],
+) -> None:
     folder, _ = runs
     for key in ("touched", "duplicates", "never_updated", "dead"):
         one = numbers(folder / "1 rank", f"blocks.0.memory.values/{key}")
         for other, step in (("2 ranks", 1), ("3 ranks", 1), ("on 3", 11)):
-            assert numbers(folder / other, f"blocks.0.memory.values/{key}")[step] == pytest.approx(one[step], rel=1e-3), (key, other)
-    few = (numbers(folder / f"{ranks}, few rows", "blocks.0.memory.values/touched")[1] for ranks in ("1 rank", "3 ranks"))
+            assert numbers(folder / other, f"blocks.0.memory.values/{key}")[step] == pytest.approx(
+                one[step], rel=1e-3
+            ), (key, other)
+    few = (
+        numbers(folder / f"{ranks}, few rows", "blocks.0.memory.values/touched")[1]
+        for ranks in ("1 rank", "3 ranks")
+    )
     assert next(few) == pytest.approx(next(few))
 
 
 def test_a_rank_may_have_nothing_to_do(runs: tuple[Path, list[dict[str, Any]]]) -> None:
     """Two sequences on three ranks."""
     folder, _ = runs
-    assert losses(folder / "3 ranks, few rows", 10) == pytest.approx(losses(folder / "1 rank, few rows", 10), rel=1e-5)
+    assert losses(folder / "3 ranks, few rows", 10) == pytest.approx(
+        losses(folder / "1 rank, few rows", 10), rel=1e-5
+    )
 
 
-def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(
+    runs: tuple[Path, list[dict[str, Any]]],
+) -> None:
     folder, everywhere = runs
     saved = checkpoint_state(folder / "2 ranks/checkpoints" / SAVED)
     names = [name for name in saved if name.startswith(("model.", "exp_avg", "step."))]
@@ -107,23 +142,33 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(runs: tuple[Path, list
         assert_same({name: loaded[name] for name in names}, {name: saved[name] for name in names})
 
 
-def test_training_goes_on_with_the_same_losses(runs: tuple[Path, list[dict[str, Any]]], recipe: Path) -> None:
+def test_training_goes_on_with_the_same_losses(
+    runs: tuple[Path, list[dict[str, Any]]], recipe: Path
+) -> None:
     folder, _ = runs
     train_run(recipe, folder / "on 1", *LONG, stop_at=20)
     for name in ("on 1", "on 3"):
         assert losses(folder / name, 20) == pytest.approx(losses(folder / "2 ranks", 20), rel=1e-5)
 
 
-def test_evaluation_does_not_depend_on_the_number_of_ranks(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_evaluation_does_not_depend_on_the_number_of_ranks(
+    runs: tuple[Path, list[dict[str, Any]]],
+) -> None:
     folder, everywhere = runs
     for loaded in everywhere:
-        assert loaded["loss"] == pytest.approx(numbers(folder / "2 ranks", "eval/loss")[10], rel=1e-6)
+        assert loaded["loss"] == pytest.approx(
+            numbers(folder / "2 ranks", "eval/loss")[10], rel=1e-6
+        )
         for key, value in loaded[TABLE].items():
-            assert value == pytest.approx(numbers(folder / "2 ranks", f"{TABLE}/{key}")[10], rel=1e-9), key
+            assert value == pytest.approx(
+                numbers(folder / "2 ranks", f"{TABLE}/{key}")[10], rel=1e-9
+            ), key
 
 
 @pytest.mark.parametrize("query_norm", ["layer", "rms"])
-def test_micro_batches_change_nothing_where_queries_are_normalised_alone(query_norm: str, recipe: Path, tmp_path: Path) -> None:
+def test_micro_batches_change_nothing_where_queries_are_normalised_alone(
+    query_norm: str, recipe: Path, tmp_path: Path
+) -> None:
     norm = f"model.memory.query_norm={query_norm}"
     train_run(recipe, tmp_path / "whole", norm)
     train_run(recipe, tmp_path / "micro", norm, "train.micro_batch=3")

@@ -1,4 +1,6 @@
-"""Remedies against dead rows: that they help, and that resumes, ranks and layouts change nothing about them."""
+"""Remedies against dead rows: that they help, and that resumes, ranks and layouts change nothing
+about them.
+"""
 
 import shutil
 from pathlib import Path
@@ -29,10 +31,14 @@ BALANCED = ("train.key_balance=1", "model.memory.query_norm=layer")
 
 
 def _learn(dead_after: int = 0, balance: float = 0.0) -> tuple[UsageReport, float]:
-    """A memory that learns 512 unrelated answers to correlated questions: usage over all of them, and the last losses."""
+    """A memory that learns 512 unrelated answers to correlated questions: usage over all of them,
+    and the last losses.
+    """
     torch.manual_seed(0)
     memory = ProductKeyMemory(16, keys=32, heads=2, topk=4, key_dim=16, query_norm="none")
-    questions = torch.randn(512, 16) @ (torch.randn(16, 16) * torch.logspace(0, -1.5, 16)[:, None]) + 1
+    questions = (
+        torch.randn(512, 16) @ (torch.randn(16, 16) * torch.logspace(0, -1.5, 16)[:, None]) + 1
+    )
     answers = torch.randn(512, 16)
     (table,) = externalize_tables(memory)
     rows, dense = RowAdam([table], lr=1e-2), torch.optim.Adam(memory.parameters(), lr=1e-3)
@@ -58,7 +64,9 @@ def _learn(dead_after: int = 0, balance: float = 0.0) -> tuple[UsageReport, floa
 
 
 def test_both_remedies_raise_usage_and_learning_profits() -> None:
-    """Measured: usage 0.53, KL 1.14, loss 0.56 without; 0.70, 0.68, 0.48 with revival; 0.75, 0.56, 0.42 with balance."""
+    """Measured: usage 0.53, KL 1.14, loss 0.56 without; 0.70, 0.68, 0.48 with revival; 0.75, 0.56,
+    0.42 with balance.
+    """
     plain, plain_loss = _learn()
     for report, loss in (_learn(dead_after=20), _learn(balance=0.1)):
         assert report.usage > plain.usage + 0.08
@@ -67,24 +75,43 @@ def test_both_remedies_raise_usage_and_learning_profits() -> None:
 
 
 def test_balance_raises_usage_of_a_language_model(recipe: Path, tmp_path: Path) -> None:
-    settings = ("model.memory.query_norm=layer", "model.memory.keys=32", "optimizer.lr=1e-3", "train.steps=60")
+    settings = (
+        "model.memory.query_norm=layer",
+        "model.memory.keys=32",
+        "optimizer.lr=1e-3",
+        "train.steps=60",
+    )
     for weight in (0, 0.1):
         train_run(recipe, tmp_path / str(weight), *settings, f"train.key_balance={weight}")
-    without, balanced = (numbers(tmp_path / weight, f"{TABLE}/usage")[60] for weight in ("0", "0.1"))
+    without, balanced = (
+        numbers(tmp_path / weight, f"{TABLE}/usage")[60] for weight in ("0", "0.1")
+    )
     assert balanced > 2 * without
     without, balanced = (numbers(tmp_path / weight, "eval/loss")[60] for weight in ("0", "0.1"))
     assert balanced < without + 0.1
 
 
 def test_resumed_remedies_are_the_same_to_the_last_bit(recipe: Path, tmp_path: Path) -> None:
-    settings = (*BOTH, *FEW_READS, "tables.dead_after=4", "model.memory.topk=2", "train.micro_batch=3", "train.batch=5")
+    settings = (
+        *BOTH,
+        *FEW_READS,
+        "tables.dead_after=4",
+        "model.memory.topk=2",
+        "train.micro_batch=3",
+        "train.batch=5",
+    )
     train_run(recipe, tmp_path / "whole", *settings)
     train_run(recipe, tmp_path / "stopped", *settings, stop_at=6)
     train_run(recipe, tmp_path / "stopped", *settings)
     whole = checkpoint_state(tmp_path / "whole")
     assert_same(checkpoint_state(tmp_path / "stopped"), whole)
     for left_out in BOTH:
-        train_run(recipe, tmp_path / left_out, *settings, left_out.split("=")[0] + "=" + ("false" if "true" in left_out else "0"))
+        train_run(
+            recipe,
+            tmp_path / left_out,
+            *settings,
+            left_out.split("=")[0] + "=" + ("false" if "true" in left_out else "0"),
+        )
         name = "model.blocks.0.memory.sub_keys.weight"
         assert not torch.equal(checkpoint_state(tmp_path / left_out)[name], whole[name])
 
@@ -94,7 +121,9 @@ def test_revival_is_refused_where_an_engine_would_undo_it(recipe: Path) -> None:
         load_recipe(recipe, ("tables.revive=true", "train.engine=deepspeed", "train.zero=1"))
 
 
-def _revive(rank: int, world: int, recipe: Path, source: Path, layouts: dict[str, tuple[str, ...]]) -> None:
+def _revive(
+    rank: int, world: int, recipe: Path, source: Path, layouts: dict[str, tuple[str, ...]]
+) -> None:
     """Revival alone, in runs that stand where `source` stands; and whole runs with balance."""
     for name, layout in layouts.items():
         run = prepare(recipe, source.parent / name, *BOTH, *FEW_READS, *layout)
@@ -123,6 +152,8 @@ def test_ranks_layouts_and_micro_batches_change_nothing(recipe: Path, tmp_path: 
     train_run(recipe, tmp_path / "balanced repeated", *BALANCED, "train.checkpointing=full")
     losses = numbers(tmp_path / "balanced", "train/loss")
     for other in ("micro", "repeated", "rows", "tensor", "tensor, rows"):
-        assert numbers(tmp_path / f"balanced {other}", "train/loss") == pytest.approx(losses, rel=1e-5), other
+        assert numbers(tmp_path / f"balanced {other}", "train/loss") == pytest.approx(
+            losses, rel=1e-5
+        ), other
     train_run(recipe, tmp_path / "unbalanced", BALANCED[1])
     assert numbers(tmp_path / "unbalanced", "train/loss")[10] != pytest.approx(losses[10], rel=1e-4)

@@ -23,7 +23,9 @@ def _save(rank: int, world: int, recipe: Path, folder: Path, settings: tuple[str
     train_run(recipe, folder, "train.steps=2", *settings)
 
 
-def _load(rank: int, world: int, recipe: Path, folder: Path, settings: tuple[str, ...]) -> dict[str, Any]:
+def _load(
+    rank: int, world: int, recipe: Path, folder: Path, settings: tuple[str, ...]
+) -> dict[str, Any]:
     return load_whole(recipe, folder, "train.steps=2", *settings)
 
 
@@ -33,10 +35,15 @@ def test_tables_moments_and_weights_are_bit_equal(saved: str, recipe: Path, tmp_
     ranks, settings = LAYOUTS[saved]
     run_distributed(_save, ranks, recipe, tmp_path, settings)
     expected = checkpoint_state(tmp_path)
-    names = [name for name in expected if name.startswith(("model.", "exp_avg", "step.", "last_step"))]
+    names = [
+        name for name in expected if name.startswith(("model.", "exp_avg", "step.", "last_step"))
+    ]
     assert len(names) > 20
     for layout, (ranks, settings) in LAYOUTS.items():
         if layout != saved:
             loaded = run_distributed(_load, ranks, recipe, tmp_path, settings)
             for of_rank in loaded:
-                assert_same({name: of_rank[name] for name in names}, {name: expected[name] for name in names})
+                assert_same(
+                    {name: of_rank[name] for name in names},
+                    {name: expected[name] for name in names},
+                )

@@ -9,11 +9,20 @@ from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, prepare, train_run
 
-REPRODUCIBLE = ("step", "train/loss", "train/lr", "train/grad_norm", "eval/loss", f"{TABLE}/touched")
+REPRODUCIBLE = (
+    "step",
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "eval/loss",
+    f"{TABLE}/touched",
+)
 
 
 def _train_with_and_without_stops(rank: int, world: int, recipe: Path, folder: Path) -> list[bool]:
-    """Ten steps at once, stopped at the fifth, and at first meant to be five; returns which of the parts say they are finished."""
+    """Ten steps at once, stopped at the fifth, and at first meant to be five; returns which of the
+    parts say they are finished.
+    """
     micro = "train.micro_batch=3"
     assert 5 * 8 < prepare(recipe, folder / "unused").stream.samples_per_epoch < 10 * 8
     results = [
@@ -36,21 +45,36 @@ def test_five_and_five_steps_are_ten(world: int, recipe: Path, tmp_path: Path) -
     whole = checkpoint_state(tmp_path / "whole")
     for other in ("stopped", "longer"):
         assert_same(checkpoint_state(tmp_path / other), whole)
-        assert _reproducible(tmp_path / other, evaluated_at=10) == _reproducible(tmp_path / "whole", evaluated_at=10)
+        assert _reproducible(tmp_path / other, evaluated_at=10) == _reproducible(
+            tmp_path / "whole", evaluated_at=10
+        )
 
 
 def _reproducible(folder: Path, evaluated_at: int) -> list[dict[str, Any]]:
     """Lines of metrics without times. A shorter run evaluates at its end, too."""
-    lines = [{key: line[key] for key in REPRODUCIBLE if key in line} for line in read_metrics(folder / METRICS_FILE)]
+    lines = [
+        {key: line[key] for key in REPRODUCIBLE if key in line}
+        for line in read_metrics(folder / METRICS_FILE)
+    ]
     return [line for line in lines if "eval/loss" not in line or line["step"] == evaluated_at]
 
 
 def test_metrics_are_means_over_all_steps_since_the_last_line(recipe: Path, tmp_path: Path) -> None:
     """Evaluations and checkpoints between two lines cost no losses."""
     train_run(recipe, tmp_path / "each")
-    train_run(recipe, tmp_path / "fifth", "train.log_every=5", "train.eval_every=3", "train.save_every=4")
-    each = [line["train/loss"] for line in read_metrics(tmp_path / "each" / METRICS_FILE) if "train/loss" in line]
-    fifth = [line["train/loss"] for line in read_metrics(tmp_path / "fifth" / METRICS_FILE) if "train/loss" in line]
+    train_run(
+        recipe, tmp_path / "fifth", "train.log_every=5", "train.eval_every=3", "train.save_every=4"
+    )
+    each = [
+        line["train/loss"]
+        for line in read_metrics(tmp_path / "each" / METRICS_FILE)
+        if "train/loss" in line
+    ]
+    fifth = [
+        line["train/loss"]
+        for line in read_metrics(tmp_path / "fifth" / METRICS_FILE)
+        if "train/loss" in line
+    ]
     assert fifth == pytest.approx([sum(each[:5]) / 5, sum(each[5:]) / 5], rel=1e-6)
 
 
@@ -63,7 +87,9 @@ def test_a_run_that_is_done_stays_done(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_committed_is_not_there(recipe: Path, tmp_path: Path) -> None:
-    """Neither for resuming nor for saving: an interrupted copy of step 10 stands where the run saves its own."""
+    """Neither for resuming nor for saving: an interrupted copy of step 10 stands where the run
+    saves its own.
+    """
     checkpoints = tmp_path / "run/checkpoints"
     train_run(recipe, tmp_path / "run", stop_at=5)
     for name in ("step-00000007", "step-00000008.tmp", "step-00000010"):
@@ -78,13 +104,27 @@ def test_what_is_not_committed_is_not_there(recipe: Path, tmp_path: Path) -> Non
 
 def test_the_newest_checkpoints_are_kept(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", "train.save_every=2", "train.keep=3")
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [f"step-{step:08d}" for step in (6, 8, 10)]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (6, 8, 10)
+    ]
 
 
 def test_a_damaged_metrics_file_costs_only_its_damaged_lines(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", stop_at=5)
     file = tmp_path / "run" / METRICS_FILE
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([lines[0], b"\xff\xfe\x00 {\n", *lines[1:3], b"3\n", b"{}\n", *lines[3:], b'{"step": 6, "tra']))
+    file.write_bytes(
+        b"".join(
+            [
+                lines[0],
+                b"\xff\xfe\x00 {\n",
+                *lines[1:3],
+                b"3\n",
+                b"{}\n",
+                *lines[3:],
+                b'{"step": 6, "tra',
+            ]
+        )
+    )
     train_run(recipe, tmp_path / "run")
     assert [line["step"] for line in read_metrics(file)] == [*range(1, 11), 10]

@@ -1,4 +1,6 @@
-"""Runs with reversible and checkpointed blocks: the grid's range, resuming, one curve with and without checkpointing."""
+"""Runs with reversible and checkpointed blocks: the grid's range, resuming, one curve with and
+without checkpointing.
+"""
 
 import logging
 from pathlib import Path
@@ -8,7 +10,14 @@ import torch
 
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
-from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, prepare, snapshot, train_run
+from tests.trainer.tiny_run import (
+    assert_same,
+    checkpoint_state,
+    numbers,
+    prepare,
+    snapshot,
+    train_run,
+)
 
 _REVERSIBLE = ("model.residual=reversible", "train.micro_batch=2", "train.check_inversion=true")
 _SCALE = "model.grid.scale"
@@ -16,7 +25,9 @@ _SCALE = "model.grid.scale"
 
 def _leave_the_range(rank: int, world: int, recipe: Path, folder: Path) -> list[float]:
     """A stream of the last rank goes beyond 1024 in the second step; returns loss scales."""
-    run = prepare(recipe, folder, *_REVERSIBLE, "train.precision=fp16", "model.memory.query_norm=lagged")
+    run = prepare(
+        recipe, folder, *_REVERSIBLE, "train.precision=fp16", "model.memory.query_norm=lagged"
+    )
     train_step(run)
     scales = [run.loss_scale.value]
     before = snapshot(run)
@@ -24,7 +35,11 @@ def _leave_the_range(rank: int, world: int, recipe: Path, folder: Path) -> list[
     with pytest.MonkeyPatch.context() as patch:
         if rank == world - 1:
             block, feed = run.model.blocks[1], run.model.blocks[1].feed
-            patch.setattr(block, "feed", lambda x, *args: feed(x, *args) + 2000 * block.feedforward_residual.before(x))
+            patch.setattr(
+                block,
+                "feed",
+                lambda x, *args: feed(x, *args) + 2000 * block.feedforward_residual.before(x),
+            )
             run.model.check_inversion = False
         assert train_step(run).rate == 0
     after = snapshot(run)
@@ -34,7 +49,9 @@ def _leave_the_range(rank: int, world: int, recipe: Path, folder: Path) -> list[
     scales.append(run.loss_scale.value)
     run.model.check_inversion = True
     assert train_step(run).rate > 0
-    assert not torch.equal(snapshot(run)["model.embedding.weight"], before["model.embedding.weight"])
+    assert not torch.equal(
+        snapshot(run)["model.embedding.weight"], before["model.embedding.weight"]
+    )
     return scales
 
 
@@ -67,7 +84,9 @@ def _train(rank: int, world: int, recipe: Path, folder: Path, *overrides: str) -
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_checkpointing_changes_no_bit_and_may_change_on_resume(world: int, recipe: Path, tmp_path: Path) -> None:
+def test_checkpointing_changes_no_bit_and_may_change_on_resume(
+    world: int, recipe: Path, tmp_path: Path
+) -> None:
     for name, *overrides in (
         ("plain",),
         ("full", "train.checkpointing=full"),
@@ -86,7 +105,13 @@ def test_checkpointing_changes_no_bit_and_may_change_on_resume(world: int, recip
 
 def _train_compiled(rank: int, world: int, recipe: Path, folder: Path) -> None:
     # A process of its own, where what the compiler warns of is no error.
-    settings = ("model.memory.layers=[1]", "model.norm=rms", "data.document_mask=true", "train.precision=bf16", "train.steps=4")
+    settings = (
+        "model.memory.layers=[1]",
+        "model.norm=rms",
+        "data.document_mask=true",
+        "train.precision=bf16",
+        "train.steps=4",
+    )
     train_run(recipe, folder / "plain", *_REVERSIBLE, *settings)
     train_run(recipe, folder / "compiled", *_REVERSIBLE, *settings, "train.compile=true")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -95,12 +120,19 @@ def _train_compiled(rank: int, world: int, recipe: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_compiled_blocks_invert(recipe: Path, tmp_path: Path) -> None:
     run_distributed(_train_compiled, 1, recipe, tmp_path, timeout=300)
-    plain, compiled = (list(numbers(tmp_path / name, "train/loss").values()) for name in ("plain", "compiled"))
+    plain, compiled = (
+        list(numbers(tmp_path / name, "train/loss").values()) for name in ("plain", "compiled")
+    )
     assert compiled == pytest.approx(plain, rel=1e-2) and len(compiled) == 4
 
 
 def test_settings_that_do_not_go_together(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train.checkpointing is full, but reversible blocks keep nothing"):
+    with pytest.raises(
+        ValueError, match="train.checkpointing is full, but reversible blocks keep nothing"
+    ):
         prepare(recipe, tmp_path, *_REVERSIBLE, "train.checkpointing=full")
-    with pytest.raises(ValueError, match="train.check_inversion is for model.residual=reversible, which is pre here"):
+    with pytest.raises(
+        ValueError,
+        match="train.check_inversion is for model.residual=reversible, which is pre here",
+    ):
         prepare(recipe, tmp_path, "train.check_inversion=true")

@@ -1,4 +1,6 @@
-"""Whole runs whose ranks have pieces of each sequence: the numbers and checkpoints of one process, half of its activations."""
+"""Whole runs whose ranks have pieces of each sequence: the numbers and checkpoints of one process,
+half of its activations.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,14 @@ from tests.distributed import run_distributed
 from tests.trainer.tiny_run import checkpoint_state, numbers, prepare, train_run
 
 SETTINGS = (
-    "model.mixer.kind=delta", "model.mixer.convolution=3", "model.memory.layers=[1]", "data.document_mask=true", "train.eval_every=5",
-    "train.save_every=5", "train.keep=9",
-)  # fmt: skip
+    "model.mixer.kind=delta",
+    "model.mixer.convolution=3",
+    "model.memory.layers=[1]",
+    "data.document_mask=true",
+    "train.eval_every=5",
+    "train.save_every=5",
+    "train.keep=9",
+)
 PIECES = ("parallel.tensor=2", "parallel.share=sequence")
 
 
@@ -52,7 +59,10 @@ def test_pieces_train_like_the_whole(recipe: Path, tmp_path: Path) -> None:
     for one, name in (("one", "pieces"), ("one", "resumed"), ("one odd", "odd")):
         for key in ("train/loss", "eval/loss"):
             theirs, ours = numbers(tmp_path / one, key), numbers(tmp_path / name, key)
-            assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4) and len(ours) >= 2, (name, key)
+            assert (
+                list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
+                and len(ours) >= 2
+            ), (name, key)
     # One process goes on from what ranks saved.
     ours, theirs = (checkpoint_state(tmp_path / name) for name in ("pieces", "one"))
     assert {name: value.shape for name, value in ours.items() if name.startswith("model.")} == {
@@ -65,9 +75,19 @@ def test_pieces_train_like_the_whole(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((), "parallel.share=sequence is for linear and delta mixers, whose state keeps its size, and model.mixer has softmax"),
-        (("model.mixer.kind=delta", "parallel.layout=tensor"), "parallel.layout is tensor, for ranks that look up equal tokens"),
-        (("model.mixer.kind=delta", "train.segments=2"), "train.segments does not work where ranks share a sequence"),
+        (
+            (),
+            "parallel.share=sequence is for linear and delta mixers, whose state keeps its size, "
+            "and model.mixer has softmax",
+        ),
+        (
+            ("model.mixer.kind=delta", "parallel.layout=tensor"),
+            "parallel.layout is tensor, for ranks that look up equal tokens",
+        ),
+        (
+            ("model.mixer.kind=delta", "train.segments=2"),
+            "train.segments does not work where ranks share a sequence",
+        ),
     ],
 )
 def test_what_it_is_not_for(settings: tuple[str, ...], message: str, recipe: Path) -> None:
@@ -81,7 +101,13 @@ def test_what_it_costs(recipe: Path) -> None:
     def cost(*settings: str) -> Any:
         return estimate(load_recipe(recipe, (*SETTINGS, "train.batch=16", *settings)), 2, 300)
 
-    one, pieces, heads = cost("parallel.tensor=1", "train.batch=32"), cost(*PIECES), cost("parallel.tensor=2")
-    assert pieces.bytes.dense == one.bytes.dense > heads.bytes.dense and pieces.parameters.split == 0
+    one, pieces, heads = (
+        cost("parallel.tensor=1", "train.batch=32"),
+        cost(*PIECES),
+        cost("parallel.tensor=2"),
+    )
+    assert (
+        pieces.bytes.dense == one.bytes.dense > heads.bytes.dense and pieces.parameters.split == 0
+    )
     assert pieces.bytes.activations == pytest.approx(one.bytes.activations / 2, rel=0.01)
     assert arrangement(pieces) == "ranks: 2, in groups of 2 that share sequences; groups: 1"

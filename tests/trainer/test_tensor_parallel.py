@@ -1,4 +1,6 @@
-"""Whole runs whose ranks share matrices and sequences: the numbers of one process, checkpoints for any layout, clear refusals."""
+"""Whole runs whose ranks share matrices and sequences: the numbers of one process, checkpoints for
+any layout, clear refusals.
+"""
 
 import shutil
 import sys
@@ -27,7 +29,13 @@ from tests.trainer.test_precision import overflow_on_one_rank
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
 # A vocabulary that does not divide by 2; layer 0 keeps its feedforward.
-SETTINGS = ("model.memory.layers=[1]", "model.vocab_size=301", "train.eval_every=5", "train.save_every=5", "train.keep=9")
+SETTINGS = (
+    "model.memory.layers=[1]",
+    "model.vocab_size=301",
+    "train.eval_every=5",
+    "train.save_every=5",
+    "train.keep=9",
+)
 TWO, COLUMNS = "parallel.tensor=2", "parallel.layout=tensor"
 Runs = tuple[Path, list[dict[str, Any]]]
 VALUES = TABLE.replace("0", "1")
@@ -38,9 +46,19 @@ def _leave() -> None:
 
 
 def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
-    """Runs on two ranks; returns what a rank says whose copy of a weight has changed, what is refused, and what backward keeps."""
+    """Runs on two ranks; returns what a rank says whose copy of a weight has changed, what is
+    refused, and what backward keeps.
+    """
     train_run(recipe, folder / "rows", *SETTINGS, TWO)
-    train_run(recipe, folder / "columns", *SETTINGS, TWO, COLUMNS, "train.micro_batch=4", "model.memory.query_norm=layer")
+    train_run(
+        recipe,
+        folder / "columns",
+        *SETTINGS,
+        TWO,
+        COLUMNS,
+        "train.micro_batch=4",
+        "model.memory.query_norm=layer",
+    )
     # On from what one process saved.
     train_run(recipe, folder / "resumed", *SETTINGS, TWO)
     train_run(recipe, folder / "odd", *SETTINGS, TWO, "data.length=31")
@@ -54,14 +72,23 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, A
     except RuntimeError as error:
         drift = str(error)
     scales = overflow_on_one_rank(rank, world, recipe, folder / "overflow", TWO)
-    found = {"scales": scales, "drift": drift, "refused": _refusals(recipe, folder), "kept": _kept_bytes(rank, world)}
+    found = {
+        "scales": scales,
+        "drift": drift,
+        "refused": _refusals(recipe, folder),
+        "kept": _kept_bytes(rank, world),
+    }
     _leave()
     return found
 
 
 def _refusals(recipe: Path, folder: Path) -> list[str]:
     said = []
-    for settings in (["model.mixer.heads=1"], ["model.memory.layers=[1]", "model.feedforward.hidden=31"], ["parallel.memory=1"]):
+    for settings in (
+        ["model.mixer.heads=1"],
+        ["model.memory.layers=[1]", "model.feedforward.hidden=31"],
+        ["parallel.memory=1"],
+    ):
         try:
             prepare(recipe, folder / "refused", TWO, *settings)
         except ValueError as error:
@@ -74,7 +101,9 @@ def _refusals(recipe: Path, folder: Path) -> list[str]:
 
 
 def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
-    """Of some models in fp32 and in bf16, the bytes that a rank keeps for backward, and the estimate."""
+    """Of some models in fp32 and in bf16, the bytes that a rank keeps for backward, and the
+    estimate.
+    """
     batch, length, found = 16, 64, []
     memory = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
     model = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4))
@@ -83,23 +112,38 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
         spread = Transformer(config).train()
         mesh = build_mesh("cpu", None, world)
         apply(spread, mesh)
-        own = {p.untyped_storage().data_ptr() for p in [*spread.parameters(), *(table.weight for _, table in find_tables(spread))]}
+        own = {
+            p.untyped_storage().data_ptr()
+            for p in [*spread.parameters(), *(table.weight for _, table in find_tables(spread))]
+        }
         saved: dict[int, torch.Tensor] = {}
 
-        def keep(x: torch.Tensor, own: set[int] = own, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+        def keep(
+            x: torch.Tensor, own: set[int] = own, saved: dict[int, torch.Tensor] = saved
+        ) -> torch.Tensor:
             if x.untyped_storage().data_ptr() not in own:
                 saved[x.untyped_storage().data_ptr()] = x
             return x
 
         tokens = torch.randint(100, (batch, length), generator=torch.Generator().manual_seed(0))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+        ):
             losses_on(mesh)(spread(tokens)[0], tokens).sum()
         measured = sum(x.untyped_storage().nbytes() for x in saved.values())
         if half:  # the copies of weights, which the estimate counts as weights
             counted = count_parameters(config)
             measured -= 2 * (counted.active - counted.split + counted.split // world)
         layout = choose_layout("rows", "pooled", world, config.dim, memory.heads * memory.topk, 1.0)
-        found.append((measured, batch * length * activation_bytes(config, length, world, layout, half=half, tensor=world)[0]))
+        found.append(
+            (
+                measured,
+                batch
+                * length
+                * activation_bytes(config, length, world, layout, half=half, tensor=world)[0],
+            )
+        )
     return found
 
 
@@ -107,19 +151,30 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
 def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("tensor")
     train_run(recipe, folder / "alone", *SETTINGS)
-    train_run(recipe, folder / "alone, layer", *SETTINGS, "train.micro_batch=4", "model.memory.query_norm=layer")
+    train_run(
+        recipe,
+        folder / "alone, layer",
+        *SETTINGS,
+        "train.micro_batch=4",
+        "model.memory.query_norm=layer",
+    )
     train_run(recipe, folder / "alone, odd", *SETTINGS, "data.length=31")
     shutil.copytree(folder / "alone", folder / "resumed")
     shutil.rmtree(folder / "resumed/checkpoints/step-00000010")
     return folder, run_distributed(_two_ranks, 2, recipe, folder)
 
 
-@pytest.mark.parametrize(("run", "alone"), [("rows", "alone"), ("resumed", "alone"), ("columns", "alone, layer"), ("odd", "alone, odd")])
+@pytest.mark.parametrize(
+    ("run", "alone"),
+    [("rows", "alone"), ("resumed", "alone"), ("columns", "alone, layer"), ("odd", "alone, odd")],
+)
 def test_the_numbers_are_those_of_one_process(runs: Runs, run: str, alone: str) -> None:
     folder, _ = runs
     # Which slots are read, and so how evenly, turns on the last bits of fp32 scores.
     rough = {f"{VALUES}/{key}": 2e-2 for key in ("usage", "kl_weighted", "touched", "duplicates")}
-    for key, tolerance in ({"train/loss": 1e-4, "train/grad_norm": 1e-3, "eval/loss": 1e-4} | rough).items():
+    for key, tolerance in (
+        {"train/loss": 1e-4, "train/grad_norm": 1e-3, "eval/loss": 1e-4} | rough
+    ).items():
         expected = numbers(folder / alone, key)
         assert len(expected) >= 2
         assert numbers(folder / run, key) == pytest.approx(expected, rel=tolerance), key
@@ -170,7 +225,9 @@ def test_what_does_not_divide_is_refused(runs: Runs, recipe: Path, tmp_path: Pat
         prepare(recipe, tmp_path, COLUMNS)
 
 
-def test_without_fairscale_the_extra_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fairscale_the_extra_is_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "fairscale.nn.model_parallel", None)
     monkeypatch.delitem(sys.modules, "memshard.parallel.tensor", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'memshard\[tensor-parallel\]'"):

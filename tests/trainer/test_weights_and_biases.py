@@ -20,7 +20,9 @@ def _uploads(folder: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
 
     wandb.teardown()  # its process writes
     found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    ):
         store, run, project, lines = DataStore(), "", "", []
         store.open_for_scan(str(path))
         while (data := store.scan_data()) is not None:
@@ -28,17 +30,27 @@ def _uploads(folder: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
             if record.HasField("run"):
                 run, project = record.run.run_id, record.run.project
             if record.HasField("history"):
-                values = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-                lines.append({key: value for key, value in values.items() if not key.startswith("_")})
+                values = {
+                    ".".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                lines.append(
+                    {key: value for key, value in values.items() if not key.startswith("_")}
+                )
         store.close()
         found.append((run, project, lines))
     return found
 
 
-def test_every_start_is_the_same_run_and_has_all_lines(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_start_is_the_same_run_and_has_all_lines(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb", reason="not installed: wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    folder, overrides = tmp_path / "run", ("train.wandb=tiny", "train.eval_every=4", "train.save_every=2")
+    folder, overrides = (
+        tmp_path / "run",
+        ("train.wandb=tiny", "train.eval_every=4", "train.save_every=2"),
+    )
     train_run(recipe, folder, *overrides, stop_at=6)
     (folder / "checkpoints/step-00000006/COMMITTED").unlink()
     train_run(recipe, folder, *overrides)
@@ -52,7 +64,14 @@ def test_a_missing_package_is_named(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "wandb" else find(name, *rest),
+    )
     assert main(["train", str(recipe), "train.wandb=tiny", "--run", str(tmp_path / "run")]) == 2
-    assert "train.wandb needs the package wandb: pip install 'memshard[wandb]'" in capfd.readouterr().err
+    assert (
+        "train.wandb needs the package wandb: pip install 'memshard[wandb]'"
+        in capfd.readouterr().err
+    )
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,9 @@ SETTINGS = ("train.micro_batch=2", "train.clip=0.1")
 
 
 def _whole_and_split(rank: int, world: int, recipe: Path, folder: Path) -> int:
-    """Ten steps without, with, and with ZeRO in the first half only; returns how many values this rank keeps moments of."""
+    """Ten steps without, with, and with ZeRO in the first half only; returns how many values this
+    rank keeps moments of.
+    """
     train_run(recipe, folder / "whole", *SETTINGS)
     train_run(recipe, folder / "split", *SETTINGS, "train.zero=1")
     train_run(recipe, folder / "changed", *SETTINGS, "train.zero=1", stop_at=5)
@@ -28,8 +30,10 @@ def test_split_moments_give_the_same_bits_and_load_anywhere(recipe: Path, tmp_pa
     for name in ("split", "changed"):
         assert_same(checkpoint_state(tmp_path / name), whole)
     alone = prepare(recipe, tmp_path / "split", *SETTINGS)
-    assert_same({name: tensor for name, tensor in alone.tensors().items() if name.startswith("exp_avg.")},
-                {name: tensor for name, tensor in whole.items() if name.startswith("exp_avg.")})  # fmt: skip
+    assert_same(
+        {name: tensor for name, tensor in alone.tensors().items() if name.startswith("exp_avg.")},
+        {name: tensor for name, tensor in whole.items() if name.startswith("exp_avg.")},
+    )
     assert sum(kept) == sum(p.numel() for p in alone.engine.parameters)
     assert max(kept) < 0.6 * sum(kept)
 
@@ -37,7 +41,10 @@ def test_split_moments_give_the_same_bits_and_load_anywhere(recipe: Path, tmp_pa
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_states_are_spread_evenly(ranks: int) -> None:
     sizes = [100, 1, 1, 50, 50, 30, 20, 5]
-    held = [sum(size for size, owner in zip(sizes, owners(sizes, ranks), strict=True) if owner == rank) for rank in range(ranks)]
+    held = [
+        sum(size for size, owner in zip(sizes, owners(sizes, ranks), strict=True) if owner == rank)
+        for rank in range(ranks)
+    ]
     assert sum(held) == sum(sizes) and max(held) <= max(100, sum(sizes) / ranks + 5)
 
 

@@ -28,7 +28,9 @@ model:
 train: {{steps: 10, batch: 8, log_every: 1, eval_every: 0, save_every: 1000}}
 optimizer: {{lr: 1e-2, schedule: constant, warmup: 3}}
 """
-"""All that could go wrong on resume at once: dropout, batch statistics, a shared table, and an epoch of 8 steps."""
+"""All that could go wrong on resume at once: dropout, batch statistics, a shared table, and an
+epoch of 8 steps.
+"""
 
 TABLE = "blocks.0.memory.values"
 
@@ -38,13 +40,17 @@ def prepare(recipe: Path, folder: Path, *overrides: str) -> Run:
     return set_up(load_recipe(recipe, overrides), folder, torch.device("cpu"))
 
 
-def train_run(recipe: Path, folder: Path, *overrides: str, stop_at: int | None = None) -> dict[str, Any]:
+def train_run(
+    recipe: Path, folder: Path, *overrides: str, stop_at: int | None = None
+) -> dict[str, Any]:
     """Train or resume in this process, with the ranks that are there; returns the result."""
     return train(prepare(recipe, folder, *overrides), stop_at)
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
-    """Everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors, step counts, progress."""
+    """Everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors, step
+    counts, progress.
+    """
     folder = find_checkpoints(path)[0]
     tensors: dict[str, Tensor] = {}
     for name, entry in read_index(folder).items():
@@ -55,8 +61,15 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 
 def snapshot(run: Run) -> dict[str, Any]:
     """Copies of all that a step may change on this rank, but for what counts steps."""
-    tensors = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in run.tensors().items()}
-    steps = {name: run.rows.state[table.anchor]["step"] for name, table in find_tables(run.model)} if run.rows else {}
+    tensors = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in run.tensors().items()
+    }
+    steps = (
+        {name: run.rows.state[table.anchor]["step"] for name, table in find_tables(run.model)}
+        if run.rows
+        else {}
+    )
     return {name: tensor.clone() for name, tensor in tensors.items()} | steps
 
 
@@ -64,7 +77,9 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
     """Equal to the last bit."""
     assert left.keys() == right.keys()
     for name, value in left.items():
-        same = torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        same = (
+            torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        )
         assert same, f"{name} differs"
 
 

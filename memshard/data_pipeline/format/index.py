@@ -20,7 +20,9 @@ TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of tokens and its sidecar, an int64 array [documents, 3] of (byte offset in the tar, tokens, CRC-32)."""
+    """One tar of tokens and its sidecar, an int64 array [documents, 3] of (byte offset in the tar,
+    tokens, CRC-32).
+    """
 
     file: str
     documents: int
@@ -33,7 +35,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """Totals over the shards of a split; tokens count the <eos> after each document, text bytes and words do not."""
+    """Totals over the shards of a split; tokens count the <eos> after each document, text bytes and
+    words do not.
+    """
 
     documents: int
     tokens: int
@@ -46,8 +50,9 @@ class Split:
 class Index:
     """Content of index.json.
 
-    kind: text (packed by the stream), raw (the same, text still to be tokenised), pairs (source <eos> target <eos>) or images (one
-    token a colour value, then <eos>). shape: height, width, channels of every image. suffix: of the members with raw text.
+    kind: text (packed by the stream), raw (the same, text still to be tokenised), pairs (source
+    <eos> target <eos>) or images (one token a colour value, then <eos>). shape: height, width,
+    channels of every image. suffix: of the members with raw text.
     """
 
     dtype: str
@@ -62,7 +67,9 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything the index says, so over every shard's and the tokenizer's hash."""
+        """SHA-256 over everything the index says, so over every shard's and the tokenizer's
+        hash.
+        """
         return hashlib.sha256(dump_index(self).encode()).hexdigest()
 
 
@@ -78,58 +85,86 @@ def dump_index(index: Index) -> str:
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
-    """Read and check the index of the data folder `path`, a folder or a URL: every file it names must be there with the right size;
-    of a URL that shows when it is read.
+    """Read and check the index of the data folder `path`, a folder or a URL: every file it names
+    must be there with the right size; of a URL that shows when it is read.
 
     Raises FileNotFoundError or ValueError that name the file and the fix.
     """
     folder, remote = Path(path), is_url(str(path))
     file = local_copy(path, INDEX_FILE)
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build SRC --out {folder}`")
+        raise FileNotFoundError(
+            f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build "
+            f"SRC --out {folder}`"
+        )
     index = read_index(file.parent)
     names = [index.tokenizer] * (index.kind != "images")
-    names += [name for split in index.splits.values() for shard in split.shards for name in (shard.file, shard.sidecar)]
+    names += [
+        name
+        for split in index.splits.values()
+        for shard in split.shards
+        for name in (shard.file, shard.sidecar)
+    ]
     for name in names:
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
-            raise ValueError(f"{file} names the file {name!r}: only plain names inside the folder are allowed; build the data set again")
+            raise ValueError(
+                f"{file} names the file {name!r}: only plain names inside the folder are allowed; "
+                "build the data set again"
+            )
         if not remote and not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: copy it back, or build the data set again")
+            raise FileNotFoundError(
+                f"{folder / name} is missing: copy it back, or build the data set again"
+            )
     for split in () if remote else index.splits.values():
         for shard in split.shards:
             size = (folder / shard.file).stat().st_size
             if size != shard.bytes:
                 raise ValueError(
-                    f"{folder / shard.file} has {size:,} bytes but {INDEX_FILE} says {shard.bytes:,}: "
+                    f"{folder / shard.file} has {size:,} bytes but {INDEX_FILE} says "
+                    f"{shard.bytes:,}: "
                     "it was cut or changed; copy it again, or build the data set again"
                 )
     return index
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a local folder, whatever the state of the files it names. ValueError if it is damaged."""
+    """The index of a local folder, whatever the state of the files it names. ValueError if it is
+    damaged.
+    """
     file = folder / INDEX_FILE
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = fields.pop("format")
         if version == FORMAT_VERSION:
             splits = {
-                name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+                name: Split(
+                    **{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])}
+                )
                 for name, split in fields.pop("splits").items()
             }
-            index = Index(**{**fields, "shape": tuple(fields["shape"]) if "shape" in fields else None}, splits=splits)
+            index = Index(
+                **{**fields, "shape": tuple(fields["shape"]) if "shape" in fields else None},
+                splits=splits,
+            )
             _check(index)
             return index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again, or build the data set again") from error
+        raise ValueError(
+            f"{file} is damaged ({error}): copy it again, or build the data set again"
+        ) from error
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(f"{file} has format {version} and this memshard reads up to {FORMAT_VERSION}: update memshard")
+        raise ValueError(
+            f"{file} has format {version} and this memshard reads up to {FORMAT_VERSION}: update "
+            "memshard"
+        )
     raise ValueError(f"{file} has the unknown format {version!r}: build the data set again")
 
 
 def _check(index: Index) -> None:
     if set(index.splits) - {TEST} != {TRAIN, HELD_OUT}:
-        raise ValueError(f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}, perhaps {TEST}")
+        raise ValueError(
+            f"splits are {sorted(index.splits)}, expected {HELD_OUT} and {TRAIN}, perhaps {TEST}"
+        )
     if index.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
     if index.kind not in KINDS:

@@ -1,8 +1,10 @@
-"""Data folders elsewhere: a local mirror of the small files, and a cache of limited size for the blocks of shards that are read.
+"""Data folders elsewhere: a local mirror of the small files, and a cache of limited size for the
+blocks of shards that are read.
 
-http(s) folders are read by range requests, so that a rank fetches only what its lanes need; s3 and pipe: come by whole files. A pipe:
-folder is a command with {file} where the file's name goes. MEMSHARD_CACHE names the cache's folder (default ~/.cache/memshard),
-MEMSHARD_CACHE_BYTES its limit (default 64 GiB).
+http(s) folders are read by range requests, so that a rank fetches only what its lanes need; s3 and
+pipe: come by whole files. A pipe: folder is a command with {file} where the file's name goes.
+MEMSHARD_CACHE names the cache's folder (default ~/.cache/memshard), MEMSHARD_CACHE_BYTES its limit
+(default 64 GiB).
 """
 
 import hashlib
@@ -19,12 +21,18 @@ BLOCKS_IN_MEMORY = 8
 
 
 def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = None) -> Path:
-    """The file `name` of a data folder: itself, or of a URL a copy, fetched if it is absent or, given a hash, different."""
+    """The file `name` of a data folder: itself, or of a URL a copy, fetched if it is absent or,
+    given a hash, different.
+    """
     if not is_url(str(path)):
         return Path(path) / name
     folder = cache_folder(str(path))
     target = folder / name
-    if sha256 is not None and target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
+    if (
+        sha256 is not None
+        and target.exists()
+        and hashlib.sha256(target.read_bytes()).hexdigest() == sha256
+    ):
         return target
 
     def copy() -> None:
@@ -52,19 +60,25 @@ def file_url(url: str, name: str) -> str:
 
 
 class BlockCache:
-    """Byte ranges of the shards at `url`; blocks least recently used go when the limit is passed, whichever process wrote them."""
+    """Byte ranges of the shards at `url`; blocks least recently used go when the limit is passed,
+    whichever process wrote them.
+    """
 
     def __init__(self, url: str, limit: int | None = None) -> None:
         self._url = url
         self._ranges = url.startswith(("http://", "https://"))
         self._folder = cache_folder(url) / "blocks"
         self._folder.mkdir(exist_ok=True)
-        self._limit = int(os.environ.get("MEMSHARD_CACHE_BYTES", DEFAULT_LIMIT)) if limit is None else limit
+        self._limit = (
+            int(os.environ.get("MEMSHARD_CACHE_BYTES", DEFAULT_LIMIT)) if limit is None else limit
+        )
         self._written = self._limit  # look at the folder before the first block is added
         self._memory: OrderedDict[str, bytes] = OrderedDict()
 
     def read(self, name: str, size: int, begin: int, end: int) -> bytes:
-        """Bytes begin to end - 1 of the file `name`, which has `size` bytes. OSError if they cannot be had."""
+        """Bytes begin to end - 1 of the file `name`, which has `size` bytes. OSError if they cannot
+        be had.
+        """
         step = BLOCK_BYTES if self._ranges else size
         parts = []
         for number in range(begin // step, -(-end // step)):
@@ -86,7 +100,9 @@ class BlockCache:
             content = b""
         if len(content) != end - begin:
             content = self._fetch(name, begin, end)
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".partial", delete=False) as stream:
+            with tempfile.NamedTemporaryFile(
+                dir=self._folder, suffix=".partial", delete=False
+            ) as stream:
                 stream.write(content)
             os.replace(stream.name, file)
             self._make_room(len(content))
@@ -122,7 +138,9 @@ class BlockCache:
             if file.is_file():
                 found.append((facts.st_mtime_ns, facts.st_size, file))
         total = sum(size for _, size, _ in found)
-        for _, size, file in sorted(found, key=lambda item: item[0])[:-1]:  # never the newest, which was just read
+        for _, size, file in sorted(found, key=lambda item: item[0])[
+            :-1
+        ]:  # never the newest, which was just read
             if total <= self._limit:
                 break
             file.unlink(missing_ok=True)

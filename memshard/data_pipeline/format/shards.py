@@ -1,4 +1,6 @@
-"""Writing token shards: standard WebDataset tars with several documents a sample, beside each a sidecar of offsets."""
+"""Writing token shards: standard WebDataset tars with several documents a sample, beside each a
+sidecar of offsets.
+"""
 
 import io
 import os
@@ -13,15 +15,19 @@ from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.index import Shard, sha256_file
 from memshard.data_pipeline.format.remote import local_copy
 
-DOCUMENTS_PER_SAMPLE = 64  # tar headers and padding cost 2.5 % there, 12 % with one document a sample
+DOCUMENTS_PER_SAMPLE = (
+    64  # tar headers and padding cost 2.5 % there, 12 % with one document a sample
+)
 SIDECAR_COLUMNS = 4
 
 
 class ShardWriter:
-    """Write one shard, documents in the order they are added; the same documents give the same bytes.
+    """Write one shard, documents in the order they are added; the same documents give the same
+    bytes.
 
-    A sample holds `{key}.tokens.npy`, the tokens of its documents one after the other, and `{key}.lengths.npy`, uint32
-    tokens per document. Files appear under their names when they are whole.
+    A sample holds `{key}.tokens.npy`, the tokens of its documents one after the other, and
+    `{key}.lengths.npy`, uint32 tokens per document. Files appear under their names when they are
+    whole.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
@@ -52,7 +58,9 @@ class ShardWriter:
         self._write_sample()
         self._tar.close()
         _to_disk(self._file)
-        entries = np.concatenate(self._sidecar) if self._sidecar else np.zeros((0, 3), dtype=np.int64)
+        entries = (
+            np.concatenate(self._sidecar) if self._sidecar else np.zeros((0, 3), dtype=np.int64)
+        )
         with partial_path(self._sidecar_path).open("wb") as stream:
             np.save(stream, entries)
             _to_disk(stream)
@@ -74,7 +82,10 @@ class ShardWriter:
         lengths = np.array([len(document) for document in self._sample], dtype=np.uint32)
         start = self._write_member("tokens", np.concatenate(self._sample))
         self._write_member("lengths", lengths)
-        offsets = start + np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]) * self._dtype.itemsize
+        offsets = (
+            start
+            + np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]) * self._dtype.itemsize
+        )
         checksums = np.array([zlib.crc32(document.tobytes()) for document in self._sample])
         self._sidecar.append(np.stack([offsets, lengths, checksums], axis=1).astype(np.int64))
         self._samples += 1
@@ -83,14 +94,19 @@ class ShardWriter:
     def _write_member(self, name: str, array: np.ndarray) -> int:
         """Write an array and return the byte offset of its first element in the tar."""
         content = io.BytesIO()
-        np.lib.format.write_array(content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+        np.lib.format.write_array(
+            content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False
+        )
         member = tarfile.TarInfo(f"{self._name}-{self._samples:06d}.{name}.npy")
-        member.size = content.tell()  # mtime, uid and gid are 0 by default: nothing of the machine gets in
+        member.size = (
+            content.tell()
+        )  # mtime, uid and gid are 0 by default: nothing of the machine gets in
         member.mode = 0o644
         content.seek(0)
         data_start = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(member, content)
         return data_start + member.size - array.nbytes
+
 
 def partial_path(path: Path) -> Path:
     """Where a file is written before it is whole."""
@@ -104,22 +120,38 @@ def _to_disk(stream: BinaryIO) -> None:
 
 
 def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
-    """The sidecar of a shard, int64 [documents, 4] of (byte offset, tokens, CRC-32 of the bytes, bytes), checked against the index.
+    """The sidecar of a shard, int64 [documents, 4] of (byte offset, tokens, CRC-32 of the bytes,
+    bytes), checked against the index.
 
-    In the file bytes stand only with raw text; those of tokens follow from their number and are 0 here. Sidecars of the first
-    builds have no checksums; they are -1 here.
+    In the file bytes stand only with raw text; those of tokens follow from their number and are 0
+    here. Sidecars of the first builds have no checksums; they are -1 here.
     """
     path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
     try:
-        # Mapped: a header that promises more than the file holds is refused before anything is allocated.
+        # Mapped: a header that promises more than the file holds is refused before anything is
+        # allocated.
         entries: np.ndarray = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again, or build the data set again") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): copy it again, or build the data set again"
+        ) from error
     for columns, missing in ((2, -1), (3, 0)):
         if entries.shape == (shard.documents, columns):
-            entries = np.concatenate([entries, np.full((len(entries), 1), missing, dtype=entries.dtype)], axis=1)
-    if entries.shape != (shard.documents, SIDECAR_COLUMNS) or entries.dtype != np.int64 or entries[:, 1].sum() != shard.tokens:
-        raise ValueError(f"{path} does not list {shard.documents:,} documents with {shard.tokens:,} tokens: build the data set again")
-    if entries[:, [0, 1, 3]].min(initial=0) < 0 or entries[:, [0, 1, 3]].max(initial=0) > shard.bytes:
+            entries = np.concatenate(
+                [entries, np.full((len(entries), 1), missing, dtype=entries.dtype)], axis=1
+            )
+    if (
+        entries.shape != (shard.documents, SIDECAR_COLUMNS)
+        or entries.dtype != np.int64
+        or entries[:, 1].sum() != shard.tokens
+    ):
+        raise ValueError(
+            f"{path} does not list {shard.documents:,} documents with {shard.tokens:,} tokens: "
+            "build the data set again"
+        )
+    if (
+        entries[:, [0, 1, 3]].min(initial=0) < 0
+        or entries[:, [0, 1, 3]].max(initial=0) > shard.bytes
+    ):
         raise ValueError(f"{path} points outside {shard.file}: build the data set again")
     return entries

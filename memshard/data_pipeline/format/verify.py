@@ -9,22 +9,43 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from memshard.data_pipeline.format.index import INDEX_FILE, Index, Shard, load_index, read_index, sha256_file
+from memshard.data_pipeline.format.index import (
+    INDEX_FILE,
+    Index,
+    Shard,
+    load_index,
+    read_index,
+    sha256_file,
+)
 from memshard.data_pipeline.format.shards import read_sidecar
 
 
 def verify_data(path: str | os.PathLike[str]) -> dict:
-    """Re-hash everything and compare counts; return totals, or raise ValueError naming every bad file."""
+    """Re-hash everything and compare counts; return totals, or raise ValueError naming every bad
+    file.
+    """
     folder = Path(path)
     index = read_index(folder) if (folder / INDEX_FILE).is_file() else load_index(folder)
     shards = [shard for split in index.splits.values() for shard in split.shards]
-    problems = _file_problems(folder / index.tokenizer, None, index.tokenizer_sha256) if index.kind != "images" else []
+    problems = (
+        _file_problems(folder / index.tokenizer, None, index.tokenizer_sha256)
+        if index.kind != "images"
+        else []
+    )
     for shard in tqdm(shards, "verifying", unit="shard", disable=None, leave=False):
         problems += _problems(folder, index, shard)
     if problems:
-        raise ValueError(f"{folder} is damaged: {'; '.join(problems)}. Copy these files again, or build the data set again")
-    return {"data": str(folder), "shards": len(shards), "bytes": sum(shard.bytes for shard in shards)} | {
-        name: {"documents": split.documents, "tokens": split.tokens} for name, split in index.splits.items()
+        raise ValueError(
+            f"{folder} is damaged: {'; '.join(problems)}. Copy these files again, or build the "
+            "data set again"
+        )
+    return {
+        "data": str(folder),
+        "shards": len(shards),
+        "bytes": sum(shard.bytes for shard in shards),
+    } | {
+        name: {"documents": split.documents, "tokens": split.tokens}
+        for name, split in index.splits.items()
     }
 
 
@@ -33,7 +54,11 @@ def _file_problems(file: Path, size: int | None, sha256: str) -> list[str]:
         return [f"{file.name}: is missing"]
     found = file.stat().st_size
     if size is not None and found != size:
-        return [f"{file.name}: is empty" if not found else f"{file.name}: has {found:,} bytes instead of {size:,}"]
+        return [
+            f"{file.name}: is empty"
+            if not found
+            else f"{file.name}: has {found:,} bytes instead of {size:,}"
+        ]
     return [] if sha256_file(file) == sha256 else [f"{file.name}: content differs from its hash"]
 
 
@@ -46,19 +71,32 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
         return tar + sidecar
     if index.kind == "raw":
         bad = _bad_documents(folder, index, shard)
-        return [f"{shard.sidecar}: does not list the documents of {shard.file} ({bad})"] if bad else []
+        return (
+            [f"{shard.sidecar}: does not list the documents of {shard.file} ({bad})"] if bad else []
+        )
     entries = read_sidecar(folder, shard)
     documents, largest = [np.zeros((0, 2), dtype=np.int64)], 0
     with tarfile.open(folder / shard.file) as archive:
         members = list(archive)
         for tokens, lengths in zip(members[::2], members[1::2], strict=True):
             ids, counts = _array(archive, tokens), _array(archive, lengths)
-            begins = tokens.offset_data + tokens.size - ids.nbytes + (np.cumsum(counts, dtype=np.int64) - counts) * ids.itemsize
+            begins = (
+                tokens.offset_data
+                + tokens.size
+                - ids.nbytes
+                + (np.cumsum(counts, dtype=np.int64) - counts) * ids.itemsize
+            )
             documents.append(np.stack([begins, counts], axis=1))
             largest = max(largest, int(ids.max()))
-    if not np.array_equal(np.concatenate(documents), entries[:, :2]) or _bad_documents(folder, index, shard):
+    if not np.array_equal(np.concatenate(documents), entries[:, :2]) or _bad_documents(
+        folder, index, shard
+    ):
         return [f"{shard.sidecar}: does not list the documents of {shard.file}"]
-    return [f"{shard.file}: token {largest} is outside the vocabulary"] if largest >= index.vocab_size else []
+    return (
+        [f"{shard.file}: token {largest} is outside the vocabulary"]
+        if largest >= index.vocab_size
+        else []
+    )
 
 
 def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
@@ -66,7 +104,9 @@ def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
     size = np.dtype(index.dtype).itemsize
     bad = []
     with (folder / shard.file).open("rb") as stream:
-        for number, (offset, tokens, checksum, raw) in enumerate(read_sidecar(folder, shard).tolist()):
+        for number, (offset, tokens, checksum, raw) in enumerate(
+            read_sidecar(folder, shard).tolist()
+        ):
             stream.seek(offset)
             if checksum >= 0 and zlib.crc32(stream.read(raw or tokens * size)) != checksum:
                 bad.append(str(number))

@@ -1,7 +1,9 @@
-"""The first stage of a build: from one unit of input to its documents, filtered, with their signatures.
+"""The first stage of a build: from one unit of input to its documents, filtered, with their
+signatures.
 
-A unit is a WARC file, or some smaller text files together. Its result is a folder that appears under its name when it is whole,
-and the name says what went in: a build that was killed finds what it had done, and other settings find nothing.
+A unit is a WARC file, or some smaller text files together. Its result is a folder that appears
+under its name when it is whole, and the name says what went in: a build that was killed finds what
+it had done, and other settings find nothing.
 """
 
 import dataclasses
@@ -18,7 +20,13 @@ import numpy as np
 
 from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.prepare.duplicates import BANDS, band_keys, exact_hash
-from memshard.data_pipeline.prepare.inputs import Sources, is_utf8, is_warc, read_documents, read_pairs
+from memshard.data_pipeline.prepare.inputs import (
+    Sources,
+    is_utf8,
+    is_warc,
+    read_documents,
+    read_pairs,
+)
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
@@ -30,7 +38,9 @@ NEAR_ROW = np.dtype([*ROW.descr, ("bands", "<u8", (BANDS,))])
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents stay. extractor: for WARC pages; language: ISO 639-1 or None for any; near: whether to take signatures."""
+    """Which documents stay. extractor: for WARC pages; language: ISO 639-1 or None for any; near:
+    whether to take signatures.
+    """
 
     extractor: str = "trafilatura"
     language: str | None = None
@@ -53,9 +63,14 @@ def plan_units(sources: Sources, filters: Filters, work: Path) -> list[Unit]:
     if sources.documents == "pairs":
         names = [str(file) for file in sources.files]
         if len(names) % 2 or any(map(is_url, names)):
-            raise ValueError(f"--documents pairs needs source and target files in turn, on this machine, and got {len(names)}: {names}")
+            raise ValueError(
+                "--documents pairs needs source and target files in turn, on this machine, and "
+                f"got {len(names)}: {names}"
+            )
         groups = [names[place : place + 2] for place in range(0, len(names), 2)]
-        return [Unit(tuple(group), work / "units" / _key(group, sources, filters)) for group in groups]
+        return [
+            Unit(tuple(group), work / "units" / _key(group, sources, filters)) for group in groups
+        ]
     for file in map(str, sources.files):
         size = 0 if is_url(file) else Path(file).stat().st_size
         if not groups or is_warc(file) or is_url(file) or size > room:
@@ -67,7 +82,13 @@ def plan_units(sources: Sources, filters: Filters, work: Path) -> list[Unit]:
 
 
 def _key(files: list[str], sources: Sources, filters: Filters) -> str:
-    facts = [[file, *(() if is_url(file) else (Path(file).stat().st_size, Path(file).stat().st_mtime_ns))] for file in files]
+    facts = [
+        [
+            file,
+            *(() if is_url(file) else (Path(file).stat().st_size, Path(file).stat().st_mtime_ns)),
+        ]
+        for file in files
+    ]
     settings = [2, facts, sources.documents, sources.text_key, dataclasses.astuple(filters)]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
@@ -93,7 +114,9 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
         for stream in (texts, table):
             stream.flush()
             os.fsync(stream.fileno())
-    (partial / COUNTS).write_text(json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8")
+    (partial / COUNTS).write_text(
+        json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"
+    )
     try:
         partial.rename(unit.folder)
     except OSError:
@@ -108,7 +131,9 @@ def read_rows(unit: Unit, filters: Filters) -> np.ndarray:
 
 
 def read_texts(unit: Unit, sizes: np.ndarray, wanted: np.ndarray) -> Iterator[str]:
-    """The wanted documents of a finished unit. sizes: their bytes [documents]; wanted: bool [documents]."""
+    """The wanted documents of a finished unit. sizes: their bytes [documents]; wanted: bool
+    [documents].
+    """
     ends = np.cumsum(sizes, dtype=np.int64)
     with (unit.folder / TEXTS).open("rb") as texts:
         for number in np.flatnonzero(wanted).tolist():
@@ -118,10 +143,18 @@ def read_texts(unit: Unit, sizes: np.ndarray, wanted: np.ndarray) -> Iterator[st
 
 
 def _documents(
-    watch: Watch, unit: Unit, sources: Sources, filters: Filters, counts: Counter[str], skipped: list[str], scratch: Path
+    watch: Watch,
+    unit: Unit,
+    sources: Sources,
+    filters: Filters,
+    counts: Counter[str],
+    skipped: list[str],
+    scratch: Path,
 ) -> Iterator[str]:
     if sources.documents == "pairs":
-        yield from _filtered(watch, read_pairs(Path(unit.files[0]), Path(unit.files[1]), counts), filters, counts)
+        yield from _filtered(
+            watch, read_pairs(Path(unit.files[0]), Path(unit.files[1]), counts), filters, counts
+        )
         return
     for name in unit.files:
         file = fetch(name, scratch) if is_url(name) else Path(name)
@@ -139,8 +172,12 @@ def _documents(
             file.unlink()
 
 
-def _filtered(watch: Watch, documents: Iterator[str], filters: Filters, counts: Counter[str]) -> Iterator[str]:
-    """Documents in the language that are prose, counted by what they failed, in documents and bytes."""
+def _filtered(
+    watch: Watch, documents: Iterator[str], filters: Filters, counts: Counter[str]
+) -> Iterator[str]:
+    """Documents in the language that are prose, counted by what they failed, in documents and
+    bytes.
+    """
     for number, text in enumerate(documents):
         size = len(text.encode())
         count(counts, "text", size)

@@ -1,7 +1,7 @@
 """Exact and near duplicates: signatures of documents, and the clusters that equal signatures make.
 
-Near duplicates by MinHash (Broder 1997) over 5-word shingles, 14 bands of 8 hashes: texts with a Jaccard similarity of .7 share a
-band in 56 % of cases, of .8 in 92 %, of .9 in 99.9 %.
+Near duplicates by MinHash (Broder 1997) over 5-word shingles, 14 bands of 8 hashes: texts with a
+Jaccard similarity of .7 share a band in 56 % of cases, of .8 in 92 %, of .9 in 99.9 %.
 """
 
 import hashlib
@@ -12,7 +12,9 @@ import numpy as np
 
 BANDS, ROWS, SHINGLE = 14, 8, 5
 WORD = re.compile(r"\w+")
-_random = np.random.Philox(key=np.array([0x6D656D73, 0x68617264], dtype=np.uint64)).random_raw(2 * BANDS * ROWS + ROWS + SHINGLE)
+_random = np.random.Philox(key=np.array([0x6D656D73, 0x68617264], dtype=np.uint64)).random_raw(
+    2 * BANDS * ROWS + ROWS + SHINGLE
+)
 _random |= np.uint64(1)  # odd, so that multiplying loses nothing
 _FACTORS, _OFFSETS = _random[: BANDS * ROWS, None], _random[BANDS * ROWS : 2 * BANDS * ROWS, None]
 _IN_BAND, _IN_SHINGLE = _random[-ROWS - SHINGLE : -SHINGLE], _random[-SHINGLE:]
@@ -20,12 +22,16 @@ _IN_BAND, _IN_SHINGLE = _random[-ROWS - SHINGLE : -SHINGLE], _random[-SHINGLE:]
 
 def exact_hash(text: str) -> int:
     """64 bits of a text without regard to case and white space; the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest(), "big"
+    )
 
 
 def band_keys(text: str) -> np.ndarray:
     """uint64 [BANDS]; two texts are taken for near duplicates if they agree in any band."""
-    words = np.array([zlib.crc32(word.encode()) for word in WORD.findall(text.casefold())], dtype=np.uint64)
+    words = np.array(
+        [zlib.crc32(word.encode()) for word in WORD.findall(text.casefold())], dtype=np.uint64
+    )
     if len(words) < SHINGLE:
         words = np.concatenate([words, np.zeros(SHINGLE - len(words), dtype=np.uint64)])
     count = len(words) - SHINGLE + 1
@@ -39,12 +45,16 @@ def band_keys(text: str) -> np.ndarray:
 
 
 def clusters(documents: int) -> np.ndarray:
-    """Every document a cluster of its own: int64 [documents], the cluster's smallest document number, to be given to `join`."""
+    """Every document a cluster of its own: int64 [documents], the cluster's smallest document
+    number, to be given to `join`.
+    """
     return np.arange(documents)
 
 
 def join(labels: np.ndarray, keys: np.ndarray) -> None:
-    """Join, in place, the clusters of documents with equal keys. labels: from `clusters`; keys: uint64 [documents]."""
+    """Join, in place, the clusters of documents with equal keys. labels: from `clusters`; keys:
+    uint64 [documents].
+    """
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     same = ordered[1:] == ordered[:-1]

@@ -1,4 +1,6 @@
-"""Folders of images to a data folder: every image one record, a token a colour value in raster order, <eos> behind it."""
+"""Folders of images to a data folder: every image one record, a token a colour value in raster
+order, <eos> behind it.
+"""
 
 import hashlib
 import os
@@ -32,14 +34,20 @@ def build_images(
 ) -> dict:
     """Write the data folder `out` and return its report.
 
-    Every image is cut to its central square and scaled to size x size pixels; files with equal bytes are taken once. ValueError
-    with the fix; an image that cannot be read is named.
+    Every image is cut to its central square and scaled to size x size pixels; files with equal
+    bytes are taken once. ValueError with the fix; an image that cannot be read is named.
     """
     target = Path(out).resolve()
     check_target(target)
     if size < 1:
         raise ValueError(f"--image-size is {size}; it must be at least 1")
-    hashes = np.array([int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=8).digest(), "big") for file in files], np.uint64)
+    hashes = np.array(
+        [
+            int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=8).digest(), "big")
+            for file in files
+        ],
+        np.uint64,
+    )
     keep = np.zeros(len(files), dtype=bool)
     keep[np.unique(hashes, return_index=True)[1]] = True
     sides = choose_sides(hashes, keep, held_out, test)
@@ -52,9 +60,15 @@ def build_images(
         names, tasks = {}, []
         for split, side in ((TRAIN, TRAIN_SIDE), (HELD_OUT, HELD_OUT_SIDE), (TEST, TEST_SIDE)):
             own = [files[number] for number in np.flatnonzero(keep & (sides == side)).tolist()]
-            parts = [own[begin : begin + IMAGES_PER_SHARD] for begin in range(0, len(own), IMAGES_PER_SHARD)]
+            parts = [
+                own[begin : begin + IMAGES_PER_SHARD]
+                for begin in range(0, len(own), IMAGES_PER_SHARD)
+            ]
             names[split] = [f"{split}-{number:05d}" for number in range(len(parts))], len(own)
-            tasks += [(name, part, final, size, gray) for name, part in zip(names[split][0], parts, strict=True)]
+            tasks += [
+                (name, part, final, size, gray)
+                for name, part in zip(names[split][0], parts, strict=True)
+            ]
         todo = [task for task in tasks if not (final / f"{task[0]}.json").exists()]
         run_tasks(write_image_shard, todo, min(workers or cores(), len(todo)), "reading images")
         values = size * size * channels
@@ -65,15 +79,23 @@ def build_images(
         }
         index = Index("uint16", EOS + 1, EOS, "", "", splits, "images", (size, size, channels))
         report = {
-            "files": len(files), "images": int(keep.sum()), "equal": int((~keep).sum()), "vocabulary": EOS + 1,
-            "splits": {name: {"documents": split.documents, "tokens": split.tokens} for name, split in splits.items()},
-        }  # fmt: skip
+            "files": len(files),
+            "images": int(keep.sum()),
+            "equal": int((~keep).sum()),
+            "vocabulary": EOS + 1,
+            "splits": {
+                name: {"documents": split.documents, "tokens": split.tokens}
+                for name, split in splits.items()
+            },
+        }
         publish(final, target, index, report)
         shutil.rmtree(work)
     return report
 
 
-def write_image_shard(watch: Watch, name: str, files: Sequence[Path], folder: Path, size: int, gray: bool) -> None:
+def write_image_shard(
+    watch: Watch, name: str, files: Sequence[Path], folder: Path, size: int, gray: bool
+) -> None:
     """Write one shard of images."""
     from PIL import Image, ImageOps
 
@@ -82,8 +104,14 @@ def write_image_shard(watch: Watch, name: str, files: Sequence[Path], folder: Pa
             with watch.item(number):
                 try:
                     with Image.open(file) as image:
-                        square = ImageOps.fit(image.convert("L" if gray else "RGB"), (size, size), Image.Resampling.BICUBIC)
+                        square = ImageOps.fit(
+                            image.convert("L" if gray else "RGB"),
+                            (size, size),
+                            Image.Resampling.BICUBIC,
+                        )
                 except (OSError, SyntaxError) as error:
-                    raise ValueError(f"{file} is no image that can be read ({error}): leave it out") from error
+                    raise ValueError(
+                        f"{file} is no image that can be read ({error}): leave it out"
+                    ) from error
                 writer.add(np.append(np.asarray(square, dtype=np.uint16), np.uint16(EOS)))
         finish_shard(writer, folder, name)

@@ -1,6 +1,8 @@
-"""Existing WebDataset tars of text as a data folder: they stay as they are and are tokenised when they are read.
+"""Existing WebDataset tars of text as a data folder: they stay as they are and are tokenised when
+they are read.
 
-Slower than token shards by the whole cost of the tokenizer, in every epoch; the order is the same function of the index.
+Slower than token shards by the whole cost of the tokenizer, in every epoch; the order is the same
+function of the index.
 """
 
 import hashlib
@@ -15,13 +17,33 @@ from pathlib import Path
 
 import numpy as np
 
-from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Index, Shard, Split, sha256_file
+from memshard.data_pipeline.format.index import (
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    Index,
+    Shard,
+    Split,
+    sha256_file,
+)
 from memshard.data_pipeline.format.shards import partial_path
 from memshard.data_pipeline.prepare.duplicates import exact_hash
-from memshard.data_pipeline.prepare.pipeline import SAMPLE_LINES, alone, check_target, digest, publish
+from memshard.data_pipeline.prepare.pipeline import (
+    SAMPLE_LINES,
+    alone,
+    check_target,
+    digest,
+    publish,
+)
 from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, choose_sides
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerModel, train_tokenizer, training_lines
+from memshard.data_pipeline.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    TokenizerModel,
+    train_tokenizer,
+    training_lines,
+)
 
 BATCH_DOCUMENTS = 512
 
@@ -39,42 +61,71 @@ def index_tars(
     seed: int = 0,
     workers: int | None = None,
 ) -> dict:
-    """Write a data folder with links to `tars`, whose members ending in .`suffix` are the documents; returns its report.
+    """Write a data folder with links to `tars`, whose members ending in .`suffix` are the
+    documents; returns its report.
 
-    Counts every document's tokens once. Resumes by tar after a kill. ValueError names a tar or member that cannot be read.
+    Counts every document's tokens once. Resumes by tar after a kill. ValueError names a tar or
+    member that cannot be read.
     """
     target = Path(out).resolve()
     check_target(target)
     names = [tar.name for tar in tars]
     if len(set(names)) < len(names):
-        raise ValueError(f"two of the tars have the same name ({max(names, key=names.count)}): rename one, an index knows them by name")
+        raise ValueError(
+            f"two of the tars have the same name ({max(names, key=names.count)}): rename one, an "
+            "index knows them by name"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
     with alone(work):
-        proto = Tokenizer(tokenizer).proto if tokenizer else train_tokenizer(_sample(tars, suffix, seed), vocab_size, model)
+        proto = (
+            Tokenizer(tokenizer).proto
+            if tokenizer
+            else train_tokenizer(_sample(tars, suffix, seed), vocab_size, model)
+        )
         facts = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
         final = work / f"data-{digest(proto, facts, suffix, held_out, test)}"
         final.mkdir(exist_ok=True)
         (final / TOKENIZER_FILE).write_bytes(proto)
-        todo = [(tar.resolve(), suffix, final) for tar in tars if not (final / f"{tar.name}.json").exists()]
+        todo = [
+            (tar.resolve(), suffix, final)
+            for tar in tars
+            if not (final / f"{tar.name}.json").exists()
+        ]
         run_tasks(_scan, todo, min(workers or cores(), len(todo)), "indexing")
         found = [json.loads((final / f"{name}.json").read_text(encoding="utf-8")) for name in names]
         tables = [np.load(final / f"{name}.all.npy") for name in names]
         hashes = np.concatenate([table[:, 4] for table in tables]).view(np.uint64)
         if not len(hashes):
-            raise ValueError(f"no member of {names[0]} and the other tars ends in .{suffix}: name the text's ending with --member")
+            raise ValueError(
+                f"no member of {names[0]} and the other tars ends in .{suffix}: name the text's "
+                "ending with --member"
+            )
         sides = choose_sides(hashes, np.ones(len(hashes), dtype=bool), held_out, test)
         splits = {}
         for split, side in ((TRAIN, TRAIN_SIDE), (HELD_OUT, HELD_OUT_SIDE), (TEST, TEST_SIDE)):
             if split != TEST or (sides == side).any():
-                splits[split] = _split(final, split, list(zip(names, found, tables, strict=True)), sides == side)
+                splits[split] = _split(
+                    final, split, list(zip(names, found, tables, strict=True)), sides == side
+                )
         for tar in tars:
             (final / tar.name).symlink_to(tar.resolve())
             (final / f"{tar.name}.all.npy").unlink()
         used = Tokenizer(final)
-        index = Index("uint32", used.vocab_size, used.eos_id, TOKENIZER_FILE, used.sha256, splits, "raw", suffix=suffix)
+        index = Index(
+            "uint32",
+            used.vocab_size,
+            used.eos_id,
+            TOKENIZER_FILE,
+            used.sha256,
+            splits,
+            "raw",
+            suffix=suffix,
+        )
         totals = ("documents", "tokens", "text_bytes", "words")
-        counts = {name: {key: getattr(split, key) for key in totals} for name, split in splits.items()}
+        counts = {
+            name: {key: getattr(split, key) for key in totals} for name, split in splits.items()
+        }
         report = {"tars": len(tars), "vocabulary": used.vocab_size, "splits": counts}
         publish(final, target, index, report)
         shutil.rmtree(work)
@@ -87,14 +138,18 @@ def raw_text(content: bytes) -> str:
 
 
 def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
-    """Write int64 [documents, 5] of a tar: offset, tokens with <eos>, CRC-32, bytes, hash; and its totals."""
+    """Write int64 [documents, 5] of a tar: offset, tokens with <eos>, CRC-32, bytes, hash; and its
+    totals.
+    """
     tokenizer = Tokenizer(folder)
     rows: list[tuple[int, ...]] = []
     words = []
     for batch in _batches(_members(tar, suffix)):
         with watch.item(0):
             texts = [raw_text(content) for _, content in batch]
-            for (offset, content), text, ids in zip(batch, texts, tokenizer.encode_batch(texts, threads=1), strict=True):
+            for (offset, content), text, ids in zip(
+                batch, texts, tokenizer.encode_batch(texts, threads=1), strict=True
+            ):
                 signed = int(np.uint64(exact_hash(text)).view(np.int64))
                 rows.append((offset, len(ids) + 1, zlib.crc32(content), len(content), signed))
                 words.append(len(text.split()))
@@ -118,14 +173,21 @@ def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
                     assert stream is not None
                     content = stream.read()
                     if len(content) != member.size:
-                        raise ValueError(f"{tar} ends inside {member.name}: fetch it again or leave it out")
+                        raise ValueError(
+                            f"{tar} ends inside {member.name}: fetch it again or leave it out"
+                        )
                     try:
                         if raw_text(content).strip():
                             yield member.offset_data, content
                     except UnicodeDecodeError as error:
-                        raise ValueError(f"{tar}: {member.name} is not UTF-8 text ({error}): leave the tar out") from error
+                        raise ValueError(
+                            f"{tar}: {member.name} is not UTF-8 text ({error}): leave the tar out"
+                        ) from error
     except tarfile.TarError as error:
-        raise ValueError(f"{tar} is no tar that can be read by ranges ({error}): fetch it again, uncompressed, or leave it out") from error
+        raise ValueError(
+            f"{tar} is no tar that can be read by ranges ({error}): fetch it again, uncompressed, "
+            "or leave it out"
+        ) from error
 
 
 def _batches(members: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
@@ -152,7 +214,9 @@ def _sample(tars: Sequence[Path], suffix: str, seed: int) -> list[str]:
     return lines
 
 
-def _split(folder: Path, split: str, tars: list[tuple[str, dict, np.ndarray]], own: np.ndarray) -> Split:
+def _split(
+    folder: Path, split: str, tars: list[tuple[str, dict, np.ndarray]], own: np.ndarray
+) -> Split:
     shards, begin, text_bytes, words = [], 0, 0, 0
     for name, totals, table in tars:
         wanted = own[begin : begin + len(table)]
@@ -166,7 +230,18 @@ def _split(folder: Path, split: str, tars: list[tuple[str, dict, np.ndarray]], o
         words += sum(np.array(totals["words"], dtype=np.int64)[wanted].tolist())
         sha256 = hashlib.sha256(sidecar.read_bytes()).hexdigest()
         shards.append(
-            Shard(name, len(entries), int(entries[:, 1].sum()), totals["bytes"], totals["sha256"], sidecar.name, sha256)
+            Shard(
+                name,
+                len(entries),
+                int(entries[:, 1].sum()),
+                totals["bytes"],
+                totals["sha256"],
+                sidecar.name,
+                sha256,
+            )
         )
-    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    documents, tokens = (
+        sum(shard.documents for shard in shards),
+        sum(shard.tokens for shard in shards),
+    )
     return Split(documents, tokens, text_bytes, words, tuple(shards))

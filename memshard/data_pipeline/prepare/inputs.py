@@ -1,4 +1,6 @@
-"""From source names to input files, and from text files (plain, jsonl, WikiExtractor output, each also gzipped) to documents."""
+"""From source names to input files, and from text files (plain, jsonl, WikiExtractor output, each
+also gzipped) to documents.
+"""
 
 import gzip
 import html
@@ -22,7 +24,8 @@ PAIR = "\x1e"  # between the sentences of a pair, until they are tokens
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl", ".warc")
 EXCLUDED_FOLDERS = ("site-packages", "dist-packages")
-MAX_DOCUMENT = 65_536  # characters; longer documents are cut, so that one big file still spreads over lanes and splits
+# Characters; longer documents are cut, so that one big file still spreads over lanes and splits.
+MAX_DOCUMENT = 65_536
 READ_CHARACTERS = 1 << 20
 
 
@@ -41,11 +44,13 @@ def find_files(
     exclude: Iterable[str] = EXCLUDED_FOLDERS,
     prefix: str = "",
 ) -> tuple[Path | str, ...]:
-    """The inputs behind `sources`, each once: files and URLs as named, globs and directories (recursively) in sorted order, and
-    those in list files (*.paths, *.paths.gz: one a line, `prefix` before each).
+    """The inputs behind `sources`, each once: files and URLs as named, globs and directories
+    (recursively) in sorted order, and those in list files (*.paths, *.paths.gz: one a line,
+    `prefix` before each).
 
-    In directories only files with one of `suffixes` (or that and .gz) count; hidden folders and those named in `exclude` are
-    left out. Raises FileNotFoundError for a missing source, ValueError for a directory without such files.
+    In directories only files with one of `suffixes` (or that and .gz) count; hidden folders and
+    those named in `exclude` are left out. Raises FileNotFoundError for a missing source, ValueError
+    for a directory without such files.
     """
     endings = tuple("." + suffix.lstrip(".") for suffix in suffixes)
     excluded = set(exclude)
@@ -56,15 +61,26 @@ def find_files(
             found.setdefault(name, name)
             continue
         if source.is_dir():
-            files = [file for file in _walk(source, excluded) if file.name.removesuffix(".gz").endswith(endings)]
+            files = [
+                file
+                for file in _walk(source, excluded)
+                if file.name.removesuffix(".gz").endswith(endings)
+            ]
             if not files:
-                raise ValueError(f"{source} holds no file ending in {' '.join(endings)} (or with .gz): name other endings with --suffix")
+                raise ValueError(
+                    f"{source} holds no file ending in {' '.join(endings)} (or with .gz): name "
+                    "other endings with --suffix"
+                )
         elif source.exists():
             files = [source]
-        elif files := [Path(match) for match in sorted(glob(name, recursive=True)) if Path(match).is_file()]:
+        elif files := [
+            Path(match) for match in sorted(glob(name, recursive=True)) if Path(match).is_file()
+        ]:
             pass
         else:
-            raise FileNotFoundError(f"{source}: no such file or folder; check the path of the source")
+            raise FileNotFoundError(
+                f"{source}: no such file or folder; check the path of the source"
+            )
         for file in files:
             found.setdefault(file.resolve(), file)
     return tuple(found.values())
@@ -72,7 +88,11 @@ def find_files(
 
 def is_warc(name: Path | str) -> bool:
     """Whether an input is a web archive, by its name; a command's is in the command."""
-    return ".warc" in str(name) if str(name).startswith("pipe:") else str(name).removesuffix(".gz").endswith(".warc")
+    return (
+        ".warc" in str(name)
+        if str(name).startswith("pipe:")
+        else str(name).removesuffix(".gz").endswith(".warc")
+    )
 
 
 def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
@@ -86,7 +106,9 @@ def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
 
 def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if name not in excluded and not name.startswith(".")
+        )
         yield from (Path(root, name) for name in sorted(files))
 
 
@@ -99,14 +121,17 @@ def is_utf8(file: Path) -> bool:
     except UnicodeDecodeError:
         return False
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is a damaged gzip file ({error}): fetch it again or leave it out") from error
+        raise ValueError(
+            f"{file} is a damaged gzip file ({error}): fetch it again or leave it out"
+        ) from error
     return True
 
 
 def read_documents(file: Path, sources: Sources, counts: Counter[str]) -> Iterator[str]:
     """Documents of one UTF-8 file, none longer than MAX_DOCUMENT characters.
 
-    Counts `empty` documents, which are left out, and `cut` ones, which give several. Holds a bounded piece of the file.
+    Counts `empty` documents, which are left out, and `cut` ones, which give several. Holds a
+    bounded piece of the file.
     """
     with _open(file) as stream:
         for document in _split(file, stream, sources):
@@ -130,12 +155,17 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_pairs(source: Path, target: Path, counts: Counter[str]) -> Iterator[str]:
-    """Line n of both files, with PAIR between. ValueError if one has more lines. Counts `empty` pairs, those with an empty side."""
+    """Line n of both files, with PAIR between. ValueError if one has more lines. Counts `empty`
+    pairs, those with an empty side.
+    """
     with _open(source) as left, _open(target) as right:
         for number, (one, other) in enumerate(zip_longest(left, right), 1):
             if one is None or other is None:
                 short, long = (source, target) if one is None else (target, source)
-                raise ValueError(f"{short} ends at line {number - 1} and {long} goes on: pairs need as many lines in both files")
+                raise ValueError(
+                    f"{short} ends at line {number - 1} and {long} goes on: pairs need as many "
+                    "lines in both files"
+                )
             sides = [line.strip().replace(PAIR, " ") for line in (one, other)]
             if all(sides):
                 yield PAIR.join(sides)
@@ -157,7 +187,10 @@ def _split(file: Path, stream: TextIO, sources: Sources) -> Iterator[TextIO]:
             yield from map(io.StringIO, _wiki_articles(stream))
             return
         if kind == "wikiextractor":
-            raise ValueError(f"{file} does not begin with '<doc ' as WikiExtractor output does: use --documents auto, file or line")
+            raise ValueError(
+                f"{file} does not begin with '<doc ' as WikiExtractor output does: use "
+                "--documents auto, file or line"
+            )
         stream.seek(0)
     yield stream
 
@@ -169,18 +202,33 @@ def _jsonl_texts(file: Path, stream: TextIO, key: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}): correct the line or leave the file out") from error
+            raise ValueError(
+                f"{file}, line {number} is not JSON ({error}): correct the line or leave the file "
+                "out"
+            ) from error
         if not isinstance(record, dict) or key not in record:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__} instead of an object"
-            raise ValueError(f"{file}, line {number} has no key {key!r} (it has: {keys}): name the text's key with --text-key")
+            keys = (
+                ", ".join(map(str, record))
+                if isinstance(record, dict)
+                else f"a {type(record).__name__} instead of an object"
+            )
+            raise ValueError(
+                f"{file}, line {number} has no key {key!r} (it has: {keys}): name the text's key "
+                "with --text-key"
+            )
         if not isinstance(record[key], str):
             kind = type(record[key]).__name__
-            raise ValueError(f"{file}, line {number}: {key!r} is no text but {kind}: name the text's key with --text-key")
+            raise ValueError(
+                f"{file}, line {number}: {key!r} is no text but {kind}: name the text's key with "
+                "--text-key"
+            )
         yield record[key]
 
 
 def _wiki_articles(stream: TextIO) -> Iterator[str]:
-    """Texts between <doc ... title="..."> and </doc>; an article whose text only repeats its title is empty."""
+    """Texts between <doc ... title="..."> and </doc>; an article whose text only repeats its title
+    is empty.
+    """
     tag = stream.readline()
     lines: list[str] = []
     for line in stream:
@@ -198,7 +246,11 @@ def _wiki_articles(stream: TextIO) -> Iterator[str]:
 def _wiki_text(tag: str, lines: list[str]) -> str:
     text = "".join(lines).strip()
     title = re.search(r'title="(.*)">', tag)
-    return "" if not text or (title and html.unescape(text) == html.unescape(title[1])) else text + "\n"
+    return (
+        ""
+        if not text or (title and html.unescape(text) == html.unescape(title[1]))
+        else text + "\n"
+    )
 
 
 def _cut(document: TextIO) -> Iterator[str]:

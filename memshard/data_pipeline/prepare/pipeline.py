@@ -1,7 +1,9 @@
-"""Build a data folder: documents, duplicates, held-out split, tokenizer, token shards, index and report.
+"""Build a data folder: documents, duplicates, held-out split, tokenizer, token shards, index and
+report.
 
-Every stage keeps what it has finished in a work folder beside the output, under names that say what went in. A build that was
-killed goes on there; other settings redo what they change. The outcome is the same, byte for byte.
+Every stage keeps what it has finished in a work folder beside the output, under names that say what
+went in. A build that was killed goes on there; other settings redo what they change. The outcome is
+the same, byte for byte.
 """
 
 import fcntl
@@ -16,13 +18,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
-from memshard.data_pipeline.prepare.documents import Filters, Unit, plan_units, read_texts, write_unit
+from memshard.data_pipeline.prepare.documents import (
+    Filters,
+    Unit,
+    plan_units,
+    read_texts,
+    write_unit,
+)
 from memshard.data_pipeline.prepare.inputs import PAIR, Sources, is_warc
 from memshard.data_pipeline.prepare.report import make_report
 from memshard.data_pipeline.prepare.split import TRAIN_SIDE, Splits, split_documents
 from memshard.data_pipeline.prepare.workers import cores, run_tasks
 from memshard.data_pipeline.prepare.write_shards import tokens_dtype, write_shards
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerModel, train_tokenizer, training_lines
+from memshard.data_pipeline.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    TokenizerModel,
+    train_tokenizer,
+    training_lines,
+)
 
 SAMPLE_LINES = 200_000
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
@@ -47,12 +61,15 @@ def build_data(
     page_seconds: float = 20.0,
     workers: int | None = None,
 ) -> dict:
-    """Write the data folder `out` and return its report. The same sources and settings give the same bytes.
+    """Write the data folder `out` and return its report. The same sources and settings give the
+    same bytes.
 
-    tokenizer: a model file or data folder whose tokenizer is taken, instead of training one. held_out, test: share of the
-    documents (below 1) or number of them, chosen by the hash of their text; by default 1 % and none, with `web` 5,000 each but no
-    more than 1 % (Lample et al. 2019, section 4.1, hold out 5,000 + 5,000 articles). workers: processes, all cores by default.
-    Raises ValueError or FileNotFoundError with the fix; what was finished stays in the work folder, and nothing in `out`.
+    tokenizer: a model file or data folder whose tokenizer is taken, instead of training one.
+    held_out, test: share of the documents (below 1) or number of them, chosen by the hash of their
+    text; by default 1 % and none, with `web` 5,000 each but no more than 1 % (Lample et al. 2019,
+    section 4.1, hold out 5,000 + 5,000 articles). workers: processes, all cores by default. Raises
+    ValueError or FileNotFoundError with the fix; what was finished stays in the work folder, and
+    nothing in `out`.
     """
     target = Path(out).resolve()
     _check(target, held_out, test, vocab_size, shard_bytes)
@@ -62,21 +79,48 @@ def build_data(
     with alone(work):
         units = plan_units(sources, filters, work)
         todo = [unit for unit in units if not unit.folder.is_dir()]
-        limit = page_seconds if any(is_warc(file) for unit in units for file in unit.files) else None
+        limit = (
+            page_seconds if any(is_warc(file) for unit in units for file in unit.files) else None
+        )
         tasks = [(unit, sources, filters) for unit in todo]
         run_tasks(write_unit, tasks, min(workers or cores(), len(tasks)), "reading", limit)
-        splits = split_documents(units, filters, deduplicate, *(_amounts(held_out, test, web, units)))
+        splits = split_documents(
+            units, filters, deduplicate, *(_amounts(held_out, test, web, units))
+        )
         stages = _stages(units, splits)
         if not stages["kept.documents"]:
-            raise ValueError(f"the corpus is empty: {_describe(sources, stages, _not_utf8(units))}; name sources with text")
+            raise ValueError(
+                f"the corpus is empty: {_describe(sources, stages, _not_utf8(units))}; name "
+                "sources with text"
+            )
 
-        proto = Tokenizer(tokenizer).proto if tokenizer else _trained(units, splits, work, vocab_size, model, seed)
-        final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *(unit.folder.name for unit in units))}"
+        proto = (
+            Tokenizer(tokenizer).proto
+            if tokenizer
+            else _trained(units, splits, work, vocab_size, model, seed)
+        )
+        names = [unit.folder.name for unit in units]
+        final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *names)}"
         final.mkdir(exist_ok=True)
         (final / TOKENIZER_FILE).write_bytes(proto)
-        written = write_shards(units, splits, final, shard_bytes, workers or cores(), PAIR if sources.documents == "pairs" else None)
+        written = write_shards(
+            units,
+            splits,
+            final,
+            shard_bytes,
+            workers or cores(),
+            PAIR if sources.documents == "pairs" else None,
+        )
         used = Tokenizer(final)
-        index = Index(tokens_dtype(used.vocab_size), used.vocab_size, used.eos_id, TOKENIZER_FILE, used.sha256, written, _kind(sources))
+        index = Index(
+            tokens_dtype(used.vocab_size),
+            used.vocab_size,
+            used.eos_id,
+            TOKENIZER_FILE,
+            used.sha256,
+            written,
+            _kind(sources),
+        )
         report = make_report(len(sources.files), _not_utf8(units), stages, index)
         publish(final, target, index, report)
         shutil.rmtree(work)
@@ -101,18 +145,31 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target} exists already: choose another --out, or remove it first")
 
 
-def _amounts(held_out: float | None, test: float | None, web: bool, units: list[Unit]) -> tuple[float, float]:
+def _amounts(
+    held_out: float | None, test: float | None, web: bool, units: list[Unit]
+) -> tuple[float, float]:
     if held_out is None:
         documents = sum(_outcome(unit)["counts"].get("kept.documents", 0) for unit in units)
-        held_out = HELD_OUT_ARTICLES if web and documents > HELD_OUT_ARTICLES / HELD_OUT_SHARE else HELD_OUT_SHARE
+        held_out = (
+            HELD_OUT_ARTICLES
+            if web and documents > HELD_OUT_ARTICLES / HELD_OUT_SHARE
+            else HELD_OUT_SHARE
+        )
     return held_out, (held_out if web else 0.0) if test is None else test
 
 
-def _check(target: Path, held_out: float | None, test: float | None, vocab_size: int, shard_bytes: int) -> None:
+def _check(
+    target: Path, held_out: float | None, test: float | None, vocab_size: int, shard_bytes: int
+) -> None:
     check_target(target)
     for name, amount in (("--held-out", held_out), ("--test", test)):
-        if amount is not None and (amount < 0 or 1 < amount != int(amount) or (name == "--held-out" and not amount)):
-            raise ValueError(f"{name} is {amount}; it is a share of the documents, above 0 and below 1, or a number of documents")
+        if amount is not None and (
+            amount < 0 or 1 < amount != int(amount) or (name == "--held-out" and not amount)
+        ):
+            raise ValueError(
+                f"{name} is {amount}; it is a share of the documents, above 0 and below 1, or a "
+                "number of documents"
+            )
     if vocab_size < 1:
         raise ValueError(f"--vocab is {vocab_size}; it must be at least 1")
     if shard_bytes < 1:
@@ -121,13 +178,17 @@ def _check(target: Path, held_out: float | None, test: float | None, vocab_size:
 
 @contextmanager
 def alone(work: Path) -> Iterator[None]:
-    """The work folder, locked and free of half-written results; removed at the end if it holds none. ValueError if another build has it."""
+    """The work folder, locked and free of half-written results; removed at the end if it holds
+    none. ValueError if another build has it.
+    """
     (work / "units").mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another build is at work in {work}: wait for it, or choose another --out") from None
+            raise ValueError(
+                f"another build is at work in {work}: wait for it, or choose another --out"
+            ) from None
         for partial in work.glob("units/*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -161,18 +222,33 @@ def _outcome(unit: Unit) -> dict:
 
 def _describe(sources: Sources, stages: Counter[str], not_utf8: list[str]) -> str:
     skipped = f"{len(not_utf8)} not UTF-8 text, e.g. {not_utf8[0]}" if not_utf8 else "all readable"
-    left_out = {key.removesuffix(".documents"): number for key, number in stages.items() if key.endswith(".documents")}
-    return f"{len(sources.files)} files ({skipped}), {stages['empty']} empty and {stages['invalid']} invalid documents, stages {left_out}"
+    left_out = {
+        key.removesuffix(".documents"): number
+        for key, number in stages.items()
+        if key.endswith(".documents")
+    }
+    return (
+        f"{len(sources.files)} files ({skipped}), {stages['empty']} empty and "
+        f"{stages['invalid']} invalid documents, stages {left_out}"
+    )
 
 
-def _trained(units: list[Unit], splits: Splits, work: Path, vocab_size: int, model: TokenizerModel, seed: int) -> bytes:
-    """A tokenizer trained on a uniform sample of the training documents' lines (reservoir sampling)."""
-    cached = work / f"tokenizer-{digest(splits.sides.tobytes(), vocab_size, model, seed, *(unit.folder.name for unit in units))}"
+def _trained(
+    units: list[Unit], splits: Splits, work: Path, vocab_size: int, model: TokenizerModel, seed: int
+) -> bytes:
+    """A tokenizer trained on a uniform sample of the training documents' lines (reservoir
+    sampling).
+    """
+    names = [unit.folder.name for unit in units]
+    key = digest(splits.sides.tobytes(), vocab_size, model, seed, *names)
+    cached = work / f"tokenizer-{key}"
     if cached.exists():
         return cached.read_bytes()
     train = splits.sides == TRAIN_SIDE
     total = int(splits.sizes[train].sum())
-    if total > SAMPLE_BYTES:  # documents of a sample of hashes; not the lowest ones, those are held out
+    if (
+        total > SAMPLE_BYTES
+    ):  # documents of a sample of hashes; not the lowest ones, those are held out
         train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
     draw = random.Random(seed)
     lines: list[str] = []

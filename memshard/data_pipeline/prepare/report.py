@@ -6,16 +6,32 @@ from memshard.data_pipeline.format.index import Index
 
 READ = ("records", "responses", "status", "not_html", "empty_body", "too_large", "skipped_bytes")
 STAGES = (
-    "pages", "page_large", "page_timeout", "page_failed", "page_language", "page_empty", "text", "language", "timeout", "quality",
-    "exact_duplicate", "near_duplicate",
-)  # fmt: skip
+    "pages",
+    "page_large",
+    "page_timeout",
+    "page_failed",
+    "page_language",
+    "page_empty",
+    "text",
+    "language",
+    "timeout",
+    "quality",
+    "exact_duplicate",
+    "near_duplicate",
+)
 
 
 def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: Index) -> dict:
-    """The content of report.json. stages: documents and bytes that a stage took in (pages, text) or left out (the others)."""
+    """The content of report.json. stages: documents and bytes that a stage took in (pages, text) or
+    left out (the others).
+    """
     stages = {
         name: {"documents": counts[f"{name}.documents"], "bytes": counts[f"{name}.bytes"]}
-        for name in dict.fromkeys(key.rpartition(".")[0] for key in sorted(counts, key=_place) if key.endswith(".documents"))
+        for name in dict.fromkeys(
+            key.rpartition(".")[0]
+            for key in sorted(counts, key=_place)
+            if key.endswith(".documents")
+        )
         if name != "kept"
     }
     return {
@@ -27,7 +43,11 @@ def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: In
         "documents_invalid": counts["invalid"],
         "documents_cut": counts["cut"],
         "archive": {name: counts[name] for name in READ if counts[name]},
-        "faults": {name.removeprefix("fault_"): counts[name] for name in sorted(counts) if name.startswith("fault_")},
+        "faults": {
+            name.removeprefix("fault_"): counts[name]
+            for name in sorted(counts)
+            if name.startswith("fault_")
+        },
         "stages": stages,
         "vocabulary": index.vocab_size,
         "splits": {
@@ -36,7 +56,9 @@ def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: In
                 "tokens": split.tokens,
                 "text_bytes": split.text_bytes,
                 "words": split.words,
-                "bytes_per_token": round(split.text_bytes / split.tokens, 4) if split.tokens else None,
+                "bytes_per_token": round(split.text_bytes / split.tokens, 4)
+                if split.tokens
+                else None,
                 "shards": len(split.shards),
             }
             for name, split in index.splits.items()
@@ -46,5 +68,7 @@ def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: In
 
 def _place(key: str) -> tuple[int, str]:
     name = key.rpartition(".")[0]
-    order = STAGES.index(name.partition(".")[0]) if name.partition(".")[0] in STAGES else len(STAGES)
+    order = (
+        STAGES.index(name.partition(".")[0]) if name.partition(".")[0] in STAGES else len(STAGES)
+    )
     return order, name

@@ -13,8 +13,9 @@ DROPPED, TRAIN_SIDE, HELD_OUT_SIDE, TEST_SIDE = range(4)
 
 @dataclass(frozen=True)
 class Splits:
-    """sides: uint8 [documents], over all units in order; first: int64 [units + 1], where each unit's documents begin; sizes: uint32
-    [documents], their bytes; hashes: uint64 [documents]; counts: documents and bytes dropped as `exact_duplicate`, `near_duplicate`.
+    """sides: uint8 [documents], over all units in order; first: int64 [units + 1], where each
+    unit's documents begin; sizes: uint32 [documents], their bytes; hashes: uint64 [documents];
+    counts: documents and bytes dropped as `exact_duplicate`, `near_duplicate`.
     """
 
     sides: np.ndarray
@@ -25,10 +26,14 @@ class Splits:
     counts: Counter[str]
 
 
-def split_documents(units: list[Unit], filters: Filters, deduplicate: bool, held_out: float, test: float) -> Splits:
-    """Keep the first document of every cluster of duplicates, and draw the held-out and test documents by the hash of it.
+def split_documents(
+    units: list[Unit], filters: Filters, deduplicate: bool, held_out: float, test: float
+) -> Splits:
+    """Keep the first document of every cluster of duplicates, and draw the held-out and test
+    documents by the hash of it.
 
-    held_out, test: below 1 a share of the documents, else a number of documents. Memory: some 50 bytes a document.
+    held_out, test: below 1 a share of the documents, else a number of documents. Memory: some 50
+    bytes a document.
     """
     sizes, words, hashes, first = [], [], [], [0]
     for unit in units:
@@ -37,7 +42,11 @@ def split_documents(units: list[Unit], filters: Filters, deduplicate: bool, held
         words.append(rows["words"].copy())
         hashes.append(rows["exact"].copy())
         first.append(first[-1] + len(rows))
-    lengths, word_counts, exact = np.concatenate(sizes), np.concatenate(words), np.concatenate(hashes)
+    lengths, word_counts, exact = (
+        np.concatenate(sizes),
+        np.concatenate(words),
+        np.concatenate(hashes),
+    )
     counts: Counter[str] = Counter()
     keep = np.ones(len(exact), dtype=bool)
     if deduplicate:
@@ -47,7 +56,10 @@ def split_documents(units: list[Unit], filters: Filters, deduplicate: bool, held
         _count(counts, "exact_duplicate", lengths[~keep])
         if filters.near:
             for band in range(BANDS):  # one at a time: 8 bytes a document
-                join(labels, np.concatenate([read_rows(unit, filters)["bands"][:, band] for unit in units]))
+                join(
+                    labels,
+                    np.concatenate([read_rows(unit, filters)["bands"][:, band] for unit in units]),
+                )
             alone = labels == np.arange(len(labels))
             _count(counts, "near_duplicate", lengths[keep & ~alone])
             keep = alone
@@ -56,7 +68,8 @@ def split_documents(units: list[Unit], filters: Filters, deduplicate: bool, held
 
 
 def choose_sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: float) -> np.ndarray:
-    """TRAIN_SIDE, HELD_OUT_SIDE or TEST_SIDE of every document, by the order of the kept ones' hashes: equal hashes are on one side.
+    """TRAIN_SIDE, HELD_OUT_SIDE or TEST_SIDE of every document, by the order of the kept ones'
+    hashes: equal hashes are on one side.
 
     ValueError with the fix if nothing were left to train on.
     """
@@ -65,17 +78,21 @@ def choose_sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: fl
         return np.full(len(hashes), DROPPED)
     if len(kept) == 1:
         raise ValueError(
-            f"the corpus is one document ({keep.sum()} times), so none is left to train on after the held-out split: "
+            f"the corpus is one document ({keep.sum()} times), so none is left to train on after "
+            "the held-out split: "
             "give more text, or take every line as a document with --documents line"
         )
     held_out_end = max(_number(held_out, len(kept)), 1)
     test_end = held_out_end + _number(test, len(kept))
     if test_end >= len(kept):
         raise ValueError(
-            f"all {len(kept)} different documents fall into the held-out split: lower --held-out and --test, or give more documents"
+            f"all {len(kept)} different documents fall into the held-out split: lower --held-out "
+            "and --test, or give more documents"
         )
     rank = np.searchsorted(kept, hashes)
-    return np.where(rank < held_out_end, HELD_OUT_SIDE, np.where(rank < test_end, TEST_SIDE, TRAIN_SIDE))
+    return np.where(
+        rank < held_out_end, HELD_OUT_SIDE, np.where(rank < test_end, TEST_SIDE, TRAIN_SIDE)
+    )
 
 
 def _number(amount: float, documents: int) -> int:

@@ -13,11 +13,14 @@ MAX_PAGE = 10_000_000  # bytes of HTML; larger ones are lists and data
 MAX_TEXT = 1_000_000  # characters; no article is longer, and everything behind takes time by length
 
 
-def read_articles(watch: Watch, file: Path, extractor: str, language: str | None, counts: Counter[str]) -> Iterator[str]:
+def read_articles(
+    watch: Watch, file: Path, extractor: str, language: str | None, counts: Counter[str]
+) -> Iterator[str]:
     """Texts of a WARC file's HTML pages, in order.
 
-    A page that is surely in another language by a quick look at its text is not extracted. Counts pages and their bytes by
-    `pages`, and those without a text by `page_large`, `page_timeout`, `page_failed`, `page_language`, `page_empty`.
+    A page that is surely in another language by a quick look at its text is not extracted. Counts
+    pages and their bytes by `pages`, and those without a text by `page_large`, `page_timeout`,
+    `page_failed`, `page_language`, `page_empty`.
     """
     for page in read_pages(file, counts):
         reason, text = "", ""
@@ -31,7 +34,15 @@ def read_articles(watch: Watch, file: Path, extractor: str, language: str | None
                     reason, text = _article(page.body, extractor, language)
         except ItemTimeout:
             reason = "page_timeout"
-        except (ValueError, RuntimeError, MemoryError, RecursionError, LookupError, TypeError, AttributeError):
+        except (
+            ValueError,
+            RuntimeError,
+            MemoryError,
+            RecursionError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ):
             reason = "page_failed"
         for name in ("pages", reason) if reason else ("pages",):
             counts[f"{name}.documents"] += 1

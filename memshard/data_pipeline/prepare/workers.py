@@ -1,4 +1,6 @@
-"""Tasks in worker processes, each killed and started again without the item it hangs on or dies of."""
+"""Tasks in worker processes, each killed and started again without the item it hangs on or dies
+of.
+"""
 
 import multiprocessing
 import os
@@ -15,7 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 NO_ITEM = -1
-GRACE = 10  # times an item's seconds, on the clock, before its process is killed: it sleeps, or hangs where no signal gets through
+# Times an item's seconds, on the clock, before its process is killed: it sleeps, or hangs where no
+# signal gets through.
+GRACE = 10
 
 
 class ItemTimeout(BaseException):
@@ -24,19 +28,27 @@ class ItemTimeout(BaseException):
 
 @dataclass
 class Watch:
-    """A task's view of its items: which is in work, since when, and which to leave out because they killed a worker before."""
+    """A task's view of its items: which is in work, since when, and which to leave out because they
+    killed a worker before.
+    """
 
     seconds: float | None = None
     skip: frozenset[int] = frozenset()
-    state: Any = field(default_factory=lambda: [float(NO_ITEM), 0.0])  # item, start; shared with the parent in a worker
+    state: Any = field(
+        default_factory=lambda: [float(NO_ITEM), 0.0]
+    )  # item, start; shared with the parent in a worker
     parent: int | None = None
 
     @contextmanager
     def item(self, number: int) -> Iterator[None]:
-        """Work on an item; raises ItemTimeout after `seconds` of CPU time, which other work on the machine does not change."""
+        """Work on an item; raises ItemTimeout after `seconds` of CPU time, which other work on the
+        machine does not change.
+        """
         if self.parent is not None and os.getppid() != self.parent:
             os._exit(1)  # the build was killed: do not go on writing beside the one that resumes it
-        self.state[1] = time.time()  # first, so that the parent never takes an older item's start for this one's
+        self.state[1] = (
+            time.time()
+        )  # first, so that the parent never takes an older item's start for this one's
         self.state[0] = float(number)
         if self.seconds:
             signal.setitimer(signal.ITIMER_PROF, self.seconds)
@@ -53,11 +65,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(function: Callable[..., None], tasks: Sequence[tuple], workers: int, label: str, seconds: float | None = None) -> None:
-    """Call `function(watch, *task)` for every task, at most `workers` at a time; one worker and no time limit: in this process.
+def run_tasks(
+    function: Callable[..., None],
+    tasks: Sequence[tuple],
+    workers: int,
+    label: str,
+    seconds: float | None = None,
+) -> None:
+    """Call `function(watch, *task)` for every task, at most `workers` at a time; one worker and no
+    time limit: in this process.
 
-    seconds: CPU time of an item of a task. One that takes longer in code that cannot be interrupted, or kills its worker, is left
-    out when its task starts again. Raises what a task raised, ValueError and OSError as such, others as RuntimeError.
+    seconds: CPU time of an item of a task. One that takes longer in code that cannot be
+    interrupted, or kills its worker, is left out when its task starts again. Raises what a task
+    raised, ValueError and OSError as such, others as RuntimeError.
     """
     progress = tqdm(total=len(tasks), desc=label, disable=None, leave=False)
     with progress:
@@ -110,7 +130,9 @@ class _Job:
         assert self.process is not None
         item, since = int(self._state[0]), self._state[1]
         if self.process.is_alive():
-            if not (self._seconds and item != NO_ITEM and time.time() - since > self._seconds * GRACE):
+            if not (
+                self._seconds and item != NO_ITEM and time.time() - since > self._seconds * GRACE
+            ):
                 return False
             self.process.kill()
         self.process.join()
@@ -122,7 +144,10 @@ class _Job:
         if code == 0:
             self.done = True
         elif item == NO_ITEM:
-            raise RuntimeError(f"a worker process died with code {code}: the machine may be out of memory; run the same command to resume")
+            raise RuntimeError(
+                f"a worker process died with code {code}: the machine may be out of memory; run "
+                "the same command to resume"
+            )
         else:
             self._skip |= {item}
         return True
@@ -135,7 +160,13 @@ class _Job:
 
 
 def _work(
-    function: Callable[..., None], task: tuple, seconds: float | None, skip: frozenset[int], state: Any, parent: int, writer: Connection
+    function: Callable[..., None],
+    task: tuple,
+    seconds: float | None,
+    skip: frozenset[int],
+    state: Any,
+    parent: int,
+    writer: Connection,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     if seconds:

@@ -1,4 +1,6 @@
-"""The last stage of a build: documents to token shards, each shard a task of its own that depends on nothing but its documents."""
+"""The last stage of a build: documents to token shards, each shard a task of its own that depends
+on nothing but its documents.
+"""
 
 import dataclasses
 import json
@@ -22,8 +24,8 @@ NAMES = {TRAIN: TRAIN_SIDE, HELD_OUT: HELD_OUT_SIDE, TEST: TEST_SIDE}
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard: a stretch of documents, of which those on one side go in. separator: between the sentences of a pair. parts: (unit, sizes
-    [documents], wanted [documents]).
+    """One shard: a stretch of documents, of which those on one side go in. separator: between the
+    sentences of a pair. parts: (unit, sizes [documents], wanted [documents]).
     """
 
     name: str
@@ -33,12 +35,18 @@ class ShardPlan:
 
 
 def write_shards(
-    units: Sequence[Unit], splits: Splits, folder: Path, shard_bytes: int, workers: int, separator: str | None = None
+    units: Sequence[Unit],
+    splits: Splits,
+    folder: Path,
+    shard_bytes: int,
+    workers: int,
+    separator: str | None = None,
 ) -> dict[str, Split]:
-    """Tokenise with the tokenizer in `folder` and write every split's shards there; those that are there already stay.
+    """Tokenise with the tokenizer in `folder` and write every split's shards there; those that are
+    there already stay.
 
-    separator: what stands between the sentences of a pair; it becomes an <eos>. A shard ends with the document that
-    brings its text to `shard_bytes`.
+    separator: what stands between the sentences of a pair; it becomes an <eos>. A shard ends with
+    the document that brings its text to `shard_bytes`.
     """
     tokenizer = Tokenizer(folder)
     dtype = tokens_dtype(tokenizer.vocab_size)
@@ -50,11 +58,25 @@ def write_shards(
             name = f"{split}-{len(names[split]):05d}"
             names[split].append(name)
             if not (folder / f"{name}.json").exists():
-                todo.append((ShardPlan(name, dtype, separator, tuple(_parts(units, splits, side, begin, end))), folder))
+                todo.append(
+                    (
+                        ShardPlan(
+                            name, dtype, separator, tuple(_parts(units, splits, side, begin, end))
+                        ),
+                        folder,
+                    )
+                )
     processes = min(workers, len(todo))
-    run_tasks(write_shard, [(*task, 1 if processes > 1 else workers) for task in todo], processes, "tokenising")
+    run_tasks(
+        write_shard,
+        [(*task, 1 if processes > 1 else workers) for task in todo],
+        processes,
+        "tokenising",
+    )
     return {
-        split: finished_split(folder, names[split], int(splits.sizes[own].sum()), int(splits.words[own].sum()))
+        split: finished_split(
+            folder, names[split], int(splits.sizes[own].sum()), int(splits.words[own].sum())
+        )
         for split, own in ((split, splits.sides == side) for split, side in NAMES.items())
         if names[split] or split != TEST
     }
@@ -80,11 +102,15 @@ def write_shard(watch: Watch, plan: ShardPlan, folder: Path, threads: int) -> No
 def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
     """Close the shard and write its entry of the index, the sign that it is whole."""
     entry = folder / f"{name}.json"
-    partial_path(entry).write_text(json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8")
+    partial_path(entry).write_text(
+        json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8"
+    )
     partial_path(entry).replace(entry)
 
 
-def _tokens(tokenizer: Tokenizer, batch: list[str], separator: str | None, threads: int) -> Iterator[list[int]]:
+def _tokens(
+    tokenizer: Tokenizer, batch: list[str], separator: str | None, threads: int
+) -> Iterator[list[int]]:
     """Tokens of every document, <eos> behind it and between the sentences of a pair."""
     sides = [text.split(separator) if separator else [text] for text in batch]
     encoded = iter(tokenizer.encode_batch([side for pair in sides for side in pair], threads))
@@ -103,7 +129,9 @@ def _cuts(splits: Splits, side: int, shard_bytes: int) -> Iterator[tuple[int, in
         first, done = last + 1, int(ends[last])
 
 
-def _parts(units: Sequence[Unit], splits: Splits, side: int, begin: int, end: int) -> Iterator[tuple[Unit, np.ndarray, np.ndarray]]:
+def _parts(
+    units: Sequence[Unit], splits: Splits, side: int, begin: int, end: int
+) -> Iterator[tuple[Unit, np.ndarray, np.ndarray]]:
     for number, unit in enumerate(units):
         start, stop = int(splits.first[number]), int(splits.first[number + 1])
         if start < end and begin < stop:
@@ -115,6 +143,11 @@ def _parts(units: Sequence[Unit], splits: Splits, side: int, begin: int, end: in
 
 def finished_split(folder: Path, names: Sequence[str], text_bytes: int, words: int) -> Split:
     """The index entry of a split whose shards are written."""
-    shards = tuple(Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in names)
-    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+    shards = tuple(
+        Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in names
+    )
+    documents, tokens = (
+        sum(shard.documents for shard in shards),
+        sum(shard.tokens for shard in shards),
+    )
     return Split(documents, tokens, text_bytes, words, shards)

@@ -12,9 +12,10 @@ IGNORE = -100  # torch's default ignore_index of cross_entropy
 class Batch(NamedTuple):
     """Rows of tokens; all tensors int64.
 
-    inputs [n, length]; targets [n, length], the next token or IGNORE where there is none to predict; documents
-    [n, length], place of the document in the stream's order, which rows that follow one another share; positions [n, length], 0 to
-    length - 1; samples [n], global sample numbers, -1 for filler rows.
+    inputs [n, length]; targets [n, length], the next token or IGNORE where there is none to
+    predict; documents [n, length], place of the document in the stream's order, which rows that
+    follow one another share; positions [n, length], 0 to length - 1; samples [n], global sample
+    numbers, -1 for filler rows.
     """
 
     inputs: Tensor
@@ -24,11 +25,17 @@ class Batch(NamedTuple):
     samples: Tensor
 
 
-def make_batch(tokens: np.ndarray, documents: np.ndarray, masked: np.ndarray, samples: np.ndarray) -> Batch:
-    """Shift rows of length + 1 tokens, int64 [n, length + 1], into inputs and targets; nothing is predicted of or from masked ones."""
+def make_batch(
+    tokens: np.ndarray, documents: np.ndarray, masked: np.ndarray, samples: np.ndarray
+) -> Batch:
+    """Shift rows of length + 1 tokens, int64 [n, length + 1], into inputs and targets; nothing is
+    predicted of or from masked ones.
+    """
     count, length = tokens.shape[0], tokens.shape[1] - 1
     return Batch(
-        inputs=torch.from_numpy(tokens[:, :-1].copy()),  # copies: inputs and targets of a single row would share memory
+        inputs=torch.from_numpy(
+            tokens[:, :-1].copy()
+        ),  # copies: inputs and targets of a single row would share memory
         targets=torch.from_numpy(np.where(masked[:, 1:] | masked[:, :-1], IGNORE, tokens[:, 1:])),
         documents=torch.from_numpy(documents[:, :-1].copy()),
         positions=torch.arange(length).repeat(count, 1),

@@ -1,4 +1,6 @@
-"""The held-out stream: the held-out documents in order, every token after the first predicted exactly once."""
+"""The held-out stream: the held-out documents in order, every token after the first predicted
+exactly once.
+"""
 
 import os
 
@@ -10,28 +12,44 @@ from memshard.data_pipeline.stream.reader import SplitReader
 
 
 class HeldOutStream:
-    """Windows of `length` tokens over the held-out documents of a data folder, at most `max_tokens` predicted tokens.
+    """Windows of `length` tokens over the held-out documents of a data folder, at most `max_tokens`
+    predicted tokens.
 
-    stride: tokens from one window to the next, by default length. With a smaller one windows overlap: the first `overlap` tokens of each
-    but the first are context alone, predicted by the window before.
-    windows: how many there are, the last one padded. tokens: predicted tokens over all windows. text_bytes and words: of
-    the held-out text that these tokens cover, for bits per byte and perplexity per word; None if max_tokens cuts the text,
-    because a cut falls inside a word.
+    stride: tokens from one window to the next, by default length. With a smaller one windows
+    overlap: the first `overlap` tokens of each but the first are context alone, predicted by the
+    window before. windows: how many there are, the last one padded. tokens: predicted tokens over
+    all windows. text_bytes and words: of the held-out text that these tokens cover, for bits per
+    byte and perplexity per word; None if max_tokens cuts the text, because a cut falls inside a
+    word.
     """
 
-    def __init__(self, path: str | os.PathLike[str], length: int, max_tokens: int | None = None, stride: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        length: int,
+        max_tokens: int | None = None,
+        stride: int | None = None,
+    ) -> None:
         if length < 1:
             raise ValueError(f"data.length is {length}; it must be at least 1")
         if stride is not None and not 1 <= stride <= length:
-            raise ValueError(f"the stride of held-out windows is {stride}; use 1 to {length}, the length of a window")
+            raise ValueError(
+                f"the stride of held-out windows is {stride}; use 1 to {length}, the length of a "
+                "window"
+            )
         if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"held-out tokens are limited to {max_tokens}; the limit must be at least 1 (train.eval_tokens)")
+            raise ValueError(
+                f"held-out tokens are limited to {max_tokens}; the limit must be at least 1 "
+                "(train.eval_tokens)"
+            )
         self._reader = SplitReader(path, HELD_OUT)
         self._length, self._stride = length, stride or length
         self.overlap = length - self._stride
         split = self._reader.index.splits[HELD_OUT]
         if split.tokens < 2:
-            raise ValueError(f"{path} holds no held-out text: build the data set again with a larger --held-out")
+            raise ValueError(
+                f"{path} holds no held-out text: build the data set again with a larger --held-out"
+            )
         self.tokens = split.tokens - 1 if max_tokens is None else min(split.tokens - 1, max_tokens)
         self.windows = 1 + -(-max(self.tokens - length, 0) // self._stride)
         whole = self.tokens == split.tokens - 1
@@ -41,11 +59,17 @@ class HeldOutStream:
         self._starts = np.concatenate([[0], np.cumsum(self._reader.lengths)])
 
     def batch(self, first: int, count: int) -> Batch:
-        """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE, samples -1)."""
+        """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE,
+        samples -1).
+        """
         windows = first + np.arange(count)
         begins = np.minimum(windows * self._stride, self._starts[-1] - 1)
-        tokens, documents, masked = self._reader.read(self._order, self._starts, begins, self._length + 1)
+        tokens, documents, masked = self._reader.read(
+            self._order, self._starts, begins, self._length + 1
+        )
         batch = make_batch(tokens, documents, masked, np.where(windows < self.windows, windows, -1))
         predicted = windows[:, None] * self._stride + np.arange(self._length)
-        batch.targets.numpy()[(predicted >= self.tokens) | (windows >= self.windows)[:, None]] = IGNORE
+        batch.targets.numpy()[(predicted >= self.tokens) | (windows >= self.windows)[:, None]] = (
+            IGNORE
+        )
         return batch

@@ -15,25 +15,43 @@ PERIOD = 1024  # samples in which every corpus has exactly its share, rounded to
 class MixtureStream:
     """Samples of several training streams, shuffled within periods of PERIOD samples.
 
-    weights: shares of the samples, any positive scale; with `by_epochs` how often each corpus is read in the time in which the
-    mixture is read once, so that the share is that number times the corpus's size. The n-th sample taken from a corpus is sample n
-    of its own stream, which begins a new epoch when it is through. ValueError if the corpora have different tokenizers.
+    weights: shares of the samples, any positive scale; with `by_epochs` how often each corpus is
+    read in the time in which the mixture is read once, so that the share is that number times the
+    corpus's size. The n-th sample taken from a corpus is sample n of its own stream, which begins a
+    new epoch when it is through. ValueError if the corpora have different tokenizers.
     """
 
-    def __init__(self, streams: Sequence[TrainStream], weights: Sequence[float], seed: int, by_epochs: bool = False) -> None:
+    def __init__(
+        self,
+        streams: Sequence[TrainStream],
+        weights: Sequence[float],
+        seed: int,
+        by_epochs: bool = False,
+    ) -> None:
         if len(streams) != len(weights) or not streams or min(weights) <= 0:
-            raise ValueError(f"data.mixture needs a weight above 0 for every folder, and these are {list(weights)}")
+            raise ValueError(
+                "data.mixture needs a weight above 0 for every folder, and these are "
+                f"{list(weights)}"
+            )
         if len({stream.tokenizer for stream in streams}) > 1:
             raise ValueError(
-                "the folders of data.mixture have different tokenizers: build the others with `memshard data build --tokenizer FIRST`"
+                "the folders of data.mixture have different tokenizers: build the others with "
+                "`memshard data build --tokenizer FIRST`"
             )
         self._streams, self._seed = tuple(streams), seed
         sizes = np.array([stream.samples_per_epoch if by_epochs else 1 for stream in streams])
         self.quotas = _quotas(np.array(weights) * sizes)
         self.lanes, self.tokenizer = streams[0].lanes, streams[0].tokenizer
-        passes = [size.samples_per_epoch * weight for size, weight in zip(streams, weights, strict=True)]
-        self.samples_per_epoch = int(sum(passes)) if by_epochs else sum(stream.samples_per_epoch for stream in streams)
-        identity = f"mixture 1, seed {seed}, quotas {self.quotas.tolist()}, {[stream.fingerprint for stream in streams]}"
+        passes = [
+            size.samples_per_epoch * weight for size, weight in zip(streams, weights, strict=True)
+        ]
+        self.samples_per_epoch = (
+            int(sum(passes)) if by_epochs else sum(stream.samples_per_epoch for stream in streams)
+        )
+        identity = (
+            f"mixture 1, seed {seed}, quotas {self.quotas.tolist()}, "
+            f"{[stream.fingerprint for stream in streams]}"
+        )
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def batch(self, first: int, count: int) -> Batch:
@@ -63,15 +81,22 @@ class MixtureStream:
     def epochs(self, samples: int) -> list[float]:
         """How often each corpus has been read after that many samples of the mixture."""
         taken = self._taken(samples)
-        return [float(number / stream.samples_per_epoch) for number, stream in zip(taken, self._streams, strict=True)]
+        return [
+            float(number / stream.samples_per_epoch)
+            for number, stream in zip(taken, self._streams, strict=True)
+        ]
 
     def _period(self, period: int) -> np.ndarray:
-        keys = np.random.Philox(key=np.array([self._seed, (1 << 40) + period], dtype=np.uint64)).random_raw(PERIOD)
+        keys = np.random.Philox(
+            key=np.array([self._seed, (1 << 40) + period], dtype=np.uint64)
+        ).random_raw(PERIOD)
         return np.repeat(np.arange(len(self.quotas)), self.quotas)[np.argsort(keys, kind="stable")]
 
     def _taken(self, first: int) -> np.ndarray:
         period, within = divmod(first, PERIOD)
-        return period * self.quotas + np.bincount(self._period(period)[:within], minlength=len(self.quotas))
+        return period * self.quotas + np.bincount(
+            self._period(period)[:within], minlength=len(self.quotas)
+        )
 
 
 def _quotas(weights: np.ndarray) -> np.ndarray:

@@ -21,7 +21,9 @@ def open_train(
     mixture: Mapping[str, float] | None = None,
     by_epochs: bool = False,
 ) -> AnyStream:
-    """The training stream of a folder, or of the folders of a mixture (path: share, or epochs with `by_epochs`)."""
+    """The training stream of a folder, or of the folders of a mixture (path: share, or epochs with
+    `by_epochs`).
+    """
     if mixture:
         streams = [TrainStream(folder, length, lanes, seed, tolerance) for folder in mixture]
         return MixtureStream(streams, list(mixture.values()), seed, by_epochs)
@@ -29,10 +31,14 @@ def open_train(
     return kind(path, length, lanes, seed, tolerance)
 
 
-def open_held_out(path: str, length: int, max_tokens: int | None = None, stride: int | None = None) -> HeldOutStream | HeldOutRecords:
+def open_held_out(
+    path: str, length: int, max_tokens: int | None = None, stride: int | None = None
+) -> HeldOutStream | HeldOutRecords:
     """The held-out stream of a folder. stride: of windows over text."""
     if load_index(path).kind in ("text", "raw"):
         return HeldOutStream(path, length, max_tokens, stride)
     if stride is not None:
-        raise ValueError(f"{path} holds whole records, which no window slides over: leave out the stride")
+        raise ValueError(
+            f"{path} holds whole records, which no window slides over: leave out the stride"
+        )
     return HeldOutRecords(path, length, max_tokens)

@@ -1,4 +1,6 @@
-"""Steps read ahead in worker processes, for raw text, where the tokenizer would hold the training up."""
+"""Steps read ahead in worker processes, for raw text, where the tokenizer would hold the training
+up.
+"""
 
 from collections.abc import Iterator
 
@@ -18,8 +20,17 @@ class _Steps(Dataset[list[Batch]]):
 
 
 def prefetched(
-    stream: AnyStream, first: int, last: int, batch: int, rank: int, ranks: int, micro_batch: int | None, workers: int
+    stream: AnyStream,
+    first: int,
+    last: int,
+    batch: int,
+    rank: int,
+    ranks: int,
+    micro_batch: int | None,
+    workers: int,
 ) -> Iterator[list[Batch]]:
-    """What `rank_share` gives for steps first to last - 1, in order; workers hold no state, so their number changes nothing."""
+    """What `rank_share` gives for steps first to last - 1, in order; workers hold no state, so
+    their number changes nothing.
+    """
     steps = _Steps(stream, (batch, rank, ranks, micro_batch))
     return iter(DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers))

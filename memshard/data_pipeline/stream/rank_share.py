@@ -7,11 +7,14 @@ from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.data_pipeline.stream.open_stream import AnyStream
 
 
-def rank_share(stream: AnyStream, step: int, batch: int, rank: int, ranks: int, micro_batch: int | None) -> list[Batch]:
-    """What `rank` of `ranks` trains on in a step of `batch` sequences, at most `micro_batch` at a time (default: all).
+def rank_share(
+    stream: AnyStream, step: int, batch: int, rank: int, ranks: int, micro_batch: int | None
+) -> list[Batch]:
+    """What `rank` of `ranks` trains on in a step of `batch` sequences, at most `micro_batch` at a
+    time (default: all).
 
-    Ranks take contiguous rows, so together they see the same global batch whatever their number. Where it does not
-    divide, the last ranks are filled up with rows that predict nothing.
+    Ranks take contiguous rows, so together they see the same global batch whatever their number.
+    Where it does not divide, the last ranks are filled up with rows that predict nothing.
     """
     share = -(-batch // ranks)
     first = min(rank * share, batch)
@@ -20,7 +23,9 @@ def rank_share(stream: AnyStream, step: int, batch: int, rank: int, ranks: int, 
     if real < share:
         rows = _fill(rows, real, share)
     size = micro_batch or share
-    return [Batch(*(field[start : start + size] for field in rows)) for start in range(0, share, size)]
+    return [
+        Batch(*(field[start : start + size] for field in rows)) for start in range(0, share, size)
+    ]
 
 
 def _fill(rows: Batch, real: int, count: int) -> Batch:
@@ -28,7 +33,9 @@ def _fill(rows: Batch, real: int, count: int) -> Batch:
 
     def extend(field: Tensor, value: int | None) -> Tensor:
         filler = field[:1].expand(count - real, *field.shape[1:])
-        return torch.cat((field[:real], filler if value is None else torch.full_like(filler, value)))
+        return torch.cat(
+            (field[:real], filler if value is None else torch.full_like(filler, value))
+        )
 
     return Batch(
         inputs=extend(rows.inputs, None),

@@ -1,4 +1,6 @@
-"""Reading token ranges of a split by index, straight from the tars, with a checksum of every document when it is first read."""
+"""Reading token ranges of a split by index, straight from the tars, with a checksum of every
+document when it is first read.
+"""
 
 import logging
 import os
@@ -22,25 +24,34 @@ log = logging.getLogger(__name__)
 class SplitReader:
     """The documents of one split, numbered over its shards in order.
 
-    A document that cannot be read or fails its checksum is masked: it keeps its length, so that the order stays, but holds <eos>
-    only. It is logged by name. tolerance: share of the split's tokens that may be masked before RuntimeError.
+    A document that cannot be read or fails its checksum is masked: it keeps its length, so that the
+    order stays, but holds <eos> only. It is logged by name. tolerance: share of the split's tokens
+    that may be masked before RuntimeError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str, tolerance: float = TOLERANCE) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], split: str, tolerance: float = TOLERANCE
+    ) -> None:
         self.index: Index = load_index(path)
         self._path = str(path)
         shards = self.index.splits[split].shards
         self._files = _ShardFiles(self._path, shards)
         self._dtype = np.dtype(self.index.dtype).newbyteorder("<")
         sidecars = [read_sidecar(path, shard) for shard in shards]
-        entries = np.concatenate(sidecars) if sidecars else np.zeros((0, SIDECAR_COLUMNS), dtype=np.int64)
+        entries = (
+            np.concatenate(sidecars) if sidecars else np.zeros((0, SIDECAR_COLUMNS), dtype=np.int64)
+        )
         self.lengths = np.ascontiguousarray(entries[:, 1])
         self._offsets = np.ascontiguousarray(entries[:, 0])
         self._checksums, self._raw_bytes = entries[:, 2].copy(), entries[:, 3].copy()
         self._tokenizer = Tokenizer(path) if self.index.kind == "raw" else None
         self._tokenized: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._shard_of = np.repeat(np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars])
-        self._first_of = np.concatenate([[0], np.cumsum([len(sidecar) for sidecar in sidecars], dtype=np.int64)])
+        self._shard_of = np.repeat(
+            np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars]
+        )
+        self._first_of = np.concatenate(
+            [[0], np.cumsum([len(sidecar) for sidecar in sidecars], dtype=np.int64)]
+        )
         self._checked = np.zeros(len(entries), dtype=bool)
         self.damaged = np.zeros(len(entries), dtype=bool)
         self._tolerance = tolerance
@@ -50,9 +61,10 @@ class SplitReader:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut rows of `count` tokens out of a stream of documents.
 
-        order: int64 [documents], the stream's documents; starts: int64 [documents + 1], where each begins in the stream;
-        begins: int64 [n], where each row begins. Returns tokens and the place of each one's document in `order`, both
-        int64 [n, count], and bool [n, count], where tokens are masked; past the stream's end tokens are <eos>.
+        order: int64 [documents], the stream's documents; starts: int64 [documents + 1], where each
+        begins in the stream; begins: int64 [n], where each row begins. Returns tokens and the place
+        of each one's document in `order`, both int64 [n, count], and bool [n, count], where tokens
+        are masked; past the stream's end tokens are <eos>.
         """
         ends = np.minimum(begins + count, starts[-1])
         first = np.searchsorted(starts, begins, side="right") - 1
@@ -70,7 +82,9 @@ class SplitReader:
         source = piece_begin - starts[slots]
         tokens = np.full(len(begins) * count, self.index.eos_id, dtype=np.int64)
         masked = np.zeros(len(tokens), dtype=bool)
-        for document, at, to, size in zip(chosen.tolist(), source.tolist(), target.tolist(), sizes.tolist(), strict=True):
+        for document, at, to, size in zip(
+            chosen.tolist(), source.tolist(), target.tolist(), sizes.tolist(), strict=True
+        ):
             piece = None if self.damaged[document] else self._piece(document, at, size)
             if piece is None:
                 masked[to : to + size] = True
@@ -83,11 +97,17 @@ class SplitReader:
             )
         documents = np.zeros_like(tokens)
         documents[target[number > 0]] = 1
-        return tokens.reshape(-1, count), first[:, None] + documents.reshape(-1, count).cumsum(axis=1), masked.reshape(-1, count)
+        return (
+            tokens.reshape(-1, count),
+            first[:, None] + documents.reshape(-1, count).cumsum(axis=1),
+            masked.reshape(-1, count),
+        )
 
     def _check(self, document: int) -> None:
         """Read a document for the first time."""
-        if self._checked[document] or self._tokenizer is not None:  # raw text is read whole, and tested, every time
+        if (
+            self._checked[document] or self._tokenizer is not None
+        ):  # raw text is read whole, and tested, every time
             return
         self._checked[document] = True
         if self._checksums[document] >= 0:
@@ -114,7 +134,9 @@ class SplitReader:
                 return None
             tokens = np.array([*tokenizer.encode(content.decode("utf-8-sig")), self.index.eos_id])
             if len(tokens) != self.lengths[document]:
-                raise ValueError(f"{self._path} was indexed with another tokenizer: build the index again")
+                raise ValueError(
+                    f"{self._path} was indexed with another tokenizer: build the index again"
+                )
             self._tokenized[document] = tokens
             while len(self._tokenized) > TOKENIZED_DOCUMENTS:
                 self._tokenized.popitem(last=False)
@@ -123,7 +145,9 @@ class SplitReader:
     def _bytes(self, document: int, begin: int, size: int) -> bytes | None:
         """Bytes begin to begin + size - 1 of a document, or None if they cannot be read."""
         try:
-            content = self._files.read(int(self._shard_of[document]), int(self._offsets[document]) + begin, size)
+            content = self._files.read(
+                int(self._shard_of[document]), int(self._offsets[document]) + begin, size
+            )
             if len(content) == size:
                 return content
             self._mask(document, f"the file ends {size - len(content)} bytes early")
@@ -135,12 +159,19 @@ class SplitReader:
         shard = int(self._shard_of[document])
         self.damaged[document] = True
         name = f"{self._files.shards[shard].file}, document {document - self._first_of[shard]}"
-        log.warning("%s of %s is masked, %d tokens: %s", name, self._path, self.lengths[document], reason)
-        tokens, allowed = int(self.lengths[self.damaged].sum()), self._tolerance * int(self.lengths.sum())
+        log.warning(
+            "%s of %s is masked, %d tokens: %s", name, self._path, self.lengths[document], reason
+        )
+        tokens, allowed = (
+            int(self.lengths[self.damaged].sum()),
+            self._tolerance * int(self.lengths.sum()),
+        )
         if tokens > allowed:
             raise RuntimeError(
-                f"{self._path}: {tokens:,} tokens of {int(self.damaged.sum())} documents are damaged, more than the {allowed:,.0f} "
-                f"that are tolerated, the last one {name} ({reason}): find all with `memshard data verify {self._path}`, copy them again"
+                f"{self._path}: {tokens:,} tokens of {int(self.damaged.sum())} documents are "
+                f"damaged, more than the {allowed:,.0f} "
+                f"that are tolerated, the last one {name} ({reason}): find all with `memshard "
+                f"data verify {self._path}`, copy them again"
             )
 
 
@@ -155,7 +186,9 @@ class _ShardFiles:
 
     def read(self, shard: int, begin: int, size: int) -> bytes:
         if self._remote is not None:
-            return self._remote.read(self.shards[shard].file, self.shards[shard].bytes, begin, begin + size)
+            return self._remote.read(
+                self.shards[shard].file, self.shards[shard].bytes, begin, begin + size
+            )
         if shard not in self._open:
             self._open[shard] = os.open(self._folder / self.shards[shard].file, os.O_RDONLY)
         return os.pread(self._open[shard], size, begin)

@@ -1,4 +1,6 @@
-"""Records (sentence pairs, images): never cut, never packed; a batch holds records of about the same length."""
+"""Records (sentence pairs, images): never cut, never packed; a batch holds records of about the
+same length.
+"""
 
 import hashlib
 import logging
@@ -11,7 +13,8 @@ from memshard.data_pipeline.stream.batch import Batch, make_batch
 from memshard.data_pipeline.stream.epoch_order import epoch_order
 from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
-BUCKET_BATCHES = 100  # batches' worth of records sorted by length together: 1 or 2 % padding at 32 records a batch
+# Batches' worth of records sorted by length together: 1 or 2 % padding at 32 records a batch.
+BUCKET_BATCHES = 100
 MULTIPLE = 8  # lengths are rounded up to it
 log = logging.getLogger(__name__)
 
@@ -19,12 +22,24 @@ log = logging.getLogger(__name__)
 class RecordStream:
     """Training records of a data folder, `lanes` a step; the interface of TrainStream.
 
-    The records of an epoch are put in order as documents are, sorted by their indexed length within buckets, cut into batches, and
-    the batches shuffled. Records of more than `length` + 1 tokens are left out, and so are the last ones that fill no batch.
+    The records of an epoch are put in order as documents are, sorted by their indexed length within
+    buckets, cut into batches, and the batches shuffled. Records of more than `length` + 1 tokens
+    are left out, and so are the last ones that fill no batch.
     """
 
-    def __init__(self, path: str | os.PathLike[str], length: int, lanes: int, seed: int, tolerance: float = TOLERANCE) -> None:
-        for name, value, least in (("data.length", length, 1), ("train.batch", lanes, 1), ("train.seed", seed, 0)):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        length: int,
+        lanes: int,
+        seed: int,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        for name, value, least in (
+            ("data.length", length, 1),
+            ("train.batch", lanes, 1),
+            ("train.seed", seed, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self._reader = SplitReader(path, TRAIN, tolerance)
@@ -33,18 +48,27 @@ class RecordStream:
         self._steps = len(self._records) // lanes
         if not self._steps:
             raise ValueError(
-                f"{path} holds {len(self._records)} records of at most {length + 1} tokens, less than train.batch {lanes}: lower it"
+                f"{path} holds {len(self._records)} records of at most {length + 1} tokens, less "
+                f"than train.batch {lanes}: lower it"
             )
         self.samples_per_epoch = self._steps * lanes
         self.tokenizer = self._reader.index.tokenizer_sha256
-        identity = f"records 1, index {self._reader.index.fingerprint}, seed {seed}, length {length}, lanes {lanes}"
+        identity = (
+            f"records 1, index {self._reader.index.fingerprint}, seed {seed}, length "
+            f"{length}, lanes {lanes}"
+        )
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._epoch: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def batch(self, first: int, count: int) -> Batch:
-        """Global samples first to first + count - 1; rows are as long as the longest record of the steps they belong to."""
+        """Global samples first to first + count - 1; rows are as long as the longest record of the
+        steps they belong to.
+        """
         if first < 0 or count < 1:
-            raise ValueError(f"samples from {first}, {count} of them: the first must be at least 0 and the count at least 1")
+            raise ValueError(
+                f"samples from {first}, {count} of them: the first must be at least 0 and the "
+                "count at least 1"
+            )
         samples = first + np.arange(count)
         steps = range(first // self.lanes, (first + count - 1) // self.lanes + 1)
         records = np.concatenate([self._step(step) for step in steps])
@@ -65,13 +89,21 @@ class RecordStream:
         return batch
 
     def _batches(self, epoch: int) -> np.ndarray:
-        order = self._records[epoch_order(len(self._records), self.lanes, self._seed, epoch)][: self.samples_per_epoch]
+        order = self._records[epoch_order(len(self._records), self.lanes, self._seed, epoch)][
+            : self.samples_per_epoch
+        ]
         bucket = self.lanes * BUCKET_BATCHES
         for begin in range(0, len(order), bucket):
             part = order[begin : begin + bucket]
-            order[begin : begin + bucket] = part[np.argsort(self._reader.lengths[part], kind="stable")]
-        keys = np.random.Philox(key=np.array([self._seed, (1 << 41) + epoch], dtype=np.uint64)).random_raw(self._steps)
-        shuffled: np.ndarray = order.reshape(self._steps, self.lanes)[np.argsort(keys, kind="stable")]
+            order[begin : begin + bucket] = part[
+                np.argsort(self._reader.lengths[part], kind="stable")
+            ]
+        keys = np.random.Philox(
+            key=np.array([self._seed, (1 << 41) + epoch], dtype=np.uint64)
+        ).random_raw(self._steps)
+        shuffled: np.ndarray = order.reshape(self._steps, self.lanes)[
+            np.argsort(keys, kind="stable")
+        ]
         return shuffled
 
 
@@ -80,13 +112,27 @@ class HeldOutRecords:
 
     overlap = 0
 
-    def __init__(self, path: str | os.PathLike[str], length: int, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], length: int, max_tokens: int | None = None
+    ) -> None:
         self._reader = SplitReader(path, HELD_OUT)
         records = _short_enough(self._reader, length, path)
         if max_tokens is not None:
-            records = records[: max(int(np.searchsorted(np.cumsum(self._reader.lengths[records] - 1), max_tokens, side="right")), 1)]
+            records = records[
+                : max(
+                    int(
+                        np.searchsorted(
+                            np.cumsum(self._reader.lengths[records] - 1), max_tokens, side="right"
+                        )
+                    ),
+                    1,
+                )
+            ]
         if not len(records):
-            raise ValueError(f"{path} holds no held-out records of at most {length + 1} tokens: build it with a larger --held-out")
+            raise ValueError(
+                f"{path} holds no held-out records of at most {length + 1} tokens: build it with "
+                "a larger --held-out"
+            )
         self._records = records
         self._width = _width(self._reader.lengths[records].max() - 1, length)
         self.windows = len(records)
@@ -97,7 +143,9 @@ class HeldOutRecords:
         self.words: int | None = split.words if whole else None
 
     def batch(self, first: int, count: int) -> Batch:
-        """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE, samples -1)."""
+        """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE,
+        samples -1).
+        """
         windows = first + np.arange(count)
         real = windows < self.windows
         records = self._records[np.minimum(windows, self.windows - 1)]
@@ -109,7 +157,12 @@ def _short_enough(reader: SplitReader, length: int, path: str | os.PathLike[str]
     """Records of 2 to length + 1 tokens, in order."""
     records = np.flatnonzero((reader.lengths <= length + 1) & (reader.lengths > 1))
     if len(records) < len(reader.lengths):
-        log.warning("%d records of %s have more than %d tokens and are left out", len(reader.lengths) - len(records), path, length + 1)
+        log.warning(
+            "%d records of %s have more than %d tokens and are left out",
+            len(reader.lengths) - len(records),
+            path,
+            length + 1,
+        )
     return records
 
 
@@ -117,11 +170,19 @@ def _width(longest: int, length: int) -> int:
     return min(-(-int(longest) // MULTIPLE) * MULTIPLE, length)
 
 
-def _rows(reader: SplitReader, records: np.ndarray, width: int, samples: np.ndarray, real: np.ndarray | None = None) -> Batch:
+def _rows(
+    reader: SplitReader,
+    records: np.ndarray,
+    width: int,
+    samples: np.ndarray,
+    real: np.ndarray | None = None,
+) -> Batch:
     """One record a row, padded with <eos> that is neither predicted nor predicted from."""
     lengths = reader.lengths[records]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens, _, masked = reader.read(records, starts, starts[:-1], width + 1)
-    past = np.arange(width + 1) >= (lengths if real is None else np.where(real, lengths, 0))[:, None]
+    past = (
+        np.arange(width + 1) >= (lengths if real is None else np.where(real, lengths, 0))[:, None]
+    )
     tokens[past] = reader.index.eos_id
     return make_batch(tokens, np.zeros_like(tokens), masked | past, samples)

@@ -14,13 +14,18 @@ _pages = 0
 
 def decode(body: bytes) -> str:
     """The characters of an HTML body, by its own declaration or by statistics; never fails."""
-    return bytes_to_str(body, detect_encoding(body, from_html_meta=True, html5_compatible=True) or "utf-8", errors="replace")
+    return bytes_to_str(
+        body,
+        detect_encoding(body, from_html_meta=True, html5_compatible=True) or "utf-8",
+        errors="replace",
+    )
 
 
 def main_text(page: str, extractor: Extractor) -> str:
     """Paragraphs of the article, one a line; empty where there is none.
 
-    trafilatura (fast mode) is better, F1 .953 on 181 news pages; resiliparse is 7 times as fast, F1 .929.
+    trafilatura (fast mode) is better, F1 .953 on 181 news pages; resiliparse is 7 times as fast, F1
+    .929.
     """
     text = _trafilatura(page) if extractor == "trafilatura" else _resiliparse(page)
     lines = (re.sub(r"[ \t]+", " ", line).strip() for line in text.replace("\r", "\n").split("\n"))
@@ -28,7 +33,9 @@ def main_text(page: str, extractor: Extractor) -> str:
 
 
 def _resiliparse(page: str) -> str:
-    return extract_plain_text(page, main_content=True, list_bullets=False, alt_texts=False, post_meta=False)
+    return extract_plain_text(
+        page, main_content=True, list_bullets=False, alt_texts=False, post_meta=False
+    )
 
 
 def _trafilatura(page: str) -> str:

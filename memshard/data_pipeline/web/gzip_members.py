@@ -1,6 +1,8 @@
-"""The content of a gzip file of many members, going on at the next intact one where a member is damaged.
+"""The content of a gzip file of many members, going on at the next intact one where a member is
+damaged.
 
-zlib and the WARC libraries stop at the first damaged member, and take a file that was cut for a file that ended.
+zlib and the WARC libraries stop at the first damaged member, and take a file that was cut for a
+file that ended.
 """
 
 import zlib
@@ -15,7 +17,9 @@ PIECE_BYTES = 1 << 20  # decompressed at a time, whatever the ratio
 
 
 class Event(Enum):
-    """START: a member begins. DATA: some of its content. END: it ended with the right checksum. BROKEN: it did not."""
+    """START: a member begins. DATA: some of its content. END: it ended with the right checksum.
+    BROKEN: it did not.
+    """
 
     START = 1
     DATA = 2
@@ -23,11 +27,14 @@ class Event(Enum):
     BROKEN = 4
 
 
-def read_members(stream: BinaryIO, counts: Counter[str], begins: bytes) -> Iterator[tuple[Event, bytes]]:
-    """Events of a seekable gzip stream. `begins`: how an intact member's content begins, to find one behind damage.
+def read_members(
+    stream: BinaryIO, counts: Counter[str], begins: bytes
+) -> Iterator[tuple[Event, bytes]]:
+    """Events of a seekable gzip stream. `begins`: how an intact member's content begins, to find
+    one behind damage.
 
-    Counts `fault_truncated` (the file ends inside a member), `fault_corrupt` (damaged members) and `fault_garbage` (bytes
-    between members), and compressed bytes skipped in `skipped_bytes`.
+    Counts `fault_truncated` (the file ends inside a member), `fault_corrupt` (damaged members) and
+    `fault_garbage` (bytes between members), and compressed bytes skipped in `skipped_bytes`.
     """
     place = 0
     while _at(stream, place, 1):
@@ -43,14 +50,20 @@ def read_members(stream: BinaryIO, counts: Counter[str], begins: bytes) -> Itera
                 continue
         following = _next_member(stream, place + 1, begins)
         if broken is not None:
-            counts["fault_truncated" if broken == "cut" and following is None else "fault_corrupt"] += 1
+            counts[
+                "fault_truncated" if broken == "cut" and following is None else "fault_corrupt"
+            ] += 1
         end = stream.seek(0, 2) if following is None else following
         counts["skipped_bytes"] += end - place
         place = end
 
 
-def _read_member(stream: BinaryIO, place: int) -> Generator[tuple[Event, bytes], None, tuple[int, str | None]]:
-    """Data of the member at `place`; returns where it ends and what is wrong with it (None: nothing)."""
+def _read_member(
+    stream: BinaryIO, place: int
+) -> Generator[tuple[Event, bytes], None, tuple[int, str | None]]:
+    """Data of the member at `place`; returns where it ends and what is wrong with it (None:
+    nothing).
+    """
     stream.seek(place)
     member = zlib.decompressobj(wbits=31)
     try:
@@ -65,12 +78,19 @@ def _read_member(stream: BinaryIO, place: int) -> Generator[tuple[Event, bytes],
 
 
 def _next_member(stream: BinaryIO, place: int, begins: bytes) -> int | None:
-    """Where the next member from `place` on begins whose content begins as it should; a chance match of MAGIC does not."""
+    """Where the next member from `place` on begins whose content begins as it should; a chance
+    match of MAGIC does not.
+    """
     while block := _at(stream, place, READ_BYTES):
         found = block.find(MAGIC)
         while found >= 0:
             try:
-                if zlib.decompressobj(wbits=31).decompress(_at(stream, place + found, 4096), len(begins)) == begins:
+                if (
+                    zlib.decompressobj(wbits=31).decompress(
+                        _at(stream, place + found, 4096), len(begins)
+                    )
+                    == begins
+                ):
                     return place + found
             except zlib.error:
                 pass

@@ -2,13 +2,17 @@
 
 from resiliparse.parse.lang import detect_fast
 
-CERTAIN_RANK = 400  # resiliparse's distance to its nearest profile; above it, or on short text, it errs often
+CERTAIN_RANK = (
+    400  # resiliparse's distance to its nearest profile; above it, or on short text, it errs often
+)
 CERTAIN_CHARACTERS = 600
 OPINION_CHARACTERS = 1000
 
 
 def detect_language(text: str) -> str:
-    """ISO 639-1 code: resiliparse's linear-time detector where it is certain, else py3langid's opinion."""
+    """ISO 639-1 code: resiliparse's linear-time detector where it is certain, else py3langid's
+    opinion.
+    """
     language, rank = detect_fast(text)
     if rank <= CERTAIN_RANK and len(text) >= CERTAIN_CHARACTERS:
         return str(language)

@@ -1,6 +1,8 @@
-"""Is this text prose? Rules of Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel et al. 2020, section 2.2) on whole documents.
+"""Is this text prose? Rules of Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel et al. 2020,
+section 2.2) on whole documents.
 
-Lines of code, menus and lists of products fail; the first rule that fails gives its name, so that each can be counted.
+Lines of code, menus and lists of products fail; the first rule that fails gives its name, so that
+each can be counted.
 """
 
 import re
@@ -11,11 +13,17 @@ from itertools import islice
 MIN_WORDS, MAX_WORDS = 50, 100_000
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
-REPEATED_NGRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))  # largest share of characters in the most frequent n-gram
+REPEATED_NGRAMS = (
+    (2, 0.20),
+    (3, 0.18),
+    (4, 0.16),
+)  # largest share of characters in the most frequent n-gram
 
 
 def failed_rule(text: str, english: bool = True) -> str | None:
-    """Name of the first rule that the text fails, or None. english: also ask for English stop words."""
+    """Name of the first rule that the text fails, or None. english: also ask for English stop
+    words.
+    """
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS:
         return "words"
@@ -51,7 +59,9 @@ def _repeated_share(lines: Sequence[str]) -> float:
 
 
 def _most_frequent_share(words: Sequence[str], count: int) -> float:
-    """Share of the characters that the most frequent n-gram of `count` words covers, if it comes more than once."""
+    """Share of the characters that the most frequent n-gram of `count` words covers, if it comes
+    more than once.
+    """
     ngrams = Counter(zip(*(words[start:] for start in range(count)), strict=False))
     ngram, times = ngrams.most_common(1)[0]
     return times * sum(map(len, ngram)) / sum(map(len, words)) if times > 1 else 0.0

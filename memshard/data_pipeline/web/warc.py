@@ -1,7 +1,8 @@
-"""HTML pages of WARC files (ISO 28500), also from damaged ones: what is skipped is counted, nothing is lost in silence.
+"""HTML pages of WARC files (ISO 28500), also from damaged ones: what is skipped is counted, nothing
+is lost in silence.
 
-FastWARC parses records and HTTP; cutting the file into records is done here, because no library notices a truncated file or
-goes on behind a damaged member.
+FastWARC parses records and HTTP; cutting the file into records is done here, because no library
+notices a truncated file or goes on behind a damaged member.
 """
 
 import io
@@ -28,7 +29,9 @@ HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 @dataclass(frozen=True)
 class Page:
-    """number: of the response record in its file, from 0; body: as sent, with transfer and content encoding undone."""
+    """number: of the response record in its file, from 0; body: as sent, with transfer and content
+    encoding undone.
+    """
 
     number: int
     url: str
@@ -38,9 +41,10 @@ class Page:
 def read_pages(path: Path, counts: Counter[str]) -> Iterator[Page]:
     """Successful HTML responses of a .warc or .warc.gz, in order.
 
-    Counts records, responses, `status` (not 200), `not_html`, `empty_body`, `too_large`; faults: `fault_empty` (no byte in the
-    file), `fault_truncated`, `fault_corrupt`, `fault_garbage`, `fault_bad_header`, `fault_wrong_length` (the payload is used
-    as far as it goes), `fault_http`; and `skipped_bytes`.
+    Counts records, responses, `status` (not 200), `not_html`, `empty_body`, `too_large`; faults:
+    `fault_empty` (no byte in the file), `fault_truncated`, `fault_corrupt`, `fault_garbage`,
+    `fault_bad_header`, `fault_wrong_length` (the payload is used as far as it goes), `fault_http`;
+    and `skipped_bytes`.
     """
     with path.open("rb") as stream:
         for record in read_records(stream, counts):
@@ -53,12 +57,19 @@ def read_pages(path: Path, counts: Counter[str]) -> Iterator[Page]:
 
 def _page(record: bytes, counts: Counter[str]) -> Iterator[Page]:
     reader = ArchiveIterator(
-        io.BytesIO(record + b"\r\n\r\n"), record_types=WarcRecordType.response, parse_http=False, auto_decode="all", quirks_mode=True
+        io.BytesIO(record + b"\r\n\r\n"),
+        record_types=WarcRecordType.response,
+        parse_http=False,
+        auto_decode="all",
+        quirks_mode=True,
     )
     for response in reader:
         number = counts["responses"]
         counts["responses"] += 1
-        if not (response.is_http or (response.headers.get("Content-Type") or "").startswith("application/http")):
+        if not (
+            response.is_http
+            or (response.headers.get("Content-Type") or "").startswith("application/http")
+        ):
             counts["not_html"] += 1
             continue
         response.parse_http(auto_decode="all")
@@ -76,13 +87,17 @@ def _page(record: bytes, counts: Counter[str]) -> Iterator[Page]:
 
 
 def read_records(stream: BinaryIO, counts: Counter[str]) -> Iterator[bytes]:
-    """WARC records, header and payload, each with the Content-Length that it really has. stream: seekable."""
+    """WARC records, header and payload, each with the Content-Length that it really has. stream:
+    seekable.
+    """
     start = stream.read(2)
     stream.seek(0)
     if not start:
         counts["fault_empty"] += 1
     elif start == b"\x1f\x8b":
-        framer = _Framer(counts, "fault_wrong_length")  # the member is whole, so the payload is what there is
+        framer = _Framer(
+            counts, "fault_wrong_length"
+        )  # the member is whole, so the payload is what there is
         for event, data in read_members(stream, counts, b"WARC/"):
             if data.startswith(b"WARC/") or event is Event.BROKEN:
                 yield from framer.end_short_record()
@@ -101,14 +116,18 @@ def read_records(stream: BinaryIO, counts: Counter[str]) -> Iterator[bytes]:
 
 
 class _Framer:
-    """Cuts a byte stream into records. A record is given out when what follows it is as it should be."""
+    """Cuts a byte stream into records. A record is given out when what follows it is as it should
+    be.
+    """
 
     def __init__(self, counts: Counter[str], cut: str) -> None:
         self._counts = counts
         self._cut = cut  # the fault of a last record that is shorter than its Content-Length
         self._buffer = bytearray()
         self._skip = 0  # bytes of an oversized record still to pass over
-        self._short = False  # the buffer holds a record whose member has ended before its Content-Length
+        self._short = (
+            False  # the buffer holds a record whose member has ended before its Content-Length
+        )
         self._lost = False  # no header where one should be, and none found since
 
     def feed(self, data: bytes, ended: bool = False) -> Iterator[bytes]:
@@ -125,8 +144,8 @@ class _Framer:
             del self._buffer[:used]
 
     def close(self, last: bool = True) -> Iterator[bytes]:
-        """The member, or with `last` the file, ends here: yields the record that ends with it. A record that is short waits, because
-        the next member may continue it.
+        """The member, or with `last` the file, ends here: yields the record that ends with it. A
+        record that is short waits, because the next member may continue it.
         """
         self._short = not last and self._is_short()
         if not self._short:
@@ -141,7 +160,11 @@ class _Framer:
 
     def _is_short(self) -> bool:
         head = self._buffer.find(b"\r\n\r\n", 0, MAX_HEADER)
-        length = LENGTH.search(self._buffer, 0, head + 2) if head >= 0 and HEADER.match(self._buffer) else None
+        length = (
+            LENGTH.search(self._buffer, 0, head + 2)
+            if head >= 0 and HEADER.match(self._buffer)
+            else None
+        )
         return length is not None and len(self._buffer) < head + 4 + int(length[1])
 
     def drop(self) -> None:
@@ -151,7 +174,9 @@ class _Framer:
         self._skip, self._short, self._lost = 0, False, False
 
     def _split(self, ended: bool) -> tuple[bytes | None, int]:
-        """The record at the start of the buffer, if there is one, and the bytes done with; 0 bytes: more are needed first."""
+        """The record at the start of the buffer, if there is one, and the bytes done with; 0 bytes:
+        more are needed first.
+        """
         buffer = self._buffer
         known = len(buffer)
         newlines = NEWLINES.match(buffer)
@@ -188,12 +213,20 @@ class _Framer:
             return None, known
         self._counts["fault_wrong_length"] += 1
         payload = bytes(buffer[begin:stop]).removesuffix(b"\r\n").removesuffix(b"\r\n")
-        return LENGTH.sub(b"Content-Length: %d\r" % len(payload), bytes(buffer[start:head])) + b"\r\n\r\n" + payload, stop
+        return LENGTH.sub(
+            b"Content-Length: %d\r" % len(payload), bytes(buffer[start:head])
+        ) + b"\r\n\r\n" + payload, stop
 
     def _resync(self, start: int, ended: bool) -> int:
         """Bytes to pass over up to the next header; counts a lost stretch once."""
         following = RECORD.search(self._buffer, start + 1)
-        end = following.start() + 1 if following else len(self._buffer) if ended else max(len(self._buffer) - 8, start)
+        end = (
+            following.start() + 1
+            if following
+            else len(self._buffer)
+            if ended
+            else max(len(self._buffer) - 8, start)
+        )
         self._counts["fault_bad_header"] += not self._lost
         self._lost = following is None
         self._counts["skipped_bytes"] += end - start

@@ -35,10 +35,11 @@ _HOMES = {
 class Experiment:
     """One experiment of a paper.
 
-    what: one line. points: the runs of a scale: smoke (minutes), small (what the results in docs/ were measured with) or full (as
-    published). run: one point's result, as JSON has it, on one thread. report: a text in Markdown from all points with their results;
-    pictures go to the folder. hours: rough processor time of a scale on one core. alone: whether a point measures time, and so runs by
-    itself, after the others.
+    what: one line. points: the runs of a scale: smoke (minutes), small (what the results in docs/
+    were measured with) or full (as published). run: one point's result, as JSON has it, on one
+    thread. report: a text in Markdown from all points with their results; pictures go to the
+    folder. hours: rough processor time of a scale on one core. alone: whether a point measures
+    time, and so runs by itself, after the others.
     """
 
     what: str

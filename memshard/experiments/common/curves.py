@@ -18,8 +18,9 @@ def lines(
     unfinished: Collection[tuple[str, int]] = (),
     solved: float | None = None,
 ) -> None:
-    """Curves label -> {x: ys}, their median as a line and their range as a band; one axis logarithmic. published: label -> {x: y}, hollow
-    dots of the same color. unfinished: (label, x) of runs cut short, crossed out. solved: the y below which runs end, a dotted line.
+    """Curves label -> {x: ys}, their median as a line and their range as a band; one axis
+    logarithmic. published: label -> {x: y}, hollow dots of the same color. unfinished: (label,
+    x) of runs cut short, crossed out. solved: the y below which runs end, a dotted line.
     """
     figure = canvas(8, 4.5)
     axes = figure.subplots()
@@ -29,12 +30,38 @@ def lines(
         places = sorted(curve)
         values = [curve[place] for place in places]
         middles = [statistics.median(ys) for ys in values]
-        axes.fill_between(places, [min(ys) for ys in values], [max(ys) for ys in values], color=color, alpha=0.15, linewidth=0)
-        axes.plot(places, middles, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
-        short = [(place, middle) for place, middle in zip(places, middles, strict=True) if (label, place) in unfinished]
-        axes.plot([place for place, _ in short], [middle for _, middle in short], "x", color=color, markersize=7)
+        axes.fill_between(
+            places,
+            [min(ys) for ys in values],
+            [max(ys) for ys in values],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
+        axes.plot(
+            places, middles, color=color, linewidth=1.8, marker="o", markersize=3, label=label
+        )
+        short = [
+            (place, middle)
+            for place, middle in zip(places, middles, strict=True)
+            if (label, place) in unfinished
+        ]
+        axes.plot(
+            [place for place, _ in short],
+            [middle for _, middle in short],
+            "x",
+            color=color,
+            markersize=7,
+        )
         dots = sorted(set(published.get(label, {})))
-        axes.plot(dots, [published[label][dot] for dot in dots] if dots else [], "o", color=color, markersize=7, markerfacecolor="none")
+        axes.plot(
+            dots,
+            [published[label][dot] for dot in dots] if dots else [],
+            "o",
+            color=color,
+            markersize=7,
+            markerfacecolor="none",
+        )
     if logarithmic == "x":
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,g}")
@@ -47,7 +74,10 @@ def lines(
         if solved is not None:
             axes.axhline(solved, color="gray", linestyle=":", linewidth=1)
     axes.set_xlabel(x)
-    notes = [*(["rings: published"] if published else []), *(["crosses: cut short"] if unfinished else [])]
+    notes = [
+        *(["rings: published"] if published else []),
+        *(["crosses: cut short"] if unfinished else []),
+    ]
     axes.set_ylabel(f"{y} ({', '.join(notes)})" if notes else y)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(file)
@@ -59,7 +89,9 @@ def bars(found: Mapping[str, tuple[float, float]], file: Path, x: str) -> None:
     axes = figure.subplots()
     clean(axes)
     values, margins = zip(*found.values(), strict=True)
-    axes.barh(list(found), values, xerr=margins, color=COLORS[0], height=0.6, error_kw={"capsize": 3})
+    axes.barh(
+        list(found), values, xerr=margins, color=COLORS[0], height=0.6, error_kw={"capsize": 3}
+    )
     axes.invert_yaxis()
     axes.set_xlabel(x)
     figure.savefig(file)

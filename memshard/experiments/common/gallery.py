@@ -1,7 +1,9 @@
-"""The gallery of experiments, from what was measured: python -m memshard.experiments.common.gallery docs
+"""The gallery of experiments, from what was measured: python -m memshard.experiments.common.gallery
+docs
 
-Reads DIR/results/NAME.json, the result.json of `memshard reproduce NAME` with "_" for "/", and DIR/results/NAME.md, what its readers should
-know, where they are there; writes DIR/gallery.md and the pictures in DIR/pictures/NAME.
+Reads DIR/results/NAME.json, the result.json of `memshard reproduce NAME` with "_" for "/", and
+DIR/results/NAME.md, what its readers should know, where they are there; writes DIR/gallery.md and
+the pictures in DIR/pictures/NAME.
 """
 
 import json
@@ -20,11 +22,12 @@ _PAPERS = {
 }
 _OPENING = """# Gallery: the papers' experiments, measured here
 
-Every number comes from a result file in [results](results) that `memshard reproduce` wrote, with all settings, seeds and versions;
-`make gallery` writes this page from them. [experiments.md](experiments.md) says how to run them and which data they need.
-Small models and little text: differences count, not absolute numbers. Published figures were partly taken from secondary sources
-and are there for the direction, not for the digits. Hours leave out runs that another study had made before: studies of memories
-share their models.
+Every number comes from a result file in [results](results) that `memshard reproduce` wrote, with
+all settings, seeds and versions; `make gallery` writes this page from them.
+[experiments.md](experiments.md) says how to run them and which data they need. Small models and
+little text: differences count, not absolute numbers. Published figures were partly taken from
+secondary sources and are there for the direction, not for the digits. Hours leave out runs that
+another study had made before: studies of memories share their models.
 """
 
 
@@ -34,7 +37,10 @@ def write_gallery(folder: Path, pictures: Path) -> str:
     for paper, title in _PAPERS.items():
         names = [name for name in catalogue.names() if name.startswith(f"{paper}/")]
         if names:
-            parts += [f"## {title}\n", *(_entry(name, folder / "results", pictures) for name in names)]
+            parts += [
+                f"## {title}\n",
+                *(_entry(name, folder / "results", pictures) for name in names),
+            ]
     return "\n".join(parts)
 
 
@@ -46,11 +52,19 @@ def _entry(name: str, results: Path, pictures: Path) -> str:
         summary = json.loads(found.read_text())
         home = pictures / file
         home.mkdir(parents=True, exist_ok=True)
-        text += f"{_measured(summary)} [All numbers](results/{found.name}).\n\n```\n{_command(name, summary['scale'])}\n```\n\n"
-        report = experiment.report([(row["point"], row["result"]) for row in summary["points"]], home)
+        text += (
+            f"{_measured(summary)} [All "
+            f"numbers](results/{found.name}).\n\n```\n{_command(name, summary['scale'])}\n```\n\n"
+        )
+        report = experiment.report(
+            [(row["point"], row["result"]) for row in summary["points"]], home
+        )
         text += re.sub(r"(!\[[^]]*\]\()", rf"\1pictures/{file}/", report)
     else:
-        text += f"**Not measured yet.** About {experiment.hours['small']:g} hours of one core:\n\n```\n{_command(name, 'small')}\n```\n"
+        text += (
+            f"**Not measured yet.** About {experiment.hours['small']:g} hours of one "
+            f"core:\n\n```\n{_command(name, 'small')}\n```\n"
+        )
     return text + (f"\n{notes.read_text().replace('](../', '](')}" if notes.exists() else "")
 
 
@@ -62,7 +76,10 @@ def _measured(summary: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
     number = len(summary["points"])
     points = f"{number} point{'s' if number > 1 else ''}"
-    return f"Scale {summary['scale']}: {points}, {summary['seconds'] / 3600:.2f} hours of one core ({versions})."
+    return (
+        f"Scale {summary['scale']}: {points}, {summary['seconds'] / 3600:.2f} hours of one "
+        f"core ({versions})."
+    )
 
 
 if __name__ == "__main__":

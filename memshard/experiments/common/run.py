@@ -1,4 +1,6 @@
-"""Runs the points of an experiment in processes side by side, keeps each result at once, and writes the report."""
+"""Runs the points of an experiment in processes side by side, keeps each result at once, and writes
+the report.
+"""
 
 import hashlib
 import json
@@ -21,11 +23,14 @@ from memshard.search.processes import end_with_parent
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report.md"
 
 
-def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run what is missing of an experiment in `folder`, and write result.json, report.md and pictures there; returns the summary.
+def reproduce(
+    name: str, scale: Scale, folder: Path, workers: int = 1, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run what is missing of an experiment in `folder`, and write result.json, report.md and
+    pictures there; returns the summary.
 
-    Points that points.jsonl already holds are not run again, so an interrupted experiment goes on where it stopped; another
-    scale only adds the points that it does not share.
+    Points that points.jsonl already holds are not run again, so an interrupted experiment goes on
+    where it stopped; another scale only adds the points that it does not share.
     """
     experiment = find(name)
     points = experiment.points(scale)
@@ -33,11 +38,16 @@ def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Call
     done = _read(folder / RESULTS_FILE)
     missing = [point for point in points if _key(point) not in done]
     hours = experiment.hours[scale] * len(missing) / len(points)
-    say(f"{name}, scale {scale}: {len(points)} points, {len(missing)} to run, about {_duration(hours)} of processor time")
+    say(
+        f"{name}, scale {scale}: {len(points)} points, {len(missing)} to run, about "
+        f"{_duration(hours)} of processor time"
+    )
     timed = [point for point in missing if experiment.alone(point)]
     others = [point for point in missing if point not in timed]
     for point, result, seconds in chain(_results(name, others, workers), _results(name, timed, 1)):
-        line = json.dumps({"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)})
+        line = json.dumps(
+            {"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)}
+        )
         done[_key(point)] = json.loads(line)
         with (folder / RESULTS_FILE).open("a") as file:
             file.write(line + "\n")
@@ -45,7 +55,13 @@ def reproduce(name: str, scale: Scale, folder: Path, workers: int = 1, say: Call
     rows = [done[_key(point)] for point in points]
     report = experiment.report([(row["point"], row["result"]) for row in rows], folder)
     (folder / REPORT_FILE).write_text(report)
-    summary = {"experiment": name, "scale": scale, "versions": _versions(), "seconds": sum(row["seconds"] for row in rows), "points": rows}
+    summary = {
+        "experiment": name,
+        "scale": scale,
+        "versions": _versions(),
+        "seconds": sum(row["seconds"] for row in rows),
+        "points": rows,
+    }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
     say(report)
     return summary
@@ -55,7 +71,9 @@ def _results(name: str, points: list[Point], workers: int) -> Any:
     """(point, result, seconds) of every point as it is done."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
-        waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {pool.submit(_run, name, point): point for point in points}
+        waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {
+            pool.submit(_run, name, point): point for point in points
+        }
         try:
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -77,7 +95,9 @@ def _run(name: str, point: Point) -> tuple[dict[str, Any], float]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What earlier calls have measured. A last line that a kill cut short is taken out of the file."""
+    """What earlier calls have measured. A last line that a kill cut short is taken out of the
+    file.
+    """
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
@@ -109,7 +129,9 @@ def _versions() -> dict[str, Any]:
 
 def _text(values: dict[str, Any]) -> str:
     shown = {
-        key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items() if not isinstance(value, list | dict)
+        key: f"{value:.4g}" if isinstance(value, float) else value
+        for key, value in values.items()
+        if not isinstance(value, list | dict)
     }
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 

@@ -1,4 +1,6 @@
-"""Models that experiments train: runs of the trainer, which resume, in folders named after all that made them."""
+"""Models that experiments train: runs of the trainer, which resume, in folders named after all that
+made them.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -30,14 +32,23 @@ def folder_of(point: dict[str, Any], runs: Path) -> Path:
     return runs / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prepare(point: dict[str, Any], folder: Path, build: str, builder: Callable[[ModelConfig], Transformer] = build_model) -> Run:
-    """A run of point["recipe"] with point["overrides"]. build: arguments of `memshard data build`, for the error.
+def prepare(
+    point: dict[str, Any],
+    folder: Path,
+    build: str,
+    builder: Callable[[ModelConfig], Transformer] = build_model,
+) -> Run:
+    """A run of point["recipe"] with point["overrides"]. build: arguments of `memshard data build`,
+    for the error.
 
     FileNotFoundError, with the command that builds it, without the data.
     """
     recipe = load_recipe(point["recipe"], point["overrides"])
     if not Path(recipe.data.path, INDEX_FILE).exists():
-        raise FileNotFoundError(f"there is no data folder {recipe.data.path}: memshard data build {build} --out {recipe.data.path}")
+        raise FileNotFoundError(
+            f"there is no data folder {recipe.data.path}: memshard data build {build} --out "
+            f"{recipe.data.path}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return set_up(recipe, folder, device, builder)
 
@@ -45,4 +56,7 @@ def prepare(point: dict[str, Any], folder: Path, build: str, builder: Callable[[
 def finish(run: Run) -> None:
     """Train to the end. RuntimeError if a signal stops it before."""
     if not train(run)["finished"]:
-        raise RuntimeError(f"stopped at step {run.progress.step} of {run.recipe.train.steps}: the same command goes on from there")
+        raise RuntimeError(
+            f"stopped at step {run.progress.step} of {run.recipe.train.steps}: the same command "
+            "goes on from there"
+        )

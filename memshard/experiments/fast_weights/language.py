@@ -1,4 +1,6 @@
-"""Language models: sum rule against delta rule, truncated and endless contexts (Schlag et al. 2021, tables 2 and 4)."""
+"""Language models: sum rule against delta rule, truncated and endless contexts (Schlag et al. 2021,
+tables 2 and 4).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ RUNS = Path("runs/reproduce/fast_weights/language/runs")
 
 _SUM = ["model.mixer.kind=linear"]
 _CARRIED = ["train.carry_state=true", "model.position=none"]
-# As published, the sum rule keeps its attention normalisation everywhere: without it an endless context is worse still (above 1,600).
+# As published, the sum rule keeps its attention normalisation everywhere: without it an endless
+# context is worse still (above 1,600).
 _MODELS: dict[str, list[str]] = {
     "delta": [],
     "sum": _SUM,
@@ -23,7 +26,8 @@ _MODELS: dict[str, list[str]] = {
     "sum, carried": [*_SUM, *_CARRIED],
     "softmax, with positions": ["model.mixer.kind=softmax", "model.position=sinusoidal"],
 }
-# Word perplexities of the test set, small and medium, read from tables 2 to 4: with truncated contexts, and without.
+# Word perplexities of the test set, small and medium, read from tables 2 to 4: with truncated
+# contexts, and without.
 _PUBLISHED: dict[str, tuple[str, str]] = {
     "softmax, with positions": ("34.1 / 29.6", ""),
     "sum": ("38.3 / 33.0", ""),
@@ -32,27 +36,38 @@ _PUBLISHED: dict[str, tuple[str, str]] = {
     "delta, carried": ("", "- / 29.4"),
 }
 _SIZES: dict[Scale, dict[str, Any]] = {
-    "smoke": {"overrides": ["data.path=data/smoke", "train.steps=5", "train.batch=4", "model.layers=2"], "stride": 64, "tokens": 1000},
+    "smoke": {
+        "overrides": ["data.path=data/smoke", "train.steps=5", "train.batch=4", "model.layers=2"],
+        "stride": 64,
+        "tokens": 1000,
+    },
     "small": {"overrides": [], "stride": 16, "tokens": None},
     "full": {"recipe": "wikitext103-small", "overrides": [], "stride": 1, "tokens": None},
 }
 
 
-_SEEDS: dict[Scale, list[list[str]]] = {"smoke": [[]], "small": [[], ["train.seed=1"]], "full": [[]]}
+_SEEDS: dict[Scale, list[list[str]]] = {
+    "smoke": [[]],
+    "small": [[], ["train.seed=1"]],
+    "full": [[]],
+}
 """Overrides; none is the recipe's own seed."""
 _FIRST_DRAWN = 64
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Train a model as a run of the trainer that resumes, then evaluate: windows that slide by point["stride"] tokens, and, of models
-    without positions, the held-out text as one.
+    """Train a model as a run of the trainer that resumes, then evaluate: windows that slide by
+    point["stride"] tokens, and, of models without positions, the held-out text as one.
 
     FileNotFoundError, with the command that builds it, without the data.
     """
     run = prepare(point, folder_of(point, RUNS), "TEXT --vocab 4096 --held-out 40")
     finish(run)
     sliding = _evaluated(run, point, endless=False)
-    result: dict[str, Any] = {"parameters": sum(p.numel() for p in run.model.parameters()), "tokens": sliding.tokens}
+    result: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "tokens": sliding.tokens,
+    }
     result |= _perplexities(sliding, run, "")
     if run.recipe.model.position == "none":
         endless = _evaluated(run, point, endless=True)
@@ -65,7 +80,13 @@ def _evaluated(run: Run, point: dict[str, Any], endless: bool) -> Evaluation:
     if endless:
         stream = HeldOutStream(data.path, rows * data.length, point["tokens"])
         return evaluate(run.model, run.task, stream, 1, run.dtype, carry=True)
-    return evaluate(run.model, run.task, HeldOutStream(data.path, data.length, point["tokens"], point["stride"]), rows, run.dtype)
+    return evaluate(
+        run.model,
+        run.task,
+        HeldOutStream(data.path, data.length, point["tokens"], point["stride"]),
+        rows,
+        run.dtype,
+    )
 
 
 def _perplexities(evaluation: Evaluation, run: Run, kind: str) -> dict[str, float]:
@@ -93,33 +114,57 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         for bucket in result.get("by_position", ()):
             # Positions before hold a few tokens of one text.
             if bucket["first"] >= _FIRST_DRAWN:
-                curves.setdefault(point["model"], {}).setdefault(bucket["first"], []).append(bucket["loss"])
-    lines(curves, {}, folder / "language.png", "first position of a bucket, without truncation", "nats a token", logarithmic="x")
+                curves.setdefault(point["model"], {}).setdefault(bucket["first"], []).append(
+                    bucket["loss"]
+                )
+    lines(
+        curves,
+        {},
+        folder / "language.png",
+        "first position of a bucket, without truncation",
+        "nats a token",
+        logarithmic="x",
+    )
     point, result = rows[0]
     text = (
-        f"Recipe {point['recipe']}: perplexity of {result['tokens']:,} held-out tokens, in brackets a word's. Truncated: sliding windows,\n"
-        f"by {point['stride']} tokens each; untruncated: the text as one, states carried from its first token on. "
+        f"Recipe {point['recipe']}: perplexity of {result['tokens']:,} held-out tokens, in "
+        "brackets a word's. Truncated: sliding windows,\n"
+        f"by {point['stride']} tokens each; untruncated: the text as one, states carried from its "
+        "first token on. "
         f"Perplexities: {seeds(len(found['delta']))}.\n\n"
-        "| model | parameters | truncated | untruncated | published: truncated | untruncated |\n|---|---|---|---|---|---|\n"
+        "| model | parameters | truncated | untruncated | published: truncated | untruncated "
+        "|\n|---|---|---|---|---|---|\n"
     )
     for model, results in found.items():
         published = _PUBLISHED.get(model, ("", ""))
-        cells = [model, f"{results[0]['parameters']:,}", _cell(results, ""), _cell(results, "endless_"), *published]
+        cells = [
+            model,
+            f"{results[0]['parameters']:,}",
+            _cell(results, ""),
+            _cell(results, "endless_"),
+            *published,
+        ]
         text += f"| {' | '.join(cells)} |\n"
-    text += "\nPublished: words of WikiText-103, small / medium model, ELU features; there sum and the small delta have positions, too.\n"
+    text += (
+        "\nPublished: words of WikiText-103, small / medium model, ELU features; there sum "
+        "and the small delta have positions, too.\n"
+    )
     return text + "\n![loss by position in the text](language.png)\n"
 
 
 def _cell(results: list[dict[str, Any]], kind: str) -> str:
     if f"{kind}perplexity" not in results[0]:
         return ""
-    words = [result[f"{kind}word_perplexity"] for result in results if f"{kind}word_perplexity" in result]
+    words = [
+        result[f"{kind}word_perplexity"] for result in results if f"{kind}word_perplexity" in result
+    ]
     tokens = mean_deviation([result[f"{kind}perplexity"] for result in results], ".2f")
     return tokens + (f" ({mean_deviation(words, '.0f')})" if words else "")
 
 
 EXPERIMENT = Experiment(
-    what="language models with softmax, sum and delta rule, in windows and without end (tables 2 and 4; needs data/wikipedia-long)",
+    what="language models with softmax, sum and delta rule, in windows and without end (tables 2 "
+    "and 4; needs data/wikipedia-long)",
     points=_points,
     run=measure,
     report=_report,

@@ -1,7 +1,9 @@
-"""Associative retrieval (Schlag et al. 2021, section 6.1): write L pairs of a key and a value, read one key.
+"""Associative retrieval (Schlag et al. 2021, section 6.1): write L pairs of a key and a value, read
+one key.
 
-S keys and S values. Values are one-hot vectors; keys are learned. A model has no output projection: what it reads from its
-memory is its answer, and its loss half the squared distance to the value last written under the key.
+S keys and S values. Values are one-hot vectors; keys are learned. A model has no output projection:
+what it reads from its memory is its answer, and its loss half the squared distance to the value
+last written under the key.
 """
 
 import math
@@ -31,8 +33,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 class Retriever(nn.Module):
     """A memory that is written and read once.
 
-    symbols: S. features: a name of FEATURES, "softmax", or "tanh" (for the rule fwm). rule: sum (attention), delta, or fwm (Schlag et
-    al. 2021 b: tanh or DPFP features, the memory's norm kept at 1 at most, the reading layer-normalised).
+    symbols: S. features: a name of FEATURES, "softmax", or "tanh" (for the rule fwm). rule: sum
+    (attention), delta, or fwm (Schlag et al. 2021 b: tanh or DPFP features, the memory's norm kept
+    at 1 at most, the reading layer-normalised).
     """
 
     def __init__(self, symbols: int, features: str, rule: str) -> None:
@@ -41,7 +44,10 @@ class Retriever(nn.Module):
         width = int(1.1 * 2 * symbols)
         self.embedding = nn.Embedding(symbols, width)
         bound = _KEY_DIM**-0.5
-        self.key_of_key, self.query = nn.Linear(width, _KEY_DIM), nn.Linear(width, _KEY_DIM, bias=False)
+        self.key_of_key, self.query = (
+            nn.Linear(width, _KEY_DIM),
+            nn.Linear(width, _KEY_DIM, bias=False),
+        )
         self.key_of_value = nn.Embedding(symbols, _KEY_DIM)
         self.strength_of_key, self.strength_of_value = nn.Linear(width, 1), nn.Embedding(symbols, 1)
         for parameter in (self.key_of_key.weight, self.query.weight, self.key_of_value.weight):
@@ -50,7 +56,10 @@ class Retriever(nn.Module):
         # The sum rule divides by its sum, so scales of keys matter and of queries cancel.
         normalise = "none" if rule in ("sum", "fwm") else "sum"
         plain = features in ("softmax", "tanh")
-        self.features = None if plain else FeatureMap(dim=_KEY_DIM, normalise=normalise, **FEATURES[features])  # type: ignore[arg-type]
+        self.features = None
+        if not plain:
+            settings: dict[str, Any] = {**FEATURES[features], "normalise": normalise}
+            self.features = FeatureMap(dim=_KEY_DIM, **settings)
         self.tanh = features == "tanh"
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
@@ -65,11 +74,16 @@ class Retriever(nn.Module):
         if self.rule == "fwm":
             one_hot = F.one_hot(values, self.symbols).to(k.dtype)
             return F.layer_norm(q @ _bounded_delta_rule(k, one_hot, beta), (self.symbols,))
-        # Read once, the memory need not be built: with the letters of `delta_rule`, y = (q K^T (I + A)^-1) diag(beta) V.
-        weights = torch.linalg.solve_triangular(beta[..., None] * (k @ k.mT), q @ k.mT, upper=False, left=False, unitriangular=True)
+        # Read once, the memory need not be built: with the letters of `delta_rule`, y = (q K^T (I +
+        # A)^-1) diag(beta) V.
+        weights = torch.linalg.solve_triangular(
+            beta[..., None] * (k @ k.mT), q @ k.mT, upper=False, left=False, unitriangular=True
+        )
         return self._weighted(weights * beta[:, None], values)
 
-    def keys_and_queries(self, keys: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_queries(
+        self, keys: Tensor, values: Tensor, queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What is written under and what reads: [batch, L, features] and [batch, n, features]."""
         # Symbol by symbol: a matrix of S rows in place of one of batch x L.
         k = self.key_of_key(self.embedding.weight)[keys] + self.key_of_value.weight[values]
@@ -80,7 +94,14 @@ class Retriever(nn.Module):
 
     def strengths(self, keys: Tensor, values: Tensor) -> Tensor:
         """The delta rule's write strengths, [batch, L]."""
-        return (self.strength_of_key(self.embedding.weight)[keys] + self.strength_of_value.weight[values]).sigmoid().squeeze(-1)
+        return (
+            (
+                self.strength_of_key(self.embedding.weight)[keys]
+                + self.strength_of_value.weight[values]
+            )
+            .sigmoid()
+            .squeeze(-1)
+        )
 
     def _weighted(self, weights: Tensor, values: Tensor) -> Tensor:
         """A reading of one-hot values: weights [batch, n, L] added up by value."""
@@ -89,7 +110,9 @@ class Retriever(nn.Module):
 
 
 def _bounded_delta_rule(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """The memory after the delta rule step by step, divided by its norm whenever that exceeds 1. [batch, D, S]"""
+    """The memory after the delta rule step by step, divided by its norm whenever that exceeds 1.
+    [batch, D, S]
+    """
     memory = k.new_zeros(len(k), k.shape[-1], v.shape[-1])
     for key, value, strength in zip(k.unbind(1), v.unbind(1), beta.unbind(1), strict=True):
         error = value - torch.einsum("bd,bds->bs", key, memory)
@@ -98,12 +121,16 @@ def _bounded_delta_rule(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     return memory
 
 
-def draw(symbols: int, length: int, batch: int, replace: bool, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(
+    symbols: int, length: int, batch: int, replace: bool, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Keys and values [batch, length] int64, with or without replacement."""
     if replace:
         keys, values = (torch.randint(symbols, (batch, length), generator=random) for _ in range(2))
     else:
-        keys, values = (torch.rand(batch, symbols, generator=random).argsort(-1)[:, :length] for _ in range(2))
+        keys, values = (
+            torch.rand(batch, symbols, generator=random).argsort(-1)[:, :length] for _ in range(2)
+        )
     return keys, values
 
 
@@ -120,8 +147,9 @@ def loss_of(readings: Tensor, values: Tensor) -> Tensor:
 
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
-    """Train on a point {symbols, features, rule, replace, steps, seed} until solved (held-out loss below 0.001), or without progress
-    for more than 1,000 steps. Returns the best held-out loss, when it was met, and the curve [[step, loss], ...]; losses of None diverged.
+    """Train on a point {symbols, features, rule, replace, steps, seed} until solved (held-out loss
+    below 0.001), or without progress for more than 1,000 steps. Returns the best held-out loss,
+    when it was met, and the curve [[step, loss], ...]; losses of None diverged.
     """
     symbols, replace = point["symbols"], point["replace"]
     torch.manual_seed(point["seed"])
@@ -130,7 +158,13 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     tanh = point["features"] == "tanh"
     optimizer = torch.optim.Adam(model.parameters(), 1e-4 if tanh else 1e-3, fused=True)
     length = 2 * symbols if replace else symbols
-    held_out = draw(symbols, symbols, _SEQUENCES, replace, torch.Generator().manual_seed(1_000_003 + point["seed"]))
+    held_out = draw(
+        symbols,
+        symbols,
+        _SEQUENCES,
+        replace,
+        torch.Generator().manual_seed(1_000_003 + point["seed"]),
+    )
     curve: list[tuple[int, float | None]] = []
     best = (float("inf"), 0)
     for step in range(1, point["steps"] + 1):
@@ -152,7 +186,9 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(model: Retriever, keys: Tensor, values: Tensor) -> float:
-    """Loss over the keys that occur, at most 200 of each sequence, as the published figures have it."""
+    """Loss over the keys that occur, at most 200 of each sequence, as the published figures have
+    it.
+    """
     total, count = 0.0, 0
     for row in range(len(keys)):
         queries = keys[row].unique()[None, :_MOST_QUERIES]

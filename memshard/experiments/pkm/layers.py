@@ -1,4 +1,6 @@
-"""What product keys are compared with: flat keys (Lample et al. 2019, table 5), and a mixture of experts."""
+"""What product keys are compared with: flat keys (Lample et al. 2019, table 5), and a mixture of
+experts.
+"""
 
 from collections.abc import Callable
 
@@ -17,9 +19,13 @@ _BIAS_STEP = 1e-3
 
 
 class FlatKeyMemory(ProductKeyMemory):
-    """A memory with a key of its own for every slot, all of which a query is compared with. Arguments of `ProductKeyMemory`."""
+    """A memory with a key of its own for every slot, all of which a query is compared with.
+    Arguments of `ProductKeyMemory`.
+    """
 
-    def __init__(self, dim: int, keys: int, heads: int, topk: int, key_dim: int, query_norm: str = "batch") -> None:
+    def __init__(
+        self, dim: int, keys: int, heads: int, topk: int, key_dim: int, query_norm: str = "batch"
+    ) -> None:
         super().__init__(dim, keys, heads, topk, key_dim, query_norm=query_norm)
         del self.sub_keys
         self.flat_keys = _FlatKeys(heads, keys**2, key_dim)
@@ -49,19 +55,30 @@ class _FlatKeys(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the `active` experts, feedforwards of width 4 x dim, with the highest sigmoid(router . x), which weighs them.
+    """Each token goes to the `active` experts, feedforwards of width 4 x dim, with the highest
+    sigmoid(router . x), which weighs them.
 
-    No token is dropped. The load is balanced without a loss of its own: what an expert's score is compared with falls by 0.001 a
-    step for an expert with more than its share of the tokens and rises for the others (Wang et al. 2024, arXiv 2408.15664).
+    No token is dropped. The load is balanced without a loss of its own: what an expert's score is
+    compared with falls by 0.001 a step for an expert with more than its share of the tokens and
+    rises for the others (Wang et al. 2024, arXiv 2408.15664).
     """
 
     bias: Tensor
 
-    def __init__(self, dim: int, experts: int, active: int, activation: str = "gelu", output_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        active: int,
+        activation: str = "gelu",
+        output_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.active = active
         self.router = Projection(dim, experts)
-        self.experts = nn.ModuleList(FeedForward(dim, activation, None, output_scale) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            FeedForward(dim, activation, None, output_scale) for _ in range(experts)
+        )
         self.register_buffer("bias", torch.empty(experts))
         self.reset_parameters()
 
@@ -80,16 +97,24 @@ class MixtureOfExperts(nn.Module):
         order = chosen.flatten().argsort()
         places = order // self.active
         parts = places.split(load.tolist())
-        read = torch.cat([expert(tokens[part]) for expert, part in zip(self.experts, parts, strict=True)])
+        read = torch.cat(
+            [expert(tokens[part]) for expert, part in zip(self.experts, parts, strict=True)]
+        )
         # Sigmoids begin at a half: so scaled, the active experts weigh as much as one feedforward.
         weighted = read * (2 / self.active * gates.gather(1, chosen).flatten()[order, None])
-        return torch.zeros_like(tokens, dtype=weighted.dtype).index_add(0, places, weighted).view(x.shape)
+        return (
+            torch.zeros_like(tokens, dtype=weighted.dtype)
+            .index_add(0, places, weighted)
+            .view(x.shape)
+        )
 
 
 def _flat_keys(config: ModelConfig) -> Transformer:
     model, memory = Transformer(config), config.memory
     for layer in memory.layers:
-        flat = FlatKeyMemory(config.dim, memory.keys, memory.heads, memory.topk, memory.key_dim, memory.query_norm)
+        flat = FlatKeyMemory(
+            config.dim, memory.keys, memory.heads, memory.topk, memory.key_dim, memory.query_norm
+        )
         model.blocks[layer].memory = flat
     return model
 
@@ -99,18 +124,28 @@ def _experts(config: ModelConfig, active: int) -> Transformer:
     model, experts = Transformer(config), config.memory.slots // (8 * config.dim)
     for layer in config.memory.layers:
         model.blocks[layer].memory = None
-        mixture = MixtureOfExperts(config.dim, experts, active, config.feedforward.activation, (2 * config.layers) ** -0.5)
+        mixture = MixtureOfExperts(
+            config.dim, experts, active, config.feedforward.activation, (2 * config.layers) ** -0.5
+        )
         model.blocks[layer].feedforward = mixture
     return model
 
 
 def _equal_operations(config: ModelConfig) -> Transformer:
-    """Instead of a memory, a feedforward of as many multiplications: of query, scores and reads, against 2 dim hidden."""
+    """Instead of a memory, a feedforward of as many multiplications: of query, scores and reads,
+    against 2 dim hidden.
+    """
     model, memory = Transformer(config), config.memory
-    hidden = memory.heads * (memory.key_dim * (config.dim + memory.keys) + memory.topk * config.dim) // (2 * config.dim)
+    hidden = (
+        memory.heads
+        * (memory.key_dim * (config.dim + memory.keys) + memory.topk * config.dim)
+        // (2 * config.dim)
+    )
     for layer in memory.layers:
         model.blocks[layer].memory = None
-        narrow = FeedForward(config.dim, config.feedforward.activation, hidden, (2 * config.layers) ** -0.5)
+        narrow = FeedForward(
+            config.dim, config.feedforward.activation, hidden, (2 * config.layers) ** -0.5
+        )
         model.blocks[layer].feedforward = narrow
     return model
 

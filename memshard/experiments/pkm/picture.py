@@ -15,31 +15,51 @@ if TYPE_CHECKING:
 KINDS = ("training", "inference")
 
 
-def draw(learned: dict[str, list[dict[str, Any]]], clocks: list[tuple[Point, dict[str, Any]]], file: Path) -> None:
-    """Perplexity against parameters and time; usage and KL, where models can be compared; further comparisons of speed."""
+def draw(
+    learned: dict[str, list[dict[str, Any]]], clocks: list[tuple[Point, dict[str, Any]]], file: Path
+) -> None:
+    """Perplexity against parameters and time; usage and KL, where models can be compared; further
+    comparisons of speed.
+    """
     memories = {label: results for label, results in learned.items() if "usage" in results[0]}
     further = clocks[1:]
     panels = 2 + (len(memories) > 1) + len(further)
     figure = canvas(4.4 * panels, 4)
     parameters, speed, *rest = figure.subplots(1, panels)
-    sizes = {label: [(results[0]["dense"] + results[0]["table"]) / 1e6] for label, results in learned.items()}
+    sizes = {
+        label: [(results[0]["dense"] + results[0]["table"]) / 1e6]
+        for label, results in learned.items()
+    }
     _scatter(parameters, sizes, learned, "million parameters (logarithmic)")
     parameters.set_xscale("log", subs=[2, 3, 4, 6, 8])
     parameters.xaxis.set_major_formatter("{x:g}")
     parameters.xaxis.set_minor_formatter("{x:g}")
-    _scatter(speed, clocks[0][1]["inference"] if clocks else {}, learned, "inference, us a token (bars: range of rounds)")
+    _scatter(
+        speed,
+        clocks[0][1]["inference"] if clocks else {},
+        learned,
+        "inference, us a token (bars: range of rounds)",
+    )
     if len(memories) > 1:
         _draw_usage(rest.pop(0), memories)
     for axes, (point, result) in zip(rest, further, strict=True):
         _draw_ratios(axes, point, result)
-    parameters.figure.legend(*parameters.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=6)
+    parameters.figure.legend(
+        *parameters.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=7,
+        loc="outside lower center",
+        ncols=6,
+    )
     figure.savefig(file)
 
 
 def _draw_usage(axes: "Axes", memories: dict[str, list[dict[str, Any]]]) -> None:
     clean(axes)
     used, low_high = _ranges(memories, "usage", 100)
-    axes.barh(list(memories), used, xerr=low_high, color=COLORS[0], height=0.6, error_kw={"capsize": 3})
+    axes.barh(
+        list(memories), used, xerr=low_high, color=COLORS[0], height=0.6, error_kw={"capsize": 3}
+    )
     axes.set_xlabel("slots used, % (bars)")
     axes.tick_params(axis="y", labelsize=8)
     axes.invert_yaxis()
@@ -75,8 +95,14 @@ def _draw_ratios(axes: "Axes", point: Point, result: dict[str, Any]) -> None:
 
 
 def _family(label: str, learned: Iterable[str]) -> str:
-    """Of "N slots, no norm" or "N layers + M" the last part, if others share it: they are drawn as one line. Else the label."""
-    return _parts(label)[1] if sum(_parts(other)[1:] == _parts(label)[1:] != [] for other in learned) > 1 else label
+    """Of "N slots, no norm" or "N layers + M" the last part, if others share it: they are drawn as
+    one line. Else the label.
+    """
+    return (
+        _parts(label)[1]
+        if sum(_parts(other)[1:] == _parts(label)[1:] != [] for other in learned) > 1
+        else label
+    )
 
 
 def _parts(label: str) -> list[str]:
@@ -84,7 +110,12 @@ def _parts(label: str) -> list[str]:
     return re.split(r"(?:, | \+ )(?!.*(?:, | \+ ))", label)
 
 
-def _scatter(axes: "Axes", places: dict[str, list[float]], learned: dict[str, list[dict[str, Any]]], name: str) -> None:
+def _scatter(
+    axes: "Axes",
+    places: dict[str, list[float]],
+    learned: dict[str, list[dict[str, Any]]],
+    name: str,
+) -> None:
     clean(axes)
     families: dict[str, list[str]] = {}
     for label in learned:
@@ -92,7 +123,10 @@ def _scatter(axes: "Axes", places: dict[str, list[float]], learned: dict[str, li
             families.setdefault(_family(label, learned), []).append(label)
     for number, labels in enumerate(families.values()):
         found = [[result["perplexity"] for result in learned[label]] for label in labels]
-        x, y = [statistics.median(places[label]) for label in labels], [statistics.mean(perplexities) for perplexities in found]
+        x, y = (
+            [statistics.median(places[label]) for label in labels],
+            [statistics.mean(perplexities) for perplexities in found],
+        )
         across, up = _both_ends([places[label] for label in labels], x), _both_ends(found, y)
         begin = f"{_parts(labels[0])[0]} to " if len(labels) > 1 else ""
         marker = "osD^v"[number // len(COLORS) % 5]
@@ -114,10 +148,14 @@ def _scatter(axes: "Axes", places: dict[str, list[float]], learned: dict[str, li
 def _both_ends(found: list[list[float]], middles: list[float]) -> tuple[list[float], list[float]]:
     """How far below and above their middles values reach."""
     pairs = list(zip(found, middles, strict=True))
-    return [middle - min(values) for values, middle in pairs], [max(values) - middle for values, middle in pairs]
+    return [middle - min(values) for values, middle in pairs], [
+        max(values) - middle for values, middle in pairs
+    ]
 
 
-def _ranges(learned: dict[str, list[dict[str, Any]]], key: str, factor: float = 1) -> tuple[list[float], Any]:
+def _ranges(
+    learned: dict[str, list[dict[str, Any]]], key: str, factor: float = 1
+) -> tuple[list[float], Any]:
     """Means over seeds, and how far below and above them the seeds reach."""
     found = [[factor * result[key] for result in results] for results in learned.values()]
     means = [statistics.mean(values) for values in found]
@@ -126,4 +164,7 @@ def _ranges(learned: dict[str, list[dict[str, Any]]], key: str, factor: float = 
 
 def ratios_to_first(times: dict[str, list[float]], first: str) -> dict[str, list[float]]:
     """Of each model's times to the first one's in the same round."""
-    return {label: [time / base for time, base in zip(of, times[first], strict=True)] for label, of in times.items()}
+    return {
+        label: [time / base for time, base in zip(of, times[first], strict=True)]
+        for label, of in times.items()
+    }

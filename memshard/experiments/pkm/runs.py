@@ -33,9 +33,11 @@ def run_point(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def learn(point: dict[str, Any]) -> dict[str, Any]:
-    """Train and evaluate a model, as a run of the trainer that resumes. Experiments that share it run it once.
+    """Train and evaluate a model, as a run of the trainer that resumes. Experiments that share it
+    run it once.
 
-    point: recipe, a bundled name, with overrides; builder, one of BUILDERS. Of usage and KL the mean over the tables.
+    point: recipe, a bundled name, with overrides; builder, one of BUILDERS. Of usage and KL the
+    mean over the tables.
     """
     folder = folder_of(point, RUNS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,16 +75,24 @@ def _measured(run: Run) -> dict[str, Any]:
 
 
 def time_models(point: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds a token of training steps and of inference, of all models in turn: kind -> model -> one number a round.
+    """Microseconds a token of training steps and of inference, of all models in turn: kind -> model
+    -> one number a round.
 
-    point: models, each as a point of `learn`; clock, the number of rounds; trained, which of them also make training steps. As many rounds
-    go before: the first builds kernels, and with seven models the allocator took eight to settle (370 us a token, then 255). The models
-    are fresh ones, whose reads are spread over the whole table: no row is in a cache because it is popular. Inference is a forward pass
-    over a training micro-batch, in the precision of `memshard eval`.
+    point: models, each as a point of `learn`; clock, the number of rounds; trained, which of them
+    also make training steps. As many rounds go before: the first builds kernels, and with seven
+    models the allocator took eight to settle (370 us a token, then 255). The models are fresh ones,
+    whose reads are spread over the whole table: no row is in a cache because it is popular.
+    Inference is a forward pass over a training micro-batch, in the precision of `memshard eval`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        runs = {label: _set_up(model, Path(scratch, str(number))) for number, (label, model) in enumerate(point["models"].items())}
-        spent: dict[str, dict[str, list[float]]] = {"training": {label: [] for label in point["trained"]}, "inference": {}}
+        runs = {
+            label: _set_up(model, Path(scratch, str(number)))
+            for number, (label, model) in enumerate(point["models"].items())
+        }
+        spent: dict[str, dict[str, list[float]]] = {
+            "training": {label: [] for label in point["trained"]},
+            "inference": {},
+        }
         for turn in range(-point["clock"], point["clock"]):
             for label, run in runs.items():
                 if label in point["trained"]:

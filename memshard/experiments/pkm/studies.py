@@ -1,4 +1,6 @@
-"""The studies of product-key memories (Lample et al. 2019, section 4), each a table of models that differ in some recipe keys."""
+"""The studies of product-key memories (Lample et al. 2019, section 4), each a table of models that
+differ in some recipe keys.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from memshard.experiments.pkm.runs import run_point
 
 @dataclass(frozen=True)
 class Size:
-    """A scale. recipe, overrides: of a model of `layers` layers with one memory. depths: the paper's 12, 16 and 24. keys: numbers of
-    sub-keys compared; flat: those also compared with flat keys; peer: overrides for PEER, whose two tables are then as large
-    as the one. reads: slots a token reads. steps: of training. seeds: of a study and of the headline. clock: rounds of timing. wide:
-    overrides of the headline's models for timing at the published width.
+    """A scale. recipe, overrides: of a model of `layers` layers with one memory. depths: the
+    paper's 12, 16 and 24. keys: numbers of sub-keys compared; flat: those also compared with
+    flat keys; peer: overrides for PEER, whose two tables are then as large as the one. reads:
+    slots a token reads. steps: of training. seeds: of a study and of the headline. clock: rounds
+    of timing. wide: overrides of the headline's models for timing at the published width.
     """
 
     recipe: str
@@ -33,26 +36,64 @@ class Size:
 
 
 _PAPER_WIDTH = (
-    "model.layers=12", "model.dim=1024", "model.mixer.heads=16", "model.memory.layers=[5]", "model.memory.keys=512",
-    "model.memory.topk=32", "model.memory.key_dim=512", "train.batch=32", "train.micro_batch=16",
-)  # fmt: skip
+    "model.layers=12",
+    "model.dim=1024",
+    "model.mixer.heads=16",
+    "model.memory.layers=[5]",
+    "model.memory.keys=512",
+    "model.memory.topk=32",
+    "model.memory.key_dim=512",
+    "train.batch=32",
+    "train.micro_batch=16",
+)
 _TINY = (
-    "data.path=data/smoke", "data.length=32", "model.layers=4", "model.dim=32", "model.mixer.heads=2", "model.memory.layers=[1]",
-    "model.memory.keys=32", "model.memory.heads=2", "model.memory.topk=4", "model.memory.key_dim=16", "train.batch=2",
-    "train.precision=fp32", "train.eval_tokens=2048", "optimizer.warmup=1",
-)  # fmt: skip
+    "data.path=data/smoke",
+    "data.length=32",
+    "model.layers=4",
+    "model.dim=32",
+    "model.mixer.heads=2",
+    "model.memory.layers=[1]",
+    "model.memory.keys=32",
+    "model.memory.heads=2",
+    "model.memory.topk=4",
+    "model.memory.key_dim=16",
+    "train.batch=2",
+    "train.precision=fp32",
+    "train.eval_tokens=2048",
+    "optimizer.warmup=1",
+)
 _SIZES: dict[Scale, Size] = {
-    "smoke": Size("pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), ("model.memory.keys=23",), 8, 2, (1, 2), 1),
+    "smoke": Size(
+        "pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), ("model.memory.keys=23",), 8, 2, (1, 2), 1
+    ),
     "small": Size(
-        "pkm-small", (), 6, (6, 8, 12), (64, 128, 256, 512), (32, 64, 128),
+        "pkm-small",
+        (),
+        6,
+        (6, 8, 12),
+        (64, 128, 256, 512),
+        (32, 64, 128),
         ("model.memory.keys=181", "tables.lr=4e-3"),  # of 1e-3, 4e-3, 1e-2 and 3e-2 the best
-        32, 600, (2, 3), 9, _PAPER_WIDTH,
+        32,
+        600,
+        (2, 3),
+        9,
+        _PAPER_WIDTH,
     ),
     "full": Size(
-        "lample2019", ("model.layers=6", "model.memory.layers=[4]", "model.memory.keys=512"), 6, (12, 16, 24),
-        (128, 256, 384, 512, 768, 1024), (128, 256), ("model.memory.keys=362",), 64, 250_000, (1, 1), 9,
+        "lample2019",
+        ("model.layers=6", "model.memory.layers=[4]", "model.memory.keys=512"),
+        6,
+        (12, 16, 24),
+        (128, 256, 384, 512, 768, 1024),
+        (128, 256),
+        ("model.memory.keys=362",),
+        64,
+        250_000,
+        (1, 1),
+        9,
     ),
-}  # fmt: skip
+}
 
 Model = dict[str, Any]
 """builder and overrides, on top of those of the scale; published, what the paper says of it."""
@@ -70,7 +111,9 @@ def _at(*layers: int) -> str:
 
 
 def _spread(layers: int, memories: int) -> str:
-    """Evenly, the last ones late: a single one of six layers in the fifth, the best place of the paper."""
+    """Evenly, the last ones late: a single one of six layers in the fifth, the best place of the
+    paper.
+    """
     return _at(*(layers * (2 * number + 2) // (2 * memories + 1) for number in range(memories)))
 
 
@@ -94,8 +137,12 @@ _FLAT = {"product": "97 to 100 %", "flat": "10 to 20 %"}
 def _headline(size: Size) -> dict[str, Model]:
     shallow, _, deep = size.depths
     return {
-        f"{shallow} layers": _model(f"model.layers={shallow}", _NO_MEMORY, published="17.7 (12 layers)"),
-        f"{shallow} layers + memory": _model(f"model.layers={shallow}", published="15.6 (12 layers + memory)"),
+        f"{shallow} layers": _model(
+            f"model.layers={shallow}", _NO_MEMORY, published="17.7 (12 layers)"
+        ),
+        f"{shallow} layers + memory": _model(
+            f"model.layers={shallow}", published="15.6 (12 layers + memory)"
+        ),
         f"{deep} layers": _model(f"model.layers={deep}", _NO_MEMORY, published="16.0 (24 layers)"),
     }
 
@@ -105,20 +152,32 @@ def _depth(size: Size) -> dict[str, Model]:
     for memories, published in enumerate(_BY_DEPTH):
         for number, layers in enumerate(size.depths):
             if memories < layers:
-                quoted = f"{published[number]} ({(12, 16, 24)[number]} layers)" if number < len(published) else ""
-                found[f"{layers} layers + {memories}"] = _model(f"model.layers={layers}", _spread(layers, memories), published=quoted)
+                quoted = (
+                    f"{published[number]} ({(12, 16, 24)[number]} layers)"
+                    if number < len(published)
+                    else ""
+                )
+                found[f"{layers} layers + {memories}"] = _model(
+                    f"model.layers={layers}", _spread(layers, memories), published=quoted
+                )
     return found
 
 
 def _position(size: Size) -> dict[str, Model]:
     layers = range(size.layers)
-    return {"none": _model(_NO_MEMORY)} | {f"layer {n + 1}": _model(_at(n), published=_BY_POSITION[n]) for n in layers}
+    return {"none": _model(_NO_MEMORY)} | {
+        f"layer {n + 1}": _model(_at(n), published=_BY_POSITION[n]) for n in layers
+    }
 
 
 def _heads(size: Size) -> dict[str, Model]:
     pairs = [(heads, size.reads // heads) for heads in (1, 2, 4, 8)]
     return {"none": _model(_NO_MEMORY)} | {
-        f"{heads} x {topk}": _model(f"model.memory.heads={heads}", f"model.memory.topk={topk}", published="about 20.5, 70 % (64 reads)")
+        f"{heads} x {topk}": _model(
+            f"model.memory.heads={heads}",
+            f"model.memory.topk={topk}",
+            published="about 20.5, 70 % (64 reads)",
+        )
         for heads, topk in pairs
     }
 
@@ -126,7 +185,9 @@ def _heads(size: Size) -> dict[str, Model]:
 def _keys(size: Size) -> dict[str, Model]:
     return {"none": _model(_NO_MEMORY)} | {
         f"{keys**2:,} slots, {'batch norm' if norm == 'batch' else 'no norm'}": _model(
-            f"model.memory.keys={keys}", f"model.memory.query_norm={norm}", published=_BY_KEYS.get(keys, ("", ""))[norm == "batch"]
+            f"model.memory.keys={keys}",
+            f"model.memory.query_norm={norm}",
+            published=_BY_KEYS.get(keys, ("", ""))[norm == "batch"],
         )
         for norm in ("none", "batch")
         for keys in size.keys
@@ -136,7 +197,9 @@ def _keys(size: Size) -> dict[str, Model]:
 def _flat(size: Size) -> dict[str, Model]:
     builders = {"product": "transformer", "flat": "flat keys"}
     return {"none": _model(_NO_MEMORY)} | {
-        f"{keys**2:,} slots, {kind} keys": _model(f"model.memory.keys={keys}", builder=builder, published=_FLAT[kind])
+        f"{keys**2:,} slots, {kind} keys": _model(
+            f"model.memory.keys={keys}", builder=builder, published=_FLAT[kind]
+        )
         for keys in size.flat
         for kind, builder in builders.items()
     }
@@ -153,7 +216,9 @@ def _gates(size: Size) -> dict[str, Model]:
         "Memory+": _model("model.memory.gate=true"),
         "3 layers, a table each": _model(three),
         "3 layers, one table": _model(three, "model.memory.share=true"),
-        "3 layers, one table, Memory+": _model(three, "model.memory.share=true", "model.memory.gate=true"),
+        "3 layers, one table, Memory+": _model(
+            three, "model.memory.share=true", "model.memory.gate=true"
+        ),
     }
 
 
@@ -169,7 +234,9 @@ def _alternatives(size: Size) -> dict[str, Model]:
     }
 
 
-def _points(models: Callable[[Size], dict[str, Model]], headline: bool, scale: Scale) -> list[Point]:
+def _points(
+    models: Callable[[Size], dict[str, Model]], headline: bool, scale: Scale
+) -> list[Point]:
     """Training runs, seed by seed, and the comparisons of speed."""
     size = _SIZES[scale]
     found = {
@@ -182,7 +249,12 @@ def _points(models: Callable[[Size], dict[str, Model]], headline: bool, scale: S
     }
     published = {label: model["published"] for label, model in models(size).items()}
     points: list[Point] = [
-        {"label": label, **model, "overrides": [*model["overrides"], f"train.seed={seed}"], "published": published[label]}
+        {
+            "label": label,
+            **model,
+            "overrides": [*model["overrides"], f"train.seed={seed}"],
+            "published": published[label],
+        }
         for seed in range(1, size.seeds[headline] + 1)
         for label, model in found.items()
     ]
@@ -202,10 +274,21 @@ def _wide_clock(size: Size) -> Point:
         "24 layers": {**base, "overrides": [*size.wide, "model.layers=24", _NO_MEMORY]},
     }
     title = "Speed at the published width of 1,024, not trained"
-    return {"clock": 5, "title": title, "models": models, "trained": [label for label in models if label != "24 layers"]}
+    return {
+        "clock": 5,
+        "title": title,
+        "models": models,
+        "trained": [label for label in models if label != "24 layers"],
+    }
 
 
-def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hours: float, headline: bool = False) -> Experiment:
+def _study(
+    name: str,
+    what: str,
+    models: Callable[[Size], dict[str, Model]],
+    hours: float,
+    headline: bool = False,
+) -> Experiment:
     """hours: of scale small, if no other study has run models of it before."""
     return Experiment(
         what=what,
@@ -218,11 +301,30 @@ def _study(name: str, what: str, models: Callable[[Size], dict[str, Model]], hou
 
 
 _TIMES = "perplexity, training and inference time a token"
-HEADLINE = _study("headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.1, headline=True)
+HEADLINE = _study(
+    "headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.1, headline=True
+)
 DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 3.0)
 POSITION = _study("position", "which layer of six holds the memory", _position, 1.4)
 HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 1.0)
-KEYS = _study("keys", "number of slots, with and without batch norm of queries: perplexity, usage, KL", _keys, 1.8)
-FLAT = _study("flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 2.1)
-GATES = _study("gates", "softmax, sigmoid, relu; replace or add; Memory+; one table for three layers", _gates, 1.8)
-ALTERNATIVES = _study("alternatives", "a memory against feedforwards, PEER and mixtures of experts of equal parameters", _alternatives, 1.5)
+KEYS = _study(
+    "keys",
+    "number of slots, with and without batch norm of queries: perplexity, usage, KL",
+    _keys,
+    1.8,
+)
+FLAT = _study(
+    "flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 2.1
+)
+GATES = _study(
+    "gates",
+    "softmax, sigmoid, relu; replace or add; Memory+; one table for three layers",
+    _gates,
+    1.8,
+)
+ALTERNATIVES = _study(
+    "alternatives",
+    "a memory against feedforwards, PEER and mixtures of experts of equal parameters",
+    _alternatives,
+    1.5,
+)

@@ -1,6 +1,8 @@
-"""Primer's parts one by one (So et al. 2021, section 4): which of them lower the loss of a small model of bytes, at equal parameters.
+"""Primer's parts one by one (So et al. 2021, section 4): which of them lower the loss of a small
+model of bytes, at equal parameters.
 
-The text is the source of Python's standard library, which lies on every machine; every tenth file is held out.
+The text is the source of Python's standard library, which lies on every machine; every tenth file
+is held out.
 """
 
 import math
@@ -36,14 +38,49 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """A recipe and what is changed in it."""
 _CLAIMS = [
-    ("vanilla", "GELU"), ("GELU", "squared ReLU"), ("vanilla", "MDHA"), ("vanilla", "Transformer++"), ("squared ReLU", "Primer-EZ"),
-    ("MDHA", "Primer-EZ"), ("Transformer++", "Primer-EZ"),
-]  # fmt: skip
+    ("vanilla", "GELU"),
+    ("GELU", "squared ReLU"),
+    ("vanilla", "MDHA"),
+    ("vanilla", "Transformer++"),
+    ("squared ReLU", "Primer-EZ"),
+    ("MDHA", "Primer-EZ"),
+    ("Transformer++", "Primer-EZ"),
+]
 """Worse, better."""
 _SIZES: dict[Scale, dict[str, Any]] = {
-    "smoke": {"layers": 1, "dim": 32, "heads": 2, "length": 32, "batch": 4, "steps": 20, "lr": 1e-3, "every": 10, "windows": 8},
-    "small": {"layers": 2, "dim": 128, "heads": 4, "length": 128, "batch": 8, "steps": 600, "lr": 1e-3, "every": 50, "windows": 128},
-    "full": {"layers": 6, "dim": 512, "heads": 8, "length": 64, "batch": 64, "steps": 100_000, "lr": 1e-3, "every": 2000, "windows": 1024},
+    "smoke": {
+        "layers": 1,
+        "dim": 32,
+        "heads": 2,
+        "length": 32,
+        "batch": 4,
+        "steps": 20,
+        "lr": 1e-3,
+        "every": 10,
+        "windows": 8,
+    },
+    "small": {
+        "layers": 2,
+        "dim": 128,
+        "heads": 4,
+        "length": 128,
+        "batch": 8,
+        "steps": 600,
+        "lr": 1e-3,
+        "every": 50,
+        "windows": 128,
+    },
+    "full": {
+        "layers": 6,
+        "dim": 512,
+        "heads": 8,
+        "length": 64,
+        "batch": 64,
+        "steps": 100_000,
+        "lr": 1e-3,
+        "every": 2000,
+        "windows": 1024,
+    },
 }
 _SEEDS: dict[Scale, int] = {"smoke": 1, "small": 5, "full": 3}
 _ROUNDS: dict[Scale, int] = {"smoke": 2, "small": 31, "full": 31}
@@ -55,21 +92,31 @@ def run_point(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
-    """Train point["arm"]; returns the held-out loss in nats a byte, the number of parameters, and the curve of (step, loss)."""
+    """Train point["arm"]; returns the held-out loss in nats a byte, the number of parameters, and
+    the curve of (step, loss).
+    """
     arm = _Arm(point, point["arm"])
     inside = torch.arange(point["length"] + 1)
     _, held_out = source_bytes()
-    windows = held_out[torch.linspace(0, len(held_out) - len(inside), point["windows"]).long()[:, None] + inside].to(arm.device)
+    windows = held_out[
+        torch.linspace(0, len(held_out) - len(inside), point["windows"]).long()[:, None] + inside
+    ].to(arm.device)
     curve = []
     for step in range(point["steps"]):
         arm.step(step)
         if (step + 1) % point["every"] == 0:
             curve.append((step + 1, _loss(arm.model, windows)))
-    return {"loss": curve[-1][1], "parameters": sum(parameter.numel() for parameter in arm.model.parameters()), "curve": curve}
+    return {
+        "loss": curve[-1][1],
+        "parameters": sum(parameter.numel() for parameter in arm.model.parameters()),
+        "curve": curve,
+    }
 
 
 def time_arms(point: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds a byte of training steps, of all arms in turn: arm -> one number a round, after one that does not count."""
+    """Microseconds a byte of training steps, of all arms in turn: arm -> one number a round, after
+    one that does not count.
+    """
     arms = {name: _Arm(point, name) for name in ARMS}
     spent: dict[str, list[float]] = {name: [] for name in ARMS}
     for turn in range(point["clock"] + 1):
@@ -77,7 +124,9 @@ def time_arms(point: dict[str, Any]) -> dict[str, Any]:
             begun = now(arm.device)
             arm.step(turn)
             if turn:
-                spent[name].append((now(arm.device) - begun) / (point["batch"] * point["length"]) * 1e6)
+                spent[name].append(
+                    (now(arm.device) - begun) / (point["batch"] * point["length"]) * 1e6
+                )
     return spent
 
 
@@ -86,17 +135,31 @@ class _Arm:
 
     def __init__(self, point: dict[str, Any], name: str) -> None:
         dim = point["dim"]
-        sizes = [f"model.layers={point['layers']}", f"model.dim={dim}", f"model.mixer.heads={point['heads']}"]
-        sizes += [f"model.vocab_size={_BYTES}", f"model.feedforward.hidden={dim * 8 // 3 if name == 'Transformer++' else dim * 4}"]
-        schedule = [f"optimizer.lr={point['lr']}", f"optimizer.warmup={point['steps'] // 12}", "optimizer.schedule=constant"]
+        sizes = [
+            f"model.layers={point['layers']}",
+            f"model.dim={dim}",
+            f"model.mixer.heads={point['heads']}",
+        ]
+        sizes += [
+            f"model.vocab_size={_BYTES}",
+            f"model.feedforward.hidden={dim * 8 // 3 if name == 'Transformer++' else dim * 4}",
+        ]
+        schedule = [
+            f"optimizer.lr={point['lr']}",
+            f"optimizer.warmup={point['steps'] // 12}",
+            "optimizer.schedule=constant",
+        ]
         bundled, *changes = ARMS[name]
         self.point, self.recipe = point, load_recipe(bundled, [*changes, *sizes, *schedule])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = Transformer(self.recipe.model).to(self.device)
         initialize(self.model, point["seed"])
         with torch.no_grad():
-            for matrix in (parameter for parameter in self.model.parameters() if parameter.ndim > 1):
-                # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small that GELU is nearly linear.
+            for matrix in (
+                parameter for parameter in self.model.parameters() if parameter.ndim > 1
+            ):
+                # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small
+                # that GELU is nearly linear.
                 matrix.mul_(matrix.shape[1] ** -0.5 / INIT_STD)
         self.optimizer = build_adamw(list(self.model.parameters()), self.recipe.optimizer)
         self.draw = torch.Generator().manual_seed(point["seed"])
@@ -118,21 +181,31 @@ class _Arm:
 
 @cache
 def source_bytes() -> tuple[Tensor, Tensor]:
-    """The bytes of the standard library's modules, packages left out, int64: to train on, and held out."""
+    """The bytes of the standard library's modules, packages left out, int64: to train on, and held
+    out.
+    """
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     held_out = files[::_HELD_OUT]
     parts = [file for file in files if file not in held_out], held_out
     first, second = (b"".join(file.read_bytes() for file in part) for part in parts)
-    return torch.frombuffer(bytearray(first), dtype=torch.uint8).long(), torch.frombuffer(bytearray(second), dtype=torch.uint8).long()
+    return torch.frombuffer(bytearray(first), dtype=torch.uint8).long(), torch.frombuffer(
+        bytearray(second), dtype=torch.uint8
+    ).long()
 
 
 @torch.no_grad()
 def _loss(model: Transformer, windows: Tensor) -> float:
-    return float(torch.cat([model(part[:, :-1], targets=part[:, 1:])[0] for part in windows.split(32)]).mean())
+    return float(
+        torch.cat(
+            [model(part[:, :-1], targets=part[:, 1:])[0] for part in windows.split(32)]
+        ).mean()
+    )
 
 
 def reached(curve: list[Any], target: float) -> float | None:
-    """The step at which a curve of (step, loss), taken as its lowest loss so far, meets a loss; None where it does not."""
+    """The step at which a curve of (step, loss), taken as its lowest loss so far, meets a loss;
+    None where it does not.
+    """
     place, lowest = 0.0, math.inf
     for step, loss in curve:
         if loss <= target:
@@ -143,7 +216,9 @@ def reached(curve: list[Any], target: float) -> float | None:
 
 
 def _points(scale: Scale) -> list[Point]:
-    trainings = [{"arm": arm, "seed": seed, **_SIZES[scale]} for seed in range(_SEEDS[scale]) for arm in ARMS]
+    trainings = [
+        {"arm": arm, "seed": seed, **_SIZES[scale]} for seed in range(_SEEDS[scale]) for arm in ARMS
+    ]
     return [*trainings, {"clock": _ROUNDS[scale], "seed": 0, **_SIZES[scale]}]
 
 
@@ -155,11 +230,15 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     clock, times = next(row for row in rows if "clock" in row[0])
     seeds = len(found["vanilla"])
     text = (
-        f"Bytes of Python's standard library, {clock['layers']} layers of width {clock['dim']}, {clock['steps']:,} steps of "
-        f"{clock['batch']} x {clock['length']}, {seeds} seeds. Loss: nats a held-out byte, mean and standard deviation. Gain: over "
-        "vanilla, seed by seed. Time of a step: over vanilla's, median of interleaved rounds (range). Faster: vanilla's steps, or its "
+        f"Bytes of Python's standard library, {clock['layers']} layers of width {clock['dim']}, "
+        f"{clock['steps']:,} steps of "
+        f"{clock['batch']} x {clock['length']}, {seeds} seeds. Loss: nats a held-out byte, mean "
+        "and standard deviation. Gain: over "
+        "vanilla, seed by seed. Time of a step: over vanilla's, median of interleaved rounds "
+        "(range). Faster: vanilla's steps, or its "
         "time, over what a model takes to vanilla's last loss, median of seeds.\n\n"
-        "| model | parameters | loss | gain | time of a step | faster, steps | faster, time |\n|---|---|---|---|---|---|---|\n"
+        "| model | parameters | loss | gain | time of a step | faster, steps | faster, time "
+        "|\n|---|---|---|---|---|---|---|\n"
     )
     for arm, results in found.items():
         losses = [result["loss"] for result in results]
@@ -173,20 +252,32 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         ]
         cells.append(median_range(ratios, ".2f"))
         factor = _factor(found["vanilla"], results)
-        cells += [f"{factor / ratio:.2f}" if factor else "not reached" for ratio in (1.0, statistics.median(ratios))]
+        cells += [
+            f"{factor / ratio:.2f}" if factor else "not reached"
+            for ratio in (1.0, statistics.median(ratios))
+        ]
         text += f"| {' | '.join(cells)} |\n"
     text += "\n| worse | better | seeds in which it is | mean difference |\n|---|---|---|---|\n"
     for worse, better in _CLAIMS:
-        differences = [a["loss"] - b["loss"] for a, b in zip(found[worse], found[better], strict=True)]
+        differences = [
+            a["loss"] - b["loss"] for a, b in zip(found[worse], found[better], strict=True)
+        ]
         wins = sum(difference > 0 for difference in differences)
-        text += f"| {worse} | {better} | {wins} of {seeds} | {mean_deviation(differences, '+.4f')} |\n"
+        text += (
+            f"| {worse} | {better} | {wins} of {seeds} | {mean_deviation(differences, '+.4f')} |\n"
+        )
     _draw(found, folder / "parts.png")
     return text + "\n![held-out loss by step](parts.png)\n"
 
 
 def _factor(vanilla: list[dict[str, Any]], results: list[dict[str, Any]]) -> float:
-    """How many times fewer steps reach the vanilla model's last loss, median of seeds; a seed that does not reach it counts as 0."""
-    needed = [(base["curve"][-1][0], reached(result["curve"], base["loss"])) for base, result in zip(vanilla, results, strict=True)]
+    """How many times fewer steps reach the vanilla model's last loss, median of seeds; a seed that
+    does not reach it counts as 0.
+    """
+    needed = [
+        (base["curve"][-1][0], reached(result["curve"], base["loss"]))
+        for base, result in zip(vanilla, results, strict=True)
+    ]
     return statistics.median(total / taken if taken else 0.0 for total, taken in needed)
 
 
@@ -197,8 +288,21 @@ def _draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
     for color, (arm, results) in zip(COLORS, found.items(), strict=False):
         steps = [row[0] for row in results[0]["curve"]]
         losses = [[result["curve"][place][1] for result in results] for place in range(len(steps))]
-        axes.plot(steps, [statistics.mean(found) for found in losses], color=color, linewidth=1.8, label=arm)
-        axes.fill_between(steps, [min(found) for found in losses], [max(found) for found in losses], color=color, alpha=0.12, linewidth=0)
+        axes.plot(
+            steps,
+            [statistics.mean(found) for found in losses],
+            color=color,
+            linewidth=1.8,
+            label=arm,
+        )
+        axes.fill_between(
+            steps,
+            [min(found) for found in losses],
+            [max(found) for found in losses],
+            color=color,
+            alpha=0.12,
+            linewidth=0,
+        )
     last = [result["loss"] for results in found.values() for result in results]
     axes.set_ylim(min(last) - 0.05, max(last) + 0.6)
     axes.set_xlabel("steps")
@@ -208,7 +312,8 @@ def _draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 EXPERIMENT = Experiment(
-    what="Transformer, GELU, squared ReLU, MDHA, Transformer++, Primer-EZ and Primer of equal parameters, from bytes (section 4)",
+    what="Transformer, GELU, squared ReLU, MDHA, Transformer++, Primer-EZ and Primer of equal "
+    "parameters, from bytes (section 4)",
     points=_points,
     run=run_point,
     report=_report,

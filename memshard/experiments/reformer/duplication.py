@@ -1,4 +1,6 @@
-"""Copying 0w0w (Kitaev et al. 2020, section 5 and table 2): what a model trained with some rounds of LSH does with others."""
+"""Copying 0w0w (Kitaev et al. 2020, section 5 and table 2): what a model trained with some rounds
+of LSH does with others.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -41,20 +43,26 @@ def draw(words: int, batch: int, random: torch.Generator) -> Tensor:
 
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
-    """Train one layer with the attention point["attention"]; returns the percentage of the second half's symbols that it predicts with
-    each kind of attention: "full", or LSH with as many rounds.
+    """Train one layer with the attention point["attention"]; returns the percentage of the second
+    half's symbols that it predicts with each kind of attention: "full", or LSH with as many
+    rounds.
     """
     words, heads = point["words"], point["heads"]
     config = ModelConfig(
-        vocab_size=_SYMBOLS + 1, layers=1, dim=point["dim"], max_length=2 * words + 2, tie_head=False,
+        vocab_size=_SYMBOLS + 1,
+        layers=1,
+        dim=point["dim"],
+        max_length=2 * words + 2,
+        tie_head=False,
         mixer=MixerConfig(kind="lsh", heads=heads, chunk=point["chunk"], resample=True),
         feedforward=FeedForwardConfig(activation="relu", hidden=point["dim"]),
-    )  # fmt: skip
+    )
     model = Transformer(config)
     initialize(model, point["seed"])
     with torch.no_grad():
         for name in ("embedding", "positions"):
-            # What a token looks for depends on its position alone, which normalised input must show.
+            # What a token looks for depends on its position alone, which normalised input must
+            # show.
             model.get_submodule(name).weight.normal_(  # type: ignore[operator]
                 generator=torch.Generator().manual_seed(point["seed"])
             )
@@ -79,11 +87,15 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def attend(model: Transformer, kind: str, point: dict[str, Any]) -> None:
-    """Set the attention: LSH with so many rounds, or "full": all earlier tokens, with the same shared queries and keys."""
+    """Set the attention: LSH with so many rounds, or "full": all earlier tokens, with the same
+    shared queries and keys.
+    """
     mixer = model.blocks[0].mixer
     assert isinstance(mixer, LSHMixer)
     full = kind == "full"
-    mixer.buckets, mixer.chunk, mixer.rounds = (1, 2 * point["words"] + 2, 1) if full else (0, point["chunk"], int(kind))
+    mixer.buckets, mixer.chunk, mixer.rounds = (
+        (1, 2 * point["words"] + 2, 1) if full else (0, point["chunk"], int(kind))
+    )
 
 
 @torch.no_grad()
@@ -112,7 +124,10 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     for point, result in rows:
         found.setdefault(point["attention"], []).append(result)
     steps = {point["attention"]: point["steps"] for point, _ in rows}
-    text = "Percentage of the second half predicted, in brackets the published one (length 1024, 150,000 steps); here length "
+    text = (
+        "Percentage of the second half predicted, in brackets the published one (length 1024, "
+        "150,000 steps); here length "
+    )
     text += f"{2 * point['words'] + 2}, batches of {point['batch']}, width {point['dim']}, "
     text += f"chunk {point['chunk']}; {seeds(len(found['full']))}.\n\n"
     text += f"| trained with | steps | {' | '.join(map(_name, _EVALUATED))} |\n"
@@ -124,9 +139,22 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         ]
         text += f"| {_name(kind)} | {steps[kind]:,} | {' | '.join(cells)} |\n"
     rounds = [int(other) for other in reversed(_EVALUATED) if other != "full"]
-    copied = {f"trained with {_name(kind)}": {n: [result[str(n)] for result in results] for n in rounds} for kind, results in found.items()}
-    published = {f"trained with {_name(kind)}": dict(zip(reversed(rounds), of[1:], strict=True)) for kind, of in _PUBLISHED.items()}
-    lines(copied, published, folder / "duplication.png", "rounds of LSH in evaluation", "predicted, %", logarithmic="x")
+    copied = {
+        f"trained with {_name(kind)}": {n: [result[str(n)] for result in results] for n in rounds}
+        for kind, results in found.items()
+    }
+    published = {
+        f"trained with {_name(kind)}": dict(zip(reversed(rounds), of[1:], strict=True))
+        for kind, of in _PUBLISHED.items()
+    }
+    lines(
+        copied,
+        published,
+        folder / "duplication.png",
+        "rounds of LSH in evaluation",
+        "predicted, %",
+        logarithmic="x",
+    )
     return text + "\n![percentage predicted against rounds in evaluation](duplication.png)\n"
 
 
@@ -135,7 +163,8 @@ def _name(kind: str) -> str:
 
 
 EXPERIMENT = Experiment(
-    what="duplication 0w0w: trained with full attention or 1, 2, 4 rounds of LSH, evaluated with full, 1, 2, 4, 8 (table 2)",
+    what="duplication 0w0w: trained with full attention or 1, 2, 4 rounds of LSH, evaluated with "
+    "full, 1, 2, 4, 8 (table 2)",
     points=_points,
     run=train,
     report=_report,

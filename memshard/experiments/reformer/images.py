@@ -1,4 +1,6 @@
-"""Images as bytes (Kitaev et al. 2020, section 5): train on them, and complete the lower halves of held-out ones."""
+"""Images as bytes (Kitaev et al. 2020, section 5): train on them, and complete the lower halves of
+held-out ones.
+"""
 
 import math
 from pathlib import Path
@@ -25,7 +27,15 @@ from memshard.trainer.loop import evaluate_run
 from memshard.trainer.set_up import set_up
 
 _SHOWN = 10
-_COMMON = {"heads": 4, "pattern": ["local", "lsh"], "window": 64, "chunk": 64, "rounds": 2, "lr": 1e-3, "temperature": 0.9}
+_COMMON = {
+    "heads": 4,
+    "pattern": ["local", "lsh"],
+    "window": 64,
+    "chunk": 64,
+    "rounds": 2,
+    "lr": 1e-3,
+    "temperature": 0.9,
+}
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"layers": 2, "dim": 32, "batch": 4, "steps": 10},
     "small": {"layers": 4, "dim": 192, "batch": 8, "steps": 3000},
@@ -37,32 +47,52 @@ _TURNS = 3
 
 
 def complete(point: dict[str, Any]) -> dict[str, Any]:
-    """Train on the data folder point["data"], as a run of the trainer in point["run"] that resumes; then measure and complete images.
+    """Train on the data folder point["data"], as a run of the trainer in point["run"] that resumes;
+    then measure and complete images.
 
     FileNotFoundError, with the command that builds it, without the data.
     """
     if not Path(point["data"], INDEX_FILE).exists():
         raise FileNotFoundError(
-            f"there is no data folder {point['data']}: memshard data build IMAGES --images --image-size 16 --out {point['data']}"
+            f"there is no data folder {point['data']}: memshard data build IMAGES --images "
+            f"--image-size 16 --out {point['data']}"
         )
     index = load_index(point["data"])
     if index.shape is None:
-        raise ValueError(f"{point['data']} holds no images: build it with memshard data build IMAGES --images")
+        raise ValueError(
+            f"{point['data']} holds no images: build it with memshard data build IMAGES --images"
+        )
     values = math.prod(index.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mixer = MixerConfig(
-        pattern=tuple(point["pattern"]), heads=point["heads"], window=point["window"], chunk=point["chunk"], rounds=point["rounds"]
+        pattern=tuple(point["pattern"]),
+        heads=point["heads"],
+        window=point["window"],
+        chunk=point["chunk"],
+        rounds=point["rounds"],
     )
     steps = point["steps"]
     recipe = Recipe(
         data=DataConfig(path=point["data"], length=values),
         model=ModelConfig(
-            layers=point["layers"], dim=point["dim"], mixer=mixer, position="axial", axial=index.shape,
-            residual="reversible", tie_head=False,
+            layers=point["layers"],
+            dim=point["dim"],
+            mixer=mixer,
+            position="axial",
+            axial=index.shape,
+            residual="reversible",
+            tie_head=False,
         ),
-        train=TrainConfig(steps=steps, batch=point["batch"], seed=point["seed"], eval_every=0, log_every=50, save_every=200),
+        train=TrainConfig(
+            steps=steps,
+            batch=point["batch"],
+            seed=point["seed"],
+            eval_every=0,
+            log_every=50,
+            save_every=200,
+        ),
         optimizer=OptimizerConfig(lr=point["lr"], warmup=min(200, steps // 2)),
-    )  # fmt: skip
+    )
     run = set_up(recipe, Path(point["run"], f"seed-{point['seed']}"), device)
     finish(run)
     evaluation = evaluate_run(run)
@@ -74,10 +104,24 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
     rates = []
     for _ in range(_TURNS):
         begun = now(device)
-        lower = generate(model, originals[:, :half], values - half, temperature=point["temperature"], seed=point["seed"])
-        rates.append([lower.numel() / (now(device) - begun), _uncached_rate(model, originals.to(device), half)])
+        lower = generate(
+            model,
+            originals[:, :half],
+            values - half,
+            temperature=point["temperature"],
+            seed=point["seed"],
+        )
+        rates.append(
+            [
+                lower.numel() / (now(device) - begun),
+                _uncached_rate(model, originals.to(device), half),
+            ]
+        )
     return {
-        "bits": evaluation.loss / math.log(2) * evaluation.tokens / (held_out.windows * (values - 1)),
+        "bits": evaluation.loss
+        / math.log(2)
+        * evaluation.tokens
+        / (held_out.windows * (values - 1)),
         "baseline_bits": channel_bits(point["data"], index.shape),
         "rates": rates,
         "shape": list(index.shape),
@@ -87,18 +131,24 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def channel_bits(data: str, shape: tuple[int, int, int]) -> float:
-    """Bits a value of the held-out images under the training images' frequencies of values in each channel (add-one)."""
+    """Bits a value of the held-out images under the training images' frequencies of values in each
+    channel (add-one).
+    """
     values, channels = math.prod(shape), shape[2]
     stream = RecordStream(data, values, lanes=1, seed=0)
     counts = np.ones((channels, 256))
     for first in range(0, min(stream.samples_per_epoch, 5000), 500):
         images = _images(stream.batch(first, min(500, stream.samples_per_epoch - first)), values)
         for channel in range(channels):
-            counts[channel] += np.bincount(images[:, channel::channels].ravel(), minlength=256)[:256]
+            counts[channel] += np.bincount(images[:, channel::channels].ravel(), minlength=256)[
+                :256
+            ]
     bits = -np.log2(counts / counts.sum(1, keepdims=True))
     held_out = HeldOutRecords(data, values)
     images = _images(held_out.batch(0, held_out.windows), values)
-    return float(np.mean([bits[channel][images[:, channel::channels]].mean() for channel in range(channels)]))
+    return float(
+        np.mean([bits[channel][images[:, channel::channels]].mean() for channel in range(channels)])
+    )
 
 
 def _images(batch: Any, values: int) -> np.ndarray:
@@ -128,35 +178,51 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     cached, uncached = zip(*(turn for result in results for turn in result["rates"]), strict=True)
     ratios = [fast / slow for fast, slow in zip(cached, uncached, strict=True)]
     return (
-        f"Images of {height} x {width} x {channels}, {point['layers']} layers of width {point['dim']}, {point['steps']:,} steps of "
-        f"{point['batch']}: {mean_deviation([result['bits'] for result in results], '.3f')} bits a value on held-out images "
-        f"({seeds(len(results))}); {shown['baseline_bits']:.3f} without context (frequencies of each channel).\n"
-        f"Decoding {len(shown['originals'])} images: {median_range(cached, '.0f')} tokens/s with cached states, "
-        f"{median_range(uncached, '.1f')} with a forward pass a token, {median_range(ratios, '.1f')} times as many "
-        f"(medians of {len(cached)} interleaved turns, range).\n\n![held-out images: whole, upper half, completed](images.png)\n"
+        f"Images of {height} x {width} x {channels}, {point['layers']} layers of width "
+        f"{point['dim']}, {point['steps']:,} steps of "
+        f"{point['batch']}: {mean_deviation([result['bits'] for result in results], '.3f')} bits "
+        "a value on held-out images "
+        f"({seeds(len(results))}); {shown['baseline_bits']:.3f} without context (frequencies of "
+        "each channel).\n"
+        f"Decoding {len(shown['originals'])} images: {median_range(cached, '.0f')} tokens/s with "
+        "cached states, "
+        f"{median_range(uncached, '.1f')} with a forward pass a token, "
+        f"{median_range(ratios, '.1f')} times as many "
+        f"(medians of {len(cached)} interleaved turns, range).\n\n![held-out images: whole, upper "
+        "half, completed](images.png)\n"
     )
 
 
 def draw_grid(result: dict[str, Any], file: Path) -> None:
     """Held-out images in columns: whole, what was given, what the model made of it."""
     shape = result["shape"]
-    images, completed = (np.array(result[name], dtype=np.uint8).reshape(-1, *shape) for name in ("originals", "completed"))
+    images, completed = (
+        np.array(result[name], dtype=np.uint8).reshape(-1, *shape)
+        for name in ("originals", "completed")
+    )
     given = images.copy()
     given.reshape(len(given), -1)[:, given[0].size // 2 :] = 255
-    framed = np.pad(np.stack((images, given, completed)), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    framed = np.pad(
+        np.stack((images, given, completed)),
+        ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)),
+        constant_values=255,
+    )
     grid = np.concatenate([np.concatenate(list(row), 1) for row in framed], 0)
     figure = canvas(len(images), 3.2)
     axes = figure.subplots()
     axes.imshow(grid.squeeze(), cmap="gray", interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
-    axes.set_yticks([(row + 0.5) * grid.shape[0] / 3 for row in range(3)], ["whole", "given", "completed"])
+    axes.set_yticks(
+        [(row + 0.5) * grid.shape[0] / 3 for row in range(3)], ["whole", "given", "completed"]
+    )
     axes.tick_params(length=0)
     figure.savefig(file)
 
 
 EXPERIMENT = Experiment(
-    what="images as bytes: bits a value, and lower halves of held-out images completed (needs a folder data/images)",
+    what="images as bytes: bits a value, and lower halves of held-out images completed (needs a "
+    "folder data/images)",
     points=_points,
     run=complete,
     report=_report,

@@ -1,4 +1,6 @@
-"""Time against length at equal tokens: full attention and LSH attention of 1, 2, 4, 8 rounds (Kitaev et al. 2020, figure 5, right)."""
+"""Time against length at equal tokens: full attention and LSH attention of 1, 2, 4, 8 rounds
+(Kitaev et al. 2020, figure 5, right).
+"""
 
 import statistics
 from pathlib import Path
@@ -24,19 +26,32 @@ _SIZES: dict[Scale, dict[str, Any]] = {
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of processor time of a layer's forward and backward: kind ("full" or "LSH-r") -> length -> one number a round.
+    """Seconds of processor time of a layer's forward and backward: kind ("full" or "LSH-r") ->
+    length -> one number a round.
 
-    Every kind at every length in turn. One layer of two heads, width 128, chunks of 64. On a GPU seconds of the device.
+    Every kind at every length in turn. One layer of two heads, width 128, chunks of 64. On a GPU
+    seconds of the device.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers: dict[str, torch.nn.Module] = {"full": SoftmaxMixer(128, 2)}
     layers |= {f"LSH-{rounds}": LSHMixer(128, 2, rounds, 64) for rounds in _ROUNDS}
     for layer in layers.values():
         initialize(layer.to(device), 0)
-    seconds: dict[str, dict[str, list[float]]] = {kind: {str(length): [] for length in point["lengths"]} for kind in layers}
+    seconds: dict[str, dict[str, list[float]]] = {
+        kind: {str(length): [] for length in point["lengths"]} for kind in layers
+    }
     for turn in range(point["repeats"] + 1):
         for length in point["lengths"]:
-            x = torch.randn(point["tokens"] // length, length, 128, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+            x = (
+                torch.randn(
+                    point["tokens"] // length,
+                    length,
+                    128,
+                    generator=torch.Generator().manual_seed(0),
+                )
+                .to(device)
+                .requires_grad_()
+            )
             ctx = Context.of(x[..., 0])
             for kind, layer in layers.items():
                 begun = now(device)
@@ -52,23 +67,38 @@ def _points(scale: Scale) -> list[Point]:
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     ((point, result),) = rows
-    times = {kind: {int(length): seconds for length, seconds in of.items()} for kind, of in result.items()}
+    times = {
+        kind: {int(length): seconds for length, seconds in of.items()}
+        for kind, of in result.items()
+    }
     lines(times, {}, folder / "lengths.png", "length", "seconds a layer, forward and backward")
-    text = f"Seconds of one layer, forward and backward, {point['tokens']:,} tokens at every length, one thread; "
+    text = (
+        f"Seconds of one layer, forward and backward, {point['tokens']:,} tokens at every "
+        "length, one thread; "
+    )
     text += f"medians of {point['repeats']} interleaved rounds (range).\n\n"
     text += f"| length | {' | '.join(times)} |\n|---|{'---|' * len(times)}\n"
     for length in point["lengths"]:
         cells = [median_range(of[length], ".2f") for of in times.values()]
         text += f"| {length:,} | {' | '.join(cells)} |\n"
     lsh, full = times["LSH-2"], times["full"]
-    slower = [length for length in point["lengths"] if statistics.median(lsh[length]) >= statistics.median(full[length])]
+    slower = [
+        length
+        for length in point["lengths"]
+        if statistics.median(lsh[length]) >= statistics.median(full[length])
+    ]
     faster = [length for length in point["lengths"] if length > max(slower, default=0)]
-    text += f"\nTwo rounds are faster than full attention from length {min(faster):,} on.\n" if faster else ""
+    text += (
+        f"\nTwo rounds are faster than full attention from length {min(faster):,} on.\n"
+        if faster
+        else ""
+    )
     return text + "\n![seconds a layer against length](lengths.png)\n"
 
 
 EXPERIMENT = Experiment(
-    what="time against length at equal tokens: full attention, LSH of 1, 2, 4, 8 rounds (figure 5, right)",
+    what="time against length at equal tokens: full attention, LSH of 1, 2, 4, 8 rounds (figure "
+    "5, right)",
     points=_points,
     run=measure,
     report=_report,

@@ -8,16 +8,26 @@ from memshard.launch.cli.parser import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("config", help="what a recipe resolves to, what a key means, how two runs differ")
+    parser = subparsers.add_parser(
+        "config", help="what a recipe resolves to, what a key means, how two runs differ"
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     show = actions.add_parser("show", help="print the whole recipe, defaults included")
-    show.add_argument("recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder")
+    show.add_argument(
+        "recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder"
+    )
     show.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
     show.set_defaults(run=run_show)
 
     explain = actions.add_parser("explain", help="print type, default and meaning of keys")
-    explain.add_argument("key", nargs="?", default="", metavar="KEY", help="such as model.memory or model.memory.topk; all by default")
+    explain.add_argument(
+        "key",
+        nargs="?",
+        default="",
+        metavar="KEY",
+        help="such as model.memory or model.memory.topk; all by default",
+    )
     explain.set_defaults(run=run_explain)
 
     diff = actions.add_parser("diff", help="print the keys in which two recipes differ")
@@ -40,7 +50,10 @@ def run_explain(args: argparse.Namespace) -> dict[str, Any]:
         from memshard.trainer.config.explain import explain, matching
 
         print(explain(args.key))
-        return {key.name: {"type": key.type, "default": key.default, "doc": key.doc} for key in matching(args.key)}
+        return {
+            key.name: {"type": key.type, "default": key.default, "doc": key.doc}
+            for key in matching(args.key)
+        }
 
 
 def run_diff(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,9 +10,16 @@ from memshard.launch.cli.parser import Subparsers
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("doctor", help="check the installation; or who is late, what is stale, which checkpoint is good")
-    parser.add_argument("folder", nargs="?", metavar="RUN_DIR", help="a run's folder (default: the installation)")
-    parser.add_argument("--deep", action="store_true", help="read every checkpoint against its hashes")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check the installation; or who is late, what is stale, which checkpoint is good",
+    )
+    parser.add_argument(
+        "folder", nargs="?", metavar="RUN_DIR", help="a run's folder (default: the installation)"
+    )
+    parser.add_argument(
+        "--deep", action="store_true", help="read every checkpoint against its hashes"
+    )
     parser.set_defaults(run=run)
 
 
@@ -21,9 +28,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         from memshard.launch.doctor import check_installation, check_run
 
-        findings = list(check_run(Path(args.folder), args.deep) if args.folder else check_installation())
+        findings = list(
+            check_run(Path(args.folder), args.deep) if args.folder else check_installation()
+        )
     if not args.json:
         for finding in findings:
             print(f"{'!!' if finding.bad else 'ok'}  {finding.text}")
     bad = [finding.text for finding in findings if finding.bad]
-    return {"well": not bad, "bad": bad, "notes": [finding.text for finding in findings if not finding.bad]}
+    return {
+        "well": not bad,
+        "bad": bad,
+        "notes": [finding.text for finding in findings if not finding.bad],
+    }

@@ -1,4 +1,6 @@
-"""`memshard eval`: held-out loss, perplexity, bits per byte, BLEU of translations, and how the memory is used."""
+"""`memshard eval`: held-out loss, perplexity, bits per byte, BLEU of translations, and how the
+memory is used.
+"""
 
 import argparse
 import json
@@ -21,26 +23,96 @@ _TIMEOUT = 600.0
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("eval", help="perplexity, bits per byte, BLEU, memory usage; tasks of lm-evaluation-harness")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
-    parser.add_argument("--data", metavar="DIR", help="data set whose held-out text is read (default: the one of the run)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at a time, on each process (default 16)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens in a window (default: the run's data.length)")
-    parser.add_argument("--stride", type=int, metavar="N", help="slide windows by N tokens; 1: full context for each (default --length)")
-    parser.add_argument(
-        "--untruncated", action="store_true", help="read the text as one, with carried states (linear and delta mixers, no positions)"
+    parser = subparsers.add_parser(
+        "eval", help="perplexity, bits per byte, BLEU, memory usage; tasks of lm-evaluation-harness"
     )
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
-    parser.add_argument("--memmap", action="store_true", help="leave value tables on disk; always so on several processes")
-    parser.add_argument("--pictures", metavar="DIR", help="draw the loss curve and each table's used-slots map (needs memshard[eval])")
-    parser.add_argument("--dead-rows", metavar="FILE", help="write slots i1 * keys + i2 that no held-out token reads, as JSON by table")
-    parser.add_argument("--pairs", nargs=2, metavar=("SRC", "REF"), help="of translators: BLEU on these files, a sentence a line (or .gz)")
-    parser.add_argument("--beam", type=int, default=4, metavar="N", help="of translators: width of the beam (default 4)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="A", help="of translators: 0 for none (default 1)")
-    parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, comma-separated, instead of held-out text")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="a run folder (its newest checkpoint), a checkpoint or an export",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="data set whose held-out text is read (default: the one of the run)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="sequences at a time, on each process (default 16)",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens in a window (default: the run's data.length)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="slide windows by N tokens; 1: full context for each (default --length)",
+    )
+    parser.add_argument(
+        "--untruncated",
+        action="store_true",
+        help="read the text as one, with carried states (linear and delta mixers, no positions)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="arithmetic of matrix products",
+    )
+    parser.add_argument(
+        "--memmap",
+        action="store_true",
+        help="leave value tables on disk; always so on several processes",
+    )
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="draw the loss curve and each table's used-slots map (needs memshard[eval])",
+    )
+    parser.add_argument(
+        "--dead-rows",
+        metavar="FILE",
+        help="write slots i1 * keys + i2 that no held-out token reads, as JSON by table",
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs=2,
+        metavar=("SRC", "REF"),
+        help="of translators: BLEU on these files, a sentence a line (or .gz)",
+    )
+    parser.add_argument(
+        "--beam",
+        type=int,
+        default=4,
+        metavar="N",
+        help="of translators: width of the beam (default 4)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="A",
+        help="of translators: 0 for none (default 1)",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="tasks of lm-evaluation-harness, comma-separated, instead of held-out text",
+    )
     parser.add_argument("--task-dir", metavar="DIR", help="folder of task files of your own")
-    parser.add_argument("--limit", type=int, metavar="N", help="examples of a task to read at most (default all)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="examples of a task to read at most (default all)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -59,7 +131,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise ValueError(f"--batch is {args.batch}; it must be at least 1")
             loaded = load(args.checkpoint, args.memmap or ranks > 1, device)
             if loaded.recipe.model.translates and ranks > 1:
-                raise ValueError("translation is evaluated on one process: start it without torchrun")
+                raise ValueError(
+                    "translation is evaluated on one process: start it without torchrun"
+                )
         if args.tasks:
             return _run_tasks(args, loaded, device, ranks)
         if args.pairs:
@@ -67,7 +141,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _read_held_out(args, loaded, device, ranks)
 
 
-def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
+def _read_held_out(
+    args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int
+) -> dict[str, Any]:
     from memshard.data_pipeline.stream.held_out import HeldOutStream
     from memshard.data_pipeline.stream.open_stream import open_held_out
     from memshard.data_pipeline.stream.records import HeldOutRecords
@@ -87,12 +163,16 @@ def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "tor
             rows, length = 1, args.batch * length
         held_out = open_held_out(data, length, args.max_tokens, args.stride)
         if args.untruncated and not isinstance(held_out, HeldOutStream):
-            raise ValueError(f"{data} holds whole records, none of which goes on: leave out --untruncated")
+            raise ValueError(
+                f"{data} holds whole records, none of which goes on: leave out --untruncated"
+            )
         loaded.check_tokenizer(data)
         task = build_task(loaded.recipe, device, data=data)
     begun = time.perf_counter()
     dtype = compute_dtype(args.precision, device)
-    evaluation = evaluate(loaded.model, task, held_out, rows, dtype, rank(), ranks, carry=args.untruncated)
+    evaluation = evaluate(
+        loaded.model, task, held_out, rows, dtype, rank(), ranks, carry=args.untruncated
+    )
     result: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
@@ -106,7 +186,9 @@ def _read_held_out(args: argparse.Namespace, loaded: "LoadedModel", device: "tor
     if isinstance(task, TranslationTask) and isinstance(held_out, HeldOutRecords):
         result |= _scores(args, loaded, dtype, *held_out_texts(held_out, loaded.tokenizer))
     elif isinstance(task, MaskedTokenTask):
-        result["accuracy"] = masked_accuracy(loaded.model, task, held_out, args.batch, dtype, rank(), ranks)
+        result["accuracy"] = masked_accuracy(
+            loaded.model, task, held_out, args.batch, dtype, rank(), ranks
+        )
     elif held_out.words is not None and held_out.text_bytes is not None:
         result["word_perplexity"] = evaluation.word_perplexity(held_out.words)
         result["bits_per_byte"] = evaluation.bits_per_byte(held_out.text_bytes)
@@ -131,19 +213,29 @@ def _check_untruncated(args: argparse.Namespace, loaded: "LoadedModel", ranks: i
 
     check_states(loaded.recipe.model, "--untruncated", endless=True)
     if args.stride is not None:
-        raise ValueError("--untruncated reads every token after all before it, where --stride slides a window: leave one of them out")
+        raise ValueError(
+            "--untruncated reads every token after all before it, where --stride slides a window: "
+            "leave one of them out"
+        )
     if ranks > 1:
-        raise ValueError("--untruncated reads one text from its start to its end: start it without torchrun")
+        raise ValueError(
+            "--untruncated reads one text from its start to its end: start it without torchrun"
+        )
 
 
-def _score_files(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device") -> dict[str, Any]:
+def _score_files(
+    args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device"
+) -> dict[str, Any]:
     """BLEU of translated files."""
     from memshard.data_pipeline.prepare.inputs import read_lines
     from memshard.trainer.precision import compute_dtype
 
     with usage_errors():
         if not loaded.recipe.model.translates:
-            raise ValueError(f"--pairs is for models that translate (model.encoder_layers), which {loaded.path} is not: leave it out")
+            raise ValueError(
+                "--pairs is for models that translate (model.encoder_layers), which "
+                f"{loaded.path} is not: leave it out"
+            )
         source, reference = (read_lines(Path(file)) for file in args.pairs)
         scores = _scores(args, loaded, compute_dtype(args.precision, device), source, reference)
     if not args.json:
@@ -153,7 +245,11 @@ def _score_files(args: argparse.Namespace, loaded: "LoadedModel", device: "torch
 
 
 def _scores(
-    args: argparse.Namespace, loaded: "LoadedModel", dtype: "torch.dtype", source: list[str], reference: list[str]
+    args: argparse.Namespace,
+    loaded: "LoadedModel",
+    dtype: "torch.dtype",
+    source: list[str],
+    reference: list[str],
 ) -> dict[str, Any]:
     from memshard.models.seq2seq import EncoderDecoder
     from memshard.trainer.evaluation.translation import bleu, translate
@@ -162,7 +258,9 @@ def _scores(
     begun = time.perf_counter()
     settings = {"beam": args.beam, "length_penalty": args.length_penalty}
     with usage_errors():
-        translations = translate(loaded.model, loaded.tokenizer, source, dtype, batch=args.batch, **settings)
+        translations = translate(
+            loaded.model, loaded.tokenizer, source, dtype, batch=args.batch, **settings
+        )
         seconds = time.perf_counter() - begun
         score, margin, signature = bleu(translations, reference)
     examples = [list(row) for row in zip(source[:3], translations, reference, strict=False)]
@@ -177,20 +275,29 @@ def _show_scores(result: dict[str, Any]) -> None:
         print(f"  {source}\n    model      {translation}\n    reference  {reference}")
 
 
-def _run_tasks(args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int) -> dict[str, Any]:
+def _run_tasks(
+    args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int
+) -> dict[str, Any]:
     from memshard.trainer.precision import compute_dtype
 
     with usage_errors():
         if ranks > 1:
             raise ValueError("--tasks runs on one process: start it without torchrun")
         if loaded.recipe.model.encoder_layers:
-            raise ValueError("--tasks are for language models, and this one has an encoder (model.encoder_layers): leave it out")
+            raise ValueError(
+                "--tasks are for language models, and this one has an encoder "
+                "(model.encoder_layers): leave it out"
+            )
         try:
             from memshard.trainer.evaluation.harness import HarnessModel, run_tasks
         except ModuleNotFoundError as error:
-            raise ValueError("--tasks needs lm-evaluation-harness: pip install memshard[eval]") from error
+            raise ValueError(
+                "--tasks needs lm-evaluation-harness: pip install memshard[eval]"
+            ) from error
         dtype = compute_dtype(args.precision, device)
-        model = HarnessModel(loaded.model, loaded.tokenizer, _length(args, loaded), args.batch, dtype)
+        model = HarnessModel(
+            loaded.model, loaded.tokenizer, _length(args, loaded), args.batch, dtype
+        )
         results = run_tasks(model, args.tasks.split(","), args.task_dir, args.limit)
     if not args.json:
         for task, numbers in results.items():
@@ -204,7 +311,10 @@ def _length(args: argparse.Namespace, loaded: "LoadedModel") -> int:
     length = args.length or loaded.recipe.data.length
     model = loaded.recipe.model
     if model.position in ("learned", "axial") and length > (model.max_length or length):
-        raise ValueError(f"--length is {length}, but the model has {model.max_length} {model.position} positions: use at most that many")
+        raise ValueError(
+            f"--length is {length}, but the model has {model.max_length} {model.position} "
+            "positions: use at most that many"
+        )
     return length
 
 
@@ -212,8 +322,13 @@ def _write_dead_rows(loaded: "LoadedModel", evaluation: "Evaluation", file: Path
     from memshard.models.memory.product_key import row_slots
 
     keys = loaded.recipe.model.memory.keys
-    dead = {name: row_slots((counter.counts == 0).nonzero().flatten(), keys) for name, counter in evaluation.counters.items()}
-    file.write_text(json.dumps({name: slots.sort().values.tolist() for name, slots in dead.items()}))
+    dead = {
+        name: row_slots((counter.counts == 0).nonzero().flatten(), keys)
+        for name, counter in evaluation.counters.items()
+    }
+    file.write_text(
+        json.dumps({name: slots.sort().values.tolist() for name, slots in dead.items()})
+    )
 
 
 def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list[str]:
@@ -240,10 +355,19 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
 
 
 def _show(result: dict[str, Any]) -> None:
-    print(f"{result['checkpoint']} on {result['data']}: {result['tokens']:,} held-out tokens{', read as one text' * result['untruncated']}")
-    print(f"  loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f} a token", end="")
+    print(
+        f"{result['checkpoint']} on {result['data']}: {result['tokens']:,} held-out "
+        f"tokens{', read as one text' * result['untruncated']}"
+    )
+    print(
+        f"  loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f} a token",
+        end="",
+    )
     if "bits_per_byte" in result:
-        print(f", {result['word_perplexity']:.1f} a word, {result['bits_per_byte']:.4f} bits a byte", end="")
+        print(
+            f", {result['word_perplexity']:.1f} a word, {result['bits_per_byte']:.4f} bits a byte",
+            end="",
+        )
     print(f", {result['accuracy']:.1%} of the hidden tokens found" if "accuracy" in result else "")
     if "bleu" in result:
         _show_scores(result)
@@ -251,9 +375,12 @@ def _show(result: dict[str, Any]) -> None:
     print(f"  loss from position on  {', '.join(places)}")
     for name, report in result["usage"].items():
         print(
-            f"  {name}: {report['usage']:.1%} of slots read ({report['reads_per_slot']:.1f} reads a slot), "
-            f"KL to uniform {report['kl_weighted']:.3f} weighted, {report['kl_count']:.3f} by count, Gini {report['gini']:.3f}; "
-            f"50, 90, 99 % of the reads take {report['top50']:,}, {report['top90']:,}, {report['top99']:,} slots"
+            f"  {name}: {report['usage']:.1%} of slots read ({report['reads_per_slot']:.1f} reads "
+            "a slot), "
+            f"KL to uniform {report['kl_weighted']:.3f} weighted, {report['kl_count']:.3f} by "
+            f"count, Gini {report['gini']:.3f}; "
+            f"50, 90, 99 % of the reads take {report['top50']:,}, {report['top90']:,}, "
+            f"{report['top99']:,} slots"
         )
     if "dead_rows" in result:
         print(f"  {result['dead_rows']}")

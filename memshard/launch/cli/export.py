@@ -10,13 +10,28 @@ from memshard.launch.cli.parser import Subparsers
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
     parser = subparsers.add_parser("export", help="one safetensors file, or a Hugging Face model")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
-    parser.add_argument("out", metavar="OUT", help="a new folder")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of all floating-point tensors (default fp32)")
     parser.add_argument(
-        "--tables", choices=("fp32", "fp16", "bf16", "int8"), help="of value tables; int8 with a scale a row (default --dtype)"
+        "checkpoint",
+        metavar="CKPT",
+        help="a run folder (its newest checkpoint), a checkpoint or an export",
     )
-    parser.add_argument("--huggingface", action="store_true", help="add the code for transformers (AutoModelForCausalLM, AutoTokenizer)")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of all floating-point tensors (default fp32)",
+    )
+    parser.add_argument(
+        "--tables",
+        choices=("fp32", "fp16", "bf16", "int8"),
+        help="of value tables; int8 with a scale a row (default --dtype)",
+    )
+    parser.add_argument(
+        "--huggingface",
+        action="store_true",
+        help="add the code for transformers (AutoModelForCausalLM, AutoTokenizer)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -27,8 +42,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         exported = export(args.checkpoint, args.out, args.dtype, args.tables, args.huggingface)
     if not args.json:
-        print(f"{exported.path}: step {exported.step}, {exported.bytes / 1e6:,.1f} MB, logits as in the checkpoint", end="")
-        print(f" (rounding moves them by at most {exported.difference:.2g})" if exported.difference else "")
+        print(
+            f"{exported.path}: step {exported.step}, {exported.bytes / 1e6:,.1f} MB, logits as in "
+            "the checkpoint",
+            end="",
+        )
+        print(
+            f" (rounding moves them by at most {exported.difference:.2g})"
+            if exported.difference
+            else ""
+        )
     return {
         "export": str(exported.path),
         "step": exported.step,

@@ -21,22 +21,61 @@ _TIMEOUT = 600.0
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("generate", help="continue prompts, or translate them")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its newest checkpoint), a checkpoint or an export")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="text to continue; empty for a new document")
-    source.add_argument("--prompts", metavar="FILE", help="texts to continue as one batch, one a line")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help=f"tokens to write at most (default {DEFAULT_TOKENS}, or what learned positions allow)"
+        "checkpoint",
+        metavar="CKPT",
+        help="a run folder (its newest checkpoint), a checkpoint or an export",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompt", metavar="TEXT", help="text to continue; empty for a new document"
+    )
+    source.add_argument(
+        "--prompts", metavar="FILE", help="texts to continue as one batch, one a line"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens to write at most (default {DEFAULT_TOKENS}, or what learned positions allow)",
     )
     heat = parser.add_mutually_exclusive_group()
-    heat.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divides the logits (default 1)")
-    heat.add_argument("--greedy", action="store_true", help="take the best token, as --temperature 0 does")
-    parser.add_argument("--topk", type=int, metavar="K", help="draw among the K best tokens (default all)")
-    parser.add_argument("--topp", type=float, metavar="P", help="draw among the fewest tokens of total probability P (default all)")
-    parser.add_argument("--beam", type=int, default=4, metavar="N", help="of translators: width of the beam (default 4)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="A", help="of translators: 0 for none (default 1)")
+    heat.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="divides the logits (default 1)"
+    )
+    heat.add_argument(
+        "--greedy", action="store_true", help="take the best token, as --temperature 0 does"
+    )
+    parser.add_argument(
+        "--topk", type=int, metavar="K", help="draw among the K best tokens (default all)"
+    )
+    parser.add_argument(
+        "--topp",
+        type=float,
+        metavar="P",
+        help="draw among the fewest tokens of total probability P (default all)",
+    )
+    parser.add_argument(
+        "--beam",
+        type=int,
+        default=4,
+        metavar="N",
+        help="of translators: width of the beam (default 4)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="A",
+        help="of translators: 0 for none (default 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides the draws (default 0)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic of matrix products")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="arithmetic of matrix products",
+    )
     parser.add_argument("--memmap", action="store_true", help="leave value tables on disk")
     parser.set_defaults(run=run)
 
@@ -49,14 +88,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
-    from memshard.models.decode.generate import check_request, generate, left_padded, possible_tokens
+    from memshard.models.decode.generate import (
+        check_request,
+        generate,
+        left_padded,
+        possible_tokens,
+    )
     from memshard.trainer.precision import autocast, compute_dtype
 
-    sampling = {"temperature": 0.0 if args.greedy else args.temperature, "topk": args.topk, "topp": args.topp}
+    sampling = {
+        "temperature": 0.0 if args.greedy else args.temperature,
+        "topk": args.topk,
+        "topp": args.topp,
+    }
     with usage_errors():
         from memshard.trainer.checkpoint.load_model import load
 
-        prompts = [args.prompt] if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        prompts = (
+            [args.prompt]
+            if args.prompts is None
+            else Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        )
         if not prompts:
             raise ValueError(f"{args.prompts} is empty: write a text to continue on each line")
         loaded = load(args.checkpoint, args.memmap, device)
@@ -64,9 +116,15 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
             return _translate(args, loaded, prompts, compute_dtype(args.precision, device))
         # A document begins after <eos>.
         eos = loaded.tokenizer.eos_id
-        tokens, real = left_padded([ids or [eos] for ids in loaded.tokenizer.encode_batch(prompts, threads=1)], eos)
+        tokens, real = left_padded(
+            [ids or [eos] for ids in loaded.tokenizer.encode_batch(prompts, threads=1)], eos
+        )
         possible = possible_tokens(loaded.model, tokens.shape[1])
-        limit = args.max_tokens if args.max_tokens is not None else min(DEFAULT_TOKENS, possible or DEFAULT_TOKENS)
+        limit = (
+            args.max_tokens
+            if args.max_tokens is not None
+            else min(DEFAULT_TOKENS, possible or DEFAULT_TOKENS)
+        )
         check_request(loaded.model, tokens, limit, **sampling)
 
     show = not args.json
@@ -82,7 +140,16 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
 
     began = time.perf_counter()
     with autocast(compute_dtype(args.precision, device), device):
-        new = generate(loaded.model, tokens, limit, real=real, stop=eos, seed=args.seed, on_token=on_token, **sampling).tolist()
+        new = generate(
+            loaded.model,
+            tokens,
+            limit,
+            real=real,
+            stop=eos,
+            seed=args.seed,
+            on_token=on_token,
+            **sampling,
+        ).tolist()
     seconds = time.perf_counter() - began
     rows = [row[: row.index(eos) + 1] if eos in row else row for row in new]
     texts = [loaded.tokenizer.decode(row) for row in rows]
@@ -90,25 +157,42 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
         print(texts[0][len(growing.shown) :])
     elif show:
         print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
-    results = [{"prompt": prompt, "text": text, "tokens": len(row)} for prompt, text, row in zip(prompts, texts, rows, strict=True)]
+    results = [
+        {"prompt": prompt, "text": text, "tokens": len(row)}
+        for prompt, text, row in zip(prompts, texts, rows, strict=True)
+    ]
     rate = {"tokens_per_s": sum(map(len, rows)) / seconds}
     return {**results[0], **rate} if args.prompts is None else {"results": results, **rate}
 
 
-def _translate(args: argparse.Namespace, loaded: "LoadedModel", texts: list[str], dtype: "torch.dtype") -> dict[str, Any]:
+def _translate(
+    args: argparse.Namespace, loaded: "LoadedModel", texts: list[str], dtype: "torch.dtype"
+) -> dict[str, Any]:
     from memshard.models.seq2seq import EncoderDecoder
     from memshard.trainer.evaluation.translation import translate
 
     assert isinstance(loaded.model, EncoderDecoder)
-    translations = translate(loaded.model, loaded.tokenizer, texts, dtype, beam=args.beam, length_penalty=args.length_penalty)
+    translations = translate(
+        loaded.model,
+        loaded.tokenizer,
+        texts,
+        dtype,
+        beam=args.beam,
+        length_penalty=args.length_penalty,
+    )
     if not args.json:
         print("\n".join(translations))
-    results = [{"prompt": text, "text": translation} for text, translation in zip(texts, translations, strict=True)]
+    results = [
+        {"prompt": text, "text": translation}
+        for text, translation in zip(texts, translations, strict=True)
+    ]
     return results[0] if args.prompts is None else {"results": results}
 
 
 class GrowingText:
-    """The text of tokens that come one by one; a character whose bytes are not all there yet waits for the rest."""
+    """The text of tokens that come one by one; a character whose bytes are not all there yet waits
+    for the rest.
+    """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self.tokenizer = tokenizer

@@ -10,10 +10,22 @@ from memshard.launch.cli.parser import Subparsers
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("import", help="memories of XLM, Meta or lucidrains; exports back to checkpoints")
-    parser.add_argument("source", metavar="SRC", help="a safetensors file with memory layers, or a folder that memshard export wrote")
+    parser = subparsers.add_parser(
+        "import", help="memories of XLM, Meta or lucidrains; exports back to checkpoints"
+    )
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a safetensors file with memory layers, or a folder that memshard export wrote",
+    )
     parser.add_argument("out", metavar="OUT", help="a new folder: a memory each, or a checkpoint")
-    parser.add_argument("--topk", type=int, default=32, metavar="K", help="slots that a head reads, which weights do not tell (default 32)")
+    parser.add_argument(
+        "--topk",
+        type=int,
+        default=32,
+        metavar="K",
+        help="slots that a head reads, which weights do not tell (default 32)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -30,13 +42,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if is_export(source):
             step = bring_back(source, out)
             if not args.json:
-                print(f"{out}: checkpoint of step {step}, for eval, generate, export and train init_from={out}")
+                print(
+                    f"{out}: checkpoint of step {step}, for eval, generate, export and train "
+                    f"init_from={out}"
+                )
             return {"checkpoint": str(out), "step": step}
         if source.is_dir():
             raise ValueError(f"{source} is no folder that memshard export wrote")
         found = import_memories(source, out, args.topk)
     if not args.json:
         for memory in found:
-            print(f"{memory.path}: {memory.family} memory, {', '.join(f'{key} {value}' for key, value in memory.settings.items())}")
+            print(
+                f"{memory.path}: {memory.family} memory, "
+                f"{', '.join(f'{key} {value}' for key, value in memory.settings.items())}"
+            )
         print("load one with memshard.load_memory(folder)")
-    return {"memories": [{"path": str(memory.path), "family": memory.family, **memory.settings} for memory in found]}
+    return {
+        "memories": [
+            {"path": str(memory.path), "family": memory.family, **memory.settings}
+            for memory in found
+        ]
+    }

@@ -1,4 +1,6 @@
-"""`memshard launch`: start a recipe through SLURM, DeepSpeed's launcher or torchrun, or print what would start it."""
+"""`memshard launch`: start a recipe through SLURM, DeepSpeed's launcher or torchrun, or print what
+would start it.
+"""
 
 import argparse
 import os
@@ -16,36 +18,81 @@ if TYPE_CHECKING:
     from memshard.launch.launchers.start import Start
 
 _NUMBERS = ("nodes", "gpus", "ranks", "cpus", "notice")
-_OPTIONS = (*_NUMBERS, "time", "partition", "account", "qos", "constraint", "venv", "container", "interface")
+_OPTIONS = (
+    *_NUMBERS,
+    "time",
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "venv",
+    "container",
+    "interface",
+)
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("launch", help="start on this machine, on hosts over ssh, or through SLURM")
+    parser = subparsers.add_parser(
+        "launch", help="start on this machine, on hosts over ssh, or through SLURM"
+    )
     how = parser.add_subparsers(dest="how", metavar="HOW", required=True, parser_class=type(parser))
 
     local = how.add_parser("local", help="torchrun on this machine")
     _common(local)
-    local.add_argument("--ranks", type=int, metavar="N", help="processes (default: one a GPU, or one)")
-    local.add_argument("--restarts", type=int, default=0, metavar="N", help="how often to start again after a failure (default 0)")
+    local.add_argument(
+        "--ranks", type=int, metavar="N", help="processes (default: one a GPU, or one)"
+    )
+    local.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often to start again after a failure (default 0)",
+    )
     local.set_defaults(run=run_local)
 
-    deepspeed = how.add_parser("deepspeed", help="DeepSpeed's launcher over the hosts of a hostfile")
+    deepspeed = how.add_parser(
+        "deepspeed", help="DeepSpeed's launcher over the hosts of a hostfile"
+    )
     _common(deepspeed)
-    deepspeed.add_argument("--hostfile", required=True, metavar="FILE", help="lines such as: n1 slots=8")
-    for option, text in (("launcher", "pdsh (default), openmpi, mvapich, ..."), ("include", "such as n1@n2:0,1"), ("exclude", "")):
-        deepspeed.add_argument(f"--{option}", metavar="TEXT", help=f"DeepSpeed's own: {text}".rstrip(": "))
+    deepspeed.add_argument(
+        "--hostfile", required=True, metavar="FILE", help="lines such as: n1 slots=8"
+    )
+    for option, text in (
+        ("launcher", "pdsh (default), openmpi, mvapich, ..."),
+        ("include", "such as n1@n2:0,1"),
+        ("exclude", ""),
+    ):
+        deepspeed.add_argument(
+            f"--{option}", metavar="TEXT", help=f"DeepSpeed's own: {text}".rstrip(": ")
+        )
     for option in ("master_addr", "master_port", "ssh_port"):
-        deepspeed.add_argument(f"--{option.replace('_', '-')}", dest=option, metavar="TEXT", help="DeepSpeed's own")
+        deepspeed.add_argument(
+            f"--{option.replace('_', '-')}", dest=option, metavar="TEXT", help="DeepSpeed's own"
+        )
     _cluster(deepspeed, ("gpus", "cpus", "interface"))
     deepspeed.set_defaults(run=run_deepspeed)
 
     slurm = how.add_parser("slurm", help="an sbatch script, submitted")
     _common(slurm)
     flavours = ["srun", "torchrun", "deepspeed"]
-    slurm.add_argument("--flavour", choices=flavours, default="srun", help="who starts a node's ranks (default srun)")
-    slurm.add_argument("--array", type=int, default=1, metavar="N", help="N turns of the job, one after the other, as an array")
-    slurm.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each waiting for the one before")
+    slurm.add_argument(
+        "--flavour",
+        choices=flavours,
+        default="srun",
+        help="who starts a node's ranks (default srun)",
+    )
+    slurm.add_argument(
+        "--array",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N turns of the job, one after the other, as an array",
+    )
+    slurm.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, each waiting for the one before"
+    )
     slurm.add_argument("--after", metavar="JOB", help="wait until this job has ended")
     _cluster(slurm, _OPTIONS)
     slurm.set_defaults(run=run_slurm)
@@ -64,7 +111,10 @@ def run_local(args: argparse.Namespace) -> dict[str, Any]:
         if ranks < 1:
             raise ValueError(f"--ranks is {ranks}; it must be at least 1")
         start = _installed(args)
-    command, environment = foreground.local_command(start, ranks, args.restarts, notice=180), foreground.local_environment()
+    command, environment = (
+        foreground.local_command(start, ranks, args.restarts, notice=180),
+        foreground.local_environment(),
+    )
     if args.dry_run:
         return _show(args, command, environment)
     return _outcome(foreground.run_here(command, environment), start)
@@ -76,7 +126,9 @@ def run_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
 
     with usage_errors():
         hosts = Path(args.hostfile)
-        if not hosts.is_file() or not re.search(r"^\s*\S+\s+slots=\d+", hosts.read_text(), re.MULTILINE):
+        if not hosts.is_file() or not re.search(
+            r"^\s*\S+\s+slots=\d+", hosts.read_text(), re.MULTILINE
+        ):
             raise ValueError(f"{hosts} is no hostfile: it must hold lines such as `n1 slots=8`")
         cluster = _load_cluster(args)
         names = ("launcher", "include", "exclude", "master_addr", "master_port", "ssh_port")
@@ -100,7 +152,12 @@ def run_slurm(args: argparse.Namespace) -> dict[str, Any]:
         start = _installed(args) if args.dry_run else _snapshot(args)
         folder = str(Path(start.folder).resolve())
         if not args.dry_run:
-            start = replace(start, recipe=str(Path(start.recipe).resolve()), folder=folder, code=str(Path(start.code or "").resolve()))
+            start = replace(
+                start,
+                recipe=str(Path(start.recipe).resolve()),
+                folder=folder,
+                code=str(Path(start.code or "").resolve()),
+            )
         python = "python" if cluster.venv or cluster.container else sys.executable
         job = slurm.Job(
             start=start,
@@ -123,19 +180,36 @@ def run_slurm(args: argparse.Namespace) -> dict[str, Any]:
             jobs.append(slurm.submit(path, jobs[-1] if jobs else args.after))
     logs = f"{folder}/log/slurm-*.out, rank*.log"
     if not args.json:
-        print(f"job {', '.join(jobs)}: {path}\nlogs: {logs}\nwho is late, what is stale: memshard doctor {folder}")
+        print(
+            f"job {', '.join(jobs)}: {path}\nlogs: {logs}\nwho is late, what is stale: memshard "
+            f"doctor {folder}"
+        )
     return {"jobs": jobs, "script": str(path), "logs": logs, "run": folder}
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, the name of a bundled recipe, or a run folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
-    parser.add_argument("--run", dest="folder", metavar="DIR", help="the run's folder (default runs/RECIPE)")
-    parser.add_argument("--dry-run", action="store_true", help="print the command or script, start nothing")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a YAML file, the name of a bundled recipe, or a run folder",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
+    )
+    parser.add_argument(
+        "--run", dest="folder", metavar="DIR", help="the run's folder (default runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command or script, start nothing"
+    )
 
 
 def _cluster(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
-    parser.add_argument("--cluster", metavar="FILE", help="facts about the cluster (default cluster.yaml, where there is one)")
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="facts about the cluster (default cluster.yaml, where there is one)",
+    )
     for name in names:
         kind, metavar = (int, "N") if name in _NUMBERS else (str, "TEXT")
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help="as in the file")
@@ -176,12 +250,19 @@ def _show(args: argparse.Namespace, command: list[str], environment: str = "") -
 
 
 def _outcome(code: int, start: "Start") -> dict[str, Any]:
-    """What a launcher's end means: its own exit code does not tell a stop from a failure, rank 0's heartbeat does."""
+    """What a launcher's end means: its own exit code does not tell a stop from a failure, rank 0's
+    heartbeat does.
+    """
     from memshard.trainer.watch.heartbeat import read_beats
 
     beats = read_beats(Path(start.folder))
     if code and beats and beats[0].rank == 0 and beats[0].ended == "stopped":
-        raise Stopped(f"at step {beats[0].step}, saved; the same command goes on", {"step": beats[0].step})
+        raise Stopped(
+            f"at step {beats[0].step}, saved; the same command goes on", {"step": beats[0].step}
+        )
     if code:
-        raise RuntimeError(f"the launcher ended with exit code {code}; see above, and memshard doctor {start.folder}")
+        raise RuntimeError(
+            f"the launcher ended with exit code {code}; see above, and memshard doctor "
+            f"{start.folder}"
+        )
     return {"run": start.folder}

@@ -1,7 +1,8 @@
 """The `memshard` command: parses, runs one command, and turns its end into output and exit code.
 
-Exit codes: 0 done, 2 bad usage or recipe, 75 stopped early but resumable, 1 anything else. With --json, standard output
-holds exactly one JSON object, written by rank 0; whatever else is printed goes to standard error.
+Exit codes: 0 done, 2 bad usage or recipe, 75 stopped early but resumable, 1 anything else. With
+--json, standard output holds exactly one JSON object, written by rank 0; whatever else is printed
+goes to standard error.
 """
 
 import json
@@ -14,12 +15,39 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 import memshard
-from memshard.launch.cli import bench, config, data, doctor, export, generate, import_, launch, plan, reproduce, search, train
+from memshard.launch.cli import (
+    bench,
+    config,
+    data,
+    doctor,
+    export,
+    generate,
+    import_,
+    launch,
+    plan,
+    reproduce,
+    search,
+    train,
+)
 from memshard.launch.cli import eval as evaluate
 from memshard.launch.cli.outcome import Stopped, UsageError, describe, rank
 from memshard.launch.cli.parser import CommandParser
 
-COMMANDS = (train, evaluate, generate, export, import_, plan, launch, data, doctor, reproduce, search, bench, config)
+COMMANDS = (
+    train,
+    evaluate,
+    generate,
+    export,
+    import_,
+    plan,
+    launch,
+    data,
+    doctor,
+    reproduce,
+    search,
+    bench,
+    config,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,8 +81,12 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
         return _fail(argv, 1, "error", message, {})
 
 
-def _fail(argv: list[str], code: int, kind: str, message: str, result: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Says why, and returns what JSON says. The user's mistakes and stops are the same on all ranks, so only rank 0 speaks of them."""
+def _fail(
+    argv: list[str], code: int, kind: str, message: str, result: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Says why, and returns what JSON says. The user's mistakes and stops are the same on all
+    ranks, so only rank 0 speaks of them.
+    """
     if "--debug" in argv:
         traceback.print_exc()
     if rank() == 0:
@@ -65,9 +97,13 @@ def _fail(argv: list[str], code: int, kind: str, message: str, result: dict[str,
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="memshard", description="Train language models with product-key memory layers.")
+    parser = CommandParser(
+        prog="memshard", description="Train language models with product-key memory layers."
+    )
     parser.add_argument("--version", action="version", version=f"memshard {memshard.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
     for command in COMMANDS:
         command.add_parser(subparsers)
     return parser
@@ -75,7 +111,9 @@ def _parser() -> CommandParser:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[TextIO]:
-    """Yields the real standard output; everything else, child processes and C libraries included, reaches standard error."""
+    """Yields the real standard output; everything else, child processes and C libraries included,
+    reaches standard error.
+    """
     sys.stdout.flush()
     real = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,6 @@
-"""How a command ends, other than by returning its result: exit code 2 for the user's mistakes, 75 for stopping early."""
+"""How a command ends, other than by returning its result: exit code 2 for the user's mistakes, 75
+for stopping early.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,11 +11,15 @@ from memshard.launch.ranks import read_ranks
 
 
 class UsageError(Exception):
-    """A mistake in the command line, the recipe or the files they name; the message is one line with the fix. Exit code 2."""
+    """A mistake in the command line, the recipe or the files they name; the message is one line
+    with the fix. Exit code 2.
+    """
 
 
 class Stopped(Exception):
-    """The run ended before its last step and can be resumed; `result` is what it has to report so far. Exit code 75."""
+    """The run ended before its last step and can be resumed; `result` is what it has to report so
+    far. Exit code 75.
+    """
 
     def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -22,7 +28,9 @@ class Stopped(Exception):
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Wraps a command's set-up: a ValueError or OSError in here is the user's to mend. Later ones, from inside the work, are bugs."""
+    """Wraps a command's set-up: a ValueError or OSError in here is the user's to mend. Later ones,
+    from inside the work, are bugs.
+    """
     try:
         yield
     except (ValueError, OSError) as error:

@@ -18,16 +18,39 @@ ASSUMED_VOCABULARY = 32_768
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("plan", help="what a recipe costs: bytes per rank, traffic, operations; allocates nothing")
-    parser.add_argument("recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder")
+    parser = subparsers.add_parser(
+        "plan", help="what a recipe costs: bytes per rank, traffic, operations; allocates nothing"
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
     parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of every rank; cpu is this machine, shared by all ranks")
-    parser.add_argument("--node", type=int, default=8, metavar="N", help="ranks on a node, for the time of exchanges (default 8)")
-    parser.add_argument("--vocab", type=int, metavar="N", help="vocabulary where neither recipe nor data set says it")
     parser.add_argument(
-        "--duplicates", type=float, metavar="X",
-        help="reads of a row by a rank in a micro-batch (default: as a run folder has measured it, else as if reads were spread evenly)",
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="of every rank; cpu is this machine, shared by all ranks",
+    )
+    parser.add_argument(
+        "--node",
+        type=int,
+        default=8,
+        metavar="N",
+        help="ranks on a node, for the time of exchanges (default 8)",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        metavar="N",
+        help="vocabulary where neither recipe nor data set says it",
+    )
+    parser.add_argument(
+        "--duplicates",
+        type=float,
+        metavar="X",
+        help="reads of a row by a rank in a micro-batch (default: as a run folder has measured "
+        "it, else as if reads were spread evenly)",
     )
     parser.set_defaults(run=run)
 
@@ -44,7 +67,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.device == "cpu":
             # There the device's memory is the host's.
-            recipe = replace(recipe, tables=replace(recipe.tables, place="device"), train=replace(recipe.train, offload=False))
+            recipe = replace(
+                recipe,
+                tables=replace(recipe.tables, place="device"),
+                train=replace(recipe.train, offload=False),
+            )
         if args.node < 1:
             raise ValueError(f"--node is {args.node}; it must be at least 1")
         vocab_size, source = _vocabulary(recipe, args.vocab)
@@ -100,7 +127,10 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
         if given < 1:
             raise ValueError(f"--vocab is {given}; it must be at least 1")
         return given, "--vocab"
-    return ASSUMED_VOCABULARY, f"assumed: no data set at {recipe.data.path} yet; say it with --vocab"
+    return (
+        ASSUMED_VOCABULARY,
+        f"assumed: no data set at {recipe.data.path} yet; say it with --vocab",
+    )
 
 
 def _measured_duplicates(recipe: str) -> float | None:
@@ -109,5 +139,10 @@ def _measured_duplicates(recipe: str) -> float | None:
 
     file = Path(recipe) / METRICS_FILE
     lines = read_metrics(file) if file.exists() else []
-    found = [value for line in lines for key, value in line.items() if key.endswith("/micro_batch_duplicates")]
+    found = [
+        value
+        for line in lines
+        for key, value in line.items()
+        if key.endswith("/micro_batch_duplicates")
+    ]
     return found[-1] if found else None

@@ -10,40 +10,64 @@ if TYPE_CHECKING:
     from memshard.trainer.cost.estimate import Estimate, RankBytes
 
 
-def report(args: argparse.Namespace, recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> str:
+def report(
+    args: argparse.Namespace, recipe: "Recipe", cost: "Estimate", result: dict[str, Any]
+) -> str:
     """The plan, for people. result: what --json prints."""
-    vocab_size, source, precision, available = (result[key] for key in ("vocab_size", "vocab_source", "precision", "available"))
+    vocab_size, source, precision, available = (
+        result[key] for key in ("vocab_size", "vocab_source", "precision", "available")
+    )
     memory, parameters, need = recipe.model.memory, cost.parameters, cost.bytes
     ranks = "1 rank" if cost.ranks == 1 else f"{cost.ranks} ranks"
-    slots = f"{parameters.tables} x {memory.slots:,} slots" if parameters.tables else "no memory layer"
+    slots = (
+        f"{parameters.tables} x {memory.slots:,} slots" if parameters.tables else "no memory layer"
+    )
     batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
     lines = [
         f"{args.recipe} on {ranks}, {args.device}, {precision}",
         "",
         f"vocabulary      {vocab_size:,} ({source})",
-        f"parameters      dense {_short(parameters.dense)}, table {_short(parameters.table)} ({slots})",
-        f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of {cost.micro_batch} x {recipe.data.length}",
-        f"operations      {_short(cost.flops_per_token)}FLOP a token, {_short(cost.flops_per_token * cost.tokens_per_step)}FLOP a step",
+        f"parameters      dense {_short(parameters.dense)}, table {_short(parameters.table)} "
+        f"({slots})",
+        f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of "
+        f"{cost.micro_batch} x {recipe.data.length}",
+        f"operations      {_short(cost.flops_per_token)}FLOP a token, "
+        f"{_short(cost.flops_per_token * cost.tokens_per_step)}FLOP a step",
     ]
     if cost.ranks > 1:
         tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
         looked_up = tokens / (1 if cost.layout.layout == "tensor" else cost.tensor_ranks)
         if cost.tensor_ranks > 1:
-            lines.append(f"tensor          {arrangement(cost)}; {_short(parameters.split)} of the dense parameters are split")
+            lines.append(
+                f"tensor          {arrangement(cost)}; {_short(parameters.split)} of the dense "
+                "parameters are split"
+            )
         if parameters.tables:
             lines.append(f"tables          {spread(cost)}")
-        tensor = f"; {_gb(cost.tensor_traffic * tokens)} for activations" if cost.tensor_ranks > 1 else ""
-        replicas = f"; {_gb(cost.replica_traffic)} for row gradients between copies" if cost.replica_traffic else ""
+        tensor = (
+            f"; {_gb(cost.tensor_traffic * tokens)} for activations"
+            if cost.tensor_ranks > 1
+            else ""
+        )
+        replicas = (
+            f"; {_gb(cost.replica_traffic)} for row gradients between copies"
+            if cost.replica_traffic
+            else ""
+        )
         lines.append(
-            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, {_gb(cost.lookup_traffic * looked_up)} a step; "
+            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, "
+            f"{_gb(cost.lookup_traffic * looked_up)} a step; "
             f"{_gb(cost.gradient_traffic)} a step for dense gradients{tensor}{replicas}"
         )
     notes = {
         "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
         "dense gradients": "fp32",
         "dense moments": "AdamW, fp32",
-        "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, {recipe.tables.dtype}",
-        "table moments": "fp32, and an fp32 copy of the values" if recipe.tables.state_bytes > 8 else "fp32",
+        "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, "
+        f"{recipe.tables.dtype}",
+        "table moments": "fp32, and an fp32 copy of the values"
+        if recipe.tables.state_bytes > 8
+        else "fp32",
         "activations": f"of {cost.micro_batch} sequences",
         "reads": "kept for the row update",
         "workspace": "of backward or row update",
@@ -54,46 +78,79 @@ def report(args: argparse.Namespace, recipe: "Recipe", cost: "Estimate", result:
         return [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in named if size]
 
     if cost.host.total:
-        lines += ["", "bytes of a rank in host memory", *sizes(cost.host), f"  {'total':<16}{_gb(cost.host.total):>11}"]
+        lines += [
+            "",
+            "bytes of a rank in host memory",
+            *sizes(cost.host),
+            f"  {'total':<16}{_gb(cost.host.total):>11}",
+        ]
     lines += ["", "bytes on a rank", *sizes(need)]
     share = need.total / available
     verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
-    usable = "are free a rank on this machine" if args.device == "cpu" else f"are usable on a {args.device}"
-    lines.append(f"  {'total':<16}{_gb(need.total):>11}   {verdict} the {_gb(available)} that {usable}")
+    usable = (
+        "are free a rank on this machine"
+        if args.device == "cpu"
+        else f"are usable on a {args.device}"
+    )
+    lines.append(
+        f"  {'total':<16}{_gb(need.total):>11}   {verdict} the {_gb(available)} that {usable}"
+    )
     if share > 1:
-        advice = ", or ".join(result["remedies"]) or "no single change of ranks, batch, checkpointing or table is enough"
+        advice = (
+            ", or ".join(result["remedies"])
+            or "no single change of ranks, batch, checkpointing or table is enough"
+        )
         lines.append(f"what to change: {advice}")
     seconds = result["seconds"]
-    spent = ", ".join(f"{name} {seconds[name]:.2g}" for name in ("products", "tables", "update", "network") if seconds[name])
+    spent = ", ".join(
+        f"{name} {seconds[name]:.2g}"
+        for name in ("products", "tables", "update", "network")
+        if seconds[name]
+    )
     lines += [
         "",
-        f"a step should take about {seconds['total']:.2g} s ({spent}): {cost.tokens_per_step / seconds['total']:,.0f} tokens/s",
-        f"largest batch that fits with micro-batches of {cost.micro_batch} or fewer: {result['largest_batch']:,}",
+        f"a step should take about {seconds['total']:.2g} s ({spent}): "
+        f"{cost.tokens_per_step / seconds['total']:,.0f} tokens/s",
+        f"largest batch that fits with micro-batches of {cost.micro_batch} or fewer: "
+        f"{result['largest_batch']:,}",
         "",
         f"{'kept for backward':<26}{'bytes':>11}{'step':>9}   largest micro-batch of this batch",
     ]
     for each in result["variants"]:
-        lines.append(f"  {each['name']:<24}{_gb(each['bytes']):>11}{each['seconds']:>7.2g} s   {each['largest'] or 'none fits'}")
+        lines.append(
+            f"  {each['name']:<24}{_gb(each['bytes']):>11}{each['seconds']:>7.2g} s   "
+            f"{each['largest'] or 'none fits'}"
+        )
     lines += ["", _suggested(cost, result, recipe)]
     if cost.ranks > 1:
         part = result["rehearsed"][-1]
         lines.append(
             f"rehearsed as rank 0 and rank {part['rank']} of {cost.ranks}: sizes divide; "
-            f"rank {part['rank']} holds {_short(part['dense'])} dense and {_short(part['table'])} table parameters"
+            f"rank {part['rank']} holds {_short(part['dense'])} dense and {_short(part['table'])} "
+            "table parameters"
         )
     if recipe.train.batch * cost.tensor_ranks < cost.ranks:
-        lines.append(f"train.batch is {recipe.train.batch}: some of the {cost.ranks} ranks have nothing to train on")
+        lines.append(
+            f"train.batch is {recipe.train.batch}: some of the {cost.ranks} ranks have nothing to "
+            "train on"
+        )
     return "\n".join(lines)
 
 
 def _suggested(cost: "Estimate", result: dict[str, Any], recipe: "Recipe") -> str:
     where = f"on {cost.ranks} x {result['device']}"
     if result["suggestion"] is None:
-        return f"suggested {where}: nothing fits; more ranks, a smaller model.memory.keys or reversible blocks"
+        return (
+            f"suggested {where}: nothing fits; more ranks, a smaller model.memory.keys or "
+            "reversible blocks"
+        )
     settings, seconds = result["suggestion"]
     if not settings:
         return f"suggested {where}: as it is"
-    return f"suggested {where}: {' '.join(f'{key}={value}' for key, value in settings.items())} (about {seconds:.2g} s a step)"
+    return (
+        f"suggested {where}: {' '.join(f'{key}={value}' for key, value in settings.items())} "
+        f"(about {seconds:.2g} s a step)"
+    )
 
 
 def _gb(size: float) -> str:

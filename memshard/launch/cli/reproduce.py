@@ -13,12 +13,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `reproduce` command."""
     parser = subparsers.add_parser("reproduce", help="run a paper's experiment: table, plot, JSON")
     parser.add_argument("name", nargs="?", metavar="NAME", help="experiment; --list shows them")
-    parser.add_argument("--list", action="store_true", help="what can be reproduced, and what it costs")
     parser.add_argument(
-        "--scale", choices=catalogue.SCALES, default="small", help="smoke (minutes), small (default; hours), full (as published)"
+        "--list", action="store_true", help="what can be reproduced, and what it costs"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of results (default runs/reproduce/NAME)")
-    parser.add_argument("--workers", type=int, help="points run side by side, one thread each (default: the machine's cores)")
+    parser.add_argument(
+        "--scale",
+        choices=catalogue.SCALES,
+        default="small",
+        help="smoke (minutes), small (default; hours), full (as published)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of results (default runs/reproduce/NAME)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="points run side by side, one thread each (default: the machine's cores)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -28,9 +39,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = {name: catalogue.find(name) for name in catalogue.names()}
         if not args.json:
             for name, experiment in found.items():
-                hours = ", ".join(f"{scale} {experiment.hours[scale]:g}" for scale in catalogue.SCALES)
+                hours = ", ".join(
+                    f"{scale} {experiment.hours[scale]:g}" for scale in catalogue.SCALES
+                )
                 print(f"{name}\n    {experiment.what}\n    hours of one core: {hours}")
-        return {name: {"what": experiment.what, "hours": experiment.hours} for name, experiment in found.items()}
+        return {
+            name: {"what": experiment.what, "hours": experiment.hours}
+            for name, experiment in found.items()
+        }
     if args.name is None:
         raise UsageError("name an experiment (memshard reproduce --list shows them)")
     if args.workers is not None and args.workers < 1:

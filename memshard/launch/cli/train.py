@@ -22,16 +22,30 @@ def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
     parser = subparsers.add_parser("train", help="train or resume")
     parser.add_argument("recipe", help="a YAML file, the name of a bundled recipe, or a run folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
-    parser.add_argument("--run", dest="folder", metavar="DIR", help="the run's folder (default runs/RECIPE); one that exists is resumed")
-    parser.add_argument("--stop-at", type=int, metavar="STEP", help="save at this step and exit with code 75, to be resumed later")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
+    )
+    parser.add_argument(
+        "--run",
+        dest="folder",
+        metavar="DIR",
+        help="the run's folder (default runs/RECIPE); one that exists is resumed",
+    )
+    parser.add_argument(
+        "--stop-at",
+        type=int,
+        metavar="STEP",
+        help="save at this step and exit with code 75, to be resumed later",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains; raises Stopped if the last step was not reached."""
     stop = StopSignal()
-    stop.listen(PREEMPTED)  # before the long imports: a notice that comes early would end the process
+    stop.listen(
+        PREEMPTED
+    )  # before the long imports: a notice that comes early would end the process
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
 
@@ -64,27 +78,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise
     if not result["finished"]:
         # torchrun restarts nothing here: the same command line goes on where this one stopped.
-        command = shlex.join(["memshard", "train", args.recipe, *args.overrides, "--run", str(folder)])
-        raise Stopped(f"at step {result['step']} of {prepared.recipe.train.steps}, saved; resume with: {command}", result)
+        command = shlex.join(
+            ["memshard", "train", args.recipe, *args.overrides, "--run", str(folder)]
+        )
+        raise Stopped(
+            f"at step {result['step']} of {prepared.recipe.train.steps}, saved; resume with: "
+            f"{command}",
+            result,
+        )
     if not args.json and prepared.rank == 0:
         print(f"done: {result['checkpoint']}")
     return result
 
 
 def opening(prepared: "Run", launcher: str) -> str:
-    """What is about to run: sizes, bytes, layout and kernels with the reason, and where its results go."""
+    """What is about to run: sizes, bytes, layout and kernels with the reason, and where its results
+    go.
+    """
     from memshard.trainer.cost.estimate import estimate
 
     recipe = prepared.recipe
     assert recipe.model.vocab_size is not None
-    cost = estimate(recipe, prepared.ranks, recipe.model.vocab_size, half=prepared.dtype.itemsize == 2)
+    cost = estimate(
+        recipe, prepared.ranks, recipe.model.vocab_size, half=prepared.dtype.itemsize == 2
+    )
     begun = "starts" if recipe.init_from is None else f"starts from {recipe.init_from}"
     begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else begun
     lines = [
-        f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, {cost.parameters.table / 1e6:,.1f} M in value tables",
-        f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and {(cost.bytes.table + cost.host.table) / 1e6:,.0f} MB table (weights, "
+        f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, "
+        f"{cost.parameters.table / 1e6:,.1f} M in value tables",
+        f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and "
+        f"{(cost.bytes.table + cost.host.table) / 1e6:,.0f} MB table (weights, "
         f"gradients, moments), about {cost.bytes.total / 1e6:,.0f} MB in all{_in_host(cost)}",
-        f"a step       {cost.tokens_per_step:,} tokens; {arrangement(cost)}, {cost.micro_batches} x {cost.micro_batch} sequences each",
+        f"a step       {cost.tokens_per_step:,} tokens; {arrangement(cost)}, {cost.micro_batches} "
+        f"x {cost.micro_batch} sequences each",
         f"launcher     {launcher}",
         f"arithmetic   {_arithmetic(prepared)}",
     ]
@@ -93,7 +120,9 @@ def opening(prepared: "Run", launcher: str) -> str:
         lines.append(f"table path   {_path(prepared)}")
     if path := _delta_path(prepared):
         lines.append(f"delta rule   {path}")
-    return "\n".join([*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"])
+    return "\n".join(
+        [*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"]
+    )
 
 
 def _in_host(cost: "Estimate") -> str:
@@ -115,13 +144,20 @@ def arrangement(cost: "Estimate") -> str:
         return f"ranks: {cost.ranks}"
     groups = cost.ranks // cost.tensor_ranks
     shared = "matrices and sequences" if cost.parameters.split else "sequences"
-    return f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share {shared}; groups: {groups}"
+    return (
+        f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share {shared}; groups: "
+        f"{groups}"
+    )
 
 
 def spread(cost: "Estimate") -> str:
     """How the tables are laid out, and why."""
     copies = cost.ranks // cost.memory_ranks
-    text = "whole on each rank" if cost.memory_ranks == 1 else f"split by {cost.layout.name}, over {cost.memory_ranks} ranks"
+    text = (
+        "whole on each rank"
+        if cost.memory_ranks == 1
+        else f"split by {cost.layout.name}, over {cost.memory_ranks} ranks"
+    )
     if copies > 1:
         text += f", {copies} copies whose row gradients are summed"
     return text if cost.memory_ranks == 1 else f"{text} ({cost.layout.reason})"
@@ -145,9 +181,17 @@ def _delta_path(prepared: "Run") -> str | None:
     from memshard.models.kernels.fla_delta_rule import chosen
     from memshard.models.mixers.fast_weights import FastWeightMixer
 
-    mixers = (module for module in prepared.model.modules() if isinstance(module, FastWeightMixer) and module.rule == "delta")
+    mixers = (
+        module
+        for module in prepared.model.modules()
+        if isinstance(module, FastWeightMixer) and module.rule == "delta"
+    )
     mixer = next(mixers, None)
-    return None if mixer is None else chosen(prepared.device, prepared.dtype, mixer.features.features, mixer.features.dim)[1]
+    return (
+        None
+        if mixer is None
+        else chosen(prepared.device, prepared.dtype, mixer.features.features, mixer.features.dim)[1]
+    )
 
 
 def run_folder(args: argparse.Namespace) -> Path:

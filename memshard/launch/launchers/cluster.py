@@ -1,4 +1,6 @@
-"""Facts about a cluster, which are the same for all recipes: cluster.yaml, or options of `memshard launch`."""
+"""Facts about a cluster, which are the same for all recipes: cluster.yaml, or options of `memshard
+launch`.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -32,7 +34,9 @@ class Cluster:
     constraint: str | None = None
     """features that nodes must have, such as v100-32g"""
     notice: int = 180
-    """seconds before the time limit at which the ranks are told to save; longer than a step and a save take"""
+    """seconds before the time limit at which the ranks are told to save; longer than a step and a
+    save take
+    """
     venv: str | None = None
     """virtual environment to activate; by default the interpreter that runs this command"""
     container: str | None = None
@@ -59,7 +63,9 @@ class Cluster:
 
 
 def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
-    """The cluster of a file (by default ./cluster.yaml, if there is one); options that are not None win. ValueError for wrong keys."""
+    """The cluster of a file (by default ./cluster.yaml, if there is one); options that are not None
+    win. ValueError for wrong keys.
+    """
     values: dict[str, Any] = {}
     if path is None and Path(FILE).exists():
         path = Path(FILE)

@@ -16,18 +16,38 @@ _ENV_FILE = "deepspeed_env"
 
 def local_command(start: Start, ranks: int, restarts: int, notice: int) -> list[str]:
     """torchrun on this machine."""
-    options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *torchrun_options(notice)]
+    options = [
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        f"--max-restarts={restarts}",
+        *torchrun_options(notice),
+    ]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "--", *start.train]
 
 
 def deepspeed_command(start: Start, hostfile: str, options: list[str]) -> list[str]:
-    """DeepSpeed's launcher. options: its own, such as --launcher=openmpi, --include=n1, --master_addr=n1, --ssh_port=2222."""
-    return [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", *options, "--module", *start.train]
+    """DeepSpeed's launcher. options: its own, such as --launcher=openmpi, --include=n1,
+    --master_addr=n1, --ssh_port=2222.
+    """
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        f"--hostfile={hostfile}",
+        *options,
+        "--module",
+        *start.train,
+    ]
 
 
 def deepspeed_environment(start: Start, cluster: Cluster) -> str:
-    """What remote ranks get, as lines of a `.deepspeed_env` file: an ssh session has neither this shell's PATH nor its variables."""
-    values = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": str(cluster.cpus or 1)}
+    """What remote ranks get, as lines of a `.deepspeed_env` file: an ssh session has neither this
+    shell's PATH nor its variables.
+    """
+    values = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": str(cluster.cpus or 1),
+    }
     if start.code:
         values |= {"PYTHONPATH": str(Path(start.folder).resolve() / CODE), "PYTHONSAFEPATH": "1"}
     if not cluster.gpus:
@@ -50,14 +70,20 @@ def run_deepspeed(command: list[str], start: Start, environment: str) -> int:
 
 
 def run_here(command: list[str], environment: str) -> int:
-    """Run a launcher with these lines beside its environment, passing signals on; returns its exit code. Ctrl-C reaches it by itself."""
+    """Run a launcher with these lines beside its environment, passing signals on; returns its exit
+    code. Ctrl-C reaches it by itself.
+    """
     print(f"memshard: {shell(command)}", file=sys.stderr, flush=True)
-    process = subprocess.Popen(command, env=os.environ | dict(line.split("=", 1) for line in environment.splitlines()))
+    process = subprocess.Popen(
+        command, env=os.environ | dict(line.split("=", 1) for line in environment.splitlines())
+    )
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR2)
+    }
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         return process.wait()

@@ -1,4 +1,6 @@
-"""sbatch scripts: rendered to be read, kept in the run's folder, submitted again by hand with `sbatch RUN/submit.sh`."""
+"""sbatch scripts: rendered to be read, kept in the run's folder, submitted again by hand with
+`sbatch RUN/submit.sh`.
+"""
 
 import subprocess
 from dataclasses import dataclass
@@ -14,10 +16,11 @@ Flavour = Literal["srun", "torchrun", "deepspeed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """python: the interpreter; workdir: where the recipe's relative paths count from, by default where sbatch is called.
+    """python: the interpreter; workdir: where the recipe's relative paths count from, by default
+    where sbatch is called.
 
-    turns: how many times the job runs, one after the other, as an array; then it does not requeue itself. requeue: whether a run that
-    stopped early goes back into the queue.
+    turns: how many times the job runs, one after the other, as an array; then it does not requeue
+    itself. requeue: whether a run that stopped early goes back into the queue.
     """
 
     start: Start
@@ -43,12 +46,22 @@ def render(job: Job) -> str:
 
 
 def submit(script: Path, after: str | None = None) -> str:
-    """Hand a script to sbatch, to run once job `after` has ended; returns the job's number. OSError with sbatch's words if it refuses."""
-    command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else []), str(script)]
+    """Hand a script to sbatch, to run once job `after` has ended; returns the job's number. OSError
+    with sbatch's words if it refuses.
+    """
+    command = [
+        "sbatch",
+        "--parsable",
+        *([f"--dependency=afterany:{after}"] if after else []),
+        str(script),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise OSError("there is no sbatch here: run this where jobs are submitted, or print the script with --dry-run") from error
+        raise OSError(
+            "there is no sbatch here: run this where jobs are submitted, or print the script with "
+            "--dry-run"
+        ) from error
     if done.returncode:
         raise OSError(f"sbatch refused {script}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
@@ -57,13 +70,21 @@ def submit(script: Path, after: str | None = None) -> str:
 def _options(job: Job) -> list[str]:
     cluster, ranks = job.cluster, job.cluster.ranks_per_node
     tasks = ranks if job.flavour == "srun" else 1
-    options = [f"job-name=memshard-{Path(job.start.folder).name}", f"nodes={cluster.nodes}", f"ntasks-per-node={tasks}"]
+    options = [
+        f"job-name=memshard-{Path(job.start.folder).name}",
+        f"nodes={cluster.nodes}",
+        f"ntasks-per-node={tasks}",
+    ]
     if cluster.gpus:
         options.append(f"gpus-per-node={cluster.gpus}")
     if cluster.cpus:
         options.append(f"cpus-per-task={cluster.cpus * ranks // tasks}")
     options.append(f"time={cluster.time}")
-    options += [f"{name}={value}" for name in ("partition", "account", "qos", "constraint") if (value := getattr(cluster, name))]
+    options += [
+        f"{name}={value}"
+        for name in ("partition", "account", "qos", "constraint")
+        if (value := getattr(cluster, name))
+    ]
     if job.workdir:
         options.append(f"chdir={job.workdir}")
     if job.turns > 1:
@@ -82,46 +103,64 @@ def _environment(job: Job) -> list[str]:
         lines.append(f"source {shell([f'{cluster.venv}/bin/activate'])}")
     values = {"OMP_NUM_THREADS": str(cluster.cpus or 1)}
     if job.start.code:
-        values |= {"PYTHONPATH": job.start.code, "PYTHONSAFEPATH": "1"}  # a memshard in the working directory comes second
+        values |= {
+            "PYTHONPATH": job.start.code,
+            "PYTHONSAFEPATH": "1",
+        }  # a memshard in the working directory comes second
     if cluster.interface:
         values |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
     if job.flavour == "torchrun":
         values |= RENDEZVOUS
-    lines += [f"export {name}={shell([value])}" for name, value in (values | dict(cluster.env)).items()]
+    lines += [
+        f"export {name}={shell([value])}" for name, value in (values | dict(cluster.env)).items()
+    ]
     lines.append('export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
     lines.append(f"export MASTER_PORT=$((20000 + SLURM_JOB_ID % {PORTS}))")
     if job.flavour == "deepspeed":
         hosts = shell([f"{job.start.folder}/hostfile"])
-        lines.append(f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\\$/ slots={cluster.ranks_per_node}/" > {hosts}')
+        lines.append(
+            'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\\$/ '
+            f'slots={cluster.ranks_per_node}/" > {hosts}'
+        )
     return lines
 
 
 def _command(job: Job) -> list[str]:
     """The words of the srun command, by line."""
-    cluster, ranks, container = job.cluster, job.cluster.ranks_per_node, f"{job.cluster.container} " if job.cluster.container else ""
+    cluster, ranks, container = (
+        job.cluster,
+        job.cluster.ranks_per_node,
+        f"{job.cluster.container} " if job.cluster.container else "",
+    )
     # Since SLURM 22.05 srun does not take it over from the job.
-    srun = "srun --kill-on-bad-exit=1" + (" --cpus-per-task=$SLURM_CPUS_PER_TASK" if cluster.cpus else "")
+    srun = "srun --kill-on-bad-exit=1" + (
+        " --cpus-per-task=$SLURM_CPUS_PER_TASK" if cluster.cpus else ""
+    )
     train = shell(job.start.train)
     if job.flavour == "srun":
         return [f"{srun} {container}{job.python} -m {train}"]
     if job.flavour == "torchrun":
         return [
-            f"{srun} {container}{job.python} -m torch.distributed.run --nnodes=$SLURM_NNODES --nproc-per-node={ranks}",
-            '--rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=3',
+            f"{srun} {container}{job.python} -m torch.distributed.run --nnodes=$SLURM_NNODES "
+            f"--nproc-per-node={ranks}",
+            '--rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" '
+            '--rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=3',
             *([" ".join(options)] if (options := torchrun_options(cluster.notice)) else []),
             f"-m -- {train}",
         ]
     hosts = shell([f"{job.start.folder}/hostfile"])
     # DeepSpeed's launcher would die of the signal that the ranks are to hear.
     node = (
-        f'trap "" USR2; exec {job.python} -m deepspeed.launcher.runner --hostfile={hosts} --no_ssh --node_rank=$SLURM_NODEID '
+        f'trap "" USR2; exec {job.python} -m deepspeed.launcher.runner --hostfile={hosts} '
+        "--no_ssh --node_rank=$SLURM_NODEID "
         f"--master_addr=$MASTER_ADDR --master_port=$MASTER_PORT --module {train}"
     )
     return [f"{srun} {container}bash -c {shell([node])}"]
 
 
 _WAIT = """\
-# {notice} s before the time limit the shell gets SIGUSR2; the ranks then save, all at the same step, and leave with exit code 75.
+# {notice} s before the time limit the shell gets SIGUSR2; the ranks then save, all at the same
+# step, and leave with exit code 75.
 trap 'scancel --signal=USR2 "$SLURM_JOB_ID"' USR2
 trap : TERM  # SLURM tells the ranks itself
 {command} &
@@ -135,11 +174,12 @@ done"""
 
 
 def _ending(job: Job) -> str:
-    stopped = f"grep -qs '\"ended\": \"stopped\"' {shell([job.start.folder])}/heartbeat/rank0.json"
+    stopped = f'grep -qs \'"ended": "stopped"\' {shell([job.start.folder])}/heartbeat/rank0.json'
     if job.turns > 1 or not job.requeue:
         return f"# The next job in line goes on.\nif {stopped}; then code=75; fi\nexit $code"
     return f"""\
-# Stopped early: back into the queue, unless SLURM is already ending the job (scancel, or a requeue of its own).
+# Stopped early: back into the queue, unless SLURM is already ending the job (scancel, or a requeue
+# of its own).
 if {{ [ $code = 75 ] || {stopped}; }} && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60

@@ -12,7 +12,9 @@ from memshard.models.seq2seq import EncoderDecoder
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """tokens: without the `eos` before and after; score: its log-probability, in nats, over the length penalty."""
+    """tokens: without the `eos` before and after; score: its log-probability, in nats, over the
+    length penalty.
+    """
 
     tokens: list[int]
     score: float
@@ -30,30 +32,43 @@ def beam_search(
 ) -> list[Hypothesis]:
     """The best target found for each row of `source`.
 
-    source: [batch, length] int64; real: [batch, length] bool, False for padding behind a row's tokens. A target begins after `eos` and
-    ends with it, within max_tokens. In every step the `beam` best continuations of a row that do not end live on, and those among the best
-    `beam` that end are finished; a row is done after `beam` of them. length_penalty: alpha of the divisor tokens^alpha, 1 for a mean a
-    token; the gentler ((5 + tokens) / 6)^0.6 lets weak models prefer empty targets. A row of which nothing ends gets its best living
-    hypothesis. ValueError for what does not fit the model.
+    source: [batch, length] int64; real: [batch, length] bool, False for padding behind a row's
+    tokens. A target begins after `eos` and ends with it, within max_tokens. In every step the
+    `beam` best continuations of a row that do not end live on, and those among the best `beam` that
+    end are finished; a row is done after `beam` of them. length_penalty: alpha of the divisor
+    tokens^alpha, 1 for a mean a token; the gentler ((5 + tokens) / 6)^0.6 lets weak models prefer
+    empty targets. A row of which nothing ends gets its best living hypothesis. ValueError for what
+    does not fit the model.
     """
     _check(model, source, max_tokens, beam)
     device = model.embedding.weight.device
     source, real = source.to(device), real.to(device)
     rows = len(source)
-    ctx = Context(torch.arange(source.shape[1], device=device).expand(rows, -1), padding=None if bool(real.all()) else real)
+    ctx = Context(
+        torch.arange(source.shape[1], device=device).expand(rows, -1),
+        padding=None if bool(real.all()) else real,
+    )
     states = model.init_states(rows, max_tokens)
     best: list[Hypothesis | None] = [None] * rows
     finished = [0] * rows
-    # Living hypotheses of the rows that are not done: tokens [rows, hypotheses, length] and log-probabilities [rows, hypotheses].
+    # Living hypotheses of the rows that are not done: tokens [rows, hypotheses, length] and
+    # log-probabilities [rows, hypotheses].
     numbers = list(range(rows))
     tokens = torch.full((rows, 1, 1), eos, device=device)
     scores = torch.zeros(rows, 1, device=device)
     for length in range(1, max_tokens + 1):
         place = Context(torch.full((tokens[..., 0].numel(), 1), length - 1, device=device))
-        logits, advanced = model(tokens[..., -1].flatten()[:, None], place, states, source=(source, ctx) if length == 1 else None)
+        logits, advanced = model(
+            tokens[..., -1].flatten()[:, None],
+            place,
+            states,
+            source=(source, ctx) if length == 1 else None,
+        )
         assert advanced is not None
         vocabulary = logits.shape[-1]
-        candidates = scores[..., None] + logits[:, -1].float().log_softmax(-1).unflatten(0, scores.shape)
+        candidates = scores[..., None] + logits[:, -1].float().log_softmax(-1).unflatten(
+            0, scores.shape
+        )
         hypotheses = scores.shape[1]
         found = candidates.flatten(1).topk(min(2 * beam, hypotheses * vocabulary))
         parents, words = found.indices // vocabulary, found.indices % vocabulary
@@ -64,12 +79,22 @@ def beam_search(
             finished[numbers[row]] += 1
             _keep(best, numbers[row], tokens[row, parents[row, place_in_row]], score)
         # At most one continuation of a hypothesis ends, so among the 2 beam best enough go on.
-        going = ends.int().sort(dim=-1, stable=True).indices[:, : min(beam, hypotheses * (vocabulary - 1))]
-        alive = torch.tensor([row for row, number in enumerate(numbers) if finished[number] < beam], device=device, dtype=torch.int64)
+        going = (
+            ends.int()
+            .sort(dim=-1, stable=True)
+            .indices[:, : min(beam, hypotheses * (vocabulary - 1))]
+        )
+        alive = torch.tensor(
+            [row for row, number in enumerate(numbers) if finished[number] < beam],
+            device=device,
+            dtype=torch.int64,
+        )
         numbers = [numbers[row] for row in alive.tolist()]
         if not numbers:
             break
-        parents, words, scores = (x[alive].gather(1, going[alive]) for x in (parents, words, found.values))
+        parents, words, scores = (
+            x[alive].gather(1, going[alive]) for x in (parents, words, found.values)
+        )
         tokens = torch.cat((tokens[alive[:, None], parents], words[..., None]), -1)
         states = model.reorder(advanced, (alive[:, None] * hypotheses + parents).flatten())
     for row, number in enumerate(numbers):
@@ -79,7 +104,9 @@ def beam_search(
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Sources of different lengths as one: tokens, [batch, longest] int64, and which of them are real."""
+    """Sources of different lengths as one: tokens, [batch, longest] int64, and which of them are
+    real.
+    """
     longest = max(map(len, rows))
     tokens = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
     return tokens, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
@@ -99,6 +126,7 @@ def _check(model: EncoderDecoder, source: Tensor, max_tokens: int, beam: int) ->
     longest = model.config.max_length if model.config.position in ("learned", "axial") else None
     if longest is not None and max(source.shape[1], max_tokens) > longest:
         raise ValueError(
-            f"the source has {source.shape[1]} tokens and the target at most {max_tokens}, but the model has {longest} "
+            f"the source has {source.shape[1]} tokens and the target at most {max_tokens}, but "
+            f"the model has {longest} "
             f"{model.config.position} positions: shorten the source or lower max_tokens"
         )

@@ -27,12 +27,14 @@ def generate(
 ) -> Tensor:
     """Continue every row of `prompt`.
 
-    prompt: [batch, length] int64. real: [batch, length] bool, False for padding, which stands before a row's own tokens and changes
-    nothing (see `left_padded`). Returns the new tokens, [batch, n] int64: n is max_tokens, or less once every
-    row has met `stop`; a row that met it earlier is filled with it. temperature: divides the logits; 0 takes the best
-    token. topk: draw among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
-    temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds give equal draws on one
-    device. on_token: called with each new column, [batch]. ValueError as in `check_request`.
+    prompt: [batch, length] int64. real: [batch, length] bool, False for padding, which stands
+    before a row's own tokens and changes nothing (see `left_padded`). Returns the new tokens,
+    [batch, n] int64: n is max_tokens, or less once every row has met `stop`; a row that met it
+    earlier is filled with it. temperature: divides the logits; 0 takes the best token. topk: draw
+    among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
+    temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds
+    give equal draws on one device. on_token: called with each new column, [batch]. ValueError as in
+    `check_request`.
     """
     check_request(model, prompt, max_tokens, temperature=temperature, topk=topk, topp=topp)
     prompt = prompt.to(model.embedding.weight.device)
@@ -50,7 +52,9 @@ def generate(
         logits, advanced = model(fed, ctx, states)
         states = advanced
         ctx = Context(positions=ctx.positions[:, -1:] + 1)
-        tokens = _draw(restrict(logits[:, -1].float(), temperature, topk, topp), temperature, random)
+        tokens = _draw(
+            restrict(logits[:, -1].float(), temperature, topk, topp), temperature, random
+        )
         if stop is not None:
             tokens = tokens.masked_fill(ended, stop)
             ended = tokens == stop
@@ -62,7 +66,9 @@ def generate(
 
 
 def left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths as one: tokens, [batch, longest] int64, each row at the end, and which of them are real."""
+    """Prompts of different lengths as one: tokens, [batch, longest] int64, each row at the end, and
+    which of them are real.
+    """
     longest = max(map(len, rows))
     tokens = torch.full((len(rows), longest), filler)
     real = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -83,36 +89,57 @@ def check_request(
 ) -> None:
     """ValueError, with the fix, for what `generate` cannot do; see there for the arguments."""
     if model.training:
-        raise ValueError("the model is in training mode, where memories normalise queries over the batch: call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, where memories normalise queries over the batch: call "
+            "model.eval() first"
+        )
     for block in model.blocks:
         if isinstance(block.mixer, ProgramMixer) and (reason := refusal(block.mixer.program)):
             raise ValueError(f"model.program cannot generate with a cache: {reason}")
     if model.config.encoder_layers:
-        raise ValueError("the model has an encoder (model.encoder_layers): beam_search translates with it, and masked tokens go on nowhere")
+        raise ValueError(
+            "the model has an encoder (model.encoder_layers): beam_search translates with it, and "
+            "masked tokens go on nowhere"
+        )
     if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != torch.int64:
-        raise ValueError(f"the prompt is {prompt.dtype} {list(prompt.shape)}; expected int64 [batch, length] with at least one token a row")
+        raise ValueError(
+            f"the prompt is {prompt.dtype} {list(prompt.shape)}; expected int64 [batch, length] "
+            "with at least one token a row"
+        )
     vocabulary = model.embedding.num_embeddings
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocabulary:
-        raise ValueError(f"the prompt holds tokens outside the model's vocabulary of {vocabulary}: encode it with the model's tokenizer")
+        raise ValueError(
+            f"the prompt holds tokens outside the model's vocabulary of {vocabulary}: encode it "
+            "with the model's tokenizer"
+        )
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 takes the best token)")
+        raise ValueError(
+            f"temperature is {temperature}; it must be at least 0 (0 takes the best token)"
+        )
     if topk is not None and topk < 1:
         raise ValueError(f"topk is {topk}; it must be at least 1")
     if topp is not None and not 0 < topp <= 1:
         raise ValueError(f"topp is {topp}; it must be above 0 and at most 1")
     possible = possible_tokens(model, prompt.shape[1])
     if possible is not None and max_tokens > possible:
-        advice = f"set max_tokens to at most {possible}, or shorten the prompt" if possible else "shorten the prompt"
+        advice = (
+            f"set max_tokens to at most {possible}, or shorten the prompt"
+            if possible
+            else "shorten the prompt"
+        )
         raise ValueError(
-            f"{max_tokens} new tokens were asked for and {possible} are possible: the model has {model.config.max_length} "
+            f"{max_tokens} new tokens were asked for and {possible} are possible: the model has "
+            f"{model.config.max_length} "
             f"{model.config.position} positions and the prompt {prompt.shape[1]} tokens; {advice}"
         )
 
 
 def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
-    """How many tokens the model's learned or axial positions allow after a prompt; None where positions have no end."""
+    """How many tokens the model's learned or axial positions allow after a prompt; None where
+    positions have no end.
+    """
     if model.config.position not in ("learned", "axial"):
         return None
     assert model.config.max_length is not None
@@ -122,9 +149,12 @@ def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
 
 
 def restrict(logits: Tensor, temperature: float, topk: int | None, topp: float | None) -> Tensor:
-    """Logits divided by temperature (unless that is 0), -inf where topk and topp leave a token out. logits: [batch, vocabulary]."""
+    """Logits divided by temperature (unless that is 0), -inf where topk and topp leave a token out.
+    logits: [batch, vocabulary].
+    """
     if temperature:
-        # Largest logit to 0 first: a tiny temperature then overflows to -inf at worst, never to inf.
+        # Largest logit to 0 first: a tiny temperature then overflows to -inf at worst, never to
+        # inf.
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if topk is not None and topk < logits.shape[-1]:
         best = logits.topk(topk, dim=-1)
@@ -136,7 +166,9 @@ def restrict(logits: Tensor, temperature: float, topk: int | None, topp: float |
         # The first token always stays, even if rounding lifts `before` to topp.
         left_out = before >= topp
         left_out[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
+        logits = logits.masked_fill(
+            torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf
+        )
     return logits
 
 

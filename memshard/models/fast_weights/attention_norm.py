@@ -1,6 +1,8 @@
-"""Attention normalisation: fast weights read relative to the sum of all keys written (Schlag et al. 2021, section 4.2).
+"""Attention normalisation: fast weights read relative to the sum of all keys written (Schlag et al.
+2021, section 4.2).
 
-The sum z of the keys rides along as one more value feature, the constant 1, so a state is [B, H, D, M + 1].
+The sum z of the keys rides along as one more value feature, the constant 1, so a state is [B, H, D,
+M + 1].
 """
 
 import torch
@@ -13,13 +15,25 @@ from memshard.models.fast_weights.sum_rule import sum_rule
 
 
 def normalised_sum_rule(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, resets: Tensor | None = None, eps: float = 1e-6, sums: Rule = sum_rule
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    resets: Tensor | None = None,
+    eps: float = 1e-6,
+    sums: Rule = sum_rule,
 ) -> tuple[Tensor, Tensor]:
-    """`sum_rule` with y_t = S_t^T q_t / (z_t . q_t + eps): causal linear attention. Features must not be negative. sums: `sum_rule`, or
-    that of a piece (`pieces.py`).
+    """`sum_rule` with y_t = S_t^T q_t / (z_t . q_t + eps): causal linear attention. Features must
+    not be negative. sums: `sum_rule`, or that of a piece (`pieces.py`).
     """
     with torch.autocast(v.device.type, enabled=False):
-        out, state = sums(q, k, F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0), state, resets=resets)
+        out, state = sums(
+            q,
+            k,
+            F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0),
+            state,
+            resets=resets,
+        )
         out = out[..., :-1] / (out[..., -1:] + eps)
     return out.to(v.dtype), state
 
@@ -35,10 +49,11 @@ def normalised_delta_rule(
     delta: Rule = delta_rule,
     sums: Rule = sum_rule,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule` whose two reads, of the old value and of the result, are divided by z_(t-1) . k_t and z_t . q_t + eps.
+    """`delta_rule` whose two reads, of the old value and of the result, are divided by z_(t-1) .
+    k_t and z_t . q_t + eps.
 
-    The first divisor is 1 where nothing has been written. It grows with the number of tokens: not for endless streams. delta, sums:
-    `delta_rule` and `sum_rule`, or those of a piece.
+    The first divisor is 1 where nothing has been written. It grows with the number of tokens: not
+    for endless streams. delta, sums: `delta_rule` and `sum_rule`, or those of a piece.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     memory, total = (None, None) if state is None else (state[..., :-1], state[..., -1:])
@@ -46,7 +61,13 @@ def normalised_delta_rule(
         q, k, beta = q.to(dtype), k.to(dtype), beta.to(dtype)
         ones = torch.ones_like(v[..., :1], dtype=dtype)
         # One pass gives both sums: queries first, then keys, whose own key does not count yet.
-        both, total = sums(torch.cat((q, k), 1), k.repeat(1, 2, 1, 1), ones.repeat(1, 2, 1, 1), _twice(total), resets=resets)
+        both, total = sums(
+            torch.cat((q, k), 1),
+            k.repeat(1, 2, 1, 1),
+            ones.repeat(1, 2, 1, 1),
+            _twice(total),
+            resets=resets,
+        )
         reads, olds = both.squeeze(-1).chunk(2, dim=1)
         olds = olds - (k * k).sum(-1)
         olds = torch.where(olds > 0, olds, 1.0)

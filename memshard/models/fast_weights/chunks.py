@@ -14,9 +14,9 @@ from torch import Tensor
 class Fading:
     """What is left of earlier writes, between 0 and 1; shapes broadcast over heads.
 
-    pair: [B, H, N, C, C], of token j's write when token i reads; 0 for j > i. carried: [B, H, N, C, 1], of the state before the
-    chunk when token i reads. kept: [B, H, N, C, 1], of token i's write at the end of the chunk. whole: [B, H, N, 1, 1], of the
-    state before the chunk at its end.
+    pair: [B, H, N, C, C], of token j's write when token i reads; 0 for j > i. carried: [B, H, N, C,
+    1], of the state before the chunk when token i reads. kept: [B, H, N, C, 1], of token i's write
+    at the end of the chunk. whole: [B, H, N, 1, 1], of the state before the chunk at its end.
     """
 
     pair: Tensor
@@ -39,16 +39,24 @@ def join(x: Tensor, length: int) -> Tensor:
 
 
 def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
-    """The state before the first token, [B, H, D, M], in the dtype of all arithmetic: zero if there was none."""
+    """The state before the first token, [B, H, D, M], in the dtype of all arithmetic: zero if there
+    was none.
+    """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return v.new_zeros(*v.shape[:2], q.shape[-1], v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
+    return (
+        v.new_zeros(*v.shape[:2], q.shape[-1], v.shape[-1], dtype=dtype)
+        if state is None
+        else state.to(dtype)
+    )
 
 
-def fading(log_decay: Tensor | None, resets: Tensor | None, chunk: int, dtype: torch.dtype) -> Fading | None:
+def fading(
+    log_decay: Tensor | None, resets: Tensor | None, chunk: int, dtype: torch.dtype
+) -> Fading | None:
     """How writes fade, in `dtype`; None if they do not.
 
-    log_decay: [B, H, L], at most 0: the state is multiplied by its exponential before a token reads or writes. resets:
-    [B, L] bool, True where a token starts anew, with an empty state.
+    log_decay: [B, H, L], at most 0: the state is multiplied by its exponential before a token reads
+    or writes. resets: [B, L] bool, True where a token starts anew, with an empty state.
     """
     if log_decay is None and resets is None:
         return None
@@ -60,7 +68,12 @@ def fading(log_decay: Tensor | None, resets: Tensor | None, chunk: int, dtype: t
         causal = pair.tril()
     if log_decay is None:
         assert causal is not None
-        return Fading(*(x.to(dtype) for x in (causal, carried[..., None], kept[..., None], carried[..., -1, None, None])))
+        return Fading(
+            *(
+                x.to(dtype)
+                for x in (causal, carried[..., None], kept[..., None], carried[..., -1, None, None])
+            )
+        )
     total = cut(log_decay.to(dtype), chunk).cumsum(-1)
     if causal is None:
         causal = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).tril()

@@ -1,11 +1,13 @@
-"""The delta rule (Schlag et al. 2021, equations 23 to 25), chunk by chunk, with an explicit backward.
+"""The delta rule (Schlag et al. 2021, equations 23 to 25), chunk by chunk, with an explicit
+backward.
 
 S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,  y_t = S_t^T q_t.
 
-Inside a chunk the writes depend on each other through a unit lower triangular system (Yang et al. 2024, section 3):
-with A = tril(diag(beta) K K^T, -1), the values really written are U = (I + A)^-1 diag(beta) (V - K S), S the state before the
-chunk; then Y = Q S + tril(Q K^T) U and S becomes S + K^T U. All chunks are solved at once; only S passes from one to the
-next. The letters are those of `chunks`.
+Inside a chunk the writes depend on each other through a unit lower triangular system (Yang et al.
+2024, section 3): with A = tril(diag(beta) K K^T, -1), the values really written are U = (I + A)^-1
+diag(beta) (V - K S), S the state before the chunk; then Y = Q S + tril(Q K^T) U and S becomes S +
+K^T U. All chunks are solved at once; only S passes from one to the next. The letters are those of
+`chunks`.
 """
 
 from typing import Any
@@ -30,13 +32,15 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Read a fast weight matrix by queries while keys write to it.
 
-    q, k: [B, H, L, D]; v: [B, H, L, M]; beta: [B, H, L], the write strength, in [0, 1] with keys of norm at most 1 (beyond, the
-    state may grow without bound); state: [B, H, D, M] before the first token, zero if left out. log_decay: [B, H, L], at most 0,
-    a gate on the state before each token (Yang et al. 2025). resets: [B, L] bool, True where a token meets an empty state.
-    chunk: tokens solved together; the result does not depend on it.
+    q, k: [B, H, L, D]; v: [B, H, L, M]; beta: [B, H, L], the write strength, in [0, 1] with keys of
+    norm at most 1 (beyond, the state may grow without bound); state: [B, H, D, M] before the first
+    token, zero if left out. log_decay: [B, H, L], at most 0, a gate on the state before each token
+    (Yang et al. 2025). resets: [B, L] bool, True where a token meets an empty state. chunk: tokens
+    solved together; the result does not depend on it.
 
-    Returns [B, H, L, M] in v's dtype and the state after the last token. Arithmetic and state are fp32, or fp64 if v is;
-    memory grows with L (D + M) + L / chunk D M. On a GPU, 16-bit values without log_decay may go to `kernels.delta_rule`.
+    Returns [B, H, L, M] in v's dtype and the state after the last token. Arithmetic and state are
+    fp32, or fp64 if v is; memory grows with L (D + M) + L / chunk D M. On a GPU, 16-bit values
+    without log_decay may go to `kernels.delta_rule`.
     """
     state, length = start(q, v, state), v.shape[2]
     if not length:
@@ -48,13 +52,17 @@ def delta_rule(
     with torch.autocast(v.device.type, enabled=False):
         faded = fading(log_decay, resets, chunk, state.dtype)
         blocks = [cut(x.to(state.dtype), chunk) for x in (q, k, v, beta[..., None])]
-        out, state = _DeltaRule.apply(*blocks, state, *((None,) * 4 if faded is None else vars(faded).values()))
+        out, state = _DeltaRule.apply(
+            *blocks, state, *((None,) * 4 if faded is None else vars(faded).values())
+        )
     return join(out, length).to(v.dtype), state
 
 
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, *fade: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, *fade: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         faded = None if fade[0] is None else Fading(*fade)  # type: ignore[arg-type]
         inverse = _inverse(k, beta, faded)
         key_writes, writes = inverse @ (beta * _carried(k, faded)), inverse @ (beta * v)
@@ -70,11 +78,29 @@ class _DeltaRule(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, inverse, states, *fade = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            return _backward(q, k, v, beta, inverse, states, None if fade[0] is None else Fading(*fade), d_out, d_state)
+            return _backward(
+                q,
+                k,
+                v,
+                beta,
+                inverse,
+                states,
+                None if fade[0] is None else Fading(*fade),
+                d_out,
+                d_state,
+            )
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, states: Tensor, faded: Fading | None, d_out: Tensor, d_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    inverse: Tensor,
+    states: Tensor,
+    faded: Fading | None,
+    d_out: Tensor,
+    d_state: Tensor,
 ) -> tuple[Tensor | None, ...]:
     k_carried, k_kept = _carried(k, faded), _kept(k, faded)
     errors = v - k_carried @ states
@@ -94,26 +120,38 @@ def _backward(
     d_q = _carried(reads, faded) + d_scores @ k
     d_k = d_scores.mT @ q + (d_gram + d_gram.mT) @ k + _kept(late, faded) - _carried(early, faded)
     gram = k @ k.mT
-    d_beta = (d_right * errors).sum(-1, keepdim=True) + _faded(d_system * gram, faded).sum(-1, keepdim=True)
+    d_beta = (d_right * errors).sum(-1, keepdim=True) + _faded(d_system * gram, faded).sum(
+        -1, keepdim=True
+    )
     if faded is None:
         return d_q, d_k, d_values, d_beta, d_state, None, None, None, None
     d_pair = d_attention * (q @ k.mT) + d_system * beta * gram
     d_carried = (reads * q).sum(-1, keepdim=True) - (early * k).sum(-1, keepdim=True)
     d_kept = (late * k).sum(-1, keepdim=True)
     d_whole = (d_ends * states).sum((-2, -1), keepdim=True)
-    shaped = [d.sum_to_size(f.shape) for d, f in zip((d_pair, d_carried, d_kept, d_whole), vars(faded).values(), strict=True)]
+    shaped = [
+        d.sum_to_size(f.shape)
+        for d, f in zip((d_pair, d_carried, d_kept, d_whole), vars(faded).values(), strict=True)
+    ]
     return d_q, d_k, d_values, d_beta, d_state, *shaped
 
 
 def _scan(
-    state: Tensor, added: Tensor, left: Tensor, right: Tensor, faded: Fading | None, backward: bool = False
+    state: Tensor,
+    added: Tensor,
+    left: Tensor,
+    right: Tensor,
+    faded: Fading | None,
+    backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The only serial part: state = whole state + added - left (right state), from chunk to chunk.
 
     Returns the states that chunks begin with, right times these, and the last state.
     """
     whole = [None] * added.shape[2] if faded is None else list(faded.whole.unbind(2))
-    parts = list(zip(*(x.flatten(0, 1).unbind(1) for x in (added, left, right)), whole, strict=True))
+    parts = list(
+        zip(*(x.flatten(0, 1).unbind(1) for x in (added, left, right)), whole, strict=True)
+    )
     states, products = [], []
     heads, state = state.shape[:2], state.flatten(0, 1)
     for add, to_state, from_state, kept in reversed(parts) if backward else parts:
@@ -130,9 +168,13 @@ def _scan(
 
 
 def _inverse(k: Tensor, beta: Tensor, faded: Fading | None) -> Tensor:
-    """(I + A)^-1 by forward substitution, which stays exact for repeated keys; products of powers of A overflow there."""
+    """(I + A)^-1 by forward substitution, which stays exact for repeated keys; products of powers
+    of A overflow there.
+    """
     identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
-    return torch.linalg.solve_triangular(_faded(beta * (k @ k.mT), faded), identity, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(
+        _faded(beta * (k @ k.mT), faded), identity, upper=False, unitriangular=True
+    )
 
 
 def _faded(x: Tensor, faded: Fading | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""Feature maps of keys and queries: what makes a dot product act like a kernel (Schlag et al. 2021, section 5)."""
+"""Feature maps of keys and queries: what makes a dot product act like a kernel (Schlag et al. 2021,
+section 5).
+"""
 
 from typing import Any, Literal
 
@@ -11,7 +13,9 @@ Normalisation = Literal["sum", "l2", "none"]
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 above zero, exp(x) below; elu(x) + 1 would cancel to 0 in half precision. Returns x's shape."""
+    """x + 1 above zero, exp(x) below; elu(x) + 1 would cancel to 0 in half precision. Returns x's
+    shape.
+    """
     y: Tensor = _EluPlusOne.apply(x)
     return y
 
@@ -32,7 +36,8 @@ class _EluPlusOne(torch.autograd.Function):
 
 
 def dpfp(x: Tensor, nu: int = 1) -> Tensor:
-    """Deterministic parameter-free projection (equation 37): r * roll(r, j), j = 1 .. nu, of r = [relu(x), relu(-x)].
+    """Deterministic parameter-free projection (equation 37): r * roll(r, j), j = 1 .. nu, of r =
+    [relu(x), relu(-x)].
 
     x: [..., d], d even; returns [..., 2 d nu]. Zero for x = 0.
     """
@@ -43,18 +48,35 @@ def dpfp(x: Tensor, nu: int = 1) -> Tensor:
 class FeatureMap(nn.Module):
     """phi(x) in fp32, normalised.
 
-    kind: elu; dpfp (`width` is nu, D = 2 d nu); favor (FAVOR+ of Choromanski et al. 2021 with `width` orthogonal random
-    directions, positive and negative, D = 2 width). normalise: sum, features that add up to 1, which keeps the delta rule
-    stable; l2, of norm 1, so that a write at strength 1 is read back exactly; none. paper_faithful: as published, without
-    a guard against underflow and overflow: exp(-|x|^2 / 2) is 0 in fp32 for the long keys of the retrieval task, and its curve
-    there is that underflow.
+    kind: elu; dpfp (`width` is nu, D = 2 d nu); favor (FAVOR+ of Choromanski et al. 2021 with
+    `width` orthogonal random directions, positive and negative, D = 2 width). normalise: sum,
+    features that add up to 1, which keeps the delta rule stable; l2, of norm 1, so that a write at
+    strength 1 is read back exactly; none. paper_faithful: as published, without a guard against
+    underflow and overflow: exp(-|x|^2 / 2) is 0 in fp32 for the long keys of the retrieval task,
+    and its curve there is that underflow.
     """
 
-    def __init__(self, kind: FeatureKind, dim: int, width: int = 1, normalise: Normalisation = "sum", paper_faithful: bool = False) -> None:
+    def __init__(
+        self,
+        kind: FeatureKind,
+        dim: int,
+        width: int = 1,
+        normalise: Normalisation = "sum",
+        paper_faithful: bool = False,
+    ) -> None:
         super().__init__()
         if kind == "dpfp" and dim % 2:
-            raise ValueError(f"dpfp features of odd width {dim}: keys of alternating signs would have no features; use an even width")
-        self.kind, self.dim, self.width, self.normalise, self.paper_faithful = kind, dim, width, normalise, paper_faithful
+            raise ValueError(
+                f"dpfp features of odd width {dim}: keys of alternating signs would have no "
+                "features; use an even width"
+            )
+        self.kind, self.dim, self.width, self.normalise, self.paper_faithful = (
+            kind,
+            dim,
+            width,
+            normalise,
+            paper_faithful,
+        )
         self.features = {"elu": dim, "dpfp": 2 * dim * width, "favor": 2 * width}[kind]
         """How wide phi(x) is."""
         self.directions: Tensor | None
@@ -62,7 +84,9 @@ class FeatureMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw FAVOR+'s directions, orthogonal in blocks of `dim`, with norms of Gaussian vectors; fixed from then on."""
+        """Draw FAVOR+'s directions, orthogonal in blocks of `dim`, with norms of Gaussian vectors;
+        fixed from then on.
+        """
         if self.directions is None or self.directions.is_meta:
             return
         blocks = -(-self.width // self.dim)
@@ -79,9 +103,13 @@ class FeatureMap(nn.Module):
             if self.kind == "elu":
                 y = elu_plus_one(x)
             else:
-                # Of degree 2 in x, so a common factor cancels in the normalisation: scaled, squares neither vanish nor overflow.
+                # Of degree 2 in x, so a common factor cancels in the normalisation: scaled, squares
+                # neither vanish nor overflow.
                 scaled = self.normalise != "none" and not self.paper_faithful
-                y = dpfp(x / x.abs().amax(-1, keepdim=True).detach().clamp(min=1e-30) if scaled else x, self.width)
+                y = dpfp(
+                    x / x.abs().amax(-1, keepdim=True).detach().clamp(min=1e-30) if scaled else x,
+                    self.width,
+                )
             return self._normalised(y)
 
     def _favor(self, x: Tensor) -> Tensor:
@@ -89,14 +117,18 @@ class FeatureMap(nn.Module):
         directions = self.directions.to(x.dtype)
         if self.paper_faithful:
             projected = x @ directions.mT
-            y = torch.cat((projected, -projected), -1).exp() * (-x.square().sum(-1, keepdim=True) / 2).exp()
+            y = (
+                torch.cat((projected, -projected), -1).exp()
+                * (-x.square().sum(-1, keepdim=True) / 2).exp()
+            )
             return self._normalised(y / self.features**0.5)
         x = x * self.dim**-0.25
         projected = x @ directions.mT
         both = torch.cat((projected, -projected), -1)
         if self.normalise == "none":
             return (both - x.square().sum(-1, keepdim=True) / 2).exp() / self.features**0.5
-        # The factor exp(-|x|^2 / 2) cancels: what is left is a softmax, which neither underflows nor overflows.
+        # The factor exp(-|x|^2 / 2) cancels: what is left is a softmax, which neither underflows
+        # nor overflows.
         shares = both.softmax(-1)
         return shares if self.normalise == "sum" else F.normalize(shares, dim=-1)
 
@@ -105,4 +137,6 @@ class FeatureMap(nn.Module):
             return y
         if self.normalise == "l2":
             return F.normalize(y, dim=-1)
-        return y / (y.sum(-1, keepdim=True) + 1e-6 if not self.paper_faithful else y.sum(-1, keepdim=True))
+        return y / (
+            y.sum(-1, keepdim=True) + 1e-6 if not self.paper_faithful else y.sum(-1, keepdim=True)
+        )

@@ -1,7 +1,8 @@
-"""The sum rule of linear attention (Katharopoulos et al. 2020; Schlag et al. 2021, equations 17 and 18).
+"""The sum rule of linear attention (Katharopoulos et al. 2020; Schlag et al. 2021, equations 17 and
+18).
 
-S_t = S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t; chunk by chunk Y = Q S + tril(Q K^T) V and S becomes S + K^T V. The letters
-are those of `chunks`.
+S_t = S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t; chunk by chunk Y = Q S + tril(Q K^T) V and S becomes S
++ K^T V. The letters are those of `chunks`.
 """
 
 import torch
@@ -19,7 +20,8 @@ def sum_rule(
     resets: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Causal linear attention without its denominator: what `delta_rule` does, except that a write does not look at the state.
+    """Causal linear attention without its denominator: what `delta_rule` does, except that a write
+    does not look at the state.
 
     Arguments, result and precision as there, without beta.
     """
@@ -38,21 +40,28 @@ def sum_rule(
         for new, kept in zip(added.unbind(2), whole, strict=True):
             starts.append(state)
             state = (state if kept is None else kept * state) + new
-        out = (queries if faded is None else queries * faded.carried) @ torch.stack(starts, 2) + inside
+        out = (queries if faded is None else queries * faded.carried) @ torch.stack(
+            starts, 2
+        ) + inside
     return join(out, length).to(v.dtype), state
 
 
-def sum_everywhere(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """Linear attention that sees all keys, with its denominator: for encoders, and from a decoder to an encoder.
+def sum_everywhere(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Linear attention that sees all keys, with its denominator: for encoders, and from a decoder
+    to an encoder.
 
-    q: [B, H, L, D]; k: [B, H, K, D] and v: [B, H, K, M] of any other length K; real: [B, K] bool, False for padding. Returns
-    [B, H, L, M] in v's dtype; 0 where no key is real.
+    q: [B, H, L, D]; k: [B, H, K, D] and v: [B, H, K, M] of any other length K; real: [B, K] bool,
+    False for padding. Returns [B, H, L, M] in v's dtype; 0 where no key is real.
     """
     return read_sum(q, written_sum(k, v, real), eps).to(v.dtype)
 
 
 def written_sum(k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-    """What `sum_everywhere` keeps of keys and values, whatever their number: [B, H, D, M + 1], the last column the sum of the keys."""
+    """What `sum_everywhere` keeps of keys and values, whatever their number: [B, H, D, M + 1], the
+    last column the sum of the keys.
+    """
     dtype = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
         keys = k.to(dtype) if real is None else k.to(dtype) * real[:, None, :, None]

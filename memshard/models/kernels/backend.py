@@ -1,4 +1,6 @@
-"""Which path table reads and updates take: the fastest kernels that are there and right, else plain torch."""
+"""Which path table reads and updates take: the fastest kernels that are there and right, else plain
+torch.
+"""
 
 import os
 import subprocess
@@ -21,9 +23,15 @@ _TRITON_FROM = (8, 0)
 class Kernels(Protocol):
     """What a fast path offers: the functions of plain.py, and the update."""
 
-    def gather_sum(self, values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor: ...
-    def score_gradients(self, values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor: ...
-    def segment_sums(self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor: ...
+    def gather_sum(
+        self, values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor
+    ) -> Tensor: ...
+    def score_gradients(
+        self, values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor
+    ) -> Tensor: ...
+    def segment_sums(
+        self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor
+    ) -> Tensor: ...
     def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def adam_rows(self, tensors: dict[str, Tensor | None], numbers: dict[str, float]) -> None: ...
 
@@ -43,17 +51,27 @@ def kernels_for(values: Tensor, sums: Tensor) -> Kernels | None:
 
 @cache
 def chosen(device: torch.device) -> tuple[Kernels | None, str]:
-    """The kernels of a device or None, and in words what they are and why. Built and tested against plain torch at the first call."""
+    """The kernels of a device or None, and in words what they are and why. Built and tested against
+    plain torch at the first call.
+    """
     if os.environ.get(SWITCH) == "plain":
         return None, f"plain torch ({SWITCH}=plain)"
-    kernels, name = _triton(device) if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else _compiled(device)
+    kernels, name = (
+        _triton(device)
+        if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        else _compiled(device)
+    )
     if kernels is None:
         return None, f"plain torch ({name})"
     for dtype in (torch.float32, *_HALF):
         try:
             right = _agrees(kernels, dtype, device)
-        except Exception as problem:  # Triton compiles at the first call: whatever goes wrong there must not stop a run
-            return None, f"plain torch ({name} fail in {dtype}: {' '.join(str(problem).split())[:200]})"
+        except Exception as problem:
+            # Triton compiles at the first call: whatever goes wrong there must not stop a run.
+            return (
+                None,
+                f"plain torch ({name} fail in {dtype}: {' '.join(str(problem).split())[:200]})",
+            )
         if not right:
             return None, f"plain torch ({name} disagree with it in {dtype})"
     return kernels, f"{name} (they agree with plain torch)"
@@ -61,7 +79,11 @@ def chosen(device: torch.device) -> tuple[Kernels | None, str]:
 
 def search_for(scores: Tensor) -> CompiledSearch | None:
     """The compiled product-key search, if there is one that serves such scores."""
-    serves = scores.device.type == "cpu" and scores.dtype == torch.float32 and not torch.compiler.is_compiling()
+    serves = (
+        scores.device.type == "cpu"
+        and scores.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+    )
     return _compiled_search() if serves else None
 
 
@@ -79,7 +101,9 @@ def _compiled_search() -> CompiledSearch | None:
     ranks = torch.arange(k, device="cpu")
     pairs = ranks.repeat_interleave(k), ranks.repeat(k)
     for keys, levels in ((5, 2), (90, 3), (90, 1_000_000)):
-        halves = torch.randint(-levels, levels + 1, (2, 20, keys), generator=generator, device="cpu").float()
+        halves = torch.randint(
+            -levels, levels + 1, (2, 20, keys), generator=generator, device="cpu"
+        ).float()
         values, order = torch.sort(halves, dim=-1, descending=True, stable=True)
         sums = values[0][:, pairs[0]] + values[1][:, pairs[1]]
         chosen = torch.sort(sums, dim=-1, descending=True, stable=True).indices[:, :k]
@@ -109,7 +133,10 @@ def _triton(device: torch.device) -> tuple[Kernels | None, str]:
         from memshard.models.kernels import triton_rows
     except ImportError as problem:
         return None, f"no Triton kernels: {problem}"
-    return triton_rows, "Triton kernels" if device.type == "cuda" else "Triton kernels in the interpreter"
+    return (
+        triton_rows,
+        "Triton kernels" if device.type == "cuda" else "Triton kernels in the interpreter",
+    )
 
 
 @torch.no_grad()
@@ -119,12 +146,24 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> bool:
     for dim in (37, 48):
         values = torch.randn(29, dim, generator=generator).to(device, dtype)
         rows = torch.randint(29, (50,), generator=generator, dtype=torch.int32).to(device)
-        weights, upstream = torch.randn(50, generator=generator).to(device), torch.randn(6, dim, generator=generator).to(device)
+        weights, upstream = (
+            torch.randn(50, generator=generator).to(device),
+            torch.randn(6, dim, generator=generator).to(device),
+        )
         offsets = torch.tensor([0, 0, 7, 8, 30, 50], device=device)
         pairs = (
-            (kernels.gather_sum(values, rows, weights, offsets), plain.gather_sum(values, rows, weights, offsets)),
-            (kernels.score_gradients(values, rows, offsets, upstream), plain.score_gradients(values, rows, offsets, upstream)),
-            (kernels.segment_sums(values, rows, weights, offsets[2:]), plain.segment_sums(values, rows, weights, offsets[2:])),
+            (
+                kernels.gather_sum(values, rows, weights, offsets),
+                plain.gather_sum(values, rows, weights, offsets),
+            ),
+            (
+                kernels.score_gradients(values, rows, offsets, upstream),
+                plain.score_gradients(values, rows, offsets, upstream),
+            ),
+            (
+                kernels.segment_sums(values, rows, weights, offsets[2:]),
+                plain.segment_sums(values, rows, weights, offsets[2:]),
+            ),
             (kernels.sort_reads(rows)[0].long(), plain.sort_reads(rows)[0]),
         )
         if not all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs):

@@ -1,4 +1,6 @@
-"""Banded attention by the compiled kernel, banded.cpp: only pairs that see each other, where tiles hold twice as many."""
+"""Banded attention by the compiled kernel, banded.cpp: only pairs that see each other, where tiles
+hold twice as many.
+"""
 
 import ctypes
 import os
@@ -30,7 +32,9 @@ class _Banded(ctypes.Structure):
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The library, built at the first call; None without a compiler, or with MEMSHARD_KERNELS=plain."""
+    """The library, built at the first call; None without a compiler, or with
+    MEMSHARD_KERNELS=plain.
+    """
     if os.environ.get(SWITCH) == "plain":
         return None
     try:
@@ -39,34 +43,73 @@ def kernel() -> ctypes.CDLL | None:
         return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool
+) -> tuple[Tensor, Tensor]:
     """As `banded._forward`. Tensors in fp32, fp16 or bf16, on the CPU; fp32 inside."""
     out, logs = torch.empty(v.shape), torch.empty(v.shape[:2])
-    _call("memshard_banded_forward", {"q": q, "k": k, "v": v, "out": out, "logs": logs}, orders, window, chunk, itself)
+    _call(
+        "memshard_banded_forward",
+        {"q": q, "k": k, "v": v, "out": out, "logs": logs},
+        orders,
+        window,
+        chunk,
+        itself,
+    )
     return out.to(v.dtype), logs
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, orders: list[Order], out: Tensor, logs: Tensor, d_out: Tensor, window: int, chunk: int, itself: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    orders: list[Order],
+    out: Tensor,
+    logs: Tensor,
+    d_out: Tensor,
+    window: int,
+    chunk: int,
+    itself: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `banded._backward`."""
     d_q, d_k, d_v = (torch.zeros(x.shape) for x in (q, k, v))
-    tensors = {"q": q, "k": k, "v": v, "out": out, "logs": logs, "d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "logs": logs,
+        "d_out": d_out,
+        "d_q": d_q,
+        "d_k": d_k,
+        "d_v": d_v,
+    }
     _call("memshard_banded_backward", tensors, orders, window, chunk, itself)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
-def _call(name: str, tensors: dict[str, Tensor], orders: list[Order], window: int, chunk: int, itself: bool) -> None:
+def _call(
+    name: str,
+    tensors: dict[str, Tensor],
+    orders: list[Order],
+    window: int,
+    chunk: int,
+    itself: bool,
+) -> None:
     library = kernel()
     assert library is not None
     held = {key: tensor.float().contiguous() for key, tensor in tensors.items()}
     rows, length, dim = tensors["q"].shape
     sizes = rows, length, dim, tensors["v"].shape[-1], len(orders), window, chunk
     lists = {
-        field: (ctypes.c_void_p * len(orders))(*(getattr(order, field).data_ptr() for order in orders))
+        field: (ctypes.c_void_p * len(orders))(
+            *(getattr(order, field).data_ptr() for order in orders)
+        )
         for field in ("places", "groups", "codes")
     }
-    arguments = _Banded(itself=itself, threads=torch.get_num_threads(), **dict(zip(_SIZES, sizes, strict=True)))
+    arguments = _Banded(
+        itself=itself, threads=torch.get_num_threads(), **dict(zip(_SIZES, sizes, strict=True))
+    )
     for field, tensor in held.items():
         setattr(arguments, field, tensor.data_ptr())
     for field, pointers in lists.items():

@@ -1,7 +1,9 @@
-"""The delta rule by flash-linear-attention's Triton kernels (Yang et al. 2024), where they are installed and right.
+"""The delta rule by flash-linear-attention's Triton kernels (Yang et al. 2024), where they are
+installed and right.
 
-They serve GPUs, 16-bit values and at most 256 features, and round queries, keys and strengths to the values' dtype; sums and the
-state stay fp32. Everything else, and whatever they get wrong, takes the chunks of `delta_rule`.
+They serve GPUs, 16-bit values and at most 256 features, and round queries, keys and strengths to
+the values' dtype; sums and the state stay fp32. Everything else, and whatever they get wrong, takes
+the chunks of `delta_rule`.
 """
 
 import os
@@ -22,16 +24,26 @@ _TOLERANCE = 0.03
 
 def kernel_for(q: Tensor, v: Tensor) -> Kernel | None:
     """The kernel, if there is one that serves such tensors. q: [B, H, L, D]; v: [B, H, L, M]."""
-    return None if torch.compiler.is_compiling() else chosen(q.device, v.dtype, q.shape[-1], v.shape[-1])[0]
+    return (
+        None
+        if torch.compiler.is_compiling()
+        else chosen(q.device, v.dtype, q.shape[-1], v.shape[-1])[0]
+    )
 
 
 @cache
-def chosen(device: torch.device, dtype: torch.dtype, features: int, width: int) -> tuple[Kernel | None, str]:
-    """The kernel for such shapes or None, and in words why. Tested against the chunks at the first call: each shape is a program of its
-    own, and compilers have got single ones wrong.
+def chosen(
+    device: torch.device, dtype: torch.dtype, features: int, width: int
+) -> tuple[Kernel | None, str]:
+    """The kernel for such shapes or None, and in words why. Tested against the chunks at the first
+    call: each shape is a program of its own, and compilers have got single ones wrong.
     """
     if device.type != "cuda" or dtype not in _HALF or features > _MOST_FEATURES:
-        return None, f"chunks in torch (the library's kernels take 16 bits, {_MOST_FEATURES} features at most, on a GPU)"
+        return (
+            None,
+            f"chunks in torch (the library's kernels take 16 bits, {_MOST_FEATURES} features at "
+            "most, on a GPU)",
+        )
     if os.environ.get(SWITCH) == "plain":
         return None, f"chunks in torch ({SWITCH}=plain)"
     try:
@@ -41,15 +53,29 @@ def chosen(device: torch.device, dtype: torch.dtype, features: int, width: int) 
             worst = _difference(chunk_delta_rule, device, dtype, features, width)
     except ImportError as problem:
         return None, f"chunks in torch (no flash-linear-attention: {problem})"
-    except Exception as problem:  # Triton compiles at the first call: whatever goes wrong there must not stop a run
-        return None, f"chunks in torch (flash-linear-attention fails: {' '.join(str(problem).split())[:200]})"
+    except Exception as problem:
+        # Triton compiles at the first call: whatever goes wrong there must not stop a run.
+        return (
+            None,
+            "chunks in torch (flash-linear-attention fails: "
+            f"{' '.join(str(problem).split())[:200]})",
+        )
     if not worst < _TOLERANCE:
         return None, f"chunks in torch (flash-linear-attention disagrees with them by {worst:.2g})"
     return chunk_delta_rule, "flash-linear-attention (it agrees with chunks in torch)"
 
 
-def by_kernel(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`delta_rule` by a kernel that has batch, length, heads in this order, and packed sequences, each with a state of its own, for resets.
+def by_kernel(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` by a kernel that has batch, length, heads in this order, and packed sequences,
+    each with a state of its own, for resets.
 
     state: [B, H, D, M] fp32. Returns [B, H, L, M] in v's dtype and the state after the last token.
     """
@@ -64,16 +90,23 @@ def by_kernel(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, sta
     # Of each row, the first and the last of its sequences.
     first = torch.searchsorted(firsts, torch.arange(batch, device=firsts.device) * length)
     last = F.pad(first[1:], (0, 1), value=len(firsts)) - 1
-    initial = state.new_zeros(len(firsts), *state.shape[1:]).index_copy(0, first, state * ~resets[:, :1, None, None])
+    initial = state.new_zeros(len(firsts), *state.shape[1:]).index_copy(
+        0, first, state * ~resets[:, :1, None, None]
+    )
     flat = (x.flatten(0, 1)[None] for x in (q, k, v, beta))
     ends = F.pad(firsts, (0, 1), value=batch * length)
-    out, final = kernel(*flat, scale=1.0, initial_state=initial, output_final_state=True, cu_seqlens=ends)
+    out, final = kernel(
+        *flat, scale=1.0, initial_state=initial, output_final_state=True, cu_seqlens=ends
+    )
     return out[0].unflatten(0, (batch, length)).transpose(1, 2), final[last]
 
 
-def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, features: int, width: int) -> float:
-    """The largest distance of outputs, states and gradients from the chunks', relative to each one's largest value: two rows of several
-    chunks, with a repeated key, and with documents that begin inside a chunk and with a row.
+def _difference(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, features: int, width: int
+) -> float:
+    """The largest distance of outputs, states and gradients from the chunks', relative to each
+    one's largest value: two rows of several chunks, with a repeated key, and with documents that
+    begin inside a chunk and with a row.
     """
     from memshard.models.fast_weights.delta_rule import delta_rule
 
@@ -92,12 +125,26 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, featur
     packed[0, 20] = packed[0, 90] = packed[1, 0] = True
     worst = 0.0
     for resets in (None, packed):
-        rules: tuple[Kernel, Kernel] = partial(delta_rule, resets=resets), partial(by_kernel, kernel, resets=resets)
+        rules: tuple[Kernel, Kernel] = (
+            partial(delta_rule, resets=resets),
+            partial(by_kernel, kernel, resets=resets),
+        )
         results = []
         for rule, inner in zip(rules, (torch.float32, dtype), strict=True):
-            inputs = [*(x.detach().to(inner).requires_grad_() for x in (q, k, v, beta)), state.detach().requires_grad_()]
+            inputs = [
+                *(x.detach().to(inner).requires_grad_() for x in (q, k, v, beta)),
+                state.detach().requires_grad_(),
+            ]
             found = rule(*inputs)
             loss = (found[0].float() * d_out.float()).sum() + (found[1] * d_state).sum()
-            results.append([x.detach().float() for x in (*found, *torch.autograd.grad(loss, inputs))])
-        worst = max(worst, *(float((ours - theirs).abs().max() / ours.abs().max()) for ours, theirs in zip(*results, strict=True)))
+            results.append(
+                [x.detach().float() for x in (*found, *torch.autograd.grad(loss, inputs))]
+            )
+        worst = max(
+            worst,
+            *(
+                float((ours - theirs).abs().max() / ours.abs().max())
+                for ours, theirs in zip(*results, strict=True)
+            ),
+        )
     return worst

@@ -1,4 +1,6 @@
-"""Weighted sums of rows, bag by bag, and their gradients to the weights, in plain torch: what every faster path must equal."""
+"""Weighted sums of rows, bag by bag, and their gradients to the weights, in plain torch: what every
+faster path must equal.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,9 @@ _BLOCK_READS = 4096
 def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """The sum of weights[j] * values[rows[j]] over each bag.
 
-    values: [slots, dim]; rows: [reads] integers; weights: [reads], as wide as values or wider; offsets: [bags] int64, where
-    each bag's reads start. Returns [bags, dim] in the weights' dtype; sums are formed in it, in fp32 at least.
+    values: [slots, dim]; rows: [reads] integers; weights: [reads], as wide as values or wider;
+    offsets: [bags] int64, where each bag's reads start. Returns [bags, dim] in the weights' dtype;
+    sums are formed in it, in fp32 at least.
     """
     if not values.shape[1]:
         return weights.new_zeros(len(offsets), 0)
@@ -22,17 +25,23 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
     bags = bag_of_each_read(offsets, len(rows))
     for start in range(0, len(rows), _BLOCK_READS):
         block = slice(start, start + _BLOCK_READS)
-        sums.index_add_(0, bags[block], values[rows[block]].to(weights.dtype) * weights[block, None])
+        sums.index_add_(
+            0, bags[block], values[rows[block]].to(weights.dtype) * weights[block, None]
+        )
     return sums
 
 
 def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient of `gather_sum` to its weights: values[rows[j]] . upstream[bag of j]. upstream: [bags, dim]; returns [reads]."""
+    """The gradient of `gather_sum` to its weights: values[rows[j]] . upstream[bag of j]. upstream:
+    [bags, dim]; returns [reads].
+    """
     if not values.shape[1]:
         return upstream.new_zeros(len(rows))
     bags = bag_of_each_read(offsets, len(rows))
     if values.dtype == upstream.dtype:
-        gradient: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(upstream, values, rows.long(), offsets, bags, 0)
+        gradient: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            upstream, values, rows.long(), offsets, bags, 0
+        )
         return gradient
     parts = []
     for start in range(0, len(rows), _BLOCK_READS):
@@ -48,7 +57,9 @@ def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) 
 
 
 def sort_reads(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable sort: the order of the reads [reads], the distinct rows [distinct] and where each begins [distinct + 1]."""
+    """Stable sort: the order of the reads [reads], the distinct rows [distinct] and where each
+    begins [distinct + 1].
+    """
     ascending, order = torch.sort(rows, stable=True)
     distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
     return order, distinct, F.pad(counts.cumsum(0), (1, 0))

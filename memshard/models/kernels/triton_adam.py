@@ -1,4 +1,6 @@
-"""The Adam step on rows in Triton: a program sums a row's gradient and updates its values and moments in one pass."""
+"""The Adam step on rows in Triton: a program sums a row's gradient and updates its values and
+moments in one pass.
+"""
 
 import triton
 import triton.language as tl
@@ -8,12 +10,36 @@ from memshard.models.kernels.triton_reads import add_segment
 
 @triton.jit(do_not_specialize=["slots", "tokens", "first_row", "first_column", "key"])
 def adam_rows(
-    values, exp_avg, exp_avg_sq, master, rows, starts, bags, weights, upstream, windows, step_sizes, decay1, decay2,
-    slots, tokens, dim, first_row, first_column, key, beta2, rest1, rest2, eps, step_size,
-    WINDOW: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Row rows[i] of the table gets the gradient of segment i. master, step_sizes, decay1, decay2: None where there is none.
-    rest1, rest2: 1 - beta1, 1 - beta2.
+    values,
+    exp_avg,
+    exp_avg_sq,
+    master,
+    rows,
+    starts,
+    bags,
+    weights,
+    upstream,
+    windows,
+    step_sizes,
+    decay1,
+    decay2,
+    slots,
+    tokens,
+    dim,
+    first_row,
+    first_column,
+    key,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    step_size,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Row rows[i] of the table gets the gradient of segment i. master, step_sizes, decay1, decay2:
+    None where there is none. rest1, rest2: 1 - beta1, 1 - beta2.
     """
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -29,7 +55,9 @@ def adam_rows(
     else:
         value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
     first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
-    gradient = add_segment(upstream, bags, weights, windows, first, last, tokens, dim, columns, WINDOW, TILE, WIDTH)
+    gradient = add_segment(
+        upstream, bags, weights, windows, first, last, tokens, dim, columns, WINDOW, TILE, WIDTH
+    )
 
     if decay1 is not None:
         m *= tl.load(decay1 + segment)
@@ -69,7 +97,9 @@ def _random(key, row, columns):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     x = x ^ (x >> 31)
-    return _mix(_mix(columns.to(tl.uint32) ^ (x & 0xFFFFFFFF).to(tl.uint32)) ^ (x >> 32).to(tl.uint32))
+    return _mix(
+        _mix(columns.to(tl.uint32) ^ (x & 0xFFFFFFFF).to(tl.uint32)) ^ (x >> 32).to(tl.uint32)
+    )
 
 
 @triton.jit

@@ -1,8 +1,10 @@
-"""Weighted sums of rows and their gradients to the weights, in Triton. Launched by gpu.py; plain torch is the twin of everything here.
+"""Weighted sums of rows and their gradients to the weights, in Triton. Launched by gpu.py; plain
+torch is the twin of everything here.
 
-A program works on WIDTH columns, TILE reads at a time: their loads are then under way together. Row numbers become int64 before they
-are multiplied, since a table may hold more than 2^31 values; values become fp32 right after each load. Numbers that change from call
-to call are not specialised: each of their kinds (1, multiples of 16) would be compiled anew.
+A program works on WIDTH columns, TILE reads at a time: their loads are then under way together. Row
+numbers become int64 before they are multiplied, since a table may hold more than 2^31 values;
+values become fp32 right after each load. Numbers that change from call to call are not specialised:
+each of their kinds (1, multiples of 16) would be compiled anew.
 """
 
 import triton
@@ -10,8 +12,12 @@ import triton.language as tl
 
 
 @triton.jit
-def add_rows(values, rows, weights, first, last, slots, dim, columns, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of weights[j] * values[rows[j], columns] for first <= j < last: [WIDTH] fp32. A row outside the table gives NaN."""
+def add_rows(
+    values, rows, weights, first, last, slots, dim, columns, TILE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The sum of weights[j] * values[rows[j], columns] for first <= j < last: [WIDTH] fp32. A row
+    outside the table gives NaN.
+    """
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(first, last, TILE):
         reads = start + tl.arange(0, TILE)
@@ -20,13 +26,30 @@ def add_rows(values, rows, weights, first, last, slots, dim, columns, TILE: tl.c
         inside = (row >= 0) & (row < slots)
         weight = tl.where(inside, tl.load(weights + reads, mask=asked, other=0.0), float("nan"))
         mask = (asked & inside)[:, None] & (columns < dim)[None, :]
-        sums += weight[:, None] * tl.load(values + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        sums += weight[:, None] * tl.load(
+            values + row[:, None] * dim + columns[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
     return tl.sum(sums, 0)
 
 
 @triton.jit(do_not_specialize=["known", "reads", "slots"])
-def gather_sum(values, rows, weights, firsts, lasts, known, reads, out, slots, dim, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """out[bag] = the sum of the reads from firsts[bag] to lasts[bag], or to `reads` from the bag `known` on."""
+def gather_sum(
+    values,
+    rows,
+    weights,
+    firsts,
+    lasts,
+    known,
+    reads,
+    out,
+    slots,
+    dim,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out[bag] = the sum of the reads from firsts[bag] to lasts[bag], or to `reads` from the bag
+    `known` on.
+    """
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     first, last = tl.load(firsts + bag), tl.load(lasts + bag, mask=bag < known, other=reads)
@@ -36,8 +59,19 @@ def gather_sum(values, rows, weights, firsts, lasts, known, reads, out, slots, d
 
 @triton.jit(do_not_specialize=["known", "reads", "slots"])
 def score_gradients(
-    values, rows, firsts, lasts, known, reads, upstream, out, slots, dim, TILE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+    values,
+    rows,
+    firsts,
+    lasts,
+    known,
+    reads,
+    upstream,
+    out,
+    slots,
+    dim,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """out[j] = values[rows[j]] . upstream[bag of j]."""
     bag = tl.program_id(0).to(tl.int64)
     first, last = tl.load(firsts + bag), tl.load(lasts + bag, mask=bag < known, other=reads)
@@ -50,7 +84,9 @@ def score_gradients(
         for column in range(0, dim, WIDTH):
             columns = column + tl.arange(0, WIDTH)
             mask = (asked & inside)[:, None] & (columns < dim)[None, :]
-            x = tl.load(values + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(values + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
             y = tl.load(upstream + bag * dim + columns, mask=columns < dim, other=0.0)
             products += tl.sum(x * y[None, :], 1)
         tl.store(out + read, tl.where(inside, products, float("nan")), mask=asked)
@@ -58,9 +94,22 @@ def score_gradients(
 
 @triton.jit
 def add_segment(
-    values, rows, weights, windows, first, last, slots, dim, columns, WINDOW: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """As `add_rows`, with the sums of whole windows of reads taken from `windows` [reads // WINDOW, dim]."""
+    values,
+    rows,
+    weights,
+    windows,
+    first,
+    last,
+    slots,
+    dim,
+    columns,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """As `add_rows`, with the sums of whole windows of reads taken from `windows` [reads // WINDOW,
+    dim].
+    """
     head = tl.minimum((first + WINDOW - 1) // WINDOW * WINDOW, last)
     tail = tl.maximum(last // WINDOW * WINDOW, head)
     sums = add_rows(values, rows, weights, first, head, slots, dim, columns, TILE, WIDTH)
@@ -71,11 +120,23 @@ def add_segment(
 
 @triton.jit(do_not_specialize=["slots"])
 def segment_sums(
-    values, rows, weights, windows, starts, out, slots, dim, WINDOW: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+    values,
+    rows,
+    weights,
+    windows,
+    starts,
+    out,
+    slots,
+    dim,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """out[i] = the sum of the reads from starts[i] to starts[i + 1]."""
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
-    sums = add_segment(values, rows, weights, windows, first, last, slots, dim, columns, WINDOW, TILE, WIDTH)
+    sums = add_segment(
+        values, rows, weights, windows, first, last, slots, dim, columns, WINDOW, TILE, WIDTH
+    )
     tl.store(out + segment * dim + columns, sums, mask=columns < dim)

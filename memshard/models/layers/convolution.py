@@ -1,6 +1,8 @@
-"""Causal depthwise convolutions along a text (Primer, So et al. 2021, "multi-DConv-head attention"), and what they remember in decoding.
+"""Causal depthwise convolutions along a text (Primer, So et al. 2021, "multi-DConv-head
+attention"), and what they remember in decoding.
 
-One kernel a channel of each head, behind the projections of queries, keys and values. B batch, T length, C channels, K width.
+One kernel a channel of each head, behind the projections of queries, keys and values. B batch, T
+length, C channels, K width.
 """
 
 from collections.abc import Sequence
@@ -15,15 +17,17 @@ from torch.autograd.function import once_differentiable
 from memshard.models.context import Context
 from memshard.models.fast_weights.segments import Neighbours
 
-_BLOCK = 1 << 17  # numbers at a time, so that all passes over them but the first find them in the cache
+_BLOCK = (
+    1 << 17
+)  # numbers at a time, so that all passes over them but the first find them in the cache
 _TAKEN_BACK = 16
 
 
 class CausalConvolution(nn.Module):
     """The kernels of C channels.
 
-    width: tokens that each one sees, itself included. weight: [C K], a channel's lags together, its current token first; flat, because
-    optimizers take matrices for what weight decay is good for.
+    width: tokens that each one sees, itself included. weight: [C K], a channel's lags together, its
+    current token first; flat, because optimizers take matrices for what weight decay is good for.
     """
 
     def __init__(self, channels: int, width: int = 3) -> None:
@@ -48,8 +52,8 @@ class CausalConvolution(nn.Module):
 class RecentRows:
     """What convolutions remember: their newest inputs, side by side.
 
-    rows: [B, kept, channels of all], 0 where there was nothing to see; documents: [B, kept] int64. The newest `needed` are for the next
-    token, those before them for tokens that are taken back.
+    rows: [B, kept, channels of all], 0 where there was nothing to see; documents: [B, kept] int64.
+    The newest `needed` are for the next token, those before them for tokens that are taken back.
     """
 
     rows: Tensor
@@ -65,7 +69,8 @@ class RecentRows:
         kept = self.rows.shape[1] - tokens
         if kept < self.needed:
             raise ValueError(
-                f"convolutions take back at most {self.rows.shape[1] - self.needed} tokens here, not {tokens}; keep the earlier state"
+                f"convolutions take back at most {self.rows.shape[1] - self.needed} tokens here, "
+                f"not {tokens}; keep the earlier state"
             )
         return RecentRows(self.rows[:, :kept], self.documents[:, :kept], self.needed)
 
@@ -76,28 +81,40 @@ class RecentRows:
     def followed_by(self, rows: Tensor, documents: Tensor) -> "RecentRows":
         """With newer inputs, [B, T, channels of all], behind."""
         kept = self.needed + _TAKEN_BACK
-        joined = torch.cat((self.rows, rows.to(self.rows.dtype)), 1), torch.cat((self.documents, documents), 1)
+        joined = (
+            torch.cat((self.rows, rows.to(self.rows.dtype)), 1),
+            torch.cat((self.documents, documents), 1),
+        )
         return RecentRows(joined[0][:, -kept:], joined[1][:, -kept:], self.needed)
 
 
 class Convolutions(nn.ModuleDict):
-    """Those behind several projections, by the projections' names, all of one width; none for width 0.
+    """Those behind several projections, by the projections' names, all of one width; none for width
+    0.
 
     channels: of each projection.
     """
 
     def __init__(self, channels: dict[str, int], width: int) -> None:
-        super().__init__({name: CausalConvolution(count, width) for name, count in channels.items() if width})
+        super().__init__(
+            {name: CausalConvolution(count, width) for name, count in channels.items() if width}
+        )
         self.neighbours: Neighbours | None = None
         """Set by `parallel/` where ranks hold pieces of a sequence."""
 
     def forward(
-        self, inputs: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None, kernels: Sequence[Tensor] | None = None
+        self,
+        inputs: Sequence[Tensor],
+        ctx: Context,
+        recent: RecentRows | None = None,
+        kernels: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], RecentRows | None]:
-        """The projections' outputs, each [B, T, C] (any C), after their convolutions, and what to remember where something was.
+        """The projections' outputs, each [B, T, C] (any C), after their convolutions, and what to
+        remember where something was.
 
-        Padding is seen as zeros, other documents are not seen. Without documents in `ctx`, tokens continue the document of the last one
-        remembered. kernels: for inputs of some channels, theirs.
+        Padding is seen as zeros, other documents are not seen. Without documents in `ctx`, tokens
+        continue the document of the last one remembered. kernels: for inputs of some channels,
+        theirs.
         """
         if not self:
             return list(inputs), recent
@@ -105,9 +122,17 @@ class Convolutions(nn.ModuleDict):
         if ctx.padding is not None:
             inputs = [x.masked_fill(~ctx.padding[..., None], 0) for x in inputs]
         if self.neighbours is not None:
-            return self._convolve(kernels, inputs, ctx, self._before(self.neighbours, inputs, ctx, kernels[0].shape[1] - 1))[0], None
+            return self._convolve(
+                kernels,
+                inputs,
+                ctx,
+                self._before(self.neighbours, inputs, ctx, kernels[0].shape[1] - 1),
+            )[0], None
         if recent is None:
-            return [causal_convolution(x, kernel, ctx.documents) for x, kernel in zip(inputs, kernels, strict=True)], None
+            return [
+                causal_convolution(x, kernel, ctx.documents)
+                for x, kernel in zip(inputs, kernels, strict=True)
+            ], None
         return self._convolve(kernels, inputs, ctx, recent)
 
     @staticmethod
@@ -116,20 +141,30 @@ class Convolutions(nn.ModuleDict):
     ) -> tuple[list[Tensor], RecentRows]:
         needed = slice(recent.rows.shape[1] - recent.needed, None)
         before = recent.rows[:, needed].split([x.shape[-1] for x in inputs], -1)
-        documents = recent.documents[:, -1:].expand(inputs[0].shape[:2]) if ctx.documents is None else ctx.documents
+        documents = (
+            recent.documents[:, -1:].expand(inputs[0].shape[:2])
+            if ctx.documents is None
+            else ctx.documents
+        )
         known = torch.cat((recent.documents[:, needed], documents), 1)
         outputs = [
-            causal_convolution(torch.cat((old.to(x.dtype), x), 1), kernel, known)[:, recent.needed :]
+            causal_convolution(torch.cat((old.to(x.dtype), x), 1), kernel, known)[
+                :, recent.needed :
+            ]
             for old, x, kernel in zip(before, inputs, kernels, strict=True)
         ]
         return outputs, recent.followed_by(torch.cat(list(inputs), -1), documents)
 
     @staticmethod
-    def _before(neighbours: Neighbours, inputs: Sequence[Tensor], ctx: Context, needed: int) -> RecentRows:
+    def _before(
+        neighbours: Neighbours, inputs: Sequence[Tensor], ctx: Context, needed: int
+    ) -> RecentRows:
         """The rows before a piece of a text."""
         rows = neighbours.rows_before(torch.cat([x[:, -needed:] for x in inputs], -1), needed)
         if ctx.documents is None:
-            return RecentRows(rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), needed)
+            return RecentRows(
+                rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), needed
+            )
         return RecentRows(rows, neighbours.rows_before(ctx.documents[:, -needed:], needed), needed)
 
     def nothing_recent(self, batch: int) -> RecentRows | None:
@@ -138,8 +173,12 @@ class Convolutions(nn.ModuleDict):
         if not kernels:
             return None
         kept = kernels[0].shape[1] - 1
-        rows = kernels[0].new_zeros(batch, kept + _TAKEN_BACK, sum(len(kernel) for kernel in kernels))
-        return RecentRows(rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), kept)
+        rows = kernels[0].new_zeros(
+            batch, kept + _TAKEN_BACK, sum(len(kernel) for kernel in kernels)
+        )
+        return RecentRows(
+            rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), kept
+        )
 
     def kernels(self) -> list[Tensor]:
         """Each projection's, [C, K]."""
@@ -147,18 +186,26 @@ class Convolutions(nn.ModuleDict):
 
 
 def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = None) -> Tensor:
-    """y[t] = sum of kernel[:, j] x[t - j] over lags j < K for which t - j is in the same document, if there are any.
+    """y[t] = sum of kernel[:, j] x[t - j] over lags j < K for which t - j is in the same document,
+    if there are any.
 
-    x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64. Returns [B, T, C] in x's dtype; sums are fp32 at least. Backward keeps x alone.
+    x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64. Returns [B, T, C] in x's dtype; sums are
+    fp32 at least. Backward keeps x alone.
     """
-    same = [] if documents is None else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1])]
+    same = (
+        []
+        if documents is None
+        else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1])]
+    )
     if torch.compiler.is_compiling():
         return plain_convolution(x, kernel, same)
     return _CausalConvolution.apply(x, kernel, *same)
 
 
 def plain_convolution(x: Tensor, kernel: Tensor, same: Sequence[Tensor]) -> Tensor:
-    """As `causal_convolution`, in a form that a compiler can fuse. same: of every lag, where it stays in the document, [B, T - lag]."""
+    """As `causal_convolution`, in a form that a compiler can fuse. same: of every lag, where it
+    stays in the document, [B, T - lag].
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     total = wide * kernel[:, 0]
     for lag in range(1, min(kernel.shape[1], x.shape[1])):
@@ -188,7 +235,10 @@ class _CausalConvolution(torch.autograd.Function):
         x, kernel, *same = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
         lags = kernel.to(dtype).t().contiguous()
-        to_x, to_lags = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(lags)
+        to_x, to_lags = (
+            torch.empty_like(x, memory_format=torch.contiguous_format),
+            torch.zeros_like(lags),
+        )
         for rows in _blocks(x):
             read, given = x[rows].to(dtype), gradient[rows].to(dtype)
             total = torch.mul(given, lags[0], out=to_x[rows] if x.dtype == dtype else None)
@@ -198,7 +248,9 @@ class _CausalConvolution(torch.autograd.Function):
                 late = _seen(given[:, lag:], same, lag, rows)
                 total[:, :-lag].addcmul_(late, lags[lag])
                 torch.mul(late, read[:, :-lag], out=products[:, lag:])
-                products[:, :lag] = 0  # a sum over all rows is 15 times faster than one over a slice of them
+                products[:, :lag] = (
+                    0  # a sum over all rows is 15 times faster than one over a slice of them
+                )
                 to_lags[lag] += products.sum((0, 1))
             if x.dtype != dtype:
                 to_x[rows] = total

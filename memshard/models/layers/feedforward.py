@@ -8,12 +8,20 @@ from memshard.models.layers.squared_relu import squared_relu
 
 
 class FeedForward(nn.Module):
-    """down(f(up(x))), f one of ReLU, GELU, squared ReLU (Primer); or SwiGLU: down(silu(gate(x)) * up(x)).
+    """down(f(up(x))), f one of ReLU, GELU, squared ReLU (Primer); or SwiGLU: down(silu(gate(x)) *
+    up(x)).
 
-    hidden: width; by default 4 x dim, and 8/3 x dim for SwiGLU, whose third matrix then costs nothing.
+    hidden: width; by default 4 x dim, and 8/3 x dim for SwiGLU, whose third matrix then costs
+    nothing.
     """
 
-    def __init__(self, dim: int, activation: str = "gelu", hidden: int | None = None, output_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        activation: str = "gelu",
+        hidden: int | None = None,
+        output_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         hidden = hidden or (dim * 8 // 3 if activation == "swiglu" else dim * 4)
         self.activation = activation

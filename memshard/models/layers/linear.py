@@ -8,7 +8,8 @@ INIT_STD = 0.02
 class Projection(nn.Linear):
     """A linear map without bias, drawn from N(0, (0.02 * scale)^2).
 
-    scale: 1 / sqrt(2 * layers) for maps that write to the residual stream (GPT-2), so its variance does not grow with depth.
+    scale: 1 / sqrt(2 * layers) for maps that write to the residual stream (GPT-2), so its variance
+    does not grow with depth.
     """
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:

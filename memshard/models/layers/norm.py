@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 
 class PrimerNorm(nn.Module):
-    """Primer's norm (So et al. 2021): (x - mean) / sqrt(mean(x (x - mean)) + 1e-6), times a scale, plus a shift.
+    """Primer's norm (So et al. 2021): (x - mean) / sqrt(mean(x (x - mean)) + 1e-6), times a scale,
+    plus a shift.
 
-    mean(x (x - mean)) is the variance: this is LayerNorm, less exact where the mean is large. Computed in fp32; differences that rounding
-    leaves below 0 count as 0.
+    mean(x (x - mean)) is the variance: this is LayerNorm, less exact where the mean is large.
+    Computed in fp32; differences that rounding leaves below 0 count as 0.
     """
 
     def __init__(self, dim: int) -> None:
@@ -31,7 +32,9 @@ class PrimerNorm(nn.Module):
 
 
 def build_norm(kind: str, dim: int) -> nn.Module:
-    """kind: "layer" (LayerNorm), "rms" (RMSNorm) or "primer" (`PrimerNorm`), all with a learned scale over the last dim."""
+    """kind: "layer" (LayerNorm), "rms" (RMSNorm) or "primer" (`PrimerNorm`), all with a learned
+    scale over the last dim.
+    """
     if kind == "primer":
         return PrimerNorm(dim)
     return nn.LayerNorm(dim) if kind == "layer" else nn.RMSNorm(dim, eps=1e-6)

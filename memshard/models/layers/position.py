@@ -10,17 +10,21 @@ from memshard.models.layers.linear import TokenEmbedding
 
 
 class AxialPositions(nn.Module):
-    """Learned positions in few rows (Reformer): a position's digits, in mixed radix, each choose some of its channels.
+    """Learned positions in few rows (Reformer): a position's digits, in mixed radix, each choose
+    some of its channels.
 
-    lengths: of the axes, most significant first; their product is the longest sequence, and any shorter one will do. Channels are shared
-    evenly between the axes; the first ones take what is left over.
+    lengths: of the axes, most significant first; their product is the longest sequence, and any
+    shorter one will do. Channels are shared evenly between the axes; the first ones take what is
+    left over.
     """
 
     def __init__(self, lengths: Sequence[int], dim: int) -> None:
         super().__init__()
         part, more = divmod(dim, len(lengths))
         self.lengths = tuple(lengths)
-        self.axes = nn.ModuleList(TokenEmbedding(length, part + (axis < more)) for axis, length in enumerate(lengths))
+        self.axes = nn.ModuleList(
+            TokenEmbedding(length, part + (axis < more)) for axis, length in enumerate(lengths)
+        )
 
     def forward(self, positions: Tensor) -> Tensor:
         """positions: [...] int64; returns [..., dim]."""
@@ -38,14 +42,17 @@ def near_square(length: int) -> tuple[int, int]:
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
-    """Fixed position features (Vaswani et al. 2017, section 3.5). positions: [...] int64; returns [..., dim] fp32."""
+    """Fixed position features (Vaswani et al. 2017, section 3.5). positions: [...] int64; returns
+    [..., dim] fp32.
+    """
     frequencies = _frequencies((dim + 1) // 2, positions.device)
     angles = positions[..., None].float() * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :dim]
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + dim/2) by angles that grow with position (RoPE, Su et al. 2021, eq. 34).
+    """Turn channel pairs (i, i + dim/2) by angles that grow with position (RoPE, Su et al. 2021,
+    eq. 34).
 
     x: [batch, heads, length, dim], dim even; positions: [batch, length] int64. Angles in fp32.
     """

@@ -6,10 +6,12 @@ from memshard.models.layers.norm import build_norm
 
 
 class Residual(nn.Module):
-    """join(x, after(f(before(x)))) of a branch f: x + f(norm(x)) for kind "pre", norm(x + f(x)) for "post". With `behind` the norm of "pre"
-    stands behind the branch, x + norm(f(x)) (Primer's feedforwards). Of a reversible block's residual `join` is not used.
+    """join(x, after(f(before(x)))) of a branch f: x + f(norm(x)) for kind "pre", norm(x + f(x)) for
+    "post". With `behind` the norm of "pre" stands behind the branch, x + norm(f(x)) (Primer's
+    feedforwards). Of a reversible block's residual `join` is not used.
 
-    kind: "pre", "post", "reversible", or "whole" for a branch that is a block by itself, f(x); norm: as in `build_norm`.
+    kind: "pre", "post", "reversible", or "whole" for a branch that is a block by itself, f(x);
+    norm: as in `build_norm`.
     """
 
     def __init__(self, kind: str, norm: str, dim: int, behind: bool = False) -> None:

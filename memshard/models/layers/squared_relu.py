@@ -13,7 +13,8 @@ _LARGEST_FP16 = 255.875
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2; backward keeps max(x, 0) alone.
 
-    fp16 holds squares up to 65,504: inputs above 255.875 count as that number, in backward too, so they never give infinity.
+    fp16 holds squares up to 65,504: inputs above 255.875 count as that number, in backward too, so
+    they never give infinity.
     """
     return _SquaredReLU.apply(x)
 

@@ -1,9 +1,12 @@
-"""Attention of each token to the tokens just before it in its group, in one or several groupings at once.
+"""Attention of each token to the tokens just before it in its group, in one or several groupings at
+once.
 
-Sorted by group, such a token's keys stand in its own chunk of places or the one before: attention is batched products of
-[C, d] by [2C, d] tiles, of time and memory proportional to the length (Kitaev et al. 2020, section 2).
+Sorted by group, such a token's keys stand in its own chunk of places or the one before: attention
+is batched products of [C, d] by [2C, d] tiles, of time and memory proportional to the length
+(Kitaev et al. 2020, section 2).
 
-N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows, C places a chunk.
+N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows, C places a
+chunk.
 """
 
 import math
@@ -21,21 +24,29 @@ from memshard.models.lsh.bucket_order import Order, order_tokens
 
 _TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
 _DEVICE_TILE_BYTES = 1 << 28
-# Scores are in powers of 2 and what must not be seen is far below, not at -inf: on CPU exp takes 12 to 65 times as long where it gives 0.
+# Scores are in powers of 2 and what must not be seen is far below, not at -inf: on CPU exp takes 12
+# to 65 times as long where it gives 0.
 _LOG2_E = 1 / math.log(2)
 _UNSEEN, _LOWEST = 1e38, -1e37
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool = False) -> Tensor:
-    """softmax(q . k) v over the union, over rounds, of each token's `window` predecessors in its group.
+def banded_attention(
+    q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool = False
+) -> Tensor:
+    """softmax(q . k) v over the union, over rounds, of each token's `window` predecessors in its
+    group.
 
-    q, k: [N, L, d]; v: [N, L, m]; groups: [N, R, L] int64. window: at most `chunk`. itself: a token sees itself too (it then
-    is one of the `window`); otherwise a token that sees nobody gets its own v. A pair that meets in several rounds counts
-    once. Softmax statistics are fp32; returns [N, L, m] in v's dtype. Strictly causal: whom a token sees depends on the groups
-    of the tokens before it alone, and on CPU no bit of its output on anything else.
+    q, k: [N, L, d]; v: [N, L, m]; groups: [N, R, L] int64. window: at most `chunk`. itself: a token
+    sees itself too (it then is one of the `window`); otherwise a token that sees nobody gets its
+    own v. A pair that meets in several rounds counts once. Softmax statistics are fp32; returns [N,
+    L, m] in v's dtype. Strictly causal: whom a token sees depends on the groups of the tokens
+    before it alone, and on CPU no bit of its output on anything else.
     """
     if not 1 <= window <= chunk:
-        raise ValueError(f"a window of {window} tokens over chunks of {chunk}: the window must be between 1 and the chunk")
+        raise ValueError(
+            f"a window of {window} tokens over chunks of {chunk}: the window must be between 1 "
+            "and the chunk"
+        )
     # Autocast would take sums of weights, too, in half precision.
     with torch.autocast(v.device.type, enabled=False):
         return _Banded.apply(q, k, v, groups, window, chunk, itself)
@@ -43,12 +54,23 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: in
 
 class _Banded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        groups: Tensor,
+        window: int,
+        chunk: int,
+        itself: bool,
+    ) -> Tensor:
         settings = window, chunk, itself
         outs, totals = [], []
         for rows in _row_groups(q):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
-            out, total = (cpu_banded.forward if _serves(q) else _forward)(q[rows], k[rows], v[rows], orders, *settings)
+            out, total = (cpu_banded.forward if _serves(q) else _forward)(
+                q[rows], k[rows], v[rows], orders, *settings
+            )
             outs.append(out)
             totals.append(total)
         out, total = _joined(outs), _joined(totals)
@@ -65,12 +87,18 @@ class _Banded(torch.autograd.Function):
         for rows in _row_groups(q):
             orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
             tensors = q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows]
-            parts.append((cpu_banded.backward if _serves(q) else _backward)(*tensors, *ctx.settings))
+            parts.append(
+                (cpu_banded.backward if _serves(q) else _backward)(*tensors, *ctx.settings)
+            )
         return *map(_joined, zip(*parts, strict=True)), None, None, None, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool) -> tuple[Tensor, Tensor]:
-    """Returns the output and the binary logarithm of each token's total weight, infinity where it sees nobody."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the output and the binary logarithm of each token's total weight, infinity where it
+    sees nobody.
+    """
     rows, length, dim = v.shape
     # The row behind the last takes what the places without a token write.
     exact = _exact(v)
@@ -78,26 +106,40 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, 
     highest = q.new_full((rows * length + 1, 1), _LOWEST, dtype=exact)
     weight = torch.zeros_like(highest)
     total = v.new_zeros(rows * length + 1, dim, dtype=exact)
-    # bf16 products on CPU add in pairs, so a token's neighbours in the order would show in the last bit.
+    # bf16 products on CPU add in pairs, so a token's neighbours in the order would show in the last
+    # bit.
     summed = v.to(exact) if v.device.type == "cpu" else v
     for number, order in enumerate(orders):
         for tiles, unseen in _tiles(orders, number, window, chunk, itself):
             keys, values = tiles.keys(k), tiles.keys(summed)
-            scores = torch.bmm(tiles.queries(q), keys.mT).to(exact).add_(unseen.to(exact), alpha=-_UNSEEN)
+            scores = (
+                torch.bmm(tiles.queries(q), keys.mT)
+                .to(exact)
+                .add_(unseen.to(exact), alpha=-_UNSEEN)
+            )
             own = order.places[tiles.places]
-            old_top, old_weight, old_total = (x.index_select(0, own).view(-1, chunk, x.shape[1]) for x in (highest, weight, total))
+            old_top, old_weight, old_total = (
+                x.index_select(0, own).view(-1, chunk, x.shape[1]) for x in (highest, weight, total)
+            )
             top = torch.maximum(scores.amax(-1, keepdim=True), old_top)
             new = scores.sub_(top).exp2_()
             keep = old_top.sub_(top).exp2_()
             highest.index_copy_(0, own, top.flatten(0, 1))
-            # A product adds in the order of places, so zeros for others do not change a bit; sum() adds in a tree.
+            # A product adds in the order of places, so zeros for others do not change a bit; sum()
+            # adds in a tree.
             added = torch.bmm(new, new.new_ones(1, 2 * chunk, 1).expand(len(new), -1, -1))
             weight.index_copy_(0, own, old_weight.mul_(keep).add_(added).flatten(0, 1))
-            total.index_copy_(0, own, old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1))
+            total.index_copy_(
+                0,
+                own,
+                old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1),
+            )
     weight, highest, total = weight[:-1], highest[:-1], total[:-1]
     seen = weight > 0
     out = torch.where(seen, total.div_(weight), v.flatten(0, 1).to(exact))
-    return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log2(), torch.inf).view(rows, length)
+    return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log2(), torch.inf).view(
+        rows, length
+    )
 
 
 def _backward(
@@ -120,9 +162,26 @@ def _backward(
     d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
     for number, order in enumerate(orders):
         for tiles, unseen in _tiles(orders, number, window, chunk, itself):
-            queries, upstream, keys, values = tiles.queries(q), tiles.queries(d_out), tiles.keys(k), tiles.keys(v)
-            weights = torch.bmm(queries, keys.mT).to(exact).add_(unseen.to(exact), alpha=-_UNSEEN).sub_(tiles.queries(logs)).exp2_()
-            d_scores = torch.bmm(upstream, values.mT).to(exact).sub_(tiles.queries(mean)).mul_(weights).to(q.dtype)
+            queries, upstream, keys, values = (
+                tiles.queries(q),
+                tiles.queries(d_out),
+                tiles.keys(k),
+                tiles.keys(v),
+            )
+            weights = (
+                torch.bmm(queries, keys.mT)
+                .to(exact)
+                .add_(unseen.to(exact), alpha=-_UNSEEN)
+                .sub_(tiles.queries(logs))
+                .exp2_()
+            )
+            d_scores = (
+                torch.bmm(upstream, values.mT)
+                .to(exact)
+                .sub_(tiles.queries(mean))
+                .mul_(weights)
+                .to(q.dtype)
+            )
             _add_rows(d_q, order.places[tiles.places], torch.bmm(d_scores, keys))
             seen = order.places[tiles.with_previous]
             _add_rows(d_k, seen, _overlapped(torch.bmm(d_scores.mT, queries)))
@@ -135,7 +194,12 @@ def _backward(
 
 def _serves(q: Tensor) -> bool:
     """Whether the compiled kernel takes such tensors."""
-    return q.device.type == "cpu" and q.dtype != torch.float64 and not torch.compiler.is_compiling() and _kernel_agrees()
+    return (
+        q.device.type == "cpu"
+        and q.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and _kernel_agrees()
+    )
 
 
 @cache
@@ -146,13 +210,20 @@ def _kernel_agrees() -> bool:
         return False
     random = torch.Generator().manual_seed(0)
     q, k, v, d_out = torch.randn(4, 2, 45, 20, generator=random)
-    orders = [order_tokens(groups, 5, 8) for groups in torch.randint(3, (3, 2, 45), generator=random)]
+    orders = [
+        order_tokens(groups, 5, 8) for groups in torch.randint(3, (3, 2, 45), generator=random)
+    ]
     for itself in (False, True):
         settings = 5, 8, itself
         out, total = _forward(q, k, v, orders, *settings)
         theirs = out, total, *_backward(q, k, v, orders, out, total, d_out, *settings)
-        ours = *cpu_banded.forward(q, k, v, orders, *settings), *cpu_banded.backward(q, k, v, orders, out, total, d_out, *settings)
-        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True)):
+        ours = (
+            *cpu_banded.forward(q, k, v, orders, *settings),
+            *cpu_banded.backward(q, k, v, orders, out, total, d_out, *settings),
+        )
+        if not all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True)
+        ):
             return False
     return True
 
@@ -174,7 +245,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """A block of neighbouring chunks. places: theirs; with_previous: one chunk more, the one before."""
+    """A block of neighbouring chunks. places: theirs; with_previous: one chunk more, the one
+    before.
+    """
 
     order: Order
     chunk: int
@@ -183,23 +256,42 @@ class _Tiles:
 
     def queries(self, x: Tensor) -> Tensor:
         """[N, L, d] to [tiles, C, d]."""
-        return x.flatten(0, 1).index_select(0, self.order.tokens[self.places]).view(-1, self.chunk, x.shape[-1])
+        return (
+            x.flatten(0, 1)
+            .index_select(0, self.order.tokens[self.places])
+            .view(-1, self.chunk, x.shape[-1])
+        )
 
     def keys(self, x: Tensor) -> Tensor:
-        """[N, L, d] to [tiles, 2C, d], every chunk behind the one before it: an overlapping view."""
-        rows, dim = x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]), x.shape[-1]
-        return rows.as_strided((len(rows) // self.chunk - 1, 2 * self.chunk, dim), (self.chunk * dim, dim, 1))
+        """[N, L, d] to [tiles, 2C, d], every chunk behind the one before it: an overlapping
+        view.
+        """
+        rows, dim = (
+            x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]),
+            x.shape[-1],
+        )
+        return rows.as_strided(
+            (len(rows) // self.chunk - 1, 2 * self.chunk, dim), (self.chunk * dim, dim, 1)
+        )
 
 
-def _tiles(orders: list[Order], number: int, window: int, chunk: int, itself: bool) -> Iterator[tuple[_Tiles, Tensor]]:
-    """Blocks of tiles, and who does not see whom in this round, or did in an earlier one: [tiles, C, 2C] bool."""
+def _tiles(
+    orders: list[Order], number: int, window: int, chunk: int, itself: bool
+) -> Iterator[tuple[_Tiles, Tensor]]:
+    """Blocks of tiles, and who does not see whom in this round, or did in an earlier one: [tiles,
+    C, 2C] bool.
+    """
     order = orders[number]
     device = order.tokens.device
-    distance = torch.arange(chunk, device=device)[:, None] + chunk - torch.arange(2 * chunk, device=device)
+    distance = (
+        torch.arange(chunk, device=device)[:, None] + chunk - torch.arange(2 * chunk, device=device)
+    )
     nearest = 0 if itself else 1
     outside = (distance < nearest) | (distance >= nearest + window)
     earlier = [other.codes[order.places] for other in orders[:number]]
-    size = chunk * max(1, (_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // (8 * chunk * chunk))
+    size = chunk * max(
+        1, (_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // (8 * chunk * chunk)
+    )
     # The first chunk is in front of all rows and holds no token.
     for first in range(chunk, len(order.groups), size):
         last = min(first + size, len(order.groups))
@@ -215,7 +307,9 @@ def _tiles(orders: list[Order], number: int, window: int, chunk: int, itself: bo
 
 def _pairs(numbers: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """What stands in the places of queries, [tiles, C, 1], and of keys, [tiles, 1, 2C]."""
-    return numbers[tiles.places].view(-1, tiles.chunk, 1), numbers[tiles.with_previous].unfold(0, 2 * tiles.chunk, tiles.chunk)[:, None]
+    return numbers[tiles.places].view(-1, tiles.chunk, 1), numbers[tiles.with_previous].unfold(
+        0, 2 * tiles.chunk, tiles.chunk
+    )[:, None]
 
 
 def _overlapped(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""A mixer's branch some heads at a time, from norm to output projection: queries, values and results of all heads are never in memory.
+"""A mixer's branch some heads at a time, from norm to output projection: queries, values and
+results of all heads are never in memory.
 
-Backward keeps the input alone. For each head it normalises, projects and attends again, a piece of the sequence after the other where
-tokens do not meet; the only array of the input's size that it makes is the input's gradient.
+Backward keeps the input alone. For each head it normalises, projects and attends again, a piece of
+the sequence after the other where tokens do not meet; the only array of the input's size that it
+makes is the input's gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +22,11 @@ _PIECE = 1 << 14  # tokens to normalise and project at a time
 class ByHeads:
     """What to do with `step` of `heads` heads at a time.
 
-    project: from some neighbouring tokens, [batch, tokens, dim], these heads' rows of the weights, and which tokens they are, to queries,
-    keys and values, each [batch, step, tokens, head dim]; of the first `before` tokens they do not count, unless it is the text that
-    begins. attend: from those of a whole sequence, and which heads they are, to results, [batch, step, length, head dim].
+    project: from some neighbouring tokens, [batch, tokens, dim], these heads' rows of the weights,
+    and which tokens they are, to queries, keys and values, each [batch, step, tokens, head dim]; of
+    the first `before` tokens they do not count, unless it is the text that begins. attend: from
+    those of a whole sequence, and which heads they are, to results, [batch, step, length, head
+    dim].
     """
 
     heads: int
@@ -32,9 +36,12 @@ class ByHeads:
     attend: Callable[[Sequence[Tensor], slice], Tensor]
 
     @torch.compiler.disable
-    def __call__(self, x: Tensor, norm: nn.Module | None, weights: Sequence[Tensor], output: Tensor) -> Tensor:
-        """x: [batch, length, dim]; norm: what it goes through first; weights: [head dims, ...] each; output: [dim, head dims]. Returns
-        [batch, length, dim], the sum over heads of results times output columns.
+    def __call__(
+        self, x: Tensor, norm: nn.Module | None, weights: Sequence[Tensor], output: Tensor
+    ) -> Tensor:
+        """x: [batch, length, dim]; norm: what it goes through first; weights: [head dims, ...]
+        each; output: [dim, head dims]. Returns [batch, length, dim], the sum over heads of
+        results times output columns.
         """
         trained = () if norm is None else tuple(p for p in norm.parameters() if p.requires_grad)
         return _ByHeads.apply(self, norm, len(weights), x, output, *weights, *trained)
@@ -49,18 +56,36 @@ class ByHeads:
 
 class _ByHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: ByHeads, norm: nn.Module | None, count: int, x: Tensor, output: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        plan: ByHeads,
+        norm: nn.Module | None,
+        count: int,
+        x: Tensor,
+        output: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
         device = x.device.type
         ctx.plan, ctx.norm, ctx.count = plan, norm, count
-        ctx.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         ctx.save_for_backward(x, output, *parameters)
         total = None
         for heads, rows in plan.spans(output):
-            results = plan.attend(_projected(plan, norm, x, [weight[rows] for weight in parameters[:count]]), heads)
+            results = plan.attend(
+                _projected(plan, norm, x, [weight[rows] for weight in parameters[:count]]), heads
+            )
             for piece in _pieces(x):
                 part = F.linear(_joined(results[:, :, piece]), output[:, rows])
                 if total is None:
-                    total = part.new_zeros(*x.shape[:2], part.shape[-1], dtype=torch.promote_types(part.dtype, torch.float32))
+                    total = part.new_zeros(
+                        *x.shape[:2],
+                        part.shape[-1],
+                        dtype=torch.promote_types(part.dtype, torch.float32),
+                    )
                 total[:, piece] += part
             del results
         assert total is not None
@@ -72,7 +97,9 @@ class _ByHeads(torch.autograd.Function):
         plan, norm, (x, output, *parameters) = ctx.plan, ctx.norm, ctx.saved_tensors
         whole, trained = parameters[: ctx.count], parameters[ctx.count :]
         d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        d_output, *d_parameters = (torch.zeros_like(parameter) for parameter in (output, *parameters))
+        d_output, *d_parameters = (
+            torch.zeros_like(parameter) for parameter in (output, *parameters)
+        )
         # The cache would keep half precision copies of what is gone.
         with torch.autocast(**ctx.autocast, cache_enabled=False):
             for heads, rows in plan.spans(output):
@@ -82,19 +109,31 @@ class _ByHeads(torch.autograd.Function):
                     results = plan.attend(leaves, heads)
                 d_results = torch.empty_like(results)
                 for piece in _pieces(x):
-                    joined, weight = _leaf(_joined(results.detach()[:, :, piece])), _leaf(output[:, rows])
+                    joined, weight = (
+                        _leaf(_joined(results.detach()[:, :, piece])),
+                        _leaf(output[:, rows]),
+                    )
                     with torch.enable_grad():
                         part = F.linear(joined, weight)
-                    found, d_weight = torch.autograd.grad(part, (joined, weight), upstream[:, piece])
-                    d_results[:, :, piece] = found.unflatten(-1, (results.shape[1], -1)).transpose(1, 2)
+                    found, d_weight = torch.autograd.grad(
+                        part, (joined, weight), upstream[:, piece]
+                    )
+                    d_results[:, :, piece] = found.unflatten(-1, (results.shape[1], -1)).transpose(
+                        1, 2
+                    )
                     d_output[:, rows] += d_weight
                 d_leaves = torch.autograd.grad(results, leaves, d_results)
                 del results, d_results, leaves, part, found
                 for piece, wide, inner in _pieces_behind(x, plan.before):
                     sources = tuple(map(_leaf, (_normalised(norm, x[:, wide]), *weights)))
                     with torch.enable_grad():
-                        parts = [part[:, :, inner] for part in plan.project(sources[0], sources[1:], wide)]
-                    found, *of_weights = torch.autograd.grad(parts, sources, [d[:, :, piece] for d in d_leaves])
+                        parts = [
+                            part[:, :, inner]
+                            for part in plan.project(sources[0], sources[1:], wide)
+                        ]
+                    found, *of_weights = torch.autograd.grad(
+                        parts, sources, [d[:, :, piece] for d in d_leaves]
+                    )
                     d_x[:, wide] += found
                     for total, d in zip(d_parameters, of_weights, strict=False):
                         total[rows] += d
@@ -103,19 +142,25 @@ class _ByHeads(torch.autograd.Function):
                 leaf = _leaf(x[:, piece])
                 with torch.enable_grad():
                     h = _normalised(norm, leaf)
-                found, *of_norm = torch.autograd.grad(h, (leaf, *trained), d_x[:, piece].to(h.dtype))
+                found, *of_norm = torch.autograd.grad(
+                    h, (leaf, *trained), d_x[:, piece].to(h.dtype)
+                )
                 d_x[:, piece] = found
                 for total, d in zip(d_parameters[len(whole) :], of_norm, strict=True):
                     total += d
         return None, None, None, d_x.to(x.dtype), d_output, *d_parameters
 
 
-def _projected(plan: ByHeads, norm: nn.Module | None, x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def _projected(
+    plan: ByHeads, norm: nn.Module | None, x: Tensor, weights: Sequence[Tensor]
+) -> Sequence[Tensor]:
     """Queries, keys and values of some heads and all tokens."""
     whole: list[Tensor] = []
     for piece, wide, inner in _pieces_behind(x, plan.before):
         parts = plan.project(_normalised(norm, x[:, wide]), weights, wide)
-        whole = whole or [part.new_empty(*part.shape[:2], x.shape[1], part.shape[-1]) for part in parts]
+        whole = whole or [
+            part.new_empty(*part.shape[:2], x.shape[1], part.shape[-1]) for part in parts
+        ]
         for to, part in zip(whole, parts, strict=True):
             to[:, :, piece] = part[:, :, inner]
     return whole

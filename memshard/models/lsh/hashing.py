@@ -1,4 +1,6 @@
-"""Locality-sensitive hashing by random rotations (Andoni et al. 2015): vectors at a small angle often share a bucket."""
+"""Locality-sensitive hashing by random rotations (Andoni et al. 2015): vectors at a small angle
+often share a bucket.
+"""
 
 import math
 
@@ -13,10 +15,12 @@ _HASH_BLOCK = 1 << 14
 
 
 def bucket_count(length: int, chunk: int) -> int:
-    """Buckets for a length: about two chunks of tokens each, so that a bucket's newest chunk misses little of it.
+    """Buckets for a length: about two chunks of tokens each, so that a bucket's newest chunk misses
+    little of it.
 
-    Fewer and larger than the paper's (chunk = 2 length / buckets): that rule needs tokens to see other buckets by chance. A
-    function of the next power of 2, so that a text of about the same length meets the same buckets.
+    Fewer and larger than the paper's (chunk = 2 length / buckets): that rule needs tokens to see
+    other buckets by chance. A function of the next power of 2, so that a text of about the same
+    length meets the same buckets.
     """
     return max(1, (1 << (length - 1).bit_length()) // (2 * chunk)) // 2 * 2 or 1
 
@@ -27,7 +31,9 @@ def total_buckets(buckets: int) -> int:
 
 
 def factorise(buckets: int) -> list[int]:
-    """Even factors of at most 128 buckets whose product is at least `buckets`; rotations then cost their sum."""
+    """Even factors of at most 128 buckets whose product is at least `buckets`; rotations then cost
+    their sum.
+    """
     if buckets <= _MOST_DIRECTIONS:
         return [buckets]
     first = 1 << (buckets.bit_length() // 2)
@@ -36,16 +42,20 @@ def factorise(buckets: int) -> list[int]:
 
 
 def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int, first_head: int = 0) -> Tensor:
-    """Bucket of every vector in every round. x: [heads, ..., d], the heads counted from `first_head`; returns [heads, rounds, ...]
-    int64, below `total_buckets`.
+    """Bucket of every vector in every round. x: [heads, ..., d], the heads counted from
+    `first_head`; returns [heads, rounds, ...] int64, below `total_buckets`.
 
-    Rotations depend on (seed, head, round) alone: every rank, replay and decoded token draws the same. No gradient.
+    Rotations depend on (seed, head, round) alone: every rank, replay and decoded token draws the
+    same. No gradient.
     """
     if buckets == 1:
         return torch.zeros(x.shape[0], rounds, *x.shape[1:-1], dtype=torch.int64, device=x.device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return torch.stack(
-            [_hash_head(part.flatten(0, -2), head, buckets, rounds, seed) for head, part in enumerate(x, first_head)]
+            [
+                _hash_head(part.flatten(0, -2), head, buckets, rounds, seed)
+                for head, part in enumerate(x, first_head)
+            ]
         ).unflatten(-1, x.shape[1:-1])
 
 
@@ -58,9 +68,13 @@ def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Te
         key = fold(seed, _ROTATIONS, number)
         directions = normal_rows(key, head * rounds * half, rounds * half, x.shape[-1], x.device)
         for first in range(0, len(x), _HASH_BLOCK):
-            part = (x[first : first + _HASH_BLOCK].float() @ directions.mT).unflatten(-1, (rounds, half))
+            part = (x[first : first + _HASH_BLOCK].float() @ directions.mT).unflatten(
+                -1, (rounds, half)
+            )
             highest, lowest = part.max(-1), part.min(-1)
-            index = torch.where(highest.values >= -lowest.values, highest.indices, lowest.indices + half)
+            index = torch.where(
+                highest.values >= -lowest.values, highest.indices, lowest.indices + half
+            )
             found[:, first : first + _HASH_BLOCK] += scale * index.mT
         scale *= factor
     return found

@@ -1,4 +1,6 @@
-"""A value table that stays where it is, for evaluation: only the rows that are read come to the device."""
+"""A value table that stays where it is, for evaluation: only the rows that are read come to the
+device.
+"""
 
 from collections.abc import Callable
 
@@ -9,13 +11,16 @@ from memshard.models.memory.bags import gather_sum, score_gradients
 from memshard.models.memory.table import ValueTable, bag_offsets, find_tables
 
 _BLOCK_READS = 1 << 14
-"""Reads whose rows are fetched at a time: 64 MB of 1,024 fp32 values, if no two are of the same row."""
+"""Reads whose rows are fetched at a time: 64 MB of 1,024 fp32 values, if no two are of the same
+row.
+"""
 
 
 class MappedTable(ValueTable):
     """slots x dim values that `fetch` reads, as from a memory-mapped file; without gradients.
 
-    fetch: the values of some rows. [n] int64 on the CPU, ascending; returns [n, dim] floating point.
+    fetch: the values of some rows. [n] int64 on the CPU, ascending; returns [n, dim] floating
+    point.
     """
 
     def __init__(self, slots: int, dim: int, fetch: Callable[[Tensor], Tensor]) -> None:
@@ -43,14 +48,22 @@ class MappedTable(ValueTable):
         """As `ValueTable.dot`."""
         products = [x.new_zeros(0, rows.shape[1])]
         for rows_here, x_here in self._blocks(rows, x):
-            values, inverse = self._read(rows_here, rows_here.new_ones(rows_here.shape, dtype=torch.float32))
+            values, inverse = self._read(
+                rows_here, rows_here.new_ones(rows_here.shape, dtype=torch.float32)
+            )
             x_here = x_here.to(torch.promote_types(x.dtype, values.dtype))
-            products.append(score_gradients(values, inverse, bag_offsets(rows_here), x_here).view(rows_here.shape))
+            products.append(
+                score_gradients(values, inverse, bag_offsets(rows_here), x_here).view(
+                    rows_here.shape
+                )
+            )
         return torch.cat(products)
 
     def _blocks(self, rows: Tensor, of_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         tokens = max(1, _BLOCK_READS // max(1, rows.shape[1]))
-        return list(zip(rows.split(tokens), of_tokens.split(tokens), strict=True)) if len(rows) else []
+        return (
+            list(zip(rows.split(tokens), of_tokens.split(tokens), strict=True)) if len(rows) else []
+        )
 
     def _read(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct rows' values, and which of them each read is."""
@@ -61,7 +74,9 @@ class MappedTable(ValueTable):
 
 
 def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
-    """Put new tables in the place of those with the names that `find_tables` gives, wherever these are read."""
+    """Put new tables in the place of those with the names that `find_tables` gives, wherever these
+    are read.
+    """
     replaced = {model.get_submodule(name): table for name, table in new.items()}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -70,5 +85,13 @@ def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
 
 
 def map_tables(model: nn.Module, fetches: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Leave the values of the model's tables to what fetches their rows, by the names that `find_tables` gives."""
-    replace_tables(model, {name: MappedTable(table.slots, table.dim, fetches[name]) for name, table in find_tables(model)})
+    """Leave the values of the model's tables to what fetches their rows, by the names that
+    `find_tables` gives.
+    """
+    replace_tables(
+        model,
+        {
+            name: MappedTable(table.slots, table.dim, fetches[name])
+            for name, table in find_tables(model)
+        },
+    )

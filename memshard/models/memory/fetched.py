@@ -1,4 +1,6 @@
-"""Reads of rows that lie elsewhere: each distinct row is fetched once, and its summed gradient is given back."""
+"""Reads of rows that lie elsewhere: each distinct row is fetched once, and its summed gradient is
+given back.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fetch:
-    """wanted: rows that the table holds here; inverse: [reads] int32, which fetched row each read is, all have one; offsets: [bags] int64,
-    where each bag's reads start.
+    """wanted: rows that the table holds here; inverse: [reads] int32, which fetched row each read
+    is, all have one; offsets: [bags] int64, where each bag's reads start.
     """
 
     table: "ValueTable"
@@ -36,7 +38,11 @@ class Fetch:
 def _summed(fetch: Fetch, weights: Tensor, upstream: Tensor) -> Tensor:
     # Every fetched row has been read, so row i of the merged reads is the i-th fetched.
     merged = sort_reads([Read(fetch.inverse, weights, fetch.offsets, upstream)])
-    return (upstream.new_zeros(0, upstream.shape[1]) if merged is None else merged.sums(0, len(merged.rows))).to(weights.dtype)
+    return (
+        upstream.new_zeros(0, upstream.shape[1])
+        if merged is None
+        else merged.sums(0, len(merged.rows))
+    ).to(weights.dtype)
 
 
 class FetchedSum(torch.autograd.Function):
@@ -55,7 +61,11 @@ class FetchedSum(torch.autograd.Function):
         (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
         fetch.give_back(_summed(fetch, weights, upstream))
-        scores = score_gradients(fetched, fetch.inverse, fetch.offsets, upstream) if ctx.needs_input_grad[0] else None
+        scores = (
+            score_gradients(fetched, fetch.inverse, fetch.offsets, upstream)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return scores, None, None
 
 
@@ -75,5 +85,9 @@ class FetchedDot(torch.autograd.Function):
         (fetched, x), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
         fetch.give_back(_summed(fetch, upstream, x.contiguous()))
-        to_x = gather_sum(fetched, fetch.inverse, upstream, fetch.offsets) if ctx.needs_input_grad[0] else None
+        to_x = (
+            gather_sum(fetched, fetch.inverse, upstream, fetch.offsets)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return to_x, None, None

@@ -1,4 +1,6 @@
-"""Between a model on a GPU and a table in host memory. Nothing moves where both lie in host memory."""
+"""Between a model on a GPU and a table in host memory. Nothing moves where both lie in host
+memory.
+"""
 
 import torch
 from torch import Tensor

@@ -11,8 +11,8 @@ _MADV_HUGEPAGE = 14
 
 
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux to back a fresh CPU tensor by 2 MB pages; returns the tensor. A row is about a 4 KB page: with such pages each read of
-    a row also misses the processor's table of page addresses.
+    """Ask Linux to back a fresh CPU tensor by 2 MB pages; returns the tensor. A row is about a 4 KB
+    page: with such pages each read of a row also misses the processor's table of page addresses.
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor

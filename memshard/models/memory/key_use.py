@@ -1,4 +1,6 @@
-"""Which sub-keys the queries of a memory select, and a gradient that makes them select more evenly."""
+"""Which sub-keys the queries of a memory select, and a gradient that makes them select more
+evenly.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +14,22 @@ _MOMENTUM = 0.1
 class KeyUse:
     """Watches a memory's search while it trains; attach it as `memory.key_use`.
 
-    share: of the reads of its head and half that a sub-key gets, on average over about the last 10 steps, [heads, 2, keys] fp32;
-    last_read: the last step that read it, 0 if none. Both are those of all ranks: reduce sums a tensor over them.
-    balance: weight of the gradient of L = keys * sum_i share_i softmax(scores)_i, summed over tokens, heads and both halves: the
-    load-balance loss of mixtures of experts (Fedus et al. 2021, equation 4). The shares are those of earlier steps, so L is a sum over
-    tokens, whatever ranks and micro-batches they are in. It keeps all scores for backward, 8 heads keys bytes a token; 0 is none.
+    share: of the reads of its head and half that a sub-key gets, on average over about the last 10
+    steps, [heads, 2, keys] fp32; last_read: the last step that read it, 0 if none. Both are those
+    of all ranks: reduce sums a tensor over them. balance: weight of the gradient of L = keys *
+    sum_i share_i softmax(scores)_i, summed over tokens, heads and both halves: the load-balance
+    loss of mixtures of experts (Fedus et al. 2021, equation 4). The shares are those of earlier
+    steps, so L is a sum over tokens, whatever ranks and micro-batches they are in. It keeps all
+    scores for backward, 8 heads keys bytes a token; 0 is none.
     """
 
-    def __init__(self, heads: int, keys: int, device: torch.device | str = "cpu", reduce: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    def __init__(
+        self,
+        heads: int,
+        keys: int,
+        device: torch.device | str = "cpu",
+        reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
         self.share = torch.full((heads, 2, keys), 1 / keys, device=device)
         self.last_read = torch.zeros_like(self.share)
         self.balance = 0.0
@@ -27,10 +37,15 @@ class KeyUse:
         self._reads = torch.zeros_like(self.share, dtype=torch.int64)
 
     def balanced(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores of both halves, [tokens, heads, keys] each, whose backward adds the gradient of L."""
+        """The scores of both halves, [tokens, heads, keys] each, whose backward adds the gradient
+        of L.
+        """
         if not self.balance:
             return first, second
-        return (_Balanced.apply(first, self.share[:, 0], self.balance), _Balanced.apply(second, self.share[:, 1], self.balance))
+        return (
+            _Balanced.apply(first, self.share[:, 0], self.balance),
+            _Balanced.apply(second, self.share[:, 1], self.balance),
+        )
 
     def observe(self, i1: Tensor, i2: Tensor) -> None:
         """Count the sub-keys of the slots that are read. i1, i2: [tokens, heads, topk]."""
@@ -53,7 +68,9 @@ class KeyUse:
 
 
 class _Balanced(torch.autograd.Function):
-    """The identity on scores; no loss to carry along, so recomputed and reversible layers need nothing special."""
+    """The identity on scores; no loss to carry along, so recomputed and reversible layers need
+    nothing special.
+    """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, share: Tensor, weight: float) -> Tensor:
@@ -67,4 +84,8 @@ class _Balanced(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         scores, load = ctx.saved_tensors
         chosen = scores.softmax(-1)
-        return gradient + ctx.weight * chosen * (load - (chosen * load).sum(-1, keepdim=True)), None, None
+        return (
+            gradient + ctx.weight * chosen * (load - (chosen * load).sum(-1, keepdim=True)),
+            None,
+            None,
+        )

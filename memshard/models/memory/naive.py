@@ -9,22 +9,36 @@ from memshard.models.memory.query_norm import QueryNorm
 
 
 def naive_memory(memory: ProductKeyMemory, x: Tensor) -> Tensor:
-    """What `memory(x)` must return, from the layer's parameters alone. x: [tokens, dim]. Changes no buffer."""
+    """What `memory(x)` must return, from the layer's parameters alone. x: [tokens, dim]. Changes no
+    buffer.
+    """
     heads, _, keys, half = memory.sub_keys.weight.shape
-    query = _normalise(memory.query_norm, F.linear(x, memory.query.weight, memory.query.bias).view(-1, heads, 2 * half))
-    first = torch.stack([query[:, h, :half] @ memory.sub_keys.weight[h, 0].T for h in range(heads)], dim=1)
-    second = torch.stack([query[:, h, half:] @ memory.sub_keys.weight[h, 1].T for h in range(heads)], dim=1)
-    # Slots in order of (rank of i1, rank of i2): a stable sort of their sums then gives the documented order of ties.
+    query = _normalise(
+        memory.query_norm,
+        F.linear(x, memory.query.weight, memory.query.bias).view(-1, heads, 2 * half),
+    )
+    first = torch.stack(
+        [query[:, h, :half] @ memory.sub_keys.weight[h, 0].T for h in range(heads)], dim=1
+    )
+    second = torch.stack(
+        [query[:, h, half:] @ memory.sub_keys.weight[h, 1].T for h in range(heads)], dim=1
+    )
+    # Slots in order of (rank of i1, rank of i2): a stable sort of their sums then gives the
+    # documented order of ties.
     order1 = first.argsort(dim=-1, descending=True, stable=True)
     order2 = second.argsort(dim=-1, descending=True, stable=True)
-    sums = (first.gather(-1, order1)[..., :, None] + second.gather(-1, order2)[..., None, :]).flatten(-2)
+    sums = (
+        first.gather(-1, order1)[..., :, None] + second.gather(-1, order2)[..., None, :]
+    ).flatten(-2)
     chosen = sums.argsort(dim=-1, descending=True, stable=True)[..., : memory.topk]
     i1, i2 = order1.gather(-1, chosen // keys), order2.gather(-1, chosen % keys)
     scores = sums.gather(-1, chosen)
     if memory.weighting == "softmax":
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     else:
-        weights = (1 / (1 + (-scores).exp()) if memory.weighting == "sigmoid" else scores.clamp(min=0)) / memory.topk
+        weights = (
+            1 / (1 + (-scores).exp()) if memory.weighting == "sigmoid" else scores.clamp(min=0)
+        ) / memory.topk
     storage = torch.tensor([[(a + b) % keys * keys + a for b in range(keys)] for a in range(keys)])
     y = (weights[..., None] * memory.values.weight[storage[i1, i2]]).sum((1, 2))
     if memory.gate is not None and memory.output is not None:
@@ -42,7 +56,10 @@ def _normalise(norm: QueryNorm, z: Tensor) -> Tensor:
         z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     elif norm.kind == "layer-half":
         halves = z.unflatten(-1, (2, -1))
-        z = ((halves - halves.mean(-1, keepdim=True)) / (halves.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()).flatten(-2)
+        z = (
+            (halves - halves.mean(-1, keepdim=True))
+            / (halves.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        ).flatten(-2)
     elif norm.kind == "rms":
         z = z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     z = z if norm.weight is None else z * norm.weight

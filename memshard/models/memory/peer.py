@@ -1,4 +1,6 @@
-"""Parameter-efficient expert retrieval (PEER; He 2024, arXiv 2407.04153): a memory whose slots are experts of one neuron."""
+"""Parameter-efficient expert retrieval (PEER; He 2024, arXiv 2407.04153): a memory whose slots are
+experts of one neuron.
+"""
 
 from functools import partial
 
@@ -11,10 +13,11 @@ from memshard.models.recompute.replay import Replay, once
 
 
 class Peer(ProductKeyMemory):
-    """Reads heads x topk of keys^2 experts, each gelu(down . x) times a value: y = sum_j weight_j gelu(down_j . x) values_j.
+    """Reads heads x topk of keys^2 experts, each gelu(down . x) times a value: y = sum_j weight_j
+    gelu(down_j . x) values_j.
 
-    Search and weights are those of `ProductKeyMemory`. down, values: tables to share with other layers; by default new ones of
-    keys^2 rows of `dim`. ValueError on sizes that do not fit.
+    Search and weights are those of `ProductKeyMemory`. down, values: tables to share with other
+    layers; by default new ones of keys^2 rows of `dim`. ValueError on sizes that do not fit.
     """
 
     def __init__(
@@ -29,13 +32,37 @@ class Peer(ProductKeyMemory):
         down: ValueTable | None = None,
         weighting: str = "softmax",
     ) -> None:
-        super().__init__(dim, keys, heads, topk, key_dim, query_norm=query_norm, values=values, weighting=weighting)
+        super().__init__(
+            dim,
+            keys,
+            heads,
+            topk,
+            key_dim,
+            query_norm=query_norm,
+            values=values,
+            weighting=weighting,
+        )
         if down is not None and (down.slots, down.dim) != (keys**2, dim):
-            raise ValueError(f"the shared table is {down.slots} x {down.dim}; this layer's experts take {keys**2} x {dim}")
+            raise ValueError(
+                f"the shared table is {down.slots} x {down.dim}; this layer's experts take "
+                f"{keys**2} x {dim}"
+            )
         self.down = down if down is not None else ValueTable(keys**2, dim)
 
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """The experts' sum. tokens: [n, dim]; returns [n, dim]."""
         rows, weights = self.lookup(tokens, replay)
-        hidden = F.gelu(once(replay, partial(self.down.dot, rows), tokens.to(weights.dtype), trained=[self.down.trained]))
-        return once(replay, partial(self.values.weighted_sum, rows), weights * hidden, trained=[self.values.trained])
+        hidden = F.gelu(
+            once(
+                replay,
+                partial(self.down.dot, rows),
+                tokens.to(weights.dtype),
+                trained=[self.down.trained],
+            )
+        )
+        return once(
+            replay,
+            partial(self.values.weighted_sum, rows),
+            weights * hidden,
+            trained=[self.values.trained],
+        )

@@ -18,12 +18,14 @@ from memshard.models.recompute.replay import Replay, once
 class ProductKeyMemory(nn.Module):
     """A position-wise layer that reads heads x topk of keys^2 values.
 
-    Each head's query, split in two halves, scores two sets of `keys` sub-keys; the slots (i1, i2) with the highest summed
-    scores are read, weighted by a softmax over the topk (or see `weigh`), and summed over heads.
+    Each head's query, split in two halves, scores two sets of `keys` sub-keys; the slots (i1, i2)
+    with the highest summed scores are read, weighted by a softmax over the topk (or see `weigh`),
+    and summed over heads.
 
-    dim: width of input and output. key_dim: width of a query, even. value_dim: width of a value, by default dim; another
-    width needs `gate`, which makes the output W2(reading * silu(W1 x)). query_norm: see QueryNorm. values: a table to
-    share with other layers; by default a new one of keys^2 rows. ValueError on sizes that do not fit.
+    dim: width of input and output. key_dim: width of a query, even. value_dim: width of a value, by
+    default dim; another width needs `gate`, which makes the output W2(reading * silu(W1 x)).
+    query_norm: see QueryNorm. values: a table to share with other layers; by default a new one of
+    keys^2 rows. ValueError on sizes that do not fit.
     """
 
     def __init__(
@@ -41,16 +43,27 @@ class ProductKeyMemory(nn.Module):
     ) -> None:
         super().__init__()
         if weighting not in get_args(WeightingKind):
-            raise ValueError(f"weighting is {weighting!r}; choose one of {', '.join(get_args(WeightingKind))}")
+            raise ValueError(
+                f"weighting is {weighting!r}; choose one of {', '.join(get_args(WeightingKind))}"
+            )
         value_dim = value_dim or dim
         if not 1 <= topk <= keys:
-            raise ValueError(f"topk is {topk}, but there are {keys} sub-keys per half: use topk from 1 to {keys}, or more keys")
+            raise ValueError(
+                f"topk is {topk}, but there are {keys} sub-keys per half: use topk from 1 to "
+                f"{keys}, or more keys"
+            )
         if key_dim % 2:
             raise ValueError(f"key_dim is {key_dim}; it is split into two halves and must be even")
         if value_dim != dim and not gate:
-            raise ValueError(f"value_dim is {value_dim} and dim {dim}: set gate=True, whose output projection brings values back to dim")
+            raise ValueError(
+                f"value_dim is {value_dim} and dim {dim}: set gate=True, whose output projection "
+                "brings values back to dim"
+            )
         if values is not None and (values.slots, values.dim) != (keys**2, value_dim):
-            raise ValueError(f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x {value_dim}")
+            raise ValueError(
+                f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x "
+                f"{value_dim}"
+            )
         self.heads, self.topk, self.weighting = heads, topk, weighting
         self.query = nn.Linear(dim, heads * key_dim)
         self.query_norm = QueryNorm(query_norm, heads, key_dim)
@@ -61,13 +74,19 @@ class ProductKeyMemory(nn.Module):
         self.gate = nn.Linear(dim, value_dim, bias=False) if gate else None
         self.output = nn.Linear(value_dim, dim, bias=False) if gate else None
 
-    def forward(self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None) -> Tensor:
-        """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and touch nothing.
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None
+    ) -> Tensor:
+        """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and
+        touch nothing.
 
-        replay: of a pass that is repeated in backward; tables are then read, and statistics taken, only once.
+        replay: of a pass that is repeated in backward; tables are then read, and statistics taken,
+        only once.
         """
         if padding is not None:
-            real = self.forward(x[padding], replay=replay)  # not self(...): hooks on the layer act once
+            real = self.forward(
+                x[padding], replay=replay
+            )  # not self(...): hooks on the layer act once
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
         y = self.read(tokens, replay).to(x.dtype)
@@ -78,12 +97,17 @@ class ProductKeyMemory(nn.Module):
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """The weighted sum of the values read. tokens: [n, dim]; returns [n, value_dim]."""
         rows, weights = self.lookup(tokens, replay)
-        return once(replay, partial(self.values.weighted_sum, rows), weights, trained=[self.values.trained])
+        return once(
+            replay, partial(self.values.weighted_sum, rows), weights, trained=[self.values.trained]
+        )
 
     def lookup(self, tokens: Tensor, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
-        """Rows to read and their weights. tokens: [n, dim]; returns int64 and fp32 (at least), both [n, heads * topk]."""
+        """Rows to read and their weights. tokens: [n, dim]; returns int64 and fp32 (at least), both
+        [n, heads * topk].
+        """
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
-        # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim multiplications a token.
+        # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
+        # multiplications a token.
         with torch.autocast(tokens.device.type, enabled=False):
             first, second = self.sub_keys.scores(self.query_norm(z, replay))
             watch = self.key_use if self.training else None
@@ -97,9 +121,10 @@ class ProductKeyMemory(nn.Module):
 
 
 def weigh(scores: Tensor, weighting: str) -> Tensor:
-    """Weights of what is read, from scores [..., topk]: softmax, or sigmoid or relu of each score by itself, divided by topk so that they
-    add up to about as much. Without competition a slot's weight does not fall because another's rises (Csordas et al. 2023,
-    arXiv 2310.10837, found relu better in large tables).
+    """Weights of what is read, from scores [..., topk]: softmax, or sigmoid or relu of each score
+    by itself, divided by topk so that they add up to about as much. Without competition a slot's
+    weight does not fall because another's rises (Csordas et al. 2023, arXiv 2310.10837, found
+    relu better in large tables).
     """
     if weighting == "softmax":
         return scores.softmax(-1)
@@ -107,7 +132,9 @@ def weigh(scores: Tensor, weighting: str) -> Tensor:
 
 
 class SubKeys(nn.Module):
-    """Two separate codebooks of sub-keys per head: weight [heads, 2, keys, half], from U(-1/sqrt(half), 1/sqrt(half))."""
+    """Two separate codebooks of sub-keys per head: weight [heads, 2, keys, half], from
+    U(-1/sqrt(half), 1/sqrt(half)).
+    """
 
     def __init__(self, heads: int, keys: int, half: int) -> None:
         super().__init__()
@@ -120,17 +147,24 @@ class SubKeys(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of both halves. queries: [tokens, heads, key_dim], fp32 at least; returns two [tokens, heads, keys]."""
-        halves, keys = queries.unflatten(-1, (2, -1)).unbind(-2), self.weight.to(queries.dtype).unbind(1)
-        first, second = (torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True))
+        """Scores of both halves. queries: [tokens, heads, key_dim], fp32 at least; returns two
+        [tokens, heads, keys].
+        """
+        halves, keys = (
+            queries.unflatten(-1, (2, -1)).unbind(-2),
+            self.weight.to(queries.dtype).unbind(1),
+        )
+        first, second = (
+            torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True)
+        )
         return first, second
 
 
 def slot_rows(i1: Tensor, i2: Tensor, keys: int) -> Tensor:
     """Row of slot (i1, i2) in the table: ordered by diagonal (i1 + i2) mod keys, then by i1.
 
-    A contiguous range of rows then holds equally many slots of every sub-key, so hot sub-keys spread over all ranks,
-    whatever their number.
+    A contiguous range of rows then holds equally many slots of every sub-key, so hot sub-keys
+    spread over all ranks, whatever their number.
     """
     return (i1 + i2) % keys * keys + i1
 

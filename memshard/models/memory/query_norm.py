@@ -1,4 +1,6 @@
-"""Normalisation of memory queries: what spreads the reads over the whole table (Lample et al. 2019, section 4.5)."""
+"""Normalisation of memory queries: what spreads the reads over the whole table (Lample et al. 2019,
+section 4.5).
+"""
 
 from collections.abc import Callable
 from typing import get_args
@@ -17,15 +19,15 @@ class QueryNorm(nn.Module):
     """Normalise queries of shape [tokens, heads, key_dim].
 
     kind:
-        batch   by mean and variance of each feature over the batch; running statistics in evaluation. Mixes positions.
-        lagged  by the running statistics of earlier steps, in training too: causal.
-        layer   each query by its own mean and variance; layer-half each half of it.
-        rms     each query by its own root mean square.
-        none    not at all.
+        batch   by mean and variance of each feature over the batch; running statistics in
+        evaluation. Mixes positions. lagged  by the running statistics of earlier steps, in training
+        too: causal. layer   each query by its own mean and variance; layer-half each half of it.
+        rms     each query by its own root mean square. none    not at all.
 
-    Statistics cover the tokens that are passed in: leave padding out. `reduce` sums a tensor over the ranks that share
-    a batch and lets gradients through; `parallel/` sets it. With `deferred`, running statistics are collected and enter
-    at `commit`, so that a skipped step leaves them alone; otherwise they enter at once, as in torch's BatchNorm.
+    Statistics cover the tokens that are passed in: leave padding out. `reduce` sums a tensor over
+    the ranks that share a batch and lets gradients through; `parallel/` sets it. With `deferred`,
+    running statistics are collected and enter at `commit`, so that a skipped step leaves them
+    alone; otherwise they enter at once, as in torch's BatchNorm.
     """
 
     running_mean: Tensor
@@ -34,14 +36,18 @@ class QueryNorm(nn.Module):
     def __init__(self, kind: str, heads: int, key_dim: int) -> None:
         super().__init__()
         if kind not in get_args(QueryNormKind):
-            raise ValueError(f"query_norm is {kind!r}; choose one of {', '.join(get_args(QueryNormKind))}")
+            raise ValueError(
+                f"query_norm is {kind!r}; choose one of {', '.join(get_args(QueryNormKind))}"
+            )
         self.kind = kind
         self.tracks_statistics = kind in ("batch", "lagged")
         self.reduce: Callable[[Tensor], Tensor] = _alone
         self.deferred = False
         self._collected: list[tuple[Tensor, Tensor]] = []
         self.weight = nn.Parameter(torch.empty(heads, key_dim)) if kind != "none" else None
-        self.bias = nn.Parameter(torch.empty(heads, key_dim)) if kind not in ("none", "rms") else None
+        self.bias = (
+            nn.Parameter(torch.empty(heads, key_dim)) if kind not in ("none", "rms") else None
+        )
         if self.tracks_statistics:
             self.register_buffer("running_mean", torch.empty(heads, key_dim))
             self.register_buffer("running_var", torch.empty(heads, key_dim))
@@ -58,7 +64,9 @@ class QueryNorm(nn.Module):
             self.running_var.fill_(1)
 
     def forward(self, z: Tensor, replay: Replay | None = None) -> Tensor:
-        """z: [tokens, heads, key_dim]; same shape back, in fp32 at least. A repetition uses its first pass's statistics."""
+        """z: [tokens, heads, key_dim]; same shape back, in fp32 at least. A repetition uses its
+        first pass's statistics.
+        """
         z = z.float() if z.dtype.itemsize < 4 else z
         if self.tracks_statistics and self.weight is not None and self.bias is not None:
             centred, var = self._centred(z, replay)
@@ -75,7 +83,9 @@ class QueryNorm(nn.Module):
         return z if self.bias is None else z + self.bias
 
     def commit(self) -> None:
-        """Let the statistics collected since the last commit enter the running ones, averaged over the passes."""
+        """Let the statistics collected since the last commit enter the running ones, averaged over
+        the passes.
+        """
         if self._collected:
             means, variances = zip(*self._collected, strict=True)
             self.running_mean.lerp_(torch.stack(means).mean(0), _MOMENTUM)
@@ -93,7 +103,8 @@ class QueryNorm(nn.Module):
             return self._measure(z, replay, not repeating)
         if not self.training:
             return z - self.running_mean, self.running_var
-        # This pass must not see its own statistics, nor a repetition those that have moved meanwhile.
+        # This pass must not see its own statistics, nor a repetition those that have moved
+        # meanwhile.
         mean, var = once(replay, self.running_mean.clone), once(replay, self.running_var.clone)
         if not repeating:
             with torch.no_grad():
@@ -101,7 +112,9 @@ class QueryNorm(nn.Module):
         return z - mean, var
 
     def _measure(self, z: Tensor, replay: Replay | None, collect: bool) -> tuple[Tensor, Tensor]:
-        """z less its mean, and biased variance, over the tokens of all ranks; the unbiased variance goes to the running statistics."""
+        """z less its mean, and biased variance, over the tokens of all ranks; the unbiased variance
+        goes to the running statistics.
+        """
         count = once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
         mean = once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
         centred = z + -mean  # the gradient of z - mean would be negated before it is summed

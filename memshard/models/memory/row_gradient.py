@@ -14,9 +14,11 @@ from memshard.models.memory.bags import segment_sums
 
 @dataclass(frozen=True)
 class Read:
-    """One weighted read of a table, kept until the optimizer turns it into row gradients: about 5 KB a token.
+    """One weighted read of a table, kept until the optimizer turns it into row gradients: about 5
+    KB a token.
 
-    rows, weights: [reads]; offsets: [bags], where each bag's reads start; upstream: [bags, dim] gradient of its sum.
+    rows, weights: [reads]; offsets: [bags], where each bag's reads start; upstream: [bags, dim]
+    gradient of its sum.
     """
 
     rows: Tensor
@@ -27,10 +29,11 @@ class Read:
 
 @dataclass(frozen=True)
 class SortedReads:
-    """All reads of a step, by row: the gradient of rows[i] is the sum of weights[j] * upstream[bags[j]] for j from starts[i].
+    """All reads of a step, by row: the gradient of rows[i] is the sum of weights[j] *
+    upstream[bags[j]] for j from starts[i].
 
-    rows: [distinct] int64, ascending; starts: [distinct + 1] int64; bags: [reads] integers; weights: [reads]; upstream:
-    [bags, dim], of the weights' dtype.
+    rows: [distinct] int64, ascending; starts: [distinct + 1] int64; bags: [reads] integers;
+    weights: [reads]; upstream: [bags, dim], of the weights' dtype.
     """
 
     rows: Tensor
@@ -48,24 +51,39 @@ class SortedReads:
         return segment_sums(self.upstream, self.bags, self.weights, self.starts[first : last + 1])
 
     def of(self, rows: Tensor) -> "SortedReads":
-        """The same gradients for other ascending rows, which include all of these; new ones get none."""
+        """The same gradients for other ascending rows, which include all of these; new ones get
+        none.
+        """
         last = torch.searchsorted(self.rows, rows[-1:], right=True)
-        return replace(self, rows=rows, starts=self.starts[torch.cat((torch.searchsorted(self.rows, rows), last))])
+        return replace(
+            self,
+            rows=rows,
+            starts=self.starts[torch.cat((torch.searchsorted(self.rows, rows), last))],
+        )
 
 
 def sort_reads(reads: Sequence[Read]) -> SortedReads | None:
-    """Merge reads, so that each row comes once over all of them: a row's gradients must be summed before they are squared.
+    """Merge reads, so that each row comes once over all of them: a row's gradients must be summed
+    before they are squared.
 
     Sorted segments without atomics, so equal reads give equal bits. None if nothing was read.
     """
     if not sum(len(read.rows) for read in reads):
         return None
     dtype = torch.promote_types(reads[0].weights.dtype, torch.float32)
-    rows, upstream = _cat([read.rows for read in reads]), _cat([read.upstream for read in reads]).to(dtype)
+    rows, upstream = (
+        _cat([read.rows for read in reads]),
+        _cat([read.upstream for read in reads]).to(dtype),
+    )
     firsts = [0]
     for read in reads:
         firsts.append(firsts[-1] + len(read.offsets))
-    bags = _cat([bag_of_each_read(read.offsets, len(read.rows)) + first for read, first in zip(reads, firsts, strict=False)])
+    bags = _cat(
+        [
+            bag_of_each_read(read.offsets, len(read.rows)) + first
+            for read, first in zip(reads, firsts, strict=False)
+        ]
+    )
     kernels = kernels_for(upstream, upstream) if rows.dtype == torch.int32 else None
     order, distinct, starts = (kernels or plain).sort_reads(rows)
     weights = _cat([read.weights for read in reads])[order].to(dtype)
@@ -73,7 +91,9 @@ def sort_reads(reads: Sequence[Read]) -> SortedReads | None:
 
 
 def row_gradients(reads: Sequence[Read], block: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The gradient of a table: (rows, gradients), at most `block` distinct rows at a time, ascending, each row once."""
+    """The gradient of a table: (rows, gradients), at most `block` distinct rows at a time,
+    ascending, each row once.
+    """
     merged = sort_reads(reads)
     if merged is not None:
         for first in range(0, len(merged.rows), block):

@@ -13,10 +13,11 @@ from memshard.models.memory.table import ValueTable
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Over all slots and all reads: the share of slots read at all; KL divergence of the read distribution from the
-    uniform one in nats, weighted by softmax weight (kl_weighted) and by count (kl_count); reads per slot, since usage
-    grows with the amount of text; Gini coefficient of the counts (0: all slots alike, towards 1: one takes all); the fewest slots that
-    take 50, 90 and 99 % of the reads.
+    """Over all slots and all reads: the share of slots read at all; KL divergence of the read
+    distribution from the uniform one in nats, weighted by softmax weight (kl_weighted) and by
+    count (kl_count); reads per slot, since usage grows with the amount of text; Gini coefficient
+    of the counts (0: all slots alike, towards 1: one takes all); the fewest slots that take 50,
+    90 and 99 % of the reads.
     """
 
     usage: float
@@ -30,7 +31,9 @@ class UsageReport:
 
 
 class UsageCounter:
-    """Sums softmax weights and reads of every row this rank holds, in fp64 (fp32 sums stall at 2^24)."""
+    """Sums softmax weights and reads of every row this rank holds, in fp64 (fp32 sums stall at
+    2^24).
+    """
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
@@ -38,24 +41,36 @@ class UsageCounter:
         self.counts = torch.zeros_like(self.weights)
 
     def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
-        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads; of PEER's, which may be negative, the
-        magnitude counts.
+        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads; of
+        PEER's, which may be negative, the magnitude counts.
         """
         rows, weights = rows.to(self.weights.device), weights.to(self.weights.device)
         counts = None if counts is None else counts.to(self.weights.device)
         self.weights.index_add_(0, rows, weights.double().abs())
-        self.counts.index_add_(0, rows, torch.ones_like(weights, dtype=torch.float64) if counts is None else counts.double())
+        self.counts.index_add_(
+            0,
+            rows,
+            torch.ones_like(weights, dtype=torch.float64) if counts is None else counts.double(),
+        )
 
     def merge(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Add the counts of the ranks that count reads of the same rows. add: sums a tensor over them."""
+        """Add the counts of the ranks that count reads of the same rows. add: sums a tensor over
+        them.
+        """
         self.weights, self.counts = add(self.weights), add(self.counts)
 
     def report(
-        self, reduce: Callable[[Tensor], Tensor] = lambda x: x, gather: Callable[[Tensor], list[Tensor]] = lambda x: [x]
+        self,
+        reduce: Callable[[Tensor], Tensor] = lambda x: x,
+        gather: Callable[[Tensor], list[Tensor]] = lambda x: [x],
     ) -> UsageReport:
-        """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows; gather: collects theirs, of any size."""
+        """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows;
+        gather: collects theirs, of any size.
+        """
         parts = [self._local_parts(self.weights), self._local_parts(self.counts)]
-        (weight_total, weight_entropy, _), (reads, count_entropy, used) = reduce(torch.stack(parts)).tolist()
+        (weight_total, weight_entropy, _), (reads, count_entropy, used) = reduce(
+            torch.stack(parts)
+        ).tolist()
         slots = self.table.slots
         return UsageReport(
             usage=used / slots,
@@ -68,18 +83,24 @@ class UsageCounter:
     @staticmethod
     def _local_parts(sums: Tensor) -> Tensor:
         """sum c, sum c log c and the number of non-zero c: what the ranks add up."""
-        return torch.stack((sums.sum(), torch.special.xlogy(sums, sums).sum(), (sums > 0).sum().double()))
+        return torch.stack(
+            (sums.sum(), torch.special.xlogy(sums, sums).sum(), (sums > 0).sum().double())
+        )
 
 
 def _divergence(total: float, weighted_log: float, slots: int) -> float:
     """log N + sum p log p with p = c / total, from sum c and sum c log c."""
     if total == 0:
         return 0.0
-    return (torch.tensor(slots * 1.0, dtype=torch.float64) / total).log().item() + weighted_log / total
+    return (
+        torch.tensor(slots * 1.0, dtype=torch.float64) / total
+    ).log().item() + weighted_log / total
 
 
 def _histogram(counts: Tensor) -> Tensor:
-    """[distinct counts, 2]: each count of reads, and how many slots have it. Far fewer than slots."""
+    """[distinct counts, 2]: each count of reads, and how many slots have it. Far fewer than
+    slots.
+    """
     values, slots = torch.unique(counts, return_counts=True)
     return torch.stack((values, slots.double()), dim=1)
 
@@ -92,7 +113,8 @@ def _concentration(histogram: Tensor) -> dict[str, Any]:
     total, all_slots = float(reads.sum()), float(slots.sum())
     if not total:
         return {"gini": 0.0, "top50": 0, "top90": 0, "top99": 0}
-    # sum of rank x value over slots in ascending order; a group of equal counts has ranks before + 1 to before + slots
+    # sum of rank x value over slots in ascending order; a group of equal counts has ranks before +
+    # 1 to before + slots
     before = slots.cumsum(0) - slots
     ranked = float((value * slots * (before + (slots + 1) / 2)).sum())
     gini = 2 * ranked / (all_slots * total) - (all_slots + 1) / all_slots
@@ -103,5 +125,7 @@ def _concentration(histogram: Tensor) -> dict[str, Any]:
         wanted = total * percent / 100
         group = int((taken < wanted * (1 - 1e-12)).sum())
         left = wanted - float(taken[group] - reads[group])
-        top[f"top{percent}"] = int(slots[:group].sum()) + math.ceil(left / float(value[group]) - 1e-9)
+        top[f"top{percent}"] = int(slots[:group].sum()) + math.ceil(
+            left / float(value[group]) - 1e-9
+        )
     return {"gini": max(gini, 0.0), **top}

@@ -1,4 +1,6 @@
-"""The value table: interface, local form, and how it is hidden from dense optimizers and wrappers."""
+"""The value table: interface, local form, and how it is hidden from dense optimizers and
+wrappers.
+"""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -17,29 +19,38 @@ from memshard.models.random import normal_rows
 _INIT_ROWS = 4096
 
 ANCHOR_UNIT = 2.0**-40
-"""What one read adds to the anchor's gradient: nothing beside the gradients that share a norm with it, exact when scaled."""
+"""What one read adds to the anchor's gradient: nothing beside the gradients that share a norm with
+it, exact when scaled.
+"""
 
 
 class ReadObserver(Protocol):
     """Whoever wants to see which rows are read, and how strongly."""
 
     def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
-        """rows: [reads] integers, of this rank's part of the table; weights: [reads], each the sum of `counts` reads (1 if left out)."""
+        """rows: [reads] integers, of this rank's part of the table; weights: [reads], each the sum
+        of `counts` reads (1 if left out).
+        """
 
 
 class ValueTable(nn.Module):
-    """slots x dim values, read as weighted sums of rows. held, columns: the part of the table that is here; all by default.
+    """slots x dim values, read as weighted sums of rows. held, columns: the part of the table that
+    is here; all by default.
 
-    `weight` [rows, columns] is an ordinary parameter until `hide`: then it is a plain tensor that `parameters()` does not
-    show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is collected as `reads` for a
-    row-sparse optimizer. `anchor` stands for the table in that optimizer: its gradient [2] counts the reads in ANCHOR_UNITs
-    (a loss scaler then divides it as it does all gradients), and its second number is NaN if one of them was not finite. Reads whose
-    count was scaled or cleared, and that no step followed before the next backward, belong to a skipped step and are dropped.
+    `weight` [rows, columns] is an ordinary parameter until `hide`: then it is a plain tensor that
+    `parameters()` does not show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose
+    gradient is collected as `reads` for a row-sparse optimizer. `anchor` stands for the table in
+    that optimizer: its gradient [2] counts the reads in ANCHOR_UNITs (a loss scaler then divides it
+    as it does all gradients), and its second number is NaN if one of them was not finite. Reads
+    whose count was scaled or cleared, and that no step followed before the next backward, belong to
+    a skipped step and are dropped.
     """
 
     weight: Tensor
 
-    def __init__(self, slots: int, dim: int, held: range | None = None, columns: range | None = None) -> None:
+    def __init__(
+        self, slots: int, dim: int, held: range | None = None, columns: range | None = None
+    ) -> None:
         super().__init__()
         held = range(slots) if held is None else held
         self.slots = slots
@@ -48,21 +59,29 @@ class ValueTable(nn.Module):
         self.columns = range(dim) if columns is None else columns
         self.observer: ReadObserver | None = None
         self.gradient_scale = 1.0
-        """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own tokens, as under DDP."""
+        """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own
+        tokens, as under DDP.
+        """
         self.copies = 1
         """How many ranks hold the same part."""
         self.observers = 1
         """How many ranks of those that split the table see each read."""
         self.host = False
-        """Whether the table, once hidden, stays in host memory wherever the model goes; set before the model moves. What an optimizer keeps
-        for it is there, too, and updates it there; what is read and its gradients travel."""
+        """Whether the table, once hidden, stays in host memory wherever the model goes; set before
+        the model moves. What an optimizer keeps for it is there, too, and updates it there; what
+        is read and its gradients travel.
+        """
         self.reads_asked = 0
-        """Reads that this rank's own tokens have asked for, gradients wanted, since the collected gradient was last dropped."""
+        """Reads that this rank's own tokens have asked for, gradients wanted, since the collected
+        gradient was last dropped.
+        """
         self.weight = nn.Parameter(prefer_huge_pages(torch.empty(len(held), len(self.columns))))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw rows from N(0, 1/dim) (Lample et al. 2019), each from its number and one draw of torch's generator."""
+        """Draw rows from N(0, 1/dim) (Lample et al. 2019), each from its number and one draw of
+        torch's generator.
+        """
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if self.weight.is_meta:
             return
@@ -70,15 +89,17 @@ class ValueTable(nn.Module):
         with torch.no_grad():
             for start in range(0, len(self.weight), _INIT_ROWS):
                 block = self.weight[start : start + _INIT_ROWS]
-                rows = normal_rows(seed, self.first_row + start, len(block), self.dim, self.weight.device)
+                rows = normal_rows(
+                    seed, self.first_row + start, len(block), self.dim, self.weight.device
+                )
                 block.copy_(rows[:, columns] * self.dim**-0.5)
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights[t, j] * weight[rows[t, j]].
 
-        rows: [tokens, reads] integers; weights: the same shape. Returns [tokens, dim], in the wider of the two dtypes once
-        the table is hidden and in the table's before. Gradients to weights are exact; those to the table are dense, or
-        collected once it is hidden.
+        rows: [tokens, reads] integers; weights: the same shape. Returns [tokens, dim], in the wider
+        of the two dtypes once the table is hidden and in the table's before. Gradients to weights
+        are exact; those to the table are dense, or collected once it is hidden.
         """
         self._count(rows)
         return self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
@@ -86,8 +107,8 @@ class ValueTable(nn.Module):
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
         """x[t] . weight[rows[t, j]].
 
-        rows: [tokens, reads] integers; x: [tokens, dim]. Returns [tokens, reads], in the wider of the two dtypes. Gradients to x are
-        exact; those to the table as in `weighted_sum`.
+        rows: [tokens, reads] integers; x: [tokens, dim]. Returns [tokens, reads], in the wider of
+        the two dtypes. Gradients to x are exact; those to the table as in `weighted_sum`.
         """
         self._count(rows)
         return self._local_dot(rows.flatten(), x, bag_offsets(rows)).view(rows.shape)
@@ -97,11 +118,19 @@ class ValueTable(nn.Module):
             self.reads_asked += rows.numel()
 
     def _local_sum(self, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        """Weighted sums of the part that is here, one a bag. rows, weights: [reads]; offsets: [bags]."""
+        """Weighted sums of the part that is here, one a bag. rows, weights: [reads]; offsets:
+        [bags].
+        """
         if self.observer is not None:
             self.observer.observe(rows, weights.detach())
         if not self.hidden:
-            return F.embedding_bag(rows, self.weight, offsets, mode="sum", per_sample_weights=weights.to(self.weight.dtype))
+            return F.embedding_bag(
+                rows,
+                self.weight,
+                offsets,
+                mode="sum",
+                per_sample_weights=weights.to(self.weight.dtype),
+            )
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
         # Half the memory of what is kept until the update.
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
@@ -111,7 +140,9 @@ class ValueTable(nn.Module):
         return _WeightedSum.apply(weights, self.anchor, self, rows, offsets)
 
     def _local_dot(self, rows: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-        """Products of the part that is here with its bag's x. rows: [reads]; x: [bags, columns]; offsets: [bags]; returns [reads]."""
+        """Products of the part that is here with its bag's x. rows: [reads]; x: [bags, columns];
+        offsets: [bags]; returns [reads].
+        """
         if self.observer is not None:
             self.observer.observe(rows, x.new_ones(len(rows)))
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
@@ -122,7 +153,9 @@ class ValueTable(nn.Module):
         return _Dot.apply(x, self.trained, self, rows, offsets)
 
     def _worth_fetching(self, rows: Tensor, offsets: Tensor) -> Fetch | None:
-        """Of a table in host memory: the distinct rows, if less travels when they do than when rows, weights and each bag's sum do."""
+        """Of a table in host memory: the distinct rows, if less travels when they do than when
+        rows, weights and each bag's sum do.
+        """
         if not (self.host and self.hidden):
             return None
         distinct, inverse = torch.unique(rows, return_inverse=True)
@@ -138,7 +171,9 @@ class ValueTable(nn.Module):
     def rows_at(self, rows: Tensor) -> Tensor:
         """weight[rows], where `rows` [n] lies."""
         (near,) = self.near(rows)
-        out = self.weight.new_empty(len(near), self.weight.shape[1], pin_memory=rows.is_cuda and not near.is_cuda)
+        out = self.weight.new_empty(
+            len(near), self.weight.shape[1], pin_memory=rows.is_cuda and not near.is_cuda
+        )
         return to_device(torch.index_select(self.weight, 0, near, out=out), rows.device)
 
     def take_back(self, rows: Tensor, gradients: Tensor) -> None:
@@ -149,25 +184,45 @@ class ValueTable(nn.Module):
 
     def collect(self, read: Read) -> None:
         """Keep a read's gradient for the optimizer, and count it in the anchor's."""
-        if self.reads and (self.anchor.grad is None or float(self.anchor.grad[0]) != len(self.reads) * ANCHOR_UNIT):
-            # A loss scaler has unscaled these and skipped the step, and model.zero_grad() does not see hidden tables.
+        if self.reads and (
+            self.anchor.grad is None or float(self.anchor.grad[0]) != len(self.reads) * ANCHOR_UNIT
+        ):
+            # A loss scaler has unscaled these and skipped the step, and model.zero_grad() does not
+            # see hidden tables.
             self.reads.clear()
             self.anchor.grad = None
         self.reads.append(read)
         # One pass without temporaries; NaN goes through a maximum, too.
-        largest = [torch.linalg.vector_norm(x, torch.inf) for x in (read.upstream, read.weights) if x.numel()]
-        finite = torch.isfinite(torch.stack(largest)).all() if largest else torch.tensor(True, device=self.anchor.device)
-        count = torch.stack((torch.full_like(self.anchor[0], ANCHOR_UNIT), torch.where(finite, 0.0, torch.nan).to(self.anchor.dtype)))
+        largest = [
+            torch.linalg.vector_norm(x, torch.inf)
+            for x in (read.upstream, read.weights)
+            if x.numel()
+        ]
+        finite = (
+            torch.isfinite(torch.stack(largest)).all()
+            if largest
+            else torch.tensor(True, device=self.anchor.device)
+        )
+        count = torch.stack(
+            (
+                torch.full_like(self.anchor[0], ANCHOR_UNIT),
+                torch.where(finite, 0.0, torch.nan).to(self.anchor.dtype),
+            )
+        )
         self.anchor.grad = count if self.anchor.grad is None else self.anchor.grad.add_(count)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
-        """The collected gradient times `scale`: ascending parts without common rows, summed over all that hold the same rows."""
+        """The collected gradient times `scale`: ascending parts without common rows, summed over
+        all that hold the same rows.
+        """
         merged = sort_reads(self.reads)
         if merged is not None:
             yield merged.scaled(scale)
 
     def pick(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
-        """x[rows] of what is split as the rows of a table of `slots` (by default: as this one's). rows: [n] int64, of the whole table."""
+        """x[rows] of what is split as the rows of a table of `slots` (by default: as this one's).
+        rows: [n] int64, of the whole table.
+        """
         return x[rows]
 
     @property
@@ -223,12 +278,18 @@ class ValueTable(nn.Module):
     def _to_host(self, fn):  # type: ignore[no-untyped-def]
         like = fn(self.weight[:0])  # follows the dtype, not the device
         if self.weight.is_meta:
-            return torch.empty(self.weight.shape, dtype=like.dtype, device="meta" if like.is_meta else "cpu")
+            return torch.empty(
+                self.weight.shape, dtype=like.dtype, device="meta" if like.is_meta else "cpu"
+            )
         return self.weight.to("cpu", like.dtype)
 
     def _new_anchor(self) -> Tensor:
         # Optimizers cast their state to this dtype when they load it.
-        return torch.zeros(2, dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device)
+        return torch.zeros(
+            2,
+            dtype=torch.promote_types(self.weight.dtype, torch.float32),
+            device=self.weight.device,
+        )
 
     def _place_anchor(self) -> None:
         if self.anchor.is_meta:
@@ -242,14 +303,18 @@ class ValueTable(nn.Module):
         if self.hidden:
             destination[prefix + "weight"] = self.weight
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         hidden = self.hidden
         if hidden:
             # A parameter while it loads: torch's own checks then serve hidden tables too.
             values = self.weight
             del self.weight
             self.weight = nn.Parameter(values, requires_grad=False)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
         if hidden:
             values = self.weight.data
             del self.weight
@@ -258,7 +323,9 @@ class ValueTable(nn.Module):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Sums of a hidden table's rows; backward gives exact gradients to the weights and keeps what the row gradients need."""
+    """Sums of a hidden table's rows; backward gives exact gradients to the weights and keeps what
+    the row gradients need.
+    """
 
     @staticmethod
     def forward(ctx, weights, anchor, table, rows, offsets):  # type: ignore[no-untyped-def]
@@ -276,11 +343,19 @@ class _WeightedSum(torch.autograd.Function):
         ctx.table.collect(Read(rows, weights, offsets, upstream))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        return to_device(score_gradients(values, rows, offsets, upstream), ctx.device), None, None, None, None
+        return (
+            to_device(score_gradients(values, rows, offsets, upstream), ctx.device),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Dot(torch.autograd.Function):
-    """Products of rows and tokens. Their gradient to a row is a weighted sum of tokens, so it is collected as that of a read."""
+    """Products of rows and tokens. Their gradient to a row is a weighted sum of tokens, so it is
+    collected as that of a read.
+    """
 
     @staticmethod
     def forward(ctx, x, anchor_or_values, table, rows, offsets):  # type: ignore[no-untyped-def]
@@ -302,17 +377,25 @@ class _Dot(torch.autograd.Function):
             to_table = torch.zeros_like(values)
             for found, gradient in row_gradients([read], _INIT_ROWS):
                 to_table[found] = gradient.to(values.dtype)
-        to_x = to_device(gather_sum(values, rows, upstream, offsets), ctx.device) if ctx.needs_input_grad[0] else None
+        to_x = (
+            to_device(gather_sum(values, rows, upstream, offsets), ctx.device)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return to_x, to_table, None, None, None
 
 
 def bag_offsets(rows: Tensor) -> Tensor:
-    """Where each token's reads start in rows.flatten(). rows: [tokens, reads]; returns [tokens] int64."""
+    """Where each token's reads start in rows.flatten(). rows: [tokens, reads]; returns [tokens]
+    int64.
+    """
     return torch.arange(len(rows), device=rows.device) * rows.shape[1]
 
 
 def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:
-    """(name, table) of every table in the model; one shared by several layers comes once, under its first name."""
+    """(name, table) of every table in the model; one shared by several layers comes once, under its
+    first name.
+    """
     for name, module in model.named_modules():
         if isinstance(module, ValueTable):
             yield name, module
@@ -321,7 +404,8 @@ def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:
 def externalize_tables(model: nn.Module) -> list[ValueTable]:
     """Hide all value tables of the model from `parameters()` and return them, for `RowAdam`.
 
-    Call it before any wrapping: DDP and DeepSpeed broadcast, cast and all-reduce whatever `parameters()` shows.
+    Call it before any wrapping: DDP and DeepSpeed broadcast, cast and all-reduce whatever
+    `parameters()` shows.
     """
     tables = [table for _, table in find_tables(model)]
     for table in tables:

@@ -1,4 +1,6 @@
-"""Attention that sees a whole sequence: an encoder's to itself, and a decoder's to the encoder's output."""
+"""Attention that sees a whole sequence: an encoder's to itself, and a decoder's to the encoder's
+output.
+"""
 
 from dataclasses import dataclass
 
@@ -16,8 +18,9 @@ from memshard.models.layers.position import rotate
 class SourceState:
     """What a decoder's layer keeps of a source: nothing before its first call.
 
-    keys: [batch, heads, source length, head dim], values alike, and padding as in `Context.source_padding`; or, of linear attention, keys
-    alone: the [batch, heads, features, head dim + 1] of `written_sum`, however long the source.
+    keys: [batch, heads, source length, head dim], values alike, and padding as in
+    `Context.source_padding`; or, of linear attention, keys alone: the [batch, heads, features, head
+    dim + 1] of `written_sum`, however long the source.
     """
 
     keys: Tensor | None = None
@@ -29,8 +32,9 @@ class SourceState:
 class BidirectionalMixer(nn.Module):
     """Multi-head attention without an order in time.
 
-    features: of queries and keys, for linear attention by the sum rule; None for softmax. cross: take keys and values from the context's
-    source; otherwise from x itself, rotary: turned by their positions, as queries are.
+    features: of queries and keys, for linear attention by the sum rule; None for softmax. cross:
+    take keys and values from the context's source; otherwise from x itself, rotary: turned by their
+    positions, as queries are.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ class BidirectionalMixer(nn.Module):
         self.value = Projection(dim, dim)
         self.output = Projection(dim, dim, scale=output_scale)
 
-    def forward(self, x: Tensor, ctx: Context, state: SourceState | None = None) -> tuple[Tensor, SourceState | None]:
+    def forward(
+        self, x: Tensor, ctx: Context, state: SourceState | None = None
+    ) -> tuple[Tensor, SourceState | None]:
         """x: [batch, length, dim]; returns the same shape, and the state if there was one.
 
         A state that has not met its source takes the context's; later calls need none.
@@ -72,13 +78,20 @@ class BidirectionalMixer(nn.Module):
     def init_state(self, batch: int, capacity: int) -> SourceState:
         """An empty state. ValueError for an encoder, which sees all tokens at once."""
         if not self.cross:
-            raise ValueError("an encoder sees all tokens at once: it does not generate (model.encoder_layers)")
+            raise ValueError(
+                "an encoder sees all tokens at once: it does not generate (model.encoder_layers)"
+            )
         return SourceState()
 
     @staticmethod
     def reorder(state: SourceState, rows: Tensor) -> SourceState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
-        keys, values, padding = (None if field is None else field[rows] for field in (state.keys, state.values, state.padding))
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
+        int64.
+        """
+        keys, values, padding = (
+            None if field is None else field[rows]
+            for field in (state.keys, state.values, state.padding)
+        )
         return SourceState(keys, values, padding)
 
     @staticmethod
@@ -93,7 +106,10 @@ class BidirectionalMixer(nn.Module):
 
     def _remember(self, x: Tensor, ctx: Context) -> SourceState:
         if self.cross and ctx.source is None:
-            raise ValueError("a decoder with an encoder needs a source: give the model `source`, or states that have met theirs")
+            raise ValueError(
+                "a decoder with an encoder needs a source: give the model `source`, or states "
+                "that have met theirs"
+            )
         source, padding = (ctx.source, ctx.source_padding) if self.cross else (x, ctx.padding)
         k, v = self._split(self.key(source)), self._split(self.value(source))
         if self.rotary:

@@ -1,6 +1,8 @@
-"""Linear attention as a fast weight memory (Schlag et al. 2021): a matrix a head that keys write to and queries read.
+"""Linear attention as a fast weight memory (Schlag et al. 2021): a matrix a head that keys write to
+and queries read.
 
-Its size does not depend on the length: text of any length streams through, and generation needs constant memory.
+Its size does not depend on the length: text of any length streams through, and generation needs
+constant memory.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +27,9 @@ RuleKind = Literal["sum", "delta"]
 
 @dataclass(frozen=True)
 class _Writes:
-    """What a call wrote, for taking it back: the state before it, tensors [batch, heads, tokens, ...], documents [batch, tokens]."""
+    """What a call wrote, for taking it back: the state before it, tensors [batch, heads, tokens,
+    ...], documents [batch, tokens].
+    """
 
     before: "FastWeightState"
     keys: Tensor
@@ -38,8 +42,9 @@ class _Writes:
 class FastWeightState:
     """What linear attention remembers.
 
-    memory: [batch, heads, features, head dim] fp32, one column more with attention normalisation; documents: [batch] int64, of the
-    last token; length: tokens seen; recent: of convolutions, if there are any.
+    memory: [batch, heads, features, head dim] fp32, one column more with attention normalisation;
+    documents: [batch] int64, of the last token; length: tokens seen; recent: of convolutions, if
+    there are any.
     """
 
     memory: Tensor
@@ -52,8 +57,9 @@ class FastWeightState:
 class FastWeightMixer(HeadProjections):
     """Causal linear attention by the sum rule or the delta rule.
 
-    features: of keys and queries. attention_norm: read relative to the sum of all keys written. rotary: turn queries and keys by
-    their positions before the feature map. parts: as in `HeadProjections`; as many heads of keys and values as of queries.
+    features: of keys and queries. attention_norm: read relative to the sum of all keys written.
+    rotary: turn queries and keys by their positions before the feature map. parts: as in
+    `HeadProjections`; as many heads of keys and values as of queries.
     """
 
     def __init__(
@@ -68,49 +74,79 @@ class FastWeightMixer(HeadProjections):
         **parts: Any,
     ) -> None:
         super().__init__(dim, heads, output_scale, **parts)
-        self.rule, self.features, self.attention_norm, self.rotary = rule, features, attention_norm, rotary
+        self.rule, self.features, self.attention_norm, self.rotary = (
+            rule,
+            features,
+            attention_norm,
+            rotary,
+        )
         self.strength = Projection(dim, heads) if rule == "delta" else None
         self.neighbours: Neighbours | None = None
         """Set by `parallel/` where ranks hold pieces of a sequence."""
 
-    def forward(self, x: Tensor, ctx: Context, state: FastWeightState | None = None) -> tuple[Tensor, FastWeightState | None]:
-        """x: [batch, length, dim]; returns the same shape and, where a state was given, the advanced one."""
+    def forward(
+        self, x: Tensor, ctx: Context, state: FastWeightState | None = None
+    ) -> tuple[Tensor, FastWeightState | None]:
+        """x: [batch, length, dim]; returns the same shape and, where a state was given, the
+        advanced one.
+        """
         q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
         q, k = self.features(q), self.features(k)
-        beta = torch.ones_like(k[..., 0]) if self.strength is None else self.strength(x).mT.sigmoid().to(k.dtype)
+        beta = (
+            torch.ones_like(k[..., 0])
+            if self.strength is None
+            else self.strength(x).mT.sigmoid().to(k.dtype)
+        )
         if ctx.padding is not None:
             # Padding writes nothing.
             k, beta = k * ctx.padding[:, None, :, None], beta * ctx.padding[:, None]
         y, memory = self._read(q, k, v, beta, state, ctx.documents)
         if state is not None:
             # Nobody takes back what is trained on, and the graph would hold all of it.
-            latest = None if torch.is_grad_enabled() else _Writes(replace(state, latest=None), k, v, beta, ctx.documents)
+            latest = (
+                None
+                if torch.is_grad_enabled()
+                else _Writes(replace(state, latest=None), k, v, beta, ctx.documents)
+            )
             documents = state.documents if ctx.documents is None else ctx.documents[:, -1]
             state = FastWeightState(memory, documents, state.length + x.shape[1], latest, recent)
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> FastWeightState:
-        """An empty state for `batch` rows; it holds texts of any length, so `capacity` does not matter."""
+        """An empty state for `batch` rows; it holds texts of any length, so `capacity` does not
+        matter.
+        """
         weight = self.value.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         width = weight.shape[0] // self.heads + self.attention_norm
         memory = weight.new_zeros(batch, self.heads, self.features.features, width, dtype=dtype)
-        return FastWeightState(memory, torch.full((batch,), -1, device=weight.device), recent=self.convolutions.nothing_recent(batch))
+        return FastWeightState(
+            memory,
+            torch.full((batch,), -1, device=weight.device),
+            recent=self.convolutions.nothing_recent(batch),
+        )
 
     @staticmethod
     def reorder(state: FastWeightState, rows: Tensor) -> FastWeightState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
+        int64.
+        """
         recent = state.recent and state.recent.reorder(rows)
-        return FastWeightState(state.memory[rows], state.documents[rows], state.length, recent=recent)
+        return FastWeightState(
+            state.memory[rows], state.documents[rows], state.length, recent=recent
+        )
 
     def rollback(self, state: FastWeightState, tokens: int) -> FastWeightState:
-        """The state before its last `tokens` tokens. ValueError beyond the tokens of the latest call: what they overwrote is gone."""
+        """The state before its last `tokens` tokens. ValueError beyond the tokens of the latest
+        call: what they overwrote is gone.
+        """
         latest = state.latest
         if latest is None or tokens > latest.keys.shape[2]:
             raise ValueError(
-                f"fast weights forget what they overwrote: {tokens} tokens are not in their latest call, or that had gradients: "
+                f"fast weights forget what they overwrote: {tokens} tokens are not in their "
+                "latest call, or that had gradients: "
                 "keep the earlier state"
             )
         kept = latest.keys.shape[2] - tokens
@@ -120,16 +156,29 @@ class FastWeightMixer(HeadProjections):
         documents = None if latest.documents is None else latest.documents[:, :kept]
         _, memory = self._read(k, k, v, beta, latest.before, documents)
         last = state.documents if documents is None else documents[:, -1]
-        return FastWeightState(memory, last, state.length - tokens, recent=state.recent and state.recent.rollback(tokens))
+        return FastWeightState(
+            memory,
+            last,
+            state.length - tokens,
+            recent=state.recent and state.recent.rollback(tokens),
+        )
 
     @staticmethod
     def reset(state: FastWeightState, rows: Tensor) -> FastWeightState:
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
         recent = state.recent and state.recent.reset(rows)
-        return FastWeightState(state.memory * ~rows[:, None, None, None], state.documents, state.length, recent=recent)
+        return FastWeightState(
+            state.memory * ~rows[:, None, None, None], state.documents, state.length, recent=recent
+        )
 
     def _read(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: FastWeightState | None, documents: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        state: FastWeightState | None,
+        documents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         memory, before = (None, None) if state is None else (state.memory, state.documents)
         delta: Rule = delta_rule
@@ -148,8 +197,8 @@ class FastWeightMixer(HeadProjections):
 
 
 def _resets(documents: Tensor, before: Tensor | None) -> Tensor:
-    """Where another document begins than the token before belongs to, [batch, length] bool. before: [batch], of the token before the
-    first, -1 if there was none.
+    """Where another document begins than the token before belongs to, [batch, length] bool. before:
+    [batch], of the token before the first, -1 if there was none.
     """
     before = documents[:, :1] if before is None else before[:, None]
     changed = torch.cat((before, documents[:, :-1]), 1) != documents

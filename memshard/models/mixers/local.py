@@ -14,7 +14,15 @@ from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer, cached_m
 class LocalMixer(SoftmaxMixer):
     """Causal attention of every token to the last `window` tokens, itself included."""
 
-    def __init__(self, dim: int, heads: int, window: int, rotary: bool = False, output_scale: float = 1.0, **parts: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int,
+        rotary: bool = False,
+        output_scale: float = 1.0,
+        **parts: Any,
+    ) -> None:
         super().__init__(dim, heads, rotary, output_scale, **parts)
         self.window = window
 
@@ -25,11 +33,23 @@ class LocalMixer(SoftmaxMixer):
         rows = groups[:, None].expand(-1, q.shape[1], -1).reshape(-1, 1, q.shape[2])
         q = q * q.shape[-1] ** -0.5
         if self.kv_heads < self.heads:
-            k, v = (tensor.repeat_interleave(self.heads // self.kv_heads, dim=1) for tensor in (k, v))
-        y = banded_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows, self.window, self.window, itself=True)
+            k, v = (
+                tensor.repeat_interleave(self.heads // self.kv_heads, dim=1) for tensor in (k, v)
+            )
+        y = banded_attention(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            rows,
+            self.window,
+            self.window,
+            itself=True,
+        )
         return y.unflatten(0, q.shape[:2])
 
     def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
         seen, mask = cached_mask(state, ctx, q.shape[2], self.window)
         keys, values = state.keys[:, :, seen], state.values[:, :, seen]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads)
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads
+        )

@@ -10,8 +10,9 @@ from memshard.models.layers.linear import Projection
 class HeadProjections(nn.Module):
     """Projections of all heads, with Primer's parts where they are asked for.
 
-    convolution: width of a causal depthwise convolution behind each projection, 0 for none. share_qk: queries are a linear map of the keys
-    (after their convolution), and have no convolution of their own. kv_heads: heads of keys and values, each for heads / kv_heads
+    convolution: width of a causal depthwise convolution behind each projection, 0 for none.
+    share_qk: queries are a linear map of the keys (after their convolution), and have no
+    convolution of their own. kv_heads: heads of keys and values, each for heads / kv_heads
     neighbouring query heads; all heads if left out.
     """
 
@@ -32,12 +33,18 @@ class HeadProjections(nn.Module):
         self.key = Projection(dim, width)
         self.value = Projection(dim, width)
         self.output = Projection(dim, dim, scale=output_scale)
-        channels = {"key": width, "value": width} if share_qk else {"query": dim, "key": width, "value": width}
+        channels = (
+            {"key": width, "value": width}
+            if share_qk
+            else {"query": dim, "key": width, "value": width}
+        )
         self.convolutions = Convolutions(channels, convolution)
 
-    def project(self, x: Tensor, ctx: Context, recent: RecentRows | None) -> tuple[Tensor, Tensor, Tensor, RecentRows | None]:
-        """Queries, [batch, heads, length, head dim], keys and values, [batch, kv heads, length, head dim], and what convolutions remember
-        where something was. x: [batch, length, dim].
+    def project(
+        self, x: Tensor, ctx: Context, recent: RecentRows | None
+    ) -> tuple[Tensor, Tensor, Tensor, RecentRows | None]:
+        """Queries, [batch, heads, length, head dim], keys and values, [batch, kv heads, length,
+        head dim], and what convolutions remember where something was. x: [batch, length, dim].
         """
         names = ("key", "value") if self.share_qk else ("query", "key", "value")
         found, recent = self.convolutions([getattr(self, name)(x) for name in names], ctx, recent)

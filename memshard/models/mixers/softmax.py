@@ -1,8 +1,8 @@
 """Softmax attention, with a key-value cache behind the mixer contract.
 
-A mixer is called as `mixer(x, ctx, state) -> (y, state)`. Without a state it sees the tokens of x alone; with one, x
-continues what the state has seen. `init_state`, `reorder`, `rollback` and `reset` serve decoding, beam search and
-carried text.
+A mixer is called as `mixer(x, ctx, state) -> (y, state)`. Without a state it sees the tokens of x
+alone; with one, x continues what the state has seen. `init_state`, `reorder`, `rollback` and
+`reset` serve decoding, beam search and carried text.
 """
 
 from dataclasses import dataclass, replace
@@ -21,10 +21,12 @@ from memshard.models.mixers.projections import HeadProjections
 
 @dataclass(frozen=True)
 class KeyValueState:
-    """What softmax attention remembers: buffers of a fixed capacity, of which `length` tokens are filled.
+    """What softmax attention remembers: buffers of a fixed capacity, of which `length` tokens are
+    filled.
 
-    keys, values: [batch, kv heads, capacity, head dim], after convolutions; visible: [batch, capacity] bool, False for padding and for
-    what `reset` forgot; documents: [batch, capacity] int64; recent: of convolutions, if there are any.
+    keys, values: [batch, kv heads, capacity, head dim], after convolutions; visible: [batch,
+    capacity] bool, False for padding and for what `reset` forgot; documents: [batch, capacity]
+    int64; recent: of convolutions, if there are any.
     """
 
     keys: Tensor
@@ -38,15 +40,22 @@ class KeyValueState:
 class SoftmaxMixer(HeadProjections):
     """Causal multi-head attention by torch's fused scaled dot-product kernels.
 
-    rotary: turn queries and keys by their positions, after convolutions. parts: as in `HeadProjections`.
+    rotary: turn queries and keys by their positions, after convolutions. parts: as in
+    `HeadProjections`.
     """
 
-    def __init__(self, dim: int, heads: int, rotary: bool = False, output_scale: float = 1.0, **parts: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int, rotary: bool = False, output_scale: float = 1.0, **parts: Any
+    ) -> None:
         super().__init__(dim, heads, output_scale, **parts)
         self.rotary = rotary
 
-    def forward(self, x: Tensor, ctx: Context, state: KeyValueState | None = None) -> tuple[Tensor, KeyValueState | None]:
-        """x: [batch, length, dim]; returns the same shape and the advanced state. ValueError if the state is full."""
+    def forward(
+        self, x: Tensor, ctx: Context, state: KeyValueState | None = None
+    ) -> tuple[Tensor, KeyValueState | None]:
+        """x: [batch, length, dim]; returns the same shape and the advanced state. ValueError if the
+        state is full.
+        """
         q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
@@ -58,47 +67,81 @@ class SoftmaxMixer(HeadProjections):
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> KeyValueState:
-        """An empty state for `batch` rows of at most `capacity` tokens, on the layer's device in its dtype."""
+        """An empty state for `batch` rows of at most `capacity` tokens, on the layer's device in
+        its dtype.
+        """
         weight = self.key.weight
         keys = weight.new_zeros(batch, self.kv_heads, capacity, weight.shape[0] // self.kv_heads)
         visible = torch.zeros(batch, capacity, dtype=torch.bool, device=weight.device)
         documents = torch.zeros_like(visible, dtype=torch.long)
-        return KeyValueState(keys, torch.zeros_like(keys), visible, documents, recent=self.convolutions.nothing_recent(batch))
+        return KeyValueState(
+            keys,
+            torch.zeros_like(keys),
+            visible,
+            documents,
+            recent=self.convolutions.nothing_recent(batch),
+        )
 
     @staticmethod
     def reorder(state: KeyValueState, rows: Tensor) -> KeyValueState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
+        int64.
+        """
         recent = state.recent and state.recent.reorder(rows)
-        return KeyValueState(state.keys[rows], state.values[rows], state.visible[rows], state.documents[rows], state.length, recent)
+        return KeyValueState(
+            state.keys[rows],
+            state.values[rows],
+            state.visible[rows],
+            state.documents[rows],
+            state.length,
+            recent,
+        )
 
     @staticmethod
     def rollback(state: KeyValueState, tokens: int) -> KeyValueState:
-        """The state before its last `tokens` tokens. ValueError where convolutions remember fewer."""
-        return replace(state, length=state.length - tokens, recent=state.recent and state.recent.rollback(tokens))
+        """The state before its last `tokens` tokens. ValueError where convolutions remember
+        fewer.
+        """
+        return replace(
+            state,
+            length=state.length - tokens,
+            recent=state.recent and state.recent.rollback(tokens),
+        )
 
     @staticmethod
     def reset(state: KeyValueState, rows: Tensor) -> KeyValueState:
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
-        return replace(state, visible=state.visible & ~rows[:, None], recent=state.recent and state.recent.reset(rows))
+        return replace(
+            state,
+            visible=state.visible & ~rows[:, None],
+            recent=state.recent and state.recent.reset(rows),
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         masked = ctx.documents is not None or ctx.padding is not None
         if masked and q.shape[2] > DENSE_LENGTH:
             return attend_per_document(q, k, v, ctx)
         mask = ctx.attention_mask
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads < self.heads)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads < self.heads
+        )
 
     def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
         seen, mask = cached_mask(state, ctx, q.shape[2])
         keys, values = state.keys[:, :, seen], state.values[:, :, seen]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads)
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads
+        )
 
 
 def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValueState:
     start, end = state.length, state.length + k.shape[2]
     capacity = state.keys.shape[2]
     if end > capacity:
-        raise ValueError(f"the attention state holds {capacity} tokens and {end} are needed: give init_state a larger capacity")
+        raise ValueError(
+            f"the attention state holds {capacity} tokens and {end} are needed: give init_state a "
+            "larger capacity"
+        )
     state.keys[:, :, start:end] = k
     state.values[:, :, start:end] = v
     state.visible[:, start:end] = True if ctx.padding is None else ctx.padding
@@ -106,8 +149,11 @@ def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValu
     return replace(state, length=end)
 
 
-def cached_mask(state: KeyValueState, ctx: Context, queries: int, window: int | None = None) -> tuple[slice, Tensor]:
-    """Which part of the state the newest `queries` tokens may see at all, and each of them: [batch, 1, queries, part] bool.
+def cached_mask(
+    state: KeyValueState, ctx: Context, queries: int, window: int | None = None
+) -> tuple[slice, Tensor]:
+    """Which part of the state the newest `queries` tokens may see at all, and each of them: [batch,
+    1, queries, part] bool.
 
     window: how many tokens each may see, itself included; None for all.
     """

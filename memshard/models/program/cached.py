@@ -1,4 +1,6 @@
-"""Programs one piece of text after another: the nodes that look back keep the rows they have seen."""
+"""Programs one piece of text after another: the nodes that look back keep the rows they have
+seen.
+"""
 
 from collections.abc import Sequence
 
@@ -11,15 +13,21 @@ _SCORES = ("T_MAT_MUL", "MAT_MUL", "CUM_SUM", "CUM_PROD")
 
 
 def refusal(program: Program) -> str | None:
-    """Why a program has no cached form, or None: rows of scores that change or grow later would have to be kept."""
+    """Why a program has no cached form, or None: rows of scores that change or grow later would
+    have to be kept.
+    """
     for number, node in program.values():
         if node.op in _SCORES and program.value(node.inputs[-1])[0] is None:
-            return f"value {number}, {node.op}, looks back at rows of scores, which grow with the text"
+            return (
+                f"value {number}, {node.op}, looks back at rows of scores, which grow with the text"
+            )
     return None
 
 
 def new_buffers(node: Node, inputs: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
-    """Room for `capacity` rows of each input that a node looks back at, as the inputs are: [batch, (branches,) capacity, width]."""
+    """Room for `capacity` rows of each input that a node looks back at, as the inputs are: [batch,
+    (branches,) capacity, width].
+    """
     if node.op == "ATTEND":
         kept = inputs[1:]
     elif node.op in _SCORES or OPERATIONS[node.op].kernel > 1:
@@ -29,8 +37,16 @@ def new_buffers(node: Node, inputs: Sequence[Tensor], capacity: int) -> tuple[Te
     return tuple(x.new_zeros(*x.shape[:-2], capacity, x.shape[-1]) for x in kept)
 
 
-def call_cached(node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], length: int) -> Tensor:
-    """A node's rows of new tokens. kept: buffers with `length` rows of earlier ones, to which the new are added."""
+def call_cached(
+    node: Node,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    length: int,
+) -> Tensor:
+    """A node's rows of new tokens. kept: buffers with `length` rows of earlier ones, to which the
+    new are added.
+    """
     new = inputs[0].shape[-2]
     operation = OPERATIONS[node.op]
     for buffer, rows in zip(kept, inputs[-len(kept) :] if kept else (), strict=True):
@@ -43,7 +59,9 @@ def call_cached(node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor],
         return operation.function(seen[0], **operation.options)[..., length:, :]
     if node.op == "ATTEND":
         scores = torch.einsum("...qd,...kd->...qk", inputs[0], seen[0]) * extra[0]
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(length + 1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(
+            length + 1
+        )
         return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ seen[1]
     if operation.kernel > 1:
         recent = seen[0][..., max(0, length + 1 - operation.kernel) :, :]

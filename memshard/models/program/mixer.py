@@ -1,4 +1,6 @@
-"""A whole block given by a compiled program, behind the mixer contract: training, and decoding with cached rows."""
+"""A whole block given by a compiled program, behind the mixer contract: training, and decoding with
+cached rows.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +15,11 @@ from memshard.models.program.program import OPERATIONS, Node, Program
 
 @dataclass(frozen=True)
 class ProgramState:
-    """What a program remembers: of every node that looks back, `length` rows of a buffer [batch, (branches,) capacity, width].
+    """What a program remembers: of every node that looks back, `length` rows of a buffer [batch,
+    (branches,) capacity, width].
 
-    rows: by the value that the node makes; there from the first tokens on, which decide batch, dtype and device.
+    rows: by the value that the node makes; there from the first tokens on, which decide batch,
+    dtype and device.
     """
 
     capacity: int
@@ -29,32 +33,58 @@ class ProgramMixer(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
-        self.values = nn.ParameterDict({str(number): torch.empty(node.shape) for number, node in program.values() if node.shape})
+        self.values = nn.ParameterDict(
+            {
+                str(number): torch.empty(node.shape)
+                for number, node in program.values()
+                if node.shape
+            }
+        )
         last: dict[int, int] = {}
         for number, node in program.values():
             last.update(dict.fromkeys(node.inputs, number))
-        self._free = {number: [value for value in set(node.inputs) if last[value] == number] for number, node in program.values()}
+        self._free = {
+            number: [value for value in set(node.inputs) if last[value] == number]
+            for number, node in program.values()
+        }
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Scales 1, shifts 0, matrices N(0, 1 / inputs), depthwise filters as Primer's: half of the newest position."""
+        """Scales 1, shifts 0, matrices N(0, 1 / inputs), depthwise filters as Primer's: half of the
+        newest position.
+        """
         for number, node in self.program.values():
             if node.shape:
                 _draw(self.values[str(number)], node)
 
-    def forward(self, x: Tensor, ctx: Context, state: ProgramState | None = None) -> tuple[Tensor, ProgramState | None]:
+    def forward(
+        self, x: Tensor, ctx: Context, state: ProgramState | None = None
+    ) -> tuple[Tensor, ProgramState | None]:
         """x: [batch, length, width]; returns the same shape and the advanced state.
 
-        ValueError for documents, for padding before real tokens (behind them it changes nothing), and for a full state.
+        ValueError for documents, for padding before real tokens (behind them it changes nothing),
+        and for a full state.
         """
         if ctx.documents is not None:
-            raise ValueError("model.program is made of primitives and sees all earlier tokens: set data.document_mask=false")
-        # Behind all that is real padding changes nothing; a state would have it before what follows.
-        if ctx.padding is not None and bool((~ctx.padding if state else ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()):
-            raise ValueError("model.program is made of primitives and sees all earlier tokens: give prompts of one length, or one by one")
+            raise ValueError(
+                "model.program is made of primitives and sees all earlier tokens: set "
+                "data.document_mask=false"
+            )
+        # Behind all that is real padding changes nothing; a state would have it before what
+        # follows.
+        if ctx.padding is not None and bool(
+            (~ctx.padding if state else ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()
+        ):
+            raise ValueError(
+                "model.program is made of primitives and sees all earlier tokens: give prompts of "
+                "one length, or one by one"
+            )
         if state is not None and state.length + x.shape[1] > state.capacity:
             needed = state.length + x.shape[1]
-            raise ValueError(f"the program's state holds {state.capacity} tokens and {needed} are needed: give a larger capacity")
+            raise ValueError(
+                f"the program's state holds {state.capacity} tokens and {needed} are needed: give "
+                "a larger capacity"
+            )
         made, rows = {0: x}, dict(state.rows) if state else {}
         for number, node in self.program.values():
             inputs = cast(node.op, [made[value] for value in node.inputs], x.dtype)
@@ -70,18 +100,30 @@ class ProgramMixer(nn.Module):
             for value in self._free[number]:
                 del made[value]
         y = made[len(self.program.nodes)].to(x.dtype)
-        return y, None if state is None else replace(state, rows=rows, length=state.length + x.shape[1])
+        return y, None if state is None else replace(
+            state, rows=rows, length=state.length + x.shape[1]
+        )
 
     def init_state(self, batch: int, capacity: int) -> ProgramState:
-        """An empty state for `batch` rows of at most `capacity` tokens. ValueError, with the reason, for programs without a cached form."""
+        """An empty state for `batch` rows of at most `capacity` tokens. ValueError, with the
+        reason, for programs without a cached form.
+        """
         if reason := refusal(self.program):
             raise ValueError(f"model.program cannot generate with a cache: {reason}")
         return ProgramState(capacity)
 
     @staticmethod
     def reorder(state: ProgramState, rows: Tensor) -> ProgramState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch] int64."""
-        return replace(state, rows={number: tuple(kept[rows] for kept in buffers) for number, buffers in state.rows.items()})
+        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
+        int64.
+        """
+        return replace(
+            state,
+            rows={
+                number: tuple(kept[rows] for kept in buffers)
+                for number, buffers in state.rows.items()
+            },
+        )
 
     @staticmethod
     def rollback(state: ProgramState, tokens: int) -> ProgramState:
@@ -91,7 +133,9 @@ class ProgramMixer(nn.Module):
     @staticmethod
     def reset(state: ProgramState, rows: Tensor) -> ProgramState:
         """ValueError: rows share one length, and a program cannot look past part of it."""
-        raise ValueError("model.program cannot forget single rows: carry no state over the ends of documents")
+        raise ValueError(
+            "model.program cannot forget single rows: carry no state over the ends of documents"
+        )
 
 
 def _draw(weight: Tensor, node: Node) -> None:

@@ -1,7 +1,8 @@
 """The primitives of Primer's search space (So et al. 2021), mapped to torch.
 
-A value is [batch, length, width], or [batch, branches, length, width] inside a branched call; the width of scores is the length.
-Axes, epsilons and what happens at 0 are ours: the paper's code was never published.
+A value is [batch, length, width], or [batch, branches, length, width] inside a branched call; the
+width of scores is the length. Axes, epsilons and what happens at 0 are ours: the paper's code was
+never published.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ from memshard.models.layers.squared_relu import squared_relu
 class Primitive:
     """A torch function of so many values.
 
-    takes: what an instruction gives it besides, a constant or a width. parameter: what it learns, one number a channel
-    (vector), a map between widths (matrix) or a filter for each channel (depthwise). kernel: positions that a filter spans.
+    takes: what an instruction gives it besides, a constant or a width. parameter: what it learns,
+    one number a channel (vector), a map between widths (matrix) or a filter for each channel
+    (depthwise). kernel: positions that a filter spans.
     """
 
     function: Callable[..., Tensor]
@@ -69,7 +71,9 @@ def transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, branches: int) -> Tensor:
-    """A linear map for every branch. x: of one value for all branches, or one each; weight: [branches * outputs, width]."""
+    """A linear map for every branch. x: of one value for all branches, or one each; weight:
+    [branches * outputs, width].
+    """
     if x.ndim == 4:
         return torch.einsum("brtd,red->brte", x, weight.unflatten(0, (branches, -1)))
     y = F.linear(x, weight)
@@ -77,14 +81,20 @@ def project(x: Tensor, weight: Tensor, branches: int) -> Tensor:
 
 
 def convolve(x: Tensor, weight: Tensor, branches: int) -> Tensor:
-    """`project` of a position and those before it. weight: [branches * outputs, width, kernel], the newest position last."""
+    """`project` of a position and those before it. weight: [branches * outputs, width, kernel], the
+    newest position last.
+    """
     flat = x.mT.flatten(1, -2) if x.ndim == 4 else x.mT
-    y = F.conv1d(F.pad(flat, (weight.shape[-1] - 1, 0)), weight, groups=branches if x.ndim == 4 else 1)
+    y = F.conv1d(
+        F.pad(flat, (weight.shape[-1] - 1, 0)), weight, groups=branches if x.ndim == 4 else 1
+    )
     return y.mT if branches == 1 else y.unflatten(1, (branches, -1)).mT
 
 
 def depthwise(x: Tensor, weight: Tensor, size: int) -> Tensor:
-    """Each channel filtered over a position and those before it. weight: [branches * width * size], a channel's newest position first."""
+    """Each channel filtered over a position and those before it. weight: [branches * width * size],
+    a channel's newest position first.
+    """
     rows = x if x.ndim == 3 else x.transpose(1, 2).flatten(2)
     y = causal_convolution(rows, weight.view(-1, size))
     return y if x.ndim == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
@@ -126,8 +136,14 @@ PRIMITIVES: dict[str, Primitive] = {
     "MAT_MUL": Primitive(torch.matmul, 2),
     "T_MAT_MUL": Primitive(transposed_matmul, 2),
     "CONV_1X1": Primitive(project, takes="width", parameter="matrix"),
-    **{f"CONV_{size}X1": Primitive(convolve, takes="width", parameter="matrix", kernel=size) for size in (3, 7, 15, 31)},
-    **{f"DCONV_{size}X1": Primitive(depthwise, parameter="depthwise", kernel=size) for size in (3, 7, 15, 31)},
+    **{
+        f"CONV_{size}X1": Primitive(convolve, takes="width", parameter="matrix", kernel=size)
+        for size in (3, 7, 15, 31)
+    },
+    **{
+        f"DCONV_{size}X1": Primitive(depthwise, parameter="depthwise", kernel=size)
+        for size in (3, 7, 15, 31)
+    },
 }
 COMMUTATIVE = frozenset({"ADD", "MULTIPLY"})
 PRODUCTS = frozenset(
@@ -139,9 +155,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def cast(op: str, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Inputs of an operation in the precision that it computes in, of a block whose input has `dtype`.
+    """Inputs of an operation in the precision that it computes in, of a block whose input has
+    `dtype`.
 
-    Norms are made of primitives: squares overflow fp16, and differences of means are noise in bf16. So all but products is fp32 at least.
+    Norms are made of primitives: squares overflow fp16, and differences of means are noise in bf16.
+    So all but products is fp32 at least.
     """
     if op in PRODUCTS:
         return [x.to(dtype) for x in inputs] if dtype in _HALF else list(inputs)
@@ -164,7 +182,11 @@ def fit(x: Tensor, width: int) -> Tensor:
 
 def lift(x: Tensor, factor: int) -> Tensor:
     """The value of a call in each of its `factor` branches."""
-    return x.unsqueeze(1).expand(-1, factor, -1, -1) if x.ndim == 3 else x.repeat_interleave(factor, dim=1)
+    return (
+        x.unsqueeze(1).expand(-1, factor, -1, -1)
+        if x.ndim == 3
+        else x.repeat_interleave(factor, dim=1)
+    )
 
 
 def join(x: Tensor, factor: int) -> Tensor:

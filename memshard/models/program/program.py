@@ -14,9 +14,10 @@ OPERATIONS: dict[str, Primitive] = {**PRIMITIVES, **GLUE}
 class Node:
     """One call. Value 0 is the block's input and value k + 1 what node k returns.
 
-    width: channels of the result, None where that is the length (scores). branches: 1 for a value [batch, length, width], more for
-    [batch, branches, length, width]. argument: constant, width, number of branches or of positions that the function takes after its
-    values and its parameter. shape: of the parameter, empty without one.
+    width: channels of the result, None where that is the length (scores). branches: 1 for a value
+    [batch, length, width], more for [batch, branches, length, width]. argument: constant, width,
+    number of branches or of positions that the function takes after its values and its parameter.
+    shape: of the parameter, empty without one.
     """
 
     op: str
@@ -29,7 +30,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """What a block computes. width: of its input and output; the last node's result is the output."""
+    """What a block computes. width: of its input and output; the last node's result is the
+    output.
+    """
 
     width: int
     nodes: tuple[Node, ...]
@@ -45,7 +48,11 @@ class Program:
 
     def value(self, number: int) -> tuple[int | None, int]:
         """Width and branches of a value."""
-        return (self.width, 1) if number == 0 else (self.nodes[number - 1].width, self.nodes[number - 1].branches)
+        return (
+            (self.width, 1)
+            if number == 0
+            else (self.nodes[number - 1].width, self.nodes[number - 1].branches)
+        )
 
     def to_json(self) -> str:
         """Text that `from_json` reads."""
@@ -69,13 +76,30 @@ class Program:
             )
             program = Program(int(entries["width"]), nodes)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"model.program: not a compiled program ({error!r}): write one with `memshard search compile`") from None
+            raise ValueError(
+                f"model.program: not a compiled program ({error!r}): write one with `memshard "
+                "search compile`"
+            ) from None
         for number, node in program.values():
             operation = OPERATIONS.get(node.op)
-            if operation is None or len(node.inputs) != operation.inputs or not all(0 <= value < number for value in node.inputs):
-                raise ValueError(f"model.program: node {number} ({node.op} of {list(node.inputs)}) is no call of an earlier value")
-            if bool(operation.takes or operation.parameter in ("matrix", "depthwise")) != isinstance(node.argument, int | float):
-                raise ValueError(f"model.program: node {number} ({node.op}) has the argument {node.argument!r}")
+            if (
+                operation is None
+                or len(node.inputs) != operation.inputs
+                or not all(0 <= value < number for value in node.inputs)
+            ):
+                raise ValueError(
+                    f"model.program: node {number} ({node.op} of {list(node.inputs)}) is no call "
+                    "of an earlier value"
+                )
+            if bool(
+                operation.takes or operation.parameter in ("matrix", "depthwise")
+            ) != isinstance(node.argument, int | float):
+                raise ValueError(
+                    f"model.program: node {number} ({node.op}) has the argument {node.argument!r}"
+                )
             if bool(operation.parameter) != bool(node.shape):
-                raise ValueError(f"model.program: node {number} ({node.op}) has a parameter of shape {list(node.shape)}")
+                raise ValueError(
+                    f"model.program: node {number} ({node.op}) has a parameter of shape "
+                    f"{list(node.shape)}"
+                )
         return program

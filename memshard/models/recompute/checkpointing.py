@@ -1,4 +1,6 @@
-"""Activation checkpointing: keep less in forward, compute it again in backward. Results are bit for bit those without it."""
+"""Activation checkpointing: keep less in forward, compute it again in backward. Results are bit for
+bit those without it.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,14 +29,18 @@ def run_block(
 ) -> tuple[Tensor, MixerState | None]:
     """A block's output and the mixer's advanced state.
 
-    kind: what backward computes again. "full": the block, of which only the input is kept. "selective": its feedforward half up to
-    the last matrix, which keeps two thirds of a block's activations and costs a ninth of a step's multiplications; fused attention
-    keeps no scores that would be worth it. chunk: compute the feedforward half for so many tokens of a sequence at a time, which backward
-    repeats one by one; 0 for all at once. replay: of a whole pass that backward repeats; then kind is "none" and chunk 0.
+    kind: what backward computes again. "full": the block, of which only the input is kept.
+    "selective": its feedforward half up to the last matrix, which keeps two thirds of a block's
+    activations and costs a ninth of a step's multiplications; fused attention keeps no scores that
+    would be worth it. chunk: compute the feedforward half for so many tokens of a sequence at a
+    time, which backward repeats one by one; 0 for all at once. replay: of a whole pass that
+    backward repeats; then kind is "none" and chunk 0.
     """
     if chunk and chunk < ctx.own.positions.shape[1]:
         if kind == "full":
-            x, state = checkpoint(block.mixed, x, ctx, state, use_reentrant=False, preserve_rng_state=False)
+            x, state = checkpoint(
+                block.mixed, x, ctx, state, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x, state = block.mixed(x, ctx, state)
         pieces = zip(x.split(chunk, 1), ctx.pieces(chunk), strict=True)
@@ -56,4 +62,11 @@ def checkpointed(function: Any, *inputs: Any) -> Any:
         return nullcontext(), replay.repeat()
 
     # Draws are counter-based: there is no generator to wind back.
-    return checkpoint(function, *inputs, replay=replay, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(
+        function,
+        *inputs,
+        replay=replay,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=contexts,
+    )

@@ -1,6 +1,7 @@
 """Reversible streams as one would write them for autograd, which keeps everything.
 
-Copies decide in which order autograd adds gradients up: those of a branch first, then that of the stream.
+Copies decide in which order autograd adds gradients up: those of a branch first, then that of the
+stream.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ def naive_round(x: Tensor, steps: float = 2.0**14) -> Tensor:
     return x + ((x * steps).round() / steps - x).detach()
 
 
-def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: MixerState | None = None) -> tuple[Tensor, Tensor]:
+def naive_block(
+    block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: MixerState | None = None
+) -> tuple[Tensor, Tensor]:
     """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
 
     def dropped(y: Tensor, branch: int) -> Tensor:
@@ -29,7 +32,9 @@ def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: Mixer
             return y
         return dropout(y, block.dropout_rate, ctx.random, ctx.positions, block.layer, branch)
 
-    y1 = x1 + naive_round(dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx, state)[0], 0))
+    y1 = x1 + naive_round(
+        dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx, state)[0], 0)
+    )
     norm, behind = block.feedforward_residual.norm, block.feedforward_residual.behind
     h = y1.clone() if behind else norm(y1.clone())
     parts = [block.feedforward(h)] if block.feedforward is not None else []
@@ -39,8 +44,12 @@ def naive_block(block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: Mixer
     return y1, x2 + naive_round(dropped(norm(y) if behind else y, 1))
 
 
-def naive_reversible(model: Transformer, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None = None) -> Tensor:
-    """The logits of a model with `residual: reversible`, learned positions, without dropout of embeddings."""
+def naive_reversible(
+    model: Transformer, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None = None
+) -> Tensor:
+    """The logits of a model with `residual: reversible`, learned positions, without dropout of
+    embeddings.
+    """
     assert model.positions is not None
     x = naive_round(model.embedding(tokens) + model.positions(ctx.positions))
     y1, y2 = x.clone(), x.clone()

@@ -1,4 +1,6 @@
-"""Running part of a network again in backward without repeating what must happen once: table reads, sums over ranks, statistics."""
+"""Running part of a network again in backward without repeating what must happen once: table reads,
+sums over ranks, statistics.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 class Replay:
-    """What one pass keeps for its repetition: of whatever goes through `once`, the result and the graph behind it."""
+    """What one pass keeps for its repetition: of whatever goes through `once`, the result and the
+    graph behind it.
+    """
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
@@ -38,10 +42,16 @@ class Replay:
         return self._kept[self._next - 1]
 
 
-def once(replay: Replay | None, function: Callable[..., Tensor], *inputs: Tensor, trained: Sequence[Tensor] = ()) -> Tensor:
+def once(
+    replay: Replay | None,
+    function: Callable[..., Tensor],
+    *inputs: Tensor,
+    trained: Sequence[Tensor] = (),
+) -> Tensor:
     """function(*inputs); in a repetition the first pass's result, and for backward its graph.
 
-    trained: what `function` reads besides and has a gradient of its own. Without a `replay` it is a plain call.
+    trained: what `function` reads besides and has a gradient of its own. Without a `replay` it is a
+    plain call.
     """
     if replay is None:
         return function(*inputs)
@@ -50,8 +60,13 @@ def once(replay: Replay | None, function: Callable[..., Tensor], *inputs: Tensor
 
 class _Kept:
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        # A pass without gradients keeps this graph all the same; one with them drops what is saved, by hooks, to compute it again.
-        own = torch.autograd.graph.saved_tensors_hooks(_same, _same) if torch.is_grad_enabled() else nullcontext()
+        # A pass without gradients keeps this graph all the same; one with them drops what is saved,
+        # by hooks, to compute it again.
+        own = (
+            torch.autograd.graph.saved_tensors_hooks(_same, _same)
+            if torch.is_grad_enabled()
+            else nullcontext()
+        )
         with torch.enable_grad(), own:
             self.inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
             self.output = function(*self.inputs)
@@ -62,7 +77,9 @@ class _Kept:
 
 
 class _Once(torch.autograd.Function):
-    """Joins a kept graph to the inputs of this pass, which are bit for bit those it was built from."""
+    """Joins a kept graph to the inputs of this pass, which are bit for bit those it was built
+    from.
+    """
 
     @staticmethod
     def forward(ctx: Any, kept: _Kept, inputs: int, *tensors: Tensor) -> Tensor:
@@ -75,7 +92,13 @@ class _Once(torch.autograd.Function):
         kept, keep_graph = ctx.kept, torch._C._autograd._get_current_graph_task_keep_graph()
         sources = [*kept.inputs, *ctx.trained]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        found = torch.autograd.grad(kept.output, [sources[i] for i in wanted], upstream, allow_unused=True, retain_graph=keep_graph)
+        found = torch.autograd.grad(
+            kept.output,
+            [sources[i] for i in wanted],
+            upstream,
+            allow_unused=True,
+            retain_graph=keep_graph,
+        )
         if not keep_graph:
             kept.release()
         gradients: list[Tensor | None] = [None] * len(sources)

@@ -10,19 +10,27 @@ from memshard.parallel.tables.sharded import ShardedTable, piece
 
 
 class ColumnShardedTable(ShardedTable):
-    """Each rank holds some columns of all rows: every rank sees all reads, and returns its slice of every token's sum.
+    """Each rank holds some columns of all rows: every rank sees all reads, and returns its slice of
+    every token's sum.
 
-    2 (P - 1) / P * d b + (P - 1) * reads * (i + 2 b) bytes a token, forward and backward (d values; sums, weights and gradients of
-    b = 4 bytes, ids of i = 4; P ranks). The load is even whatever is read, but each rank sorts the reads of all.
+    2 (P - 1) / P * d b + (P - 1) * reads * (i + 2 b) bytes a token, forward and backward (d values;
+    sums, weights and gradients of b = 4 bytes, ids of i = 4; P ranks). The load is even whatever is
+    read, but each rank sorts the reads of all.
 
-    same_reads: all ranks read the same for the same tokens, as under tensor parallelism, and get the same gradient of the sums; then only
-    slices and the gradients of weights travel, (P - 1) / P * b (d + 2 reads) bytes a token.
+    same_reads: all ranks read the same for the same tokens, as under tensor parallelism, and get
+    the same gradient of the sums; then only slices and the gradients of weights travel, (P - 1) / P
+    * b (d + 2 reads) bytes a token.
     """
 
     spec_dim = 1
 
     def __init__(
-        self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None = None, same_reads: bool = False
+        self,
+        slots: int,
+        dim: int,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None = None,
+        same_reads: bool = False,
     ) -> None:
         super().__init__(slots, dim, group, replicas, held=range(slots), columns=piece(dim, group))
         self.observers = self.ranks
@@ -42,21 +50,26 @@ class ColumnShardedTable(ShardedTable):
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
-        # Backward of the repetition adds the ranks' gradients up: each knows the part of its own columns.
+        # Backward of the repetition adds the ranks' gradients up: each knows the part of its own
+        # columns.
         all_weights = exchange(weights.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
         slices = self._local_sum(all_rows.flatten(), all_weights.flatten(), bag_offsets(all_rows))
 
         return self.join(slices, theirs, tokens)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back; the same bytes as for `weighted_sum`."""
+        """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back; the
+        same bytes as for `weighted_sum`.
+        """
         if not self.same_reads or dist.get_rank(self.group) == 0:
             self._count(rows)
         tokens, ranks = len(rows), self.ranks
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         if self.same_reads:
             own = _SummedGradient.apply(x, self)[:, self.columns.start : self.columns.stop]
-            return _SummedProducts.apply(self._local_dot(rows.flatten(), own, bag_offsets(rows)), self).view(rows.shape)
+            return _SummedProducts.apply(
+                self._local_dot(rows.flatten(), own, bag_offsets(rows)), self
+            ).view(rows.shape)
         ours = [tokens] * ranks
         theirs = share_counts(ours, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
@@ -65,15 +78,27 @@ class ColumnShardedTable(ShardedTable):
         slices = torch.cat([part.flatten() for part in x.split(widths, dim=1)])
         send, receive = [tokens * other for other in widths], [count * width for count in theirs]
         all_x = exchange(slices, send, receive, self.group, self.traffic).view(sum(theirs), width)
-        products = self._local_dot(all_rows.flatten(), all_x, bag_offsets(all_rows)).view(all_rows.shape)
-        return exchange(products, theirs, ours, self.group, self.traffic).view(ranks, *rows.shape).sum(0)
+        products = self._local_dot(all_rows.flatten(), all_x, bag_offsets(all_rows)).view(
+            all_rows.shape
+        )
+        return (
+            exchange(products, theirs, ours, self.group, self.traffic)
+            .view(ranks, *rows.shape)
+            .sum(0)
+        )
 
     def join(self, slices: Tensor, theirs: list[int], tokens: int) -> Tensor:
-        """Send every rank its tokens' slices, get the other slices of our own. slices: [sum(theirs), columns]; returns [tokens, dim]."""
+        """Send every rank its tokens' slices, get the other slices of our own. slices:
+        [sum(theirs), columns]; returns [tokens, dim].
+        """
         width, widths = len(self.columns), self._widths()
         receive = [tokens * other for other in widths]
-        parts = exchange(slices.flatten(), [count * width for count in theirs], receive, self.group, self.traffic).split(receive)
-        return torch.cat([part.view(tokens, other) for part, other in zip(parts, widths, strict=True)], dim=1)
+        parts = exchange(
+            slices.flatten(), [count * width for count in theirs], receive, self.group, self.traffic
+        ).split(receive)
+        return torch.cat(
+            [part.view(tokens, other) for part, other in zip(parts, widths, strict=True)], dim=1
+        )
 
     def _widths(self) -> list[int]:
         """How many columns each rank holds."""
@@ -82,7 +107,9 @@ class ColumnShardedTable(ShardedTable):
 
 
 class _SummedGradient(torch.autograd.Function):
-    """The identity on weights that all ranks share; each knows the part of their gradient that its columns give."""
+    """The identity on weights that all ranks share; each knows the part of their gradient that its
+    columns give.
+    """
 
     @staticmethod
     def forward(ctx, weights, table):  # type: ignore[no-untyped-def]
@@ -92,12 +119,16 @@ class _SummedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         table = ctx.table
-        table.traffic.reads += 2 * (table.ranks - 1) * gradient.numel() * gradient.element_size() // table.ranks
+        table.traffic.reads += (
+            2 * (table.ranks - 1) * gradient.numel() * gradient.element_size() // table.ranks
+        )
         return all_sum(gradient, table.group), None
 
 
 class _AllColumns(torch.autograd.Function):
-    """All ranks' slices of the same tokens; the gradient is the same on all ranks, so each takes its own columns of it."""
+    """All ranks' slices of the same tokens; the gradient is the same on all ranks, so each takes
+    its own columns of it.
+    """
 
     @staticmethod
     def forward(ctx, slices, table):  # type: ignore[no-untyped-def]
@@ -115,7 +146,9 @@ class _SummedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, products, table):  # type: ignore[no-untyped-def]
-        table.traffic.reads += 2 * (table.ranks - 1) * products.numel() * products.element_size() // table.ranks
+        table.traffic.reads += (
+            2 * (table.ranks - 1) * products.numel() * products.element_size() // table.ranks
+        )
         return all_sum(products, table.group)
 
     @staticmethod

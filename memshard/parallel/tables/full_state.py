@@ -1,4 +1,5 @@
-"""States of a model and its optimizer with whole tables, from and to ranks that hold parts: for scripts of one's own.
+"""States of a model and its optimizer with whole tables, from and to ranks that hold parts: for
+scripts of one's own.
 
 The trainer's checkpoints need none of this: their ranks write and read only what they hold.
 """
@@ -18,9 +19,11 @@ State = dict[str, Any]
 
 
 def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[State, State] | None:
-    """`state_dict()` of both, as one process has them that holds all tables: on the first rank of the tables' group, None on the others.
+    """`state_dict()` of both, as one process has them that holds all tables: on the first rank of
+    the tables' group, None on the others.
 
-    All ranks must call it. model: not wrapped (`ddp.module`); optimizer: one that holds the tables' RowAdam.
+    All ranks must call it. model: not wrapped (`ddp.module`); optimizer: one that holds the tables'
+    RowAdam.
     """
     model_state, optimizer_state = model.state_dict(), _copy(optimizer.state_dict())
     first = True
@@ -30,21 +33,32 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[State, State] |
     return (model_state, optimizer_state) if first else None
 
 
-def load_whole_state(model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State) -> None:
-    """Load what `whole_state` or one process has saved; every rank takes its parts of the tables."""
+def load_whole_state(
+    model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
+) -> None:
+    """Load what `whole_state` or one process has saved; every rank takes its parts of the
+    tables.
+    """
     model_state, optimizer_state = dict(model_state), _copy(optimizer_state)
     for table, holder, key in _parts(model, optimizer, model_state, optimizer_state):
-        holder[key] = _slice(table, holder[key], dist.get_rank(table.group)).clone(memory_format=torch.contiguous_format)
+        holder[key] = _slice(table, holder[key], dist.get_rank(table.group)).clone(
+            memory_format=torch.contiguous_format
+        )
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
 
 
 def _copy(optimizer_state: State) -> State:
     """The same tensors in dicts of their own: `Optimizer.state_dict()` hands out the live ones."""
-    return {**optimizer_state, "state": {number: dict(entry) for number, entry in optimizer_state["state"].items()}}
+    return {
+        **optimizer_state,
+        "state": {number: dict(entry) for number, entry in optimizer_state["state"].items()},
+    }
 
 
-def _parts(model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State) -> Iterator[tuple[ShardedTable, State, Any]]:
+def _parts(
+    model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
+) -> Iterator[tuple[ShardedTable, State, Any]]:
     """(table, dict, key) of every entry that the ranks split."""
     shown = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(shown)}
@@ -52,7 +66,11 @@ def _parts(model: nn.Module, optimizer: Optimizer, model_state: State, optimizer
         if isinstance(table, ShardedTable):
             entry = optimizer_state["state"][numbers[id(table.anchor)]]
             # A number a row is on every rank where the ranks split columns.
-            yield from ((table, entry, key) for key, value in entry.items() if isinstance(value, Tensor) and value.ndim > table.spec_dim)
+            yield from (
+                (table, entry, key)
+                for key, value in entry.items()
+                if isinstance(value, Tensor) and value.ndim > table.spec_dim
+            )
     # A table that several layers share has a key for each of them.
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedTable):
@@ -66,7 +84,9 @@ def _slice(table: ShardedTable, whole: Tensor, rank: int) -> Tensor:
 
 
 def _join(table: ShardedTable, part: Tensor) -> Tensor:
-    """The whole on the group's first rank, which receives the parts one after another; the part itself on the others."""
+    """The whole on the group's first rank, which receives the parts one after another; the part
+    itself on the others.
+    """
     if dist.get_rank(table.group) > 0:
         dist.send(part.contiguous(), group=table.group, group_dst=0)
         return part

@@ -15,11 +15,13 @@ _BLOCK_BYTES = 1 << 24
 def add_replicas(
     merged: SortedReads | None, dim: int, like: Tensor, group: dist.ProcessGroup, traffic: Traffic
 ) -> Iterator[SortedReads]:
-    """The sum over the ranks of a group of their gradients of the same rows; the same bits on every rank.
+    """The sum over the ranks of a group of their gradients of the same rows; the same bits on every
+    rank.
 
-    merged: this rank's, of width `dim`; None if it read nothing. like: a tensor of the gradient's dtype and device. All ranks
-    must take part. The ranks first agree on the rows that any of them read (an all-gather of row numbers), then sum 16 MB of
-    these rows' gradients at a time: 2 (R - 1) / R bytes sent for a byte of gradient, R ranks.
+    merged: this rank's, of width `dim`; None if it read nothing. like: a tensor of the gradient's
+    dtype and device. All ranks must take part. The ranks first agree on the rows that any of them
+    read (an all-gather of row numbers), then sum 16 MB of these rows' gradients at a time: 2 (R -
+    1) / R bytes sent for a byte of gradient, R ranks.
     """
     own = like.new_empty(0, dtype=torch.int64) if merged is None else merged.rows
     rows = torch.unique(_gather_rows(own, group, traffic))
@@ -30,12 +32,18 @@ def add_replicas(
     block = max(1, _BLOCK_BYTES // max(1, dim * like.element_size()))
     for first in range(0, len(rows), block):
         part = rows[first : first + block]
-        own_sums = like.new_zeros(len(part), dim) if everything is None else everything.sums(first, first + len(part))
+        own_sums = (
+            like.new_zeros(len(part), dim)
+            if everything is None
+            else everything.sums(first, first + len(part))
+        )
         sums = own_sums.to(like.dtype)
         dist.all_reduce(sums, group=group)
         traffic.replicas += 2 * (ranks - 1) * sums.numel() * sums.element_size() // ranks
         numbers = torch.arange(len(part) + 1, device=rows.device)
-        yield SortedReads(part, starts=numbers, bags=numbers[:-1], weights=sums.new_ones(len(part)), upstream=sums)
+        yield SortedReads(
+            part, starts=numbers, bags=numbers[:-1], weights=sums.new_ones(len(part)), upstream=sums
+        )
 
 
 def _gather_rows(own: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:

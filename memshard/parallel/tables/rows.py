@@ -13,34 +13,57 @@ from memshard.parallel.tables.sharded import ShardedTable, piece
 class RowShardedTable(ShardedTable):
     """Each rank holds a contiguous range of rows, trains it and answers reads of it.
 
-    A read travels as (row, weight) to the row's owner, which returns one partial sum per token and rank:
-    2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b) bytes a token, forward and backward, and (P - 1) i for how many of the
-    token's reads each owner gets (d values; sums, weights and gradients of b = 4 bytes, ids of i = 4; P ranks).
+    A read travels as (row, weight) to the row's owner, which returns one partial sum per token and
+    rank: 2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b) bytes a token, forward and backward, and
+    (P - 1) i for how many of the token's reads each owner gets (d values; sums, weights and
+    gradients of b = 4 bytes, ids of i = 4; P ranks).
     """
 
     spec_dim = 0
 
-    def __init__(self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        dim: int,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
         self.rows_per_rank = -(-slots // dist.get_world_size(group))
         super().__init__(slots, dim, group, replicas, held=piece(slots, group))
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its own tokens."""
+        """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its
+        own tokens.
+        """
         self._count(rows)
         route = self._ask(rows)
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
-        their_weights = exchange(weights.flatten()[route.order], route.our_reads, route.their_reads, self.group, self.traffic)
+        their_weights = exchange(
+            weights.flatten()[route.order],
+            route.our_reads,
+            route.their_reads,
+            self.group,
+            self.traffic,
+        )
         partial = self._local_sum(route.rows, their_weights, route.offsets)
         our_tokens = [len(rows)] * self.ranks
         sums = exchange(partial, route.their_tokens, our_tokens, self.group, self.traffic)
         return sums.view(self.ranks, len(rows), self.dim).sum(0)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`: tokens travel to all owners, products back; the same bytes as for `weighted_sum`."""
+        """As `ValueTable.dot`: tokens travel to all owners, products back; the same bytes as for
+        `weighted_sum`.
+        """
         self._count(rows)
         route = self._ask(rows)
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        their_x = exchange(x.repeat(self.ranks, 1), [len(rows)] * self.ranks, route.their_tokens, self.group, self.traffic)
+        their_x = exchange(
+            x.repeat(self.ranks, 1),
+            [len(rows)] * self.ranks,
+            route.their_tokens,
+            self.group,
+            self.traffic,
+        )
         products = self._local_dot(route.rows, their_x, route.offsets)
         ours = exchange(products, route.their_reads, route.our_reads, self.group, self.traffic)
         return ours[torch.argsort(route.order)].view(rows.shape)
@@ -66,16 +89,31 @@ class RowShardedTable(ShardedTable):
         tokens, ranks = len(rows), self.ranks
         owner = self._owner(rows)
         order = torch.sort(owner.flatten(), stable=True).indices
-        # How many of each token's reads go to each owner, [ranks, tokens]: the lengths of the bags that the owner sums.
+        # How many of each token's reads go to each owner, [ranks, tokens]: the lengths of the bags
+        # that the owner sums.
         bags = owner * tokens + torch.arange(tokens, device=rows.device)[:, None]
         lengths = torch.bincount(bags.flatten(), minlength=ranks * tokens).view(ranks, tokens)
         reads = lengths.sum(1)
         sizes = torch.stack((reads, torch.full_like(reads, tokens)), dim=1)
         their_reads, their_tokens = exchange(sizes, [1] * ranks, [1] * ranks, self.group).T.tolist()
         our_reads = reads.tolist()
-        their_lengths = exchange(lengths.flatten().int(), [tokens] * ranks, their_tokens, self.group, self.traffic).long()
-        their_rows = exchange(self._wire(rows.flatten()[order]), our_reads, their_reads, self.group, self.traffic) - self.first_row
-        return _Route(order, our_reads, their_reads, their_tokens, their_rows, their_lengths.cumsum(0) - their_lengths)
+        their_lengths = exchange(
+            lengths.flatten().int(), [tokens] * ranks, their_tokens, self.group, self.traffic
+        ).long()
+        their_rows = (
+            exchange(
+                self._wire(rows.flatten()[order]), our_reads, their_reads, self.group, self.traffic
+            )
+            - self.first_row
+        )
+        return _Route(
+            order,
+            our_reads,
+            their_reads,
+            their_tokens,
+            their_rows,
+            their_lengths.cumsum(0) - their_lengths,
+        )
 
     def _owner(self, rows: Tensor) -> Tensor:
         """The rank that holds each row, int64."""
@@ -88,8 +126,9 @@ class RowShardedTable(ShardedTable):
 
 @dataclass(frozen=True)
 class _Route:
-    """Where reads went. order: [reads] of our own by owner; our_reads, their_reads, their_tokens: to and from each rank; rows,
-    offsets: [their reads], [their bags], what the others ask of this rank.
+    """Where reads went. order: [reads] of our own by owner; our_reads, their_reads, their_tokens:
+    to and from each rank; rows, offsets: [their reads], [their bags], what the others ask of
+    this rank.
     """
 
     order: Tensor

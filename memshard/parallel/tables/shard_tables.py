@@ -26,13 +26,15 @@ def shard_tables(
     exchange: Exchange = "pooled",
     replicas: dist.ProcessGroup | None = None,
 ) -> list[ValueTable]:
-    """Split every table of the model over the ranks of a group (default: all), hide them, and return them.
+    """Split every table of the model over the ranks of a group (default: all), hide them, and
+    return them.
 
-    Values are kept: each rank cuts its part from its own copy, so all ranks must hold the same model; a table on the meta
-    device stays there. average: divide row gradients by the number of ranks, to match DDP, where each rank's loss is a
-    mean over its own tokens; False where the losses of the ranks add up to the total. layout: rows or columns, or tensor, columns
-    of ranks that read the same for the same tokens; exchange: of rows, whether the owner pools sums or sends unique rows. replicas: the
-    ranks that hold the same part in other groups.
+    Values are kept: each rank cuts its part from its own copy, so all ranks must hold the same
+    model; a table on the meta device stays there. average: divide row gradients by the number of
+    ranks, to match DDP, where each rank's loss is a mean over its own tokens; False where the
+    losses of the ranks add up to the total. layout: rows or columns, or tensor, columns of ranks
+    that read the same for the same tokens; exchange: of rows, whether the owner pools sums or sends
+    unique rows. replicas: the ranks that hold the same part in other groups.
     """
     group = group or dist.group.WORLD
     assert group is not None
@@ -55,10 +57,17 @@ def shard_tables(
 
 
 def _shard(
-    table: ValueTable, form: Callable[..., ShardedTable], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    table: ValueTable,
+    form: Callable[..., ShardedTable],
+    group: dist.ProcessGroup,
+    replicas: dist.ProcessGroup | None,
 ) -> ShardedTable:
     with torch.device("meta"):
         shard = form(table.slots, table.dim, group, replicas)
     rows = slice(shard.first_row, shard.first_row + len(shard.weight))
-    shard.hold(table.weight.data[rows, shard.columns.start : shard.columns.stop].clone(memory_format=torch.contiguous_format))
+    shard.hold(
+        table.weight.data[rows, shard.columns.start : shard.columns.stop].clone(
+            memory_format=torch.contiguous_format
+        )
+    )
     return shard

@@ -17,26 +17,37 @@ _SAMPLE_EVERY = 64
 
 
 class ShardedTable(ValueTable):
-    """A table whose parts lie on the ranks of `group`; hidden from the start. All ranks of the group read at the same time,
-    if only 0 tokens, and step at the same time.
+    """A table whose parts lie on the ranks of `group`; hidden from the start. All ranks of the
+    group read at the same time, if only 0 tokens, and step at the same time.
 
-    replicas: the ranks of other groups that hold the same part, this one included; their row gradients are added up.
+    replicas: the ranks of other groups that hold the same part, this one included; their row
+    gradients are added up.
     """
 
     spec_dim: int
     """The dim of the whole table that the ranks split, in pieces as `torch.chunk` cuts them."""
 
     def __init__(
-        self, slots: int, dim: int, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, held: range, columns: range | None = None
+        self,
+        slots: int,
+        dim: int,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        held: range,
+        columns: range | None = None,
     ) -> None:
         super().__init__(slots, dim, held, columns)
         self.group = group
         self.ranks = dist.get_world_size(group)
-        self.replicas = replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
+        self.replicas = (
+            replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
+        )
         self.copies = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.traffic = Traffic()
         self.duplicates: float | None = None
-        """Reads of a row by one rank in one micro-batch, of the rows it reads at all; measured now and then."""
+        """Reads of a row by one rank in one micro-batch, of the rows it reads at all; measured now
+        and then.
+        """
         self._calls = 0
         self.hide()
 
@@ -49,7 +60,9 @@ class ShardedTable(ValueTable):
         merged = sort_reads(self.reads)
         merged = merged if merged is None else merged.scaled(scale)
         if self.replicas is not None:
-            yield from add_replicas(merged, self.weight.shape[1], self.anchor, self.replicas, self.traffic)
+            yield from add_replicas(
+                merged, self.weight.shape[1], self.anchor, self.replicas, self.traffic
+            )
         elif merged is not None:
             yield merged
 
@@ -70,7 +83,9 @@ class ShardedTable(ValueTable):
 
 
 def piece(size: int, group: dist.ProcessGroup, rank: int | None = None) -> range:
-    """A rank's part (by default this one's) of `size` things, as `torch.chunk` cuts them; the last ranks may have none."""
+    """A rank's part (by default this one's) of `size` things, as `torch.chunk` cuts them; the last
+    ranks may have none.
+    """
     width = -(-size // dist.get_world_size(group))
     first = min((dist.get_rank(group) if rank is None else rank) * width, size)
     return range(first, min(first + width, size))

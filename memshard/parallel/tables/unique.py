@@ -12,15 +12,18 @@ from memshard.parallel.tables.rows import RowShardedTable
 
 
 class UniqueRowTable(RowShardedTable):
-    """Rows split as in `RowShardedTable`; the owner sends the distinct rows that a rank reads, and gets their summed gradients back.
+    """Rows split as in `RowShardedTable`; the owner sends the distinct rows that a rank reads, and
+    gets their summed gradients back.
 
-    (P - 1) / P * reads / duplicates * (d (v + b) + i) bytes a token (d values of v bytes a row and b = 4 a gradient, ids of
-    i = 4 bytes, P ranks, each row read `duplicates` times by the rank): independent of P, cheap where reads repeat. The
-    fetched rows are kept for backward.
+    (P - 1) / P * reads / duplicates * (d (v + b) + i) bytes a token (d values of v bytes a row and
+    b = 4 a gradient, ids of i = 4 bytes, P ranks, each row read `duplicates` times by the rank):
+    independent of P, cheap where reads repeat. The fetched rows are kept for backward.
     """
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its own tokens."""
+        """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its
+        own tokens.
+        """
         self._count(rows)
         fetch = self._plan(rows, weights.detach())
         weights = weights.flatten().to(torch.promote_types(weights.dtype, self.weight.dtype))
@@ -30,7 +33,9 @@ class UniqueRowTable(RowShardedTable):
         """As `ValueTable.dot`, of the fetched rows; the same bytes as for `weighted_sum`."""
         self._count(rows)
         fetch = self._plan(rows, torch.ones_like(rows, dtype=x.dtype))
-        return FetchedDot.apply(x.to(torch.promote_types(x.dtype, self.weight.dtype)), self.anchor, fetch).view(rows.shape)
+        return FetchedDot.apply(
+            x.to(torch.promote_types(x.dtype, self.weight.dtype)), self.anchor, fetch
+        ).view(rows.shape)
 
     def _plan(self, rows: Tensor, weights: Tensor) -> "_Fetch":
         """Tell the owners which rows this rank wants."""
@@ -38,7 +43,9 @@ class UniqueRowTable(RowShardedTable):
         distinct, inverse = torch.unique(rows.flatten(), return_inverse=True)
         ours = torch.bincount(self._owner(distinct), minlength=self.ranks).tolist()
         theirs = share_counts(ours, self.group, rows.device)
-        wanted = exchange(self._wire(distinct), ours, theirs, self.group, self.traffic) - self.first_row
+        wanted = (
+            exchange(self._wire(distinct), ours, theirs, self.group, self.traffic) - self.first_row
+        )
         if self.observer is not None:
             flat = weights.flatten().double().abs()
             sums = torch.zeros(len(distinct), 2, dtype=torch.float64, device=rows.device)
@@ -50,7 +57,9 @@ class UniqueRowTable(RowShardedTable):
 
 @dataclass(frozen=True)
 class _Fetch(Fetch):
-    """wanted: rows of this rank that the others asked for. ours, theirs: rows from and to each rank."""
+    """wanted: rows of this rank that the others asked for. ours, theirs: rows from and to each
+    rank.
+    """
 
     table: UniqueRowTable
     ours: list[int]
@@ -58,8 +67,12 @@ class _Fetch(Fetch):
 
     def fetch(self) -> Tensor:
         """The rows that this rank asked for."""
-        return exchange(super().fetch(), self.theirs, self.ours, self.table.group, self.table.traffic)
+        return exchange(
+            super().fetch(), self.theirs, self.ours, self.table.group, self.table.traffic
+        )
 
     def give_back(self, gradients: Tensor) -> None:
         """Send them to the owners."""
-        super().give_back(exchange(gradients, self.ours, self.theirs, self.table.group, self.table.traffic))
+        super().give_back(
+            exchange(gradients, self.ours, self.theirs, self.table.group, self.table.traffic)
+        )

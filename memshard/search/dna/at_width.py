@@ -24,7 +24,9 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Block:
-    """program: text for `model.program`. source: torch code. parameters: of a block. uncached: why it cannot generate, None if it can."""
+    """program: text for `model.program`. source: torch code. parameters: of a block. uncached: why
+    it cannot generate, None if it can.
+    """
 
     program: str
     source: str
@@ -35,13 +37,17 @@ class Block:
 def at_width(path: Path | str, dim: int) -> Block:
     """Compile the DNA of a file, or a golden one by its name, to a stream of `dim` channels.
 
-    ValueError, with the file and the reason, where that cannot be, and where a program of this width sees later tokens, depends on the
-    length of its text, or generates otherwise than it reads.
+    ValueError, with the file and the reason, where that cannot be, and where a program of this
+    width sees later tokens, depends on the length of its text, or generates otherwise than it
+    reads.
     """
     dna = golden(str(path), max(1, dim // _HEADS)) if path in NAMES else load(path)
     stream = dna["dims"][0]
     if dim < 1 or dim % stream:
-        raise ValueError(f"{path}: its stream is {stream} relative widths wide, which do not divide {dim}: choose a multiple of {stream}")
+        raise ValueError(
+            f"{path}: its stream is {stream} relative widths wide, which do not divide {dim}: "
+            f"choose a multiple of {stream}"
+        )
     try:
         whole = lower(graph(dna), dim // stream)
     except TooLong:
@@ -53,15 +59,26 @@ def at_width(path: Path | str, dim: int) -> Block:
         raise ValueError(f"{path}: {rejected.reason} ({rejected.status})")
     uncached = refusal(program)
     if uncached is None and (worst := _decoding_error(program)) > _TOLERANCE:
-        raise ValueError(f"{path}: decoding with a cache differs by {worst:.2g}: this is a fault of the cache, please report it")
+        raise ValueError(
+            f"{path}: decoding with a cache differs by {worst:.2g}: this is a fault of the cache, "
+            "please report it"
+        )
     return Block(program.to_json(), source(program), program.parameters, uncached)
 
 
 @torch.no_grad()
 def _decoding_error(program: Program) -> float:
-    """Largest difference, relative above 1, between a text read at once and in pieces with a cache, in fp64."""
+    """Largest difference, relative above 1, between a text read at once and in pieces with a cache,
+    in fp64.
+    """
     mixer = ProgramMixer(program).double()
-    x = torch.randn(1, sum(_CHUNKS), program.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        1,
+        sum(_CHUNKS),
+        program.width,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    )
     whole, _ = mixer(x, Context.of(x[..., 0]))
     state, parts = mixer.init_state(1, x.shape[1]), []
     for piece in x.split(_CHUNKS, dim=1):

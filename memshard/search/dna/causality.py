@@ -1,4 +1,6 @@
-"""Does a program see the future? Rules that explain a leak, and a perturbation test that needs no rules."""
+"""Does a program see the future? Rules that explain a leak, and a perturbation test that needs no
+rules.
+"""
 
 from enum import Enum
 
@@ -24,7 +26,9 @@ class Scores(Enum):
 
 
 def explained(program: Program) -> Rejected | None:
-    """The first call that lets a position depend on later ones, or on the length of the text. None proves that there is none."""
+    """The first call that lets a position depend on later ones, or on the length of the text. None
+    proves that there is none.
+    """
     scores: dict[int, Scores] = {}
     for number, node in program.values():
         kinds = [scores.get(value) for value in node.inputs]
@@ -42,17 +46,27 @@ def _problem(node: Node, kinds: list[Scores | None]) -> tuple[str, str] | None:
         if first is Scores.FUTURE:
             return "leak", "over scores of later positions, which no MASK has hidden"
         if first is Scores.FILLED:
-            return "length", "over scores that were made nonzero after MASK: it counts later positions"
+            return (
+                "length",
+                "over scores that were made nonzero after MASK: it counts later positions",
+            )
         if first is Scores.ZERO and node.op != "RED_SUM":
             return "length", "over masked scores counts the zeros of later positions"
     if node.op == "MAT_MUL" and first is not Scores.ZERO:
-        weights = "scores that no MASK has hidden" if first is Scores.FUTURE else "what replaced masked zeros"
+        weights = (
+            "scores that no MASK has hidden"
+            if first is Scores.FUTURE
+            else "what replaced masked zeros"
+        )
         return "leak", f"weighs later positions with {weights}"
     if node.op == "T_MAT_MUL":
         if Scores.FUTURE in kinds:
             return "leak", "adds up scores of later positions, which no MASK has hidden"
         if kinds == [Scores.FILLED, Scores.FILLED]:
-            return "length", "adds up scores that were made nonzero after MASK: it counts later positions"
+            return (
+                "length",
+                "adds up scores that were made nonzero after MASK: it counts later positions",
+            )
     return None
 
 
@@ -65,7 +79,12 @@ def _above(node: Node, kinds: list[Scores | None]) -> Scores:
         return Scores.FUTURE
     if node.op == "MAT_MUL":
         return second or Scores.FUTURE
-    if node.op == "MULTIPLY" and Scores.ZERO in kinds or node.op == "DIVIDE" and first is Scores.ZERO:
+    if (
+        node.op == "MULTIPLY"
+        and Scores.ZERO in kinds
+        or node.op == "DIVIDE"
+        and first is Scores.ZERO
+    ):
         return Scores.ZERO
     if Scores.FUTURE in kinds:
         return Scores.FUTURE
@@ -78,26 +97,46 @@ def _keeps_zero(node: Node) -> bool:
     if node.op in ("MAX", "MIN"):
         bound = float(node.argument or 0)
         return bound <= 0 if node.op == "MAX" else bound >= 0
-    plain = ("ADD", "DIFFERENCE", "SQUARE", "ABS", "SIGN", "SIN", "TANH", "C_MUL", "RECIP", "CUM_SUM", "CUM_PROD", "LIFT")
+    plain = (
+        "ADD",
+        "DIFFERENCE",
+        "SQUARE",
+        "ABS",
+        "SIGN",
+        "SIN",
+        "TANH",
+        "C_MUL",
+        "RECIP",
+        "CUM_SUM",
+        "CUM_PROD",
+        "LIFT",
+    )
     return node.op in plain
 
 
 def perturbed(program: Program, seed: int = 0) -> Rejected | None:
-    """Run the program on changed futures and on the beginning of a text, in fp64 with random parameters.
+    """Run the program on changed futures and on the beginning of a text, in fp64 with random
+    parameters.
 
-    Gradients would not do: the sign of an unmasked score leaks with gradient 0. None where outputs are finite, agree up to the first
-    change to 1e-9 of their size, and those of 4 positions are the first 4 of 9.
+    Gradients would not do: the sign of an unmasked score leaks with gradient 0. None where outputs
+    are finite, agree up to the first change to 1e-9 of their size, and those of 4 positions are the
+    first 4 of 9.
     """
     random = torch.Generator().manual_seed(seed)
     mixer = ProgramMixer(program).double()
     with torch.no_grad():
         for weight in mixer.parameters():
             spread = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5
-            weight.copy_(torch.randn(weight.shape, generator=random, dtype=weight.dtype) * spread + (1.0 if weight.ndim == 1 else 0.0))
+            weight.copy_(
+                torch.randn(weight.shape, generator=random, dtype=weight.dtype) * spread
+                + (1.0 if weight.ndim == 1 else 0.0)
+            )
         x = torch.randn(1, LENGTH, program.width, generator=random, dtype=torch.float64)
         texts = x.repeat(1 + len(_CUTS), 1, 1)
         for row, cut in enumerate(_CUTS, start=1):
-            texts[row, cut + 1 :] = torch.randn(LENGTH - cut - 1, program.width, generator=random, dtype=x.dtype)
+            texts[row, cut + 1 :] = torch.randn(
+                LENGTH - cut - 1, program.width, generator=random, dtype=x.dtype
+            )
         outputs = _run(mixer, texts)
         short = _run(mixer, x[:, :_PREFIX])
     if not (bool(outputs.isfinite().all()) and bool(short.isfinite().all())):
@@ -106,10 +145,16 @@ def perturbed(program: Program, seed: int = 0) -> Rejected | None:
     for row, cut in enumerate(_CUTS, start=1):
         worst = float((outputs[row, : cut + 1] - outputs[0, : cut + 1]).abs().max())
         if worst > close:
-            return Rejected("leak", f"outputs up to position {cut} change by {worst:.2g} when later inputs do")
+            return Rejected(
+                "leak", f"outputs up to position {cut} change by {worst:.2g} when later inputs do"
+            )
     worst = float((short[0] - outputs[0, :_PREFIX]).abs().max())
     if worst > close:
-        return Rejected("length", f"the first {_PREFIX} outputs change by {worst:.2g} when the text goes on to {LENGTH} positions")
+        return Rejected(
+            "length",
+            f"the first {_PREFIX} outputs change by {worst:.2g} when the text goes on to {LENGTH} "
+            "positions",
+        )
     return None
 
 

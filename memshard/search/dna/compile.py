@@ -27,8 +27,9 @@ _TRIAL_UNIT, _TRIAL_LENGTH, _TRIAL_VOCABULARY, _TRIAL_STEPS = 2, 12, 17, 3
 class Shape:
     """What a search gives all its candidates, whatever their program.
 
-    vocab: tokens of the vocabulary. length: tokens of a sequence. parameters: fewest and most numbers that a model may learn, its embedding
-    (which is its head, too) included. layers: how often the block is stacked. Positions enter as sinusoids.
+    vocab: tokens of the vocabulary. length: tokens of a sequence. parameters: fewest and most
+    numbers that a model may learn, its embedding (which is its head, too) included. layers: how
+    often the block is stacked. Positions enter as sinusoids.
     """
 
     vocab: int
@@ -41,9 +42,10 @@ class Shape:
 class Compiled:
     """A DNA that may be trained.
 
-    hash: of its graph, equal for DNAs that compute the same. parameters: of the model. source: the block as readable torch code.
-    build: from a seed to the model, tokens int64 [batch, length] -> logits [batch, length, vocabulary]. config: of the same model in a
-    recipe. unit: channels of relative width 1.
+    hash: of its graph, equal for DNAs that compute the same. parameters: of the model. source: the
+    block as readable torch code. build: from a seed to the model, tokens int64 [batch, length] ->
+    logits [batch, length, vocabulary]. config: of the same model in a recipe. unit: channels of
+    relative width 1.
     """
 
     hash: str
@@ -68,7 +70,9 @@ class Logits(nn.Module):
 
 
 def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
-    """Check a DNA step by step, from the cheapest to the dearest, and give it the unit that brings it into the band of parameters."""
+    """Check a DNA step by step, from the cheapest to the dearest, and give it the unit that brings
+    it into the band of parameters.
+    """
     if problem := invalid(dna):
         return Rejected("invalid", problem)
     try:
@@ -78,7 +82,10 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
         trial = lower(drawn, _TRIAL_UNIT)
         unit = unit_in_band(partial(_parameters, drawn, shape), shape.parameters)
         if unit is None:
-            return Rejected("band", f"no width has {shape.parameters[0]:,} to {shape.parameters[1]:,} parameters")
+            return Rejected(
+                "band",
+                f"no width has {shape.parameters[0]:,} to {shape.parameters[1]:,} parameters",
+            )
         program = lower(drawn, unit)
     except TooLong:
         return Rejected("invalid", "its calls, inlined, are more than a block may have")
@@ -121,16 +128,28 @@ def _build(config: ModelConfig, seed: int) -> nn.Module:
 
 def _diverges(program: Program) -> Rejected | None:
     """Three steps of a narrow model: a program that cannot take them will not train."""
-    config = ModelConfig(vocab_size=_TRIAL_VOCABULARY, layers=1, dim=program.width, position="none", program=program.to_json())
+    config = ModelConfig(
+        vocab_size=_TRIAL_VOCABULARY,
+        layers=1,
+        dim=program.width,
+        position="none",
+        program=program.to_json(),
+    )
     model = _build(config, 0)
-    tokens = torch.randint(_TRIAL_VOCABULARY, (2, _TRIAL_LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        _TRIAL_VOCABULARY, (2, _TRIAL_LENGTH + 1), generator=torch.Generator().manual_seed(0)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(1, _TRIAL_STEPS + 1):
         optimizer.zero_grad()
         loss = token_losses(model(tokens[:, :-1]), tokens[:, 1:]).mean()
         loss.backward()
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        if not (bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
-            return Rejected("nonfinite", f"loss or gradients are not finite in step {step} of a narrow model")
+        if not (
+            bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+        ):
+            return Rejected(
+                "nonfinite", f"loss or gradients are not finite in step {step} of a narrow model"
+            )
         optimizer.step()
     return None

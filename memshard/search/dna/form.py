@@ -1,15 +1,16 @@
 """The DNA of a decoder block, as plain JSON (So et al. 2021, "Primer").
 
     {"version": 1,
-     "subprograms": [[instruction, ...], ...],        subprogram 0 is the block; i may only call j > i
-     "constants": [0.0, 0.125],                       bank of constants
-     "dims": [8, 1, 32, 4, 16, 2]}                    bank of relative widths; dims[0] is the residual stream's
+     "subprograms": [[instruction, ...], ...],        subprogram 0 is the block; i may only call j >
+     i "constants": [0.0, 0.125],                       bank of constants "dims": [8, 1, 32, 4, 16,
+     2]}                    bank of relative widths; dims[0] is the residual stream's
 
     {"op": "CONV_1X1" or {"sub": 3}, "in": [0, 1], "const": 0, "dim": 2, "branch": 8}
 
-A subprogram's inputs are its states 0 and 1, instruction k makes state k + 2, and the last state is its output. Constants and widths are
-numbers of bank entries, so many instructions change together. Every instruction has all fields; those its operation does not use
-change silently. `branch` runs the instruction so many times, each with parameters of its own, and sets the results side by side.
+A subprogram's inputs are its states 0 and 1, instruction k makes state k + 2, and the last state is
+its output. Constants and widths are numbers of bank entries, so many instructions change together.
+Every instruction has all fields; those its operation does not use change silently. `branch` runs
+the instruction so many times, each with parameters of its own, and sets the results side by side.
 """
 
 import json
@@ -43,9 +44,14 @@ def load(path: Path | str) -> Dna:
 
 def save(dna: Dna, path: Path | str) -> None:
     """Write a DNA, one instruction a line."""
-    subprograms = ",\n".join(f" [{body}]" for body in (",\n  ".join(map(json.dumps, lines)) for lines in dna["subprograms"]))
+    subprograms = ",\n".join(
+        f" [{body}]"
+        for body in (",\n  ".join(map(json.dumps, lines)) for lines in dna["subprograms"])
+    )
     banks = "".join(f',\n"{bank}": {json.dumps(dna[bank])}' for bank in ("constants", "dims"))
-    Path(path).write_text(f'{{"version": {VERSION},\n"subprograms": [\n{subprograms}]{banks}}}\n', encoding="utf-8")
+    Path(path).write_text(
+        f'{{"version": {VERSION},\n"subprograms": [\n{subprograms}]{banks}}}\n', encoding="utf-8"
+    )
 
 
 def invalid(dna: Any) -> str | None:
@@ -54,16 +60,25 @@ def invalid(dna: Any) -> str | None:
         return "expected an object with version, subprograms, constants and dims"
     if dna["version"] != VERSION:
         return f"version {dna['version']!r}; this program reads {VERSION}"
-    if not _numbers(dna["constants"], CONSTANTS) or any(abs(constant) > 1e30 for constant in dna["constants"]):
+    if not _numbers(dna["constants"], CONSTANTS) or any(
+        abs(constant) > 1e30 for constant in dna["constants"]
+    ):
         return f"constants are {dna['constants']!r}; expected {CONSTANTS} finite numbers"
     if not _numbers(dna["dims"], DIMS) or not set(dna["dims"]) <= set(RELATIVE_DIMS):
         return f"dims are {dna['dims']!r}; expected {DIMS} of {RELATIVE_DIMS}"
     subprograms = dna["subprograms"]
-    if not isinstance(subprograms, list) or not subprograms or not all(isinstance(lines, list) for lines in subprograms):
+    if (
+        not isinstance(subprograms, list)
+        or not subprograms
+        or not all(isinstance(lines, list) for lines in subprograms)
+    ):
         return "subprograms is no list of lists of instructions"
     for number, lines in enumerate(subprograms):
         if not 0 < len(lines) <= LONGEST_SUBPROGRAM:
-            return f"subprogram {number} has {len(lines)} instructions; expected 1 to {LONGEST_SUBPROGRAM}"
+            return (
+                f"subprogram {number} has {len(lines)} instructions; expected 1 to "
+                f"{LONGEST_SUBPROGRAM}"
+            )
         for place, instruction in enumerate(lines):
             if problem := _wrong(instruction, number, place, len(subprograms)):
                 return f"subprogram {number}, instruction {place}: {problem}"
@@ -71,11 +86,21 @@ def invalid(dna: Any) -> str | None:
 
 
 def _numbers(values: Any, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(type(value) in (int, float) and value == value for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) in (int, float) and value == value for value in values)
+    )
 
 
 def _wrong(instruction: Any, number: int, place: int, subprograms: int) -> str | None:
-    if not isinstance(instruction, dict) or set(instruction) != {"op", "in", "const", "dim", "branch"}:
+    if not isinstance(instruction, dict) or set(instruction) != {
+        "op",
+        "in",
+        "const",
+        "dim",
+        "branch",
+    }:
         return "expected op, in, const, dim and branch"
     op = instruction["op"]
     if isinstance(op, dict):
@@ -84,7 +109,11 @@ def _wrong(instruction: Any, number: int, place: int, subprograms: int) -> str |
     elif op not in PRIMITIVES:
         return f"unknown operation {op!r}"
     inputs = instruction["in"]
-    if not isinstance(inputs, list) or len(inputs) != 2 or not all(type(state) is int and 0 <= state < place + 2 for state in inputs):
+    if (
+        not isinstance(inputs, list)
+        or len(inputs) != 2
+        or not all(type(state) is int and 0 <= state < place + 2 for state in inputs)
+    ):
         return f"inputs are {inputs!r}; expected two states below {place + 2}"
     for field, size in (("const", CONSTANTS), ("dim", DIMS)):
         if type(instruction[field]) is not int or not 0 <= instruction[field] < size:

@@ -1,4 +1,6 @@
-"""Finds in a program what has a faster form: softmax attention, exp(s) masked and divided by its sum, and the squared ReLU."""
+"""Finds in a program what has a faster form: softmax attention, exp(s) masked and divided by its
+sum, and the squared ReLU.
+"""
 
 from collections import Counter
 
@@ -6,12 +8,20 @@ from memshard.models.program.program import Node, Program
 
 
 def fuse(program: Program) -> Program:
-    """The same program with every (mask(exp(c q k^T)) / its row sums) v, and every max(x, 0)^2, as one node."""
+    """The same program with every (mask(exp(c q k^T)) / its row sums) v, and every max(x, 0)^2, as
+    one node.
+    """
     uses = Counter(value for node in program.nodes for value in node.inputs)
     nodes: dict[int, Node] = dict(program.values())
     found = {}
     for number, node in nodes.items():
-        fused = _attention(nodes, uses, node) if node.op == "MAT_MUL" else _squared_relu(nodes, uses, node) if node.op == "SQUARE" else None
+        fused = (
+            _attention(nodes, uses, node)
+            if node.op == "MAT_MUL"
+            else _squared_relu(nodes, uses, node)
+            if node.op == "SQUARE"
+            else None
+        )
         if fused is not None:
             found[number] = fused
     return _without_dead(program, {**nodes, **found}) if found else program
@@ -22,7 +32,12 @@ def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Nod
     if not _is(nodes, division, "DIVIDE") or uses[division] > 1:
         return None
     masked, total = nodes[division].inputs
-    if not (_is(nodes, total, "RED_SUM") and nodes[total].inputs == (masked,) and _is(nodes, masked, "MASK") and uses[masked] == 2):
+    if not (
+        _is(nodes, total, "RED_SUM")
+        and nodes[total].inputs == (masked,)
+        and _is(nodes, masked, "MASK")
+        and uses[masked] == 2
+    ):
         return None
     weights = nodes[masked].inputs[0]
     if not _is(nodes, weights, "EXP") or uses[weights] > 1 or uses[total] > 1:

@@ -13,10 +13,12 @@ _ZERO, _SCORE_SCALE = 0, 1
 def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
     """The DNA of "transformer", "transformer-pp", "primer-ez" or "primer".
 
-    Eight heads of relative width 1, a stream of 8 and a hidden layer of 32. head_width: channels of a head once compiled, of which the
-    scale of scores is the inverse root; other widths only start from scores on another scale. Primer-EZ is two inserts from the
-    Transformer. Transformer++ has RMS norm and a SwiGLU of relative width 24, which is what the vocabulary of widths has nearest to 8/3 of
-    the stream. Primer computes a head's queries from its keys, has Primer's norm, and it after the feedforward.
+    Eight heads of relative width 1, a stream of 8 and a hidden layer of 32. head_width: channels of
+    a head once compiled, of which the scale of scores is the inverse root; other widths only start
+    from scores on another scale. Primer-EZ is two inserts from the Transformer. Transformer++ has
+    RMS norm and a SwiGLU of relative width 24, which is what the vocabulary of widths has nearest
+    to 8/3 of the stream. Primer computes a head's queries from its keys, has Primer's norm, and it
+    after the feedforward.
     """
     if name not in NAMES:
         raise ValueError(f"no DNA is called {name!r}; there are {', '.join(NAMES)}")
@@ -26,14 +28,20 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
         lines["head"].append(_line("DCONV_3X1", 2))
         lines["relu"].append(_line("SQUARE", 2))
     if name == "primer":
-        # Keys are made first, then queries from them; the norm is (x - mu) / root(mean(x (x - mu))).
+        # Keys are made first, then queries from them; the norm is (x - mu) / root(mean(x (x -
+        # mu))).
         lines["attention"][:2] = [_line("head", 0), _line("CONV_1X1", 2, dim=_HEAD)]
         lines["attention"][3] = _line("T_MAT_MUL", 3, 2)
         lines["z-score"][2] = _line("MULTIPLY", 0, 3)
         lines["main"][4:6] = [_line("feedforward", 5), _line("norm", 6)]
     if name == "transformer-pp":
         dims[_HIDDEN] = 24
-        lines["z-score"] = [_line("SQUARE", 0), _line("RED_MEAN", 2), _line("ABS_ROOT", 3), _line("DIVIDE", 0, 4)]
+        lines["z-score"] = [
+            _line("SQUARE", 0),
+            _line("RED_MEAN", 2),
+            _line("ABS_ROOT", 3),
+            _line("DIVIDE", 0, 4),
+        ]
         lines["norm"] = [_line("z-score", 0), _line("SCALE", 2)]
         del lines["scale and shift"]
         lines["feedforward"][1:] = [
@@ -48,7 +56,12 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
     for body in lines.values():
         for line in body:
             line["op"] = {"sub": order.index(line["op"])} if line["op"] in order else line["op"]
-    return {"version": VERSION, "subprograms": list(lines.values()), "constants": [0.0, head_width**-0.5], "dims": dims}
+    return {
+        "version": VERSION,
+        "subprograms": list(lines.values()),
+        "constants": [0.0, head_width**-0.5],
+        "dims": dims,
+    }
 
 
 NAMES = ("transformer", "transformer-pp", "primer-ez", "primer")
@@ -79,7 +92,11 @@ def _transformer() -> dict[str, list[Instruction]]:
             _line("softmax", 6),
             _line("MAT_MUL", 7, 4),
         ],
-        "feedforward": [_line("CONV_1X1", 0, dim=_HIDDEN), _line("relu", 2), _line("CONV_1X1", 3, dim=_STREAM)],
+        "feedforward": [
+            _line("CONV_1X1", 0, dim=_HIDDEN),
+            _line("relu", 2),
+            _line("CONV_1X1", 3, dim=_STREAM),
+        ],
         "head": [_line("CONV_1X1", 0, dim=_HEAD)],
         "softmax": [_line("EXP", 0), _line("MASK", 2), _line("RED_SUM", 3), _line("DIVIDE", 3, 4)],
         "norm": [_line("z-score", 0), _line("scale and shift", 2)],

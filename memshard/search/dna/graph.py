@@ -1,4 +1,6 @@
-"""From a DNA to its graph: calls inlined, dead code gone, one form for what computes the same, and its hash."""
+"""From a DNA to its graph: calls inlined, dead code gone, one form for what computes the same, and
+its hash.
+"""
 
 import hashlib
 import json
@@ -14,10 +16,12 @@ _IDEMPOTENT = frozenset({"ABS", "SIGN", "MASK", "MAX", "MIN"})
 
 @dataclass(frozen=True)
 class Operation:
-    """A primitive of a graph, or "JOIN" of the branches of a call. Value 0 is the block's input, k + 1 what operation k makes.
+    """A primitive of a graph, or "JOIN" of the branches of a call. Value 0 is the block's input, k
+    + 1 what operation k makes.
 
-    argument: the constant of C_MUL, MAX and MIN, the relative width of convolutions, the number of branches of JOIN. branches: the call
-    that it is in runs in so many branches at once, outermost first; what learns nothing and sees no branch is computed once for all.
+    argument: the constant of C_MUL, MAX and MIN, the relative width of convolutions, the number of
+    branches of JOIN. branches: the call that it is in runs in so many branches at once, outermost
+    first; what learns nothing and sees no branch is computed once for all.
     """
 
     op: str
@@ -28,17 +32,23 @@ class Operation:
 
 @dataclass(frozen=True)
 class Graph:
-    """Operations in order of need, the output last. stream: relative width of the input and the output."""
+    """Operations in order of need, the output last. stream: relative width of the input and the
+    output.
+    """
 
     stream: int
     operations: tuple[Operation, ...]
     digests: tuple[str, ...]
-    """Of each operation, what it computes as a hash: equal for equal computations, up to which parameters they use."""
+    """Of each operation, what it computes as a hash: equal for equal computations, up to which
+    parameters they use.
+    """
 
     @property
     def hash(self) -> str:
         """Equal for DNAs that compute the same, however they are written."""
-        entries = [[entry.op, entry.inputs, entry.argument, entry.branches] for entry in self.operations]
+        entries = [
+            [entry.op, entry.inputs, entry.argument, entry.branches] for entry in self.operations
+        ]
         return _digest([self.stream, entries])
 
 
@@ -72,7 +82,9 @@ class _Inliner:
         for place in reversed(range(len(lines))):
             if place + 2 in needed:
                 op = lines[place]["op"]
-                needed.update(lines[place]["in"][: 2 if isinstance(op, dict) else PRIMITIVES[op].inputs])
+                needed.update(
+                    lines[place]["in"][: 2 if isinstance(op, dict) else PRIMITIVES[op].inputs]
+                )
         states: list[int] = list(inputs)
         for place, line in enumerate(lines):
             if place + 2 not in needed:
@@ -106,7 +118,9 @@ class _Inliner:
         if op == "C_MUL" and made.argument == 1:
             return inputs[0]
         if source is not None and op == source.op:
-            if op == "C_MUL" and math.isfinite(product := (made.argument or 0) * (source.argument or 0)):
+            if op == "C_MUL" and math.isfinite(
+                product := (made.argument or 0) * (source.argument or 0)
+            ):
                 return self.add(Operation(op, source.inputs, product, made.branches))
             if op in _IDEMPOTENT and made.argument == source.argument:
                 return inputs[0]
@@ -134,11 +148,22 @@ class _Inliner:
 
 
 def _ordered(stream: int, output: int, made: list[Operation]) -> Graph:
-    """What the output needs, numbered in an order that does not depend on how the DNA is written."""
+    """What the output needs, numbered in an order that does not depend on how the DNA is
+    written.
+    """
     digests = [""]
     for entry in made:
         below = [digests[value] for value in entry.inputs]
-        digests.append(_digest([entry.op, sorted(below) if entry.op in COMMUTATIVE else below, entry.argument, entry.branches]))
+        digests.append(
+            _digest(
+                [
+                    entry.op,
+                    sorted(below) if entry.op in COMMUTATIVE else below,
+                    entry.argument,
+                    entry.branches,
+                ]
+            )
+        )
     numbers = {0: 0}
     operations: list[Operation] = []
     kept: list[str] = []
@@ -149,12 +174,20 @@ def _ordered(stream: int, output: int, made: list[Operation]) -> Graph:
             stack.pop()
             continue
         entry = made[value - 1]
-        inputs = sorted(entry.inputs, key=lambda one: digests[one]) if entry.op in COMMUTATIVE else list(entry.inputs)
+        inputs = (
+            sorted(entry.inputs, key=lambda one: digests[one])
+            if entry.op in COMMUTATIVE
+            else list(entry.inputs)
+        )
         if waiting := [one for one in inputs if one not in numbers]:
             stack.append(waiting[0])
             continue
         stack.pop()
-        operations.append(Operation(entry.op, tuple(numbers[one] for one in inputs), entry.argument, entry.branches))
+        operations.append(
+            Operation(
+                entry.op, tuple(numbers[one] for one in inputs), entry.argument, entry.branches
+            )
+        )
         kept.append(digests[value])
         numbers[value] = len(operations)
     return Graph(stream, tuple(operations), tuple(kept))

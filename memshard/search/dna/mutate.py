@@ -20,15 +20,21 @@ from memshard.search.dna.graph import TooLong, graph
 _TRIES = 50
 
 
-def mutate(dna: Dna, random: random.Random, weights: Mapping[str, float] | None = None) -> tuple[Dna, str]:
-    """A child of a valid DNA, and the name of its mutation: delete, insert, replace, field, swap or bank.
+def mutate(
+    dna: Dna, random: random.Random, weights: Mapping[str, float] | None = None
+) -> tuple[Dna, str]:
+    """A child of a valid DNA, and the name of its mutation: delete, insert, replace, field, swap or
+    bank.
 
-    Drawn again, up to 50 times, while the child computes what its parent does. weights: of the mutations, by name; equal by default, as
-    in AutoML-Zero (the paper gives none). The child is valid in form; whether it is a candidate, compiling decides.
+    Drawn again, up to 50 times, while the child computes what its parent does. weights: of the
+    mutations, by name; equal by default, as in AutoML-Zero (the paper gives none). The child is
+    valid in form; whether it is a candidate, compiling decides.
     """
     weights = weights or dict.fromkeys(MUTATIONS, 1.0)
     if unknown := weights.keys() - MUTATIONS:
-        raise ValueError(f"no mutation is called {', '.join(sorted(unknown))}; there are {', '.join(MUTATIONS)}")
+        raise ValueError(
+            f"no mutation is called {', '.join(sorted(unknown))}; there are {', '.join(MUTATIONS)}"
+        )
     parent = graph(dna).hash
     for _ in range(_TRIES):
         name = random.choices(list(weights), list(weights.values()))[0]
@@ -54,12 +60,16 @@ def _delete(dna: Dna, random: random.Random) -> bool:
     taken = lines.pop(place)
     instead = random.choice(taken["in"][: _inputs(taken)])
     for line in lines[place:]:
-        line["in"] = [instead if state == place + 2 else state - (state > place + 2) for state in line["in"]]
+        line["in"] = [
+            instead if state == place + 2 else state - (state > place + 2) for state in line["in"]
+        ]
     return True
 
 
 def _insert(dna: Dna, random: random.Random) -> bool:
-    """Put in a random instruction. Unless it comes last, half the time a later one reads it, or else it would mostly be dead."""
+    """Put in a random instruction. Unless it comes last, half the time a later one reads it, or
+    else it would mostly be dead.
+    """
     number = random.randrange(len(dna["subprograms"]))
     lines = dna["subprograms"][number]
     if len(lines) == LONGEST_SUBPROGRAM:
@@ -96,7 +106,9 @@ def _field(dna: Dna, random: random.Random) -> bool:
 
 
 def _swap(dna: Dna, random: random.Random) -> bool:
-    """Two instructions of a subprogram change places in the graph: what they do moves, the wires stay."""
+    """Two instructions of a subprogram change places in the graph: what they do moves, the wires
+    stay.
+    """
     lines = random.choice(dna["subprograms"])
     if len(lines) == 1:
         return False
@@ -107,22 +119,30 @@ def _swap(dna: Dna, random: random.Random) -> bool:
 
 
 def _bank(dna: Dna, random: random.Random) -> bool:
-    """Change a shared value: a constant c to c 10^X + Y with X, Y ~ N(0, 1), a width to another of the vocabulary."""
+    """Change a shared value: a constant c to c 10^X + Y with X, Y ~ N(0, 1), a width to another of
+    the vocabulary.
+    """
     place = random.randrange(CONSTANTS + DIMS)
     if place < CONSTANTS:
         drawn = dna["constants"][place] * 10 ** random.gauss(0, 1) + random.gauss(0, 1)
         dna["constants"][place] = max(-1e30, min(1e30, drawn))
     else:
         here = dna["dims"][place - CONSTANTS]
-        dna["dims"][place - CONSTANTS] = random.choice([dim for dim in RELATIVE_DIMS if dim != here])
+        dna["dims"][place - CONSTANTS] = random.choice(
+            [dim for dim in RELATIVE_DIMS if dim != here]
+        )
     return True
 
 
 def _drawn(number: int, place: int, subprograms: int, random: random.Random) -> Instruction:
-    """A random instruction for a place of a subprogram. Operations are equally likely, one branch is as likely as more."""
+    """A random instruction for a place of a subprogram. Operations are equally likely, one branch
+    is as likely as more.
+    """
     choice = random.randrange(len(OPERATIONS) + subprograms - number - 1)
     return {
-        "op": OPERATIONS[choice] if choice < len(OPERATIONS) else {"sub": number + 1 + choice - len(OPERATIONS)},
+        "op": OPERATIONS[choice]
+        if choice < len(OPERATIONS)
+        else {"sub": number + 1 + choice - len(OPERATIONS)},
         "in": [random.randrange(place + 2), random.randrange(place + 2)],
         "const": random.randrange(CONSTANTS),
         "dim": random.randrange(DIMS),

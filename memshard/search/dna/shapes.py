@@ -1,4 +1,6 @@
-"""Widths of a graph: relative ones times a unit, the unit from a band of parameters, and what fits operands that differ."""
+"""Widths of a graph: relative ones times a unit, the unit from a band of parameters, and what fits
+operands that differ.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +14,9 @@ _SAMPLES = (8, 16, 24)
 
 
 class WrongShape(Exception):
-    """An operation that has no meaning for its operands. status: "shape", or "length" for parameters of single positions."""
+    """An operation that has no meaning for its operands. status: "shape", or "length" for
+    parameters of single positions.
+    """
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -35,8 +39,11 @@ def lower(graph: Graph, unit: int) -> Program:
 
 
 def unit_in_band(parameters: Callable[[int], int], band: tuple[int, int]) -> int | None:
-    """The unit for which the number of parameters is in the band: the roundest in binary, and of those the nearest to its middle."""
-    # Every parameter is a vector or a matrix of widths that grow with the unit: a polynomial of degree 2, whatever the program.
+    """The unit for which the number of parameters is in the band: the roundest in binary, and of
+    those the nearest to its middle.
+    """
+    # Every parameter is a vector or a matrix of widths that grow with the unit: a polynomial of
+    # degree 2, whatever the program.
     first, second, third = (parameters(unit) for unit in _SAMPLES)
     step = _SAMPLES[1] - _SAMPLES[0]
     square = (third - 2 * second + first) / (2 * step * step)
@@ -61,7 +68,9 @@ def _root(square: float, linear: float, constant: float) -> float | None:
 
 
 class _Maker:
-    """Turns operations into nodes, one after another. made: value of the program for each value of the graph."""
+    """Turns operations into nodes, one after another. made: value of the program for each value of
+    the graph.
+    """
 
     def __init__(self, stream: int, unit: int) -> None:
         self.stream, self.unit = stream, unit
@@ -69,7 +78,11 @@ class _Maker:
         self.made = [0]
 
     def shape(self, value: int) -> tuple[int | None, int]:
-        return (self.stream, 1) if value == 0 else (self.nodes[value - 1].width, self.nodes[value - 1].branches)
+        return (
+            (self.stream, 1)
+            if value == 0
+            else (self.nodes[value - 1].width, self.nodes[value - 1].branches)
+        )
 
     def add(self, node: Node) -> int:
         self.nodes.append(node)
@@ -80,7 +93,11 @@ class _Maker:
 
     def lifted(self, value: int, branches: int) -> int:
         width, here = self.shape(value)
-        return value if here == branches else self.add(Node("LIFT", (value,), width, branches, branches // here))
+        return (
+            value
+            if here == branches
+            else self.add(Node("LIFT", (value,), width, branches, branches // here))
+        )
 
     def operation(self, entry: Operation, digest: str) -> int:
         inputs = [self.made[value] for value in entry.inputs]
@@ -106,13 +123,21 @@ class _Maker:
         else:
             width = widths[0]
         if entry.op == "MASK" and width is not None:
-            raise WrongShape("shape", f"MASK of a value {width} wide: it hides later positions in scores, as wide as the text is long")
+            raise WrongShape(
+                "shape",
+                f"MASK of a value {width} wide: it hides later positions in scores, as wide as "
+                "the text is long",
+            )
         return self.add(Node(entry.op, tuple(inputs), width, branches, entry.argument))
 
     def join(self, value: int, factor: int, branches: int) -> int:
         width, here = self.shape(value)
         if width is None:
-            raise WrongShape("shape", f"{factor} branches of scores have no place side by side: their width is the length")
+            raise WrongShape(
+                "shape",
+                f"{factor} branches of scores have no place side by side: their width is the "
+                "length",
+            )
         if here == branches:
             return self.fit(value, width * factor)
         return self.add(Node("JOIN", (value,), width * factor, branches, factor))
@@ -121,28 +146,48 @@ class _Maker:
         primitive = PRIMITIVES[entry.op]
         width, here = self.shape(value)
         if width is None:
-            raise WrongShape("length", f"{entry.op} of scores would learn a number for each position, of one length of text alone")
+            raise WrongShape(
+                "length",
+                f"{entry.op} of scores would learn a number for each position, of one length of "
+                "text alone",
+            )
         if primitive.parameter == "matrix":
             if here > 1:
                 value = self.lifted(value, branches)
             outputs = int(entry.argument or 0) * self.unit
-            shape = (branches * outputs, width, *([primitive.kernel] if primitive.kernel > 1 else []))
+            shape = (
+                branches * outputs,
+                width,
+                *([primitive.kernel] if primitive.kernel > 1 else []),
+            )
             return self.add(Node(entry.op, (value,), outputs, branches, branches, shape))
         value = self.lifted(value, branches)
         size = None if primitive.parameter == "vector" else primitive.kernel
-        return self.add(Node(entry.op, (value,), width, branches, size, (branches * width * (size or 1),)))
+        return self.add(
+            Node(entry.op, (value,), width, branches, size, (branches * width * (size or 1),))
+        )
 
     def agreed(self, op: str, inputs: Sequence[int], digest: str) -> list[int]:
-        """The operands, one made as wide as the other where they differ: which one is drawn from the graph itself."""
+        """The operands, one made as wide as the other where they differ: which one is drawn from
+        the graph itself.
+        """
         first, second = (self.shape(value)[0] for value in inputs)
         if op == "MAT_MUL":
             if first is not None:
-                raise WrongShape("shape", f"MAT_MUL needs scores on its left, as wide as the text is long, and has a value {first} wide")
+                raise WrongShape(
+                    "shape",
+                    "MAT_MUL needs scores on its left, as wide as the text is long, and has a "
+                    f"value {first} wide",
+                )
             return list(inputs)
         if first == second or (op != "T_MAT_MUL" and 1 in (first, second)):
             return list(inputs)
         if first is None or second is None:
-            raise WrongShape("shape", f"{op} of scores, as wide as the text is long, and of a value {first or second} wide")
+            raise WrongShape(
+                "shape",
+                f"{op} of scores, as wide as the text is long, and of a value {first or second} "
+                "wide",
+            )
         chosen = int(digest, 16) % 2
         fitted = list(inputs)
         fitted[chosen] = self.fit(inputs[chosen], second if chosen == 0 else first)

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 '''
 
 
-def source(program: Program, title: str = "One block of a decoder found by search; x: [batch, length, {width}].") -> str:
+def source(
+    program: Program,
+    title: str = "One block of a decoder found by search; x: [batch, length, {width}].",
+) -> str:
     """A Python file with the module `Block`: nothing but torch is needed to run it."""
     used = dict.fromkeys(OPERATIONS[node.op].function for node in program.nodes)
     shown = [_PLAIN.get(function, function) for function in used if not _is_torchs(function)]
@@ -30,13 +33,23 @@ def source(program: Program, title: str = "One block of a decoder found by searc
         shown.insert(0, causal_convolution)
     own = "\n\n\n".join(inspect.getsource(function).rstrip() for function in shown)
     names = _names(program)
-    init = [f"        self.{names[number]}_weight = nn.Parameter({_start(node)})" for number, node in program.values() if node.shape]
+    init = [
+        f"        self.{names[number]}_weight = nn.Parameter({_start(node)})"
+        for number, node in program.values()
+        if node.shape
+    ]
     lines = [_line(program, number, node, names) for number, node in program.values()]
     return (
         _HEAD.format(title=title.format(width=program.width))
         + (f"{own}\n\n\n" if own else "")
         + "class Block(nn.Module):\n"
-        + ("    def __init__(self) -> None:\n        super().__init__()\n" + "\n".join(init) + "\n\n" if init else "")
+        + (
+            "    def __init__(self) -> None:\n        super().__init__()\n"
+            + "\n".join(init)
+            + "\n\n"
+            if init
+            else ""
+        )
         + "    def forward(self, x: Tensor) -> Tensor:\n"
         + "\n".join(lines)
         + f"\n        return {names[len(program.nodes)]}\n"
@@ -44,9 +57,17 @@ def source(program: Program, title: str = "One block of a decoder found by searc
 
 
 def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
-    """y[t] = sum of kernel[:, j] x[t - j]. x: [batch, length, channels]; kernel: [channels, size]."""
+    """y[t] = sum of kernel[:, j] x[t - j]. x: [batch, length, channels]; kernel: [channels,
+    size].
+    """
     length = x.shape[1]
-    return sum((F.pad(x, (0, 0, lag, 0))[:, :length] * kernel[:, lag] for lag in range(1, kernel.shape[1])), start=x * kernel[:, 0])
+    return sum(
+        (
+            F.pad(x, (0, 0, lag, 0))[:, :length] * kernel[:, lag]
+            for lag in range(1, kernel.shape[1])
+        ),
+        start=x * kernel[:, 0],
+    )
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -74,8 +95,15 @@ def _line(program: Program, number: int, node: Node, names: dict[int, str]) -> s
     arguments += [] if node.argument is None else [repr(node.argument)]
     arguments += [f"{key}={value!r}" for key, value in operation.options.items()]
     width = "length" if node.width is None else node.width
-    shape = f"[batch, {node.branches}, length, {width}]" if node.branches > 1 else f"[batch, length, {width}]"
-    return f"        {names[number]} = {module}{operation.function.__name__}({', '.join(arguments)})  # {shape}"
+    shape = (
+        f"[batch, {node.branches}, length, {width}]"
+        if node.branches > 1
+        else f"[batch, length, {width}]"
+    )
+    return (
+        f"        {names[number]} = "
+        f"{module}{operation.function.__name__}({', '.join(arguments)})  # {shape}"
+    )
 
 
 def _start(node: Node) -> str:
@@ -85,4 +113,7 @@ def _start(node: Node) -> str:
     if kind == "matrix":
         return f"torch.randn({shape}) / {math.prod(node.shape[1:])} ** 0.5"
     size = OPERATIONS[node.op].kernel
-    return f"torch.tensor([0.5, {', '.join([repr(0.5 / size)] * (size - 1))}]).repeat({node.shape[0] // size})"
+    return (
+        "torch.tensor([0.5, "
+        f"{', '.join([repr(0.5 / size)] * (size - 1))}]).repeat({node.shape[0] // size})"
+    )

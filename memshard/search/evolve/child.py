@@ -1,4 +1,6 @@
-"""One child in a worker: drawn from its parent, its step timed, trained from stop to stop. Tells by events what it does."""
+"""One child in a worker: drawn from its parent, its step timed, trained from stop to stop. Tells by
+events what it does.
+"""
 
 import hashlib
 import json
@@ -37,12 +39,14 @@ CURVE = tuple(np.geomspace(0.05, 1, 13).tolist())
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to do with child `id`. draw: find its program; dna and parent_hash are its parent's, None for the start.
+    """What a worker is to do with child `id`. draw: find its program; dna and parent_hash are its
+    parent's, None for the start.
 
-    train: its program is `dna`. seed: of initial values. hurdles: loss to reach at each of the first stops; None lets all pass.
-    verdict: a training outside the search: other data, a curve, and the loss on the part of the text that the search never sees.
-    steps, cost: what an earlier attempt measured; steps is 0 if none has. size: multiple of parameters and budget. state: file that keeps
-    the training from its last stop on, for the attempt after this one.
+    train: its program is `dna`. seed: of initial values. hurdles: loss to reach at each of the
+    first stops; None lets all pass. verdict: a training outside the search: other data, a curve,
+    and the loss on the part of the text that the search never sees. steps, cost: what an earlier
+    attempt measured; steps is 0 if none has. size: multiple of parameters and budget. state: file
+    that keeps the training from its last stop on, for the attempt after this one.
     """
 
     do: Literal["draw", "train"]
@@ -60,7 +64,9 @@ class Task:
 
 
 def work(task: Task) -> Iterator[Event]:
-    """Events of a task; the last one of a training, and of a program that is rejected, is `done`."""
+    """Events of a task; the last one of a training, and of a program that is rejected, is
+    `done`.
+    """
     torch.set_num_threads(1)
     yield {"event": "beat", "id": task.id, "step": 0, "steps": 1}
     try:
@@ -77,7 +83,12 @@ def shape(settings: Settings, size: float = 1.0) -> Shape:
     """What programs are compiled for."""
     low, high = settings.parameters
     vocabulary = _text(settings.text, settings.length).vocabulary
-    return Shape(vocab=vocabulary, length=settings.length, layers=settings.layers, parameters=(round(low * size), round(high * size)))
+    return Shape(
+        vocab=vocabulary,
+        length=settings.length,
+        layers=settings.layers,
+        parameters=(round(low * size), round(high * size)),
+    )
 
 
 @cache
@@ -94,14 +105,32 @@ def draw(task: Task) -> Iterator[Event]:
     target = shape(task.settings)
     draw = random.Random(f"{task.settings.seed}/{task.id}/mutation")
     weights = dict(zip(MUTATIONS, task.settings.mutations, strict=True))
-    dna, mutation = mutate(task.dna, draw, weights) if task.dna is not None else (start_dna(task.settings), "")
+    dna, mutation = (
+        mutate(task.dna, draw, weights) if task.dna is not None else (start_dna(task.settings), "")
+    )
     program = compile_dna(dna, target)
     if isinstance(program, Rejected):
-        yield {"event": "done", "dna": dna, "mutation": mutation, "status": program.status, "reason": program.reason}
+        yield {
+            "event": "done",
+            "dna": dna,
+            "mutation": mutation,
+            "status": program.status,
+            "reason": program.reason,
+        }
     elif program.hash == task.parent_hash:
-        yield {"event": "done", "status": "same", "reason": "no mutation that was tried changed the program"}
+        yield {
+            "event": "done",
+            "status": "same",
+            "reason": "no mutation that was tried changed the program",
+        }
     else:
-        yield {"event": "program", "dna": dna, "mutation": mutation, "hash": program.hash, "parameters": program.parameters}
+        yield {
+            "event": "program",
+            "dna": dna,
+            "mutation": mutation,
+            "hash": program.hash,
+            "parameters": program.parameters,
+        }
 
 
 def train(task: Task) -> Iterator[Event]:
@@ -116,7 +145,11 @@ def train(task: Task) -> Iterator[Event]:
         if settings.step_costs == "flops":
             cost = operations / _start_flops(settings)
         elif settings.step_costs == "time" and not _is_start(program, settings):
-            slowest = math.inf if task.verdict else settings.budget * task.size * stops(settings)[0] / FEWEST_STEPS
+            slowest = (
+                math.inf
+                if task.verdict
+                else settings.budget * task.size * stops(settings)[0] / FEWEST_STEPS
+            )
             cost = yield from _relative_time(program, settings, slowest)
         steps = max(1, round(settings.budget * task.size / cost))
         yield {"event": "steps", "steps": steps, "cost": round(cost, 4), "flops": operations}
@@ -124,7 +157,9 @@ def train(task: Task) -> Iterator[Event]:
     if steps * shares[0] < FEWEST_STEPS and not task.verdict:
         yield {"event": "done", "status": "slow", "reason": f"{steps} steps fit into the budget"}
         return
-    training = Training(program, settings, text, task.seed, task.seed if task.verdict else settings.seed)
+    training = Training(
+        program, settings, text, task.seed, task.seed if task.verdict else settings.seed
+    )
     identity = _identity(task, program, text, steps)
     rungs = training.load(task.state, identity) if task.state is not None else []
     begun, beat = time.process_time() - (rungs[-1]["seconds"] if rungs else 0.0), time.monotonic()
@@ -133,42 +168,83 @@ def train(task: Task) -> Iterator[Event]:
             stop = max(1, round(share * steps))
             while training.step < stop:
                 if not math.isfinite(training.advance()):
-                    yield {"event": "done", "status": "nonfinite", "reason": f"loss or gradient at step {training.step}"}
+                    yield {
+                        "event": "done",
+                        "status": "nonfinite",
+                        "reason": f"loss or gradient at step {training.step}",
+                    }
                     return
                 if time.monotonic() - beat > BEAT:
                     beat = time.monotonic()
                     yield {"event": "beat", "step": training.step, "steps": steps}
             loss = training.loss("valid")
             if not math.isfinite(loss):
-                yield {"event": "done", "status": "nonfinite", "reason": f"held-out loss after step {training.step}"}
+                yield {
+                    "event": "done",
+                    "status": "nonfinite",
+                    "reason": f"held-out loss after step {training.step}",
+                }
                 return
-            rungs.append({"rung": number, "step": stop, "loss": loss, "seconds": round(time.process_time() - begun, 3)})
+            rungs.append(
+                {
+                    "rung": number,
+                    "step": stop,
+                    "loss": loss,
+                    "seconds": round(time.process_time() - begun, 3),
+                }
+            )
             if task.state is not None:
                 training.save(task.state, identity, rungs)
-        yield {"event": "rung", **rungs[number]}  # a loaded one, too: the file may be ahead of the journal
-        loss, hurdle = rungs[number]["loss"], task.hurdles[number] if number < len(task.hurdles) else None
+        yield {
+            "event": "rung",
+            **rungs[number],
+        }  # a loaded one, too: the file may be ahead of the journal
+        loss, hurdle = (
+            rungs[number]["loss"],
+            task.hurdles[number] if number < len(task.hurdles) else None,
+        )
         if hurdle is not None and loss > hurdle:
-            yield {"event": "done", "status": STOPPED, "reason": f"{loss:.4f} at hurdle {number}, {hurdle:.4f} to reach"}
+            yield {
+                "event": "done",
+                "status": STOPPED,
+                "reason": f"{loss:.4f} at hurdle {number}, {hurdle:.4f} to reach",
+            }
             return
-    yield {"event": "done", "status": "full", **({"test": training.loss("test")} if task.verdict else {})}
+    yield {
+        "event": "done",
+        "status": "full",
+        **({"test": training.loss("test")} if task.verdict else {}),
+    }
 
 
 class Training:
-    """A model, its optimizer and its place in the data. AdamW, warm-up, then falling with the root of steps; gradient norm at most 1."""
+    """A model, its optimizer and its place in the data. AdamW, warm-up, then falling with the root
+    of steps; gradient norm at most 1.
+    """
 
-    def __init__(self, program: Compiled, settings: Settings, text: Text, seed: int, data_seed: int) -> None:
+    def __init__(
+        self, program: Compiled, settings: Settings, text: Text, seed: int, data_seed: int
+    ) -> None:
         self.step = 0
         self._settings, self._text, self._data_seed = settings, text, data_seed
         self._model = program.build(seed).to(settings.device)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
 
     def advance(self) -> float:
-        """One step; returns its loss in nats a token, or what is not finite of loss and gradient norm."""
+        """One step; returns its loss in nats a token, or what is not finite of loss and gradient
+        norm.
+        """
         settings = self._settings
-        tokens = self._text.batch(self._data_seed, self.step, settings.batch, settings.length).to(settings.device)
+        tokens = self._text.batch(self._data_seed, self.step, settings.batch, settings.length).to(
+            settings.device
+        )
         self.step += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.lr * min(self.step / max(1, settings.warmup), math.sqrt(max(1, settings.warmup) / self.step))
+            group["lr"] = settings.lr * min(
+                self.step / max(1, settings.warmup), math.sqrt(max(1, settings.warmup) / self.step)
+            )
         loss = _loss(self._model, tokens)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -182,15 +258,26 @@ class Training:
     def loss(self, part: str) -> float:
         """Of a held-out part, in nats a token."""
         settings = self._settings
-        windows = self._text.held_out(part, settings.eval_tokens, settings.length).to(settings.device)
-        total = sum(_loss(self._model, piece).item() * len(piece) for piece in windows.split(4 * settings.batch))
+        windows = self._text.held_out(part, settings.eval_tokens, settings.length).to(
+            settings.device
+        )
+        total = sum(
+            _loss(self._model, piece).item() * len(piece)
+            for piece in windows.split(4 * settings.batch)
+        )
         return total / len(windows)
 
     def save(self, path: Path, identity: str, rungs: list[Event]) -> None:
-        """Write weights, moments, step and what was measured so far; the file is whole or not there. identity: of the training."""
-        tensors = {f"weight/{name}": weight.detach() for name, weight in self._model.named_parameters()}
+        """Write weights, moments, step and what was measured so far; the file is whole or not
+        there. identity: of the training.
+        """
+        tensors = {
+            f"weight/{name}": weight.detach() for name, weight in self._model.named_parameters()
+        }
         for name, weight in self._model.named_parameters():
-            tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state[weight].items()}
+            tensors |= {
+                f"{key}/{name}": value for key, value in self._optimizer.state[weight].items()
+            }
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
         kept = {"identity": identity, "step": str(self.step), "rungs": json.dumps(rungs)}
@@ -200,7 +287,9 @@ class Training:
         beside.replace(path)
 
     def load(self, path: Path, identity: str) -> list[Event]:
-        """Go on from a saved file, bit for bit; returns its rungs. Without a whole file of this training: none, and nothing changes."""
+        """Go on from a saved file, bit for bit; returns its rungs. Without a whole file of this
+        training: none, and nothing changes.
+        """
         try:
             with safe_open(path, "pt", device=self._settings.device) as file:
                 kept = file.metadata() or {}
@@ -222,9 +311,13 @@ class Training:
 
 
 def _identity(task: Task, program: Compiled, text: Text, steps: int) -> str:
-    """Of a training: a folder may hold states of another search, or of steps that no journal knows."""
+    """Of a training: a folder may hold states of another search, or of steps that no journal
+    knows.
+    """
     settings = to_dict(replace(task.settings, text=text.digest))
-    return hashlib.sha256(json.dumps([settings, program.hash, task.seed, task.size, task.verdict, steps]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([settings, program.hash, task.seed, task.size, task.verdict, steps]).encode()
+    ).hexdigest()
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -259,16 +352,24 @@ def flops(program: Compiled, settings: Settings, text: Text) -> float:
     """Of a step's matrix products, forward and backward."""
     aten = torch.ops.aten
     uncounted = {  # by torch 2.13: the fused attention of CPUs
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(g, q, k, v)
+        ),
     }
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         Training(program, settings, text, 0, 0).advance()
     return float(counter.get_total_flops())
 
 
-def _relative_time(program: Compiled, settings: Settings, slowest: float, rounds: int = 8) -> Generator[Event, None, float]:
-    """Time of a step over the start's, fastest of interleaved steps: other work on the machine meets both. Ends early above `slowest`."""
+def _relative_time(
+    program: Compiled, settings: Settings, slowest: float, rounds: int = 8
+) -> Generator[Event, None, float]:
+    """Time of a step over the start's, fastest of interleaved steps: other work on the machine
+    meets both. Ends early above `slowest`.
+    """
     text = _text(settings.text, settings.length)
     pair = [Training(start, settings, text, 0, 0) for start in (_start(settings), program)]
     fastest = [math.inf, math.inf]

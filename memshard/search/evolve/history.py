@@ -19,7 +19,9 @@ LOSSES = 3  # workers that a child may lose before it is to blame
 
 
 class Rung(NamedTuple):
-    """A measurement on the way: after `step` steps, held-out loss in nats a token, seconds since the child's start."""
+    """A measurement on the way: after `step` steps, held-out loss in nats a token, seconds since
+    the child's start.
+    """
 
     step: int
     loss: float
@@ -30,10 +32,11 @@ class Rung(NamedTuple):
 class Child:
     """One program from its birth on.
 
-    phase: search; or a training again of child `parent`'s program: final and lineage (verdict), size (power law). size: multiple of
-    parameters and budget. hurdles: loss to reach at each stop, None where all pass. status: full, hurdle, dup, or why it was
-    rejected; empty while it lives. lost, silent: its workers that are gone, and those of them that hung. fitness: held-out loss where
-    it ended, infinite if it was rejected.
+    phase: search; or a training again of child `parent`'s program: final and lineage (verdict),
+    size (power law). size: multiple of parameters and budget. hurdles: loss to reach at each stop,
+    None where all pass. status: full, hurdle, dup, or why it was rejected; empty while it lives.
+    lost, silent: its workers that are gone, and those of them that hung. fitness: held-out loss
+    where it ended, infinite if it was rejected.
     """
 
     id: int
@@ -64,7 +67,9 @@ class Child:
 
 
 class History:
-    """All children, and the rules that follow from them: who is a parent, what the hurdles are, what is born next."""
+    """All children, and the rules that follow from them: who is a parent, what the hurdles are,
+    what is born next.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -75,7 +80,9 @@ class History:
         """Take in one event of the journal."""
         kind = event["event"]
         if kind == "born":
-            self.children.append(Child(**{key: value for key, value in event.items() if key != "event"}))
+            self.children.append(
+                Child(**{key: value for key, value in event.items() if key != "event"})
+            )
             return
         if kind not in ("program", "steps", "rung", "lost", "done"):
             return
@@ -105,7 +112,9 @@ class History:
         return [child for child in self.children if child.phase == "search"]
 
     def visible(self, id: int) -> list[Child]:
-        """What child `id` is bred from: in order of birth up to `ahead` before it, or, if not deterministic, in order of ending."""
+        """What child `id` is bred from: in order of birth up to `ahead` before it, or, if not
+        deterministic, in order of ending.
+        """
         if self.settings.deterministic:
             return self.children[: max(1, id - self.settings.ahead + 1)]
         before = [ended for ended in self.ended if ended < id]
@@ -113,11 +122,24 @@ class History:
 
     def twin(self, child: Child) -> Child | None:
         """An earlier child of the same canonical program that trained, if any."""
-        earlier = self.visible(child.id) if child.phase == "search" and child.id >= self.settings.copies else []
-        return next((other for other in reversed(earlier) if other.hash == child.hash and other.status in ("full", STOPPED)), None)
+        earlier = (
+            self.visible(child.id)
+            if child.phase == "search" and child.id >= self.settings.copies
+            else []
+        )
+        return next(
+            (
+                other
+                for other in reversed(earlier)
+                if other.hash == child.hash and other.status in ("full", STOPPED)
+            ),
+            None,
+        )
 
     def next_births(self) -> list[Event]:
-        """Events of what can be born now: one child of the search, or what a phase after it has not had yet; none if there is nothing."""
+        """Events of what can be born now: one child of the search, or what a phase after it has not
+        had yet; none if there is nothing.
+        """
         number = len(self.children)
         if number < self.settings.children:
             return self._breed(number)
@@ -126,18 +148,30 @@ class History:
         for phase, programs, sizes, seeds in self._phases():
             jobs = [(id, size) for size in sizes for id in programs for _ in range(seeds)]
             if missing := jobs[sum(child.phase == phase for child in self.children) :]:
-                return [self._birth(number + n, phase, id, size, []) for n, (id, size) in enumerate(missing)]
+                return [
+                    self._birth(number + n, phase, id, size, [])
+                    for n, (id, size) in enumerate(missing)
+                ]
         return []
 
     def _phases(self) -> Iterator[tuple[Phase, list[int], tuple[float, ...], int]]:
-        """Programs, sizes and seeds of what follows the search: each phase is a function of those before it, so a kill loses none."""
+        """Programs, sizes and seeds of what follows the search: each phase is a function of those
+        before it, so a kill loses none.
+        """
         settings = self.settings
-        yield "final", [0, *(child.id for child in self.best(settings.finalists))], (1.0,), settings.final_seeds
+        yield (
+            "final",
+            [0, *(child.id for child in self.best(settings.finalists))],
+            (1.0,),
+            settings.final_seeds,
+        )
         yield "lineage", self._ancestors(), (1.0,), settings.final_seeds
         yield "size", sorted({0, self.winner()}), settings.sizes, settings.size_seeds
 
     def best(self, count: int) -> list[Child]:
-        """Distinct programs of the search that trained to the end, the lowest losses first; the start is not among them."""
+        """Distinct programs of the search that trained to the end, the lowest losses first; the
+        start is not among them.
+        """
         found: dict[str, Child] = {}
         for child in sorted(self.searched(), key=lambda child: (child.fitness, child.id)):
             if child.status == "full" and child.hash != self.children[0].hash:
@@ -145,16 +179,28 @@ class History:
         return list(found.values())[:count]
 
     def again(self, id: int) -> list[Child]:
-        """The trainings from fresh initial values of child `id`'s program at its own size that came to their end."""
-        return [c for c in self.children if c.phase in ("final", "lineage") and c.parent == id and c.status == "full"]
+        """The trainings from fresh initial values of child `id`'s program at its own size that came
+        to their end.
+        """
+        return [
+            c
+            for c in self.children
+            if c.phase in ("final", "lineage") and c.parent == id and c.status == "full"
+        ]
 
     def winner(self) -> int:
-        """The finalist with the lowest mean loss on the text of the search; the start, 0, if none is better."""
+        """The finalist with the lowest mean loss on the text of the search; the start, 0, if none
+        is better.
+        """
         means = {}
         for id in dict.fromkeys(c.parent for c in self.children if c.phase == "final"):
             assert id is not None
             runs = self.again(id)
-            means[id] = statistics.fmean(run.fitness for run in runs) if len(runs) == self.settings.final_seeds else math.inf
+            means[id] = (
+                statistics.fmean(run.fitness for run in runs)
+                if len(runs) == self.settings.final_seeds
+                else math.inf
+            )
         return min(means, key=lambda id: means[id], default=0)
 
     def lineage(self, id: int) -> list[Child]:
@@ -172,7 +218,11 @@ class History:
 
     def _ancestors(self) -> list[int]:
         """Nearest ancestors of the winner that are no finalists."""
-        known = {self.children[c.parent].hash for c in self.children if c.phase == "final" and c.parent is not None}
+        known = {
+            self.children[c.parent].hash
+            for c in self.children
+            if c.phase == "final" and c.parent is not None
+        }
         path = [child.id for child in self.lineage(self.winner())[:-1] if child.hash not in known]
         return path[len(path) - min(len(path), self.settings.ancestors) :]
 
@@ -196,26 +246,50 @@ class History:
         return [self._birth(number, "search", parent, 1.0, hurdles)]
 
     def _hurdle(self, visible: list[Child], stop: int) -> float | None:
-        """Loss to reach at a stop so that half pass: the median of the latest there, or the stricter, the more have passed so far.
+        """Loss to reach at a stop so that half pass: the median of the latest there, or the
+        stricter, the more have passed so far.
 
-        The median alone lets 70 to 90 % pass while the population improves fast, and 30 % while it does not.
+        The median alone lets 70 to 90 % pass while the population improves fast, and 30 % while it
+        does not.
         """
         window = self.settings.window
-        arrived = [child for child in visible if child.phase == "search" and len(child.rungs) > stop]
+        arrived = [
+            child for child in visible if child.phase == "search" and len(child.rungs) > stop
+        ]
         if not arrived or len(arrived) < self.settings.free:
             return None
         met = [child for child in arrived if child.hurdles[stop] is not None]
         passed = sum(len(child.rungs) > stop + 1 for child in met)
         share = 0.5 - (passed - len(met) / 2) / window
-        return float(np.quantile([child.rungs[stop].loss for child in arrived[-window:]], min(max(share, 0.0), 1.0)))
+        return float(
+            np.quantile(
+                [child.rungs[stop].loss for child in arrived[-window:]], min(max(share, 0.0), 1.0)
+            )
+        )
 
-    def _birth(self, id: int, phase: Phase, parent: int | None, size: float, hurdles: list[float | None]) -> Event:
-        seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{id}".encode()).digest()[:4], "big") >> 1
-        return {"event": "born", "id": id, "phase": phase, "parent": parent, "size": size, "seed": seed, "hurdles": hurdles}
+    def _birth(
+        self, id: int, phase: Phase, parent: int | None, size: float, hurdles: list[float | None]
+    ) -> Event:
+        seed = (
+            int.from_bytes(
+                hashlib.sha256(f"{self.settings.seed}/{id}".encode()).digest()[:4], "big"
+            )
+            >> 1
+        )
+        return {
+            "event": "born",
+            "id": id,
+            "phase": phase,
+            "parent": parent,
+            "size": size,
+            "seed": seed,
+            "hurdles": hurdles,
+        }
 
 
 def stops(settings: Settings) -> list[float]:
-    """Where programs are measured in the search, as shares of their steps: hurdle i of N at (2^(i+1) - 1) / (2^(N+1) - 1), and the end.
+    """Where programs are measured in the search, as shares of their steps: hurdle i of N at
+    (2^(i+1) - 1) / (2^(N+1) - 1), and the end.
 
     Half of the programs pass each hurdle, so all bands cost the same: So et al. 2021, section 3.
     """
@@ -224,5 +298,7 @@ def stops(settings: Settings) -> list[float]:
 
 
 def saving(hurdles: int) -> float:
-    """By what factor that many hurdles make the mean training cheaper if half pass each: (2^(N+1) - 1) / (N + 1)."""
+    """By what factor that many hurdles make the mean training cheaper if half pass each: (2^(N+1) -
+    1) / (N + 1).
+    """
     return (2 ** (hurdles + 1) - 1) / (hurdles + 1)

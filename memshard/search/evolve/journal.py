@@ -12,7 +12,9 @@ Event = dict[str, Any]
 
 
 def read(folder: Path) -> list[Event]:
-    """All whole events of a folder's journal, none if there is no journal. ValueError names a damaged line."""
+    """All whole events of a folder's journal, none if there is no journal. ValueError names a
+    damaged line.
+    """
     path = folder / JOURNAL_FILE
     data = path.read_bytes() if path.exists() else b""
     events = []
@@ -20,12 +22,17 @@ def read(folder: Path) -> list[Event]:
         try:
             events.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); cut the file before this line to go on from there") from error
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}); cut the file before this line to go "
+                "on from there"
+            ) from error
     return events
 
 
 class Journal:
-    """A journal open for writing, by one process at a time: ValueError for a second one. A last line that a kill cut short is taken out."""
+    """A journal open for writing, by one process at a time: ValueError for a second one. A last
+    line that a kill cut short is taken out.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +41,10 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"{folder}: a search is running in this folder; wait for it, or choose another folder") from None
+            raise ValueError(
+                f"{folder}: a search is running in this folder; wait for it, or choose another "
+                "folder"
+            ) from None
         self._file.seek(0)
         data = self._file.read()
         self._file.truncate(data.rfind(b"\n") + 1)
@@ -49,5 +59,10 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()

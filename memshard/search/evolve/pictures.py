@@ -17,33 +17,80 @@ if TYPE_CHECKING:
 
 
 def history(history: History, file: Path) -> None:
-    """Loss of every program in order of birth, the best so far, the start's noise band, and the lineage of the best."""
+    """Loss of every program in order of birth, the best so far, the start's noise band, and the
+    lineage of the best.
+    """
     figure = canvas(9, 4.5)
     axes = figure.subplots()
     clean(axes)
     born = history.searched()
-    for status, color, label in ((STOPPED, GRID, "stopped at a hurdle"), ("full", COLORS[0], "trained to the end")):
+    for status, color, label in (
+        (STOPPED, GRID, "stopped at a hurdle"),
+        ("full", COLORS[0], "trained to the end"),
+    ):
         dots = [child for child in born if child.status == status]
-        axes.plot([c.id for c in dots], [c.fitness for c in dots], ".", color=color, markersize=5, label=label, zorder=1)
+        axes.plot(
+            [c.id for c in dots],
+            [c.fitness for c in dots],
+            ".",
+            color=color,
+            markersize=5,
+            label=label,
+            zorder=1,
+        )
     copies = [child.fitness for child in born[: history.settings.copies] if child.status == "full"]
     if len(copies) > 1:
         band = noise(copies)
         width = SIGMAS * band.deviation
-        axes.axhspan(band.mean - width, band.mean + width, color=COLORS[1], alpha=0.2, label="noise band of the start")
+        axes.axhspan(
+            band.mean - width,
+            band.mean + width,
+            color=COLORS[1],
+            alpha=0.2,
+            label="noise band of the start",
+        )
     full = [child for child in born if child.status == "full"]
     if full:
         best = np.minimum.accumulate([child.fitness for child in full])
-        axes.step([child.id for child in full], best, where="post", color=INK, linewidth=1, label="lowest so far")
+        axes.step(
+            [child.id for child in full],
+            best,
+            where="post",
+            color=INK,
+            linewidth=1,
+            label="lowest so far",
+        )
         finals = [child for child in history.children if child.phase == "final"]
         decided = finals and all(child.status for child in finals)
-        chosen, name = (history.winner(), "winner") if decided else (min(full, key=lambda child: child.fitness).id, "lowest")
-        path = [(child.id, child.fitness, child.mutation) for child in history.lineage(chosen) if math.isfinite(child.fitness)]
+        chosen, name = (
+            (history.winner(), "winner")
+            if decided
+            else (min(full, key=lambda child: child.fitness).id, "lowest")
+        )
+        path = [
+            (child.id, child.fitness, child.mutation)
+            for child in history.lineage(chosen)
+            if math.isfinite(child.fitness)
+        ]
         color = COLORS[4]
         axes.plot(
-            [p[0] for p in path], [p[1] for p in path], "-o", color=color, markersize=4, linewidth=1.2, label=f"lineage of the {name}"
+            [p[0] for p in path],
+            [p[1] for p in path],
+            "-o",
+            color=color,
+            markersize=4,
+            linewidth=1.2,
+            label=f"lineage of the {name}",
         )
         for id, loss, mutation in path[1:]:
-            axes.annotate(mutation, (id, loss), xytext=(3, -9), textcoords="offset points", fontsize=7, color=color)
+            axes.annotate(
+                mutation,
+                (id, loss),
+                xytext=(3, -9),
+                textcoords="offset points",
+                fontsize=7,
+                color=color,
+            )
         low, high = min(c.fitness for c in full), max(c.fitness for c in full)
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.6 * (high - low) + 1e-3)
     axes.set_xlabel("program, in order of birth")
@@ -65,7 +112,9 @@ def _logarithmic(axes: "Axes") -> None:
 
 
 def curves(found: Mapping[str, Sequence[Curve]], file: Path) -> None:
-    """Loss against cost of programs trained again: thin lines are trainings, thick ones their mean."""
+    """Loss against cost of programs trained again: thin lines are trainings, thick ones their
+    mean.
+    """
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
@@ -93,7 +142,14 @@ def frontiers(found: Mapping[str, tuple[Sizes, PowerLaw]], file: Path) -> None:
         points = frontier(sizes)
         axes.plot(*points.T, "o", color=color, markersize=4)
         name = f"{label}: {law.a:.2f} cost^-{law.k:.3f}"
-        axes.plot(points[:, 0], law.a * points[:, 0] ** -law.k, "--", color=color, linewidth=1.5, label=name)
+        axes.plot(
+            points[:, 0],
+            law.a * points[:, 0] ** -law.k,
+            "--",
+            color=color,
+            linewidth=1.5,
+            label=name,
+        )
     _logarithmic(axes)
     axes.set_xlabel("cost, in steps of the start at size 1")
     axes.set_ylabel("held-out loss, nats a byte")

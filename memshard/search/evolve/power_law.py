@@ -1,4 +1,6 @@
-"""The frontier of loss against cost over several sizes, l = a c^-k, and what it says of savings (So et al. 2021)."""
+"""The frontier of loss against cost over several sizes, l = a c^-k, and what it says of savings (So
+et al. 2021).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -24,8 +26,9 @@ class PowerLaw(NamedTuple):
 class Comparison(NamedTuple):
     """Power laws of two programs with 95 % intervals of the bootstrap over trainings.
 
-    difference: k of the second less k of the first; if 0 lies inside, they are equal as far as one can tell. factor: with one exponent for
-    both, cost of the first over cost of the second at equal loss, b = (a1/a2)^(1/k); the second then saves 1 - 1/b of the cost.
+    difference: k of the second less k of the first; if 0 lies inside, they are equal as far as one
+    can tell. factor: with one exponent for both, cost of the first over cost of the second at equal
+    loss, b = (a1/a2)^(1/k); the second then saves 1 - 1/b of the cost.
     """
 
     first: PowerLaw
@@ -37,14 +40,18 @@ class Comparison(NamedTuple):
 
 
 def hull(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points (cost, loss) on the lower convex hull in log-log, as far as the loss falls: no size and no time to stop does better."""
+    """Points (cost, loss) on the lower convex hull in log-log, as far as the loss falls: no size
+    and no time to stop does better.
+    """
     logs = np.log(points[np.lexsort((points[:, 1], points[:, 0]))])
     kept: list[NDArray[np.float64]] = []
     for point in logs:
         while len(kept) > 1 and _turn(kept[-2], kept[-1], point) <= 0:
             kept.pop()
         kept.append(point)
-    falling = [point for number, point in enumerate(kept) if number == 0 or point[1] < kept[number - 1][1]]
+    falling = [
+        point for number, point in enumerate(kept) if number == 0 or point[1] < kept[number - 1][1]
+    ]
     return np.exp(np.asarray(falling))
 
 
@@ -55,7 +62,9 @@ def fit(points: NDArray[np.float64]) -> PowerLaw:
 
 
 def frontier(sizes: Sizes) -> NDArray[np.float64]:
-    """The hull of the mean curves of all sizes, without their beginnings, which follow no power law."""
+    """The hull of the mean curves of all sizes, without their beginnings, which follow no power
+    law.
+    """
     means = [mean_curve(curves) for curves in sizes.values()]
     return hull(np.concatenate([mean[mean[:, 0] >= BEGINNING * mean[-1, 0]] for mean in means]))
 
@@ -66,7 +75,14 @@ def compare(first: Sizes, second: Sizes, seed: int = 0) -> Comparison:
     draw = np.random.default_rng(seed)
     drawn = []
     for _ in range(DRAWS // 4):
-        drawn.append(_estimates(*({size: resample(curves, draw) for size, curves in sizes.items()} for sizes in (first, second))))
+        drawn.append(
+            _estimates(
+                *(
+                    {size: resample(curves, draw) for size, curves in sizes.items()}
+                    for sizes in (first, second)
+                )
+            )
+        )
     low, high = np.percentile(np.asarray(drawn), [2.5, 97.5], axis=0)
     intervals = [Interval(float(best[i]), float(low[i]), float(high[i])) for i in range(4)]
     return Comparison(fit(frontier(first)), fit(frontier(second)), *intervals)
@@ -79,8 +95,13 @@ def _estimates(first: Sizes, second: Sizes) -> tuple[float, float, float, float]
         raise ValueError("a frontier is a single point; train at more sizes")
     laws = [fit(side) for side in points]
     # One slope, two offsets: least squares on [log c, is first, is second].
-    logs, second_side = np.log(np.concatenate(points)), np.repeat([0.0, 1.0], [len(side) for side in points])
-    slope, one, two = np.linalg.lstsq(np.stack([logs[:, 0], 1 - second_side, second_side], 1), logs[:, 1], rcond=None)[0]
+    logs, second_side = (
+        np.log(np.concatenate(points)),
+        np.repeat([0.0, 1.0], [len(side) for side in points]),
+    )
+    slope, one, two = np.linalg.lstsq(
+        np.stack([logs[:, 0], 1 - second_side, second_side], 1), logs[:, 1], rcond=None
+    )[0]
     return laws[0].k, laws[1].k, laws[1].k - laws[0].k, float(np.exp((one - two) / -slope))
 
 

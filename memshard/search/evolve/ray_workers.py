@@ -1,4 +1,6 @@
-"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which see text and folder under the same paths."""
+"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which see text and
+folder under the same paths.
+"""
 
 import time
 from collections import deque
@@ -9,9 +11,11 @@ from memshard.search.evolve.workers import Work, lost
 
 
 class RayWorkers:
-    """Up to `count` tasks at a time, one core and `gpus` GPUs each. address: of a cluster, or `local` to start one here.
+    """Up to `count` tasks at a time, one core and `gpus` GPUs each. address: of a cluster, or
+    `local` to start one here.
 
-    ValueError without Ray. Memory is Ray's to guard: its processes outlive a task, and map more than they use.
+    ValueError without Ray. Memory is Ray's to guard: its processes outlive a task, and map more
+    than they use.
     """
 
     def __init__(self, work: Work, count: int, timeout: float, address: str, gpus: int = 0) -> None:
@@ -19,14 +23,22 @@ class RayWorkers:
             import ray
         except ModuleNotFoundError as error:
             raise ValueError("--ray needs Ray: pip install memshard[ray]") from error
-        place: dict[str, Any] = {"num_cpus": count, "include_dashboard": False} if address == "local" else {"address": address}
+        place: dict[str, Any] = (
+            {"num_cpus": count, "include_dashboard": False}
+            if address == "local"
+            else {"address": address}
+        )
         ray.init(log_to_driver=False, **place)
         self.count = count
         self._ray: Any = ray
-        self._work = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming", max_retries=0)(work)
+        self._work = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming", max_retries=0)(
+            work
+        )
         self._timeout = timeout
         self._waiting: deque[Any] = deque()
-        self._running: dict[Any, tuple[Any, float]] = {}  # stream of events -> its task, when it was last heard, never before it starts
+        self._running: dict[
+            Any, tuple[Any, float]
+        ] = {}  # stream of events -> its task, when it was last heard, never before it starts
 
     def submit(self, task: Any) -> None:
         """Queue a task."""
@@ -38,7 +50,9 @@ class RayWorkers:
         events: list[Event] = []
         streams = list(self._running)
         ready = self._ray.wait(streams, num_returns=len(streams), timeout=0)[0] if streams else []
-        ready = ready or (self._ray.wait(streams, num_returns=1, timeout=seconds)[0] if streams else [])
+        ready = ready or (
+            self._ray.wait(streams, num_returns=1, timeout=seconds)[0] if streams else []
+        )
         for stream in ready:
             task, _ = self._running.pop(stream)
             try:
@@ -48,7 +62,9 @@ class RayWorkers:
             except StopIteration:
                 pass
             except self._ray.exceptions.RayError as error:
-                events.append(lost(task, f"its Ray worker died: {str(error).splitlines()[0][:200]}"))
+                events.append(
+                    lost(task, f"its Ray worker died: {str(error).splitlines()[0][:200]}")
+                )
         for stream, (task, heard) in list(self._running.items()):
             if heard and time.monotonic() - heard > self._timeout:
                 self._ray.cancel(stream, force=True)

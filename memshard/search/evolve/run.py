@@ -1,4 +1,6 @@
-"""Runs a search: hands children to workers, writes what they tell into the journal, and from that alone decides what comes next."""
+"""Runs a search: hands children to workers, writes what they tell into the journal, and from that
+alone decides what comes next.
+"""
 
 import platform
 import sys
@@ -28,13 +30,24 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers], say: Say = _print) -> History:
-    """Run a search to its end, or go on with the one in `folder`. ValueError if that one has other settings or another text."""
+def search(
+    folder: Path, settings: Settings, start_workers: Callable[[], Workers], say: Say = _print
+) -> History:
+    """Run a search to its end, or go on with the one in `folder`. ValueError if that one has other
+    settings or another text.
+    """
     digest = read_text(settings.text, settings.length).digest
     with Journal(folder) as journal:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         if not journal.events:
-            journal.events.append({"event": "search", "settings": to_dict(settings), "text": digest, "versions": versions})
+            journal.events.append(
+                {
+                    "event": "search",
+                    "settings": to_dict(settings),
+                    "text": digest,
+                    "versions": versions,
+                }
+            )
             journal.write(journal.events[0])
         _same(folder, journal.events[0], settings, digest)
         history = replay(journal.events)
@@ -45,9 +58,14 @@ def search(folder: Path, settings: Settings, start_workers: Callable[[], Workers
         for path in set(states.glob("*")) - living:
             path.unlink()
         if len(journal.events) > 1:
-            say(f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs")
+            say(
+                f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs"
+            )
             if (then := journal.events[0]["versions"]) != versions:
-                say(f"{folder}: begun with {then}, now {versions}: losses may differ in their last digits")
+                say(
+                    f"{folder}: begun with {then}, now {versions}: losses may differ in their "
+                    "last digits"
+                )
         workers = start_workers()
         try:
             _loop(history, journal, workers, states, say)
@@ -60,7 +78,10 @@ def load(folder: Path) -> History:
     """The history of a folder's journal, finished or not."""
     events = read(folder)
     if not events:
-        raise FileNotFoundError(f"{folder}: there is no {JOURNAL_FILE}; start a search with: memshard search run {folder} text=FILE")
+        raise FileNotFoundError(
+            f"{folder}: there is no {JOURNAL_FILE}; start a search with: memshard search run "
+            f"{folder} text=FILE"
+        )
     return replay(events)
 
 
@@ -88,7 +109,13 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
 
     for child in history.living():
         hand(child)
-    with tqdm(total=settings.children, initial=len(history.ended), unit="program", disable=None, smoothing=0.05) as bar:
+    with tqdm(
+        total=settings.children,
+        initial=len(history.ended),
+        unit="program",
+        disable=None,
+        smoothing=0.05,
+    ) as bar:
         while True:
             while len(in_work) < room or len(history.children) >= settings.children:
                 births = history.next_births()
@@ -121,7 +148,8 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
                 say(_line(child))
             best = history.best(1)
             bar.set_postfix_str(
-                f"start {history.children[0].fitness:.3f}, best {best[0].fitness if best else float('nan'):.3f}, in work "
+                f"start {history.children[0].fitness:.3f}, best "
+                f"{best[0].fitness if best else float('nan'):.3f}, in work "
                 + " ".join(f"{id}:{share:.0%}" for id, share in in_work.items())
             )
 
@@ -130,30 +158,69 @@ def _state(states: Path, id: int) -> Path:
     return states / f"{id}.safetensors"
 
 
-def _hand(history: History, child: Child, workers: Workers, states: Path, record: Callable[[Event], None]) -> None:
+def _hand(
+    history: History, child: Child, workers: Workers, states: Path, record: Callable[[Event], None]
+) -> None:
     """Give a child its next task, or end it where none is left."""
     settings = history.settings
     if child.lost >= LOSSES:
         status = "timeout" if child.silent == child.lost else "crash"
-        record({"event": "done", "id": child.id, "status": status, "reason": f"{child.lost} workers died or hung over it"})
+        record(
+            {
+                "event": "done",
+                "id": child.id,
+                "status": status,
+                "reason": f"{child.lost} workers died or hung over it",
+            }
+        )
         return
     parent = None if child.parent is None else history.children[child.parent]
     if child.phase != "search" and child.dna is None:
         assert parent is not None
-        record({"event": "program", "id": child.id, "dna": parent.dna, "hash": parent.hash, "parameters": parent.parameters})
+        record(
+            {
+                "event": "program",
+                "id": child.id,
+                "dna": parent.dna,
+                "hash": parent.hash,
+                "parameters": parent.parameters,
+            }
+        )
     if child.dna is None:
         dna, hash = (parent.dna, parent.hash) if parent else (None, "")
         workers.submit(Task("draw", child.id, settings, child.seed, dna=dna, parent_hash=hash))
     elif (twin := history.twin(child)) is not None:
-        record({"event": "done", "id": child.id, "status": "dup", "reason": f"the program of {twin.id}"})
+        record(
+            {
+                "event": "done",
+                "id": child.id,
+                "status": "dup",
+                "reason": f"the program of {twin.id}",
+            }
+        )
     else:
         verdict, hurdles = child.phase != "search", tuple(child.hurdles)
         known = (child.steps, child.cost, _state(states, child.id))
-        workers.submit(Task("train", child.id, settings, child.seed, child.size, child.dna, "", hurdles, verdict, *known))
+        workers.submit(
+            Task(
+                "train",
+                child.id,
+                settings,
+                child.seed,
+                child.size,
+                child.dna,
+                "",
+                hurdles,
+                verdict,
+                *known,
+            )
+        )
 
 
 def _known(child: Child, event: Event) -> bool:
-    """Whether an event changes nothing: an earlier worker of the child has told the same, or its own died after its last word."""
+    """Whether an event changes nothing: an earlier worker of the child has told the same, or its
+    own died after its last word.
+    """
     if event["event"] == LOST and event["do"] == "draw" and child.dna is not None:
         return True
     return bool(child.status) or event["event"] == "rung" and event["rung"] < len(child.rungs)
@@ -164,7 +231,8 @@ def _check_start(history: History) -> None:
     for child in history.children[: history.settings.copies]:
         if child.status not in ("", "full"):
             raise StartFailed(
-                f"the start, {history.settings.start}, does not train: {child.status} ({child.reason}); choose other settings"
+                f"the start, {history.settings.start}, does not train: {child.status} "
+                f"({child.reason}); choose other settings"
             )
 
 
@@ -183,6 +251,12 @@ def _same(folder: Path, first: Event, settings: Settings, digest: str) -> None:
     then, now = to_dict(from_dict(first["settings"])), to_dict(settings)
     for key in now.keys() - {"text"}:
         if then[key] != now[key]:
-            raise ValueError(f"{folder} holds a search with {key} {then[key]}, not {now[key]}; give that or another folder")
+            raise ValueError(
+                f"{folder} holds a search with {key} {then[key]}, not {now[key]}; give that or "
+                "another folder"
+            )
     if first["text"] != digest:
-        raise ValueError(f"{folder} holds a search on another text than {settings.text}; give that text or another folder")
+        raise ValueError(
+            f"{folder} holds a search on another text than {settings.text}; give that text or "
+            "another folder"
+        )

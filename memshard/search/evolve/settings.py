@@ -1,4 +1,6 @@
-"""Settings of a search: what is trained on what, how programs are bred, and what training them may cost."""
+"""Settings of a search: what is trained on what, how programs are bred, and what training them may
+cost.
+"""
 
 import difflib
 import json
@@ -12,31 +14,52 @@ from pydantic import TypeAdapter, ValidationError
 from memshard.trainer.config.text import parse
 
 _POSITIVE = (
-    *("children", "copies", "population", "tournament", "window", "ahead", "budget", "layers", "length", "batch"),
+    *(
+        "children",
+        "copies",
+        "population",
+        "tournament",
+        "window",
+        "ahead",
+        "budget",
+        "layers",
+        "length",
+        "batch",
+    ),
     *("lr", "eval_tokens", "final_seeds", "size_seeds", "timeout", "memory"),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One search. The defaults take some 50 minutes of one core; the published search took 1,145.8 TPUv2-days."""
+    """One search. The defaults take some 50 minutes of one core; the published search took 1,145.8
+    TPUv2-days.
+    """
 
     text: str
-    """File of text, plain or .gz: bytes are the tokens; its last tenth is held out, half for the search and half for the verdict."""
+    """File of text, plain or .gz: bytes are the tokens; its last tenth is held out, half for the
+    search and half for the verdict.
+    """
     start: Literal["transformer", "transformer-pp", "primer-ez", "primer"] = "transformer"
     """Program that the population starts with."""
     seed: int = 1
-    """Of the whole search: with the same settings it finds the same programs again, if step_costs is not time."""
+    """Of the whole search: with the same settings it finds the same programs again, if step_costs
+    is not time.
+    """
     children: int = 400
     """Programs born in the search, the copies of the start among them."""
     copies: int = 8
-    """Copies of the start that are trained from different initial values: the first population, and the noise band."""
+    """Copies of the start that are trained from different initial values: the first population, and
+    the noise band.
+    """
     population: int = 48
     """Programs that can become parents: the latest born (published: 100)."""
     tournament: int = 8
     """Programs drawn from the population, the best of which becomes the parent (published: 10)."""
     mutations: tuple[float, float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    """Weights of delete, insert, replace, field, swap and bank; all alike in AutoML-Zero, the paper gives none."""
+    """Weights of delete, insert, replace, field, swap and bank; all alike in AutoML-Zero, the paper
+    gives none.
+    """
     hurdles: int = 3
     """Stops on the way at which half of the programs end (published: 4)."""
     window: int = 16
@@ -44,14 +67,20 @@ class Settings:
     free: int = 8
     """Losses at a hurdle until it stops any program."""
     deterministic: bool = True
-    """The same history with any number of workers; false: every finished program counts at once, and no worker waits."""
+    """The same history with any number of workers; false: every finished program counts at once,
+    and no worker waits.
+    """
     ahead: int = 8
-    """Of deterministic searches: programs that may be in work at once. Program n is bred from those up to n - ahead."""
+    """Of deterministic searches: programs that may be in work at once. Program n is bred from those
+    up to n - ahead.
+    """
     budget: int = 900
     """Steps of a whole training, for the start program."""
     step_costs: Literal["time", "flops", "same"] = "time"
-    """What the budget buys of another program: time: a probe measures its step beside the start's, and a step twice as slow counts
-    two; flops: the same with floating-point operations of matrix products; same: as many steps."""
+    """What the budget buys of another program: time: a probe measures its step beside the start's,
+    and a step twice as slow counts two; flops: the same with floating-point operations of matrix
+    products; same: as many steps.
+    """
     layers: int = 2
     """Blocks of the model: the program, repeated."""
     length: int = 64
@@ -73,15 +102,21 @@ class Settings:
     final_seeds: int = 4
     """Trainings of each of them and of the start."""
     sizes: tuple[float, ...] = (0.5, 2.0)
-    """Multiples of parameters and budget at which start and winner are trained for the power law; [] for none."""
+    """Multiples of parameters and budget at which start and winner are trained for the power law;
+    [] for none.
+    """
     size_seeds: int = 2
     """Trainings at each of these sizes."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where programs are trained; on cuda worker processes share the GPU, and each of Ray's has its own."""
+    """Where programs are trained; on cuda worker processes share the GPU, and each of Ray's has its
+    own.
+    """
     timeout: float = 300.0
     """Seconds without a sign of life until a worker is killed."""
     memory: float = 4.0
-    """GiB that a worker process on cpu may take beyond what it has at its start; Ray has limits of its own."""
+    """GiB that a worker process on cpu may take beyond what it has at its start; Ray has limits of
+    its own.
+    """
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -93,17 +128,28 @@ class Settings:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not self.tournament <= self.population:
-            raise ValueError(f"tournament is {self.tournament}; it must not be larger than population, {self.population}")
+            raise ValueError(
+                f"tournament is {self.tournament}; it must not be larger than population, "
+                f"{self.population}"
+            )
         if not self.copies <= self.children:
-            raise ValueError(f"copies is {self.copies}; it must not be larger than children, {self.children}")
+            raise ValueError(
+                f"copies is {self.copies}; it must not be larger than children, {self.children}"
+            )
         if min(self.mutations) < 0 or not any(self.mutations):
-            raise ValueError(f"mutations is {list(self.mutations)}; weights must not be negative, and not all 0")
+            raise ValueError(
+                f"mutations is {list(self.mutations)}; weights must not be negative, and not all 0"
+            )
         if not 0 < self.parameters[0] <= self.parameters[1]:
             raise ValueError(f"parameters is {list(self.parameters)}; it must be [fewest, most]")
 
 
-def load_settings(path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Settings:
-    """Settings of a YAML file, or `values`, with `key=value` overrides. ValueError names the key, FileNotFoundError the file."""
+def load_settings(
+    path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings of a YAML file, or `values`, with `key=value` overrides. ValueError names the key,
+    FileNotFoundError the file.
+    """
     values = dict(values or {})
     if path is not None:
         if not path.is_file():
@@ -126,7 +172,9 @@ def from_dict(values: dict[str, Any]) -> Settings:
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"unknown key '{key}'{hint} (memshard search run --explain lists them)")
+            raise ValueError(
+                f"unknown key '{key}'{hint} (memshard search run --explain lists them)"
+            )
     if "text" not in values:
         raise ValueError("text is required: a file of text to train on; add text=FILE")
     try:
@@ -137,7 +185,9 @@ def from_dict(values: dict[str, Any]) -> Settings:
             own: ValueError = problem["ctx"]["error"]
             raise own from None
         key = str(problem["loc"][0])
-        raise ValueError(f"{key} is {values[key]!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        raise ValueError(
+            f"{key} is {values[key]!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        ) from None
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:

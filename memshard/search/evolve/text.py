@@ -24,12 +24,20 @@ class Text:
     digest: str
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Tensor:
-        """Windows of the training part, int64 [batch, length + 1]: a pure function of its arguments."""
-        starts = np.random.default_rng([seed, step]).integers(0, len(self.train) - length, size=batch)
-        return torch.from_numpy(self.train[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+        """Windows of the training part, int64 [batch, length + 1]: a pure function of its
+        arguments.
+        """
+        starts = np.random.default_rng([seed, step]).integers(
+            0, len(self.train) - length, size=batch
+        )
+        return torch.from_numpy(
+            self.train[starts[:, None] + np.arange(length + 1)].astype(np.int64)
+        )
 
     def held_out(self, part: str, tokens: int, length: int) -> Tensor:
-        """Evenly spaced windows of a held-out part that predict about `tokens` tokens, int64 [n, length + 1]."""
+        """Evenly spaced windows of a held-out part that predict about `tokens` tokens, int64 [n,
+        length + 1].
+        """
         data: np.ndarray = getattr(self, part)
         count = max(1, min(tokens, len(data) - 1) // length)
         starts = np.linspace(0, len(data) - length - 1, count).astype(np.int64)
@@ -37,14 +45,19 @@ class Text:
 
 
 def read_text(path: str, length: int) -> Text:
-    """The text of a file, plain or .gz. ValueError if its held-out parts do not hold a sequence of `length`."""
+    """The text of a file, plain or .gz. ValueError if its held-out parts do not hold a sequence of
+    `length`.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"there is no text {path}: give text=FILE")
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     cut = int(len(data) * HELD_OUT)
     if cut <= length + 1:
-        raise ValueError(f"{path}: {len(data):,} bytes are too few; sequences of {length} need {int((length + 2) / HELD_OUT):,}")
+        raise ValueError(
+            f"{path}: {len(data):,} bytes are too few; sequences of {length} need "
+            f"{int((length + 2) / HELD_OUT):,}"
+        )
     found, tokens = np.unique(np.frombuffer(data, dtype=np.uint8), return_inverse=True)
     tokens = tokens.astype(np.uint8)
     train, valid, test = tokens[: -2 * cut], tokens[-2 * cut : -cut], tokens[-cut:]

@@ -1,4 +1,6 @@
-"""What trainings again, from fresh initial values, say: noise of a loss, whether one program beats another, and by what factor in cost."""
+"""What trainings again, from fresh initial values, say: noise of a loss, whether one program beats
+another, and by what factor in cost.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ DRAWS = 2000
 
 
 class Noise(NamedTuple):
-    """Mean and standard deviation of losses from several seeds; the band of no difference is the mean give or take SIGMAS deviations."""
+    """Mean and standard deviation of losses from several seeds; the band of no difference is the
+    mean give or take SIGMAS deviations.
+    """
 
     mean: float
     deviation: float
@@ -23,7 +27,9 @@ class Noise(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % interval; None where it was not reached, which is a value and not extrapolated."""
+    """An estimate with its 95 % interval; None where it was not reached, which is a value and not
+    extrapolated.
+    """
 
     value: float | None
     low: float | None
@@ -32,7 +38,9 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Loss of `before` less loss of `after`, and the deviation of a single training, pooled. beats: outside the noise band."""
+    """Loss of `before` less loss of `after`, and the deviation of a single training, pooled. beats:
+    outside the noise band.
+    """
 
     gain: float
     deviation: float
@@ -44,7 +52,11 @@ class Comparison:
 
 def noise(losses: Sequence[float]) -> Noise:
     """Of at least one loss; the deviation of a single one is not known, nan."""
-    return Noise(float(np.mean(losses)), float(np.std(losses, ddof=1)) if len(losses) > 1 else math.nan, len(losses))
+    return Noise(
+        float(np.mean(losses)),
+        float(np.std(losses, ddof=1)) if len(losses) > 1 else math.nan,
+        len(losses),
+    )
 
 
 def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
@@ -55,10 +67,12 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
 
 
 def speed_up(before: Sequence[Curve], after: Sequence[Curve], seed: int = 0) -> Interval:
-    """Cost of `before` over the cost at which `after` reaches the final loss of `before`; at least one training each.
+    """Cost of `before` over the cost at which `after` reaches the final loss of `before`; at least
+    one training each.
 
-    Curves are averaged over trainings, never rise (running minimum) and are read between points in log-log. The interval is the
-    bootstrap's over trainings; its ends are None where the draws there do not reach the loss.
+    Curves are averaged over trainings, never rise (running minimum) and are read between points in
+    log-log. The interval is the bootstrap's over trainings; its ends are None where the draws there
+    do not reach the loss.
     """
     draw = np.random.default_rng(seed)
     factors = []
@@ -75,9 +89,14 @@ def resample(curves: Sequence[Curve], draw: np.random.Generator) -> list[Curve]:
 
 
 def mean_curve(curves: Sequence[Curve]) -> NDArray[np.float64]:
-    """Geometric mean of costs and mean of losses, point by point: [points, 2]. The loss never rises."""
+    """Geometric mean of costs and mean of losses, point by point: [points, 2]. The loss never
+    rises.
+    """
     stacked = np.asarray([list(curve) for curve in curves], dtype=np.float64)
-    costs, losses = np.exp(np.log(stacked[..., 0]).mean(0)), np.minimum.accumulate(stacked[..., 1].mean(0))
+    costs, losses = (
+        np.exp(np.log(stacked[..., 0]).mean(0)),
+        np.minimum.accumulate(stacked[..., 1].mean(0)),
+    )
     return np.stack([costs, losses], axis=1)
 
 
@@ -90,5 +109,10 @@ def _factor(before: Sequence[Curve], after: Sequence[Curve]) -> float:
     if not len(reached):
         return 0.0
     i = reached[0]
-    cost = costs[0] if i == 0 else costs[i - 1] + (losses[i - 1] - target) / (losses[i - 1] - losses[i]) * (costs[i] - costs[i - 1])
+    cost = (
+        costs[0]
+        if i == 0
+        else costs[i - 1]
+        + (losses[i - 1] - target) / (losses[i - 1] - losses[i]) * (costs[i] - costs[i - 1])
+    )
     return float(np.exp(np.log(first[-1, 0]) - cost))

@@ -1,4 +1,6 @@
-"""Worker processes: each takes one task at a time, is killed when it falls silent, and replaced when it dies."""
+"""Worker processes: each takes one task at a time, is killed when it falls silent, and replaced
+when it dies.
+"""
 
 import contextlib
 import multiprocessing
@@ -42,7 +44,9 @@ class Workers(Protocol):
 
 
 class Processes:
-    """Workers on this machine. timeout: seconds of silence until one is killed. memory: GiB one may take beyond its start, None for any."""
+    """Workers on this machine. timeout: seconds of silence until one is killed. memory: GiB one may
+    take beyond its start, None for any.
+    """
 
     def __init__(self, work: Work, count: int, timeout: float, memory: float | None) -> None:
         self.count = count
@@ -77,8 +81,12 @@ class Processes:
             except (EOFError, ConnectionResetError):
                 events += self._lose(number, "its worker died with code {code}")
         for number, slot in enumerate(self._slots):
-            if (slot.task is not None or not slot.ready) and time.monotonic() - slot.heard > (self._timeout if slot.ready else START):
-                events += self._lose(number, f"no sign of life for {self._timeout:g} s", silent=True)
+            if (slot.task is not None or not slot.ready) and time.monotonic() - slot.heard > (
+                self._timeout if slot.ready else START
+            ):
+                events += self._lose(
+                    number, f"no sign of life for {self._timeout:g} s", silent=True
+                )
         self._hand_out()
         return events
 
@@ -109,7 +117,9 @@ class _Slot:
     def __init__(self, work: Work, memory: float | None) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(other, work, memory), daemon=True)
+        self.process: BaseProcess = context.Process(
+            target=_serve, args=(other, work, memory), daemon=True
+        )
         self.process.start()
         other.close()
         self.ready = False

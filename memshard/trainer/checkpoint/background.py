@@ -16,7 +16,8 @@ from memshard.trainer.checkpoint.save_load import save_checkpoint
 class BackgroundSave:
     """One save at a time, on a thread of its own; all ranks start and await the same ones.
 
-    The ranks talk over a process group of their own, so that a save's messages never mix with those of training.
+    The ranks talk over a process group of their own, so that a save's messages never mix with those
+    of training.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,9 @@ class BackgroundSave:
         in_place: Collection[str],
         committed: Callable[[], None],
     ) -> None:
-        """Await the save before, begin this one, and return once the tensors may change; see `save_checkpoint`."""
+        """Await the save before, begin this one, and return once the tensors may change; see
+        `save_checkpoint`.
+        """
         self.wait()
         free, state = threading.Event(), deepcopy(state)
         begun = time.perf_counter()
@@ -43,7 +46,14 @@ class BackgroundSave:
         def save() -> None:
             try:
                 save_checkpoint(
-                    folder, tensors, state, files, group=self.group, in_place=in_place, free=free.set, committed=committed
+                    folder,
+                    tensors,
+                    state,
+                    files,
+                    group=self.group,
+                    in_place=in_place,
+                    free=free.set,
+                    committed=committed,
                 )
                 self.seconds = time.perf_counter() - begun
             except BaseException as error:  # handed to the thread that waits

@@ -1,7 +1,9 @@
-"""How torch's distributed checkpoint (DCP) writes and reads tensors here: raw bytes, one file a rank, beside a JSON index.
+"""How torch's distributed checkpoint (DCP) writes and reads tensors here: raw bytes, one file a
+rank, beside a JSON index.
 
-DCP plans who writes what and who reads which part on which layout. Its own storage keeps the index as a pickle, which runs
-whatever code it holds when it is read; the one of safetensors files builds each file in memory.
+DCP plans who writes what and who reads which part on which layout. Its own storage keeps the index
+as a pickle, which runs whatever code it holds when it is read; the one of safetensors files builds
+each file in memory.
 """
 
 import hashlib
@@ -14,8 +16,19 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -28,11 +41,13 @@ _ALIGNMENT = 64
 class PieceWriter(StorageWriter):
     """Writes each tensor in pieces of at most 16 MB; every file reaches the disk before `finish`.
 
-    in_place: tensors that are written first, straight from where they lie. Then this rank's part of the others is copied to host
-    memory, and `free` is called: from there on all of them may change.
+    in_place: tensors that are written first, straight from where they lie. Then this rank's part of
+    the others is copied to host memory, and `free` is called: from there on all of them may change.
     """
 
-    def __init__(self, folder: Path, in_place: Collection[str] = (), free: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, in_place: Collection[str] = (), free: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = folder
         self.in_place = frozenset(in_place)
         self.free = free
@@ -62,7 +77,9 @@ class PieceWriter(StorageWriter):
             results = [_write(file, name, item, _local(item, planner)) for item in in_place]
             copies = [_local(item, planner).to("cpu", copy=True) for item in others]
             self.free()
-            results += [_write(file, name, item, copy) for item, copy in zip(others, copies, strict=True)]
+            results += [
+                _write(file, name, item, copy) for item, copy in zip(others, copies, strict=True)
+            ]
             file.flush()
             os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -77,7 +94,9 @@ class PieceWriter(StorageWriter):
         stored = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata), name
-            stored[name] = StoredTensor(entry.properties.dtype, tuple(entry.size), tuple(chunks[name]))
+            stored[name] = StoredTensor(
+                entry.properties.dtype, tuple(entry.size), tuple(chunks[name])
+            )
         write_index(self.folder, stored)
 
     @classmethod
@@ -100,14 +119,24 @@ def _write(file: BinaryIO, name: str, item: WriteItem, tensor: Tensor) -> WriteR
     rows = tensor if tensor.ndim else tensor.reshape(1)
     hashes = []
     for piece in chunk.pieces(tensor.itemsize):
-        data = rows[piece.start : piece.stop].contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+        data = (
+            rows[piece.start : piece.stop]
+            .contiguous()
+            .cpu()
+            .view(-1)
+            .view(torch.uint8)
+            .numpy()
+            .data
+        )
         file.write(data)
         hashes.append(hashlib.sha256(data).hexdigest())
     return WriteResult(item.index, file.tell() - chunk.at, replace(chunk, sha256=tuple(hashes)))
 
 
 class PieceReader(StorageReader):
-    """Reads the tensors of a checkpoint's index, comparing each piece with its hash. ValueError, with the reason, if they differ."""
+    """Reads the tensors of a checkpoint's index, comparing each piece with its hash. ValueError,
+    with the reason, if they differ.
+    """
 
     def __init__(self, folder: Path, index: dict[str, StoredTensor]) -> None:
         self.folder = folder
@@ -123,13 +152,18 @@ class PieceReader(StorageReader):
                 name: TensorStorageMetadata(
                     TensorProperties(tensor.dtype),
                     torch.Size(tensor.shape),
-                    [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks],
+                    [
+                        ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                        for chunk in tensor.chunks
+                    ],
                 )
                 for name, tensor in self.index.items()
             }
         )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -158,9 +192,20 @@ class PieceReader(StorageReader):
 
     @cached_property
     def _chunks(self) -> dict[tuple[str, tuple[int, ...]], Chunk]:
-        return {(name, chunk.offsets): chunk for name, tensor in self.index.items() for chunk in tensor.chunks}
+        return {
+            (name, chunk.offsets): chunk
+            for name, tensor in self.index.items()
+            for chunk in tensor.chunks
+        }
 
-    def _fill(self, name: str, chunk: Chunk, target: Tensor, begins: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+    def _fill(
+        self,
+        name: str,
+        chunk: Chunk,
+        target: Tensor,
+        begins: tuple[int, ...],
+        lengths: tuple[int, ...],
+    ) -> None:
         """Copy the box of `lengths` from `begins` on, counted in the chunk, into target."""
         dtype = self.index[name].dtype
         if not chunk.sizes:

@@ -14,17 +14,26 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 def committed(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in root.glob(f"{_PREFIX}*/{COMMIT}") if path.parent.name[len(_PREFIX) :].isdigit())
+    return sorted(
+        path.parent
+        for path in root.glob(f"{_PREFIX}*/{COMMIT}")
+        if path.parent.name[len(_PREFIX) :].isdigit()
+    )
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that a path means, best first: itself, or the committed ones of a run folder. ValueError if there is none."""
+    """The checkpoints that a path means, best first: itself, or the committed ones of a run folder.
+    ValueError if there is none.
+    """
     if (path / COMMIT).exists():
         return [path]
     found = committed(path / "checkpoints")
     if not found:
         what = "does not exist" if not path.exists() else "holds no committed checkpoint"
-        raise ValueError(f"{path} {what}: give a run folder (such as runs/quickstart) or one of its checkpoints/{_PREFIX}* folders")
+        raise ValueError(
+            f"{path} {what}: give a run folder (such as runs/quickstart) or one of its "
+            f"checkpoints/{_PREFIX}* folders"
+        )
     return found[::-1]
 
 
@@ -35,7 +44,9 @@ def remove(path: Path) -> None:
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep` checkpoints and those of steps that `keep_every` divides, and what interrupted saves left behind."""
+    """Remove all but the newest `keep` checkpoints and those of steps that `keep_every` divides,
+    and what interrupted saves left behind.
+    """
     for path in committed(root)[:-keep]:
         if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every:
             remove(path)

@@ -13,12 +13,18 @@ from memshard.trainer.optim.dense import MOMENTS
 from memshard.trainer.optim.rows.adam import RowAdam
 
 
-def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """Parameters, buffers and tables as `model.<name>`; tensors that `placement` splits come as DTensors over their axis.
+def model_tensors(
+    model: nn.Module, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
+) -> dict[str, Tensor]:
+    """Parameters, buffers and tables as `model.<name>`; tensors that `placement` splits come as
+    DTensors over their axis.
 
-    The tensors share memory with the model, so loading into them loads the model. A shared table comes once.
+    The tensors share memory with the model, so loading into them loads the model. A shared table
+    comes once.
     """
-    tensors = {name: global_tensor(name, p, placement, mesh) for name, p in model.named_parameters()}
+    tensors = {
+        name: global_tensor(name, p, placement, mesh) for name, p in model.named_parameters()
+    }
     tensors |= dict(model.named_buffers())
     for name, table in find_tables(model):
         tensors[f"{name}.weight"] = global_tensor(f"{name}.weight", table.weight, placement, mesh)
@@ -26,17 +32,23 @@ def model_tensors(model: nn.Module, placement: dict[str, ShardSpec], mesh: Devic
 
 
 def optimizer_tensors(
-    model: nn.Module, dense: Optimizer, rows: RowAdam | None, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
+    model: nn.Module,
+    dense: Optimizer,
+    rows: RowAdam | None,
+    placement: dict[str, ShardSpec],
+    mesh: DeviceMesh | None,
 ) -> dict[str, Tensor]:
-    """Moments and step counts of the dense parameters that `dense` updates, and all that is kept for the rows of tables, as
-    `exp_avg.<name>` and so on.
+    """Moments and step counts of the dense parameters that `dense` updates, and all that is kept
+    for the rows of tables, as `exp_avg.<name>` and so on.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = dense.state.get(parameter)
         if state:
             tensors[f"step.{name}"] = state["step"]
-            tensors |= {f"{key}.{name}": global_tensor(name, state[key], placement, mesh) for key in MOMENTS}
+            tensors |= {
+                f"{key}.{name}": global_tensor(name, state[key], placement, mesh) for key in MOMENTS
+            }
     if rows is None:
         return tensors
     for table_name, table in find_tables(model):
@@ -47,7 +59,9 @@ def optimizer_tensors(
     return tensors
 
 
-def global_tensor(name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None) -> Tensor:
+def global_tensor(
+    name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
+) -> Tensor:
     """local: this rank's piece of the tensor of that name, or what the optimizer keeps for it."""
     spec = placement.get(name)
     # What is kept for each row of a table is whole where the ranks split columns.
@@ -59,6 +73,16 @@ def global_tensor(name: str, local: Tensor, placement: dict[str, ShardSpec], mes
     stride = torch.empty(shape, device="meta").stride()
     axis = flat(mesh, spec.axes)
     if local.device.type != axis.device_type:
-        # A DTensor moves to the device type of its mesh; this one only describes a table in host memory, nothing is sent over it.
-        axis = DeviceMesh(local.device.type, axis.mesh, mesh_dim_names=axis.mesh_dim_names, _init_backend=False)
-    return DTensor.from_local(local.detach(), axis, [Shard(spec.dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+        # A DTensor moves to the device type of its mesh; this one only describes a table in host
+        # memory, nothing is sent over it.
+        axis = DeviceMesh(
+            local.device.type, axis.mesh, mesh_dim_names=axis.mesh_dim_names, _init_backend=False
+        )
+    return DTensor.from_local(
+        local.detach(),
+        axis,
+        [Shard(spec.dim)],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )

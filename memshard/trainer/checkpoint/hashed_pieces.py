@@ -10,8 +10,11 @@ from torch import Tensor
 from memshard.trainer.checkpoint.index import Chunk, StoredTensor
 
 
-def read_pieces(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, wanted: range | None = None) -> Iterator[tuple[range, Tensor]]:
-    """The pieces of a chunk that hold one of the wanted rows (default: all), each with its rows, counted in the chunk.
+def read_pieces(
+    folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, wanted: range | None = None
+) -> Iterator[tuple[range, Tensor]]:
+    """The pieces of a chunk that hold one of the wanted rows (default: all), each with its rows,
+    counted in the chunk.
 
     ValueError if a piece does not match its hash.
     """
@@ -23,7 +26,10 @@ def read_pieces(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, wante
             file.seek(chunk.at + rows.start * row_bytes)
             data = bytearray(len(rows) * row_bytes)
             if file.readinto(data) < len(data) or hashlib.sha256(data).hexdigest() != expected:
-                raise ValueError(f"{name}: rows {rows.start} to {rows.stop - 1} in {chunk.file} do not match their hash")
+                raise ValueError(
+                    f"{name}: rows {rows.start} to {rows.stop - 1} in {chunk.file} do not match "
+                    "their hash"
+                )
             yield rows, torch.frombuffer(data, dtype=dtype).view(len(rows), *chunk.sizes[1:])
 
 

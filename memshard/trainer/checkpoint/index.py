@@ -1,4 +1,6 @@
-"""The index of a checkpoint: where each piece of each tensor lies. JSON, checked before anything it says is believed."""
+"""The index of a checkpoint: where each piece of each tensor lies. JSON, checked before anything it
+says is believed.
+"""
 
 import json
 import math
@@ -22,7 +24,9 @@ _DATA_FILE = re.compile(r"rank\d{1,9}\.bin")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor: `sizes` values from `offsets` on, contiguous in `file` from byte `at` on; sha256: of each piece of it."""
+    """A box of a tensor: `sizes` values from `offsets` on, contiguous in `file` from byte `at` on;
+    sha256: of each piece of it.
+    """
 
     file: str
     at: int
@@ -34,11 +38,17 @@ class Chunk:
         """Rows (of the box's first dim) of each piece; a box without dims is one row."""
         rows, row_bytes = self.rows(itemsize)
         step = max(1, PIECE_BYTES // max(1, row_bytes))
-        return [range(first, min(first + step, rows)) for first in range(0, rows, step)] if row_bytes else []
+        return (
+            [range(first, min(first + step, rows)) for first in range(0, rows, step)]
+            if row_bytes
+            else []
+        )
 
     def rows(self, itemsize: int) -> tuple[int, int]:
         """Number of rows, and bytes of one."""
-        return (self.sizes[0], math.prod(self.sizes[1:]) * itemsize) if self.sizes else (1, itemsize)
+        return (
+            (self.sizes[0], math.prod(self.sizes[1:]) * itemsize) if self.sizes else (1, itemsize)
+        )
 
 
 @dataclass(frozen=True)
@@ -64,18 +74,26 @@ def write_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor by name. ValueError, with the reason, unless all of it is sound: names of data files are plain, boxes lie inside
-    their tensors and cover them once, and their bytes lie inside their files.
+    """Every tensor by name. ValueError, with the reason, unless all of it is sound: names of data
+    files are plain, boxes lie inside their tensors and cover them once, and their bytes lie
+    inside their files.
     """
     file = folder / INDEX_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         old = next(folder.glob("*.distcp"), None)
-        raise ValueError(f"there is no {INDEX_FILE}" + (f", and pickled files such as {old.name} are never read" if old else "")) from None
+        raise ValueError(
+            f"there is no {INDEX_FILE}"
+            + (f", and pickled files such as {old.name} are never read" if old else "")
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{INDEX_FILE} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("version") != _VERSION or not isinstance(content.get("tensors"), dict):
+    if (
+        not isinstance(content, dict)
+        or content.get("version") != _VERSION
+        or not isinstance(content.get("tensors"), dict)
+    ):
         raise ValueError(f"{INDEX_FILE} is not an index of version {_VERSION}")
     sizes = {path.name: path.stat().st_size for path in folder.glob("rank*.bin")}
     return {name: _tensor(name, entry, sizes) for name, entry in content["tensors"].items()}
@@ -86,23 +104,45 @@ def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
         dtype = DTYPES[entry["dtype"]]
         shape = _numbers(entry["shape"])
         chunks = tuple(
-            Chunk(_text(c["file"]), _numbers([c["at"]])[0], _numbers(c["offsets"]), _numbers(c["sizes"]), tuple(map(_text, c["sha256"])))
+            Chunk(
+                _text(c["file"]),
+                _numbers([c["at"]])[0],
+                _numbers(c["offsets"]),
+                _numbers(c["sizes"]),
+                tuple(map(_text, c["sha256"])),
+            )
             for c in entry["chunks"]
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{INDEX_FILE}: the entry of {name} is malformed: {type(error).__name__} {error}") from None
+        raise ValueError(
+            f"{INDEX_FILE}: the entry of {name} is malformed: {type(error).__name__} {error}"
+        ) from None
     for chunk in chunks:
         rows, row_bytes = chunk.rows(dtype.itemsize)
         end = chunk.at + rows * row_bytes
         if not _DATA_FILE.fullmatch(chunk.file):
-            raise ValueError(f"{INDEX_FILE}: {name} is said to lie in {chunk.file!r}, which is no data file of a checkpoint")
+            raise ValueError(
+                f"{INDEX_FILE}: {name} is said to lie in {chunk.file!r}, which is no data file of "
+                "a checkpoint"
+            )
         if end > file_sizes.get(chunk.file, -1):
-            raise ValueError(f"{name} ends at byte {end:,} of {chunk.file}, which has {file_sizes.get(chunk.file, 0):,}")
+            raise ValueError(
+                f"{name} ends at byte {end:,} of {chunk.file}, which has "
+                f"{file_sizes.get(chunk.file, 0):,}"
+            )
         inside = len(chunk.offsets) == len(chunk.sizes) == len(shape)
-        if not inside or any(o + s > whole for o, s, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
-            raise ValueError(f"{INDEX_FILE}: a piece of {name}, {chunk.sizes} from {chunk.offsets}, is not inside its shape {shape}")
+        if not inside or any(
+            o + s > whole for o, s, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True)
+        ):
+            raise ValueError(
+                f"{INDEX_FILE}: a piece of {name}, {chunk.sizes} from {chunk.offsets}, is not "
+                f"inside its shape {shape}"
+            )
         if len(chunk.sha256) != len(chunk.pieces(dtype.itemsize)):
-            raise ValueError(f"{INDEX_FILE}: {name} has {len(chunk.sha256)} hashes for {len(chunk.pieces(dtype.itemsize))} pieces")
+            raise ValueError(
+                f"{INDEX_FILE}: {name} has {len(chunk.sha256)} hashes for "
+                f"{len(chunk.pieces(dtype.itemsize))} pieces"
+            )
     filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
     overlap = any(_meet(a, b) for number, a in enumerate(filled) for b in filled[:number])
     if overlap or sum(math.prod(chunk.sizes) for chunk in filled) != math.prod(shape):
@@ -111,7 +151,10 @@ def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
 
 
 def _meet(a: Chunk, b: Chunk) -> bool:
-    return all(x < y + t and y < x + s for x, s, y, t in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True))
+    return all(
+        x < y + t and y < x + s
+        for x, s, y, t in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    )
 
 
 def _numbers(values: Any) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""Begin with what another run has learned: memory layers and convolutions may be new, tables may have more keys."""
+"""Begin with what another run has learned: memory layers and convolutions may be new, tables may
+have more keys.
+"""
 
 from pathlib import Path
 
@@ -14,17 +16,25 @@ from memshard.trainer.optim.rows.adam import RowAdam
 
 
 @torch.no_grad()
-def init_from(checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], rows: RowAdam | None) -> None:
-    """Fill a freshly drawn model and its optimizers from a committed checkpoint. All ranks take part.
+def init_from(
+    checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], rows: RowAdam | None
+) -> None:
+    """Fill a freshly drawn model and its optimizers from a committed checkpoint. All ranks take
+    part.
 
-    tensors: of the model and its optimizers, by their names in checkpoints; moments and step counts come along. What is new starts
-    harmless: the values of new tables, and of the new slots of tables that have grown, are 0; new sub-keys are short; new convolutions
-    see the current token alone. The feedforward whose place a new memory takes is dropped. ValueError, naming the parameter, for all else
-    that differs.
+    tensors: of the model and its optimizers, by their names in checkpoints; moments and step counts
+    come along. What is new starts harmless: the values of new tables, and of the new slots of
+    tables that have grown, are 0; new sub-keys are short; new convolutions see the current token
+    alone. The feedforward whose place a new memory takes is dropped. ValueError, naming the
+    parameter, for all else that differs.
     """
     steps = load_state_together(checkpoint)["table_steps"]
     saved = {name: Size(stored.shape) for name, stored in index_of(checkpoint).items()}
-    fresh = [layer for layer, _ in model.memories() if f"model.blocks.{layer}.memory.sub_keys.weight" not in saved]
+    fresh = [
+        layer
+        for layer, _ in model.memories()
+        if f"model.blocks.{layer}.memory.sub_keys.weight" not in saved
+    ]
     convolutions = {
         name: module
         for name, module in model.named_modules()
@@ -35,16 +45,34 @@ def init_from(checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], 
     _check_readers(model, fresh, [name for name in tables if not name.startswith(new)])
     _check_all_used(checkpoint, model, fresh, tensors, saved)
 
-    pairs = [(name, name) for name in tensors if _parameter(name) not in tables and not _parameter(name).startswith(new)]
-    pairs += [pair for name in tables if not name.startswith(new) for pair in _table_pairs(name, tensors, saved)]
+    pairs = [
+        (name, name)
+        for name in tensors
+        if _parameter(name) not in tables and not _parameter(name).startswith(new)
+    ]
+    pairs += [
+        pair
+        for name in tables
+        if not name.startswith(new)
+        for pair in _table_pairs(name, tensors, saved)
+    ]
     same, grown = {}, []
     for source, target in pairs:
         if source not in saved:
-            raise ValueError(f"{checkpoint} has no {source}: only memory layers and convolutions may be new with init_from")
+            raise ValueError(
+                f"{checkpoint} has no {source}: only memory layers and convolutions may be new "
+                "with init_from"
+            )
         if saved[source] == tensors[target].shape:
             same[source] = tensors[target]
         else:
-            _check_growth(checkpoint, source, saved[source], tensors[target].shape, _parameter(target) in tables)
+            _check_growth(
+                checkpoint,
+                source,
+                saved[source],
+                tensors[target].shape,
+                _parameter(target) in tables,
+            )
             grown.append((source, target))
     load_tensors(checkpoint, same)
     for name, module in convolutions.items():
@@ -55,9 +83,22 @@ def init_from(checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], 
     for source, target in grown:
         table = tables.get(_parameter(target))
         if table is None:
-            grow_sub_keys(checkpoint, source, saved[source], tensors[target], shorten=target.startswith("model."))
+            grow_sub_keys(
+                checkpoint,
+                source,
+                saved[source],
+                tensors[target],
+                shorten=target.startswith("model."),
+            )
         else:
-            grow_table(checkpoint, source, saved[source], tensors[target], table, zero_new=id(table) in outputs)
+            grow_table(
+                checkpoint,
+                source,
+                saved[source],
+                tensors[target],
+                table,
+                zero_new=id(table) in outputs,
+            )
 
     for name, table in tables.items():
         assert rows is not None
@@ -80,11 +121,22 @@ def _parameter(name: str) -> str:
     return name.partition(".")[2]
 
 
-def _table_pairs(name: str, tensors: dict[str, Tensor], saved: dict[str, Size]) -> list[tuple[str, str]]:
-    """(name in the checkpoint, name here) of what is to load for a table; values from and to the fp32 copy where there is one."""
-    kinds = ["exp_avg", "exp_avg_sq", "last_step", *(["row_step"] if f"row_step.{name}" in saved else [])]
+def _table_pairs(
+    name: str, tensors: dict[str, Tensor], saved: dict[str, Size]
+) -> list[tuple[str, str]]:
+    """(name in the checkpoint, name here) of what is to load for a table; values from and to the
+    fp32 copy where there is one.
+    """
+    kinds = [
+        "exp_avg",
+        "exp_avg_sq",
+        "last_step",
+        *(["row_step"] if f"row_step.{name}" in saved else []),
+    ]
     pairs = [(f"{kind}.{name}", f"{kind}.{name}") for kind in kinds if f"{kind}.{name}" in tensors]
-    source, target = ("master" if f"master.{name}" in known else "model" for known in (saved, tensors))
+    source, target = (
+        "master" if f"master.{name}" in known else "model" for known in (saved, tensors)
+    )
     return [(f"{source}.{name}", f"{target}.{name}"), *pairs]
 
 
@@ -92,17 +144,29 @@ def _check_readers(model: Transformer, fresh: list[int], old_tables: list[str]) 
     """A memory that reads a trained table by keys just drawn would not be harmless."""
     if fresh and old_tables and model.config.memory.share:
         raise ValueError(
-            f"model.memory.layers adds layer {fresh[0]} to the readers of a table that the checkpoint has trained: "
+            f"model.memory.layers adds layer {fresh[0]} to the readers of a table that the "
+            "checkpoint has trained: "
             "set model.memory.share=false, or leave the layer out"
         )
 
 
-def _check_all_used(checkpoint: Path, model: Transformer, fresh: list[int], tensors: dict[str, Tensor], saved: dict[str, Size]) -> None:
-    replaced = tuple(f"model.blocks.{layer}.feedforward." for layer in fresh if model.blocks[layer].feedforward is None)
+def _check_all_used(
+    checkpoint: Path,
+    model: Transformer,
+    fresh: list[int],
+    tensors: dict[str, Tensor],
+    saved: dict[str, Size],
+) -> None:
+    replaced = tuple(
+        f"model.blocks.{layer}.feedforward."
+        for layer in fresh
+        if model.blocks[layer].feedforward is None
+    )
     for name in saved:
         if name.startswith("model.") and name not in tensors and not name.startswith(replaced):
             raise ValueError(
-                f"{checkpoint} has {name}, which this model lacks: init_from only adds memory layers, convolutions and keys; "
+                f"{checkpoint} has {name}, which this model lacks: init_from only adds memory "
+                "layers, convolutions and keys; "
                 f"set model.* as there (memshard config diff {checkpoint} RECIPE)"
             )
 
@@ -112,6 +176,11 @@ def _check_growth(checkpoint: Path, name: str, saved: Size, here: Size, is_table
     keys_at = 0 if is_table else 2
     others = [[size for dim, size in enumerate(shape) if dim != keys_at] for shape in (saved, here)]
     if others[0] != others[1] or not (is_table or name.endswith(".sub_keys.weight")):
-        raise ValueError(f"{name} is {list(saved)} in {checkpoint} and {list(here)} here: set model.* as there")
+        raise ValueError(
+            f"{name} is {list(saved)} in {checkpoint} and {list(here)} here: set model.* as there"
+        )
     if here[keys_at] < saved[keys_at]:
-        raise ValueError(f"{name} is {list(saved)} in {checkpoint} and {list(here)} here: tables can only grow, raise model.memory.keys")
+        raise ValueError(
+            f"{name} is {list(saved)} in {checkpoint} and {list(here)} here: tables can only "
+            "grow, raise model.memory.keys"
+        )

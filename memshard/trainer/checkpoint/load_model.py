@@ -14,7 +14,12 @@ from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.folders import find_checkpoints
-from memshard.trainer.checkpoint.open_checkpoint import StoredModel, is_export, open_checkpoint, open_export
+from memshard.trainer.checkpoint.open_checkpoint import (
+    StoredModel,
+    is_export,
+    open_checkpoint,
+    open_export,
+)
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint
 from memshard.trainer.config.recipe import Recipe
 
@@ -23,7 +28,9 @@ _BLOCK_ROWS = 1 << 14
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tables hidden, whole or memory-mapped; its tokenizer and recipe; where it comes from."""
+    """A model in evaluation mode, its tables hidden, whole or memory-mapped; its tokenizer and
+    recipe; where it comes from.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
@@ -34,14 +41,18 @@ class LoadedModel:
     def check_tokenizer(self, data: str) -> None:
         """ValueError unless the data folder was built with this model's tokenizer."""
         if load_index(data).tokenizer_sha256 != self.tokenizer.sha256:
-            raise ValueError(f"{data} was built with another tokenizer than {self.path}: its tokens mean nothing to this model")
+            raise ValueError(
+                f"{data} was built with another tokenizer than {self.path}: its tokens mean "
+                "nothing to this model"
+            )
 
 
 def load(path: str | Path, memmap: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
-    """Load a run folder (its newest good checkpoint), a checkpoint or an export. ValueError if there is none.
+    """Load a run folder (its newest good checkpoint), a checkpoint or an export. ValueError if
+    there is none.
 
-    memmap: leave the tables' values on disk; only the rows that are read travel to the device. Hashes are then compared only of
-    what is loaded whole. device: of the model.
+    memmap: leave the tables' values on disk; only the rows that are read travel to the device.
+    Hashes are then compared only of what is loaded whole. device: of the model.
     """
     stored = open_model(path, check=not memmap)
     with torch.device("meta"):
@@ -61,13 +72,21 @@ def load(path: str | Path, memmap: bool = False, device: torch.device | str = "c
             for first in range(0, table.slots, _BLOCK_ROWS):
                 rows = torch.arange(first, min(first + _BLOCK_ROWS, table.slots))
                 table.weight[rows[0] : rows[-1] + 1] = stored.tables[name](rows)
-    return LoadedModel(model.eval().to(device), Tokenizer(stored.folder / TOKENIZER_FILE), stored.recipe, stored.step, stored.folder)
+    return LoadedModel(
+        model.eval().to(device),
+        Tokenizer(stored.folder / TOKENIZER_FILE),
+        stored.recipe,
+        stored.step,
+        stored.folder,
+    )
 
 
 def open_model(path: str | Path, check: bool = True) -> StoredModel:
-    """What a path means, unread: an export, a checkpoint, or the newest good one of a run folder. ValueError if there is none.
+    """What a path means, unread: an export, a checkpoint, or the newest good one of a run folder.
+    ValueError if there is none.
 
-    check: compare everything with its hash first; otherwise the small files and the index alone are.
+    check: compare everything with its hash first; otherwise the small files and the index alone
+    are.
     """
     path = Path(path)
     if is_export(path):
@@ -77,7 +96,10 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
         try:
             return open_checkpoint(folder, check)
         except DamagedCheckpoint as problem:
-            warnings.warn(f"{problem.folder} is damaged ({problem.reason}): the checkpoint before it is read", stacklevel=2)
+            warnings.warn(
+                f"{problem.folder} is damaged ({problem.reason}): the checkpoint before it is read",
+                stacklevel=2,
+            )
     return open_checkpoint(folders[-1], check)
 
 
@@ -85,9 +107,15 @@ def _fill(model: nn.Module, stored: StoredModel) -> None:
     """Dense parameters and buffers."""
     wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if missing := wanted.keys() ^ stored.dense.keys():
-        raise ValueError(f"{stored.folder} does not fit its recipe: {', '.join(sorted(missing)[:3])} are in only one of them")
+        raise ValueError(
+            f"{stored.folder} does not fit its recipe: {', '.join(sorted(missing)[:3])} are in "
+            "only one of them"
+        )
     for name, tensor in wanted.items():
         values = stored.dense[name]()
         if values.shape != tensor.shape:
-            raise ValueError(f"{stored.folder} does not fit its recipe: {name} is {list(values.shape)} there and {list(tensor.shape)} here")
+            raise ValueError(
+                f"{stored.folder} does not fit its recipe: {name} is {list(values.shape)} there "
+                f"and {list(tensor.shape)} here"
+            )
         tensor.data.copy_(values)

@@ -10,7 +10,9 @@ from memshard.trainer.checkpoint.index import StoredTensor
 
 
 class MappedTensor:
-    """A tensor of a checkpoint. Its values are not compared with their hashes: see `pieces.verify`."""
+    """A tensor of a checkpoint. Its values are not compared with their hashes: see
+    `pieces.verify`.
+    """
 
     def __init__(self, folder: Path, stored: StoredTensor) -> None:
         self.shape, self.dtype = stored.shape, stored.dtype
@@ -18,8 +20,13 @@ class MappedTensor:
         for chunk in stored.chunks:
             size = math.prod(chunk.sizes) * stored.dtype.itemsize
             # Private and never written, so its pages are those of the file.
-            data = torch.from_file(str(folder / chunk.file), shared=False, size=chunk.at + size, dtype=torch.uint8)
-            box = tuple(slice(first, first + length) for first, length in zip(chunk.offsets, chunk.sizes, strict=True))
+            data = torch.from_file(
+                str(folder / chunk.file), shared=False, size=chunk.at + size, dtype=torch.uint8
+            )
+            box = tuple(
+                slice(first, first + length)
+                for first, length in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
             self._parts.append((box, data[chunk.at :].view(stored.dtype).view(chunk.sizes)))
 
     def whole(self) -> Tensor:

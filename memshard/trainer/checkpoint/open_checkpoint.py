@@ -1,4 +1,6 @@
-"""A trained model where it is stored, as a checkpoint or an export, read tensor by tensor and row by row through memory maps."""
+"""A trained model where it is stored, as a checkpoint or an export, read tensor by tensor and row
+by row through memory maps.
+"""
 
 import hashlib
 import json
@@ -29,8 +31,9 @@ SCALE = "scale"
 
 @dataclass(frozen=True)
 class StoredModel:
-    """dense: of every parameter and buffer, what reads it whole. tables: of every table, what reads some rows: [n] int64, numbered as
-    in training; returns [n, dim] in table_dtype. Names are those of the model.
+    """dense: of every parameter and buffer, what reads it whole. tables: of every table, what reads
+    some rows: [n] int64, numbered as in training; returns [n, dim] in table_dtype. Names are
+    those of the model.
     """
 
     folder: Path
@@ -50,7 +53,11 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
     """check: compare everything with its hash first. DamagedCheckpoint if it is not sound."""
     state = load_state(folder)
     recipe = load_recipe(str(folder / "config.yaml"), [])
-    index = {name.removeprefix(PREFIX): tensor for name, tensor in index_of(folder).items() if name.startswith(PREFIX)}
+    index = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in index_of(folder).items()
+        if name.startswith(PREFIX)
+    }
     if check:
         try:
             verify(folder, index)
@@ -81,7 +88,10 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         with safe_open(file, "pt") as opened:
             # On the CPU, tensors of an open file are views of its memory map.
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        tables = {name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None)) for name in _table_names(recipe)}
+        tables = {
+            name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None))
+            for name in _table_names(recipe)
+        }
         keys = recipe.model.memory.keys
         return StoredModel(
             folder=folder,
@@ -89,10 +99,18 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
             step=about["step"],
             dense={name: tensor.clone for name, tensor in tensors.items()},
             tables={name: partial(_read_slots, *pair, keys) for name, pair in tables.items()},
-            table_dtype=next((torch.float32 if scale is not None else values.dtype for values, scale in tables.values()), torch.float32),
+            table_dtype=next(
+                (
+                    torch.float32 if scale is not None else values.dtype
+                    for values, scale in tables.values()
+                ),
+                torch.float32,
+            ),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): export it again") from error
+        raise ValueError(
+            f"{folder} is damaged ({type(error).__name__}: {error}): export it again"
+        ) from error
 
 
 def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -> Tensor:

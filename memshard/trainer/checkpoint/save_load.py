@@ -1,4 +1,6 @@
-"""Write and read checkpoints: tensors through torch's distributed checkpoint (DCP), everything else as JSON."""
+"""Write and read checkpoints: tensors through torch's distributed checkpoint (DCP), everything else
+as JSON.
+"""
 
 import errno
 import hashlib
@@ -25,14 +27,19 @@ _STATE = "state.json"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint cannot be read as it was written; the message names the folder, and `reason` the piece."""
+    """A checkpoint cannot be read as it was written; the message names the folder, and `reason` the
+    piece.
+    """
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(folder, reason)
         self.folder, self.reason = folder, reason
 
     def __str__(self) -> str:
-        return f"{self.folder} is damaged ({self.reason}): copy it again, or delete that folder to go on from the checkpoint before it"
+        return (
+            f"{self.folder} is damaged ({self.reason}): copy it again, or delete that folder "
+            "to go on from the checkpoint before it"
+        )
 
 
 def save_checkpoint(
@@ -46,11 +53,13 @@ def save_checkpoint(
     free: Callable[[], None] = lambda: None,
     committed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint: into a temporary folder, then commit marker, then rename. All ranks take part; OSError on all if it fails.
+    """Write a checkpoint: into a temporary folder, then commit marker, then rename. All ranks take
+    part; OSError on all if it fails.
 
-    state: JSON values, rank 0's count. files: copied in, so that the checkpoint stands alone. group: of all ranks; by default the
-    one of the run. free: called once the tensors may change, those of `in_place` being written by then and the others
-    copied. committed: called on rank 0 at the end.
+    state: JSON values, rank 0's count. files: copied in, so that the checkpoint stands alone.
+    group: of all ranks; by default the one of the run. free: called once the tensors may change,
+    those of `in_place` being written by then and the others copied. committed: called on rank 0 at
+    the end.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     temporary = folder.with_name(folder.name + ".tmp")
@@ -67,7 +76,9 @@ def save_checkpoint(
             no_dist=not dist.is_initialized(),
         )
     except CheckpointException as error:
-        raise OSError(f"{temporary} could not be written ({_reason(error)}): is the disk full?") from error
+        raise OSError(
+            f"{temporary} could not be written ({_reason(error)}): is the disk full?"
+        ) from error
     with _same_outcome(group, f"{temporary} could not be written"):
         if first:
             for file in files:
@@ -78,12 +89,18 @@ def save_checkpoint(
 
 
 def _expect_one_process() -> None:
-    """Keep DCP from warning where there is one. For good: on a thread, `catch_warnings` would hide the warnings of all others."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+    """Keep DCP from warning where there is one. For good: on a thread, `catch_warnings` would hide
+    the warnings of all others.
+    """
+    warnings.filterwarnings(
+        "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
+    )
 
 
 def _commit(temporary: Path, folder: Path) -> None:
-    """Everything reaches the disk, then the marker, which holds the hashes of all but the tensors' own files, then the new name."""
+    """Everything reaches the disk, then the marker, which holds the hashes of all but the tensors'
+    own files, then the new name.
+    """
     hashes = {}
     for file in sorted(temporary.iterdir()):
         if file.suffix != ".bin":
@@ -109,7 +126,8 @@ def _to_disk(path: Path) -> None:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
-    """Fill tensors in place from a checkpoint saved on any number of ranks; DamagedCheckpoint, on all ranks, if it is damaged.
+    """Fill tensors in place from a checkpoint saved on any number of ranks; DamagedCheckpoint, on
+    all ranks, if it is damaged.
 
     alone: read in this process only.
     """
@@ -123,7 +141,9 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) 
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint; DamagedCheckpoint if they, or any of the small files, are not what was saved."""
+    """The JSON values of a checkpoint; DamagedCheckpoint if they, or any of the small files, are
+    not what was saved.
+    """
     check_files(folder)
     state: dict[str, Any] = json.loads((folder / _STATE).read_text())
     return state
@@ -159,7 +179,9 @@ def check_files(folder: Path) -> None:
 
 
 def _reason(error: CheckpointException) -> str:
-    """The first failure. The exception's own text is every rank's traceback, and no `except Exception` catches it."""
+    """The first failure. The exception's own text is every rank's traceback, and no `except
+    Exception` catches it.
+    """
     reason, _ = next(iter(error.failures.values()))
     return f"{type(reason).__name__}: {reason}"
 

@@ -8,8 +8,14 @@ from memshard.trainer.config.recipe import Recipe
 
 
 def diff(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) of every key whose values differ, in the recipe's order."""
-    values = [(key.name, _value(a, key.name), _value(b, key.name)) for key in fields() if key.type != SECTION]
+    """(dotted key, value in a, value in b) of every key whose values differ, in the recipe's
+    order.
+    """
+    values = [
+        (key.name, _value(a, key.name), _value(b, key.name))
+        for key in fields()
+        if key.type != SECTION
+    ]
     return [(key, left, right) for key, left, right in values if left != right]
 
 

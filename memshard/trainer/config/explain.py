@@ -1,4 +1,6 @@
-"""What each recipe key means: its type, default and docstring, read from the dataclasses of the recipe."""
+"""What each recipe key means: its type, default and docstring, read from the dataclasses of the
+recipe.
+"""
 
 import ast
 import difflib
@@ -15,10 +17,13 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from memshard.trainer.config.recipe import Recipe
 
 SECTION = "section"
+_INDENTED = textwrap.TextWrapper(width=100, initial_indent="    ", subsequent_indent="    ")
 
 
 class Key(NamedTuple):
-    """One dotted key: `type` is `section` for a group of keys, `default` is text as YAML writes it, or `required`."""
+    """One dotted key: `type` is `section` for a group of keys, `default` is text as YAML writes it,
+    or `required`.
+    """
 
     name: str
     type: str
@@ -33,8 +38,14 @@ def fields() -> list[Key]:
 
 
 def matching(key: str = "") -> list[Key]:
-    """A key, a section with all that it holds, or everything. Raises ValueError for an unknown key."""
-    found = [entry for entry in fields() if not key or entry.name == key or entry.name.startswith(f"{key}.")]
+    """A key, a section with all that it holds, or everything. Raises ValueError for an unknown
+    key.
+    """
+    found = [
+        entry
+        for entry in fields()
+        if not key or entry.name == key or entry.name.startswith(f"{key}.")
+    ]
     if not found:
         raise ValueError(f"unknown key '{key}'{suggestion(key)}")
     return found
@@ -45,8 +56,12 @@ def explain(key: str = "") -> str:
     blocks = []
     for entry in matching(key):
         facts = "required" if entry.default == "required" else f"default {entry.default}"
-        head = f"{entry.name} ({SECTION})" if entry.type == SECTION else f"{entry.name}: {entry.type}; {facts}"
-        blocks.append(f"{head}\n{textwrap.indent(entry.doc, '    ')}")
+        head = (
+            f"{entry.name} ({SECTION})"
+            if entry.type == SECTION
+            else f"{entry.name}: {entry.type}; {facts}"
+        )
+        blocks.append(f"{head}\n{_INDENTED.fill(entry.doc)}")
     return "\n".join(blocks)
 
 
@@ -54,7 +69,9 @@ def suggestion(key: str) -> str:
     """`; did you mean '...'?` for a misspelt or misplaced key, or nothing."""
     names = [entry.name for entry in fields()]
     section, _, last = key.rpartition(".")
-    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
+    siblings = {
+        name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section
+    }
     close = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1)]
     elsewhere = [name for name in names if name.rpartition(".")[2] == last]
     found = close or elsewhere or difflib.get_close_matches(key, names, n=1)
@@ -91,7 +108,9 @@ def _default(item: "Field[Any]") -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """A type in words: integer, number, text, true or false, list [integer, ...], one of relu, gelu."""
+    """A type in words: integer, number, text, true or false, list [integer, ...], one of relu,
+    gelu.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(show(arg) for arg in args)}"
@@ -99,7 +118,13 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(arg) for arg in args)
     if origin is tuple:
         return f"list [{', '.join('...' if arg is Ellipsis else _type_name(arg) for arg in args)}]"
-    return {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}.get(hint, str(hint))
+    return {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        NoneType: "null",
+    }.get(hint, str(hint))
 
 
 def _docstrings(cls: type) -> dict[str, str]:
@@ -108,6 +133,10 @@ def _docstrings(cls: type) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     docs = {}
     for item, after in pairwise(tree.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
-            docs[item.target.id] = inspect.cleandoc(ast.literal_eval(after.value))
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and isinstance(after, ast.Expr)
+        ):
+            docs[item.target.id] = " ".join(ast.literal_eval(after.value).split())
     return docs

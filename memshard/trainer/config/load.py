@@ -1,7 +1,8 @@
 """From YAML files and command line overrides to a checked recipe, and back.
 
-A recipe file may name one parent (`base: NAME_OR_PATH`, a path counting from the file) and states only what differs.
-Values later in line win: ancestors, the file itself, then overrides. Every error names the file or override and the key.
+A recipe file may name one parent (`base: NAME_OR_PATH`, a path counting from the file) and states
+only what differs. Values later in line win: ancestors, the file itself, then overrides. Every error
+names the file or override and the key.
 """
 
 import difflib
@@ -29,9 +30,11 @@ class Setting(NamedTuple):
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, a bundled name or a run folder (its config.yaml), with `key=value` overrides.
+    """The recipe of a YAML file, a bundled name or a run folder (its config.yaml), with `key=value`
+    overrides.
 
-    Raises ValueError for whatever is wrong in a recipe or override, FileNotFoundError for a path that does not exist.
+    Raises ValueError for whatever is wrong in a recipe or override, FileNotFoundError for a path
+    that does not exist.
     """
     settings: dict[str, Setting] = {}
     for path, values in reversed(_lineage(_find(str(name_or_path), Path()))):
@@ -48,7 +51,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal recipe."""
+    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal
+    recipe.
+    """
     return render(to_dict(recipe))
 
 
@@ -69,7 +74,10 @@ def _find(name: str, beside: Path) -> Path:
         raise FileNotFoundError(f"there is no recipe file {path}")
     close = difflib.get_close_matches(name, bundled(), n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ";"
-    raise ValueError(f"no recipe named '{name}'{hint} bundled ones: {', '.join(bundled()) or 'none'}; or give the path of a YAML file")
+    raise ValueError(
+        f"no recipe named '{name}'{hint} bundled ones: {', '.join(bundled()) or 'none'}; or give "
+        "the path of a YAML file"
+    )
 
 
 def _lineage(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -78,7 +86,10 @@ def _lineage(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     resolved: list[Path] = []
     while True:
         if path.resolve() in resolved:
-            raise ValueError(f"recipes are each other's base: {' -> '.join(str(step) for step in [*(p for p, _ in found), path])}")
+            raise ValueError(
+                "recipes are each other's base: "
+                f"{' -> '.join(str(step) for step in [*(p for p, _ in found), path])}"
+            )
         resolved.append(path.resolve())
         values = _read(path)
         base = values.pop("base", None)
@@ -97,10 +108,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a recipe: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(
+            f"{path}: not a recipe: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     values = parse(text, str(path))
     if not isinstance(values, dict | None):
-        raise ValueError(f"{path}: not a recipe: expected sections such as 'data:' and 'model:', found {str(values)[:40]!r}")
+        raise ValueError(
+            f"{path}: not a recipe: expected sections such as 'data:' and 'model:', found "
+            f"{str(values)[:40]!r}"
+        )
     return values or {}
 
 
@@ -127,7 +143,9 @@ def _flatten(values: dict[str, Any], prefix: str, source: str) -> Iterator[tuple
             yield from _flatten(value, f"{name}.", source)
         else:
             inside = next(entry.name for entry in fields() if entry.name.startswith(f"{name}."))
-            raise ValueError(f"{source}: {name} is {value!r}; expected a section with keys such as {inside}")
+            raise ValueError(
+                f"{source}: {name} is {value!r}; expected a section with keys such as {inside}"
+            )
 
 
 def _build(settings: dict[str, Setting], source: str) -> Recipe:
@@ -142,25 +160,34 @@ def _build(settings: dict[str, Setting], source: str) -> Recipe:
         elif key.name in settings:
             place[last] = settings[key.name].value
     try:
-        # Through JSON, whose strict mode takes lists for tuples and mappings for dataclasses, but no "3" or 3.7 for an integer.
+        # Through JSON, whose strict mode takes lists for tuples and mappings for dataclasses, but
+        # no "3" or 3.7 for an integer.
         return _adapter().validate_json(json.dumps(nested), strict=True)
     except ValidationError as error:
         raise _readable(error, settings, source) from None
 
 
 def _with_program(recipe: Recipe) -> Recipe:
-    """The recipe with the text of its program in place of the file's name, so that runs and checkpoints need no other file."""
+    """The recipe with the text of its program in place of the file's name, so that runs and
+    checkpoints need no other file.
+    """
     name = recipe.model.program
     if name is None or name.lstrip().startswith("{"):
         return recipe
     path = Path(name).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"model.program: there is no file {path}: give what `memshard search compile` wrote")
-    return replace(recipe, model=replace(recipe.model, program=path.read_text(encoding="utf-8").strip()))
+        raise FileNotFoundError(
+            f"model.program: there is no file {path}: give what `memshard search compile` wrote"
+        )
+    return replace(
+        recipe, model=replace(recipe.model, program=path.read_text(encoding="utf-8").strip())
+    )
 
 
 def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:
-    """The first problem as one line; wrong types and missing keys before what a dataclass says about its own values."""
+    """The first problem as one line; wrong types and missing keys before what a dataclass says
+    about its own values.
+    """
     problem = min(error.errors(), key=lambda entry: entry["type"] == "value_error")
     if problem["type"] == "value_error":
         own: ValueError = problem["ctx"]["error"]
@@ -169,9 +196,14 @@ def _readable(error: ValidationError, settings: dict[str, Setting], source: str)
     paths = [".".join(map(str, problem["loc"][:end])) for end in range(1, len(problem["loc"]) + 1)]
     key = _keys()[next(path for path in reversed(paths) if path in _keys())]
     if key.name not in settings:
-        return ValueError(f"{source}: {key.name} is required: {key.doc} Add it to the file, or to the command as {key.name}=...")
+        return ValueError(
+            f"{source}: {key.name} is required: {key.doc} Add it to the file, or to the command "
+            f"as {key.name}=..."
+        )
     value, where = settings[key.name]
-    return ValueError(f"{where}: {key.name} is {value!r} ({type(value).__name__}); expected {key.type}")
+    return ValueError(
+        f"{where}: {key.name} is {value!r} ({type(value).__name__}); expected {key.type}"
+    )
 
 
 @cache

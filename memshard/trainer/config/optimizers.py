@@ -1,4 +1,6 @@
-"""The optimizers' part of a recipe: AdamW over the dense parameters, row-sparse Adam over the value tables."""
+"""The optimizers' part of a recipe: AdamW over the dense parameters, row-sparse Adam over the value
+tables.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +23,9 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
 
     schedule: Literal["constant", "inverse_sqrt", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, lr * sqrt(warmup / step), or half a cosine to final_lr at train.steps."""
+    """Learning rate after the warm-up: constant, lr * sqrt(warmup / step), or half a cosine to
+    final_lr at train.steps.
+    """
 
     warmup: int = 100
     """Steps of linear warm-up from 0."""
@@ -33,12 +37,16 @@ class OptimizerConfig:
         _check_adam("optimizer", self.lr, self.betas, self.eps)
         for name in ("weight_decay", "warmup", "final_lr"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0")
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
-    """The value tables and their row-sparse Adam: constant learning rate, no decay (Lample et al. 2019)."""
+    """The value tables and their row-sparse Adam: constant learning rate, no decay (Lample et al.
+    2019).
+    """
 
     lr: float = 1e-3
     """Learning rate, constant."""
@@ -50,26 +58,35 @@ class TableOptimizerConfig:
     """Added to the denominator."""
 
     semantics: Literal["lazy", "row-step", "catch-up", "dense"] = "lazy"
-    """Rows that a step does not read: lazy lets their moments wait, catch-up decays them later, row-step counts each row's own steps,
-    dense moves every row in every step."""
+    """Rows that a step does not read: lazy lets their moments wait, catch-up decays them later,
+    row-step counts each row's own steps, dense moves every row in every step.
+    """
 
     clip: float = 0.0
-    """Largest norm of all tables' gradients together; 0 switches clipping off and saves a pass over the gradients."""
+    """Largest norm of all tables' gradients together; 0 switches clipping off and saves a pass over
+    the gradients.
+    """
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """How values are stored; moments, sums and gradients stay fp32."""
 
     rounding: Literal["master", "stochastic"] = "master"
-    """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at random (4 bytes a value less)."""
+    """How fp16 and bf16 values take small changes: through an fp32 copy, or rounded up or down at
+    random (4 bytes a value less).
+    """
 
     place: Literal["device", "host"] = "device"
-    """Where values and moments lie: with the model, or in host memory while the model is on a GPU; the CPU then sums and updates rows."""
+    """Where values and moments lie: with the model, or in host memory while the model is on a GPU;
+    the CPU then sums and updates rows.
+    """
 
     dead_after: int = 1000
     """Steps without a read after which a row, or a sub-key, counts as dead."""
 
     revive: bool = False
-    """Every dead_after steps, move dead sub-keys next to hot ones and copy the hot ones' values to their dead rows."""
+    """Every dead_after steps, move dead sub-keys next to hot ones and copy the hot ones' values to
+    their dead rows.
+    """
 
     def __post_init__(self) -> None:
         _check_adam("tables", self.lr, self.betas, self.eps)

@@ -1,4 +1,6 @@
-"""A recipe: everything that decides one training run. Each field's docstring is what `memshard config explain` prints."""
+"""A recipe: everything that decides one training run. Each field's docstring is what `memshard
+config explain` prints.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,22 +15,33 @@ class DataConfig:
     """Which token shards to read, and how they are cut."""
 
     path: str
-    """Folder that `memshard data build` wrote, or the http(s) or s3 URL of a copy, or `pipe:` and a command that prints {file}."""
+    """Folder that `memshard data build` wrote, or the http(s) or s3 URL of a copy, or `pipe:` and a
+    command that prints {file}.
+    """
 
     length: int = 256
-    """Tokens in a training sequence; the most in a record (pair or image), longer ones are left out."""
+    """Tokens in a training sequence; the most in a record (pair or image), longer ones are left
+    out.
+    """
 
     mixture: dict[str, float] = field(default_factory=dict)
-    """Folders to train on together, each with its weight, built with the same tokenizer; `path` is then for evaluation only."""
+    """Folders to train on together, each with its weight, built with the same tokenizer; `path` is
+    then for evaluation only.
+    """
 
     mixture_by: Literal["weight", "epochs"] = "weight"
-    """What a folder's weight in the mixture says: its share of the samples, or how often it is read while the others are once."""
+    """What a folder's weight in the mixture says: its share of the samples, or how often it is read
+    while the others are once.
+    """
 
     document_mask: bool = False
-    """Keep attention inside a document (slower: an explicit mask) instead of letting packed documents see each other."""
+    """Keep attention inside a document (slower: an explicit mask) instead of letting packed
+    documents see each other.
+    """
 
     workers: int = 0
-    """Processes a rank reads ahead with: of use for raw text, which is tokenised while it is read."""
+    """Processes a rank reads ahead with: of use for raw text, which is tokenised while it is read.
+    """
 
     damage_tolerance: float = 0.001
     """Share of the tokens that may be unreadable: they are masked, and beyond it the run fails."""
@@ -39,48 +52,76 @@ class ParallelConfig:
     """How a run is spread over ranks; nothing here changes what is trained."""
 
     tensor: int = 1
-    """Neighbouring ranks that share the large matrices and the tokens of a sequence (tensor parallelism); it divides heads and widths."""
+    """Neighbouring ranks that share the large matrices and the tokens of a sequence (tensor
+    parallelism); it divides heads and widths.
+    """
 
     share: Literal["heads", "sequence"] = "heads"
-    """What the ranks of parallel.tensor share: heads, that is large matrices and, between them, the tokens of a sequence; or sequence, the
-    tokens alone: matrices are copied, and only states of linear and delta mixers travel."""
+    """What the ranks of parallel.tensor share: heads, that is large matrices and, between them, the
+    tokens of a sequence; or sequence, the tokens alone: matrices are copied, and only states of
+    linear and delta mixers travel.
+    """
 
     memory: int | None = None
-    """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose row gradients are summed."""
+    """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose
+    row gradients are summed.
+    """
 
     layout: Literal["auto", "rows", "columns", "tensor"] = "auto"
-    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least (`memshard plan` tells). tensor: slices
-    of every value over each group of parallel.tensor ranks, which look up the same tokens and send no row numbers."""
+    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least
+    (`memshard plan` tells). tensor: slices of every value over each group of parallel.tensor
+    ranks, which look up the same tokens and send no row numbers.
+    """
 
     exchange: Literal["auto", "pooled", "unique"] = "auto"
-    """What travels with layout rows: pooled sums of each token's reads, or each distinct row once; auto takes what sends least."""
+    """What travels with layout rows: pooled sums of each token's reads, or each distinct row once;
+    auto takes what sends least.
+    """
 
     checksum_every: int = 1000
-    """Steps between two proofs that copies of weights on different ranks are equal to the last bit; 0 proves it only at the start."""
+    """Steps between two proofs that copies of weights on different ranks are equal to the last bit;
+    0 proves it only at the start.
+    """
 
     def __post_init__(self) -> None:
         if self.tensor < 1:
             raise ValueError(f"parallel.tensor is {self.tensor}; it must be at least 1")
         if self.layout == "tensor" and self.tensor == 1:
-            raise ValueError("parallel.layout is tensor, which needs parallel.tensor of at least 2: raise that, or set layout to auto")
+            raise ValueError(
+                "parallel.layout is tensor, which needs parallel.tensor of at least 2: raise "
+                "that, or set layout to auto"
+            )
         if self.layout == "tensor" and self.share == "sequence":
-            raise ValueError("parallel.layout is tensor, for ranks that look up equal tokens, and parallel.share sequence: leave one out")
+            raise ValueError(
+                "parallel.layout is tensor, for ranks that look up equal tokens, and "
+                "parallel.share sequence: leave one out"
+            )
         if self.checksum_every < 0:
-            raise ValueError(f"parallel.checksum_every is {self.checksum_every}; it must be at least 0")
+            raise ValueError(
+                f"parallel.checksum_every is {self.checksum_every}; it must be at least 0"
+            )
         if self.memory is not None and self.memory < 1:
-            raise ValueError(f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks")
+            raise ValueError(
+                f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """What to do about a loss that jumps, and how long ranks wait for each other. A gradient that is not finite is always skipped."""
+    """What to do about a loss that jumps, and how long ranks wait for each other. A gradient that
+    is not finite is always skipped.
+    """
 
     loss_spike: Literal["warn", "skip", "rewind"] = "warn"
-    """A step whose loss stands out: say so, drop its update, or go back to the last checkpoint and on with the data after it.
-    With rewind, more than train.max_skipped skipped steps in a row rewind, too."""
+    """A step whose loss stands out: say so, drop its update, or go back to the last checkpoint and
+    on with the data after it. With rewind, more than train.max_skipped skipped steps in a row
+    rewind, too.
+    """
 
     threshold: float = 6.0
-    """How many robust standard deviations (median distance from the median) above the median of recent losses is a spike."""
+    """How many robust standard deviations (median distance from the median) above the median of
+    recent losses is a spike.
+    """
 
     window: int = 64
     """How many recent losses that is; before so many steps nothing is a spike."""
@@ -89,7 +130,9 @@ class GuardsConfig:
     """How often a run may rewind before it stops."""
 
     first_timeout: float = 1800.0
-    """Seconds a rank waits for another in set-up, the first step, evaluations and saves, before it gives up."""
+    """Seconds a rank waits for another in set-up, the first step, evaluations and saves, before it
+    gives up.
+    """
 
     timeout: float = 300.0
     """The same in later steps: the time in which a dead or hanging rank is noticed."""
@@ -114,8 +157,9 @@ class Recipe:
     """Which token shards to read, and how they are cut."""
 
     init_from: str | None = None
-    """A run folder or checkpoint whose weights and moments a new run begins with; memory layers and convolutions may be new, tables have
-    more keys."""
+    """A run folder or checkpoint whose weights and moments a new run begins with; memory layers and
+    convolutions may be new, tables have more keys.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """A transformer of three-slot blocks: decoder, encoder, or both."""
@@ -139,48 +183,81 @@ class Recipe:
         reversible = self.model.residual == "reversible"
         if reversible and self.train.checkpointing != "none":
             raise ValueError(
-                f"train.checkpointing is {self.train.checkpointing}, but reversible blocks keep nothing that could be computed again: "
+                f"train.checkpointing is {self.train.checkpointing}, but reversible blocks keep "
+                "nothing that could be computed again: "
                 "leave it out, or set model.residual to pre or post"
             )
         _check_states(self)
         if self.parallel.share == "sequence" and self.parallel.tensor > 1:
             check_states(self.model, "parallel.share=sequence", endless=False)
         if self.model.program is not None and self.data.document_mask:
-            raise ValueError("data.document_mask is set, but model.program sees all earlier tokens: leave one of them out")
+            raise ValueError(
+                "data.document_mask is set, but model.program sees all earlier tokens: leave one "
+                "of them out"
+            )
         memory = self.model.memory
         if self.train.chunk and memory.layers and memory.query_norm == "batch":
             raise ValueError(
-                f"train.chunk is {self.train.chunk}, but model.memory.query_norm=batch normalises over all tokens of a batch: "
+                f"train.chunk is {self.train.chunk}, but model.memory.query_norm=batch normalises "
+                "over all tokens of a batch: "
                 "use lagged, layer, rms or none, or leave train.chunk out"
             )
         if self.model.encoder_layers and (self.parallel.tensor > 1 or self.data.document_mask):
             raise ValueError(
-                f"model.encoder_layers is {self.model.encoder_layers}, and encoders know neither parallel.tensor nor data.document_mask: "
+                f"model.encoder_layers is {self.model.encoder_layers}, and encoders know neither "
+                "parallel.tensor nor data.document_mask: "
                 "leave those out"
             )
         if self.train.label_smoothing and self.model.adaptive_cutoffs:
-            raise ValueError("train.label_smoothing needs one softmax, and model.adaptive_cutoffs makes several: leave one of them out")
+            raise ValueError(
+                "train.label_smoothing needs one softmax, and model.adaptive_cutoffs makes "
+                "several: leave one of them out"
+            )
         if self.train.label_smoothing and self.parallel.tensor > 1:
-            raise ValueError("train.label_smoothing needs the whole vocabulary on a rank: set parallel.tensor to 1, or leave it out")
+            raise ValueError(
+                "train.label_smoothing needs the whole vocabulary on a rank: set parallel.tensor "
+                "to 1, or leave it out"
+            )
         if self.train.check_inversion and not reversible:
-            raise ValueError(f"train.check_inversion is for model.residual=reversible, which is {self.model.residual} here: leave it out")
+            raise ValueError(
+                "train.check_inversion is for model.residual=reversible, which is "
+                f"{self.model.residual} here: leave it out"
+            )
         if self.tables.revive and self.train.engine == "deepspeed" and self.train.zero:
-            raise ValueError("tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set train.engine=torch, or train.zero=0")
+            raise ValueError(
+                "tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set "
+                "train.engine=torch, or train.zero=0"
+            )
 
 
 def check_states(model: ModelConfig, what: str, endless: bool) -> None:
-    """ValueError unless all mixers of a model have states of constant size; endless: and no positions, so that text may go on forever.
+    """ValueError unless all mixers of a model have states of constant size; endless: and no
+    positions, so that text may go on forever.
 
     what: needs it, for the message.
     """
     if model.program is not None:
-        raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.program is a block without one")
+        raise ValueError(
+            f"{what} is for linear and delta mixers, whose state keeps its size, and "
+            "model.program is a block without one"
+        )
     if model.encoder_layers:
-        raise ValueError(f"{what} is for language models, and model.encoder_layers is {model.encoder_layers}: leave one of them out")
-    if other := sorted({model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}):
-        raise ValueError(f"{what} is for linear and delta mixers, whose state keeps its size, and model.mixer has {', '.join(other)}")
+        raise ValueError(
+            f"{what} is for language models, and model.encoder_layers is {model.encoder_layers}: "
+            "leave one of them out"
+        )
+    if other := sorted(
+        {model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}
+    ):
+        raise ValueError(
+            f"{what} is for linear and delta mixers, whose state keeps its size, and model.mixer "
+            f"has {', '.join(other)}"
+        )
     if endless and model.position != "none":
-        raise ValueError(f"{what} goes on without end, but model.position is {model.position}: it needs a model with model.position=none")
+        raise ValueError(
+            f"{what} goes on without end, but model.position is {model.position}: it needs a "
+            "model with model.position=none"
+        )
 
 
 def _check_states(recipe: Recipe) -> None:
@@ -191,10 +268,25 @@ def _check_states(recipe: Recipe) -> None:
     key = "train.carry_state" if train.carry_state else "train.segments"
     check_states(model, key, endless=train.carry_state)
     if recipe.parallel.tensor > 1:
-        raise ValueError(f"{key} does not work where ranks share a sequence, and parallel.tensor is {recipe.parallel.tensor}: set it to 1")
+        raise ValueError(
+            f"{key} does not work where ranks share a sequence, and parallel.tensor is "
+            f"{recipe.parallel.tensor}: set it to 1"
+        )
     if train.carry_state and recipe.data.mixture:
-        raise ValueError("train.carry_state needs rows that go on, and data.mixture draws each from any folder: leave one of them out")
+        raise ValueError(
+            "train.carry_state needs rows that go on, and data.mixture draws each from any "
+            "folder: leave one of them out"
+        )
     reversible = model.residual == "reversible"
     if train.segments > 1 and (reversible or train.checkpointing != "none" or train.chunk):
-        other_key = "model.residual=reversible" if reversible else "train.chunk" if train.chunk else "train.checkpointing"
-        raise ValueError(f"train.segments keeps one piece in memory and computes it again: leave out {other_key}, or train.segments")
+        other_key = (
+            "model.residual=reversible"
+            if reversible
+            else "train.chunk"
+            if train.chunk
+            else "train.checkpointing"
+        )
+        raise ValueError(
+            "train.segments keeps one piece in memory and computes it again: leave out "
+            f"{other_key}, or train.segments"
+        )

@@ -9,7 +9,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device, ranks_here: int | None = None) -> float:
-    """Bytes: free memory of a CUDA device; on CPU what the machine and its cgroup (SLURM, containers) leave, shared by its ranks.
+    """Bytes: free memory of a CUDA device; on CPU what the machine and its cgroup (SLURM,
+    containers) leave, shared by its ranks.
 
     ranks_here: ranks on this machine, by default LOCAL_WORLD_SIZE.
     """

@@ -1,4 +1,6 @@
-"""What dense parameters, their gradients and their optimizer states take on a rank, in closed form."""
+"""What dense parameters, their gradients and their optimizer states take on a rank, in closed
+form.
+"""
 
 from memshard.trainer.config.training import TrainConfig
 
@@ -6,17 +8,29 @@ BUCKET = 50_000_000
 """Values that DeepSpeed sums or sends at a time, at most; its own default, 5e8, takes 2 GB."""
 
 
-def dense_bytes(settings: TrainConfig, dense: float, largest: float, ranks: int, half: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes of `dense_weights`, `dense_gradients` and `dense_moments`: on the device, and in host memory.
+def dense_bytes(
+    settings: TrainConfig, dense: float, largest: float, ranks: int, half: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of `dense_weights`, `dense_gradients` and `dense_moments`: on the device, and in host
+    memory.
 
-    dense, largest: number of parameters, in all and of the largest. ranks: that train on different sequences. half: in fp16 or bf16.
+    dense, largest: number of parameters, in all and of the largest. ranks: that train on different
+    sequences. half: in fp16 or bf16.
     """
     if settings.engine == "torch":
         moments = max(dense / ranks, largest) if settings.zero else dense
-        return {"dense_weights": dense * (6 if half else 4), "dense_gradients": dense * 4, "dense_moments": moments * 8}, {}
+        return {
+            "dense_weights": dense * (6 if half else 4),
+            "dense_gradients": dense * 4,
+            "dense_moments": moments * 8,
+        }, {}
     item = 2 if half else 4
     if settings.zero == 0:
-        return {"dense_weights": dense * 4, "dense_gradients": dense * 4, "dense_moments": dense * 8}, {}
+        return {
+            "dense_weights": dense * 4,
+            "dense_gradients": dense * 4,
+            "dense_moments": dense * 8,
+        }, {}
     # The masters, and the gradients that they are updated with, are fp32 and split.
     part = dense / ranks
     sums = item * min(dense, BUCKET) * (1 if settings.offload else 2)
@@ -32,8 +46,12 @@ def dense_bytes(settings: TrainConfig, dense: float, largest: float, ranks: int,
     }, {}
 
 
-def dense_traffic(settings: TrainConfig, dense: float, ranks: int, micro_batches: int, half: bool) -> float:
-    """Bytes that a rank sends in a step to add dense gradients up and, with ZeRO, to share what it has updated."""
+def dense_traffic(
+    settings: TrainConfig, dense: float, ranks: int, micro_batches: int, half: bool
+) -> float:
+    """Bytes that a rank sends in a step to add dense gradients up and, with ZeRO, to share what it
+    has updated.
+    """
     item = 2 if half and settings.engine == "deepspeed" else 4
     if settings.zero == 0:
         passes = 2  # an all-reduce is a reduce-scatter and an all-gather

@@ -1,4 +1,6 @@
-"""Set a recipe up as one rank of many, in this process and without memory: on torch's fake process group and meta tensors."""
+"""Set a recipe up as one rank of many, in this process and without memory: on torch's fake process
+group and meta tensors.
+"""
 
 import sys
 from dataclasses import dataclass, replace
@@ -27,14 +29,18 @@ class Part:
 
 
 def rehearse(recipe: Recipe, ranks: int, vocab_size: int) -> list[Part]:
-    """What the first and the last of `ranks` ranks would hold, after building mesh, model, tensor-parallel split and tables as in training.
+    """What the first and the last of `ranks` ranks would hold, after building mesh, model,
+    tensor-parallel split and tables as in training.
 
-    ValueError that names the key where something does not divide. Not to be called in a process that has joined others.
+    ValueError that names the key where something does not divide. Not to be called in a process
+    that has joined others.
     """
     assert not dist.is_initialized(), "this process has joined other ranks"
     layout = layout_choice(recipe, ranks)
     longest = recipe.model.longest(recipe.data.length)
-    config = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=longest)
+    config = replace(
+        recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=longest
+    )
     return [_part(recipe, config, rank, ranks, layout) for rank in sorted({0, ranks - 1})]
 
 

@@ -1,4 +1,6 @@
-"""What a run costs, in closed form: parameters, bytes per rank, traffic, operations. Allocates nothing."""
+"""What a run costs, in closed form: parameters, bytes per rank, traffic, operations. Allocates
+nothing.
+"""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -25,8 +27,9 @@ from memshard.trainer.cost.traffic import LayoutChoice, choose_layout, uniform_d
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters. active: those of the dense ones that a token multiplies; looked-up embeddings are not. largest: of the
-    largest dense one. split: those of the dense ones that tensor-parallel ranks share.
+    """Numbers of parameters. active: those of the dense ones that a token multiplies; looked-up
+    embeddings are not. largest: of the largest dense one. split: those of the dense ones that
+    tensor-parallel ranks share.
     """
 
     dense: int
@@ -41,9 +44,10 @@ class Parameters:
 class RankBytes:
     """Bytes on the rank that holds most.
 
-    dense_weights: with the engine's copies in other precision. activations: what one micro-batch's forward keeps.
-    workspace: what backward (logits, scores, their gradients; what it computes again) or the row update (sorted reads) holds for a moment.
-    reads: what the row update needs of all the step's tokens.
+    dense_weights: with the engine's copies in other precision. activations: what one micro-batch's
+    forward keeps. workspace: what backward (logits, scores, their gradients; what it computes
+    again) or the row update (sorted reads) holds for a moment. reads: what the row update needs of
+    all the step's tokens.
     """
 
     dense_weights: float = 0.0
@@ -75,11 +79,13 @@ class RankBytes:
 class Estimate:
     """The costs of a run on `ranks` ranks.
 
-    tensor_ranks: how many of them share the large matrices and each sequence's tokens. memory_ranks: how many of them split a table.
-    table_part: rows and columns of each table on a rank. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank
-    sends for each token it looks up, forward and backward; tensor_traffic: for each token of its sequences, between tensor-parallel
-    ranks; gradient_traffic and replica_traffic: in a step, for dense gradients (and, with ZeRO, parameters) and for row gradients between
-    copies of a table. host: bytes in host memory, of tables and optimizer states that lie there; those are not in `bytes`.
+    tensor_ranks: how many of them share the large matrices and each sequence's tokens.
+    memory_ranks: how many of them split a table. table_part: rows and columns of each table on a
+    rank. micro_batch: sequences a rank processes at once. lookup_traffic: bytes a rank sends for
+    each token it looks up, forward and backward; tensor_traffic: for each token of its sequences,
+    between tensor-parallel ranks; gradient_traffic and replica_traffic: in a step, for dense
+    gradients (and, with ZeRO, parameters) and for row gradients between copies of a table. host:
+    bytes in host memory, of tables and optimizer states that lie there; those are not in `bytes`.
     """
 
     ranks: int
@@ -100,18 +106,28 @@ class Estimate:
     replica_traffic: float
 
 
-def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, duplicates: float | None = None) -> Estimate:
-    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. half: under bf16 or fp16 autocast.
-    duplicates: as measured (see `layout_choice`).
+def estimate(
+    recipe: Recipe, world: int, vocab_size: int, half: bool = False, duplicates: float | None = None
+) -> Estimate:
+    """The costs of a recipe on `world` ranks. vocab_size: where model.vocab_size is not set. half:
+    under bf16 or fp16 autocast. duplicates: as measured (see `layout_choice`).
     """
     if world < 1:
         raise ValueError(f"the number of ranks is {world}; it must be at least 1")
     length = recipe.data.length
-    model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=recipe.model.longest(length))
+    model = replace(
+        recipe.model,
+        vocab_size=recipe.model.vocab_size or vocab_size,
+        max_length=recipe.model.longest(length),
+    )
     assert model.vocab_size is not None
     parameters = count_parameters(model)
     memory, value_dim = model.memory, model.memory.value_dim or model.dim
-    layout, holders, tensor = layout_choice(recipe, world, duplicates), _holders(recipe, world), recipe.parallel.tensor
+    layout, holders, tensor = (
+        layout_choice(recipe, world, duplicates),
+        _holders(recipe, world),
+        recipe.parallel.tensor,
+    )
     in_pieces = recipe.parallel.share == "sequence" and tensor > 1
     if in_pieces:
         parameters = replace(parameters, split=0)
@@ -119,7 +135,11 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     sharing, part_of_text = (1, tensor) if in_pieces else (tensor, 1)
     dense = parameters.dense - parameters.split + math.ceil(parameters.split / tensor)
     by_columns = layout.layout != "rows"
-    part = (memory.slots, math.ceil(value_dim / holders)) if by_columns else (math.ceil(memory.slots / holders), value_dim)
+    part = (
+        (memory.slots, math.ceil(value_dim / holders))
+        if by_columns
+        else (math.ceil(memory.slots / holders), value_dim)
+    )
     values = parameters.tables * part[0] * part[1]
 
     share, micro_batch = _shares(recipe, world)
@@ -140,15 +160,24 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
     # The head takes a piece whole.
     activations = tokens * (kept + 4 * model.output_places * (in_pieces and recipe.train.chunk > 0))
     reads, update = _read_bytes(model, holders, layout)
-    scores = 3 * 8 * memory.heads * memory.keys / _readers(recipe) * part_of_text if parameters.tables else 0
-    logits, piece = 2 * 4 * model.output_places / sharing, min(1, recipe.train.chunk / length) if recipe.train.chunk else 1
+    scores = (
+        3 * 8 * memory.heads * memory.keys / _readers(recipe) * part_of_text
+        if parameters.tables
+        else 0
+    )
+    logits, piece = (
+        2 * 4 * model.output_places / sharing,
+        min(1, recipe.train.chunk / length) if recipe.train.chunk else 1,
+    )
     backward = tokens * max(logits * (piece if tensor == 1 else 1), scores * piece, again)
     if recipe.train.segments > 1:
         # Losses and states are kept, and one piece at a time is computed again.
         backward = (backward + activations) / recipe.train.segments
         activations = micro_batch * (8 * length + recipe.train.segments * state_bytes(model))
     update *= looked_up
-    dense_here, dense_in_host = dense_bytes(recipe.train, dense, parameters.largest / sharing, world // tensor, half)
+    dense_here, dense_in_host = dense_bytes(
+        recipe.train, dense, parameters.largest / sharing, world // tensor, half
+    )
     beside = {**dense_here, "activations": activations}
     table = {
         "table_rows": values * recipe.tables.value_bytes,
@@ -156,10 +185,16 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         "reads": looked_up * reads,
     }
     if recipe.tables.place == "host":
-        on_device, in_host = RankBytes(**beside, workspace=backward), RankBytes(**table, **dense_in_host, workspace=update)
+        on_device, in_host = (
+            RankBytes(**beside, workspace=backward),
+            RankBytes(**table, **dense_in_host, workspace=update),
+        )
     else:
         # The row update runs when activations are gone.
-        on_device, in_host = RankBytes(**beside, **table, workspace=max(backward, update - activations)), RankBytes(**dense_in_host)
+        on_device, in_host = (
+            RankBytes(**beside, **table, workspace=max(backward, update - activations)),
+            RankBytes(**dense_in_host),
+        )
     copies = world // holders
     touched = -math.expm1(-recipe.train.batch * length * memory.heads * memory.topk / memory.slots)
     return Estimate(
@@ -176,16 +211,21 @@ def estimate(recipe: Recipe, world: int, vocab_size: int, half: bool = False, du
         tokens_per_step=recipe.train.batch * length,
         flops_per_token=flops_per_token(model, length),
         lookup_traffic=len(memory.layers) * memory.tables * layout.sent[layout.name],
-        tensor_traffic=_piece_traffic(model, tensor, length) if in_pieces else _tensor_traffic(model, tensor, 2 if half else 4),
-        gradient_traffic=dense_traffic(recipe.train, dense, world // tensor, math.ceil(share / micro_batch), half)
+        tensor_traffic=_piece_traffic(model, tensor, length)
+        if in_pieces
+        else _tensor_traffic(model, tensor, 2 if half else 4),
+        gradient_traffic=dense_traffic(
+            recipe.train, dense, world // tensor, math.ceil(share / micro_batch), half
+        )
         + 8 * _others(tensor) * (parameters.dense - parameters.split),
         replica_traffic=8 * _others(copies) * touched * values,
     )
 
 
 def layout_choice(recipe: Recipe, world: int, duplicates: float | None = None) -> LayoutChoice:
-    """How the recipe's tables are laid out on `world` ranks. duplicates: how often a rank reads a row in a micro-batch, of the
-    rows it reads, as measured; by default as if reads were spread evenly, so that the choice is the recipe's alone.
+    """How the recipe's tables are laid out on `world` ranks. duplicates: how often a rank reads a
+    row in a micro-batch, of the rows it reads, as measured; by default as if reads were spread
+    evenly, so that the choice is the recipe's alone.
     """
     memory = recipe.model.memory
     reads = memory.heads * memory.topk
@@ -194,7 +234,15 @@ def layout_choice(recipe: Recipe, world: int, duplicates: float | None = None) -
     holders = _holders(recipe, world)
     value_dim = memory.value_dim or recipe.model.dim
     asked = recipe.parallel
-    return choose_layout(asked.layout, asked.exchange, holders, value_dim, reads, duplicates, recipe.tables.value_bytes)
+    return choose_layout(
+        asked.layout,
+        asked.exchange,
+        holders,
+        value_dim,
+        reads,
+        duplicates,
+        recipe.tables.value_bytes,
+    )
 
 
 def _shares(recipe: Recipe, world: int) -> tuple[int, int]:
@@ -221,23 +269,30 @@ def _others(ranks: int) -> float:
 
 
 def _tensor_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
-    """Bytes a rank sends to its tensor-parallel group for one of its tokens: gathers and sums around each mixer and feedforward, forward
-    and backward, and around embedding (whose sum is whole, in fp32) and head.
+    """Bytes a rank sends to its tensor-parallel group for one of its tokens: gathers and sums
+    around each mixer and feedforward, forward and backward, and around embedding (whose sum is
+    whole, in fp32) and head.
     """
     memories = len(model.memory.layers) if model.memory.mode == "replace" else 0
     return _others(ranks) * model.dim * (value_bytes * (4 * (2 * model.layers - memories) + 2) + 12)
 
 
 def _piece_traffic(model: ModelConfig, ranks: int, length: int) -> float:
-    """Bytes a rank sends to its group for one token of its sequences: maps of fast weights forward, their gradients backward."""
+    """Bytes a rank sends to its group for one token of its sequences: maps of fast weights forward,
+    their gradients backward.
+    """
     mixer, width = model.mixer, model.dim // model.mixer.heads
     features = FeatureMap(mixer.features, width, mixer.feature_width).features
-    return 4.0 * (ranks - 1) / length * model.layers * mixer.heads * features * (features + 3 * width)
+    return (
+        4.0 * (ranks - 1) / length * model.layers * mixer.heads * features * (features + 3 * width)
+    )
 
 
 @cache
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Counts of a model, built on the meta device. `vocab_size` must be set, and `max_length` for learned positions."""
+    """Counts of a model, built on the meta device. `vocab_size` must be set, and `max_length` for
+    learned positions.
+    """
     # Tables draw a seed when they are built; the caller's generator is none of our business.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = build_model(config)
@@ -250,9 +305,15 @@ def count_parameters(config: ModelConfig) -> Parameters:
         looked_up += model.head.tail.parameters()  # each multiplies the few tokens of its cluster
     if model.positions is not None:
         looked_up += model.positions.parameters()
-    largest = max(parameter.numel() for parameter in model.parameters() if not any(parameter is table.weight for table in tables))
+    largest = max(
+        parameter.numel()
+        for parameter in model.parameters()
+        if not any(parameter is table.weight for table in tables)
+    )
     active = dense - sum(parameter.numel() for parameter in looked_up)
-    return Parameters(dense=dense, largest=largest, active=active, split=split, table=table, tables=len(tables))
+    return Parameters(
+        dense=dense, largest=largest, active=active, split=split, table=table, tables=len(tables)
+    )
 
 
 @cache
@@ -264,24 +325,36 @@ def state_bytes(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Operations of forward and backward for one token: 6 a parameter it multiplies, sub-keys included; 6 length dim a
-    layer for causal attention (half the square); 6 heads topk value_dim a memory (twice for PEER) for the sums and their gradients.
-    Recomputation, norms and updates do not count. `vocab_size` must be set, and `max_length` for learned positions.
+    """Operations of forward and backward for one token: 6 a parameter it multiplies, sub-keys
+    included; 6 length dim a layer for causal attention (half the square); 6 heads topk value_dim
+    a memory (twice for PEER) for the sums and their gradients. Recomputation, norms and updates
+    do not count. `vocab_size` must be set, and `max_length` for learned positions.
     """
     memory = config.memory
     attention = config.layers * length * config.dim
-    lookup = len(memory.layers) * memory.tables * memory.heads * memory.topk * (memory.value_dim or config.dim)
+    lookup = (
+        len(memory.layers)
+        * memory.tables
+        * memory.heads
+        * memory.topk
+        * (memory.value_dim or config.dim)
+    )
     # A token of a pair passes the encoder or the decoder: about half of it all.
-    return (3.0 if config.translates else 6.0) * (count_parameters(config).active + attention + lookup)
+    return (3.0 if config.translates else 6.0) * (
+        count_parameters(config).active + attention + lookup
+    )
 
 
 def _read_bytes(model: ModelConfig, ranks: int, layout: LayoutChoice) -> tuple[float, float]:
-    """Per token of the step: bytes kept by all tables' reads, and bytes that the update of one table needs besides."""
+    """Per token of the step: bytes kept by all tables' reads, and bytes that the update of one
+    table needs besides.
+    """
     memory = model.memory
     reads, value_dim = float(memory.heads * memory.topk), memory.value_dim or model.dim
     bags = 4 * value_dim + 8.0
     if layout.name == "rows, unique" and ranks > 1:
-        # An owner gets a bag, with its gradient, for every distinct row of every rank; evenly spread, that is what a rank reads.
+        # An owner gets a bag, with its gradient, for every distinct row of every rank; evenly
+        # spread, that is what a rank reads.
         reads /= layout.duplicates
         bags *= reads
     elif layout.name == "rows, pooled":
@@ -291,37 +364,51 @@ def _read_bytes(model: ModelConfig, ranks: int, layout: LayoutChoice) -> tuple[f
     else:
         reads, bags = reads * ranks, 4 * value_dim + 8.0 * ranks
     readers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)
-    return len(memory.layers) * memory.tables * (8 * reads + bags), readers_of_a_table * (44 * reads + bags)
+    return len(memory.layers) * memory.tables * (8 * reads + bags), readers_of_a_table * (
+        44 * reads + bags
+    )
 
 
 def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:
-    """ValueError if a rank's part of the tables does not fit beside the dense model into what the device has available."""
+    """ValueError if a rank's part of the tables does not fit beside the dense model into what the
+    device has available.
+    """
     cost = estimate(recipe, world, vocab_size)
     needed = cost.bytes.table + cost.host.table
     place = torch.device("cpu") if recipe.tables.place == "host" else device
     available = available_memory(place) - (cost.bytes.dense if place.type == device.type else 0)
     if needed > available:
         raise ValueError(
-            f"the value table needs {needed / 1e9:,.1f} GB a rank (values and moments) and {max(available, 0) / 1e9:,.1f} GB are "
-            f"available: lower model.memory.keys, or use more ranks{', or set tables.place=host' if place.type == 'cuda' else ''}"
+            f"the value table needs {needed / 1e9:,.1f} GB a rank (values and moments) and "
+            f"{max(available, 0) / 1e9:,.1f} GB are "
+            "available: lower model.memory.keys, or use more "
+            f"ranks{', or set tables.place=host' if place.type == 'cuda' else ''}"
         )
 
 
-def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available: float) -> list[str]:
-    """Single changes of the recipe, or of the number of ranks, after which `available` bytes a rank are enough."""
+def remedies(
+    recipe: Recipe, world: int, vocab_size: int, half: bool, available: float
+) -> list[str]:
+    """Single changes of the recipe, or of the number of ranks, after which `available` bytes a rank
+    are enough.
+    """
 
     def fits(changed: Recipe, ranks: int = world) -> bool:
         return estimate(changed, ranks, vocab_size, half).bytes.total <= available
 
     found = []
-    ranks = next((ranks for ranks in (world << power for power in range(1, 11)) if fits(recipe, ranks)), None)
+    ranks = next(
+        (ranks for ranks in (world << power for power in range(1, 11)) if fits(recipe, ranks)), None
+    )
     if ranks is not None:
         found.append(f"use {ranks} ranks")
     if recipe.train.zero == 0 and fits(_changed(recipe, "train", zero=1)):
         found.append("set train.zero=1")
     again: tuple[Checkpointing, ...] = ("selective", "full")
     if recipe.model.residual != "reversible" and recipe.train.checkpointing == "none":
-        less = next((each for each in again if fits(_changed(recipe, "train", checkpointing=each))), None)
+        less = next(
+            (each for each in again if fits(_changed(recipe, "train", checkpointing=each))), None
+        )
         if less is not None:
             found.append(f"set train.checkpointing={less}")
     micro_batch = estimate(recipe, world, vocab_size).micro_batch // 2
@@ -332,11 +419,21 @@ def remedies(recipe: Recipe, world: int, vocab_size: int, half: bool, available:
     memory = recipe.model.memory
     in_host = _changed(recipe, "tables", place="host")
     if memory.layers and recipe.tables.place == "device" and fits(in_host):
-        found.append(f"set tables.place=host ({estimate(in_host, world, vocab_size, half).host.total / 1e9:,.1f} GB a rank in host memory)")
-    if memory.layers and recipe.tables.dtype == "fp32" and fits(_changed(recipe, "tables", dtype="fp16", rounding="stochastic")):
+        found.append(
+            "set tables.place=host "
+            f"({estimate(in_host, world, vocab_size, half).host.total / 1e9:,.1f} GB a rank in "
+            "host memory)"
+        )
+    if (
+        memory.layers
+        and recipe.tables.dtype == "fp32"
+        and fits(_changed(recipe, "tables", dtype="fp16", rounding="stochastic"))
+    ):
         found.append("set tables.dtype=fp16 tables.rounding=stochastic")
     keys = memory.keys // 2 if memory.layers else 0
-    while keys >= memory.topk and not fits(_changed(recipe, "model", memory=replace(memory, keys=keys))):
+    while keys >= memory.topk and not fits(
+        _changed(recipe, "model", memory=replace(memory, keys=keys))
+    ):
         keys //= 2
     if memory.layers and keys >= memory.topk:
         found.append(f"set model.memory.keys={keys}")

@@ -11,13 +11,16 @@ CARD_FLOPS = {
     "H100": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12},
     "H200": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12},
 }
-"""Dense figures of NVIDIA's data sheets (SXM, where they differ), fp32 without TF32; the first name that fits counts."""
+"""Dense figures of NVIDIA's data sheets (SXM, where they differ), fp32 without TF32; the first name
+that fits counts.
+"""
 
 _SECONDS = 0.1
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second: of the data sheet for known cards, else of the best of some matrix products of this moment.
+    """Operations per second: of the data sheet for known cards, else of the best of some matrix
+    products of this moment.
 
     The measured figure holds for the current number of threads; it takes under 0.3 s.
     """

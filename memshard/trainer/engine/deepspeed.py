@@ -1,4 +1,6 @@
-"""The dense half of a step on DeepSpeed: ZeRO-0 to 2, offload, 16-bit parameters with fp32 masters. Its one importer."""
+"""The dense half of a step on DeepSpeed: ZeRO-0 to 2, offload, 16-bit parameters with fp32 masters.
+Its one importer.
+"""
 
 import json
 import logging
@@ -33,7 +35,8 @@ from memshard.trainer.optim.dense import MOMENTS, build_adamw, learning_rate, ma
 class DeepSpeedEngine:
     """Wraps a model whose tables are hidden, as `NativeEngine` does and with its results.
 
-    Under fp16 and bf16 the parameters are 16-bit, and the optimizer keeps fp32 masters: checkpoints hold those.
+    Under fp16 and bf16 the parameters are 16-bit, and the optimizer keeps fp32 masters: checkpoints
+    hold those.
     """
 
     def __init__(
@@ -47,9 +50,11 @@ class DeepSpeedEngine:
     ) -> None:
         """dtype: of the arithmetic. ValueError if DeepSpeed is missing or cannot do it right."""
         if settings.zero == 0 and dtype != torch.float32:
-            # 0.19.8 divides fp16 gradients by a scale that it never gave the loss, and counts one bf16 step too many.
+            # 0.19.8 divides fp16 gradients by a scale that it never gave the loss, and counts one
+            # bf16 step too many.
             raise ValueError(
-                "train.zero is 0, where DeepSpeed is wrong in 16-bit arithmetic: set train.zero=1, or train.precision=fp32"
+                "train.zero is 0, where DeepSpeed is wrong in 16-bit arithmetic: set "
+                "train.zero=1, or train.precision=fp32"
             )
         self.config = config
         self.mesh, self.placement = mesh, placement
@@ -59,7 +64,12 @@ class DeepSpeedEngine:
         deepspeed = _import(device)
         if not dist.is_initialized():
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+            )
         self.data = dist.group.WORLD if mesh is None else group(mesh, DATA)
         self._tell_what_is_split()
         initial = []
@@ -67,8 +77,12 @@ class DeepSpeedEngine:
             initial = [p.detach().cpu() for p in self.parameters]
             _compute_in(dtype, model, device)
         share = -(-settings.batch // dist.get_world_size(self.data))
-        bucket = min(BUCKET, sum(p.numel() for p in self.parameters)) // 2 * 2  # DeepSpeed wants it even
-        self.json = _json(settings, dtype, batches=-(-share // (settings.micro_batch or share)), bucket=bucket)
+        bucket = (
+            min(BUCKET, sum(p.numel() for p in self.parameters)) // 2 * 2
+        )  # DeepSpeed wants it even
+        self.json = _json(
+            settings, dtype, batches=-(-share // (settings.micro_batch or share)), bucket=bucket
+        )
         self.optimizer: Any = build_adamw(self.parameters, config)
         self.engine, self.zero, *_ = deepspeed.initialize(
             model=model,
@@ -87,12 +101,16 @@ class DeepSpeedEngine:
         self.zero.check_grad_overflow = True
         self.zero.check_overflow = lambda *_, **__: setattr(self.zero, "overflow", self.broken)
         for p, value in zip(self.parameters, initial, strict=False):
-            _set(p, value.to(self.zero.device))  # DeepSpeed makes masters of 16-bit weights, which have lost half their digits
+            _set(
+                p, value.to(self.zero.device)
+            )  # DeepSpeed makes masters of 16-bit weights, which have lost half their digits
         make_states(self.zero.optimizer, self.zero.single_partition_of_fp32_groups)
         self.zero._lazy_init_hp_params_optimizer_state()
 
     def forward_context(self, last: bool) -> AbstractContextManager[Any]:
-        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last one only, or with ZeRO-2 on each."""
+        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last
+        one only, or with ZeRO-2 on each.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
@@ -105,15 +123,17 @@ class DeepSpeedEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self, scale: float) -> Tensor:
-        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks, and infinite if it is not finite."""
+        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks, and infinite
+        if it is not finite.
+        """
         if not self.shards:
             return gradient_norm(self.named, self.placement, self.mesh) / scale
         norm = self.zero.scaled_global_norm().to(self.parameters[0].device)
         return torch.where(norm < 0, torch.inf, norm / scale)  # DeepSpeed's -1
 
     def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
-        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and clear them; returns the
-        learning rate used.
+        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and
+        clear them; returns the learning rate used.
         """
         rate = learning_rate(self.config, step, steps)
         for parameters in self.zero.param_groups:
@@ -141,21 +161,27 @@ class DeepSpeedEngine:
             self.engine.zero_grad()
 
     def state(self, tensors: dict[str, Tensor], everywhere: bool = False) -> dict[str, Tensor]:
-        """A checkpoint's tensors, with the masters and moments that DeepSpeed keeps: each on one of the ranks that share a batch, or
-        everywhere. All ranks call it.
+        """A checkpoint's tensors, with the masters and moments that DeepSpeed keeps: each on one of
+        the ranks that share a batch, or everywhere. All ranks call it.
         """
         if not self.shards:
             return tensors
         tensors = dict(tensors)
         for (name, p), owner in self._owned():
-            found = {f"{key or 'model'}.{name}": p.get_full_hp_param(key) for key in (None, *MOMENTS)}
+            found = {
+                f"{key or 'model'}.{name}": p.get_full_hp_param(key) for key in (None, *MOMENTS)
+            }
             like = tensors.pop(f"model.{name}")
             if everywhere or owner == dist.get_rank(self.data):
-                tensors |= {key: _like(like, value) for key, value in found.items()} | {f"step.{name}": self._step().clone()}
+                tensors |= {key: _like(like, value) for key, value in found.items()} | {
+                    f"step.{name}": self._step().clone()
+                }
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Give DeepSpeed what a checkpoint was loaded into, the tensors of `state`. All ranks call it."""
+        """Give DeepSpeed what a checkpoint was loaded into, the tensors of `state`. All ranks call
+        it.
+        """
         if not self.shards:
             return
         for (name, p), owner in self._owned():
@@ -174,11 +200,16 @@ class DeepSpeedEngine:
 
     def _owned(self) -> Any:
         """((name, parameter), number of the rank of `data` that keeps it for a checkpoint)."""
-        return zip(self.named.items(), owners([p.numel() for p in self.parameters], dist.get_world_size(self.data)), strict=True)
+        return zip(
+            self.named.items(),
+            owners([p.numel() for p in self.parameters], dist.get_world_size(self.data)),
+            strict=True,
+        )
 
     def _tell_what_is_split(self) -> None:
-        """Mark tensor-parallel pieces for DeepSpeed's norm, and complete the gradients of what is whole: it expects Megatron's layers,
-        which leave those equal on all ranks of the tensor axis.
+        """Mark tensor-parallel pieces for DeepSpeed's norm, and complete the gradients of what is
+        whole: it expects Megatron's layers, which leave those equal on all ranks of the tensor
+        axis.
         """
         self.accumulators = []  # autograd forgets a hooked one that nobody holds
         for name, p in self.named.items():
@@ -186,9 +217,12 @@ class DeepSpeedEngine:
             if tensor_size(self.mesh) > 1 and name not in self.placement:
                 assert self.mesh is not None
                 axis = self.mesh.get_group("tensor")
-                # A hook on the parameter would also see the gradients that a reversible block takes inside its backward.
+                # A hook on the parameter would also see the gradients that a reversible block takes
+                # inside its backward.
                 accumulator: Any = torch.autograd.graph.get_gradient_edge(p).node
-                accumulator.register_prehook(lambda gradients, axis=axis: (all_sum(gradients[0], axis),))
+                accumulator.register_prehook(
+                    lambda gradients, axis=axis: (all_sum(gradients[0], axis),)
+                )
                 self.accumulators.append(accumulator)
 
     def _step(self) -> Tensor:
@@ -204,7 +238,14 @@ def _like(whole: Tensor, piece: Tensor) -> Tensor:
     """A piece of a tensor, spread as `whole` is."""
     if not isinstance(whole, DTensor):
         return piece
-    return DTensor.from_local(piece, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor.from_local(
+        piece,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def _set(p: Tensor, value: Tensor, key: str | None = None) -> None:
@@ -236,13 +277,18 @@ def _json(settings: TrainConfig, dtype: torch.dtype, batches: int, bucket: int) 
 
 
 def _import(device: torch.device) -> ModuleType:
-    """DeepSpeed, told to keep quiet, to leave standard output alone and not to compile collectives for the CPU (a minute, a compiler)."""
+    """DeepSpeed, told to keep quiet, to leave standard output alone and not to compile collectives
+    for the CPU (a minute, a compiler).
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
         from deepspeed.runtime import torch_autocast
     except ImportError as error:
-        raise ValueError(f"train.engine is deepspeed, which cannot be imported ({error}): pip install 'memshard[deepspeed]'") from error
+        raise ValueError(
+            f"train.engine is deepspeed, which cannot be imported ({error}): pip install "
+            "'memshard[deepspeed]'"
+        ) from error
     for handler in deepspeed.logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
@@ -251,12 +297,16 @@ def _import(device: torch.device) -> ModuleType:
     warnings.filterwarnings("ignore", "`?torch.distributed.*deprecated", FutureWarning)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    torch_autocast._WARNED_NESTED_AUTOCAST = True  # it ends our autocast, which the model then begins again
+    torch_autocast._WARNED_NESTED_AUTOCAST = (
+        True  # it ends our autocast, which the model then begins again
+    )
     return deepspeed
 
 
 def _compute_in(dtype: torch.dtype, model: nn.Module, device: torch.device) -> None:
-    """Make a model whose parameters become 16-bit compute as under autocast: residual stream and norms in fp32."""
+    """Make a model whose parameters become 16-bit compute as under autocast: residual stream and
+    norms in fp32.
+    """
     for module in model.modules():
         if hasattr(module, "embedding_dim"):  # fairscale's piece of an embedding is no nn.Embedding
             module.register_forward_hook(lambda _, __, x: x.float())
@@ -275,7 +325,11 @@ def _mpu(mesh: DeviceMesh) -> SimpleNamespace:
     """The mesh as DeepSpeed asks for it (Megatron's names, old and new)."""
     data, tensor = group(mesh, DATA), mesh.get_group("tensor")
     found = {}
-    for name, ranks in (("data_parallel", data), ("model_parallel", tensor), ("tensor_model_parallel", tensor)):
+    for name, ranks in (
+        ("data_parallel", data),
+        ("model_parallel", tensor),
+        ("tensor_model_parallel", tensor),
+    ):
         found[f"get_{name}_group"] = lambda ranks=ranks: ranks
         found[f"get_{name}_rank"] = partial(dist.get_rank, ranks)
         found[f"get_{name}_world_size"] = partial(dist.get_world_size, ranks)

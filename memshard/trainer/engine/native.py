@@ -19,10 +19,12 @@ from memshard.trainer.optim.dense import build_adamw, learning_rate, make_states
 
 
 class NativeEngine:
-    """Wraps a model whose tables are hidden. The losses of all ranks and micro-batches must add up to the batch's loss.
+    """Wraps a model whose tables are hidden. The losses of all ranks and micro-batches must add up
+    to the batch's loss.
 
-    shard_states: each rank keeps AdamW's moments of some parameters only, updates those and sends them to the others: ZeRO stage 1
-    (Rajbhandari et al. 2020, section 5). Whole parameters, so the update is the same to the last bit and a checkpoint needs no gathering.
+    shard_states: each rank keeps AdamW's moments of some parameters only, updates those and sends
+    them to the others: ZeRO stage 1 (Rajbhandari et al. 2020, section 5). Whole parameters, so the
+    update is the same to the last bit and a checkpoint needs no gathering.
     """
 
     def __init__(
@@ -44,18 +46,27 @@ class NativeEngine:
         copies = dist.get_world_size(self.data) if self.data else 1
         if copies > 1:
             # Buffers are query statistics, which the ranks sum themselves.
-            self.model = DistributedDataParallel(model, process_group=self.data, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(
+                model,
+                process_group=self.data,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
             self.model.register_comm_hook(self.data, _sum_gradients)
             if shard_states:
                 self.owners = owners([p.numel() for p in self.parameters], copies)
                 own = dist.get_rank(self.data)
-                self.own = [p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == own]
+                self.own = [
+                    p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == own
+                ]
         self.shares_updates = copies > 1 and shard_states
         self.optimizer = build_adamw(self.own, config)
         make_states(self.optimizer, self.own)
 
     def forward_context(self, last: bool) -> Any:
-        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last one only."""
+        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last
+        one only.
+        """
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
@@ -65,13 +76,15 @@ class NativeEngine:
         (loss * scale).backward()
 
     def gradient_norm(self, scale: float) -> Tensor:
-        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks. To be called once a step, after its backwards."""
+        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks. To be called
+        once a step, after its backwards.
+        """
         complete_gradients(self.named, self.placement, self.mesh)
         return gradient_norm(self.named, self.placement, self.mesh) / scale
 
     def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
-        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and clear them; returns the
-        learning rate used.
+        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and
+        clear them; returns the learning rate used.
         """
         rate = learning_rate(self.config, step, steps)
         for parameters in self.optimizer.param_groups:
@@ -84,7 +97,10 @@ class NativeEngine:
         self.optimizer.step()
         if self.shares_updates:
             pairs = zip(self.parameters, self.owners, strict=True)
-            sent = [dist.broadcast(p.data, group=self.data, group_src=owner, async_op=True) for p, owner in pairs]
+            sent = [
+                dist.broadcast(p.data, group=self.data, group_src=owner, async_op=True)
+                for p, owner in pairs
+            ]
             for work in sent:
                 assert work is not None
                 work.wait()
@@ -101,13 +117,17 @@ class NativeEngine:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what a checkpoint was loaded into, the tensors of `state`: nothing is left to do."""
+        """Take over what a checkpoint was loaded into, the tensors of `state`: nothing is left to
+        do.
+        """
 
     def write_settings(self, folder: Path) -> None:
         """Nothing: the recipe says it all."""
 
 
-def _sum_gradients(data: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(
+    data: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
     """DDP's hook for adding gradients up; its default averages them."""
     work = dist.all_reduce(bucket.buffer(), group=data, async_op=True)
     assert work is not None

@@ -6,7 +6,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ["#1f5fa8", "#d1661c", "#2a8f5b", "#8a4fa3", "#b3273e", "#6b6b6b", "#17999e", "#b59a1d", "#d36fa8", "#4b3f35"]
+COLORS = [
+    "#1f5fa8",
+    "#d1661c",
+    "#2a8f5b",
+    "#8a4fa3",
+    "#b3273e",
+    "#6b6b6b",
+    "#17999e",
+    "#b59a1d",
+    "#d36fa8",
+    "#4b3f35",
+]
 INK, GRID = "#2b2b2b", "#e3e3e3"
 
 

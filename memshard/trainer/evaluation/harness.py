@@ -25,9 +25,22 @@ class HarnessModel(TemplateLM):
     length: most tokens that the model sees at once; longer inputs lose their beginning.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, length: int, batch: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        length: int,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.model, self.encoder, self.length, self.batch, self.dtype = model, tokenizer, length, batch, dtype
+        self.model, self.encoder, self.length, self.batch, self.dtype = (
+            model,
+            tokenizer,
+            length,
+            batch,
+            dtype,
+        )
         self._device = model.embedding.weight.device
 
     @property
@@ -35,7 +48,9 @@ class HarnessModel(TemplateLM):
         """A document begins after it, so it is the context of an empty context, too."""
         return self.encoder.eos_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Token ids."""
         return self.encoder.encode(string)
 
@@ -44,7 +59,9 @@ class HarnessModel(TemplateLM):
         pieces, owner = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(tokens, self.eot_token_id, max_seq_len=self.length, context_len=1)
+            windows = get_rolling_token_windows(
+                tokens, self.eot_token_id, max_seq_len=self.length, context_len=1
+            )
             for context, predicted in map(make_disjoint_window, windows):
                 pieces.append((("", ""), context, predicted))
                 owner.append(number)
@@ -56,34 +73,66 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, up to the first of the `until` strings."""
         texts = [""] * len(requests)
-        for numbers in self._batches(requests, lambda request: (str(request.args[1]), len(request.args[0]))):
+        for numbers in self._batches(
+            requests, lambda request: (str(request.args[1]), len(request.args[0]))
+        ):
             settings = requests[numbers[0]].args[1]
             until = settings.get("until") or []
             until = [until] if isinstance(until, str) else until
             limit = min(settings.get("max_gen_toks", _MAX_NEW_TOKENS), self.length - 1)
             heat = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-            prompts = [self.tok_encode(requests[number].args[0]) or [self.eot_token_id] for number in numbers]
-            prompt, real = left_padded([tokens[-(self.length - limit) :] for tokens in prompts], self.eot_token_id)
+            prompts = [
+                self.tok_encode(requests[number].args[0]) or [self.eot_token_id]
+                for number in numbers
+            ]
+            prompt, real = left_padded(
+                [tokens[-(self.length - limit) :] for tokens in prompts], self.eot_token_id
+            )
             with autocast(self.dtype, self._device):
-                new = generate(self.model, prompt, limit, real=real, temperature=heat, topp=settings.get("top_p"), stop=self.eot_token_id)
+                new = generate(
+                    self.model,
+                    prompt,
+                    limit,
+                    real=real,
+                    temperature=heat,
+                    topp=settings.get("top_p"),
+                    stop=self.eot_token_id,
+                )
             for number, row in zip(numbers, new.tolist(), strict=True):
-                text = self.encoder.decode(row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row)
-                texts[number] = text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
+                text = self.encoder.decode(
+                    row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row
+                )
+                texts[number] = text[
+                    : min(
+                        (text.find(stop) for stop in until if stop and stop in text),
+                        default=len(text),
+                    )
+                ]
         return texts
 
     @torch.no_grad()
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for numbers in self._batches(requests, lambda request: (0, len(request[1]) + len(request[2]))):
+        for numbers in self._batches(
+            requests, lambda request: (0, len(request[1]) + len(request[2]))
+        ):
             rows = [(requests[n][1] + requests[n][2])[-(self.length + 1) :] for n in numbers]
             width = max(map(len, rows)) - 1
             # Padding at the end changes nothing for what stands before it.
-            inputs = torch.tensor([row[:-1] + [self.eot_token_id] * (width - len(row) + 1) for row in rows], device=self._device)
+            inputs = torch.tensor(
+                [row[:-1] + [self.eot_token_id] * (width - len(row) + 1) for row in rows],
+                device=self._device,
+            )
             with autocast(self.dtype, self._device):
                 logits = self.model(inputs)[0]
             for n, row, scores in zip(numbers, rows, logits, strict=True):
                 count = min(len(requests[n][2]), len(row) - 1)
-                found[n] = _score(scores[len(row) - 1 - count : len(row) - 1], torch.tensor(row[-count:], device=self._device))
+                found[n] = _score(
+                    scores[len(row) - 1 - count : len(row) - 1],
+                    torch.tensor(row[-count:], device=self._device),
+                )
         return found
 
     def _batches(self, requests: list[Any], key: Any) -> Iterator[list[int]]:
@@ -103,12 +152,29 @@ def _score(logits: Tensor, tokens: Tensor) -> tuple[float, bool]:
     return float(total), bool((logits.argmax(-1) == tokens).all())
 
 
-def run_tasks(model: HarnessModel, tasks: list[str], folder: str | Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Results of the harness's tasks, by task. folder: of task files of one's own. ValueError for tasks that do not exist."""
+def run_tasks(
+    model: HarnessModel,
+    tasks: list[str],
+    folder: str | Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Results of the harness's tasks, by task. folder: of task files of one's own. ValueError for
+    tasks that do not exist.
+    """
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}; --task-dir names a folder of task files")
-    results = simple_evaluate(model=model, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
+        raise ValueError(
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; --task-dir names a folder "
+            "of task files"
+        )
+    results = simple_evaluate(
+        model=model,
+        tasks=tasks,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
     assert results is not None
     found: dict[str, Any] = results["results"]
     return found

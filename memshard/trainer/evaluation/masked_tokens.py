@@ -21,7 +21,8 @@ def masked_accuracy(
     rank: int = 0,
     ranks: int = 1,
 ) -> float:
-    """Share of the held-out tokens to be found whose best guess is right; the draws are those of the held-out loss.
+    """Share of the held-out tokens to be found whose best guess is right; the draws are those of
+    the held-out loss.
 
     Arguments as of `evaluate`; the model is in evaluation mode.
     """

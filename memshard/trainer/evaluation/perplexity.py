@@ -20,9 +20,9 @@ from memshard.trainer.tasks.build import Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token, over `tokens` predicted tokens; positions: [length, 2] fp64, the sum of losses and the number of tokens
-    at each position of a window, or of the whole text where it was read as one; usage: of every table, by name; counters: of this
-    rank's rows.
+    """loss: nats per token, over `tokens` predicted tokens; positions: [length, 2] fp64, the sum of
+    losses and the number of tokens at each position of a window, or of the whole text where it
+    was read as one; usage: of every table, by name; counters: of this rank's rows.
     """
 
     loss: float
@@ -37,19 +37,29 @@ class Evaluation:
         return math.exp(self.loss)
 
     def by_position(self) -> list[dict[str, float]]:
-        """Loss by how many tokens of the window, or of the text, stand before the input: 0, 1, 2 to 3, 4 to 7, and so on."""
+        """Loss by how many tokens of the window, or of the text, stand before the input: 0, 1, 2 to
+        3, 4 to 7, and so on.
+        """
         buckets, first = [], 0
         while first < len(self.positions):
             last = min(max(2 * first, 1), len(self.positions))
             total, tokens = self.positions[first:last].sum(0).tolist()
             if tokens:
-                buckets.append({"first": first, "last": last - 1, "tokens": int(tokens), "loss": total / tokens})
+                buckets.append(
+                    {
+                        "first": first,
+                        "last": last - 1,
+                        "tokens": int(tokens),
+                        "loss": total / tokens,
+                    }
+                )
             first = last
         return buckets
 
     def word_perplexity(self, words: int) -> float:
-        """Perplexity per word: exp of the tokens' total loss over the words of the same text (split at white space), <eos> and white
-        space included in the loss and not in the words. Comparable between tokenizers.
+        """Perplexity per word: exp of the tokens' total loss over the words of the same text (split
+        at white space), <eos> and white space included in the loss and not in the words.
+        Comparable between tokenizers.
         """
         return math.exp(self.loss * self.tokens / words)
 
@@ -69,10 +79,12 @@ def evaluate(
     ranks: int = 1,
     carry: bool = False,
 ) -> Evaluation:
-    """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the same arguments.
+    """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the
+    same arguments.
 
-    rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same share, and each its loss. carry: read
-    the windows as one text, one after the other, each with the states that the one before left (rows and ranks are 1); see `check_states`.
+    rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same
+    share, and each its loss. carry: read the windows as one text, one after the other, each with
+    the states that the one before left (rows and ranks are 1); see `check_states`.
     """
     training = model.training
     model.eval()
@@ -81,7 +93,8 @@ def evaluate(
     try:
         positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
         with observed_usage(model) as counters:
-            # Every rank does as many passes, the last ones perhaps on filler: reads of a sharded table need all ranks.
+            # Every rank does as many passes, the last ones perhaps on filler: reads of a sharded
+            # table need all ranks.
             for first in range(0, held_out.windows, rows * ranks):
                 batch = held_out.batch(first + rank * rows, rows)
                 counts = task.counted(batch)
@@ -92,10 +105,20 @@ def evaluate(
                     carried.commit()
                 counts = counts.to(task.device)
                 found = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
-                positions = torch.cat((positions, found)) if carry or not len(positions) else positions + found
+                positions = (
+                    torch.cat((positions, found))
+                    if carry or not len(positions)
+                    else positions + found
+                )
     finally:
         model.train(training)
     same = dist.get_world_size() // ranks if dist.is_initialized() else 1
     positions = all_sum(positions).cpu() / same
     tokens = round(float(positions[:, 1].sum()))
-    return Evaluation(float(positions[:, 0].sum()) / max(tokens, 1), tokens, positions, usage_reports(counters), counters)
+    return Evaluation(
+        float(positions[:, 0].sum()) / max(tokens, 1),
+        tokens,
+        positions,
+        usage_reports(counters),
+        counters,
+    )

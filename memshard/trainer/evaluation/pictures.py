@@ -1,4 +1,6 @@
-"""Pictures of a run: its loss curve, and which slots of a table are read. Needs matplotlib (extra `eval`)."""
+"""Pictures of a run: its loss curve, and which slots of a table are read. Needs matplotlib (extra
+`eval`).
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +22,9 @@ _MAX_PIXELS = 1024
 def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> None:
     """Training and held-out loss (nats a token) against steps.
 
-    metrics_files: label -> metrics.jsonl, one JSON object a line with "step", "train/loss" and now and then "eval/loss".
-    Training is a thin line, held-out a strong one with dots. ValueError if there is nothing to draw, or no matplotlib.
+    metrics_files: label -> metrics.jsonl, one JSON object a line with "step", "train/loss" and now
+    and then "eval/loss". Training is a thin line, held-out a strong one with dots. ValueError if
+    there is nothing to draw, or no matplotlib.
     """
     if not metrics_files:
         raise ValueError("no metrics files were given: pass at least one label and metrics.jsonl")
@@ -37,7 +40,14 @@ def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> 
             axes.plot(*train.T, color=color, linewidth=1.2, alpha=alpha, label=f"{prefix}training")
         if len(held_out):
             last = held_out[-1, 1]
-            axes.plot(*held_out.T, color=color, linewidth=2, marker="o", markersize=4, label=f"{prefix}held-out ({last:.3f})")
+            axes.plot(
+                *held_out.T,
+                color=color,
+                linewidth=2,
+                marker="o",
+                markersize=4,
+                label=f"{prefix}held-out ({last:.3f})",
+            )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(left=0)
@@ -49,14 +59,17 @@ def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> 
 def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str = "") -> None:
     """How often each slot is read, as a keys x keys image, and how unevenly, as a curve.
 
-    counts: [keys^2] reads (or summed weights) in slot order, slot = i1 * keys + i2. Rows of the image are first
-    sub-keys, columns second ones; colour is logarithmic; unread slots are white. Above 1024 keys a pixel
-    is the mean of a square of slots, and unread if all of them are. title: put before the usage. ValueError if the counts do
-    not fit, or no matplotlib.
+    counts: [keys^2] reads (or summed weights) in slot order, slot = i1 * keys + i2. Rows of the
+    image are first sub-keys, columns second ones; colour is logarithmic; unread slots are white.
+    Above 1024 keys a pixel is the mean of a square of slots, and unread if all of them are. title:
+    put before the usage. ValueError if the counts do not fit, or no matplotlib.
     """
     reads = np.asarray(counts, dtype=np.float64)
     if reads.shape != (keys * keys,):
-        raise ValueError(f"counts have shape {list(reads.shape)}; expected one number for each of {keys} x {keys} = {keys * keys:,} slots")
+        raise ValueError(
+            f"counts have shape {list(reads.shape)}; expected one number for each of {keys} x "
+            f"{keys} = {keys * keys:,} slots"
+        )
     if not np.isfinite(reads).all() or reads.min() < 0:
         raise ValueError("counts must be finite and not negative")
     figure = canvas(10, 4.6)
@@ -83,12 +96,22 @@ def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str 
     left.tick_params(colors=INK)
     left.locator_params(integer=True)
     bar = figure.colorbar(shown, ax=left, fraction=0.046, pad=0.03)
-    bar.set_label("reads of a slot" if block == 1 else f"reads of a slot, mean of {block} x {block}")
+    bar.set_label(
+        "reads of a slot" if block == 1 else f"reads of a slot, mean of {block} x {block}"
+    )
     bar.outline.set_visible(False)
     usage = float((reads > 0).mean())
     unread = Patch(facecolor=_UNREAD, edgecolor=INK, linewidth=0.8, label="never read")
-    left.legend(handles=[unread], loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, borderaxespad=0)
-    left.set_title(f"{title + ': ' if title else ''}{usage:.1%} of {keys * keys:,} slots are read", fontsize=11)
+    left.legend(
+        handles=[unread],
+        loc="upper left",
+        bbox_to_anchor=(0, -0.13),
+        frameon=False,
+        borderaxespad=0,
+    )
+    left.set_title(
+        f"{title + ': ' if title else ''}{usage:.1%} of {keys * keys:,} slots are read", fontsize=11
+    )
     _share_curve(right, reads)
     figure.savefig(out_png)
 
@@ -97,7 +120,14 @@ def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
     """Share of all reads that the most read slots take."""
     clean(axes)
     total = reads.sum()
-    axes.plot([0, 100], [0, 100], color="#9a9a9a", linewidth=1, linestyle=(0, (4, 3)), label="all slots alike")
+    axes.plot(
+        [0, 100],
+        [0, 100],
+        color="#9a9a9a",
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label="all slots alike",
+    )
     if total > 0:
         share = np.concatenate([[0], np.cumsum(np.sort(reads)[::-1]) / total * 100])
         slots = np.linspace(0, 100, len(share))
@@ -108,7 +138,9 @@ def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
         digits = 1 if half >= 0.1 else 2
         text = f"{half:.{digits}f}% of the slots\ntake half the reads"
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axes.annotate(text, (half, 50), xytext=(10, -8), textcoords="offset points", va="top", bbox=paper)
+        axes.annotate(
+            text, (half, 50), xytext=(10, -8), textcoords="offset points", va="top", bbox=paper
+        )
     axes.set_xlabel("slots, most read first (%)")
     axes.set_ylabel("share of all reads (%)")
     axes.set_xlim(0, 100)
@@ -129,16 +161,23 @@ def _read_losses(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.fl
     """(step, loss) rows of training and of evaluation."""
     lines = read_metrics(path)
     train, held_out = (
-        np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None], dtype=np.float64).reshape(-1, 2)
+        np.array(
+            [(line["step"], line[key]) for line in lines if line.get(key) is not None],
+            dtype=np.float64,
+        ).reshape(-1, 2)
         for key in ("train/loss", "eval/loss")
     )
     if not len(train) and not len(held_out):
-        raise ValueError(f"{path} has no train/loss or eval/loss: train for at least train.log_every steps")
+        raise ValueError(
+            f"{path} has no train/loss or eval/loss: train for at least train.log_every steps"
+        )
     return train, held_out
 
 
 def _span(curves: Any) -> tuple[float | None, float | None]:
-    """Limits of the loss axis: the first steps of a run, which are far above all others, may leave the picture."""
+    """Limits of the loss axis: the first steps of a run, which are far above all others, may leave
+    the picture.
+    """
     losses = np.concatenate([np.concatenate(pair)[:, 1] for pair in curves])
     losses = losses[np.isfinite(losses)]
     if len(losses) < 10:

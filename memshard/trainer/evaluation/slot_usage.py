@@ -27,7 +27,9 @@ def observed_usage(model: nn.Module) -> Iterator[dict[str, UsageCounter]]:
 
 
 def usage_reports(counters: dict[str, UsageCounter]) -> dict[str, UsageReport]:
-    """Reports over the rows of all ranks, and over all ranks' reads. Every rank must call it, once."""
+    """Reports over the rows of all ranks, and over all ranks' reads. Every rank must call it,
+    once.
+    """
     return {name: _report(counter) for name, counter in counters.items()}
 
 
@@ -42,11 +44,14 @@ def _report(counter: UsageCounter) -> UsageReport:
     if table.observers > 1:
         # Every rank has seen all reads.
         return counter.report()
-    return counter.report(lambda parts: all_sum(parts, table.group), lambda rows: all_rows(rows, table.group))
+    return counter.report(
+        lambda parts: all_sum(parts, table.group), lambda rows: all_rows(rows, table.group)
+    )
 
 
 def memory_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:
-    """Usage and KL of every value table of any model over some batches, without gradients and in evaluation mode.
+    """Usage and KL of every value table of any model over some batches, without gradients and in
+    evaluation mode.
 
     batches: what the model takes: tensors, or mappings of keyword arguments.
     """

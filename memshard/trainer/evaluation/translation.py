@@ -26,10 +26,14 @@ def translate(
 ) -> list[str]:
     """The best translation found of each text, in their order.
 
-    beam, length_penalty: of `beam_search`. batch: texts at a time, of about the same length. A translation has at most twice as many
-    tokens as the longest text beside it, and ten. ValueError for an empty text, or one too long for the model's positions.
+    beam, length_penalty: of `beam_search`. batch: texts at a time, of about the same length. A
+    translation has at most twice as many tokens as the longest text beside it, and ten. ValueError
+    for an empty text, or one too long for the model's positions.
     """
-    sources = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch([text.strip() for text in texts], threads=1)]
+    sources = [
+        [*ids, tokenizer.eos_id]
+        for ids in tokenizer.encode_batch([text.strip() for text in texts], threads=1)
+    ]
     if empty := next((number for number, ids in enumerate(sources, 1) if len(ids) == 1), None):
         raise ValueError(f"text {empty} of {len(texts)} is empty: there is nothing to translate")
     device = model.embedding.weight.device
@@ -42,7 +46,12 @@ def translate(
         most = min(2 * longest + 10, limit or 2 * longest + 10)
         with autocast(dtype, device):
             found = beam_search(
-                model, *padded([sources[number] for number in numbers], tokenizer.eos_id), most, tokenizer.eos_id, beam, length_penalty
+                model,
+                *padded([sources[number] for number in numbers], tokenizer.eos_id),
+                most,
+                tokenizer.eos_id,
+                beam,
+                length_penalty,
             )
         for number, hypothesis in zip(numbers, found, strict=True):
             translations[number] = tokenizer.decode(hypothesis.tokens)
@@ -50,8 +59,8 @@ def translate(
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, float, str]:
-    """Corpus BLEU of detokenised text with one reference each, half the width of its 95 % interval (1,000 draws of the sentences), and
-    sacrebleu's signature of how it was computed (Post 2018).
+    """Corpus BLEU of detokenised text with one reference each, half the width of its 95 % interval
+    (1,000 draws of the sentences), and sacrebleu's signature of how it was computed (Post 2018).
 
     ValueError if the numbers differ, or without sacrebleu.
     """
@@ -60,7 +69,10 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
     except ModuleNotFoundError as error:
         raise ValueError("BLEU needs sacrebleu: pip install 'memshard[eval]'") from error
     if len(translations) != len(references):
-        raise ValueError(f"{len(translations)} texts and {len(references)} references: give files with as many lines")
+        raise ValueError(
+            f"{len(translations)} texts and {len(references)} references: give files with as many "
+            "lines"
+        )
     metric = BLEU()
     found = metric.corpus_score(list(translations), [list(references)], n_bootstrap=1000)
     return float(found.score), float(found._ci), str(metric.get_signature())
@@ -72,6 +84,8 @@ def held_out_texts(held_out: HeldOutRecords, tokenizer: Tokenizer) -> tuple[list
     for first in range(0, held_out.windows, _ROWS):
         batch = held_out.batch(first, min(_ROWS, held_out.windows - first))
         source, real, _, targets = split_pairs(batch, tokenizer.eos_id)
-        sources += [tokenizer.decode(row[keep].tolist()) for row, keep in zip(source, real, strict=True)]
+        sources += [
+            tokenizer.decode(row[keep].tolist()) for row, keep in zip(source, real, strict=True)
+        ]
         references += [tokenizer.decode(row[row >= 0].tolist()) for row in targets]
     return sources, references

@@ -19,7 +19,9 @@ from memshard.trainer.run_folder import CONFIG_FILE
 
 
 def bring_back(source: Path, out: Path) -> int:
-    """Write the checkpoint, a folder that must be new; returns its step. Moments and their step counts, which an export has not, are 0."""
+    """Write the checkpoint, a folder that must be new; returns its step. Moments and their step
+    counts, which an export has not, are 0.
+    """
     loaded = load(source)
     model = loaded.model
     tensors = model_tensors(model, {}, None)
@@ -37,7 +39,11 @@ def bring_back(source: Path, out: Path) -> int:
     for table in tables.values():
         dtype = next(name for name, kind in DTYPES.items() if kind == table.weight.dtype)
         recipe = replace(recipe, tables=replace(recipe.tables, dtype=cast(Any, dtype)))
-    state = {"progress": {"step": loaded.step}, "table_steps": dict.fromkeys(tables, 0), "stream": None}
+    state = {
+        "progress": {"step": loaded.step},
+        "table_steps": dict.fromkeys(tables, 0),
+        "stream": None,
+    }
     with TemporaryDirectory() as folder:
         config = Path(folder) / CONFIG_FILE
         config.write_text(dump(recipe))

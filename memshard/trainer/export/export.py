@@ -18,7 +18,13 @@ from memshard.models.memory.table import find_tables
 from memshard.models.random import fold
 from memshard.models.seq2seq import build_model
 from memshard.trainer.checkpoint.load_model import LoadedModel, load, open_model
-from memshard.trainer.checkpoint.open_checkpoint import CONFIG_JSON, PREFIX, SCALE, WEIGHTS, StoredModel
+from memshard.trainer.checkpoint.open_checkpoint import (
+    CONFIG_JSON,
+    PREFIX,
+    SCALE,
+    WEIGHTS,
+    StoredModel,
+)
 from memshard.trainer.config.load import dump, to_dict
 from memshard.trainer.export.huggingface import write_code
 from memshard.trainer.export.safetensors import Entry, write_safetensors
@@ -31,7 +37,9 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """bytes: of the file of weights. difference: largest of a logit to the checkpoint's, which half precision and int8 cause."""
+    """bytes: of the file of weights. difference: largest of a logit to the checkpoint's, which half
+    precision and int8 cause.
+    """
 
     path: Path
     step: int
@@ -39,23 +47,35 @@ class Exported:
     difference: float
 
 
-def export(source: str | Path, out: str | Path, dtype: str = "fp32", tables: str | None = None, huggingface: bool = False) -> Exported:
+def export(
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "fp32",
+    tables: str | None = None,
+    huggingface: bool = False,
+) -> Exported:
     """Write a model as safetensors, configuration and tokenizer into a new folder.
 
-    source: run folder, checkpoint or export. dtype: fp32, fp16 or bf16; tables: the same or int8 (a scale a row), by default as
-    dtype. huggingface: add the code with which transformers loads it. Tables are in slot order, i1 * keys + i2. The export
-    is compared with its source, both read through memory maps, before it gets its name. ValueError if `out` is taken or the two
-    disagree.
+    source: run folder, checkpoint or export. dtype: fp32, fp16 or bf16; tables: the same or int8 (a
+    scale a row), by default as dtype. huggingface: add the code with which transformers loads it.
+    Tables are in slot order, i1 * keys + i2. The export is compared with its source, both read
+    through memory maps, before it gets its name. ValueError if `out` is taken or the two disagree.
     """
     tables = tables or dtype
     if dtype not in DTYPES or tables not in (*DTYPES, _INT8):
-        raise ValueError(f"dtype is {dtype!r} and tables {tables!r}: choose among {', '.join(DTYPES)}, and {_INT8} for tables")
+        raise ValueError(
+            f"dtype is {dtype!r} and tables {tables!r}: choose among {', '.join(DTYPES)}, and "
+            f"{_INT8} for tables"
+        )
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: give the name of a new folder")
     stored = open_model(source)
     if huggingface and stored.recipe.model.encoder_layers:
-        raise ValueError("--huggingface is for language models, and this one has an encoder (model.encoder_layers): leave it out")
+        raise ValueError(
+            "--huggingface is for language models, and this one has an encoder "
+            "(model.encoder_layers): leave it out"
+        )
     temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -85,11 +105,21 @@ def _entries(stored: StoredModel, dtype: str, tables: str) -> Iterator[Entry]:
         blocks = _in_slot_order(stored, name, keys, table.dim)
         if tables == _INT8:
             scales: list[Tensor] = []
-            yield Entry(f"{PREFIX}{name}.weight", torch.int8, (table.slots, table.dim), _quantised(blocks, scales))
+            yield Entry(
+                f"{PREFIX}{name}.weight",
+                torch.int8,
+                (table.slots, table.dim),
+                _quantised(blocks, scales),
+            )
             yield Entry(f"{PREFIX}{name}.{SCALE}", torch.float32, (table.slots,), scales)
         else:
             narrow = DTYPES[tables]
-            yield Entry(f"{PREFIX}{name}.weight", narrow, (table.slots, table.dim), (block.to(narrow) for block in blocks))
+            yield Entry(
+                f"{PREFIX}{name}.weight",
+                narrow,
+                (table.slots, table.dim),
+                (block.to(narrow) for block in blocks),
+            )
 
 
 def _dense(read: Any, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -112,10 +142,14 @@ def _quantised(blocks: Iterator[Tensor], scales: list[Tensor]) -> Iterator[Tenso
 
 
 def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as int8 times a scale: [n, dim] and [n] fp32, the largest value of a row being 127 scales."""
+    """Rows as int8 times a scale: [n, dim] and [n] fp32, the largest value of a row being 127
+    scales.
+    """
     values = values.float()
     scale = values.abs().amax(1) / 127
-    return (values / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scale
+    return (values / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(
+        torch.int8
+    ), scale
 
 
 def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[str, Any]:
@@ -134,17 +168,24 @@ def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[s
 
 
 def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> float:
-    """The export must give the logits of its source rounded in the same way; returns the distance to the source as it is."""
+    """The export must give the logits of its source rounded in the same way; returns the distance
+    to the source as it is.
+    """
     source, exported = load(stored.folder, memmap=True), load(folder, memmap=True)
     length = min(64, stored.recipe.model.max_length or 64)
-    tokens = torch.randint(stored.recipe.model.vocab_size or 1, (2, length), generator=torch.Generator().manual_seed(fold(stored.step)))
+    tokens = torch.randint(
+        stored.recipe.model.vocab_size or 1,
+        (2, length),
+        generator=torch.Generator().manual_seed(fold(stored.step)),
+    )
     before, after = _logits(source, tokens), _logits(exported, tokens)
     _round(source, stored, dtype, tables)
     rounded = _logits(source, tokens)
     wrong = float((after - rounded).abs().max())
     if not wrong <= _TOLERANCE * float(rounded.abs().max()):
         raise ValueError(
-            f"{folder} disagrees with {stored.folder} by {wrong:.3g} in a logit: this is a fault of the export, please report it"
+            f"{folder} disagrees with {stored.folder} by {wrong:.3g} in a logit: this is a fault "
+            "of the export, please report it"
         )
     return float((after - before).abs().max())
 

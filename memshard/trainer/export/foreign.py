@@ -1,9 +1,11 @@
 """Product-key memories trained elsewhere, brought into our layout.
 
-Three families of names and orders, all with slot = i1 * keys + i2 (specification of each in its code):
-    XLM    `keys` [heads, 2, n, half], `query_proj.query_mlps.0.0`, batch norm in `query_proj.query_mlps.0.1`, `values.weight`
-    Meta   `keys` [2 heads n, half] in the same order; gated by `swilu_projection` and `value_proj`
-    lucid  `keys` [heads, n, 2, half], `to_queries` [2 heads half, dim] by half and then head, `norm` over each half
+Three families of names and orders, all with slot = i1 * keys + i2 (specification of each in its
+code):
+    XLM    `keys` [heads, 2, n, half], `query_proj.query_mlps.0.0`, batch norm in
+    `query_proj.query_mlps.0.1`, `values.weight` Meta   `keys` [2 heads n, half] in the same order;
+    gated by `swilu_projection` and `value_proj` lucid  `keys` [heads, n, 2, half], `to_queries` [2
+    heads half, dim] by half and then head, `norm` over each half
 """
 
 import json
@@ -48,27 +50,39 @@ class Imported:
 
 
 def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
-    """Write every memory of a safetensors file into a folder of its own under `out`, named by its place in the foreign model.
+    """Write every memory of a safetensors file into a folder of its own under `out`, named by its
+    place in the foreign model.
 
-    topk: slots read per head, which weights do not tell. Values are read through a memory map and written by blocks. ValueError, with
-    the reason, for what is no such memory or has parts that ours lacks.
+    topk: slots read per head, which weights do not tell. Values are read through a memory map and
+    written by blocks. ValueError, with the reason, for what is no such memory or has parts that
+    ours lacks.
     """
     if source.suffix != ".safetensors":
         raise ValueError(
-            f"{source} is no safetensors file, and nothing pickled is loaded here: convert it where you trust it, with "
-            'safetensors.torch.save_file(torch.load(file, weights_only=True)["model"], "memory.safetensors")'
+            f"{source} is no safetensors file, and nothing pickled is loaded here: convert it "
+            "where you trust it, with "
+            'safetensors.torch.save_file(torch.load(file, weights_only=True)["model"], '
+            '"memory.safetensors")'
         )
     try:
         with safe_open(source, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
-    places = sorted({name.removesuffix("keys") for name in tensors if re.fullmatch(r"(.*\.)?keys", name)})
+    places = sorted(
+        {name.removesuffix("keys") for name in tensors if re.fullmatch(r"(.*\.)?keys", name)}
+    )
     if not places:
-        raise ValueError(f"{source} holds no memory: expected tensors <name>.keys and <name>.{_VALUES}")
+        raise ValueError(
+            f"{source} holds no memory: expected tensors <name>.keys and <name>.{_VALUES}"
+        )
     found = []
     for place in places:
-        own = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+        own = {
+            name.removeprefix(place): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(place)
+        }
         if _VALUES not in own:
             # Memories that share values keep them in one of the layers.
             shared = [f"{other}{_VALUES}" for other in places if f"{other}{_VALUES}" in tensors]
@@ -84,7 +98,9 @@ def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
 
 
 def load_memory(path: str | Path) -> ProductKeyMemory:
-    """The memory in a folder that `memshard import` wrote, in evaluation mode, its values an ordinary parameter."""
+    """The memory in a folder that `memshard import` wrote, in evaluation mode, its values an
+    ordinary parameter.
+    """
     folder = Path(path)
     try:
         settings = json.loads((folder / MEMORY_JSON).read_text())
@@ -94,15 +110,22 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
         with safe_open(folder / _WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no imported memory ({type(error).__name__}: {error}): run memshard import again") from error
+        raise ValueError(
+            f"{folder} holds no imported memory ({type(error).__name__}: {error}): run memshard "
+            "import again"
+        ) from error
     for layer in (memory.gate, memory.output):
-        if layer is not None and any(name.endswith(".bias") and name.startswith(("gate", "output")) for name in tensors):
+        if layer is not None and any(
+            name.endswith(".bias") and name.startswith(("gate", "output")) for name in tensors
+        ):
             layer.bias = nn.Parameter(torch.empty(layer.out_features, device="meta"))
     memory.load_state_dict(tensors, assign=True)
     return memory.requires_grad_().eval()
 
 
-def _convert(what: str, tensors: dict[str, Tensor], topk: int) -> tuple[str, dict[str, Any], list[Entry]]:
+def _convert(
+    what: str, tensors: dict[str, Tensor], topk: int
+) -> tuple[str, dict[str, Any], list[Entry]]:
     for name, part in _UNKNOWN.items():
         if name in tensors:
             raise ValueError(f"{what} has {part} ({name}), which ours lacks")
@@ -111,16 +134,29 @@ def _convert(what: str, tensors: dict[str, Tensor], topk: int) -> tuple[str, dic
     values, foreign_keys = tensors[_VALUES], tensors["keys"]
     n, half = math.isqrt(len(values)), foreign_keys.shape[-1]
     if n * n != len(values):
-        raise ValueError(f"{what} has {len(values):,} values, which is no square: its indices wrapped around, or its keys are flat")
+        raise ValueError(
+            f"{what} has {len(values):,} values, which is no square: its indices wrapped around, "
+            "or its keys are flat"
+        )
     lucid = "to_queries.weight" in tensors
-    query = tensors.get("to_queries.weight" if lucid else "query_proj.query_mlps.0.0.weight", tensors.get("query_proj.0.weight"))
+    query = tensors.get(
+        "to_queries.weight" if lucid else "query_proj.query_mlps.0.0.weight",
+        tensors.get("query_proj.0.weight"),
+    )
     if query is None or query.shape[0] % (2 * half):
-        raise ValueError(f"{what} has no query network that fits its keys: expected one linear map to heads x {2 * half}")
+        raise ValueError(
+            f"{what} has no query network that fits its keys: expected one linear map to heads x "
+            f"{2 * half}"
+        )
     heads, dim = query.shape[0] // (2 * half), query.shape[1]
     gate = "swilu_projection.weight" in tensors
     family = "lucid" if lucid else "meta" if gate or foreign_keys.ndim == 2 else "xlm"
     sub_keys = _sub_keys(what, foreign_keys, lucid, heads, n, half)
-    dense = {"sub_keys.weight": sub_keys, "query.weight": query, "query.bias": query.new_zeros(len(query))}
+    dense = {
+        "sub_keys.weight": sub_keys,
+        "query.weight": query,
+        "query.bias": query.new_zeros(len(query)),
+    }
     norm = "none"
     if lucid:
         dense["query.weight"] = query.view(2, heads, half, dim).transpose(0, 1).reshape(-1, dim)
@@ -130,7 +166,11 @@ def _convert(what: str, tensors: dict[str, Tensor], topk: int) -> tuple[str, dic
                 raise ValueError(f"{what} has a norm that is no layer norm of each half of a query")
             dense[f"query_norm.{part}"] = tensors[f"norm.{part}"].repeat(heads, 2)
     else:
-        place = "query_proj.query_mlps.0" if "query_proj.query_mlps.0.0.weight" in tensors else "query_proj"
+        place = (
+            "query_proj.query_mlps.0"
+            if "query_proj.query_mlps.0.0.weight" in tensors
+            else "query_proj"
+        )
         dense["query.bias"] = tensors.get(f"{place}.0.bias", dense["query.bias"])
         if f"{place}.1.running_mean" in tensors:
             norm = "batch"
@@ -139,10 +179,24 @@ def _convert(what: str, tensors: dict[str, Tensor], topk: int) -> tuple[str, dic
     if gate:
         for ours, theirs in (("gate", "swilu_projection"), ("output", "value_proj")):
             dense[f"{ours}.weight"] = tensors[f"{theirs}.weight"]
-            dense[f"{ours}.bias"] = tensors.get(f"{theirs}.bias", torch.zeros(len(tensors[f"{theirs}.weight"])))
-    settings = {"dim": dim, "keys": n, "heads": heads, "topk": topk, "key_dim": 2 * half, "value_dim": values.shape[1]}
-    entries = [Entry(name, torch.float32, tuple(tensor.shape), [tensor.float()]) for name, tensor in dense.items()]
-    entries.append(Entry(_VALUES, torch.float32, tuple(values.shape), _rows(partial(_take, values), n)))
+            dense[f"{ours}.bias"] = tensors.get(
+                f"{theirs}.bias", torch.zeros(len(tensors[f"{theirs}.weight"]))
+            )
+    settings = {
+        "dim": dim,
+        "keys": n,
+        "heads": heads,
+        "topk": topk,
+        "key_dim": 2 * half,
+        "value_dim": values.shape[1],
+    }
+    entries = [
+        Entry(name, torch.float32, tuple(tensor.shape), [tensor.float()])
+        for name, tensor in dense.items()
+    ]
+    entries.append(
+        Entry(_VALUES, torch.float32, tuple(values.shape), _rows(partial(_take, values), n))
+    )
     return family, {**settings, "query_norm": norm, "gate": gate}, entries
 
 
@@ -153,7 +207,10 @@ def _sub_keys(what: str, keys: Tensor, lucid: bool, heads: int, n: int, half: in
         return keys.reshape(heads, 2, n, half)
     if not lucid and keys.shape == (n, half):
         return keys.expand(heads, 2, n, half)  # the same for all heads and both halves
-    raise ValueError(f"{what}: keys of shape {list(keys.shape)} fit no layout of {heads} heads, {n} keys and halves of {half}")
+    raise ValueError(
+        f"{what}: keys of shape {list(keys.shape)} fit no layout of {heads} heads, {n} keys and "
+        f"halves of {half}"
+    )
 
 
 def _take(values: Tensor, slots: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The code that an export carries for transformers: our own sources, gathered into one flat folder."""
+"""The code that an export carries for transformers: our own sources, gathered into one flat
+folder.
+"""
 
 import ast
 import json
@@ -12,7 +14,7 @@ _HOME = "memshard.trainer.export.remote"
 _ENTRIES = ("configuration_memshard", "modeling_memshard", "tokenization_memshard")
 _EOS_ID = 1
 _REPLACED = {
-    "memshard.models.kernels.backend": '''"""Exports take plain torch everywhere: their code comes without a compiler."""
+    "memshard.models.kernels.backend": '''"""Plain torch: exports come without a compiler."""
 
 from typing import Any
 
@@ -46,7 +48,9 @@ def kernel() -> None:
 
 
 def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Write the modules that the model needs, and the tokenizer's configuration; returns what config.json adds."""
+    """Write the modules that the model needs, and the tokenizer's configuration; returns what
+    config.json adds.
+    """
     pending, done = [f"{_HOME}.{name}" for name in _ENTRIES], set()
     while pending:
         module = pending.pop()
@@ -55,15 +59,25 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
             source, needed = _flat(module)
             (folder / f"{_flat_name(module)}.py").write_text(source)
             pending += needed
-    classes = {"AutoConfig": "configuration_memshard.MemshardConfig", "AutoModelForCausalLM": "modeling_memshard.MemshardForCausalLM"}
+    classes = {
+        "AutoConfig": "configuration_memshard.MemshardConfig",
+        "AutoModelForCausalLM": "modeling_memshard.MemshardForCausalLM",
+    }
     tokenizer_map = {"AutoTokenizer": ["tokenization_memshard.MemshardTokenizer", None]}
     tokenizer: dict[str, Any] = {"tokenizer_class": "MemshardTokenizer", "auto_map": tokenizer_map}
     if model.position in ("learned", "axial"):
         tokenizer["model_max_length"] = model.max_length
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": _EOS_ID, "pad_token_id": _EOS_ID}, indent=2))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": _EOS_ID, "pad_token_id": _EOS_ID}, indent=2)
+    )
     # Tables that several layers read are tied like an embedding and its head.
-    return {"architectures": ["MemshardForCausalLM"], "auto_map": classes, "tie_word_embeddings": True, "eos_token_id": _EOS_ID}
+    return {
+        "architectures": ["MemshardForCausalLM"],
+        "auto_map": classes,
+        "tie_word_embeddings": True,
+        "eos_token_id": _EOS_ID,
+    }
 
 
 def _flat(module: str) -> tuple[str, list[str]]:
@@ -80,13 +94,16 @@ def _flat(module: str) -> tuple[str, list[str]]:
             if _file(inner).exists():
                 # transformers copies only the files that it sees in "from .name import".
                 rewritten += (
-                    f"from .{_flat_name(inner)} import __name__ as _\nfrom . import {_flat_name(inner)} as {alias.asname or alias.name}\n"
+                    f"from .{_flat_name(inner)} import __name__ as _\nfrom . import "
+                    f"{_flat_name(inner)} as {alias.asname or alias.name}\n"
                 )
                 needed.append(inner)
             else:
                 rewritten += f"from .{_flat_name(node.module or '')} import {name}\n"
                 needed.append(node.module or "")
-        lines[node.lineno - 1 : node.end_lineno] = [" " * node.col_offset + line for line in rewritten.splitlines(keepends=True)]
+        lines[node.lineno - 1 : node.end_lineno] = [
+            " " * node.col_offset + line for line in rewritten.splitlines(keepends=True)
+        ]
     return "".join(lines), needed
 
 

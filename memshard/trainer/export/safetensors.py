@@ -1,6 +1,7 @@
 """Safetensors files written tensor by tensor, block by block: no tensor is ever whole in memory.
 
-A file is 8 bytes with the length of its header, the header (JSON: name, dtype, shape and place of every tensor), then the values.
+A file is 8 bytes with the length of its header, the header (JSON: name, dtype, shape and place of
+every tensor), then the values.
 """
 
 import hashlib
@@ -14,12 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int64: "I64"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write. blocks: its values in order, in pieces of any size; asked for when it is its turn."""
+    """A tensor to write. blocks: its values in order, in pieces of any size; asked for when it is
+    its turn.
+    """
 
     name: str
     dtype: torch.dtype
@@ -33,7 +42,11 @@ def write_safetensors(file: Path, entries: list[Entry]) -> str:
     end = 0
     for entry in entries:
         size = math.prod(entry.shape) * entry.dtype.itemsize
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [end, end + size]}
+        header[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": [end, end + size],
+        }
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)  # values then begin at a multiple of 8 bytes

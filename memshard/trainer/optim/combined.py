@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 class CombinedOptimizer(Optimizer):
     """Steps each of the given optimizers, which must not share parameters.
 
-    `param_groups` and `state` are theirs, in order, so learning-rate schedulers, GradScaler, Lightning and Hugging Face's
-    Trainer see one ordinary optimizer, and its `state_dict` is an ordinary one.
+    `param_groups` and `state` are theirs, in order, so learning-rate schedulers, GradScaler,
+    Lightning and Hugging Face's Trainer see one ordinary optimizer, and its `state_dict` is an
+    ordinary one.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
@@ -19,7 +20,9 @@ class CombinedOptimizer(Optimizer):
         # What all groups have: schedulers that cycle momentum look here for betas.
         shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
         defaults = {key: value for key, value in optimizers[0].defaults.items() if key in shared}
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], defaults)
+        super().__init__(
+            [group for optimizer in optimizers for group in optimizer.param_groups], defaults
+        )
         for optimizer in optimizers:
             self.state.update(optimizer.state)
         self.optimizers = optimizers
@@ -28,7 +31,10 @@ class CombinedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """ValueError once built: a new group would belong to none of the optimizers."""
         if self.optimizers:
-            raise ValueError("a CombinedOptimizer takes no more groups: add the group to one of its optimizers before combining them")
+            raise ValueError(
+                "a CombinedOptimizer takes no more groups: add the group to one of its optimizers "
+                "before combining them"
+            )
         super().add_param_group(param_group)
 
     @overload

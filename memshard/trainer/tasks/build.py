@@ -16,11 +16,16 @@ Task = LanguageModelTask | TranslationTask | MaskedTokenTask
 
 
 def build_task(
-    recipe: Recipe, device: torch.device, losses: Callable[[Tensor, Tensor], Tensor] = token_losses, data: str | None = None
+    recipe: Recipe,
+    device: torch.device,
+    losses: Callable[[Tensor, Tensor], Tensor] = token_losses,
+    data: str | None = None,
 ) -> Task:
-    """Language modelling, translation or masked tokens, as model.encoder_layers says. `model.vocab_size` must be set.
+    """Language modelling, translation or masked tokens, as model.encoder_layers says.
+    `model.vocab_size` must be set.
 
-    losses: see LanguageModelTask. data: in place of the recipe's. ValueError if the data folder holds something else.
+    losses: see LanguageModelTask. data: in place of the recipe's. ValueError if the data folder
+    holds something else.
     """
     model, seed, data = recipe.model, recipe.train.seed, data or recipe.data.path
     if not model.encoder_layers:
@@ -29,11 +34,15 @@ def build_task(
     if model.translates:
         if index.kind != "pairs":
             raise ValueError(
-                f"{data} holds {index.kind}, and model.encoder_layers, {model.encoder_layers} of {model.layers}, asks for translation: "
+                f"{data} holds {index.kind}, and model.encoder_layers, {model.encoder_layers} of "
+                f"{model.layers}, asks for translation: "
                 "build it from sentence pairs (--documents pairs), or set model.encoder_layers to 0"
             )
         return TranslationTask(device, index.eos_id, seed)
     if index.kind == "images":
-        raise ValueError(f"{data} holds images, and masked tokens (model.encoder_layers) are for text: set model.encoder_layers to 0")
+        raise ValueError(
+            f"{data} holds images, and masked tokens (model.encoder_layers) are for text: set "
+            "model.encoder_layers to 0"
+        )
     assert model.vocab_size is not None
     return MaskedTokenTask(device, seed, recipe.train.mask_share, model.vocab_size)

@@ -16,21 +16,32 @@ from memshard.trainer.carried_states import Carried
 
 @dataclass(frozen=True)
 class LanguageModelTask:
-    """document_mask: keep attention inside a document. seed: of the run's dropout. losses: of logits and targets, token by token."""
+    """document_mask: keep attention inside a document. seed: of the run's dropout. losses: of
+    logits and targets, token by token.
+    """
 
     device: torch.device
     document_mask: bool
     seed: int
     losses: Callable[[Tensor, Tensor], Tensor] = token_losses
 
-    def loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
-        """Sum of the losses of all predicted tokens, in nats. step: of training; None in evaluation, where nothing is drawn. carried: what
-        the rows go on from, which hears what they go on to.
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
+        """Sum of the losses of all predicted tokens, in nats. step: of training; None in
+        evaluation, where nothing is drawn. carried: what the rows go on from, which hears what
+        they go on to.
         """
         return self.each_loss(model, batch, step, carried).sum()
 
     def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
-        """Tokens predicted in a step, over all ranks. number: of the step's batch; batches: this rank's."""
+        """Tokens predicted in a step, over all ranks. number: of the step's batch; batches: this
+        rank's.
+        """
         return stream.predicted(number)
 
     def counted(self, batch: Batch) -> Tensor:
@@ -38,10 +49,15 @@ class LanguageModelTask:
         return batch.targets != IGNORE
 
     def each_loss(
-        self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None, wanted: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int | None = None,
+        carried: Carried | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for `loss`. wanted: [batch, length] bool, where
-        to compute them; 0 elsewhere.
+        """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for
+        `loss`. wanted: [batch, length] bool, where to compute them; 0 elsewhere.
         """
         samples = batch.samples
         predicts = batch.targets != IGNORE

@@ -1,4 +1,6 @@
-"""Masked tokens (Devlin et al. 2019, section 3.1): an encoder finds out which tokens stood where some were hidden."""
+"""Masked tokens (Devlin et al. 2019, section 3.1): an encoder finds out which tokens stood where
+some were hidden.
+"""
 
 from dataclasses import dataclass
 
@@ -13,16 +15,20 @@ from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried_states import Carried
 
 MASK = 0
-"""What stands for a hidden token: <unk>, which the tokenizer, spelling unknown characters in bytes, gives no text."""
+"""What stands for a hidden token: <unk>, which the tokenizer, spelling unknown characters in bytes,
+gives no text.
+"""
 _WHICH, _HOW, _OTHER = 0x3A5C0, 0x3A5C1, 0x3A5C2
 _TENTHS_HIDDEN, _TENTHS_HIDDEN_OR_OTHER = 8, 9
 
 
 @dataclass(frozen=True)
 class MaskedTokenTask:
-    """Of every row a share of the tokens is to be found; of these 8 in 10 are hidden, 1 in 10 is any other token, 1 in 10 stays.
+    """Of every row a share of the tokens is to be found; of these 8 in 10 are hidden, 1 in 10 is
+    any other token, 1 in 10 stays.
 
-    seed: of all draws, which depend besides on the step and the sample alone; evaluation always draws the same.
+    seed: of all draws, which depend besides on the step and the sample alone; evaluation always
+    draws the same.
     """
 
     device: torch.device
@@ -30,16 +36,29 @@ class MaskedTokenTask:
     share: float
     vocabulary: int
 
-    def loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
-        """Sum of the losses of all tokens to be found, in nats. step: of training; None in evaluation. carried: None,
-        as an encoder has no state.
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
+        """Sum of the losses of all tokens to be found, in nats. step: of training; None in
+        evaluation. carried: None, as an encoder has no state.
         """
         return self.each_loss(model, batch, step, carried).sum()
 
     def each_loss(
-        self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None, wanted: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int | None = None,
+        carried: Carried | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is to be found, or not `wanted`. step: as for `loss`."""
+        """[batch, length] losses in nats, 0 where nothing is to be found, or not `wanted`. step: as
+        for `loss`.
+        """
         inputs, targets, ctx = self.hidden(batch, step)
         if wanted is not None:
             targets = targets.where(wanted.to(targets.device), IGNORE)
@@ -47,26 +66,46 @@ class MaskedTokenTask:
         return losses
 
     def hidden(self, batch: Batch, step: int | None = None) -> tuple[Tensor, Tensor, Context]:
-        """What the model gets, what it is to find (IGNORE elsewhere), and the context, on the device."""
+        """What the model gets, what it is to find (IGNORE elsewhere), and the context, on the
+        device.
+        """
         found, real = self.counted(batch, step), batch.targets != IGNORE
         how = self._bits(batch, step, _HOW) % 10
         other = self._bits(batch, step, _OTHER) % self.vocabulary
         inputs = torch.where(found & (how < _TENTHS_HIDDEN), MASK, batch.inputs)
-        inputs = torch.where(found & (how >= _TENTHS_HIDDEN) & (how < _TENTHS_HIDDEN_OR_OTHER), other, inputs)
+        inputs = torch.where(
+            found & (how >= _TENTHS_HIDDEN) & (how < _TENTHS_HIDDEN_OR_OTHER), other, inputs
+        )
         targets = torch.where(found, batch.inputs, IGNORE)
-        inputs, targets, positions, samples = (x.to(self.device) for x in (inputs, targets, batch.positions, batch.samples))
+        inputs, targets, positions, samples = (
+            x.to(self.device) for x in (inputs, targets, batch.positions, batch.samples)
+        )
         random = None if step is None else RandomKey(self.seed, step, samples)
-        return inputs, targets, Context(positions, padding=None if bool(real.all()) else real.to(self.device), random=random)
+        return (
+            inputs,
+            targets,
+            Context(
+                positions, padding=None if bool(real.all()) else real.to(self.device), random=random
+            ),
+        )
 
     def counted(self, batch: Batch, step: int | None = None) -> Tensor:
-        """Which tokens are to be found: [batch, length] bool, of every row the share, and one at least."""
+        """Which tokens are to be found: [batch, length] bool, of every row the share, and one at
+        least.
+        """
         real = batch.targets != IGNORE
         drawn = self._bits(batch, step, _WHICH).masked_fill(~real, 1 << 31)
-        return (drawn.argsort(dim=1, stable=True).argsort(dim=1) < self._numbers(batch)[:, None]) & real
+        return (
+            drawn.argsort(dim=1, stable=True).argsort(dim=1) < self._numbers(batch)[:, None]
+        ) & real
 
     def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
         """Tokens to be found in a step. batches: this rank's; all ranks call it."""
-        return float(all_sum(torch.stack([self._numbers(batch).sum() for batch in batches]).sum().to(self.device)))
+        return float(
+            all_sum(
+                torch.stack([self._numbers(batch).sum() for batch in batches]).sum().to(self.device)
+            )
+        )
 
     def _numbers(self, batch: Batch) -> Tensor:
         real = (batch.targets != IGNORE).sum(1)

@@ -15,27 +15,48 @@ from memshard.trainer.carried_states import Carried
 
 @dataclass(frozen=True)
 class TranslationTask:
-    """Batches hold records `source <eos> target <eos>`. The decoder starts with the source's <eos>. seed: of the run's dropout."""
+    """Batches hold records `source <eos> target <eos>`. The decoder starts with the source's <eos>.
+    seed: of the run's dropout.
+    """
 
     device: torch.device
     eos: int
     seed: int
 
-    def loss(self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None) -> Tensor:
-        """Sum of the losses of all target tokens, in nats. step: of training; None in evaluation, where nothing is drawn.
-        carried: None, as no pair goes on.
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
+        """Sum of the losses of all target tokens, in nats. step: of training; None in evaluation,
+        where nothing is drawn. carried: None, as no pair goes on.
         """
         return self.each_loss(model, batch, step, carried).sum()
 
     def each_loss(
-        self, model: nn.Module, batch: Batch, step: int | None = None, carried: Carried | None = None, wanted: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int | None = None,
+        carried: Carried | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Losses in nats of the targets' tokens from each row's beginning, 0 behind them; shaped like `batch.inputs`."""
+        """Losses in nats of the targets' tokens from each row's beginning, 0 behind them; shaped
+        like `batch.inputs`.
+        """
         length = batch.inputs.shape[1]
         source, real, inputs, targets = split_pairs(batch, self.eos)
-        source, inputs, targets, samples = (x.to(self.device, non_blocking=True) for x in (source, inputs, targets, batch.samples))
+        source, inputs, targets, samples = (
+            x.to(self.device, non_blocking=True) for x in (source, inputs, targets, batch.samples)
+        )
         random = None if step is None else RandomKey(self.seed, step, samples)
-        source_ctx = Context(_positions(source), padding=None if bool(real.all()) else real.to(self.device), random=random)
+        source_ctx = Context(
+            _positions(source),
+            padding=None if bool(real.all()) else real.to(self.device),
+            random=random,
+        )
         ctx = Context(_positions(inputs), padding=targets != IGNORE, random=random)
         losses: Tensor = model(inputs, ctx, targets=targets, source=(source, source_ctx))[0]
         return torch.nn.functional.pad(losses, (0, length - losses.shape[1]))
@@ -46,11 +67,18 @@ class TranslationTask:
 
     def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
         """Target tokens of a step. batches: this rank's; all ranks call it."""
-        return float(all_sum(torch.stack([_answers(batch, self.eos).sum() for batch in batches]).sum().to(self.device)))
+        return float(
+            all_sum(
+                torch.stack([_answers(batch, self.eos).sum() for batch in batches])
+                .sum()
+                .to(self.device)
+            )
+        )
 
 
 def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sources with their <eos> and which of their tokens are real; what the decoder gets, and what it is to predict.
+    """Sources with their <eos> and which of their tokens are real; what the decoder gets, and what
+    it is to predict.
 
     int64 [rows, longest source] twice (the second bool), int64 [rows, longest target] twice.
     """
@@ -59,8 +87,15 @@ def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     places = torch.arange(length)[: int(ends.max()) + 1]
     target_places = torch.arange(length)[: max(1, int(answers.max()))]
     shifted = (ends[:, None] + target_places).clamp(max=length - 1)
-    targets = batch.targets.gather(1, shifted).masked_fill(target_places >= answers[:, None], IGNORE)
-    return batch.inputs[:, : len(places)], places <= ends[:, None], batch.inputs.gather(1, shifted), targets
+    targets = batch.targets.gather(1, shifted).masked_fill(
+        target_places >= answers[:, None], IGNORE
+    )
+    return (
+        batch.inputs[:, : len(places)],
+        places <= ends[:, None],
+        batch.inputs.gather(1, shifted),
+        targets,
+    )
 
 
 def _ends(batch: Batch, eos: int) -> Tensor:

@@ -12,7 +12,9 @@ FLIGHT = "flight"
 
 
 def lost_each_other(error: BaseException) -> bool:
-    """Whether an error came from a collective. gloo's are plain RuntimeErrors with the path of its source."""
+    """Whether an error came from a collective. gloo's are plain RuntimeErrors with the path of its
+    source.
+    """
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, dist.DistError) or "gloo" in str(chain):
@@ -22,7 +24,9 @@ def lost_each_other(error: BaseException) -> bool:
 
 
 def name_culprit(run: Run) -> str:
-    """Who ended the run, by the heartbeats. Waits until one that stopped is known to have; also writes down the last collectives."""
+    """Who ended the run, by the heartbeats. Waits until one that stopped is known to have; also
+    writes down the last collectives.
+    """
     _write_flight_record(run)
     mine = next((beat for beat in read_beats(run.folder) if beat.rank == run.rank), None)
     deadline = time.time() + 3 * mine.interval + 1.5 if mine else 0.0

@@ -46,7 +46,11 @@ class Meter:
             table.traffic.reads, table.traffic.seconds = before[name].reads, before[name].seconds
 
     def _sharded(self) -> Iterator[tuple[str, ShardedTable]]:
-        return ((name, table) for name, table in find_tables(self.run.model) if isinstance(table, ShardedTable))
+        return (
+            (name, table)
+            for name, table in find_tables(self.run.model)
+            if isinstance(table, ShardedTable)
+        )
 
     def add(self, outcome: StepOutcome) -> None:
         """Count a step."""
@@ -78,8 +82,14 @@ class Meter:
         if sharded and self.run.device.type == "cpu":
             values["speed/exchange"] = exchanging / seconds
         data = f"{self.data_wait / self.steps:.3f} s waiting for data"
-        rows = f", {exchanging / self.steps:.3f} s exchanging rows" if "speed/exchange" in values else ""
-        self.own = f"step {self.run.progress.step}: {seconds / self.steps:.3f} s a step, {data}{rows}"
+        rows = (
+            f", {exchanging / self.steps:.3f} s exchanging rows"
+            if "speed/exchange" in values
+            else ""
+        )
+        self.own = (
+            f"step {self.run.progress.step}: {seconds / self.steps:.3f} s a step, {data}{rows}"
+        )
         for traffic in sharded:
             traffic.seconds = 0.0
         if self.run.saving.seconds is not None:
@@ -91,27 +101,44 @@ class Meter:
         if self.run.rows is not None:
             if self.run.rows.norm is not None:
                 values["train/table_norm"] = self.run.rows.norm
-            touched = all_sum(torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)).tolist()
-            for (name, table), (reads, rows) in zip(find_tables(self.run.model), touched, strict=True):
+            touched = all_sum(
+                torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)
+            ).tolist()
+            for (name, table), (reads, rows) in zip(
+                find_tables(self.run.model), touched, strict=True
+            ):
                 values[f"{name}/never_updated"], values[f"{name}/dead"] = self._dead(table)
                 if isinstance(table, ShardedTable):
                     # Every column of a row, and every copy of it, is updated somewhere.
                     rows /= table.observers * table.copies
-                    readers = self.run.data_ranks if recipe.parallel.layout == "tensor" else self.run.ranks
+                    readers = (
+                        self.run.data_ranks
+                        if recipe.parallel.layout == "tensor"
+                        else self.run.ranks
+                    )
                     tokens = self.steps * recipe.train.batch * recipe.data.length / readers
-                    values[f"{name}/sent_per_token"] = (table.traffic.reads - self.sent.get(name, 0)) / tokens
+                    values[f"{name}/sent_per_token"] = (
+                        table.traffic.reads - self.sent.get(name, 0)
+                    ) / tokens
                     self.sent[name] = table.traffic.reads
                     if table.duplicates is not None:
                         values[f"{name}/micro_batch_duplicates"] = table.duplicates
-                values |= {f"{name}/touched": rows / table.slots, f"{name}/duplicates": reads / max(rows, 1)}
+                values |= {
+                    f"{name}/touched": rows / table.slots,
+                    f"{name}/duplicates": reads / max(rows, 1),
+                }
         self.restart()
         return values
 
     def _dead(self, table: ValueTable) -> tuple[float, float]:
-        """The shares of rows that no step has read, and that none of the last `tables.dead_after` has."""
+        """The shares of rows that no step has read, and that none of the last `tables.dead_after`
+        has.
+        """
         assert self.run.rows is not None
         state = self.run.rows.state[table.anchor]
         last, horizon = state["last_step"], state["step"] - self.run.recipe.tables.dead_after
-        never, lately = table.sum_over_parts(torch.stack(((last == 0).sum(), (last <= horizon).sum()))).tolist()
+        never, lately = table.sum_over_parts(
+            torch.stack(((last == 0).sum(), (last <= horizon).sum()))
+        ).tolist()
         # Ranks that split columns all count the same rows.
         return never / table.observers / table.slots, lately / table.observers / table.slots

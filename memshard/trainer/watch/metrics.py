@@ -20,7 +20,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Rank 0's writer; other ranks write nothing. Lines after the step a run (re)starts from, which an earlier one left, are dropped."""
+    """Rank 0's writer; other ranks write nothing. Lines after the step a run (re)starts from, which
+    an earlier one left, are dropped.
+    """
 
     def __init__(self, run: Run) -> None:
         self.enabled = run.rank == 0
@@ -28,7 +30,9 @@ class Metrics:
             return
         folder, first, settings = run.folder, run.progress.step, run.recipe.train
         path = folder / METRICS_FILE
-        kept = [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
+        kept = (
+            [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
+        )
         temporary = path.with_suffix(".tmp")  # a kill must not cost the lines that are kept
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
@@ -36,7 +40,13 @@ class Metrics:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self._wandb = weights_and_biases.begin(folder, run.recipe, kept) if settings.wandb else None
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=first, total=settings.steps, unit="step", dynamic_ncols=True, disable=not terminal)
+        self._bar = tqdm(
+            initial=first,
+            total=settings.steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not terminal,
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the numbers of a step, counted from 1."""
@@ -54,7 +64,9 @@ class Metrics:
             self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches, above the progress bar where there is one, and for the log."""
+        """A line for the person who watches, above the progress bar where there is one, and for the
+        log.
+        """
         if self.enabled:
             log.info("%s", text)
             tqdm.write(text, file=sys.stderr)
@@ -80,7 +92,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; damaged ones, such as a last line that a kill cut short, are left out."""
+    """The lines of a metrics.jsonl; damaged ones, such as a last line that a kill cut short, are
+    left out.
+    """
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

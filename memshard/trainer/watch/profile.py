@@ -9,8 +9,9 @@ FOLDER = "profile"
 
 
 class StepProfiler:
-    """Records the steps train.profile names, as profile/rank<N>.pt.trace.json in the run's folder: for Perfetto, chrome://tracing or
-    TensorBoard. A context manager; a run that ends early writes what it has.
+    """Records the steps train.profile names, as profile/rank<N>.pt.trace.json in the run's folder:
+    for Perfetto, chrome://tracing or TensorBoard. A context manager; a run that ends early
+    writes what it has.
     """
 
     def __init__(self, run: Run) -> None:
@@ -27,7 +28,9 @@ class StepProfiler:
     def begin(self, step: int) -> None:
         """Before a step, counted from 1."""
         if step == self.first:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            activities = [ProfilerActivity.CPU] + [
+                ProfilerActivity.CUDA
+            ] * torch.cuda.is_available()
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._profile.start()
 

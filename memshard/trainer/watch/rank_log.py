@@ -15,8 +15,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def rank_log(run: Run) -> Iterator[Path]:
-    """What memshard logs, and everybody's warnings and errors, go to log/rank<N>.log in the run's folder; rank 0's warnings also to
-    standard error. A start is appended to what earlier ones left. Yields the file.
+    """What memshard logs, and everybody's warnings and errors, go to log/rank<N>.log in the run's
+    folder; rank 0's warnings also to standard error. A start is appended to what earlier ones
+    left. Yields the file.
     """
     folder = run.folder / "log"
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 def check_installed() -> None:
     """ValueError where the package is missing."""
     if importlib.util.find_spec("wandb") is None:
-        raise ValueError("train.wandb needs the package wandb: pip install 'memshard[wandb]', or leave train.wandb out")
+        raise ValueError(
+            "train.wandb needs the package wandb: pip install 'memshard[wandb]', or leave "
+            "train.wandb out"
+        )
 
 
 def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.Run":
     """The W&B run of a run folder, the same one at every start. RuntimeError where W&B refuses.
 
-    lines: of metrics.jsonl so far. W&B cannot resume what is offline, and a second file of the same run replaces the first
-    when it is uploaded: there each start's file begins with them.
+    lines: of metrics.jsonl so far. W&B cannot resume what is offline, and a second file of the same
+    run replaces the first when it is uploaded: there each start's file begins with them.
     """
     import wandb
 
@@ -39,7 +42,9 @@ def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.R
             settings=wandb.Settings(console="off"),
         )
     except wandb.Error as error:
-        raise RuntimeError(f"train.wandb: {error}; WANDB_MODE=offline keeps the numbers in {folder}/wandb") from error
+        raise RuntimeError(
+            f"train.wandb: {error}; WANDB_MODE=offline keeps the numbers in {folder}/wandb"
+        ) from error
     known.write_text(run.id)
     # W&B's own count of steps takes no line for a step that came before, such as after a rewind.
     run.define_metric("*", step_metric="step")

@@ -1,4 +1,6 @@
-"""CombinedOptimizer is an ordinary optimizer to GradScaler, schedulers, clipping and checkpoints."""
+"""CombinedOptimizer is an ordinary optimizer to GradScaler, schedulers, clipping and
+checkpoints.
+"""
 
 import io
 from typing import Any
@@ -23,7 +25,10 @@ class _Run:
         self.first = nn.Linear(6, 6)
         self.model = nn.Sequential(self.first, memory, nn.Linear(6, 1)).to(dtype)
         (self.table,) = externalize_tables(self.model)
-        groups: list[dict[str, Any]] = [{"params": self.first.parameters(), "lr": 0.02}, {"params": self.model[1:].parameters()}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.first.parameters(), "lr": 0.02},
+            {"params": self.model[1:].parameters()},
+        ]
         dense = AdamW(groups, lr=0.01)
         self.optimizer = CombinedOptimizer(dense, RowAdam([self.table], lr=0.05))
         self.dtype = dtype
@@ -42,7 +47,11 @@ class _Run:
     def everything(self) -> dict[str, Tensor]:
         """Weights, moments and step counts."""
         state = self.optimizer.state_dict()["state"]
-        found = {f"{i}.{name}": torch.as_tensor(value).clone() for i, part in state.items() for name, value in part.items()}
+        found = {
+            f"{i}.{name}": torch.as_tensor(value).clone()
+            for i, part in state.items()
+            for name, value in part.items()
+        }
         return found | {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
@@ -73,7 +82,9 @@ def test_loss_scaling_does_not_change_the_updates(unscale_first: bool) -> None:
         scaler.update()
     assert scaler.get_scale() == 2.0**12
     for name, tensor in plain.everything().items():
-        torch.testing.assert_close(scaled.everything()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            scaled.everything()[name], tensor, rtol=1e-4, atol=1e-6, msg=name
+        )
 
 
 @pytest.mark.parametrize("unscale_first", [False, True])
@@ -111,8 +122,12 @@ def test_an_overflow_anywhere_leaves_everything_untouched(where: str, unscale_fi
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("where", ["dense", "table"])
-def test_a_trainer_that_clears_only_the_models_gradients_gets_over_an_overflow(where: str, clip: bool) -> None:
-    """Hugging Face's Trainer calls model.zero_grad(), which does not see the tables: the skipped step's reads must not stay."""
+def test_a_trainer_that_clears_only_the_models_gradients_gets_over_an_overflow(
+    where: str, clip: bool
+) -> None:
+    """Hugging Face's Trainer calls model.zero_grad(), which does not see the tables: the skipped
+    step's reads must not stay.
+    """
     run, twin = _Run(), _Run()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(4):
@@ -123,7 +138,9 @@ def test_a_trainer_that_clears_only_the_models_gradients_gets_over_an_overflow(w
             assert run.first.weight.grad is not None
             run.first.weight.grad[0, 0] = torch.inf
         if step == 1 and where == "table":
-            run.table.weighted_sum(torch.tensor([[1]]), torch.ones(1, 1)).backward(torch.full((1, 6), torch.nan))
+            run.table.weighted_sum(torch.tensor([[1]]), torch.ones(1, 1)).backward(
+                torch.full((1, 6), torch.nan)
+            )
         if clip:
             scaler.unscale_(run.optimizer)
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e6)
@@ -154,7 +171,9 @@ def test_clipping_all_parameters_of_the_optimizer_is_clipping_the_dense_ones() -
     run, unclipped = _Run(), _Run()
     for each in (run, unclipped):
         (each.loss(0) * 1000).backward()
-    dense = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    dense = torch.nn.utils.get_total_norm(
+        [p.grad for p in run.model.parameters() if p.grad is not None]
+    )
     shown = [p for group in run.optimizer.param_groups for p in group["params"]]
     assert torch.equal(torch.nn.utils.clip_grad_norm_(shown, 1.0), dense)
     torch.nn.utils.clip_grad_value_(shown, 1e-3)
@@ -184,7 +203,9 @@ def test_schedulers_see_every_group() -> None:
 
 def test_a_scheduler_of_momentum_finds_it_in_every_group() -> None:
     run = _Run()
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, [0.02, 0.01, 0.05], total_steps=4, pct_start=0.5)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        run.optimizer, [0.02, 0.01, 0.05], total_steps=4, pct_start=0.5
+    )
     run.step(0)
     scheduler.step()
     assert [group["lr"] for group in run.optimizer.param_groups] == [0.02, 0.01, 0.05]

@@ -21,7 +21,10 @@ def _reads(step: int, micro: int, below: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, weights and output gradients of 6 tokens with 4 reads each, some rows often."""
     generator = torch.Generator().manual_seed(10 * step + micro)
     rows = (torch.rand(6, 4, generator=generator) ** 2 * below).long()
-    weights, upstream = torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator)
+    weights, upstream = (
+        torch.randn(6, 4, generator=generator),
+        torch.randn(6, 3, generator=generator),
+    )
     return rows, weights.double(), upstream.double()
 
 
@@ -38,7 +41,9 @@ def test_20_steps_of_micro_batches_equal_torchs_sparse_adam() -> None:
             rows, weights, upstream = _reads(step, micro, below=2 + 2 * step)
             seen |= set(rows.flatten().tolist())
             table.weighted_sum(rows, weights).backward(upstream)
-            F.embedding_bag(rows, twin, mode="sum", per_sample_weights=weights, sparse=True).backward(upstream)
+            F.embedding_bag(
+                rows, twin, mode="sum", per_sample_weights=weights, sparse=True
+            ).backward(upstream)
         ours.step()
         theirs.step()
         torch.testing.assert_close(table.weight, twin.data, rtol=1e-12, atol=1e-12)
@@ -48,7 +53,9 @@ def test_20_steps_of_micro_batches_equal_torchs_sparse_adam() -> None:
     unseen = torch.tensor([row not in seen for row in range(50)])
     assert unseen.sum() > 9
     assert torch.equal(table.weight[unseen], start[unseen])
-    assert not any(ours.state[table.anchor][name][unseen].any() for name in ("exp_avg", "exp_avg_sq"))
+    assert not any(
+        ours.state[table.anchor][name][unseen].any() for name in ("exp_avg", "exp_avg_sq")
+    )
 
 
 def test_rows_that_were_not_read_keep_their_bits() -> None:
@@ -57,7 +64,9 @@ def test_rows_that_were_not_read_keep_their_bits() -> None:
     optimizer = RowAdam([table], lr=0.1)
     state = optimizer.state[table.anchor]
     for _ in range(2):
-        before = [tensor.clone() for tensor in (table.weight, state["exp_avg"], state["exp_avg_sq"])]
+        before = [
+            tensor.clone() for tensor in (table.weight, state["exp_avg"], state["exp_avg_sq"])
+        ]
         rows = torch.tensor([[3, 7, 3]])
         table.weighted_sum(rows, torch.ones(1, 3)).sum().backward()
         optimizer.step()
@@ -76,12 +85,18 @@ def test_nothing_read_changes_nothing() -> None:
     rows, weights, upstream = _reads(0, 0, 50)
     table.weighted_sum(rows, weights).backward(upstream)
     optimizer.step()
-    before = [table.weight.clone(), *(torch.as_tensor(value).clone() for value in optimizer.state[table.anchor].values())]
+    before = [
+        table.weight.clone(),
+        *(torch.as_tensor(value).clone() for value in optimizer.state[table.anchor].values()),
+    ]
     optimizer.step()
     table.weighted_sum(rows, weights).backward(upstream)
     optimizer.zero_grad()
     optimizer.step()
-    after = [table.weight, *(torch.as_tensor(value) for value in optimizer.state[table.anchor].values())]
+    after = [
+        table.weight,
+        *(torch.as_tensor(value) for value in optimizer.state[table.anchor].values()),
+    ]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert optimizer.touched == [(0, 0)]
 
@@ -92,7 +107,10 @@ def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
     def build() -> list[ProductKeyMemory]:
         torch.manual_seed(0)
         first = ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer")
-        return [first.double(), ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, values=first.values).double()]
+        return [
+            first.double(),
+            ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, values=first.values).double(),
+        ]
 
     model, twin = build(), build()
     tables = externalize_tables(torch.nn.ModuleList(model))
@@ -115,7 +133,9 @@ def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
 
 def _gradient(step: int) -> Tensor:
     """Of a table of 50 rows: all of them, or every third."""
-    gradient = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    gradient = torch.randn(
+        50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+    )
     gradient[torch.arange(50) % 3 != step % 3] = 0
     return gradient
 
@@ -123,7 +143,9 @@ def _gradient(step: int) -> Tensor:
 def _read_with(table: ValueTable, gradient: Tensor) -> None:
     """Make `gradient` the table's; rows without any are not read."""
     rows = gradient.any(1).nonzero()
-    table.weighted_sum(rows, torch.ones_like(rows, dtype=gradient.dtype)).backward(gradient[rows[:, 0]])
+    table.weighted_sum(rows, torch.ones_like(rows, dtype=gradient.dtype)).backward(
+        gradient[rows[:, 0]]
+    )
 
 
 @pytest.mark.parametrize("semantics", ["lazy", "row-step", "catch-up", "dense"])
@@ -133,7 +155,9 @@ def test_every_semantics_is_dense_adam_when_all_rows_are_read(semantics: Semanti
     ours = RowAdam([table], lr=0.02, betas=(0.8, 0.95), eps=1e-12, semantics=semantics)
     theirs = torch.optim.Adam([twin], lr=0.02, betas=(0.8, 0.95), eps=1e-12)
     for step in range(12):
-        gradient = sum((_gradient(3 * step + part) for part in range(3)), torch.zeros(50, 3).double())
+        gradient = sum(
+            (_gradient(3 * step + part) for part in range(3)), torch.zeros(50, 3).double()
+        )
         _read_with(table, gradient)
         twin.grad = gradient
         ours.step()
@@ -167,7 +191,12 @@ def test_catch_up_has_dense_adams_moments_in_the_rows_it_reads() -> None:
         theirs.step()
         read = _gradient(step).any(1)
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(ours.state[table.anchor][name][read], theirs.state[twin][name][read], rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(
+                ours.state[table.anchor][name][read],
+                theirs.state[twin][name][read],
+                rtol=1e-10,
+                atol=1e-14,
+            )
 
 
 def test_row_step_corrects_each_row_by_its_own_steps() -> None:
@@ -179,28 +208,40 @@ def test_row_step_corrects_each_row_by_its_own_steps() -> None:
             before = table.weight.clone()
             table.weighted_sum(torch.tensor([[row]]), torch.ones(1, 1).double()).sum().backward()
             optimizer.step()
-            torch.testing.assert_close(before[row] - table.weight[row], torch.full((3,), 0.1).double(), rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                before[row] - table.weight[row], torch.full((3,), 0.1).double(), rtol=1e-6, atol=0
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_tables_in_half_precision_have_moments_in_fp32(dtype: torch.dtype, rounding: Rounding) -> None:
-    """Gradients of 1e-5, whose squares are 0 in half precision, move the table by the learning rate."""
+def test_tables_in_half_precision_have_moments_in_fp32(
+    dtype: torch.dtype, rounding: Rounding
+) -> None:
+    """Gradients of 1e-5, whose squares are 0 in half precision, move the table by the learning
+    rate.
+    """
     table = _table(dtype=dtype)
     with torch.no_grad():
         table.weight.zero_()
     optimizer = RowAdam([table], lr=0.01, eps=1e-12, rounding=rounding)
     rows = torch.tensor([[1, 2]])
-    table.weighted_sum(rows, torch.ones(1, 2, dtype=dtype)).backward(torch.full((1, 3), 1e-5, dtype=dtype))
+    table.weighted_sum(rows, torch.ones(1, 2, dtype=dtype)).backward(
+        torch.full((1, 3), 1e-5, dtype=dtype)
+    )
     optimizer.step()
     assert optimizer.state[table.anchor]["exp_avg_sq"].dtype == torch.float32
-    torch.testing.assert_close(table.weight[1:3].float(), torch.full((2, 3), -0.01), rtol=0.01, atol=0)
+    torch.testing.assert_close(
+        table.weight[1:3].float(), torch.full((2, 3), -0.01), rtol=0.01, atol=0
+    )
     assert not table.weight[3:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_changes_below_the_resolution_of_the_values_add_up(dtype: torch.dtype, rounding: Rounding) -> None:
+def test_changes_below_the_resolution_of_the_values_add_up(
+    dtype: torch.dtype, rounding: Rounding
+) -> None:
     """400 steps of 1e-5, at values of 1 whose neighbours are 5e-4 or more away."""
     table = _table(slots=4, dim=512, dtype=dtype)
     with torch.no_grad():
@@ -215,10 +256,16 @@ def test_changes_below_the_resolution_of_the_values_add_up(dtype: torch.dtype, r
 
 def test_stochastic_rounding_hits_both_neighbours_with_the_right_mean() -> None:
     exact = torch.tensor([1.0001, -3e-6, 0.3, 1000.4, 2.0, -6e-8, 0.0])
-    bits = torch.randint(-(2**31), 2**31 - 1, (4000, 7), generator=torch.Generator().manual_seed(0)).int()
+    bits = torch.randint(
+        -(2**31), 2**31 - 1, (4000, 7), generator=torch.Generator().manual_seed(0)
+    ).int()
     for dtype in (torch.float16, torch.bfloat16):
         rounded = round_stochastically(exact.expand(4000, -1).contiguous(), bits, dtype)
-        distance = (exact - exact.to(dtype).float()).abs().clamp(min=1e-9) + torch.finfo(dtype).eps * exact.abs() + 6e-8
+        distance = (
+            (exact - exact.to(dtype).float()).abs().clamp(min=1e-9)
+            + torch.finfo(dtype).eps * exact.abs()
+            + 6e-8
+        )
         assert ((rounded.float() - exact).abs() <= distance).all()
         torch.testing.assert_close(rounded.double().mean(0), exact.double(), rtol=4e-4, atol=2e-8)
         assert (rounded[:, [4, 6]].float() == exact[[4, 6]]).all()
@@ -233,13 +280,17 @@ def test_clipping_by_the_norm_of_all_tables() -> None:
             for micro in range(2):
                 rows, weights, upstream = _reads(number, micro, 5)
                 table.weighted_sum(rows, weights).backward(upstream)
-    squares = sum(gradient.square().sum() for table in twins for _, gradient in row_gradients(table.reads, 3))
+    squares = sum(
+        gradient.square().sum() for table in twins for _, gradient in row_gradients(table.reads, 3)
+    )
     clipped.step()
     plain.step()
     assert clipped.norm == pytest.approx(float(squares) ** 0.5)
     for table, twin in zip(tables, twins, strict=True):
         moments = clipped.state[table.anchor]["exp_avg"], plain.state[twin.anchor]["exp_avg"]
-        torch.testing.assert_close(moments[0], moments[1] * 0.5 / float(squares) ** 0.5, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            moments[0], moments[1] * 0.5 / float(squares) ** 0.5, rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize(("option", "value"), [("semantics", "lasy"), ("rounding", "up")])

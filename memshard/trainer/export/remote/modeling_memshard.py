@@ -1,4 +1,6 @@
-"""An exported model as transformers loads it: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
+"""An exported model as transformers loads it: AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True).
+"""
 
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -62,7 +64,10 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         settings = build(ModelConfig, config.model)
         self.model = Transformer(settings)
         table = Int8Table if config.memshard.get("tables") == "int8" else SlotTable
-        new: dict[str, ValueTable] = {name: table(old.slots, old.dim, settings.memory.keys) for name, old in find_tables(self.model)}
+        new: dict[str, ValueTable] = {
+            name: table(old.slots, old.dim, settings.memory.keys)
+            for name, old in find_tables(self.model)
+        }
         replace_tables(self.model, new)
         self._tied_weights_keys = _shared_weights(self)
         self.post_init()
@@ -86,8 +91,9 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **unused: Any,
     ) -> Any:
-        """input_ids: [batch, length], those that `past_key_values` has not seen. attention_mask: [batch, all], 0 for padding.
-        labels: [batch, length], -100 where none. Returns logits [batch, length, vocabulary], the mean loss, and the states.
+        """input_ids: [batch, length], those that `past_key_values` has not seen. attention_mask:
+        [batch, all], 0 for padding. labels: [batch, length], -100 where none. Returns logits
+        [batch, length, vocabulary], the mean loss, and the states.
         """
         states = past_key_values
         if states is None and use_cache and not self.training:
@@ -96,17 +102,25 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
             logits, _ = self.model(input_ids, _context(input_ids, attention_mask, 0))
         else:
             fed, seen = states.take(input_ids)
-            logits, states.layers = self.model(fed, _context(fed, attention_mask, seen), states.layers)
+            logits, states.layers = self.model(
+                fed, _context(fed, attention_mask, seen), states.layers
+            )
             logits = logits[:, -input_ids.shape[1] :]
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
+            loss = F.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE
+            )
         if return_dict is False:
             return (logits, states) if loss is None else (loss, logits, states)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: "States | None" = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: "States | None" = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """What `forward` gets in each step of `generate`."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -135,10 +149,11 @@ class States:
         return self.tokens.shape[1]
 
     def take(self, tokens: Tensor) -> tuple[Tensor, int]:
-        """What the model is to be fed for the next tokens, and how many the states have seen before that.
+        """What the model is to be fed for the next tokens, and how many the states have seen before
+        that.
 
-        Where the states are full, that is all tokens, from the start, into states for twice as many: each is fed three times at most
-        on average.
+        Where the states are full, that is all tokens, from the start, into states for twice as
+        many: each is fed three times at most on average.
         """
         seen = self.tokens.shape[1]
         self.tokens = torch.cat((self.tokens, tokens), dim=1)
@@ -151,7 +166,10 @@ class States:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row beam_idx[i] (beam search)."""
         self.tokens = self.tokens[beam_idx]
-        self.layers = [block.mixer.reorder(state, beam_idx) for block, state in zip(self.model.blocks, self.layers, strict=True)]
+        self.layers = [
+            block.mixer.reorder(state, beam_idx)
+            for block, state in zip(self.model.blocks, self.layers, strict=True)
+        ]
 
 
 def build(kind: Any, values: dict[str, Any]) -> Any:
@@ -161,7 +179,13 @@ def build(kind: Any, values: dict[str, Any]) -> Any:
     found = {}
     for name, value in values.items():
         if name in known:
-            found[name] = build(hints[name], value) if is_dataclass(hints[name]) else tuple(value) if isinstance(value, list) else value
+            found[name] = (
+                build(hints[name], value)
+                if is_dataclass(hints[name])
+                else tuple(value)
+                if isinstance(value, list)
+                else value
+            )
     return kind(**found)
 
 

@@ -1,4 +1,6 @@
-"""The tokenizer of an exported model, as transformers takes it: the sentencepiece model in tokenizer.model, lossless."""
+"""The tokenizer of an exported model, as transformers takes it: the sentencepiece model in
+tokenizer.model, lossless.
+"""
 
 import os
 import shutil
@@ -20,7 +22,13 @@ class MemshardTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
-        kwargs = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>", "padding_side": "left", **kwargs}
+        kwargs = {
+            "eos_token": "<eos>",
+            "pad_token": "<eos>",
+            "unk_token": "<unk>",
+            "padding_side": "left",
+            **kwargs,
+        }
         super().__init__(**kwargs)
 
     @property
@@ -31,7 +39,9 @@ class MemshardTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         """Piece -> id."""
-        return {self.pieces.id_to_piece(number): number for number in range(self.vocab_size)} | self.added_tokens_encoder
+        return {
+            self.pieces.id_to_piece(number): number for number in range(self.vocab_size)
+        } | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         tokens: list[str] = []
@@ -55,7 +65,9 @@ class MemshardTokenizer(PreTrainedTokenizer):
         return text
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
-        numbers = [token_ids] if isinstance(token_ids, int) else [int(number) for number in token_ids]
+        numbers = (
+            [token_ids] if isinstance(token_ids, int) else [int(number) for number in token_ids]
+        )
         text: str = self.pieces.decode(numbers)
         if skip_special_tokens:
             return text
@@ -67,9 +79,13 @@ class MemshardTokenizer(PreTrainedTokenizer):
                 parts[-1].append(number)
         return str(self.eos_token).join(self.pieces.decode(part) for part in parts)
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str]:
         """Copies the sentencepiece model."""
-        file = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.model")
+        file = os.path.join(
+            save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.model"
+        )
         if os.path.abspath(file) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, file)
         return (file,)

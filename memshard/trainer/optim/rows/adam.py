@@ -19,24 +19,28 @@ Rounding = Literal["master", "stochastic"]
 
 
 class RowAdam(Optimizer):
-    """Adam on the rows that were read since the last step; the other rows and their moments do not move.
+    """Adam on the rows that were read since the last step; the other rows and their moments do not
+    move.
 
     semantics, where a row is not read in every step:
         lazy      as torch.optim.SparseAdam: its moments wait, bias correction counts all steps.
         row-step  bias correction counts the row's own steps, so its first ones are not too large.
-        catch-up  before a step its moments decay as often as it was left out: dense Adam's moments, without its drift.
-        dense     torch.optim.Adam: every row moves in every step. No longer sparse in time.
-    No weight decay. Moments are fp32 at least, as large as the table; `last_step` in a table's state says when each row was last read,
-    0 if never. rounding, of tables in half precision: master keeps
-    an fp32 copy of the values; stochastic rounds up or down at random, so that small changes count on average. clip: largest
-    norm of all tables' gradients together, each row counted once over all ranks; 0 is none and saves a pass.
+        catch-up  before a step its moments decay as often as it was left out: dense Adam's moments,
+        without its drift. dense     torch.optim.Adam: every row moves in every step. No longer
+        sparse in time.
+    No weight decay. Moments are fp32 at least, as large as the table; `last_step` in a table's
+    state says when each row was last read, 0 if never. rounding, of tables in half precision:
+    master keeps an fp32 copy of the values; stochastic rounds up or down at random, so that small
+    changes count on average. clip: largest norm of all tables' gradients together, each row counted
+    once over all ranks; 0 is none and saves a pass.
 
-    Gradients of all micro-batches and of all layers that share a table are summed before the one update. Where tables are
-    sharded, all ranks must step together.
+    Gradients of all micro-batches and of all layers that share a table are summed before the one
+    update. Where tables are sharded, all ranks must step together.
 
-    In `param_groups` a table is represented by its `anchor` of two numbers: GradScaler's unscaling and inf check, and clipping by
-    the norm of all groups, act on the anchor's gradient, and `step` scales the row gradients accordingly. The anchor adds
-    nothing to that norm. `zero_grad` forgets collected reads.
+    In `param_groups` a table is represented by its `anchor` of two numbers: GradScaler's unscaling
+    and inf check, and clipping by the norm of all groups, act on the anchor's gradient, and `step`
+    scales the row gradients accordingly. The anchor adds nothing to that norm. `zero_grad` forgets
+    collected reads.
     """
 
     def __init__(
@@ -52,17 +56,27 @@ class RowAdam(Optimizer):
         self.tables = list(tables)
         for table in self.tables:
             if not table.hidden:
-                raise ValueError("RowAdam needs externalised tables: pass it what externalize_tables(model) returns")
-        for name, value, choices in (("semantics", semantics, get_args(Semantics)), ("rounding", rounding, get_args(Rounding))):
+                raise ValueError(
+                    "RowAdam needs externalised tables: pass it what externalize_tables(model) "
+                    "returns"
+                )
+        for name, value, choices in (
+            ("semantics", semantics, get_args(Semantics)),
+            ("rounding", rounding, get_args(Rounding)),
+        ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
         self.semantics = semantics
         self.clip = clip
         self.touched = [(0, 0) for _ in self.tables]
-        """Of every table in the last step: reads that this rank's tokens asked for, and rows updated here."""
+        """Of every table in the last step: reads that this rank's tokens asked for, and rows
+        updated here.
+        """
         self.norm: float | None = None
         """Of the tables' gradient in the last step, before clipping; None without clipping."""
-        super().__init__([table.anchor for table in self.tables], {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(
+            [table.anchor for table in self.tables], {"lr": lr, "betas": betas, "eps": eps}
+        )
         for table in self.tables:
             self.state[table.anchor] = _new_state(table, semantics, rounding)
 
@@ -129,7 +143,9 @@ class RowAdam(Optimizer):
 
 
 def _scale(table: ValueTable) -> float:
-    """What scaled the dense gradients since the backward passes (a loss scaler, clipping) has scaled the anchor's with them."""
+    """What scaled the dense gradients since the backward passes (a loss scaler, clipping) has
+    scaled the anchor's with them.
+    """
     if table.anchor.grad is None:
         return 1.0
     return float(table.anchor.grad[0]) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
@@ -149,8 +165,16 @@ def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[
         start = stop
     if start < end:
         rows = torch.arange(start, end, device=device)
-        upstream = table.weight.new_zeros(1, table.weight.shape[1], dtype=torch.promote_types(table.weight.dtype, torch.float32))
-        yield SortedReads(rows, rows.new_zeros(len(rows) + 1), bags=rows[:0], weights=upstream.new_zeros(0), upstream=upstream)
+        upstream = table.weight.new_zeros(
+            1, table.weight.shape[1], dtype=torch.promote_types(table.weight.dtype, torch.float32)
+        )
+        yield SortedReads(
+            rows,
+            rows.new_zeros(len(rows) + 1),
+            bags=rows[:0],
+            weights=upstream.new_zeros(0),
+            upstream=upstream,
+        )
 
 
 def _new_state(table: ValueTable, semantics: Semantics, rounding: Rounding) -> dict[str, Any]:
@@ -159,8 +183,11 @@ def _new_state(table: ValueTable, semantics: Semantics, rounding: Rounding) -> d
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).zero_()
     if table.weight.dtype != dtype and rounding == "master":
-        state["master"] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).copy_(table.weight)
-    # Floating point, because optimizers cast what they load to the dtype of the anchor; exact up to 2^24 steps.
+        state["master"] = prefer_huge_pages(torch.empty_like(table.weight, dtype=dtype)).copy_(
+            table.weight
+        )
+    # Floating point, because optimizers cast what they load to the dtype of the anchor; exact up to
+    # 2^24 steps.
     state["last_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)
     if semantics == "row-step":
         state["row_step"] = table.weight.new_zeros(len(table.weight), dtype=dtype)

@@ -1,4 +1,6 @@
-"""The Adam step on rows as one pass of a kernel, which sums a row's gradient and updates it while it is at hand."""
+"""The Adam step on rows as one pass of a kernel, which sums a row's gradient and updates it while
+it is at hand.
+"""
 
 from functools import cache
 from typing import Any
@@ -12,16 +14,30 @@ from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.step import Factors, Step, rounding_key, update_rows
 
 
-def update_rows_compiled(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> bool:
+def update_rows_compiled(
+    table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors
+) -> bool:
     """As `update_rows`; False, and nothing done, where only plain torch can."""
     kernels = kernels_for(table.weight, part.upstream)
-    if kernels is None or state["exp_avg"].dtype != torch.float32 or not table.weight.is_contiguous() or disagreement(table.weight.device):
+    if (
+        kernels is None
+        or state["exp_avg"].dtype != torch.float32
+        or not table.weight.is_contiguous()
+        or disagreement(table.weight.device)
+    ):
         return False
     _call(kernels, table, state, step, part, found)
     return True
 
 
-def _call(kernels: Kernels, table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
+def _call(
+    kernels: Kernels,
+    table: ValueTable,
+    state: dict[str, Any],
+    step: Step,
+    part: SortedReads,
+    found: Factors,
+) -> None:
     by_row = {name: value.contiguous() for name, value in found.by_row.items()}
     kernels.adam_rows(
         {
@@ -53,7 +69,9 @@ def _call(kernels: Kernels, table: ValueTable, state: dict[str, Any], step: Step
 
 @cache
 def disagreement(device: torch.device) -> str | None:
-    """Why the device's kernels take no steps; None if theirs are plain torch's: every dtype, with and without what differs by row."""
+    """Why the device's kernels take no steps; None if theirs are plain torch's: every dtype, with
+    and without what differs by row.
+    """
     kernels, reason = chosen(device)
     if kernels is None:
         return reason
@@ -97,4 +115,6 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, master: bool, device: torch.de
             update_rows(table, state, step, part, found)
         results.append([table.weight.float(), state["exp_avg"], state["exp_avg_sq"]])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*results, strict=True))
+    return all(
+        torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*results, strict=True)
+    )

@@ -17,15 +17,20 @@ _BLOCK_ROWS = 4096
 
 
 @torch.no_grad()
-def revive(memories: Iterable[ProductKeyMemory], optimizer: RowAdam, dead_after: int, seed: int) -> None:
-    """Every `dead_after` steps of a table, revive what none of them has read. All ranks call it after each step.
+def revive(
+    memories: Iterable[ProductKeyMemory], optimizer: RowAdam, dead_after: int, seed: int
+) -> None:
+    """Every `dead_after` steps of a table, revive what none of them has read. All ranks call it
+    after each step.
 
-    A row is dead because its sub-keys are never selected, so a new value alone would not help it. In each head and half, dead sub-keys
-    (lowest number first) move next to hot ones (hottest first, each once, those read more than the average): equal but for noise of
-    a quarter of their length. Queries that found the hot sub-key now find both, and the two part as they learn. The dead rows of a moved
-    sub-key get the values that the hot one has with the same partner, plus a little noise, and fresh moments, so that what is read
-    changes little; rows that others read keep theirs. A dead row whose sub-keys are both read is left alone: to move them
-    would take their other rows from their readers.
+    A row is dead because its sub-keys are never selected, so a new value alone would not help it.
+    In each head and half, dead sub-keys (lowest number first) move next to hot ones (hottest first,
+    each once, those read more than the average): equal but for noise of a quarter of their length.
+    Queries that found the hot sub-key now find both, and the two part as they learn. The dead rows
+    of a moved sub-key get the values that the hot one has with the same partner, plus a little
+    noise, and fresh moments, so that what is read changes little; rows that others read keep
+    theirs. A dead row whose sub-keys are both read is left alone: to move them would take their
+    other rows from their readers.
 
     memories: with `key_use`. Every draw depends on (seed, step, sub-key or row) alone.
     """
@@ -37,15 +42,29 @@ def revive(memories: Iterable[ProductKeyMemory], optimizer: RowAdam, dead_after:
         if not step or step % dead_after:
             continue
         key = fold(seed, step, number)
-        sources = torch.arange(own[0].sub_keys.weight.shape[2], device=own[0].sub_keys.weight.device).repeat(2, 1)
+        sources = torch.arange(
+            own[0].sub_keys.weight.shape[2], device=own[0].sub_keys.weight.device
+        ).repeat(2, 1)
         for reader, memory in enumerate(own):
             _split_hot_keys(memory, step, step - dead_after, fold(key, reader), sources)
-        for part, table in enumerate((values, own[0].down) if isinstance(own[0], Peer) else (values,)):
-            _copy_rows(table, optimizer, step - dead_after, fold(key, -1 - part), sources.to(table.weight.device))
+        for part, table in enumerate(
+            (values, own[0].down) if isinstance(own[0], Peer) else (values,)
+        ):
+            _copy_rows(
+                table,
+                optimizer,
+                step - dead_after,
+                fold(key, -1 - part),
+                sources.to(table.weight.device),
+            )
 
 
-def _split_hot_keys(memory: ProductKeyMemory, step: int, horizon: int, seed: int, sources: Tensor) -> None:
-    """sources: [2, keys], where each half's sub-keys have come from; the first reader of a table that moves one decides."""
+def _split_hot_keys(
+    memory: ProductKeyMemory, step: int, horizon: int, seed: int, sources: Tensor
+) -> None:
+    """sources: [2, keys], where each half's sub-keys have come from; the first reader of a table
+    that moves one decides.
+    """
     use = memory.key_use
     assert use is not None
     weight = memory.sub_keys.weight.data
@@ -58,7 +77,10 @@ def _split_hot_keys(memory: ProductKeyMemory, step: int, horizon: int, seed: int
         hot = order[(share[order] > 1 / keys) & (last[order] > horizon)]
         count = min(len(dead), len(hot))
         dead, hot = dead[:count], hot[:count]
-        noise = normal_at(seed, place * keys + dead, dim) * own[hot].square().mean(1, keepdim=True).sqrt()
+        noise = (
+            normal_at(seed, place * keys + dead, dim)
+            * own[hot].square().mean(1, keepdim=True).sqrt()
+        )
         own[dead] = own[hot] + _KEY_NOISE * noise.to(own.dtype)
         share[hot] /= 2
         share[dead] = share[hot]
@@ -67,20 +89,28 @@ def _split_hot_keys(memory: ProductKeyMemory, step: int, horizon: int, seed: int
         sources[half, dead[first]] = hot[first]
 
 
-def _copy_rows(table: ValueTable, optimizer: RowAdam, horizon: int, seed: int, sources: Tensor) -> None:
-    """Give dead rows what the living rows of their sub-keys' sources hold. Dead ones are only written, living ones only read."""
+def _copy_rows(
+    table: ValueTable, optimizer: RowAdam, horizon: int, seed: int, sources: Tensor
+) -> None:
+    """Give dead rows what the living rows of their sub-keys' sources hold. Dead ones are only
+    written, living ones only read.
+    """
     state, keys = optimizer.state[table.anchor], sources.shape[1]
     last, values = state["last_step"], state.get("master", table.weight)
     columns = slice(table.columns.start, table.columns.stop)
     for first in range(0, table.most_rows, _BLOCK_ROWS):
-        here = torch.arange(min(first, len(last)), min(first + _BLOCK_ROWS, len(last)), device=last.device)
+        here = torch.arange(
+            min(first, len(last)), min(first + _BLOCK_ROWS, len(last)), device=last.device
+        )
         slots = row_slots(here + table.first_row, keys)
         wanted = slot_rows(sources[0, slots // keys], sources[1, slots % keys], keys)
         dead = (last[here] <= horizon) & (wanted != here + table.first_row)
         here, wanted = here[dead], wanted[dead]
         alive = table.pick(last, wanted) > horizon
         here, wanted = here[alive], wanted[alive]
-        noise = normal_at(seed, here + table.first_row, table.dim)[:, columns] * (_VALUE_NOISE * table.dim**-0.5)
+        noise = normal_at(seed, here + table.first_row, table.dim)[:, columns] * (
+            _VALUE_NOISE * table.dim**-0.5
+        )
         values[here] = (table.pick(values, wanted) + noise).to(values.dtype)
         table.weight[here] = values[here].to(table.weight.dtype)
         for name in ("exp_avg", "exp_avg_sq", "row_step"):

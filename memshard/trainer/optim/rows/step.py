@@ -28,8 +28,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Factors:
-    """step_size, eps: of all rows. by_row: what differs from row to row, [rows] each: `step_size` in place of the common one, and
-    `decay1`, `decay2` of the moments before the step.
+    """step_size, eps: of all rows. by_row: what differs from row to row, [rows] each: `step_size`
+    in place of the common one, and `decay1`, `decay2` of the moments before the step.
     """
 
     step_size: float
@@ -51,22 +51,32 @@ def factors(step: Step, state: dict[str, Any], rows: Tensor) -> Factors:
     if step.semantics == "catch-up":
         missed = step.number - 1 - state["last_step"][rows].double()
         by_row |= {"decay1": step.beta1**missed, "decay2": step.beta2**missed}
-    return Factors(size, eps, {name: value.to(state["exp_avg"].dtype) for name, value in by_row.items()})
+    return Factors(
+        size, eps, {name: value.to(state["exp_avg"].dtype) for name, value in by_row.items()}
+    )
 
 
 def blocks(part: SortedReads) -> Iterator[tuple[int, int]]:
-    """Where to cut a part's rows: on a CPU temporaries then stay in cache (2 to 3 times faster than all at once); on a GPU, where each
-    block is several launches, they are bounded (64 MB each).
+    """Where to cut a part's rows: on a CPU temporaries then stay in cache (2 to 3 times faster than
+    all at once); on a GPU, where each block is several launches, they are bounded (64 MB each).
     """
     rows = max(1024, (1 << 24) // max(1, part.upstream.shape[1])) if part.upstream.is_cuda else 1024
     for first in range(0, len(part.rows), rows):
         yield first, min(first + rows, len(part.rows))
 
 
-def update_rows(table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors) -> None:
-    """One Adam step on part.rows: pick rows, update them, put them back, block by block. The others keep their bits."""
+def update_rows(
+    table: ValueTable, state: dict[str, Any], step: Step, part: SortedReads, found: Factors
+) -> None:
+    """One Adam step on part.rows: pick rows, update them, put them back, block by block. The others
+    keep their bits.
+    """
     for first, last in blocks(part):
-        own = Factors(found.step_size, found.eps, {name: value[first:last] for name, value in found.by_row.items()})
+        own = Factors(
+            found.step_size,
+            found.eps,
+            {name: value[first:last] for name, value in found.by_row.items()},
+        )
         rows = part.rows[first:last]
         old = {name: tensor.index_select(0, rows) for name, tensor in _tensors(table, state)}
         _adam(table, rows, old, part.sums(first, last), step, own)
@@ -81,8 +91,16 @@ def _tensors(table: ValueTable, state: dict[str, Any]) -> Iterator[tuple[str, Te
             yield name, state[name]
 
 
-def _adam(table: ValueTable, rows: Tensor, old: dict[str, Tensor], gradient: Tensor, step: Step, own: Factors) -> None:
-    """Bring values and moments up to date, in place: fresh memory for each result would cost more than the arithmetic.
+def _adam(
+    table: ValueTable,
+    rows: Tensor,
+    old: dict[str, Tensor],
+    gradient: Tensor,
+    step: Step,
+    own: Factors,
+) -> None:
+    """Bring values and moments up to date, in place: fresh memory for each result would cost more
+    than the arithmetic.
 
     old: [rows, dim] each; gradient: [rows, dim].
     """
@@ -112,15 +130,20 @@ def rounding_key(step: Step) -> int:
 def _random(table: ValueTable, step: Step, rows: Tensor) -> Tensor:
     """32 random bits for each value, the same in every layout."""
     keys = fold_tensor(rounding_key(step), rows + table.first_row)
-    counters = torch.arange(table.columns.start, table.columns.stop, device=rows.device, dtype=torch.int32)
+    counters = torch.arange(
+        table.columns.start, table.columns.stop, device=rows.device, dtype=torch.int32
+    )
     return random_bits(keys[:, None], counters)
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [fp32] in fp16 or bf16, rounded up or down with probabilities that make its mean x. bits: int32, 32 random bits each."""
+    """x [fp32] in fp16 or bf16, rounded up or down with probabilities that make its mean x. bits:
+    int32, 32 random bits each.
+    """
     mantissa, smallest = (10, -14) if dtype == torch.float16 else (7, -112)
     exponent = (x.view(torch.int32) & 0x7F800000).clamp(min=(127 + smallest) << 23)
-    # The distance of neighbouring values of `dtype` around x, and its inverse: powers of two, so scaling is exact.
+    # The distance of neighbouring values of `dtype` around x, and its inverse: powers of two, so
+    # scaling is exact.
     quantum = (exponent - (mantissa << 23)).view(torch.float32)
     inverse = ((254 << 23) - (exponent - (mantissa << 23))).view(torch.float32)
     uniform = (bits >> 8 & 0xFFFFFF).float() * 2.0**-24
