@@ -1,8 +1,8 @@
 """A run's folder and identity: what may resume here, and what must not."""
 
-import os
 from pathlib import Path
 
+from memshard.io import atomic_write
 from memshard.trainer.config.diff import diff
 from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.config.recipe import Recipe
@@ -73,6 +73,5 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
 def write_config(folder: Path, recipe: Recipe) -> None:
     """Save the resolved recipe in the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(dump(recipe))
-    os.replace(temporary, folder / CONFIG_FILE)
+    with atomic_write(folder / CONFIG_FILE) as file:
+        file.write_text(dump(recipe))

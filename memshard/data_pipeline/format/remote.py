@@ -14,6 +14,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from memshard.data_pipeline.fetch import fetch, is_url, read_range, retry
+from memshard.io import atomic_write
 
 BLOCK_BYTES = 1 << 22
 DEFAULT_LIMIT = 64 << 30
@@ -100,11 +101,8 @@ class BlockCache:
             content = b""
         if len(content) != end - begin:
             content = self._fetch(name, begin, end)
-            with tempfile.NamedTemporaryFile(
-                dir=self._folder, suffix=".partial", delete=False
-            ) as stream:
-                stream.write(content)
-            os.replace(stream.name, file)
+            with atomic_write(file) as partial:
+                partial.write_bytes(content)
             self._make_room(len(content))
         self._memory[key] = content
         while len(self._memory) > (BLOCKS_IN_MEMORY if self._ranges else 1):

@@ -28,6 +28,7 @@ from memshard.data_pipeline.prepare.inputs import (
     read_pairs,
 )
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
+from memshard.io import partial_path
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
 ROWS_IN_MEMORY = 4096
@@ -95,7 +96,7 @@ def _key(files: list[str], sources: Sources, filters: Filters) -> str:
 
 def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> None:
     """Read a unit and write its result."""
-    partial = unit.folder.with_name(f"{unit.folder.name}.{os.getpid()}.partial")
+    partial = partial_path(unit.folder)
     partial.mkdir(parents=True)
     counts: Counter[str] = Counter()
     skipped: list[str] = []

@@ -26,7 +26,6 @@ from memshard.data_pipeline.format.index import (
     Split,
     sha256_file,
 )
-from memshard.data_pipeline.format.shards import partial_path
 from memshard.data_pipeline.prepare.duplicates import exact_hash
 from memshard.data_pipeline.prepare.pipeline import (
     SAMPLE_LINES,
@@ -44,6 +43,7 @@ from memshard.data_pipeline.tokenizer import (
     train_tokenizer,
     training_lines,
 )
+from memshard.io import atomic_write
 
 BATCH_DOCUMENTS = 512
 
@@ -154,13 +154,11 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
                 rows.append((offset, len(ids) + 1, zlib.crc32(content), len(content), signed))
                 words.append(len(text.split()))
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    with partial_path(folder / f"{tar.name}.all.npy").open("wb") as stream:
+    with atomic_write(folder / f"{tar.name}.all.npy") as file, file.open("wb") as stream:
         np.save(stream, table)
-    partial_path(folder / f"{tar.name}.all.npy").replace(folder / f"{tar.name}.all.npy")
     totals = {"bytes": tar.stat().st_size, "sha256": sha256_file(tar), "words": words}
-    entry = folder / f"{tar.name}.json"
-    partial_path(entry).write_text(json.dumps(totals), encoding="utf-8")
-    partial_path(entry).replace(entry)
+    with atomic_write(folder / f"{tar.name}.json") as file:
+        file.write_text(json.dumps(totals), encoding="utf-8")
 
 
 def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
@@ -223,9 +221,8 @@ def _split(
         begin += len(table)
         entries = np.ascontiguousarray(table[wanted][:, :4])
         sidecar = folder / f"{name}.{split}.index.npy"
-        with partial_path(sidecar).open("wb") as stream:
+        with atomic_write(sidecar) as file, file.open("wb") as stream:
             np.save(stream, entries)
-        partial_path(sidecar).replace(sidecar)
         text_bytes += int(entries[:, 3].sum())
         words += sum(np.array(totals["words"], dtype=np.int64)[wanted].tolist())
         sha256 = hashlib.sha256(sidecar.read_bytes()).hexdigest()

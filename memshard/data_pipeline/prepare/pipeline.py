@@ -37,6 +37,7 @@ from memshard.data_pipeline.tokenizer import (
     train_tokenizer,
     training_lines,
 )
+from memshard.io import atomic_write
 
 SAMPLE_LINES = 200_000
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
@@ -263,9 +264,8 @@ def _trained(
                 elif (place := int(draw.random() * seen)) < SAMPLE_LINES:
                     lines[place] = line
     proto = train_tokenizer(lines, vocab_size, model)
-    partial = cached.with_suffix(".partial")
-    partial.write_bytes(proto)
-    partial.replace(cached)
+    with atomic_write(cached) as file:
+        file.write_bytes(proto)
     return proto
 
 

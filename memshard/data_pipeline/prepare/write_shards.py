@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Shard, Split
-from memshard.data_pipeline.format.shards import ShardWriter, partial_path
+from memshard.data_pipeline.format.shards import ShardWriter
 from memshard.data_pipeline.prepare.documents import Unit, read_texts
 from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, Splits
 from memshard.data_pipeline.prepare.workers import Watch, run_tasks
 from memshard.data_pipeline.tokenizer import Tokenizer
+from memshard.io import atomic_write
 
 BATCH_DOCUMENTS = 512  # tokenised at a time: 32 MB of text at most, enough to keep all cores busy
 NAMES = {TRAIN: TRAIN_SIDE, HELD_OUT: HELD_OUT_SIDE, TEST: TEST_SIDE}
@@ -101,11 +102,8 @@ def write_shard(watch: Watch, plan: ShardPlan, folder: Path, threads: int) -> No
 
 def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
     """Close the shard and write its entry of the index, the sign that it is whole."""
-    entry = folder / f"{name}.json"
-    partial_path(entry).write_text(
-        json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8"
-    )
-    partial_path(entry).replace(entry)
+    with atomic_write(folder / f"{name}.json") as file:
+        file.write_text(json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8")
 
 
 def _tokens(

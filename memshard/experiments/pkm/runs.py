@@ -13,6 +13,7 @@ import torch
 from memshard.experiments.common.clock import now
 from memshard.experiments.common.trained import finish, folder_of, prepare
 from memshard.experiments.pkm.layers import BUILDERS
+from memshard.io import atomic_write
 from memshard.models.memory.table import find_tables
 from memshard.trainer.loop import evaluate_run
 from memshard.trainer.precision import autocast, compute_dtype
@@ -47,9 +48,8 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
         if not kept.exists():
             run = _set_up(point, folder)
             finish(run)
-            partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps(_measured(run)))
-            partial.replace(kept)
+            with atomic_write(kept) as file:
+                file.write_text(json.dumps(_measured(run)))
             shutil.rmtree(folder / CHECKPOINTS)
         result: dict[str, Any] = json.loads(kept.read_text())
         return result

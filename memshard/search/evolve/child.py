@@ -5,7 +5,6 @@ events what it does.
 import hashlib
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Generator, Iterator
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from memshard.io import atomic_write
 from memshard.search.dna.compile import Compiled, Rejected, Shape, compile_dna
 from memshard.search.dna.golden import golden
 from memshard.search.dna.mutate import mutate
@@ -279,12 +279,9 @@ class Training:
                 f"{key}/{name}": value for key, value in self._optimizer.state[weight].items()
             }
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
         kept = {"identity": identity, "step": str(self.step), "rungs": json.dumps(rungs)}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, beside, kept)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with atomic_write(path, durable=True) as file:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, file, kept)
 
     def load(self, path: Path, identity: str) -> list[Event]:
         """Go on from a saved file, bit for bit; returns its rungs. Without a whole file of this

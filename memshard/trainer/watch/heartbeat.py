@@ -11,9 +11,11 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from memshard.io import atomic_write
 from memshard.trainer.run import PHASES, Run
 
 FOLDER = "heartbeat"
@@ -91,12 +93,9 @@ class Heartbeat:
         self.beat = replace(
             self.beat, step=step, phase=phase, since=since, time=now, ended=ended, error=error
         )
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(asdict(self.beat)))
-            os.replace(temporary, self.path)
-        except OSError:
-            pass  # a full disk must not end a run for the sake of its heartbeat
+        # A full disk must not end a run for the sake of its heartbeat.
+        with suppress(OSError), atomic_write(self.path) as file:
+            file.write_text(json.dumps(asdict(self.beat)))
 
 
 def read_beats(folder: Path) -> list[Beat]:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from memshard.io import atomic_write
 from memshard.trainer.run import Run
 from memshard.trainer.watch import weights_and_biases
 
@@ -33,9 +33,8 @@ class Metrics:
         kept = (
             [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
         )
-        temporary = path.with_suffix(".tmp")  # a kill must not cost the lines that are kept
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        with atomic_write(path) as file:  # a kill must not cost the lines that are kept
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self._wandb = weights_and_biases.begin(folder, run.recipe, kept) if settings.wandb else None

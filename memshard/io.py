@@ -1,0 +1,35 @@
+"""Writing files so that a reader, or the next start after a kill, never meets half of one."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield the name of a temporary file beside `path`; it becomes `path` if the block succeeds and
+    is removed if it raises.
+
+    durable: also wait until the content is on the disk, so that the new name cannot outlive a power
+    cut that its content does not survive.
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_path(path: Path) -> Path:
+    """Return a new name beside `path` for a file or folder that is not whole yet.
+
+    Random, because process numbers of two containers that share a disk are often the same.
+    """
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
