@@ -61,7 +61,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["memshard", "memshard.*"]),
     package_data={
-        "memshard": ["recipes/*.yaml", "launch/examples/*.sh", "models/kernels/*.cpp", "py.typed"]
+        "memshard": [
+            "*.pyi",
+            "recipes/*.yaml",
+            "launch/examples/*.sh",
+            "models/kernels/*.cpp",
+            "py.typed",
+        ]
     },
     install_requires=[
         "torch>=2.13",

@@ -22,9 +22,9 @@ from memshard import (
     ProductKeyMemory,
     RowAdam,
     externalize_tables,
-    load_whole_state,
+    full_state_dict,
+    load_full_state_dict,
     shard_tables,
-    whole_state,
 )
 
 LENGTH, BATCH = 128, 16
@@ -118,10 +118,10 @@ def main() -> None:
     file, first = args.out / "state.pt", 0
     if file.exists():
         saved = torch.load(file, weights_only=True)
-        load_whole_state(model, optimizer, saved["model"], saved["optimizer"])
+        load_full_state_dict(model, optimizer, saved["model"], saved["optimizer"])
         first = saved["step"]
     losses = train(model, optimizer, first, args.steps)
-    whole = whole_state(model, optimizer)
+    whole = full_state_dict(model, optimizer)
     if whole is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         torch.save({"model": whole[0], "optimizer": whole[1], "step": first + args.steps}, file)

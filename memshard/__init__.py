@@ -1,55 +1,29 @@
 """memshard: language models whose capacity sits in huge, sparsely read memories.
 
-The names below load their module, and with it torch, when they are first used.
+`__init__.pyi` lists the public names and the module of each. A name loads its module, and with it
+torch, when it is first used: `import memshard` alone takes milliseconds.
 """
 
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from memshard.models.memory.product_key import ProductKeyMemory
-    from memshard.models.memory.table import externalize_tables
-    from memshard.parallel.tables.full_state import load_whole_state, whole_state
-    from memshard.parallel.tables.shard_tables import shard_tables
-    from memshard.trainer.checkpoint.load_model import load
-    from memshard.trainer.evaluation.slot_usage import memory_usage
-    from memshard.trainer.export.foreign import load_memory
-    from memshard.trainer.optim.combined import CombinedOptimizer
-    from memshard.trainer.optim.rows.adam import RowAdam
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CombinedOptimizer",
-    "ProductKeyMemory",
-    "RowAdam",
-    "externalize_tables",
-    "load",
-    "load_memory",
-    "load_whole_state",
-    "memory_usage",
-    "shard_tables",
-    "whole_state",
-]
-
-_HOMES = {
-    "CombinedOptimizer": "trainer.optim.combined",
-    "ProductKeyMemory": "models.memory.product_key",
-    "RowAdam": "trainer.optim.row_adam",
-    "externalize_tables": "models.memory.table",
-    "load_whole_state": "parallel.tables.whole",
-    "load": "trainer.checkpoint.load_model",
-    "load_memory": "trainer.export.foreign",
-    "memory_usage": "trainer.evaluation.usage",
-    "shard_tables": "parallel.tables.shard",
-    "whole_state": "parallel.tables.whole",
+_MODULES = {
+    alias.name: node.module
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
 }
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'memshard' has no attribute '{name}'")
-    return getattr(import_module(f"memshard.{_HOMES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

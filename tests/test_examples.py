@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard import load_whole_state, memory_usage, whole_state
+from memshard import full_state_dict, load_full_state_dict, slot_usage
 from memshard.models.memory.table import externalize_tables, find_tables
 from tests.distributed import run_distributed
 
@@ -43,7 +43,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     for other in (loaded, refilled, copy.deepcopy(model)):
         assert torch.equal(other.eval()(batch).logits, logits)
 
-    (usage,) = memory_usage(model, [{"input_ids": batch}]).values()
+    (usage,) = slot_usage(model, [{"input_ids": batch}]).values()
     assert 0 < usage.usage < 1
     ((_, table),) = find_tables(model)
     assert not table.reads, "evaluation keeps nothing"
@@ -70,11 +70,11 @@ def _ddp(
 
     model, optimizer = build()
     if saved:
-        load_whole_state(model, optimizer, *saved)
+        load_full_state_dict(model, optimizer, *saved)
     losses, states = [], []
     for first, last in pairwise(steps):
         losses += train(model, optimizer, first, last - first)
-        states.append(copy.deepcopy(whole_state(model, optimizer)))
+        states.append(copy.deepcopy(full_state_dict(model, optimizer)))
     return losses, model(text()[:2, :-1]).detach(), states
 
 
@@ -87,7 +87,7 @@ def test_plain_ddp() -> None:
     _assert_equal_bits(resumed[0], straight[0])
     assert torch.equal(same_logits, logits)
 
-    # One process loads the same state, with or without load_whole_state, and goes on as two do.
+    # One process loads the same state, with or without load_full_state_dict, and goes on as two do.
     alone, _ = build()
     alone.load_state_dict(straight[0])
     torch.testing.assert_close(alone(text()[:2, :-1]), logits, rtol=1e-4, atol=1e-4)

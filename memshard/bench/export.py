@@ -119,14 +119,14 @@ def run_evaluation(folder: Path, memmap: bool) -> dict[str, float | str]:
     """Random tokens through the model, 16 x 256 at a time."""
     import torch
 
-    from memshard.trainer.checkpoint.load_model import load
+    from memshard.trainer.checkpoint.load_model import load_model
 
     batches = [
         torch.from_numpy(np.random.default_rng(number).integers(0, 512, (16, 256)))
         for number in range(5)
     ]
     with Peak() as peak, torch.no_grad():
-        loaded = load(folder / "export", memmap)
+        loaded = load_model(folder / "export", memmap)
         loaded.model(batches[0])
         begun = time.perf_counter()
         for batch in batches[1:]:

@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             if states:
                 raise ValueError(
                     "ranks that share a sequence cannot decode token by token: load the "
-                    "checkpoint with memshard.load"
+                    "checkpoint with memshard.load_model"
                 )
             tokens, ctx = self.share_sequence(tokens, ctx)
         if self.grid is not None:

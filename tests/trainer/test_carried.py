@@ -11,7 +11,7 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.models.loss import token_losses
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.run import Run
 from memshard.trainer.step import train_step
@@ -229,7 +229,7 @@ def test_untruncated_evaluation_is_one_pass(
 ) -> None:
     """Of training with carried states, and of the command on whatever model can."""
     trained = train_run(recipe, tmp_path / "run", *CARRY, "data.length=16", "train.steps=5")
-    loaded = load(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     windows = held_out_windows(Path(loaded.recipe.data.path))
     inputs, targets = (torch.cat(parts, 1) for parts in zip(*windows, strict=True))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.checkpoint.folders import committed
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.checkpoint.save_load import (
     DamagedCheckpoint,
     load_state,
@@ -63,11 +63,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     with pytest.raises(
         DamagedCheckpoint, match=f"step-00000004 is damaged .*{name.partition('.')[0]}"
     ):
-        load(newest)
+        load_model(newest)
     with pytest.warns(
         UserWarning, match="step-00000004 is damaged.*the checkpoint before it is read"
     ):
-        assert load(run).step == 2
+        assert load_model(run).step == 2
     with caplog.at_level(logging.WARNING):
         resumed = prepare(recipe, run)
     assert resumed.progress.step == 2 and "the run goes on from step 2" in caplog.text
@@ -231,4 +231,4 @@ def test_a_copied_checkpoint_stands_alone(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=1")
     shutil.copytree(tmp_path / "run/checkpoints/step-00000001", tmp_path / "copy")
     shutil.rmtree(tmp_path / "run")
-    assert load(tmp_path / "copy").step == 1
+    assert load_model(tmp_path / "copy").step == 1

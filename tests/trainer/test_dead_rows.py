@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memshard.launch.cli.main import main
 from memshard.models.memory.product_key import slot_rows
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.step import train_step
 from tests.trainer.test_evaluation import held_out_windows
 from tests.trainer.tiny_run import TABLE, numbers, prepare, train_run
@@ -60,7 +60,7 @@ def test_eval_lists_the_slots_that_no_token_reads(recipe: Path, data: Path, tmp_
         )
         == 0
     )
-    loaded = load(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     table = next(memory.values for _, memory in loaded.model.memories())
     table.observer = reads = _Reads()
     seen = 0

@@ -18,7 +18,7 @@ from memshard.launch.cli.main import main
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.slot_usage import UsageReport
-from memshard.trainer.checkpoint.load_model import LoadedModel, load
+from memshard.trainer.checkpoint.load_model import LoadedModel, load_model
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.export.export import export
 from memshard.trainer.tasks.language_model import LanguageModelTask
@@ -32,7 +32,7 @@ LENGTH = 32
 def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("evaluation") / "run"
     train_run(recipe, folder)
-    return load(folder)
+    return load_model(folder)
 
 
 def held_out_windows(data: Path) -> list[tuple[Tensor, Tensor]]:
@@ -162,17 +162,17 @@ def test_memory_usage_of_a_plain_model() -> None:
     model = nn.Sequential(nn.Dropout(0.5), memory)
     batches = [torch.randn(7, 8) for _ in range(3)]
     reads = [memory.lookup(batch) for batch in batches]
-    (report,) = memshard.memory_usage(model, batches).values()
+    (report,) = memshard.slot_usage(model, batches).values()
     assert vars(report) == pytest.approx(vars(expected_report(25, reads)), rel=1e-6)
     assert model.training and memory.values.observer is None
-    (mapped,) = memshard.memory_usage(model, [{"input": batch} for batch in batches]).values()
+    (mapped,) = memshard.slot_usage(model, [{"input": batch} for batch in batches]).values()
     assert mapped == report
 
 
 def test_weights_of_both_signs_count_by_their_magnitude() -> None:
     torch.manual_seed(0)
     peer, batch = Peer(8, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer"), torch.randn(7, 8)
-    report = memshard.memory_usage(peer, [batch])["values"]
+    report = memshard.slot_usage(peer, [batch])["values"]
     rows, weights = peer.lookup(batch)
     hidden = torch.nn.functional.gelu((peer.down.weight[rows] * batch[:, None]).sum(-1))
     assert (hidden < 0).any()
@@ -182,13 +182,13 @@ def test_weights_of_both_signs_count_by_their_magnitude() -> None:
 
 def test_reads_of_a_single_slot_and_none_at_all() -> None:
     memory = ProductKeyMemory(4, keys=3, heads=1, topk=1, key_dim=2, query_norm="none")
-    (report,) = memshard.memory_usage(memory, [torch.zeros(5, 4)]).values()
+    (report,) = memshard.slot_usage(memory, [torch.zeros(5, 4)]).values()
     assert report.kl_count == pytest.approx(math.log(9)) and report.usage == pytest.approx(1 / 9)
-    assert memshard.memory_usage(memory, [])["values"] == UsageReport(0, 0, 0, 0, 0, 0, 0, 0)
+    assert memshard.slot_usage(memory, [])["values"] == UsageReport(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _evaluate_on_ranks(rank: int, world: int, run: Path) -> dict[str, Any]:
-    loaded = load(run, memmap=True)
+    loaded = load_model(run, memmap=True)
     task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
     found = evaluate(
         loaded.model,

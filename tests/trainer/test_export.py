@@ -14,7 +14,7 @@ from memshard.launch.cli.main import main
 from memshard.models.memory.disk_table import MappedTable
 from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.export import export as export_module
 from memshard.trainer.export.export import export, quantise
 from tests.distributed import run_distributed
@@ -40,7 +40,7 @@ def _train_on_ranks(rank: int, world: int, recipe: Path, folder: Path, *settings
 
 
 def _logits(path: Path, memmap: bool = False) -> torch.Tensor:
-    loaded = load(path, memmap)
+    loaded = load_model(path, memmap)
     assert {type(table) is MappedTable for _, table in find_tables(loaded.model)} <= {memmap}
     tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_every_kind_of_model_in_every_dtype(kind: str, recipe: Path, tmp_path: P
 def test_tables_are_in_slot_order(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=1")
     export(tmp_path / "run", tmp_path / "out")
-    table = dict(find_tables(load(tmp_path / "run").model))[TABLE]
+    table = dict(find_tables(load_model(tmp_path / "run").model))[TABLE]
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert [name for name in file.keys() if "values" in name] == [f"model.{TABLE}.weight"]  # noqa: SIM118
         values = file.get_tensor(f"model.{TABLE}.weight")
@@ -145,7 +145,7 @@ def test_a_header_of_an_absurd_size_is_refused(length: int, recipe: Path, tmp_pa
     file = tmp_path / "out/model.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
     with pytest.raises(ValueError, match="out is damaged .Safetensor"):
-        load(tmp_path / "out", memmap=True)
+        load_model(tmp_path / "out", memmap=True)
 
 
 def test_what_the_command_says(

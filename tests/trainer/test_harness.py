@@ -10,7 +10,7 @@ import torch
 
 from memshard.launch.cli.main import main
 from memshard.models.decode.generate import generate
-from memshard.trainer.checkpoint.load_model import LoadedModel, load
+from memshard.trainer.checkpoint.load_model import LoadedModel, load_model
 from tests.trainer.tiny_run import train_run
 
 pytest.importorskip("lm_eval")
@@ -33,7 +33,7 @@ TASKS = {
 def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("harness") / "run"
     train_run(recipe, folder, "train.steps=4")
-    return load(folder)
+    return load_model(folder)
 
 
 def _greedy(loaded: LoadedModel, text: str, count: int) -> str:

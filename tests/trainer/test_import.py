@@ -13,7 +13,7 @@ from torch import Tensor
 
 import memshard
 from memshard.launch.cli.main import main
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.export.export import export
 from tests.trainer.tiny_run import train_run
 
@@ -198,7 +198,7 @@ def test_an_export_becomes_a_checkpoint_that_trains_on(
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     tokens = torch.randint(290, (2, 12))
     with torch.no_grad():
-        there, here = load(tmp_path / "out"), load(tmp_path / "back")
+        there, here = load_model(tmp_path / "out"), load_model(tmp_path / "back")
         assert torch.equal(there.model(tokens)[0], here.model(tokens)[0]) and here.step == 3
     result = train_run(
         recipe,

@@ -15,7 +15,7 @@ from memshard.models.program.mixer import ProgramMixer
 from memshard.parallel.tensor_placement import split_matrices
 from memshard.search.dna.compile import Compiled, Shape, compile_dna
 from memshard.search.dna.golden import golden
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.export.export import export
@@ -58,7 +58,7 @@ def test_a_program_trains_resumes_generates_and_exports(
     (tmp_path / "gone.json").rename(settings[0].partition("=")[2])
     assert_same(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts"))
 
-    model = load(tmp_path / "whole").model
+    model = load_model(tmp_path / "whole").model
     with pytest.raises(ValueError, match="model.program is not split by channels"):
         split_matrices(model, 2)
     assert all(isinstance(block.mixer, ProgramMixer) for block in model.blocks)
@@ -117,7 +117,7 @@ def test_transformers_loads_a_program(
     done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        expected = load(tmp_path / "run").model(torch.tensor([[5, 9, 11]]))[0]
+        expected = load_model(tmp_path / "run").model(torch.tensor([[5, 9, 11]]))[0]
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -186,7 +186,7 @@ def test_what_two_ranks_saved_loads_on_one(runs: Runs, recipe: Path, tmp_path: P
     run = prepare(recipe, tmp_path / "copy", *SETTINGS)
     saved = checkpoint_state(folder / "rows")
     assert_same(run.tensors(), {name: saved[name] for name in run.tensors()})
-    loaded = memshard.load(folder / "columns")
+    loaded = memshard.load_model(folder / "columns")
     assert generate(loaded.model, torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
 
 
@@ -208,9 +208,9 @@ def test_every_way_to_lay_out_starts_from_the_same_weights(runs: Runs, recipe: P
 
 
 def test_cached_decoding_is_refused(runs: Runs) -> None:
-    loaded = memshard.load(runs[0] / "rows")
+    loaded = memshard.load_model(runs[0] / "rows")
     loaded.model.share_sequence = lambda tokens, ctx: (tokens, ctx)
-    with pytest.raises(ValueError, match="memshard.load"):
+    with pytest.raises(ValueError, match="memshard.load_model"):
         generate(loaded.model, torch.tensor([[1, 2, 3]]), 4)
 
 

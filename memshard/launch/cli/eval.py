@@ -124,12 +124,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with usage_errors():
             import torch.distributed as dist
 
-            from memshard.trainer.checkpoint.load_model import load
+            from memshard.trainer.checkpoint.load_model import load_model
 
             ranks = dist.get_world_size() if dist.is_initialized() else 1
             if args.batch < 1:
                 raise ValueError(f"--batch is {args.batch}; it must be at least 1")
-            loaded = load(args.checkpoint, args.memmap or ranks > 1, device)
+            loaded = load_model(args.checkpoint, args.memmap or ranks > 1, device)
             if loaded.recipe.model.translates and ranks > 1:
                 raise ValueError(
                     "translation is evaluated on one process: start it without torchrun"

@@ -102,7 +102,7 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
         "topp": args.topp,
     }
     with usage_errors():
-        from memshard.trainer.checkpoint.load_model import load
+        from memshard.trainer.checkpoint.load_model import load_model
 
         prompts = (
             [args.prompt]
@@ -111,7 +111,7 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
         )
         if not prompts:
             raise ValueError(f"{args.prompts} is empty: write a text to continue on each line")
-        loaded = load(args.checkpoint, args.memmap, device)
+        loaded = load_model(args.checkpoint, args.memmap, device)
         if loaded.recipe.model.translates:
             return _translate(args, loaded, prompts, compute_dtype(args.precision, device))
         # A document begins after <eos>.

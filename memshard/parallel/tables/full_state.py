@@ -18,7 +18,7 @@ from memshard.parallel.tables.sharded import ShardedTable, piece
 State = dict[str, Any]
 
 
-def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[State, State] | None:
+def full_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[State, State] | None:
     """`state_dict()` of both, as one process has them that holds all tables: on the first rank of
     the tables' group, None on the others.
 
@@ -33,10 +33,10 @@ def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[State, State] |
     return (model_state, optimizer_state) if first else None
 
 
-def load_whole_state(
+def load_full_state_dict(
     model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
 ) -> None:
-    """Load what `whole_state` or one process has saved; every rank takes its parts of the
+    """Load what `full_state_dict` or one process has saved; every rank takes its parts of the
     tables.
     """
     model_state, optimizer_state = dict(model_state), _copy(optimizer_state)

@@ -47,7 +47,9 @@ class LoadedModel:
             )
 
 
-def load(path: str | Path, memmap: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    path: str | Path, memmap: bool = False, device: torch.device | str = "cpu"
+) -> LoadedModel:
     """Load a run folder (its newest good checkpoint), a checkpoint or an export. ValueError if
     there is none.
 

@@ -49,7 +49,7 @@ def _report(counter: UsageCounter) -> UsageReport:
     )
 
 
-def memory_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:
+def slot_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:
     """Usage and KL of every value table of any model over some batches, without gradients and in
     evaluation mode.
 

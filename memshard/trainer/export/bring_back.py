@@ -11,7 +11,7 @@ from torch import Tensor
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.global_tensors import model_tensors
-from memshard.trainer.checkpoint.load_model import load
+from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.checkpoint.save_load import save_checkpoint
 from memshard.trainer.config.load import dump
 from memshard.trainer.precision import DTYPES
@@ -22,7 +22,7 @@ def bring_back(source: Path, out: Path) -> int:
     """Write the checkpoint, a folder that must be new; returns its step. Moments and their step
     counts, which an export has not, are 0.
     """
-    loaded = load(source)
+    loaded = load_model(source)
     model = loaded.model
     tensors = model_tensors(model, {}, None)
     shapes: dict[str, Tensor] = dict(model.named_parameters())

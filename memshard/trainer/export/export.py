@@ -17,7 +17,7 @@ from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
 from memshard.models.random import fold
 from memshard.models.seq2seq import build_model
-from memshard.trainer.checkpoint.load_model import LoadedModel, load, open_model
+from memshard.trainer.checkpoint.load_model import LoadedModel, load_model, open_model
 from memshard.trainer.checkpoint.open_checkpoint import (
     CONFIG_JSON,
     PREFIX,
@@ -171,7 +171,7 @@ def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> floa
     """The export must give the logits of its source rounded in the same way; returns the distance
     to the source as it is.
     """
-    source, exported = load(stored.folder, memmap=True), load(folder, memmap=True)
+    source, exported = load_model(stored.folder, memmap=True), load_model(folder, memmap=True)
     length = min(64, stored.recipe.model.max_length or 64)
     tokens = torch.randint(
         stored.recipe.model.vocab_size or 1,

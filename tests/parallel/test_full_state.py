@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from memshard.models.memory.table import ValueTable, externalize_tables
-from memshard.parallel.tables.full_state import load_whole_state, whole_state
+from memshard.parallel.tables.full_state import full_state_dict, load_full_state_dict
 from memshard.parallel.tables.shard_tables import Layout, shard_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
 from memshard.trainer.optim.rows.adam import RowAdam, Semantics
@@ -45,14 +45,14 @@ def _train(
     )
     optimizer = CombinedOptimizer(AdamW(model.parameters()), RowAdam(tables, semantics=semantics))
     if saved:
-        load_whole_state(model, optimizer, *saved)
+        load_full_state_dict(model, optimizer, *saved)
     for step in steps:
         rows = torch.randint(13, (12, 3), generator=torch.Generator().manual_seed(step))
         model(torch.chunk(rows, world)[rank]).sum().backward()
         # Only the tables learn, so that nothing but them has to be reduced.
         model.dense.zero_grad()
         optimizer.step()
-    return whole_state(model, optimizer)
+    return full_state_dict(model, optimizer)
 
 
 def _tensors(states: Any) -> dict[str, Tensor]:
