@@ -39,52 +39,54 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ctx: Context, state: MixerState | None = None, replay: Replay | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """x: [batch, length, dim]; returns the same shape and the mixer's advanced state. replay:
-        of a pass that backward repeats.
-        """
-        x, state = self.mixed(x, ctx, state)
-        return self.fed(x, ctx, replay), state
+        """Return the stream after both halves, and the mixer's advanced state.
 
-    def mixed(
+        x: [batch, length, dim]. replay: of a pass that backward repeats.
+        """
+        x, state = self.after_mixer(x, ctx, state)
+        return self.after_feedforward(x, ctx, replay), state
+
+    def after_mixer(
         self, x: Tensor, ctx: Context, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """The first half: x after the mixer, and its advanced state."""
-        change, state = self.mix(x, ctx, state)
+        """Return the stream after the first half, and the mixer's advanced state."""
+        change, state = self.mixer_branch(x, ctx, state)
         return self.mixer_residual.join(x, change), state
 
-    def fed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
-        """The second half: x after feedforward and memory; a program may do without."""
+    def after_feedforward(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
+        """Return the stream after the second half; a program may have none."""
         if self.feedforward is None and self.memory is None:
             return x
-        return self.feedforward_residual.join(x, self.feed(x, ctx, replay))
+        return self.feedforward_residual.join(x, self.feedforward_branch(x, ctx, replay))
 
-    def mix(
+    def mixer_branch(
         self, x: Tensor, ctx: Context, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """What the mixer adds to x, norm and dropout included, and the advanced state."""
+        """Return what the mixer adds to x, norm and dropout included, and its advanced state."""
         mixer = self.mixer
-        # Ranks that gather a sequence send normalised tokens.
+        # With sequence sharding (local_part) tokens are normalised before they are gathered, so the
+        # mixer cannot apply the norm itself.
         if (
             isinstance(mixer, LSHMixer)
             and mixer.heads_at_once
             and state is None
-            and ctx.part is None
+            and ctx.local_part is None
         ):
-            y, state = mixer(x, ctx, None, self.mixer_residual.first)
+            y, state = mixer(x, ctx, None, self.mixer_residual.norm_before)
         else:
             y, state = mixer(self.mixer_residual.before(x), ctx, state)
         return self._dropout(self.mixer_residual.after(y), ctx, _MIXER_BRANCH), state
 
-    def feed(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
-        """What feedforward and memory add to x, norm and dropout included."""
+    def feedforward_branch(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
+        """Return what feedforward and memory add to x, norm and dropout included."""
         h = self.feedforward_residual.before(x)
-        parts = [] if self.feedforward is None else [self.feedforward(h)]
+        outputs = [] if self.feedforward is None else [self.feedforward(h)]
         if self.memory is not None:
-            parts.append(self.memory(h, ctx.own.padding, replay))
-        y = self.feedforward_residual.after(sum(parts[1:], parts[0]))
+            outputs.append(self.memory(h, ctx.local.padding, replay))
+        y = self.feedforward_residual.after(sum(outputs[1:], outputs[0]))
         return self._dropout(y, ctx, _FEEDFORWARD_BRANCH)
 
     def _dropout(self, y: Tensor, ctx: Context, branch: int) -> Tensor:
         if not self.training or not self.dropout_rate or ctx.random is None:
             return y
-        return dropout(y, self.dropout_rate, ctx.random, ctx.own.positions, self.layer, branch)
+        return dropout(y, self.dropout_rate, ctx.random, ctx.local.positions, self.layer, branch)

@@ -439,7 +439,7 @@ class ModelConfig:
         return 0 < self.encoder_layers < self.layers
 
     @property
-    def output_places(self) -> int:
+    def logits_per_token(self) -> int:
         """Logits of a token in training, about; those of rarer tokens' clusters are few.
         `vocab_size` must be set.
         """

@@ -15,48 +15,47 @@ class Context:
     """Facts about a batch of tokens, shared by all layers.
 
     positions: [batch, length] int64, place of each token in its sequence. documents: [batch,
-    length] int64 or None; attention stays inside a document where given. padding: [batch, length]
-    bool or None, True for real tokens. random: key of this pass's draws; None draws nothing
-    (evaluation, or a model without dropout). part: the same facts of this rank's piece of the
-    sequence, where ranks share its tokens; None where one sees them all. filler: how many tokens at
-    the end only make such pieces equal. source: [batch, source length, dim] or None, an encoder's
-    output, which a decoder reads besides; source_padding: [batch, source length] bool or None, True
-    for its real tokens.
+    length] int64, the document of each token; attention stays inside a document. padding: [batch,
+    length] bool, True for real tokens. random: key of this pass's draws; None draws nothing
+    (evaluation, or a model without dropout). source: [batch, source length, dim], the encoder's
+    output that a decoder reads; source_padding: [batch, source length] bool, True for its real
+    tokens.
+
+    Where ranks share the tokens of a sequence, mixers see all of them and other layers only this
+    rank's: local_part holds the facts of those. padding_tokens: how many tokens at the end of the
+    sequence only make the ranks' parts equally long.
     """
 
     positions: Tensor
     documents: Tensor | None = None
     padding: Tensor | None = None
     random: RandomKey | None = None
-    part: "Context | None" = None
-    filler: int = 0
+    local_part: "Context | None" = None
+    padding_tokens: int = 0
     source: Tensor | None = None
     source_padding: Tensor | None = None
 
     @property
-    def own(self) -> "Context":
-        """The facts of the tokens that this rank's residual stream holds; a mixer, which needs them
-        all, takes the context itself.
-        """
-        return self.part or self
+    def local(self) -> "Context":
+        """The facts of the tokens in this rank's residual stream; by default of all."""
+        return self.local_part or self
 
-    def pieces(self, size: int) -> Iterator[tuple[slice, "Context"]]:
-        """Stretches of at most `size` of the tokens that this rank holds, all for 0, and the
-        context of each.
-        """
-        own = self.own
-        length = own.positions.shape[1]
+    def split(self, size: int) -> Iterator[tuple[slice, "Context"]]:
+        """Yield spans of at most `size` local tokens (0: all at once), each with its context."""
+        local = self.local
+        length = local.positions.shape[1]
         for first in range(0, length, size or max(1, length)):
-            piece = slice(first, first + (size or length))
+            span = slice(first, first + (size or length))
             documents, padding = (
-                None if field is None else field[:, piece] for field in (own.documents, own.padding)
+                None if field is None else field[:, span]
+                for field in (local.documents, local.padding)
             )
-            yield piece, Context(own.positions[:, piece], documents, padding, self.random)
+            yield span, Context(local.positions[:, span], documents, padding, self.random)
 
     @staticmethod
     def of(tokens: Tensor, start: int = 0) -> "Context":
-        """The context of plain unpadded text. tokens: [batch, length], first at position
-        `start`.
+        """Return the context of plain unpadded text. tokens: [batch, length]; start: position of
+        the first one.
         """
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         return Context(positions=positions.expand(tokens.shape[0], -1))
@@ -80,8 +79,8 @@ class Context:
 
     @cached_property
     def document_sizes(self) -> list[list[int]]:
-        """Of every row, the lengths of its stretches of one document, padding apart, in order.
-        Waits for the device once a batch.
+        """For every row, the lengths of its runs of one document, in order; padding counts as a
+        document. Waits for the device once a batch.
         """
         changes = torch.zeros_like(self.positions[:, 1:], dtype=torch.bool)
         for field in (self.documents, self.padding):

@@ -18,45 +18,45 @@ _CROSS_BRANCH = 2
 
 @dataclass(frozen=True)
 class DecoderState:
-    """own: of the mixer; source: of the reading of the encoder's output."""
+    """The states of a decoder block: of its mixer, and of its cross attention."""
 
-    own: Any
+    mixer: Any
     source: SourceState
 
     @property
     def length(self) -> int:
-        """Tokens seen."""
-        return int(self.own.length)
+        """Number of tokens seen."""
+        return int(self.mixer.length)
 
 
 class DecoderBlock(Block):
-    """A block with one more branch, `cross`, of its own residual."""
+    """A block with a third branch, `cross`, which has a residual to itself."""
 
     def __init__(self, cross: BidirectionalMixer, cross_residual: Residual, *block: Any) -> None:
         super().__init__(*block)
         self.cross, self.cross_residual = cross, cross_residual
 
-    def mixed(
+    def after_mixer(
         self, x: Tensor, ctx: Context, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """x after mixer and cross attention, and their advanced states."""
+        """Return the stream after mixer and cross attention, and their advanced states."""
         assert state is None or isinstance(state, DecoderState)
-        x, own = super().mixed(x, ctx, None if state is None else state.own)
+        x, mixer = super().after_mixer(x, ctx, None if state is None else state.mixer)
         y, source = self.cross(
             self.cross_residual.before(x), ctx, None if state is None else state.source
         )
         x = self.cross_residual.join(x, self._dropout(y, ctx, _CROSS_BRANCH))
-        return x, None if own is None or source is None else DecoderState(own, source)
+        return x, None if mixer is None or source is None else DecoderState(mixer, source)
 
     def init_state(self, batch: int, capacity: int) -> DecoderState:
-        """As a mixer's."""
+        """Return empty states, as a mixer's `init_state` does."""
         return DecoderState(
             self.mixer.init_state(batch, capacity), self.cross.init_state(batch, capacity)
         )
 
     def reorder(self, state: MixerState, rows: Tensor) -> DecoderState:
-        """As a mixer's."""
+        """Return the states of other rows, as a mixer's `reorder` does."""
         assert isinstance(state, DecoderState)
         return DecoderState(
-            self.mixer.reorder(state.own, rows), self.cross.reorder(state.source, rows)
+            self.mixer.reorder(state.mixer, rows), self.cross.reorder(state.source, rows)
         )

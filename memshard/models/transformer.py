@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         the state before it is kept.
         """
         states, losses = states or self.init_states(len(tokens), tokens.shape[1]), []
-        for piece, part in ctx.pieces(-(-tokens.shape[1] // self.segments)):
+        for piece, part in ctx.split(-(-tokens.shape[1] // self.segments)):
             found, states = checkpointed(
                 self._pass, tokens[:, piece], part, states, targets[:, piece]
             )
@@ -225,14 +225,16 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tensor, ctx: Context, branch: int = 0) -> Tensor:
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(ctx.own.positions)
+            x = x + self.positions(ctx.local.positions)
         elif self.config.position == "sinusoidal":
             # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up
             # to meet the sinusoids.
-            x = x * self.config.dim**0.5 + sinusoids(ctx.own.positions, self.config.dim).to(x.dtype)
+            x = x * self.config.dim**0.5 + sinusoids(ctx.local.positions, self.config.dim).to(
+                x.dtype
+            )
         if self.training and self.config.dropout and ctx.random is not None:
             x = dropout(
-                x, self.config.dropout, ctx.random, ctx.own.positions, _EMBEDDING_LAYER, branch
+                x, self.config.dropout, ctx.random, ctx.local.positions, _EMBEDDING_LAYER, branch
             )
         return x
 

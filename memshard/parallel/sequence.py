@@ -67,7 +67,7 @@ def fill_up(
             positions=positions,
             documents=documents,
             padding=None if ctx.padding is None else real,
-            filler=missing,
+            padding_tokens=missing,
         )
     return tokens, ctx, real
 

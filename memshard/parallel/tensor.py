@@ -274,7 +274,7 @@ def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         padding=None if real is None else own_piece(real, ranks),
         random=ctx.random,
     )
-    return tokens, replace(ctx, part=part)
+    return tokens, replace(ctx, local_part=part)
 
 
 def _logits(x: Tensor, weight: Tensor, spec: ShardSpec) -> Tensor:

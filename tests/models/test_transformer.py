@@ -118,8 +118,8 @@ def test_pre_and_post_norm(norm: str) -> None:
         ("post", False): normed(x + x.sin()),
         ("pre", True): x + normed(x.sin()),
     }
-    for (kind, behind), y in expected.items():
-        residual = Residual(kind, norm, 8, behind)
+    for (kind, norm_after), y in expected.items():
+        residual = Residual(kind, norm, 8, norm_after)
         torch.testing.assert_close(residual.join(x, residual.after(residual.before(x).sin())), y)
 
 

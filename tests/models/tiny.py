@@ -48,7 +48,7 @@ def tiny_config(
     memory: dict[str, Any] | None = None,
     activation: Any = "gelu",
     mixer: dict[str, Any] | None = None,
-    norm_behind: bool = False,
+    norm_after: bool = False,
     **changes: Any,
 ) -> ModelConfig:
     """Three layers of width 16; memories in layers 1 and 2 unless told otherwise."""
@@ -63,7 +63,7 @@ def tiny_config(
     return ModelConfig(
         mixer=MixerConfig(heads=2, **(mixer or {})),
         feedforward=FeedForwardConfig(
-            activation=activation, norm="after" if norm_behind else "before"
+            activation=activation, norm="after" if norm_after else "before"
         ),
         memory=MemoryConfig(**(defaults | (memory or {}))),
         **sizes,

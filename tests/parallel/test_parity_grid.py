@@ -68,7 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "share_qk": True,
         },
         "activation": "squared_relu",
-        "norm_behind": True,
+        "norm_after": True,
         "norm": "primer",
     },
     "PEER, post-norm": {

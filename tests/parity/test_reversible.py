@@ -35,7 +35,7 @@ _VARIANTS: list[dict[str, Any]] = [
         "memory": {"mode": "add"},
         "activation": "squared_relu",
         "norm": "primer",
-        "norm_behind": True,
+        "norm_after": True,
         "mixer": MixerConfig(heads=2, convolution=3, share_qk=True),
     },
 ]

@@ -34,10 +34,10 @@ def _leave_the_range(rank: int, world: int, recipe: Path, folder: Path) -> list[
     assert before[_SCALE] == 2**14
     with pytest.MonkeyPatch.context() as patch:
         if rank == world - 1:
-            block, feed = run.model.blocks[1], run.model.blocks[1].feed
+            block, feed = run.model.blocks[1], run.model.blocks[1].feedforward_branch
             patch.setattr(
                 block,
-                "feed",
+                "feedforward_branch",
                 lambda x, *args: feed(x, *args) + 2000 * block.feedforward_residual.before(x),
             )
             run.model.check_inversion = False

@@ -207,7 +207,9 @@ class LSHMixer(nn.Module):
         values.
         """
         q, k, v = projected
-        if self.rule != "strict" and (numbers is not None or ctx.padding is not None or ctx.filler):
+        if self.rule != "strict" and (
+            numbers is not None or ctx.padding is not None or ctx.padding_tokens
+        ):
             raise ValueError(
                 f"model.mixer.rule {self.rule} knows neither documents nor padding (which "
                 "parallel.tensor adds unless it divides "
@@ -218,7 +220,7 @@ class LSHMixer(nn.Module):
             if self.resample and ctx.random is not None
             else self.seed
         )
-        buckets = self.buckets or bucket_count(q.shape[2] - ctx.filler, self.chunk)
+        buckets = self.buckets or bucket_count(q.shape[2] - ctx.padding_tokens, self.chunk)
         return self._attend(q, k, v, self._groups(q, heads, buckets, numbers, ctx.padding, seed))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:

@@ -36,22 +36,26 @@ def run_block(
     time, which backward repeats one by one; 0 for all at once. replay: of a whole pass that
     backward repeats; then kind is "none" and chunk 0.
     """
-    if chunk and chunk < ctx.own.positions.shape[1]:
+    if chunk and chunk < ctx.local.positions.shape[1]:
         if kind == "full":
             x, state = checkpoint(
-                block.mixed, x, ctx, state, use_reentrant=False, preserve_rng_state=False
+                block.after_mixer, x, ctx, state, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            x, state = block.mixed(x, ctx, state)
-        pieces = zip(x.split(chunk, 1), ctx.pieces(chunk), strict=True)
-        fed = partial(checkpointed, block.fed) if torch.is_grad_enabled() else block.fed
+            x, state = block.after_mixer(x, ctx, state)
+        pieces = zip(x.split(chunk, 1), ctx.split(chunk), strict=True)
+        fed = (
+            partial(checkpointed, block.after_feedforward)
+            if torch.is_grad_enabled()
+            else block.after_feedforward
+        )
         return torch.cat([fed(part, facts) for part, (_, facts) in pieces], 1), state
     if kind == "none":
         return block(x, ctx, state, replay)
     if kind == "full":
         return checkpointed(block, x, ctx, state)
-    x, state = block.mixed(x, ctx, state)
-    return checkpointed(block.fed, x, ctx), state
+    x, state = block.after_mixer(x, ctx, state)
+    return checkpointed(block.after_feedforward, x, ctx), state
 
 
 def checkpointed(function: Any, *inputs: Any) -> Any:

@@ -35,13 +35,13 @@ def naive_block(
     y1 = x1 + naive_round(
         dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx, state)[0], 0)
     )
-    norm, behind = block.feedforward_residual.norm, block.feedforward_residual.behind
-    h = y1.clone() if behind else norm(y1.clone())
+    norm, norm_after = block.feedforward_residual.norm, block.feedforward_residual.norm_after
+    h = y1.clone() if norm_after else norm(y1.clone())
     parts = [block.feedforward(h)] if block.feedforward is not None else []
     if block.memory is not None:
         parts.append(block.memory(h, ctx.padding))
     y = sum(parts[1:], parts[0])
-    return y1, x2 + naive_round(dropped(norm(y) if behind else y, 1))
+    return y1, x2 + naive_round(dropped(norm(y) if norm_after else y, 1))
 
 
 def naive_reversible(

@@ -156,7 +156,7 @@ def mixer_change(
     block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None
 ) -> tuple[Tensor, MixerState | None]:
     """f: what the mixer adds to the first stream, given the second."""
-    y, state = block.mix(_as_weights(block.mixer_residual.norm, x), ctx, state)
+    y, state = block.mixer_branch(_as_weights(block.mixer_residual.norm, x), ctx, state)
     return grid.round(y), state
 
 
@@ -164,7 +164,9 @@ def feedforward_change(
     block: Block, grid: Grid, x: Tensor, ctx: Context, replay: Replay | None = None
 ) -> Tensor:
     """g: what feedforward and memory add to the second stream, given the first."""
-    return grid.round(block.feed(_as_weights(block.feedforward_residual.norm, x), ctx, replay))
+    return grid.round(
+        block.feedforward_branch(_as_weights(block.feedforward_residual.norm, x), ctx, replay)
+    )
 
 
 def _fed(
@@ -178,7 +180,7 @@ def _fed(
 ) -> Tensor:
     """The second stream after feedforward and memory."""
     y2 = torch.empty_like(x2)
-    for piece, part in ctx.pieces(chunk):
+    for piece, part in ctx.split(chunk):
         y2[:, piece] = x2[:, piece] + feedforward_change(block, grid, y1[:, piece], part, replay)
     return y2
 
@@ -281,7 +283,7 @@ class _Step:
         y1, y2 = y1.detach(), y2.detach()
         from_feedforward: list[Tensor | None] = [None] * len(trained)
         with self.replay.repeat():
-            for piece, part in self.ctx.pieces(self.chunk):
+            for piece, part in self.ctx.split(self.chunk):
                 with torch.enable_grad(), self.autocast_context(self.cached):
                     leaf = y1[:, piece].detach().requires_grad_()
                     change = feedforward_change(self.block, self.grid, leaf, part, self.replay)

@@ -111,7 +111,7 @@ def activation_bytes(
     head = (
         mask
         + sides * (a * d + (0 if config.residual == "post" else norm))
-        + 4 * config.output_places / tensor
+        + 4 * config.logits_per_token / tensor
     )
     piece = min(1.0, chunk / length) if chunk else 1.0
     if chunk and tensor == 1:

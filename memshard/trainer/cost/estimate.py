@@ -158,7 +158,9 @@ def estimate(
         chunk=recipe.train.chunk,
     )
     # The head takes a piece whole.
-    activations = tokens * (kept + 4 * model.output_places * (in_pieces and recipe.train.chunk > 0))
+    activations = tokens * (
+        kept + 4 * model.logits_per_token * (in_pieces and recipe.train.chunk > 0)
+    )
     reads, update = _read_bytes(model, holders, layout)
     scores = (
         3 * 8 * memory.heads * memory.keys / _readers(recipe) * part_of_text
@@ -166,7 +168,7 @@ def estimate(
         else 0
     )
     logits, piece = (
-        2 * 4 * model.output_places / sharing,
+        2 * 4 * model.logits_per_token / sharing,
         min(1, recipe.train.chunk / length) if recipe.train.chunk else 1,
     )
     backward = tokens * max(logits * (piece if tensor == 1 else 1), scores * piece, again)
