@@ -49,7 +49,7 @@ def all_rows(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return [part[:length] for part, length in zip(gathered, rows, strict=True)]
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value

@@ -26,7 +26,7 @@ from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.checksum import check_copies
-from memshard.parallel.collectives import from_first
+from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.carried_states import Carried
 from memshard.trainer.checkpoint.background import BackgroundSave
@@ -172,7 +172,7 @@ class Run:
         root = self.folder / CHECKPOINTS
         folder = checkpoint_folder(root, self.progress.step)
         # One rank looks: on a slow shared file system the others may not see the same folders yet.
-        if from_first(folder not in committed(root)):
+        if broadcast_from_rank0(folder not in committed(root)):
             files = [self.folder / CONFIG_FILE]
             if load_index(self.recipe.data.path).kind != "images":
                 files.append(local_copy(self.recipe.data.path, TOKENIZER_FILE))
@@ -200,7 +200,7 @@ class Run:
         with does not fit.
         """
         damaged: dict[Path, DamagedCheckpoint] = {}
-        found = from_first(committed(self.folder / CHECKPOINTS))
+        found = broadcast_from_rank0(committed(self.folder / CHECKPOINTS))
         for folder in reversed(found):
             try:
                 self._load(folder)
@@ -218,7 +218,7 @@ class Run:
                     self.progress.step,
                 )
         if not found and self.recipe.init_from is not None:
-            self._begin_with(from_first(find_checkpoints(Path(self.recipe.init_from))[0]))
+            self._begin_with(broadcast_from_rank0(find_checkpoints(Path(self.recipe.init_from))[0]))
 
     def _begin_with(self, checkpoint: Path) -> None:
         """Take over what another run has learned."""
@@ -249,7 +249,7 @@ class Run:
         self.saving.wait()
         root = self.folder / CHECKPOINTS
         # One rank looks, as in `save`.
-        self._load(from_first(self._rewind_target(root) if self.rank == 0 else None))
+        self._load(broadcast_from_rank0(self._rewind_target(root) if self.rank == 0 else None))
         self.progress = replace(
             self.progress,
             spikes=left.spikes,

@@ -166,11 +166,11 @@ def test_rows_start_with_variance_one_over_dim_whatever_range_is_held() -> None:
     torch.manual_seed(3)
     whole = ValueTable(5000, 16)
     torch.manual_seed(3)
-    part = ValueTable(5000, 16, held=range(4090, 4100))
+    part = ValueTable(5000, 16, local_rows=range(4090, 4100))
     assert torch.equal(whole.weight[4090:4100], part.weight)
     assert abs(whole.weight.var() * 16 - 1) < 0.02 and abs(whole.weight.mean()) < 0.005
     assert len(whole.weight.unique(dim=0)) == 5000
-    assert len(ValueTable(5, 2, held=range(5, 5)).weight) == 0
+    assert len(ValueTable(5, 2, local_rows=range(5, 5)).weight) == 0
 
 
 @pytest.mark.parametrize("hidden", [False, True])

@@ -95,7 +95,7 @@ def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 def _row_gradients(table: Any) -> Tensor:
     """The whole table's gradient."""
     whole = torch.zeros(table.slots, table.dim, dtype=torch.float64)
-    columns = slice(table.columns.start, table.columns.stop)
+    columns = slice(table.local_columns.start, table.local_columns.stop)
     for part in table.gradients(1.0):
         whole[part.rows + table.first_row, columns] = part.sums(0, len(part.rows))
     if isinstance(table, ShardedTable):

@@ -149,7 +149,7 @@ def _check_same_reads(rank: int, world: int) -> None:
     assert group is not None
     shard = ColumnShardedTable(7, 5, group, same_reads=True)
     whole.hide()
-    shard.hold(
+    shard.set_values(
         _piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format)
     )
     optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)

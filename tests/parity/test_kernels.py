@@ -209,7 +209,7 @@ def test_tables_of_more_values_than_int32_counts() -> None:
     results = []
     for first in (0, rows - 8):
         with torch.device("meta"):
-            table = ValueTable(rows, 1024, held=range(first, rows))
+            table = ValueTable(rows, 1024, local_rows=range(first, rows))
         table.hide()
         table.to(torch.float16).to_empty(device=DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(0)

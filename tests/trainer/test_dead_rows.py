@@ -23,7 +23,7 @@ class _Reads:
     def __init__(self) -> None:
         self.rows: set[int] = set()
 
-    def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
+    def on_read(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
         self.rows |= set(rows.tolist())
 
 

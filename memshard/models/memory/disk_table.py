@@ -17,19 +17,19 @@ row.
 
 
 class MappedTable(ValueTable):
-    """slots x dim values that `fetch` reads, as from a memory-mapped file; without gradients.
+    """slots x dim values that `read_rows` reads, as from a memory-mapped file; without gradients.
 
-    fetch: the values of some rows. [n] int64 on the CPU, ascending; returns [n, dim] floating
+    read_rows: the values of some rows. [n] int64 on the CPU, ascending; returns [n, dim] floating
     point.
     """
 
-    def __init__(self, slots: int, dim: int, fetch: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(slots, dim, held=range(0))
-        self.fetch = fetch
+    def __init__(self, slots: int, dim: int, read_rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(slots, dim, local_rows=range(0))
+        self.read_rows = read_rows
         self.hide()
 
     @property
-    def rows_held(self) -> int:
+    def local_row_count(self) -> int:
         """All of them, in a way."""
         return self.slots
 
@@ -68,9 +68,9 @@ class MappedTable(ValueTable):
     def _read(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct rows' values, and which of them each read is."""
         if self.observer is not None:
-            self.observer.observe(rows.flatten(), weights.flatten())
+            self.observer.on_read(rows.flatten(), weights.flatten())
         distinct, inverse = torch.unique(rows.flatten(), return_inverse=True)
-        return self.fetch(distinct.cpu()).to(rows.device), inverse
+        return self.read_rows(distinct.cpu()).to(rows.device), inverse
 
 
 def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
@@ -84,14 +84,14 @@ def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
                 setattr(module, name, replaced[child])
 
 
-def map_tables(model: nn.Module, fetches: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Leave the values of the model's tables to what fetches their rows, by the names that
+def map_tables(model: nn.Module, readers: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    """Leave the values of the model's tables to what readers their rows, by the names that
     `find_tables` gives.
     """
     replace_tables(
         model,
         {
-            name: MappedTable(table.slots, table.dim, fetches[name])
+            name: MappedTable(table.slots, table.dim, readers[name])
             for name, table in find_tables(model)
         },
     )

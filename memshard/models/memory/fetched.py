@@ -26,13 +26,13 @@ class Fetch:
     inverse: Tensor
     offsets: Tensor
 
-    def fetch(self) -> Tensor:
+    def fetch_rows(self) -> Tensor:
         """The rows, [distinct, dim]."""
         return self.table.rows_at(self.wanted)
 
-    def give_back(self, gradients: Tensor) -> None:
+    def return_gradients(self, gradients: Tensor) -> None:
         """Hand over the rows' gradients, [distinct, dim] of the weights' dtype."""
-        self.table.take_back(self.wanted, gradients)
+        self.table.collect_row_gradients(self.wanted, gradients)
 
 
 def _summed(fetch: Fetch, weights: Tensor, upstream: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class FetchedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weights, anchor, fetch):  # type: ignore[no-untyped-def]
-        fetched = fetch.fetch()
+        fetched = fetch.fetch_rows()
         ctx.fetch = fetch
         ctx.save_for_backward(fetched, weights)
         return gather_sum(fetched, fetch.inverse, weights, fetch.offsets)
@@ -60,7 +60,7 @@ class FetchedSum(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
-        fetch.give_back(_summed(fetch, weights, upstream))
+        fetch.return_gradients(_summed(fetch, weights, upstream))
         scores = (
             score_gradients(fetched, fetch.inverse, fetch.offsets, upstream)
             if ctx.needs_input_grad[0]
@@ -74,7 +74,7 @@ class FetchedDot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, anchor, fetch):  # type: ignore[no-untyped-def]
-        fetched = fetch.fetch()
+        fetched = fetch.fetch_rows()
         ctx.fetch = fetch
         ctx.save_for_backward(fetched, x)
         return score_gradients(fetched, fetch.inverse, fetch.offsets, x)
@@ -84,7 +84,7 @@ class FetchedDot(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (fetched, x), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
-        fetch.give_back(_summed(fetch, upstream, x.contiguous()))
+        fetch.return_gradients(_summed(fetch, upstream, x.contiguous()))
         to_x = (
             gather_sum(fetched, fetch.inverse, upstream, fetch.offsets)
             if ctx.needs_input_grad[0]

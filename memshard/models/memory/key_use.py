@@ -47,7 +47,7 @@ class KeyUse:
             _Balanced.apply(second, self.share[:, 1], self.balance),
         )
 
-    def observe(self, i1: Tensor, i2: Tensor) -> None:
+    def count_reads(self, i1: Tensor, i2: Tensor) -> None:
         """Count the sub-keys of the slots that are read. i1, i2: [tokens, heads, topk]."""
         for half, found in enumerate((i1, i2)):
             by_head = found.transpose(0, 1).flatten(1)

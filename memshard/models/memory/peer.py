@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
-from memshard.models.recompute.replay import Replay, once
+from memshard.models.recompute.replay import Replay, run_once
 
 
 class Peer(ProductKeyMemory):
@@ -53,16 +53,16 @@ class Peer(ProductKeyMemory):
         """The experts' sum. tokens: [n, dim]; returns [n, dim]."""
         rows, weights = self.lookup(tokens, replay)
         hidden = F.gelu(
-            once(
+            run_once(
                 replay,
                 partial(self.down.dot, rows),
                 tokens.to(weights.dtype),
-                trained=[self.down.trained],
+                extra_inputs=[self.down.autograd_handle],
             )
         )
-        return once(
+        return run_once(
             replay,
             partial(self.values.weighted_sum, rows),
             weights * hidden,
-            trained=[self.values.trained],
+            extra_inputs=[self.values.autograd_handle],
         )

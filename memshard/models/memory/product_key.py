@@ -12,7 +12,7 @@ from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.product_topk import product_topk
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable
-from memshard.models.recompute.replay import Replay, once
+from memshard.models.recompute.replay import Replay, run_once
 
 
 class ProductKeyMemory(nn.Module):
@@ -97,8 +97,11 @@ class ProductKeyMemory(nn.Module):
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """The weighted sum of the values read. tokens: [n, dim]; returns [n, value_dim]."""
         rows, weights = self.lookup(tokens, replay)
-        return once(
-            replay, partial(self.values.weighted_sum, rows), weights, trained=[self.values.trained]
+        return run_once(
+            replay,
+            partial(self.values.weighted_sum, rows),
+            weights,
+            extra_inputs=[self.values.autograd_handle],
         )
 
     def lookup(self, tokens: Tensor, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
@@ -115,7 +118,7 @@ class ProductKeyMemory(nn.Module):
                 first, second = watch.balanced(first, second)
             scores, i1, i2 = product_topk(first, second, self.topk, replay)
             if watch is not None and not (replay and replay.repeating):
-                watch.observe(i1, i2)
+                watch.count_reads(i1, i2)
             weights = weigh(scores, self.weighting)
         return slot_rows(i1, i2, first.shape[-1]).flatten(1), weights.flatten(1)
 

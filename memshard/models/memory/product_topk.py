@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels.backend import search_for
-from memshard.models.recompute.replay import Replay, once
+from memshard.models.recompute.replay import Replay, run_once
 
 
 def product_topk(
@@ -23,7 +23,7 @@ def product_topk(
     index. Where sub-keys themselves tie this is the lowest slot number i1 * keys + i2. A repeated
     pass searches only once.
     """
-    i1, i2 = once(replay, partial(_search, first.detach(), second.detach(), k)).long()
+    i1, i2 = run_once(replay, partial(_search, first.detach(), second.detach(), k)).long()
     return _PickedSums.apply(first, second, i1, i2), i1, i2
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.config import QueryNormKind
-from memshard.models.recompute.replay import Replay, once
+from memshard.models.recompute.replay import Replay, run_once
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
@@ -105,7 +105,10 @@ class QueryNorm(nn.Module):
             return z - self.running_mean, self.running_var
         # This pass must not see its own statistics, nor a repetition those that have moved
         # meanwhile.
-        mean, var = once(replay, self.running_mean.clone), once(replay, self.running_var.clone)
+        mean, var = (
+            run_once(replay, self.running_mean.clone),
+            run_once(replay, self.running_var.clone),
+        )
         if not repeating:
             with torch.no_grad():
                 self._measure(z, None, collect=True)
@@ -115,10 +118,10 @@ class QueryNorm(nn.Module):
         """z less its mean, and biased variance, over the tokens of all ranks; the unbiased variance
         goes to the running statistics.
         """
-        count = once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
-        mean = once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
+        count = run_once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
+        mean = run_once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
         centred = z + -mean  # the gradient of z - mean would be negated before it is summed
-        var = once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
+        var = run_once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
         if collect and count > 0:
             unbiased = var.detach() * (count / (count - 1).clamp(min=1))
             self._collected.append((mean.detach(), unbiased))

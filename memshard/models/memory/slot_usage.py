@@ -37,10 +37,12 @@ class UsageCounter:
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
-        self.weights = torch.zeros(table.rows_held, dtype=torch.float64, device=table.weight.device)
+        self.weights = torch.zeros(
+            table.local_row_count, dtype=torch.float64, device=table.weight.device
+        )
         self.counts = torch.zeros_like(self.weights)
 
-    def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
+    def on_read(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
         """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads; of
         PEER's, which may be negative, the magnitude counts.
         """

@@ -27,15 +27,15 @@ it, exact when scaled.
 class ReadObserver(Protocol):
     """Whoever wants to see which rows are read, and how strongly."""
 
-    def observe(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
+    def on_read(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
         """rows: [reads] integers, of this rank's part of the table; weights: [reads], each the sum
         of `counts` reads (1 if left out).
         """
 
 
 class ValueTable(nn.Module):
-    """slots x dim values, read as weighted sums of rows. held, columns: the part of the table that
-    is here; all by default.
+    """slots x dim values, read as weighted sums of rows. local_rows, local_columns: the part
+    stored on this rank; default: the whole table.
 
     `weight` [rows, columns] is an ordinary parameter until `hide`: then it is a plain tensor that
     `parameters()` does not show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose
@@ -49,23 +49,27 @@ class ValueTable(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, slots: int, dim: int, held: range | None = None, columns: range | None = None
+        self,
+        slots: int,
+        dim: int,
+        local_rows: range | None = None,
+        local_columns: range | None = None,
     ) -> None:
         super().__init__()
-        held = range(slots) if held is None else held
+        local_rows = range(slots) if local_rows is None else local_rows
         self.slots = slots
         self.dim = dim
-        self.first_row = held.start
-        self.columns = range(dim) if columns is None else columns
+        self.first_row = local_rows.start
+        self.local_columns = range(dim) if local_columns is None else local_columns
         self.observer: ReadObserver | None = None
         self.gradient_scale = 1.0
         """Factor of collected gradients: 1 / ranks where each rank's loss is a mean over its own
         tokens, as under DDP.
         """
-        self.copies = 1
-        """How many ranks hold the same part."""
-        self.observers = 1
-        """How many ranks of those that split the table see each read."""
+        self.replica_count = 1
+        """Number of ranks that store the same part."""
+        self.ranks_seeing_each_read = 1
+        """Number of ranks in the sharding group that see the same read."""
         self.host = False
         """Whether the table, once hidden, stays in host memory wherever the model goes; set before
         the model moves. What an optimizer keeps for it is there, too, and updates it there; what
@@ -75,7 +79,9 @@ class ValueTable(nn.Module):
         """Reads that this rank's own tokens have asked for, gradients wanted, since the collected
         gradient was last dropped.
         """
-        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(len(held), len(self.columns))))
+        self.weight = nn.Parameter(
+            prefer_huge_pages(torch.empty(len(local_rows), len(self.local_columns)))
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,7 +91,7 @@ class ValueTable(nn.Module):
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if self.weight.is_meta:
             return
-        columns = slice(self.columns.start, self.columns.stop)
+        columns = slice(self.local_columns.start, self.local_columns.stop)
         with torch.no_grad():
             for start in range(0, len(self.weight), _INIT_ROWS):
                 block = self.weight[start : start + _INIT_ROWS]
@@ -122,7 +128,7 @@ class ValueTable(nn.Module):
         [bags].
         """
         if self.observer is not None:
-            self.observer.observe(rows, weights.detach())
+            self.observer.on_read(rows, weights.detach())
         if not self.hidden:
             return F.embedding_bag(
                 rows,
@@ -144,13 +150,13 @@ class ValueTable(nn.Module):
         offsets: [bags]; returns [reads].
         """
         if self.observer is not None:
-            self.observer.observe(rows, x.new_ones(len(rows)))
+            self.observer.on_read(rows, x.new_ones(len(rows)))
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         fetch = self._worth_fetching(rows, offsets)
         if fetch is not None:
             return FetchedDot.apply(x, self.anchor, fetch)
-        return _Dot.apply(x, self.trained, self, rows, offsets)
+        return _Dot.apply(x, self.autograd_handle, self, rows, offsets)
 
     def _worth_fetching(self, rows: Tensor, offsets: Tensor) -> Fetch | None:
         """Of a table in host memory: the distinct rows, if less travels when they do than when
@@ -164,21 +170,21 @@ class ValueTable(nn.Module):
         pooled = len(offsets) * dim * 8 + len(rows) * (rows.itemsize + 8)
         return Fetch(self, distinct, inverse.to(torch.int32), offsets) if fetched < pooled else None
 
-    def near(self, *tensors: Tensor) -> list[Tensor]:
+    def to_table_device(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors where the values lie."""
         return to_host(*tensors) if self.host and self.hidden else list(tensors)
 
     def rows_at(self, rows: Tensor) -> Tensor:
         """weight[rows], where `rows` [n] lies."""
-        (near,) = self.near(rows)
+        (local,) = self.to_table_device(rows)
         out = self.weight.new_empty(
-            len(near), self.weight.shape[1], pin_memory=rows.is_cuda and not near.is_cuda
+            len(local), self.weight.shape[1], pin_memory=rows.is_cuda and not local.is_cuda
         )
-        return to_device(torch.index_select(self.weight, 0, near, out=out), rows.device)
+        return to_device(torch.index_select(self.weight, 0, local, out=out), rows.device)
 
-    def take_back(self, rows: Tensor, gradients: Tensor) -> None:
+    def collect_row_gradients(self, rows: Tensor, gradients: Tensor) -> None:
         """Collect the gradients [n, columns] of some rows [n]."""
-        rows, gradients = self.near(rows, gradients)
+        rows, gradients = self.to_table_device(rows, gradients)
         numbers = torch.arange(len(rows), device=rows.device)
         self.collect(Read(rows, gradients.new_ones(len(rows)), numbers, gradients))
 
@@ -219,23 +225,23 @@ class ValueTable(nn.Module):
         if merged is not None:
             yield merged.scaled(scale)
 
-    def pick(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
+    def gather_rows(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
         """x[rows] of what is split as the rows of a table of `slots` (by default: as this one's).
         rows: [n] int64, of the whole table.
         """
         return x[rows]
 
     @property
-    def most_rows(self) -> int:
+    def max_local_rows(self) -> int:
         """Rows of the part that has most."""
         return len(self.weight)
 
-    def sum_over_parts(self, x: Tensor) -> Tensor:
+    def sum_over_shards(self, x: Tensor) -> Tensor:
         """The sum of a tensor over the parts of the table."""
         return x
 
     @property
-    def rows_held(self) -> int:
+    def local_row_count(self) -> int:
         """Rows of the part that is here."""
         return len(self.weight)
 
@@ -245,7 +251,7 @@ class ValueTable(nn.Module):
         return "weight" not in self._parameters
 
     @property
-    def trained(self) -> Tensor:
+    def autograd_handle(self) -> Tensor:
         """What has the table's gradient: the weight, or the anchor of a hidden table."""
         return self.anchor if self.hidden else self.weight
 
@@ -254,9 +260,9 @@ class ValueTable(nn.Module):
         if not self.hidden:
             values = self.weight.data
             del self.weight
-            self.hold(values)
+            self.set_values(values)
 
-    def hold(self, values: Tensor) -> None:
+    def set_values(self, values: Tensor) -> None:
         """Make `values` [rows, dim] the hidden table's content."""
         self.weight = values
         self.reads: list[Read] = []
@@ -330,7 +336,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights, anchor, table, rows, offsets):  # type: ignore[no-untyped-def]
         ctx.table, ctx.device = table, weights.device
-        rows, weights, offsets = table.near(rows, weights, offsets)
+        rows, weights, offsets = table.to_table_device(rows, weights, offsets)
         # The values are saved for autograd's check that nobody has changed them in between.
         ctx.save_for_backward(table.weight, rows, weights, offsets)
         return to_device(gather_sum(table.weight, rows, weights, offsets), ctx.device)
@@ -339,7 +345,7 @@ class _WeightedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         values, rows, weights, offsets = ctx.saved_tensors
-        (upstream,) = ctx.table.near(upstream.contiguous())
+        (upstream,) = ctx.table.to_table_device(upstream.contiguous())
         ctx.table.collect(Read(rows, weights, offsets, upstream))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
@@ -360,7 +366,7 @@ class _Dot(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor_or_values, table, rows, offsets):  # type: ignore[no-untyped-def]
         ctx.table, ctx.device = table, x.device
-        rows, x, offsets = table.near(rows, x, offsets)
+        rows, x, offsets = table.to_table_device(rows, x, offsets)
         ctx.save_for_backward(table.weight, rows, x, offsets)
         return to_device(score_gradients(table.weight, rows, offsets, x), ctx.device)
 
@@ -368,7 +374,7 @@ class _Dot(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         values, rows, x, offsets = ctx.saved_tensors
-        (upstream,) = ctx.table.near(upstream.contiguous())
+        (upstream,) = ctx.table.to_table_device(upstream.contiguous())
         read = Read(rows, upstream, offsets, x.contiguous())
         to_table = None
         if ctx.table.hidden:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 class Replay:
-    """What one pass keeps for its repetition: of whatever goes through `once`, the result and the
-    graph behind it.
-    """
+    """What one pass keeps for its repetition: result and autograd graph of each `run_once`."""
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
@@ -42,20 +40,20 @@ class Replay:
         return self._kept[self._next - 1]
 
 
-def once(
+def run_once(
     replay: Replay | None,
     function: Callable[..., Tensor],
     *inputs: Tensor,
-    trained: Sequence[Tensor] = (),
+    extra_inputs: Sequence[Tensor] = (),
 ) -> Tensor:
     """function(*inputs); in a repetition the first pass's result, and for backward its graph.
 
-    trained: what `function` reads besides and has a gradient of its own. Without a `replay` it is a
-    plain call.
+    extra_inputs: other tensors that `function` reads and that need gradients. Without a `replay`
+    it is a plain call.
     """
     if replay is None:
         return function(*inputs)
-    return _Once.apply(replay.keep(function, inputs), len(inputs), *inputs, *trained)
+    return _Once.apply(replay.keep(function, inputs), len(inputs), *inputs, *extra_inputs)
 
 
 class _Kept:
@@ -83,14 +81,14 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kept: _Kept, inputs: int, *tensors: Tensor) -> Tensor:
-        ctx.kept, ctx.trained = kept, tensors[inputs:]
+        ctx.kept, ctx.extra_inputs = kept, tensors[inputs:]
         return kept.output.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kept, keep_graph = ctx.kept, torch._C._autograd._get_current_graph_task_keep_graph()
-        sources = [*kept.inputs, *ctx.trained]
+        sources = [*kept.inputs, *ctx.extra_inputs]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         found = torch.autograd.grad(
             kept.output,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from memshard.models.memory.table import bag_offsets
 from memshard.parallel.collectives import all_sum, exchange, share_counts
-from memshard.parallel.tables.sharded import ShardedTable, piece
+from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 
 class ColumnShardedTable(ShardedTable):
@@ -32,8 +32,15 @@ class ColumnShardedTable(ShardedTable):
         replicas: dist.ProcessGroup | None = None,
         same_reads: bool = False,
     ) -> None:
-        super().__init__(slots, dim, group, replicas, held=range(slots), columns=piece(dim, group))
-        self.observers = self.ranks
+        super().__init__(
+            slots,
+            dim,
+            group,
+            replicas,
+            local_rows=range(slots),
+            local_columns=shard_range(dim, group),
+        )
+        self.ranks_seeing_each_read = self.ranks
         self.same_reads = same_reads
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -66,7 +73,9 @@ class ColumnShardedTable(ShardedTable):
         tokens, ranks = len(rows), self.ranks
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         if self.same_reads:
-            own = _SummedGradient.apply(x, self)[:, self.columns.start : self.columns.stop]
+            own = _SummedGradient.apply(x, self)[
+                :, self.local_columns.start : self.local_columns.stop
+            ]
             return _SummedProducts.apply(
                 self._local_dot(rows.flatten(), own, bag_offsets(rows)), self
             ).view(rows.shape)
@@ -74,7 +83,7 @@ class ColumnShardedTable(ShardedTable):
         theirs = share_counts(ours, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
-        widths, width = self._widths(), len(self.columns)
+        widths, width = self._widths(), len(self.local_columns)
         slices = torch.cat([part.flatten() for part in x.split(widths, dim=1)])
         send, receive = [tokens * other for other in widths], [count * width for count in theirs]
         all_x = exchange(slices, send, receive, self.group, self.traffic).view(sum(theirs), width)
@@ -91,7 +100,7 @@ class ColumnShardedTable(ShardedTable):
         """Send every rank its tokens' slices, get the other slices of our own. slices:
         [sum(theirs), columns]; returns [tokens, dim].
         """
-        width, widths = len(self.columns), self._widths()
+        width, widths = len(self.local_columns), self._widths()
         receive = [tokens * other for other in widths]
         parts = exchange(
             slices.flatten(), [count * width for count in theirs], receive, self.group, self.traffic
@@ -132,7 +141,7 @@ class _AllColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, slices, table):  # type: ignore[no-untyped-def]
-        ctx.columns = slice(table.columns.start, table.columns.stop)
+        ctx.columns = slice(table.local_columns.start, table.local_columns.stop)
         tokens = len(slices)
         return table.join(slices.repeat(table.ranks, 1), [tokens] * table.ranks, tokens)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memshard.models.memory.table import find_tables
-from memshard.parallel.tables.sharded import ShardedTable, piece
+from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 State = dict[str, Any]
 
@@ -79,7 +79,7 @@ def _parts(
 
 def _slice(table: ShardedTable, whole: Tensor, rank: int) -> Tensor:
     """A rank's part of a whole table."""
-    part = piece(whole.shape[table.spec_dim], table.group, rank)
+    part = shard_range(whole.shape[table.spec_dim], table.group, rank)
     return whole.narrow(table.spec_dim, part.start, len(part))
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.parallel.collectives import exchange, share_counts
-from memshard.parallel.tables.sharded import ShardedTable, piece
+from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 
 class RowShardedTable(ShardedTable):
@@ -29,7 +29,7 @@ class RowShardedTable(ShardedTable):
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self.rows_per_rank = -(-slots // dist.get_world_size(group))
-        super().__init__(slots, dim, group, replicas, held=piece(slots, group))
+        super().__init__(slots, dim, group, replicas, local_rows=shard_range(slots, group))
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its
@@ -68,19 +68,21 @@ class RowShardedTable(ShardedTable):
         ours = exchange(products, route.their_reads, route.our_reads, self.group, self.traffic)
         return ours[torch.argsort(route.order)].view(rows.shape)
 
-    def pick(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
-        """As `ValueTable.pick`; all ranks of the group must call it, each for the rows it wants."""
+    def gather_rows(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
+        """As `ValueTable.gather_rows`; all ranks of the group call it, each for its rows."""
         slots = slots or self.slots
         owner = torch.div(rows, -(-slots // self.ranks), rounding_mode="floor")
         order = torch.sort(owner, stable=True).indices
         ours = torch.bincount(owner, minlength=self.ranks).tolist()
         theirs = share_counts(ours, self.group, rows.device)
-        asked = exchange(rows[order], ours, theirs, self.group) - piece(slots, self.group).start
+        asked = (
+            exchange(rows[order], ours, theirs, self.group) - shard_range(slots, self.group).start
+        )
         found = exchange(x[asked], theirs, ours, self.group)
         return torch.empty_like(found).index_copy_(0, order, found)
 
     @property
-    def most_rows(self) -> int:
+    def max_local_rows(self) -> int:
         """Rows of the rank that holds most."""
         return self.rows_per_rank
 

@@ -47,7 +47,7 @@ def shard_tables(
     sharded: dict[nn.Module, ShardedTable] = {}
     for _, table in find_tables(model):
         shard = sharded[table] = _shard(table, forms[layout], group, replicas)
-        shard.gradient_scale = 1 / (shard.ranks * shard.copies) if average else 1.0
+        shard.gradient_scale = 1 / (shard.ranks * shard.replica_count) if average else 1.0
     for module in list(model.modules()):
         # Not named_children(), which leaves out the second name of a shared table.
         for name, child in list(module._modules.items()):
@@ -65,8 +65,8 @@ def _shard(
     with torch.device("meta"):
         shard = form(table.slots, table.dim, group, replicas)
     rows = slice(shard.first_row, shard.first_row + len(shard.weight))
-    shard.hold(
-        table.weight.data[rows, shard.columns.start : shard.columns.stop].clone(
+    shard.set_values(
+        table.weight.data[rows, shard.local_columns.start : shard.local_columns.stop].clone(
             memory_format=torch.contiguous_format
         )
     )

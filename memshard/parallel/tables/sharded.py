@@ -33,16 +33,16 @@ class ShardedTable(ValueTable):
         dim: int,
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
-        held: range,
-        columns: range | None = None,
+        local_rows: range,
+        local_columns: range | None = None,
     ) -> None:
-        super().__init__(slots, dim, held, columns)
+        super().__init__(slots, dim, local_rows, local_columns)
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.replicas = (
             replicas if replicas is not None and dist.get_world_size(replicas) > 1 else None
         )
-        self.copies = 1 if self.replicas is None else dist.get_world_size(self.replicas)
+        self.replica_count = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.traffic = Traffic()
         self.duplicates: float | None = None
         """Reads of a row by one rank in one micro-batch, of the rows it reads at all; measured now
@@ -51,7 +51,7 @@ class ShardedTable(ValueTable):
         self._calls = 0
         self.hide()
 
-    def sum_over_parts(self, x: Tensor) -> Tensor:
+    def sum_over_shards(self, x: Tensor) -> Tensor:
         """The sum over the ranks of the group, which must all call it."""
         return all_sum(x, self.group)
 
@@ -82,7 +82,7 @@ class ShardedTable(ValueTable):
         return copy
 
 
-def piece(size: int, group: dist.ProcessGroup, rank: int | None = None) -> range:
+def shard_range(size: int, group: dist.ProcessGroup, rank: int | None = None) -> range:
     """A rank's part (by default this one's) of `size` things, as `torch.chunk` cuts them; the last
     ranks may have none.
     """

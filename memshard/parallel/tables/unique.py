@@ -51,7 +51,7 @@ class UniqueRowTable(RowShardedTable):
             sums = torch.zeros(len(distinct), 2, dtype=torch.float64, device=rows.device)
             sums.index_add_(0, inverse, torch.stack((flat, torch.ones_like(flat)), dim=1))
             seen = exchange(sums, ours, theirs, self.group)
-            self.observer.observe(wanted, seen[:, 0], seen[:, 1])
+            self.observer.on_read(wanted, seen[:, 0], seen[:, 1])
         return _Fetch(self, wanted, inverse.to(torch.int32), bag_offsets(rows), ours, theirs)
 
 
@@ -65,14 +65,14 @@ class _Fetch(Fetch):
     ours: list[int]
     theirs: list[int]
 
-    def fetch(self) -> Tensor:
+    def fetch_rows(self) -> Tensor:
         """The rows that this rank asked for."""
         return exchange(
-            super().fetch(), self.theirs, self.ours, self.table.group, self.table.traffic
+            super().fetch_rows(), self.theirs, self.ours, self.table.group, self.table.traffic
         )
 
-    def give_back(self, gradients: Tensor) -> None:
+    def return_gradients(self, gradients: Tensor) -> None:
         """Send them to the owners."""
-        super().give_back(
+        super().return_gradients(
             exchange(gradients, self.ours, self.theirs, self.table.group, self.table.traffic)
         )

@@ -33,7 +33,7 @@ def grow_table(
     old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     load_tensors(checkpoint, {source: old})
     keys, old_keys = math.isqrt(table.slots), math.isqrt(saved[0])
-    for first in range(0, table.most_rows, _BLOCK_ROWS):
+    for first in range(0, table.max_local_rows, _BLOCK_ROWS):
         here = torch.arange(
             min(first, len(new)), min(first + _BLOCK_ROWS, len(new)), device=new.device
         )
@@ -42,7 +42,7 @@ def grow_table(
         kept = (i1 < old_keys) & (i2 < old_keys)
         if zero_new:
             new[here] = 0
-        new[here[kept]] = table.pick(
+        new[here[kept]] = table.gather_rows(
             local_part(old), slot_rows(i1[kept], i2[kept], old_keys), saved[0]
         )
 

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memshard.parallel.collectives import from_first
+from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
 from memshard.trainer.checkpoint.folders import COMMIT
 from memshard.trainer.checkpoint.index import StoredTensor, read_index
@@ -132,7 +132,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) 
     alone: read in this process only.
     """
     alone = alone or not dist.is_initialized()
-    index = index_of(folder) if alone else _from_first(lambda: index_of(folder))
+    index = index_of(folder) if alone else _read_on_rank0(lambda: index_of(folder))
     _expect_one_process()
     try:
         dcp.load(tensors, storage_reader=PieceReader(folder, index), no_dist=alone)
@@ -151,7 +151,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def load_state_together(folder: Path) -> dict[str, Any]:
     """As `load_state`, which rank 0 does for all ranks."""
-    state: dict[str, Any] = _from_first(lambda: load_state(folder))
+    state: dict[str, Any] = _read_on_rank0(lambda: load_state(folder))
     return state
 
 
@@ -186,7 +186,7 @@ def _reason(error: CheckpointException) -> str:
     return f"{type(reason).__name__}: {reason}"
 
 
-def _from_first(read: Callable[[], Any]) -> Any:
+def _read_on_rank0(read: Callable[[], Any]) -> Any:
     """What rank 0 reads, on every rank; its DamagedCheckpoint, too."""
     value = None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -194,7 +194,7 @@ def _from_first(read: Callable[[], Any]) -> Any:
             value = read()
         except DamagedCheckpoint as error:
             value = error
-    value = from_first(value)
+    value = broadcast_from_rank0(value)
     if isinstance(value, DamagedCheckpoint):
         raise value
     return value

@@ -41,7 +41,7 @@ def _report(counter: UsageCounter) -> UsageReport:
         return counter.report()
     if table.replicas is not None:
         counter.merge(lambda counts: all_sum(counts, table.replicas))
-    if table.observers > 1:
+    if table.ranks_seeing_each_read > 1:
         # Every rank has seen all reads.
         return counter.report()
     return counter.report(

@@ -201,8 +201,8 @@ def _round(source: LoadedModel, stored: StoredModel, dtype: str, tables: str) ->
     for tensor in (*source.model.parameters(), *source.model.buffers()):
         tensor.data.copy_(tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor)
     for name, table in find_tables(source.model):
-        assert hasattr(table, "fetch")
-        table.fetch = _rounded(stored, name, tables)
+        assert hasattr(table, "read_rows")
+        table.read_rows = _rounded(stored, name, tables)
 
 
 def _rounded(stored: StoredModel, name: str, tables: str) -> Any:

@@ -110,7 +110,7 @@ class Meter:
                 values[f"{name}/never_updated"], values[f"{name}/dead"] = self._dead(table)
                 if isinstance(table, ShardedTable):
                     # Every column of a row, and every copy of it, is updated somewhere.
-                    rows /= table.observers * table.copies
+                    rows /= table.ranks_seeing_each_read * table.replica_count
                     readers = (
                         self.run.data_ranks
                         if recipe.parallel.layout == "tensor"
@@ -137,8 +137,11 @@ class Meter:
         assert self.run.rows is not None
         state = self.run.rows.state[table.anchor]
         last, horizon = state["last_step"], state["step"] - self.run.recipe.tables.dead_after
-        never, lately = table.sum_over_parts(
+        never, lately = table.sum_over_shards(
             torch.stack(((last == 0).sum(), (last <= horizon).sum()))
         ).tolist()
         # Ranks that split columns all count the same rows.
-        return never / table.observers / table.slots, lately / table.observers / table.slots
+        return (
+            never / table.ranks_seeing_each_read / table.slots,
+            lately / table.ranks_seeing_each_read / table.slots,
+        )

@@ -117,13 +117,13 @@ class RowAdam(Optimizer):
             for part in table.gradients(_scale(table)):
                 for first, last in blocks(part):
                     total += part.sums(first, last).double().square().sum()
-            squares += float(table.sum_over_parts(total))
+            squares += float(table.sum_over_shards(total))
         self.norm = math.sqrt(squares)
         return min(1.0, self.clip / (self.norm + 1e-6))
 
     def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
         """One Adam step of a table; returns the number of reads and of updated rows."""
-        if not table.reads and table.copies == 1:
+        if not table.reads and table.replica_count == 1:
             return 0, 0
         asked = table.reads_asked
         state = self.state[table.anchor]

@@ -57,7 +57,7 @@ def _call(
         {
             "count": len(part.rows),
             "first_row": table.first_row,
-            "first_column": table.columns.start,
+            "first_column": table.local_columns.start,
             "key": rounding_key(step),
             "beta1": step.beta1,
             "beta2": step.beta2,
@@ -98,7 +98,7 @@ def _agrees(kernels: Kernels, dtype: torch.dtype, master: bool, device: torch.de
         with torch.device("meta"):
             table = ValueTable(23, dim)
         table.hide()
-        table.hold((draw(23, dim) - 0.5).to(dtype))
+        table.set_values((draw(23, dim) - 0.5).to(dtype))
         state: dict[str, Any] = {"exp_avg": draw(23, dim) - 0.5, "exp_avg_sq": draw(23, dim)}
         if master:
             state["master"] = table.weight.float()

@@ -97,8 +97,8 @@ def _copy_rows(
     """
     state, keys = optimizer.state[table.anchor], sources.shape[1]
     last, values = state["last_step"], state.get("master", table.weight)
-    columns = slice(table.columns.start, table.columns.stop)
-    for first in range(0, table.most_rows, _BLOCK_ROWS):
+    columns = slice(table.local_columns.start, table.local_columns.stop)
+    for first in range(0, table.max_local_rows, _BLOCK_ROWS):
         here = torch.arange(
             min(first, len(last)), min(first + _BLOCK_ROWS, len(last)), device=last.device
         )
@@ -106,12 +106,12 @@ def _copy_rows(
         wanted = slot_rows(sources[0, slots // keys], sources[1, slots % keys], keys)
         dead = (last[here] <= horizon) & (wanted != here + table.first_row)
         here, wanted = here[dead], wanted[dead]
-        alive = table.pick(last, wanted) > horizon
+        alive = table.gather_rows(last, wanted) > horizon
         here, wanted = here[alive], wanted[alive]
         noise = normal_at(seed, here + table.first_row, table.dim)[:, columns] * (
             _VALUE_NOISE * table.dim**-0.5
         )
-        values[here] = (table.pick(values, wanted) + noise).to(values.dtype)
+        values[here] = (table.gather_rows(values, wanted) + noise).to(values.dtype)
         table.weight[here] = values[here].to(table.weight.dtype)
         for name in ("exp_avg", "exp_avg_sq", "row_step"):
             if name in state:

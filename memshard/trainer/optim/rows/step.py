@@ -131,7 +131,7 @@ def _random(table: ValueTable, step: Step, rows: Tensor) -> Tensor:
     """32 random bits for each value, the same in every layout."""
     keys = fold_tensor(rounding_key(step), rows + table.first_row)
     counters = torch.arange(
-        table.columns.start, table.columns.stop, device=rows.device, dtype=torch.int32
+        table.local_columns.start, table.local_columns.stop, device=rows.device, dtype=torch.int32
     )
     return random_bits(keys[:, None], counters)
 
