@@ -14,6 +14,7 @@ from memshard.launch.cli.main import main
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.cost.dense_bytes import dense_bytes
 from memshard.trainer.engine.deepspeed import DeepSpeedEngine
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 from memshard.trainer.run_folder import write_config
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
@@ -70,7 +71,14 @@ def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[
                 2 * sum(t.nbytes for t in masters),
             ]
             sizes = [p.numel() for p in run.engine.parameters]
-            here, in_host = dense_bytes(run.recipe.train, sum(sizes), max(sizes), world, half=False)
+            here, in_host = dense_bytes(
+                run.recipe.train,
+                DENSE_KINDS[run.recipe.optimizer.kind],
+                sum(sizes),
+                max(sizes),
+                world,
+                half=False,
+            )
             predicted = [
                 here.get(key, 0) + in_host.get(key, 0) for key in ("dense_weights", "dense_moments")
             ]

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from memshard.launch.cli.main import main
 from memshard.trainer.config.optimizers import OptimizerConfig
-from memshard.trainer.optim.dense import learning_rate
+from memshard.trainer.optim.dense.schedule import learning_rate
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.trainer.tiny_run import TABLE, numbers, train_run
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from memshard.trainer.optim.dense import owners
+from memshard.trainer.optim.dense.build import owners
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import assert_same, checkpoint_state, prepare, train_run
 

@@ -23,7 +23,8 @@ from memshard.models.layers.linear import INIT_STD
 from memshard.models.transformer import Transformer
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
-from memshard.trainer.optim.dense import build_adamw, learning_rate
+from memshard.trainer.optim.dense.build import build_dense_optimizer
+from memshard.trainer.optim.dense.schedule import learning_rate
 
 _BYTES = 256
 _HELD_OUT = 10
@@ -161,7 +162,7 @@ class _Arm:
                 # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small
                 # that GELU is nearly linear.
                 matrix.mul_(matrix.shape[1] ** -0.5 / INIT_STD)
-        self.optimizer = build_adamw(list(self.model.parameters()), self.recipe.optimizer)
+        self.optimizer = build_dense_optimizer(list(self.model.parameters()), self.recipe.optimizer)
         self.draw = torch.Generator().manual_seed(point["seed"])
 
     def step(self, number: int) -> None:

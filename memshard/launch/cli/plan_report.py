@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.train import arrangement, spread
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
@@ -62,7 +63,7 @@ def report(
     notes = {
         "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
         "dense gradients": "fp32",
-        "dense moments": "AdamW, fp32",
+        "dense moments": f"{DENSE_KINDS[recipe.optimizer.kind].title}, fp32",
         "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, "
         f"{recipe.tables.dtype}",
         "table moments": "fp32, and an fp32 copy of the values"

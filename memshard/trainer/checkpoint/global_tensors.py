@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from memshard.models.memory.table import find_tables
 from memshard.parallel.mesh import flat
 from memshard.parallel.spec import ShardSpec
-from memshard.trainer.optim.dense import MOMENTS
 from memshard.trainer.optim.rows.adam import RowAdam
 
 
@@ -38,17 +37,13 @@ def optimizer_tensors(
     placement: dict[str, ShardSpec],
     mesh: DeviceMesh | None,
 ) -> dict[str, Tensor]:
-    """Moments and step counts of the dense parameters that `dense` updates, and all that is kept
-    for the rows of tables, as `exp_avg.<name>` and so on.
+    """Return all that `dense` keeps for the parameters it updates, and `rows` for the rows of
+    tables, as `exp_avg.<name>` and so on.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        state = dense.state.get(parameter)
-        if state:
-            tensors[f"step.{name}"] = state["step"]
-            tensors |= {
-                f"{key}.{name}": global_tensor(name, state[key], placement, mesh) for key in MOMENTS
-            }
+        for key, value in dense.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = global_tensor(name, value, placement, mesh)
     if rows is None:
         return tensors
     for table_name, table in find_tables(model):

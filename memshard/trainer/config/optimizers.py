@@ -1,14 +1,24 @@
-"""The optimizers' part of a recipe: AdamW over the dense parameters, row-sparse Adam over the value
+"""The optimizers' part of a recipe: one for the dense parameters, row-sparse Adam for the value
 tables.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
+
+if TYPE_CHECKING:
+    Kind = str
+else:
+    Kind = Literal[tuple(DENSE_KINDS)]  # the registry's names, which mypy cannot read
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW over the dense parameters."""
+    """The optimizer of the dense parameters: everything but value tables."""
+
+    kind: Kind = "adamw"
+    """Update rule."""
 
     lr: float = 1e-3
     """Peak learning rate."""
@@ -76,7 +86,7 @@ class TableOptimizerConfig:
     """
 
     place: Literal["device", "host"] = "device"
-    """Where values and moments lie: with the model, or in host memory while the model is on a GPU;
+    """Where values and moments are: with the model, or in host memory while the model is on a GPU;
     the CPU then sums and updates rows.
     """
 
@@ -97,18 +107,18 @@ class TableOptimizerConfig:
 
     @property
     def value_bytes(self) -> int:
-        """Of one stored value."""
+        """Bytes of one stored value."""
         return 4 if self.dtype == "fp32" else 2
 
     @property
     def state_bytes(self) -> int:
-        """Of two moments, and of the fp32 copy where there is one."""
+        """Bytes kept for a value beside it: two moments, and the fp32 copy where there is one."""
         return 12 if self.dtype != "fp32" and self.rounding == "master" else 8
 
 
 def _check_adam(section: str, lr: float, betas: tuple[float, float], eps: float) -> None:
     for name, value in (("lr", lr), ("eps", eps)):
-        if not value >= 0:  # NaN, too
+        if not value >= 0:  # also refuses NaN
             raise ValueError(f"{section}.{name} is {value}; it must be at least 0")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{section}.betas is {list(betas)}; both must be at least 0 and below 1")

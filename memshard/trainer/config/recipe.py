@@ -168,7 +168,7 @@ class Recipe:
     """The loop."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW over the dense parameters."""
+    """The optimizer of the dense parameters."""
 
     tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
     """Row-sparse Adam over the value tables."""

@@ -73,12 +73,13 @@ class TrainConfig:
     """
 
     zero: Literal[0, 1, 2] = 0
-    """ZeRO stage, with the same results: 1 splits AdamW's moments over the ranks (under DeepSpeed
-    fp32 masters too), 2, which needs DeepSpeed, gradients too.
+    """ZeRO stage, with the same results: 1 splits the optimizer's states over the ranks (and under
+    DeepSpeed the fp32 masters); 2, which needs DeepSpeed, also splits gradients.
     """
 
     offload: bool = False
-    """Keep AdamW's states in host memory and update there; needs DeepSpeed and zero of at least 1.
+    """Keep the optimizer's states in host memory and update there; needs DeepSpeed and zero of at
+    least 1.
     """
 
     clip: float = 1.0

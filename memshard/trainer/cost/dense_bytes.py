@@ -1,41 +1,44 @@
-"""What dense parameters, their gradients and their optimizer states take on a rank, in closed
-form.
-"""
+"""Bytes of dense parameters, their gradients and optimizer states on a rank, in closed form."""
 
 from memshard.trainer.config.training import TrainConfig
+from memshard.trainer.optim.dense.kinds import DenseKind
 
 BUCKET = 50_000_000
-"""Values that DeepSpeed sums or sends at a time, at most; its own default, 5e8, takes 2 GB."""
+"""Most values that DeepSpeed sums or sends at a time; its default of 5e8 takes 2 GB."""
 
 
 def dense_bytes(
-    settings: TrainConfig, dense: float, largest: float, ranks: int, half: bool
+    settings: TrainConfig, kind: DenseKind, dense: float, largest: float, ranks: int, half: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes of `dense_weights`, `dense_gradients` and `dense_moments`: on the device, and in host
-    memory.
+    """Return the bytes of `dense_weights`, `dense_gradients` and `dense_moments` on the device, and
+    those in host memory.
 
-    dense, largest: number of parameters, in all and of the largest. ranks: that train on different
-    sequences. half: in fp16 or bf16.
+    dense, largest: values of all dense parameters, and of the largest. ranks: number of ranks that
+    train on different sequences. half: the arithmetic is fp16 or bf16.
     """
     if settings.engine == "torch":
         moments = max(dense / ranks, largest) if settings.zero else dense
         return {
             "dense_weights": dense * (6 if half else 4),
             "dense_gradients": dense * 4,
-            "dense_moments": moments * 8,
+            "dense_moments": moments * kind.state_bytes,
         }, {}
     item = 2 if half else 4
     if settings.zero == 0:
         return {
             "dense_weights": dense * 4,
             "dense_gradients": dense * 4,
-            "dense_moments": dense * 8,
+            "dense_moments": dense * kind.state_bytes,
         }, {}
     # The masters, and the gradients that they are updated with, are fp32 and split.
     part = dense / ranks
     sums = item * min(dense, BUCKET) * (1 if settings.offload else 2)
     gradients = item * (dense if settings.zero == 1 else part) + sums
-    states = {"dense_weights": part * 4, "dense_gradients": part * 4, "dense_moments": part * 8}
+    states = {
+        "dense_weights": part * 4,
+        "dense_gradients": part * 4,
+        "dense_moments": part * kind.state_bytes,
+    }
     weights = item * dense
     if settings.offload:
         return {"dense_weights": weights, "dense_gradients": gradients}, states
@@ -49,8 +52,8 @@ def dense_bytes(
 def dense_traffic(
     settings: TrainConfig, dense: float, ranks: int, micro_batches: int, half: bool
 ) -> float:
-    """Bytes that a rank sends in a step to add dense gradients up and, with ZeRO, to share what it
-    has updated.
+    """Return the bytes that a rank sends in a step to sum dense gradients and, with ZeRO, to share
+    what it has updated.
     """
     item = 2 if half and settings.engine == "deepspeed" else 4
     if settings.zero == 0:

@@ -23,6 +23,7 @@ from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.cost.available_memory import available_memory
 from memshard.trainer.cost.dense_bytes import dense_bytes, dense_traffic
 from memshard.trainer.cost.traffic import LayoutChoice, choose_layout, uniform_duplicates
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,12 @@ def estimate(
         activations = micro_batch * (8 * length + recipe.train.segments * state_bytes(model))
     update *= looked_up
     dense_here, dense_in_host = dense_bytes(
-        recipe.train, dense, parameters.largest / sharing, world // tensor, half
+        recipe.train,
+        DENSE_KINDS[recipe.optimizer.kind],
+        dense,
+        parameters.largest / sharing,
+        world // tensor,
+        half,
     )
     beside = {**dense_here, "activations": activations}
     table = {

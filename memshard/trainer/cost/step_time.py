@@ -1,6 +1,4 @@
-"""How long a step should take: a simple model of arithmetic, memory and network, one after the
-other.
-"""
+"""How long a step should take, if arithmetic, memory and network work one after the other."""
 
 import math
 from dataclasses import dataclass
@@ -8,22 +6,25 @@ from dataclasses import dataclass
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.devices import Device
 from memshard.trainer.cost.estimate import Estimate
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 PRODUCTS, BANDWIDTH, NETWORK = 0.4, 0.5, 0.6
-"""Shares of the best figures that are assumed: of operations (what runs between matrix products
-included), of memory bandwidth (rows are read in random order), of links.
+"""Assumed shares of the peak figures: operations (including what runs between matrix products),
+memory bandwidth (rows are read in random order), links.
 """
 
 _AGAIN = {"none": 1.0, "selective": 10 / 9, "full": 4 / 3}
 _HOST_MEMORY, _HOST_LINK = 25e9, 12e9
-"""Bytes a second: a rank's share of the memory of a node of 8, and of PCIe 3.0; assumed."""
+"""Assumed bytes a second for a rank: its share of the memory of a node of 8, and of PCIe 3.0."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. products: matrix products. tables: reads and updates of rows. update: of
-    dense parameters. network: all that ranks send. Nothing overlaps, so a run should be a little
-    faster, and much slower where data or a slow rank hold it up.
+    """Seconds of a step: matrix products, reads and updates of table rows, the update of dense
+    parameters, and all that ranks send.
+
+    Nothing overlaps here, so a real step should be a little faster; it is much slower where data or
+    a slow rank holds it up.
     """
 
     products: float
@@ -33,22 +34,23 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of the four."""
         return self.products + self.tables + self.update + self.network
 
 
 def step_time(
     recipe: Recipe, cost: Estimate, device: Device, precision: str, node: int
 ) -> StepTime:
-    """The seconds of a step.
+    """Return the seconds of a step.
 
-    products    operations of the model, a third more with full checkpointing or reversible blocks,
-    a ninth with selective tables      a read takes a row forward, a row and a gradient of the sum
-    backward; a row that was read is updated: value and
-                states once in, once out; in host memory sums and their gradients also cross PCIe
-    update      28 bytes a dense parameter that this rank updates network     of dense gradients
-    each node sends its share over all its adapters, of lookups each rank what leaves its node;
-                tensor-parallel ranks are neighbours
+    products    operations of the model; a third more with full checkpointing or reversible blocks,
+                a ninth more with selective checkpointing
+    tables      a read moves a row forward, and a row and a gradient of the sum backward; a row that
+                was read is updated: value and states are read once and written once; for tables in
+                host memory, sums and their gradients also cross PCIe
+    update      the optimizer's bytes for each dense value that this rank updates
+    network     each node sends its share of dense gradients over all its adapters, each rank the
+                lookups that leave its node; tensor-parallel ranks are neighbours
 
     node: ranks on a node. ValueError if the device lacks the precision.
     """
@@ -88,10 +90,15 @@ def step_time(
     tokens = cost.tokens_per_step / world * cost.tensor_ranks
     if in_host:
         tables += len(memory.layers) * tokens * 2 * 4 * width / _HOST_LINK
-    moments = 28 / 8
-    update = moments * (
-        cost.bytes.dense_moments / (device.bandwidth * BANDWIDTH)
-        + cost.host.dense_moments / _HOST_MEMORY
+    dense = DENSE_KINDS[recipe.optimizer.kind]
+    # A rank updates the values whose moments it keeps.
+    update = (
+        dense.update_bytes
+        / dense.state_bytes
+        * (
+            cost.bytes.dense_moments / (device.bandwidth * BANDWIDTH)
+            + cost.host.dense_moments / _HOST_MEMORY
+        )
     )
 
     link, network = device.link * NETWORK, device.network * NETWORK

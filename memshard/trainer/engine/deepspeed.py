@@ -1,5 +1,6 @@
 """The dense half of a step on DeepSpeed: ZeRO-0 to 2, offload, 16-bit parameters with fp32 masters.
-Its one importer.
+
+The only file that imports DeepSpeed.
 """
 
 import json
@@ -8,7 +9,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,14 +30,18 @@ from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.dense_bytes import BUCKET
-from memshard.trainer.optim.dense import MOMENTS, build_adamw, learning_rate, make_states, owners
+from memshard.trainer.optim.dense.build import build_dense_optimizer, make_states, owners
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
+from memshard.trainer.optim.dense.schedule import learning_rate
 
 
 class DeepSpeedEngine:
-    """Wraps a model whose tables are hidden, as `NativeEngine` does and with its results.
+    """Trains the dense parameters of a model whose tables are hidden, with `NativeEngine`'s
+    interface and results.
 
-    Under fp16 and bf16 the parameters are 16-bit, and the optimizer keeps fp32 masters: checkpoints
-    hold those.
+    Under fp16 and bf16 the parameters are 16-bit and the optimizer keeps fp32 masters; checkpoints
+    hold the masters. With ZeRO, DeepSpeed flattens the parameters and cuts the result into
+    partitions, one a rank, with their masters and optimizer states (`self.zero`).
     """
 
     def __init__(
@@ -49,41 +54,24 @@ class DeepSpeedEngine:
         dtype: torch.dtype,
     ) -> None:
         """dtype: of the arithmetic. ValueError if DeepSpeed is missing or cannot do it right."""
-        if settings.zero == 0 and dtype != torch.float32:
-            # 0.19.8 divides fp16 gradients by a scale that it never gave the loss, and counts one
-            # bf16 step too many.
-            raise ValueError(
-                "train.zero is 0, where DeepSpeed is wrong in 16-bit arithmetic: set "
-                "train.zero=1, or train.precision=fp32"
-            )
-        self.config = config
+        _check_precision(settings, dtype)
+        self.config, self.kind = config, DENSE_KINDS[config.kind]
         self.mesh, self.placement = mesh, placement
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
+        self.shards = settings.zero > 0
+        self.broken = False
         device = self.parameters[0].device
         deepspeed = _import(device)
-        if not dist.is_initialized():
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.HashStore(),
-                rank=0,
-                world_size=1,
-            )
+        _begin_process_group(device)
         self.data = dist.group.WORLD if mesh is None else group(mesh, DATA)
-        self._tell_what_is_split()
-        initial = []
+        self._prepare_tensor_parallel()
+        exact = []
         if dtype != torch.float32:
-            initial = [p.detach().cpu() for p in self.parameters]
+            exact = [p.detach().cpu() for p in self.parameters]
             _compute_in(dtype, model, device)
-        share = -(-settings.batch // dist.get_world_size(self.data))
-        bucket = (
-            min(BUCKET, sum(p.numel() for p in self.parameters)) // 2 * 2
-        )  # DeepSpeed wants it even
-        self.json = _json(
-            settings, dtype, batches=-(-share // (settings.micro_batch or share)), bucket=bucket
-        )
-        self.optimizer: Any = build_adamw(self.parameters, config)
+        self.optimizer: Any = build_dense_optimizer(self.parameters, config)
+        self.json = _json(settings, dtype, self.parameters, dist.get_world_size(self.data))
         self.engine, self.zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -92,24 +80,50 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model: nn.Module = self.engine
-        self.shards = settings.zero > 0
-        self.broken = False
-        if not self.shards:
-            make_states(self.optimizer, self.parameters)
-            return
-        # One verdict for dense parameters and tables, found before the step.
+        if self.shards:
+            self._decide_overflow()
+            self._set_masters(exact)
+            make_states(self.zero.optimizer, self.kind, self.zero.single_partition_of_fp32_groups)
+            self.zero._lazy_init_hp_params_optimizer_state()
+        else:
+            make_states(self.optimizer, self.kind, self.parameters)
+
+    def _prepare_tensor_parallel(self) -> None:
+        """Mark tensor-parallel shards for DeepSpeed's norm, and sum the gradients of replicated
+        parameters over the tensor axis: DeepSpeed expects Megatron's layers, which leave those
+        equal on all its ranks.
+        """
+        self.accumulators = []  # autograd forgets a hooked node that nothing refers to
+        for name, p in self.named.items():
+            p.model_parallel = name in self.placement  # type: ignore[attr-defined]
+            if tensor_size(self.mesh) > 1 and name not in self.placement:
+                assert self.mesh is not None
+                axis = self.mesh.get_group("tensor")
+                # A hook on the parameter would also see the gradients that a reversible block takes
+                # inside its backward.
+                accumulator: Any = torch.autograd.graph.get_gradient_edge(p).node
+                accumulator.register_prehook(
+                    lambda gradients, axis=axis: (all_sum(gradients[0], axis),)
+                )
+                self.accumulators.append(accumulator)
+
+    def _decide_overflow(self) -> None:
+        """Take the verdict on overflow away from DeepSpeed: the trainer reaches one for dense
+        parameters and tables together before it steps, so here a step overflows only if `broken`.
+        """
         self.zero.check_grad_overflow = True
         self.zero.check_overflow = lambda *_, **__: setattr(self.zero, "overflow", self.broken)
-        for p, value in zip(self.parameters, initial, strict=False):
-            _set(
-                p, value.to(self.zero.device)
-            )  # DeepSpeed makes masters of 16-bit weights, which have lost half their digits
-        make_states(self.zero.optimizer, self.zero.single_partition_of_fp32_groups)
-        self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _set_masters(self, exact: list[Tensor]) -> None:
+        """Give DeepSpeed the fp32 weights: its masters are copies of 16-bit ones, which have lost
+        half of the digits. exact: empty in fp32.
+        """
+        for p, value in zip(self.parameters, exact, strict=False):
+            _set(p, value.to(self.zero.device))
 
     def forward_context(self, last: bool) -> AbstractContextManager[Any]:
-        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last
-        one only, or with ZeRO-2 on each.
+        """Return the context for a micro-batch's forward and backward, in which ranks exchange
+        gradients if it is the step's last one, with ZeRO-2 always.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
@@ -123,17 +137,17 @@ class DeepSpeedEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self, scale: float) -> Tensor:
-        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks, and infinite
-        if it is not finite.
+        """Return the global 2-norm of the dense gradient, without `scale`; the same on all ranks,
+        and infinite if it is not finite.
         """
         if not self.shards:
             return gradient_norm(self.named, self.placement, self.mesh) / scale
         norm = self.zero.scaled_global_norm().to(self.parameters[0].device)
-        return torch.where(norm < 0, torch.inf, norm / scale)  # DeepSpeed's -1
+        return torch.where(norm < 0, torch.inf, norm / scale)  # DeepSpeed says -1 on overflow
 
     def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
-        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and
-        clear them; returns the learning rate used.
+        """Divide the gradients by `scale`, clip them to norm `clip` (0: do not), update, and clear
+        them. Returns the learning rate used.
         """
         rate = learning_rate(self.config, step, steps)
         for parameters in self.zero.param_groups:
@@ -153,7 +167,7 @@ class DeepSpeedEngine:
     def clear(self) -> None:
         """Drop the gradients."""
         if self.shards:
-            # Only DeepSpeed knows where it keeps them; an overflow makes it forget them.
+            # Only DeepSpeed knows where they are; an overflow makes it drop them.
             self.broken = True
             self.engine.step()
             self.broken = False
@@ -161,81 +175,67 @@ class DeepSpeedEngine:
             self.engine.zero_grad()
 
     def state(self, tensors: dict[str, Tensor], everywhere: bool = False) -> dict[str, Tensor]:
-        """A checkpoint's tensors, with the masters and moments that DeepSpeed keeps: each on one of
-        the ranks that share a batch, or everywhere. All ranks call it.
+        """Return a checkpoint's tensors, with the masters and states that DeepSpeed keeps: each on
+        one of the ranks that share a batch, or on all of them (`everywhere`). Collective.
         """
         if not self.shards:
             return tensors
         tensors = dict(tensors)
         for (name, p), owner in self._owned():
-            found = {
-                f"{key or 'model'}.{name}": p.get_full_hp_param(key) for key in (None, *MOMENTS)
+            arrays = {
+                f"{key or 'model'}.{name}": p.get_full_hp_param(key) for key in self._arrays(p)
             }
             like = tensors.pop(f"model.{name}")
             if everywhere or owner == dist.get_rank(self.data):
-                tensors |= {key: _like(like, value) for key, value in found.items()} | {
-                    f"step.{name}": self._step().clone()
-                }
+                tensors |= {key: _like(like, value) for key, value in arrays.items()}
+                tensors |= {f"{key}.{name}": count.clone() for key, count in self._counts().items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Give DeepSpeed what a checkpoint was loaded into, the tensors of `state`. All ranks call
-        it.
-        """
+        """Give DeepSpeed the tensors of `state` that a checkpoint was loaded into. Collective."""
         if not self.shards:
             return
+        counts: dict[str, Tensor] = {}
         for (name, p), owner in self._owned():
-            for key in (None, *MOMENTS):
-                found = tensors.get(f"{key or 'model'}.{name}")
-                value = torch.empty_like(p, dtype=torch.float32) if found is None else found
+            for key in self._arrays(p):
+                loaded = tensors.get(f"{key or 'model'}.{name}")
+                value = torch.empty_like(p, dtype=torch.float32) if loaded is None else loaded
                 value = value.to_local() if isinstance(value, DTensor) else value
                 dist.broadcast(value, group=self.data, group_src=owner)
                 _set(p, value, key)
                 if key is None:
                     p.data.copy_(value)
-            step = tensors.get(f"step.{name}", self._step().clone())
-            dist.broadcast(step, group=self.data, group_src=owner)
+            for key, count in self._counts().items():
+                counts[key] = tensors.get(f"{key}.{name}", count.clone())
+                dist.broadcast(counts[key], group=self.data, group_src=owner)
         for flat in self.zero.single_partition_of_fp32_groups:
-            self.zero.state[flat]["step"].copy_(step)
+            for key, count in counts.items():
+                self.zero.state[flat][key].copy_(count)
 
     def _owned(self) -> Any:
-        """((name, parameter), number of the rank of `data` that keeps it for a checkpoint)."""
+        """Return ((name, parameter), rank of `data` that keeps it for a checkpoint) pairs."""
         return zip(
             self.named.items(),
             owners([p.numel() for p in self.parameters], dist.get_world_size(self.data)),
             strict=True,
         )
 
-    def _tell_what_is_split(self) -> None:
-        """Mark tensor-parallel pieces for DeepSpeed's norm, and complete the gradients of what is
-        whole: it expects Megatron's layers, which leave those equal on all ranks of the tensor
-        axis.
-        """
-        self.accumulators = []  # autograd forgets a hooked one that nobody holds
-        for name, p in self.named.items():
-            p.model_parallel = name in self.placement  # type: ignore[attr-defined]
-            if tensor_size(self.mesh) > 1 and name not in self.placement:
-                assert self.mesh is not None
-                axis = self.mesh.get_group("tensor")
-                # A hook on the parameter would also see the gradients that a reversible block takes
-                # inside its backward.
-                accumulator: Any = torch.autograd.graph.get_gradient_edge(p).node
-                accumulator.register_prehook(
-                    lambda gradients, axis=axis: (all_sum(gradients[0], axis),)
-                )
-                self.accumulators.append(accumulator)
+    def _arrays(self, p: Tensor) -> tuple[str | None, ...]:
+        """Return DeepSpeed's names of the arrays kept for a parameter; None is its master."""
+        return (None, *self.kind.moments(tuple(p.shape)))
 
-    def _step(self) -> Tensor:
-        count: Tensor = self.zero.state[self.zero.single_partition_of_fp32_groups[0]]["step"]
-        return count
+    def _counts(self) -> dict[str, Tensor]:
+        """Return the optimizer's counts, which are the same for every partition."""
+        state = self.zero.state[self.zero.single_partition_of_fp32_groups[0]]
+        return {name: state[name] for name in self.kind.counts}
 
     def write_settings(self, folder: Path) -> None:
-        """Leave what DeepSpeed was told in the run's folder."""
+        """Write DeepSpeed's settings into the run's folder, for people."""
         (folder / "deepspeed.json").write_text(json.dumps(self.json, indent=1) + "\n")
 
 
 def _like(whole: Tensor, piece: Tensor) -> Tensor:
-    """A piece of a tensor, spread as `whole` is."""
+    """Return the local shard `piece` as a tensor spread over ranks as `whole` is."""
     if not isinstance(whole, DTensor):
         return piece
     return DTensor.from_local(
@@ -249,12 +249,16 @@ def _like(whole: Tensor, piece: Tensor) -> Tensor:
 
 
 def _set(p: Tensor, value: Tensor, key: str | None = None) -> None:
-    """Set a parameter's master, or a moment, from its whole value."""
+    """Set a parameter's master, or the moment `key`, on whichever ranks have a part of it."""
     p.set_full_hp_param(value, key)  # type: ignore[attr-defined]
 
 
-def _json(settings: TrainConfig, dtype: torch.dtype, batches: int, bucket: int) -> dict[str, Any]:
-    """DeepSpeed's own settings."""
+def _json(
+    settings: TrainConfig, dtype: torch.dtype, parameters: Sequence[Tensor], ranks: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration. ranks: number of those that share a batch."""
+    share = -(-settings.batch // ranks)
+    bucket = min(BUCKET, sum(p.numel() for p in parameters)) // 2 * 2  # it must be even
     zero: dict[str, Any] = {
         "stage": settings.zero,
         "overlap_comm": not settings.offload and torch.cuda.is_available(),
@@ -265,20 +269,43 @@ def _json(settings: TrainConfig, dtype: torch.dtype, batches: int, bucket: int) 
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,  # asked for, and not used
-        "gradient_accumulation_steps": batches,
+        "gradient_accumulation_steps": -(-share // (settings.micro_batch or share)),
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # it knows a few classes; our tests know ours
         "steps_per_print": None,
         "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
 
 
+def _check_precision(settings: TrainConfig, dtype: torch.dtype) -> None:
+    if settings.zero == 0 and dtype != torch.float32:
+        # 0.19.8 divides fp16 gradients by a scale that it never gave the loss, and counts one
+        # bf16 step too many.
+        raise ValueError(
+            "train.zero is 0, where DeepSpeed is wrong in 16-bit arithmetic: set "
+            "train.zero=1, or train.precision=fp32"
+        )
+
+
+def _begin_process_group(device: torch.device) -> None:
+    """Begin one of this process alone, unless there is one: DeepSpeed does not work without."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+
+
 def _import(device: torch.device) -> ModuleType:
-    """DeepSpeed, told to keep quiet, to leave standard output alone and not to compile collectives
-    for the CPU (a minute, a compiler).
+    """Import DeepSpeed and keep it from logging, from standard output, and from compiling its
+    collectives for the CPU (which takes a minute and a compiler).
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
@@ -297,18 +324,17 @@ def _import(device: torch.device) -> ModuleType:
     warnings.filterwarnings("ignore", "`?torch.distributed.*deprecated", FutureWarning)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    torch_autocast._WARNED_NESTED_AUTOCAST = (
-        True  # it ends our autocast, which the model then begins again
-    )
+    # It ends our autocast, with a warning; the model begins it again.
+    torch_autocast._WARNED_NESTED_AUTOCAST = True
     return deepspeed
 
 
 def _compute_in(dtype: torch.dtype, model: nn.Module, device: torch.device) -> None:
-    """Make a model whose parameters become 16-bit compute as under autocast: residual stream and
-    norms in fp32.
+    """Make a model whose parameters become 16-bit compute as under autocast, with the residual
+    stream and norms in fp32.
     """
     for module in model.modules():
-        if hasattr(module, "embedding_dim"):  # fairscale's piece of an embedding is no nn.Embedding
+        if hasattr(module, "embedding_dim"):  # fairscale's is not an nn.Embedding
             module.register_forward_hook(lambda _, __, x: x.float())
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.forward = partial(_wide_norm, module)  # type: ignore[method-assign]
@@ -322,15 +348,15 @@ def _wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def _mpu(mesh: DeviceMesh) -> SimpleNamespace:
-    """The mesh as DeepSpeed asks for it (Megatron's names, old and new)."""
+    """Return the mesh under the names by which DeepSpeed asks for it: Megatron's, old and new."""
     data, tensor = group(mesh, DATA), mesh.get_group("tensor")
-    found = {}
+    functions: dict[str, Any] = {}
     for name, ranks in (
         ("data_parallel", data),
         ("model_parallel", tensor),
         ("tensor_model_parallel", tensor),
     ):
-        found[f"get_{name}_group"] = lambda ranks=ranks: ranks
-        found[f"get_{name}_rank"] = partial(dist.get_rank, ranks)
-        found[f"get_{name}_world_size"] = partial(dist.get_world_size, ranks)
-    return SimpleNamespace(**found)
+        functions[f"get_{name}_group"] = lambda ranks=ranks: ranks
+        functions[f"get_{name}_rank"] = partial(dist.get_rank, ranks)
+        functions[f"get_{name}_world_size"] = partial(dist.get_world_size, ranks)
+    return SimpleNamespace(**functions)

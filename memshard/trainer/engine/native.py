@@ -1,4 +1,4 @@
-"""The dense half of a step on plain torch: DDP, accumulation, gradient norm, AdamW, ZeRO-1."""
+"""The dense half of a step on plain torch: DDP, accumulation, gradient norm, update, ZeRO-1."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,15 +15,17 @@ from memshard.parallel.grad_norm import complete_gradients, gradient_norm
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.optimizers import OptimizerConfig
-from memshard.trainer.optim.dense import build_adamw, learning_rate, make_states, owners
+from memshard.trainer.optim.dense.build import build_dense_optimizer, make_states, owners
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
+from memshard.trainer.optim.dense.schedule import learning_rate
 
 
 class NativeEngine:
-    """Wraps a model whose tables are hidden. The losses of all ranks and micro-batches must add up
-    to the batch's loss.
+    """Trains the dense parameters of a model whose tables are hidden. The losses of all ranks and
+    micro-batches must add up to the batch's loss.
 
-    shard_states: each rank keeps AdamW's moments of some parameters only, updates those and sends
-    them to the others: ZeRO stage 1 (Rajbhandari et al. 2020, section 5). Whole parameters, so the
+    shard_states: ZeRO stage 1 (Rajbhandari et al. 2020, section 5). Each rank keeps the optimizer's
+    states of some parameters, updates those and broadcasts them. Parameters are not cut, so the
     update is the same to the last bit and a checkpoint needs no gathering.
     """
 
@@ -41,11 +43,11 @@ class NativeEngine:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
         self.owners = [0] * len(self.parameters)
-        self.own = self.parameters
+        self.local = self.parameters  # those whose states this rank keeps
         self.data = None if mesh is None else group(mesh, DATA)
         copies = dist.get_world_size(self.data) if self.data else 1
         if copies > 1:
-            # Buffers are query statistics, which the ranks sum themselves.
+            # Buffers are query statistics, which the ranks sum in QueryNorm.
             self.model = DistributedDataParallel(
                 model,
                 process_group=self.data,
@@ -55,17 +57,15 @@ class NativeEngine:
             self.model.register_comm_hook(self.data, _sum_gradients)
             if shard_states:
                 self.owners = owners([p.numel() for p in self.parameters], copies)
-                own = dist.get_rank(self.data)
-                self.own = [
-                    p for p, owner in zip(self.parameters, self.owners, strict=True) if owner == own
-                ]
+                pairs = zip(self.parameters, self.owners, strict=True)
+                self.local = [p for p, owner in pairs if owner == dist.get_rank(self.data)]
         self.shares_updates = copies > 1 and shard_states
-        self.optimizer = build_adamw(self.own, config)
-        make_states(self.optimizer, self.own)
+        self.optimizer = build_dense_optimizer(self.local, config)
+        make_states(self.optimizer, DENSE_KINDS[config.kind], self.local)
 
     def forward_context(self, last: bool) -> Any:
-        """The context of a micro-batch's forward and backward: ranks exchange gradients on the last
-        one only.
+        """Return the context for a micro-batch's forward and backward, in which ranks exchange
+        gradients if it is the step's last one.
         """
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
@@ -76,32 +76,34 @@ class NativeEngine:
         (loss * scale).backward()
 
     def gradient_norm(self, scale: float) -> Tensor:
-        """Global 2-norm of the dense gradient, without `scale`; the same on all ranks. To be called
-        once a step, after its backwards.
+        """Return the global 2-norm of the dense gradient, without `scale`; the same on all ranks.
+
+        Call it exactly once a step, after its backwards: it also sums over the tensor axis what
+        backward leaves partial.
         """
         complete_gradients(self.named, self.placement, self.mesh)
         return gradient_norm(self.named, self.placement, self.mesh) / scale
 
     def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
-        """Take `scale` out of the gradients, clip them to norm `clip` (0: not at all), update, and
-        clear them; returns the learning rate used.
+        """Divide the gradients by `scale`, clip them to norm `clip` (0: do not), update, and clear
+        them. Returns the learning rate used.
         """
         rate = learning_rate(self.config, step, steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
-        gradients = [p.grad for p in self.own if p.grad is not None]
+        gradients = [p.grad for p in self.local if p.grad is not None]
         if scale != 1 and gradients:
             torch._foreach_mul_(gradients, 1 / scale)
         if clip:
-            nn.utils.clip_grads_with_norm_(self.own, clip, norm)
+            nn.utils.clip_grads_with_norm_(self.local, clip, norm)
         self.optimizer.step()
         if self.shares_updates:
             pairs = zip(self.parameters, self.owners, strict=True)
-            sent = [
+            broadcasts = [
                 dist.broadcast(p.data, group=self.data, group_src=owner, async_op=True)
                 for p, owner in pairs
             ]
-            for work in sent:
+            for work in broadcasts:  # all at once, then wait: latencies overlap
                 assert work is not None
                 work.wait()
         self.clear()
@@ -113,22 +115,20 @@ class NativeEngine:
             p.grad = None
 
     def state(self, tensors: dict[str, Tensor], everywhere: bool = False) -> dict[str, Tensor]:
-        """A checkpoint's tensors: all of them lie in the model and in `optimizer`."""
+        """Return a checkpoint's tensors unchanged: all are in the model and in `optimizer`."""
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what a checkpoint was loaded into, the tensors of `state`: nothing is left to
-        do.
-        """
+        """Do nothing: the tensors of `state` that a checkpoint was loaded into are the engine's."""
 
     def write_settings(self, folder: Path) -> None:
-        """Nothing: the recipe says it all."""
+        """Do nothing: the recipe says it all."""
 
 
 def _sum_gradients(
     data: dist.ProcessGroup, bucket: dist.GradBucket
 ) -> torch.futures.Future[Tensor]:
-    """DDP's hook for adding gradients up; its default averages them."""
+    """Sum a bucket of gradients over the ranks; DDP's default averages them."""
     work = dist.all_reduce(bucket.buffer(), group=data, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])

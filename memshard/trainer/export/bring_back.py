@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.memory.table import find_tables
@@ -14,6 +13,7 @@ from memshard.trainer.checkpoint.global_tensors import model_tensors
 from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.checkpoint.save_load import save_checkpoint
 from memshard.trainer.config.load import dump
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 from memshard.trainer.precision import DTYPES
 from memshard.trainer.run_folder import CONFIG_FILE
 
@@ -25,17 +25,20 @@ def bring_back(source: Path, out: Path) -> int:
     loaded = load_model(source)
     model = loaded.model
     tensors = model_tensors(model, {}, None)
-    shapes: dict[str, Tensor] = dict(model.named_parameters())
     tables = dict(find_tables(model))
-    shapes |= {f"{name}.weight": table.weight for name, table in tables.items()}
-    for name, values in shapes.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = torch.zeros(1).expand(values.shape)
-        if name.removesuffix(".weight") in tables:
-            tensors[f"last_step.{name}"] = torch.zeros(1).expand(len(values))
-        else:
-            tensors[f"step.{name}"] = torch.zeros(())
     recipe = loaded.recipe
+    kind = DENSE_KINDS[recipe.optimizer.kind]
+    zero = torch.zeros(())  # expanded, so that no moments are allocated
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in tables:
+            continue
+        for moment, shape in kind.moments(tuple(parameter.shape)).items():
+            tensors[f"{moment}.{name}"] = zero.expand(shape)
+        tensors |= {f"{count}.{name}": zero for count in kind.counts}
+    for name, table in tables.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}.weight"] = zero.expand(table.weight.shape)
+        tensors[f"last_step.{name}.weight"] = zero.expand(len(table.weight))
     for table in tables.values():
         dtype = next(name for name, kind in DTYPES.items() if kind == table.weight.dtype)
         recipe = replace(recipe, tables=replace(recipe.tables, dtype=cast(Any, dtype)))

@@ -1,0 +1,21 @@
+"""The learning rate of the dense parameters, step by step."""
+
+import math
+
+from memshard.trainer.config.optimizers import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the rate of `step`, counted from 0, in a run of `steps`: a linear warm-up, then the
+    schedule.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "inverse_sqrt":
+        return config.lr * math.sqrt(max(config.warmup, 1) / (step + 1))
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+        return config.lr * (
+            config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        )
+    return config.lr
