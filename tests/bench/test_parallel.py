@@ -6,27 +6,14 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.cli.main import main
+from tests.trainer.conftest import data  # noqa: F401
 
-TINY = [
-    "--layers",
-    "2",
-    "--dim",
-    "16",
-    "--heads",
-    "2",
-    "--length",
-    "16",
-    "--batch",
-    "4",
-    "--keys",
-    "4",
-    "--rounds",
-    "1",
-]
+TINY = "--layers 2 --dim 16 --heads 2 --length 16 --batch 4 --keys 4 --rounds 1".split()
 
 
 def test_both_splits_both_blocks_and_the_plain_loop(
-    data: Path, capfd: pytest.CaptureFixture[str]
+    data: Path,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["bench", "parallel", *TINY, "--data", str(data), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)

@@ -16,9 +16,7 @@ def scale(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, branches: int) -> Tensor:
-    """A linear map for every branch. x: of one value for all branches, or one each; weight:
-    [branches * outputs, width].
-    """
+    """A linear map for every branch. x: of one value for all branches, or one each; weight: [branches * outputs, width]."""
     if x.ndim == 4:
         return torch.einsum("brtd,red->brte", x, weight.unflatten(0, (branches, -1)))
     y = F.linear(x, weight)
@@ -44,13 +42,13 @@ class Block(nn.Module):
         super().__init__()
         self.shift_1_weight = nn.Parameter(torch.zeros(128))
         self.scale_2_weight = nn.Parameter(torch.ones(128))
-        self.conv_1x1_3_weight = nn.Parameter(torch.randn(64, 128) / 128**0.5)
-        self.conv_1x1_4_weight = nn.Parameter(torch.randn(64, 128) / 128**0.5)
-        self.conv_1x1_5_weight = nn.Parameter(torch.randn(64, 128) / 128**0.5)
-        self.conv_1x1_8_weight = nn.Parameter(torch.randn(128, 64) / 64**0.5)
+        self.conv_1x1_3_weight = nn.Parameter(torch.randn(64, 128) / 128 ** 0.5)
+        self.conv_1x1_4_weight = nn.Parameter(torch.randn(64, 128) / 128 ** 0.5)
+        self.conv_1x1_5_weight = nn.Parameter(torch.randn(64, 128) / 128 ** 0.5)
+        self.conv_1x1_8_weight = nn.Parameter(torch.randn(128, 64) / 64 ** 0.5)
         self.shift_10_weight = nn.Parameter(torch.zeros(128))
         self.scale_11_weight = nn.Parameter(torch.ones(128))
-        self.conv_1x1_12_weight = nn.Parameter(torch.randn(128, 128) / 128**0.5)
+        self.conv_1x1_12_weight = nn.Parameter(torch.randn(128, 128) / 128 ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         shift_1 = shift(x, self.shift_1_weight)  # [batch, length, 128]
@@ -58,9 +56,7 @@ class Block(nn.Module):
         conv_1x1_3 = project(scale_2, self.conv_1x1_3_weight, 8)  # [batch, 8, length, 8]
         conv_1x1_4 = project(scale_2, self.conv_1x1_4_weight, 8)  # [batch, 8, length, 8]
         conv_1x1_5 = project(scale_2, self.conv_1x1_5_weight, 8)  # [batch, 8, length, 8]
-        attend_6 = attend(
-            conv_1x1_3, conv_1x1_4, conv_1x1_5, 0.3535533905932738
-        )  # [batch, 8, length, 8]
+        attend_6 = attend(conv_1x1_3, conv_1x1_4, conv_1x1_5, 0.3535533905932738)  # [batch, 8, length, 8]
         join_7 = join(attend_6, 8)  # [batch, length, 64]
         conv_1x1_8 = project(join_7, self.conv_1x1_8_weight, 1)  # [batch, length, 128]
         add_9 = torch.add(x, conv_1x1_8)  # [batch, length, 128]
