@@ -21,6 +21,8 @@ EXTRAS = {
     "huggingface": ["transformers>=5.23"],
     # The trainers of the examples.
     "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6"],
+    # The documentation as a site.
+    "docs": ["mkdocs>=1.6.1"],
     "wandb": ["wandb>=0.29"],
     # Searches on several machines.
     "ray": ["ray>=2.60"],

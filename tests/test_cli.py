@@ -143,6 +143,14 @@ def test_debug_adds_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in err and err.endswith("memshard: error: ValueError: inside the loop\n")
 
 
+def test_recipes_are_listed_with_a_sentence_each(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--json", "config", "list"]) == 0
+    recipes = json.loads(capfd.readouterr().out)
+    assert recipes["transformer-gelu"] == "`transformer` with GELU"
+    assert set(recipes) == {path.stem for path in (ROOT / "memshard/recipes").glob("*.yaml")}
+    assert all(recipes.values())
+
+
 def test_config_commands(capfd: pytest.CaptureFixture[str], recipe: str) -> None:
     assert cli.main(["config", "show", recipe, "model.layers=3"]) == 0
     assert "\n  layers: 3\n" in capfd.readouterr().out

@@ -1,4 +1,6 @@
-"""memshard config: what a recipe resolves to, what a key means, how two runs differ."""
+"""`memshard config`: the bundled recipes, what a recipe resolves to, what a key means, how two runs
+differ.
+"""
 
 import argparse
 from typing import Any
@@ -9,9 +11,12 @@ from memshard.launch.cli.parser import Subparsers
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
-        "config", help="what a recipe resolves to, what a key means, how two runs differ"
+        "config", help="recipes: list, show all settings, explain a key, compare two"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    listing = actions.add_parser("list", help="print the bundled recipes, a line each")
+    listing.set_defaults(run=run_list)
 
     show = actions.add_parser("show", help="print the whole recipe, defaults included")
     show.add_argument(
@@ -34,6 +39,16 @@ def add_parser(subparsers: Subparsers) -> None:
     diff.add_argument("a", metavar="A", help="a bundled name, a YAML file or a run folder")
     diff.add_argument("b", metavar="B", help="another one")
     diff.set_defaults(run=run_diff)
+
+
+def run_list(args: argparse.Namespace) -> dict[str, Any]:
+    from memshard.trainer.config.load import bundled, summary
+
+    recipes = {name: summary(name) for name in bundled()}
+    width = max(map(len, recipes))
+    for name, text in recipes.items():
+        print(f"{name:{width}}  {text}")
+    return recipes
 
 
 def run_show(args: argparse.Namespace) -> dict[str, Any]:

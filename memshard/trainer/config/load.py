@@ -7,9 +7,11 @@ names the file or override and the key.
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +62,13 @@ def dump(recipe: Recipe) -> str:
 def bundled() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def summary(name: str) -> str:
+    """Return the first sentence of the comment at the top of a bundled recipe."""
+    lines = (BUNDLED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), lines))
+    return re.split(r"(?<!et al)[.;](?: |$)", comment)[0]
 
 
 def _find(name: str, beside: Path) -> Path:
