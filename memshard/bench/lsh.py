@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from memshard.bench.spread import shown, spread
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.initialize import initialize
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 
 LAYERS, DIM, HEADS, ROUNDS, CHUNK, VOCABULARY, PIECE = 6, 128, 2, 2, 64, 256, 1024
@@ -44,10 +45,7 @@ def memshard(length: int) -> tuple[nn.Module, Loss]:
 def softmax(length: int) -> tuple[nn.Module, Loss]:
     """scaled_dot_product_attention, every block computed again in backward."""
     model = Transformer(config(MixerConfig(heads=HEADS), length))
-    model.checkpointing = "full"
-    found = ours(model)
-    model.chunk = 0
-    return found
+    return ours(model, Recompute("full"))
 
 
 def config(mixer: MixerConfig, length: int, **changes: Any) -> ModelConfig:
@@ -63,9 +61,9 @@ def config(mixer: MixerConfig, length: int, **changes: Any) -> ModelConfig:
     return ModelConfig(**{**sizes, "feedforward": FeedForwardConfig(activation="relu"), **changes})
 
 
-def ours(model: Transformer) -> tuple[nn.Module, Loss]:
-    """A model of ours and its loss."""
-    model.chunk = PIECE
+def ours(model: Transformer, recompute: Recompute | None = None) -> tuple[nn.Module, Loss]:
+    """Return a model of ours and its loss, by default PIECE tokens of a sequence at a time."""
+    model.configure(recompute or Recompute(chunk=PIECE))
     initialize(model, 0)
     return model, lambda tokens: model(tokens[:, :-1], targets=tokens[:, 1:])[0].mean()
 

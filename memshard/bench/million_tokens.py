@@ -20,6 +20,7 @@ import torch
 
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.initialize import initialize
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 
 GB = 1 << 30
@@ -61,7 +62,8 @@ def main() -> None:
     )
     model = Transformer(config)
     initialize(model, 0)
-    model.to(device).train().chunk = 1 << 14
+    model.configure(Recompute(chunk=1 << 14))
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     # A text that repeats itself: there is something to find.
     tokens = (

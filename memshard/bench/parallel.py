@@ -43,6 +43,7 @@ from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.estimate import estimate
 from memshard.trainer.engine.native import NativeEngine
+from memshard.trainer.optim.dense.schedule import learning_rate
 from memshard.trainer.optim.rows.adam import RowAdam
 
 
@@ -220,7 +221,7 @@ def _step(
                 size.batch * size.length
             )
         engine.backward(loss, 1.0)
-        engine.step(0, 1, engine.gradient_norm(1.0), 1.0, 1.0)
+        engine.step(learning_rate(engine.config, 0, 1), engine.gradient_norm(1.0), 1.0, 1.0)
         if rows is not None:
             rows.step()
 

@@ -25,6 +25,7 @@ from memshard.models.initialize import initialize
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.trainer.config.optimizers import OptimizerConfig
@@ -33,6 +34,7 @@ from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.alternatives import changed_by
 from memshard.trainer.cost.estimate import estimate
 from memshard.trainer.engine.native import NativeEngine
+from memshard.trainer.optim.dense.schedule import learning_rate
 from memshard.trainer.optim.rows.adam import RowAdam
 from memshard.trainer.precision import DTYPES, autocast, store_tables
 
@@ -140,7 +142,7 @@ def _train(recipe: Recipe, name: str, precision: str) -> None:
     store_tables(model, recipe.tables.dtype)
     model.to_empty(device=device)
     initialize(model, 0)
-    model.checkpointing, model.chunk = recipe.train.checkpointing, recipe.train.chunk
+    model.configure(Recompute(recipe.train.checkpointing, recipe.train.chunk))
     engine = NativeEngine(model, OptimizerConfig(), None, {})
     for _, memory in model.memories():
         memory.query_norm.deferred = True
@@ -160,7 +162,8 @@ def _train(recipe: Recipe, name: str, precision: str) -> None:
                     recipe.train.batch * length
                 )
             engine.backward(loss, 1.0)
-        engine.step(step, 100, engine.gradient_norm(1.0), 1.0, 1.0)
+        rate = learning_rate(engine.config, step, 100)
+        engine.step(rate, engine.gradient_norm(1.0), 1.0, 1.0)
         if rows is not None:
             rows.step()
         for _, memory in model.memories():

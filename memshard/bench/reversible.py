@@ -31,6 +31,7 @@ from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -121,7 +122,7 @@ class Pass:
         )
         torch.manual_seed(0)
         self.model = Transformer(config).to(args.device).train()
-        self.model.checkpointing = checkpointing
+        self.model.configure(Recompute(checkpointing))
         externalize_tables(self.model)
         for parameter in self.model.parameters():
             # Not zeros_like: the system would give the memory only when backward writes to it.

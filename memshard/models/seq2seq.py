@@ -47,9 +47,9 @@ class EncoderDecoder(Transformer):
     def encode(self, tokens: Tensor, ctx: Context) -> Tensor:
         """The encoder's output, [batch, source length, dim]."""
         x = self._embed(tokens, ctx, branch=1)
-        checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
+        checkpointing = self.recompute.checkpointing if torch.is_grad_enabled() else "none"
         for block in self.blocks[: self.config.encoder_layers]:
-            x, _ = run_block(checkpointing, block, x, ctx, None, self.chunk)
+            x, _ = run_block(checkpointing, block, x, ctx, None, self.recompute.chunk)
         return self.encoder_norm(x)
 
     def init_states(self, batch: int, capacity: int) -> list[MixerState]:

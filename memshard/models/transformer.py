@@ -26,7 +26,7 @@ from memshard.models.mixers.build import MixerState, build_cross, build_mixer
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.models.random import dropout
-from memshard.models.recompute.checkpointing import Checkpointing, checkpointed, run_block
+from memshard.models.recompute.checkpointing import Recompute, checkpointed, run_block
 from memshard.models.recompute.replay import Replay
 from memshard.models.recompute.reversible import Grid, reversible_blocks
 
@@ -66,26 +66,17 @@ class Transformer(nn.Module):
             self.head = AdaptiveHead(
                 width, config.vocab_size, config.adaptive_cutoffs, config.adaptive_division
             )
-        self.checkpointing: Checkpointing = "none"
-        """What backward computes again instead of keeping; blocks that are not reversible only."""
-        self.check_inversion = False
-        """Of reversible blocks: compare each block's rebuilt input with a checksum of the true one.
-        """
-        self.chunk = 0
-        """How many tokens of a sequence feedforwards, memories and the head take at a time; 0 for
-        all.
-        """
-        self.segments = 1
-        """Pieces of a sequence that training takes one after the other, with the mixers' states
-        between them; see `_in_segments`.
-        """
-        self.label_smoothing = 0.0
-        """Of losses in training: the share of the target that is spread over the whole vocabulary.
-        """
+        self.configure(Recompute())
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
         """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and
         tells the context this rank's.
         """
+
+    def configure(self, recompute: Recompute, label_smoothing: float = 0.0) -> None:
+        """Set how training computes: what backward recomputes, and the share of each target that
+        is spread over the whole vocabulary.
+        """
+        self.recompute, self.label_smoothing = recompute, label_smoothing
 
     def forward(
         self,
@@ -103,7 +94,7 @@ class Transformer(nn.Module):
         states.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
-        if self.segments > 1 and targets is not None and torch.is_grad_enabled():
+        if self.recompute.segments > 1 and targets is not None and torch.is_grad_enabled():
             return self._in_segments(tokens, ctx, states, targets)
         return self._pass(tokens, ctx, states, targets)
 
@@ -114,7 +105,7 @@ class Transformer(nn.Module):
         the state before it is kept.
         """
         states, losses = states or self.init_states(len(tokens), tokens.shape[1]), []
-        for piece, part in ctx.split(-(-tokens.shape[1] // self.segments)):
+        for piece, part in ctx.split(-(-tokens.shape[1] // self.recompute.segments)):
             found, states = checkpointed(
                 self._pass, tokens[:, piece], part, states, targets[:, piece]
             )
@@ -145,13 +136,13 @@ class Transformer(nn.Module):
                 self._embed(tokens, ctx),
                 ctx,
                 states,
-                self.check_inversion,
-                self.chunk,
+                self.recompute.check_inversion,
+                self.recompute.chunk,
             )
             streams = [x1, x2]
         else:
             x = self._embed(tokens, ctx)
-            checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
+            checkpointing = self.recompute.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
             for layer, block in enumerate(self.stack):
                 x, state = run_block(
@@ -160,7 +151,7 @@ class Transformer(nn.Module):
                     x,
                     ctx,
                     states[layer] if states else None,
-                    self.chunk,
+                    self.recompute.chunk,
                     replay,
                 )
                 if state is not None:
@@ -181,8 +172,8 @@ class Transformer(nn.Module):
             found = self._losses(*(x[predicted][None] for x in inputs))
             return found.new_zeros(predicted.shape).masked_scatter(predicted, found)
         return (
-            chunked(self._piece_losses, *inputs, chunk=self.chunk)
-            if self.chunk
+            chunked(self._piece_losses, *inputs, chunk=self.recompute.chunk)
+            if self.recompute.chunk
             else self._piece_losses(*inputs)
         )
 

@@ -16,6 +16,7 @@ from memshard.models.config import ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.table import ValueTable, find_tables
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
@@ -93,14 +94,10 @@ def set_up(
         table.host = recipe.tables.place == "host"
     model.to_empty(device=device)
     initialize(model, recipe.train.seed)
-    model.checkpointing, model.check_inversion = (
-        recipe.train.checkpointing,
-        recipe.train.check_inversion,
-    )
-    model.chunk, model.segments, model.label_smoothing = (
-        recipe.train.chunk,
-        recipe.train.segments,
-        recipe.train.label_smoothing,
+    train = recipe.train
+    model.configure(
+        Recompute(train.checkpointing, train.chunk, train.segments, train.check_inversion),
+        train.label_smoothing,
     )
     for _, memory in model.memories():
         memory.query_norm.deferred = True

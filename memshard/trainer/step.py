@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memshard.models.recompute.reversible import Grid
 from memshard.trainer.guards import agree, gradients_finite, is_spike
+from memshard.trainer.optim.dense.schedule import learning_rate
 from memshard.trainer.optim.rows.revive import revive
 from memshard.trainer.precision import autocast
 from memshard.trainer.run import Run
@@ -125,7 +126,8 @@ def train_step(run: Run, stop: StopSignal | None = None) -> StepOutcome:
 
 def _update(run: Run, norm: Tensor, scale: float) -> float:
     settings = run.recipe.train
-    rate = run.engine.step(run.progress.step, settings.steps, norm, settings.clip, scale)
+    rate = learning_rate(run.recipe.optimizer, run.progress.step, settings.steps)
+    run.engine.step(rate, norm, settings.clip, scale)
     if run.rows is not None:
         run.rows.unscale(scale)
         run.rows.step()

@@ -12,7 +12,7 @@ from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
-from memshard.models.recompute.checkpointing import Checkpointing
+from memshard.models.recompute.checkpointing import Checkpointing, Recompute
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
 from tests.models.passes import LENGTH, assert_same, tiny_context, two_passes
@@ -43,7 +43,7 @@ def test_nothing_changes(
         externalize_tables(model)
     dtype = torch.bfloat16 if which == "padding" else torch.float32
     plain = two_passes(deepcopy(model), _logits, tiny_context(which), dtype)
-    model.checkpointing = kind
+    model.configure(Recompute(kind))
     assert_same(two_passes(model, _logits, tiny_context(which), dtype), plain)
 
 
@@ -67,7 +67,7 @@ def _bytes(
         memory=MemoryConfig(layers=memory, keys=16, heads=2, topk=4, key_dim=16),
     )
     model = Transformer(config).train()
-    model.checkpointing = kind
+    model.configure(Recompute(kind))
     externalize_tables(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -105,7 +105,7 @@ def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) 
     found = {}
     for segments in (1, 2, 4):
         copy = deepcopy(model)
-        copy.segments = segments
+        copy.configure(Recompute(segments=segments))
         tokens, ctx = tiny_tokens(3, LENGTH), tiny_context(which)
         losses, _ = copy(tokens, ctx, targets=tokens.roll(-1, dims=1))
         losses.sum().backward()
@@ -126,7 +126,7 @@ def test_what_segments_save() -> None:
         model = Transformer(
             ModelConfig(vocab_size=50, layers=4, dim=64, mixer=mixer, position="none")
         ).train()
-        model.segments = segments
+        model.configure(Recompute(segments=segments))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         tokens = torch.arange(1024).view(1, -1) % 50
@@ -161,7 +161,7 @@ def test_lsh_holds_less_than_checkpointed_softmax_attention() -> None:
                 vocab_size=50, max_length=2048, layers=6, dim=128, mixer=mixer, residual=residual
             )
         ).train()
-        model.chunk, model.checkpointing = (128, "none") if kind == "lsh" else (0, "full")
+        model.configure(Recompute(chunk=128) if kind == "lsh" else Recompute("full"))
         with LiveBytes() as live:
             model(tokens, targets=tokens)[0].mean().backward()
         peaks.append(live.peak)

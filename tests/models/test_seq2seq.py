@@ -7,6 +7,7 @@ import torch
 
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.seq2seq import EncoderDecoder, build_model
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 
@@ -83,7 +84,7 @@ def test_padding_of_the_source_changes_nothing(attention: str) -> None:
 @pytest.mark.parametrize("attention", ["softmax", "linear", "delta"])
 def test_targets_give_the_smoothed_losses_of_the_logits(attention: str) -> None:
     model, source, target = translator(attention).train(), _source([7, 3], 7), tiny_tokens(2, 6)
-    model.label_smoothing = 0.1
+    model.configure(Recompute(), label_smoothing=0.1)
     predicted = tiny_tokens(2, 6, seed=8)
     predicted[1, 4:] = -100
     losses, _ = model(target, targets=predicted, source=source)
@@ -108,7 +109,7 @@ def test_checkpointing_changes_no_gradient(checkpointing: Any) -> None:
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
     expected = gradients()
-    model.checkpointing = checkpointing
+    model.configure(Recompute(checkpointing))
     torch.testing.assert_close(gradients(), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -19,6 +19,7 @@ from memshard.models.context import Context
 from memshard.models.loss import IGNORE
 from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.parallel.apply import Share, apply, losses_on
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import all_sum
@@ -135,7 +136,7 @@ def train(point: Point) -> dict[str, Any]:
     dtype = torch.float64 if point.wide else torch.float32
     model.to(dtype)
     if point.residual == "checkpointed":
-        model.checkpointing = "full" if point.accumulation == 1 else "selective"
+        model.configure(Recompute("full" if point.accumulation == 1 else "selective"))
     layout, exchange, memory = LAYOUTS[point.layout]
     mesh = _mesh(memory, point.tensor)
     placement = apply(model, mesh, layout, exchange, point.share)
@@ -162,7 +163,7 @@ def train(point: Point) -> dict[str, Any]:
         found["norms"].append(float(engine.gradient_norm(1.0)))
         if step == 0:
             found["gradients"] = _whole(model, placement, mesh, _gradients(model))
-        engine.step(step, STEPS, torch.tensor(found["norms"][-1]), 0.5, 1.0)
+        engine.step(0.01, torch.tensor(found["norms"][-1]), 0.5, 1.0)
         rows.step()
         for _, layer in model.memories():
             layer.query_norm.commit()

@@ -16,7 +16,7 @@ from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
-from memshard.models.recompute.checkpointing import Checkpointing
+from memshard.models.recompute.checkpointing import Checkpointing, Recompute
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.tables.sharded import ShardedTable
@@ -53,7 +53,7 @@ def _gradients(
     and running statistics.
     """
     model = tiny_model(tiny_config(memory, residual=residual, dropout=0.2), spread=0.1).train()
-    model.checkpointing = kind
+    model.configure(Recompute(kind))
     apply(model, build_mesh("cpu"), **layout)
     # As the trainer has it: they enter once a step.
     for _, layer in model.memories():

@@ -10,6 +10,7 @@ import torch
 
 from memshard.models.decode.generate import generate
 from memshard.models.loss import IGNORE, token_losses
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 from memshard.trainer.cost.estimate import count_parameters, flops_per_token
 from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
@@ -33,7 +34,7 @@ def test_losses_are_those_of_the_log_probabilities(chunk: int, changes: dict[str
     found = []
     for whole in (True, False):
         copy = deepcopy(model)
-        copy.chunk = chunk
+        copy.configure(Recompute(chunk=chunk))
         out, _ = copy(tiny_tokens(3, 9), targets=None if whole else targets)
         if whole:
             torch.testing.assert_close(out.exp().sum(-1), torch.ones(3, 9, dtype=out.dtype))

@@ -12,6 +12,7 @@ from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.lsh import by_heads, hashing
 from memshard.models.mixers.lsh import LSHMixer
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.recompute.reversible import Grid, reversible_blocks
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
@@ -114,7 +115,7 @@ def test_a_step_holds_both_streams_their_gradients_and_one_branch(
         tie_head=False,
     )
     model = Transformer(config).train()
-    model.chunk = 64
+    model.configure(Recompute(chunk=64))
     tokens = torch.randint(8, (1, length + 1))
     gradients = sum(parameter.numel() for parameter in model.parameters()) * 4
     with LiveBytes() as live:

@@ -15,7 +15,7 @@ from memshard.models.kernels.plain import bag_of_each_read
 from memshard.models.loss import IGNORE, chunked, token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey
-from memshard.models.recompute.checkpointing import Checkpointing
+from memshard.models.recompute.checkpointing import Checkpointing, Recompute
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
 from tests.models.passes import LENGTH, tiny_context
@@ -39,7 +39,7 @@ def test_chunked_losses(residual: Any, tie_head: bool, chunk: int) -> None:
     found = []
     for whole in (True, False):
         copy = deepcopy(model)
-        copy.chunk = 0 if whole else chunk
+        copy.configure(Recompute(chunk=0 if whole else chunk))
         y, _ = copy(tiny_tokens(3, LENGTH), ctx, targets=None if whole else targets)
         losses = token_losses(y, targets) if whole else y
         (losses * probe).sum().backward()
@@ -75,8 +75,7 @@ def test_chunked_models(memory: dict[str, Any], kind: Any, which: str) -> None:
     found = []
     for chunk in (0, 2):
         copy = deepcopy(model)
-        copy.chunk, copy.check_inversion = chunk, True
-        copy.checkpointing = "none" if reversible else kind
+        copy.configure(Recompute("none" if reversible else kind, chunk, check_inversion=True))
         losses, _ = copy(
             tiny_tokens(3, LENGTH), tiny_context(which), targets=tiny_tokens(3, LENGTH, seed=1)
         )
@@ -115,7 +114,7 @@ def test_the_past_of_a_chunked_model_is_bit_equal(checkpointing: Checkpointing) 
         model = tiny_model(
             tiny_config({"query_norm": "layer"}, mixer=_LSH, dropout=0.2, **changes)
         ).train()
-        model.chunk, model.checkpointing = 3, "none" if changes else checkpointing
+        model.configure(Recompute("none" if changes else checkpointing, chunk=3))
         tokens, other = tiny_tokens(2, LENGTH), tiny_tokens(2, LENGTH, seed=5)
         other[:, :5] = tokens[:, :5]
         ctx = Context(torch.arange(LENGTH).expand(2, -1), random=RandomKey(0, 0, torch.arange(2)))
@@ -152,7 +151,7 @@ def test_neither_logits_nor_hidden_layers_are_whole_in_memory() -> None:
     assert model.blocks[0].feedforward is not None
     peaks = []
     for chunk in (0, 64):
-        model.chunk = chunk
+        model.configure(Recompute(chunk=chunk))
         with LiveBytes() as live:
             model(tiny_tokens(2, length), targets=tiny_tokens(2, length))[0].sum().backward()
         peaks.append(live.peak)

@@ -17,6 +17,7 @@ from memshard.models.config import MixerConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.recompute.naive import naive_block, naive_reversible
 from memshard.models.recompute.reversible import feedforward_change, mixer_change, reversible_blocks
 from memshard.models.transformer import Transformer
@@ -85,7 +86,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def _compare(model: Transformer, dtype: torch.dtype, which: str = "plain") -> None:
-    model.check_inversion = True
+    model.configure(Recompute(check_inversion=True))
     twin = deepcopy(model)
     ours = two_passes(model, _ours, tiny_context(which), dtype)
     assert_same(ours, two_passes(twin, naive_reversible, tiny_context(which), dtype))
@@ -100,7 +101,7 @@ def test_a_state_from_before(kind: Any) -> None:
         states = model(
             tiny_tokens(3, LENGTH, seed=9), tiny_context(), model.init_states(3, LENGTH)
         )[1]
-    model.check_inversion = True
+    model.configure(Recompute(check_inversion=True))
     twin = deepcopy(model)
     ours = two_passes(model, lambda *call: model(*call[1:], states)[0], tiny_context("documents"))
     assert_same(
@@ -111,7 +112,7 @@ def test_a_state_from_before(kind: Any) -> None:
 @pytest.mark.parametrize("which", ["documents", "padding"])
 def test_masks_and_dropout(which: str) -> None:
     model = _model(True, memory={"mode": "add"})
-    model.check_inversion = True
+    model.configure(Recompute(check_inversion=True))
     for block in model.blocks:
         block.dropout_rate = 0.3
     twin = deepcopy(model)
@@ -235,7 +236,7 @@ def test_evaluation_and_cached_decoding() -> None:
 
 def test_a_branch_that_is_not_deterministic_is_found() -> None:
     model = _model(memory={"layers": ()})
-    model.check_inversion = True
+    model.configure(Recompute(check_inversion=True))
     layer = model.blocks[1].feedforward
     assert layer is not None
     layer.register_forward_hook(lambda *args: args[-1] + torch.rand(()))

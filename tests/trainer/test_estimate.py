@@ -15,6 +15,7 @@ from memshard.models.loss import token_losses
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.models.random import RandomKey
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
@@ -161,7 +162,7 @@ def test_activations_that_are_computed_again(
     batch, length = 16, 64
     model = replace(model, residual=residual)
     transformer = Transformer(model).train()
-    transformer.checkpointing, transformer.chunk = checkpointing, chunk
+    transformer.configure(Recompute(checkpointing, chunk))
     externalize_tables(transformer)
     for parameter in transformer.parameters():
         parameter.grad = torch.zeros_like(parameter)

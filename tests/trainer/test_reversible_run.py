@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import (
@@ -40,14 +41,14 @@ def _leave_the_range(rank: int, world: int, recipe: Path, folder: Path) -> list[
                 "feedforward_branch",
                 lambda x, *args: feed(x, *args) + 2000 * block.feedforward_residual.before(x),
             )
-            run.model.check_inversion = False
+            run.model.configure(Recompute())
         assert train_step(run).rate == 0
     after = snapshot(run)
     assert after.pop(_SCALE) == 2**12 and before.pop(_SCALE) == 2**14
     assert_same(after, before)
     assert (run.progress.step, run.progress.skipped, run.progress.in_a_row) == (2, 1, 1)
     scales.append(run.loss_scale.value)
-    run.model.check_inversion = True
+    run.model.configure(Recompute(check_inversion=True))
     assert train_step(run).rate > 0
     assert not torch.equal(
         snapshot(run)["model.embedding.weight"], before["model.embedding.weight"]

@@ -3,6 +3,7 @@ bit those without it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +17,23 @@ from memshard.models.mixers.build import MixerState
 from memshard.models.recompute.replay import Replay
 
 Checkpointing = Literal["none", "full", "selective"]
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What a model's backward computes again to save memory; losses and gradients stay the same.
+
+    checkpointing: what ordinary blocks recompute, see `run_block`; reversible blocks recompute
+    everything as they are. chunk: tokens of a sequence that feedforwards, memories and the head
+    take at a time; 0 takes all. segments: a training pass takes a sequence in so many parts, one
+    after the other, with the mixers' states between them. check_inversion: compare the input that
+    each reversible block reconstructs with a checksum of the true one.
+    """
+
+    checkpointing: Checkpointing = "none"
+    chunk: int = 0
+    segments: int = 1
+    check_inversion: bool = False
 
 
 def run_block(

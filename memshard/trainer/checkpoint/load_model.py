@@ -11,6 +11,7 @@ from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.memory.disk_table import map_tables
 from memshard.models.memory.table import externalize_tables, find_tables
+from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.folders import find_checkpoints
@@ -59,7 +60,7 @@ def load_model(
     stored = open_model(path, check=not memmap)
     with torch.device("meta"):
         model = build_model(stored.recipe.model)
-    model.chunk = stored.recipe.train.chunk
+    model.configure(Recompute(chunk=stored.recipe.train.chunk))
     if memmap:
         map_tables(model, stored.tables)
     tables = dict(find_tables(model))

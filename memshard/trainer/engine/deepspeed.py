@@ -32,7 +32,6 @@ from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.dense_bytes import BUCKET
 from memshard.trainer.optim.dense.build import build_dense_optimizer, make_states, owners
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
-from memshard.trainer.optim.dense.schedule import learning_rate
 
 
 class DeepSpeedEngine:
@@ -145,11 +144,10 @@ class DeepSpeedEngine:
         norm = self.zero.scaled_global_norm().to(self.parameters[0].device)
         return torch.where(norm < 0, torch.inf, norm / scale)  # DeepSpeed says -1 on overflow
 
-    def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
-        """Divide the gradients by `scale`, clip them to norm `clip` (0: do not), update, and clear
-        them. Returns the learning rate used.
+    def step(self, rate: float, norm: Tensor, clip: float, scale: float) -> None:
+        """Divide the gradients by `scale`, clip them to norm `clip` (0: do not), update with
+        learning rate `rate`, and clear them.
         """
-        rate = learning_rate(self.config, step, steps)
         for parameters in self.zero.param_groups:
             parameters["lr"] = rate
         if self.shards:
@@ -162,7 +160,6 @@ class DeepSpeedEngine:
                 nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
         self.engine.step()
         assert self.engine.was_step_applied()
-        return rate
 
     def clear(self) -> None:
         """Drop the gradients."""

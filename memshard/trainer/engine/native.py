@@ -17,7 +17,6 @@ from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.optim.dense.build import build_dense_optimizer, make_states, owners
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
-from memshard.trainer.optim.dense.schedule import learning_rate
 
 
 class NativeEngine:
@@ -84,11 +83,10 @@ class NativeEngine:
         complete_gradients(self.named, self.placement, self.mesh)
         return gradient_norm(self.named, self.placement, self.mesh) / scale
 
-    def step(self, step: int, steps: int, norm: Tensor, clip: float, scale: float) -> float:
-        """Divide the gradients by `scale`, clip them to norm `clip` (0: do not), update, and clear
-        them. Returns the learning rate used.
+    def step(self, rate: float, norm: Tensor, clip: float, scale: float) -> None:
+        """Divide the gradients by `scale`, clip them to norm `clip` (0: do not), update with
+        learning rate `rate`, and clear them.
         """
-        rate = learning_rate(self.config, step, steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         gradients = [p.grad for p in self.local if p.grad is not None]
@@ -107,7 +105,6 @@ class NativeEngine:
                 assert work is not None
                 work.wait()
         self.clear()
-        return rate
 
     def clear(self) -> None:
         """Drop the gradients."""
