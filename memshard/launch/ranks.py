@@ -1,11 +1,14 @@
-"""Which process of how many this is, as the launcher's environment variables say. Imports nothing
-heavy.
+"""Which process of how many this is, from the environment variables that launchers set.
+
+Loads nothing heavy.
 """
 
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
+
+from memshard.launch.launchers.kinds import LAUNCHERS
 
 PORTS = 10_000
 """Jobs share this many port numbers, from 20,000 on."""
@@ -13,8 +16,8 @@ PORTS = 10_000
 
 @dataclass(frozen=True)
 class Ranks:
-    """launcher: who set the variables, in words. local_rank: of those on this host. address, port:
-    where rank 0 listens, if known.
+    """launcher: who set the variables, in words. local_rank: number among this host's ranks.
+    address, port: where rank 0 listens, if known.
     """
 
     launcher: str
@@ -26,64 +29,55 @@ class Ranks:
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """The first that applies of torchrun, DeepSpeed's launcher, plain RANK and WORLD_SIZE, a SLURM
-    step, OpenMPI, and nothing.
-
-    torchrun and DeepSpeed come first because they run inside SLURM steps, too. A batch script or an
-    interactive shell of SLURM is not a step: what runs there is alone.
+    """Return what the first launcher that knows the variables says; else what RANK and WORLD_SIZE
+    say, or OpenMPI's; else one process alone.
     """
-    address, port = (
-        env.get("MASTER_ADDR"),
-        int(env["MASTER_PORT"]) if env.get("MASTER_PORT") else None,
+    for launcher in LAUNCHERS.values():
+        ranks: Ranks | None = import_module(launcher.module).detect(env)
+        if ranks is not None:
+            return ranks
+    return from_variables(env, "RANK and WORLD_SIZE") or _openmpi(env) or Ranks("no launcher")
+
+
+def from_variables(env: Mapping[str, str], launcher: str) -> Ranks | None:
+    """Return what RANK, WORLD_SIZE and their kin say, torch's own names; None if they are not
+    set.
+    """
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    return Ranks(
+        launcher,
+        int(env["RANK"]),
+        int(env["WORLD_SIZE"]),
+        int(env.get("LOCAL_RANK", 0)),
+        *listening(env),
     )
-    if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = (
-            "torchrun"
-            if "TORCHELASTIC_RUN_ID" in env
-            else "DeepSpeed"
-            if "CROSS_RANK" in env
-            else "RANK and WORLD_SIZE"
-        )
-        return Ranks(
-            launcher,
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env.get("LOCAL_RANK", 0)),
-            address,
-            port,
-        )
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        return Ranks(
-            "SLURM",
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", 0)),
-            address or first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
-            port or job_port(int(env.get("SLURM_JOB_ID", 0))),
-        )
-    if "OMPI_COMM_WORLD_RANK" in env:
-        ranks, here = (
-            int(env["OMPI_COMM_WORLD_SIZE"]),
-            int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)),
-        )
-        alone = "127.0.0.1" if ranks == here else None
-        local_rank = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
-        port = port or job_port(
-            zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())
-        )  # its name of the job
-        return Ranks(
-            "OpenMPI", int(env["OMPI_COMM_WORLD_RANK"]), ranks, local_rank, address or alone, port
-        )
-    return Ranks("no launcher")
+
+
+def listening(env: Mapping[str, str]) -> tuple[str | None, int | None]:
+    """Return MASTER_ADDR and MASTER_PORT, as far as they are set."""
+    port = env.get("MASTER_PORT")
+    return env.get("MASTER_ADDR"), int(port) if port else None
 
 
 def job_port(job: int) -> int:
-    """A port that another job on the same nodes is not likely to use."""
+    """Return a port that another job on the same nodes is not likely to use."""
     return 20_000 + job % PORTS
 
 
-def first_host(nodes: str) -> str:
-    """The first of a SLURM node list, such as gpu[03-05,9]-ib,login1."""
-    found = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodes)
-    assert found is not None
-    return "".join(part or "" for part in found.groups())
+def _openmpi(env: Mapping[str, str]) -> Ranks | None:
+    """Return what mpirun says, for users who start it themselves."""
+    if "OMPI_COMM_WORLD_RANK" not in env:
+        return None
+    address, port = listening(env)
+    ranks = int(env["OMPI_COMM_WORLD_SIZE"])
+    if address is None and ranks == int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)):
+        address = "127.0.0.1"
+    return Ranks(
+        "OpenMPI",
+        int(env["OMPI_COMM_WORLD_RANK"]),
+        ranks,
+        int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)),
+        address,
+        port or job_port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())),  # the job's name
+    )

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from memshard.launch.cli.main import main
-from memshard.launch.ranks import Ranks, first_host, read_ranks
+from memshard.launch.launchers.slurm import first_host
+from memshard.launch.ranks import Ranks, read_ranks
 
 TORCHRUN = {
     "RANK": "5",

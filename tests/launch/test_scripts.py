@@ -1,49 +1,63 @@
-"""Scripts as they are rendered: the ready-made ones in memshard/launch/examples are the golden
-files.
-"""
+"""Scripts as they are rendered: the one in memshard/launch/examples is the golden file."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import memshard
 from memshard.launch.cli.main import main
 from memshard.launch.launchers.cluster import Cluster, load_cluster
-from memshard.launch.launchers.slurm import Job, render
+from memshard.launch.launchers.slurm import Flavour, Job, render
 from memshard.launch.launchers.start import Start
 
-EXAMPLES = Path(memshard.__file__).parent / "launch/examples"
+EXAMPLE = Path(memshard.__file__).parent / "launch/examples/32-gpus.sh"
 START = Start("lample2019", (), "runs/lample2019")
-V100 = {"venv": ".venv", "cpus": 5, "partition": "gpu", "account": "my-account"}
-READY_MADE = {
-    "1-gpu.sh": Job(start=START, cluster=Cluster(gpus=1, **V100)),
-    "4-gpus.sh": Job(start=START, cluster=Cluster(gpus=4, **V100)),
-    "32-gpus.sh": Job(
-        start=START,
-        cluster=Cluster(nodes=4, gpus=8, interface="ib0", constraint="v100-32g", **V100),
-    ),
-    "32-gpus-torchrun.sh": Job(
-        start=START, cluster=Cluster(nodes=4, gpus=8, interface="ib0", **V100), flavour="torchrun"
-    ),
-    "32-gpus-deepspeed.sh": Job(
-        start=START, cluster=Cluster(nodes=4, gpus=8, interface="ib0", **V100), flavour="deepspeed"
-    ),
-}
-"""Written anew by `python -m tests.launch.test_scripts`."""
+V100 = Cluster(
+    nodes=4,
+    gpus=8,
+    cpus=5,
+    venv=".venv",
+    partition="gpu",
+    account="my-account",
+    constraint="v100-32g",
+    interface="ib0",
+)
 
 
-@pytest.mark.parametrize("name", READY_MADE)
-def test_examples_are_what_is_rendered(name: str) -> None:
-    assert (EXAMPLES / name).read_text() == render(READY_MADE[name])
-    assert subprocess.run(["bash", "-n", EXAMPLES / name]).returncode == 0
+def test_the_example_is_what_is_rendered() -> None:
+    """`python -m tests.launch.test_scripts` writes it anew."""
+    assert EXAMPLE.read_text() == render(Job(start=START, cluster=V100))
 
 
-def test_there_are_no_other_examples() -> None:
-    assert {path.name for path in EXAMPLES.iterdir()} == set(READY_MADE)
+@pytest.mark.parametrize("flavour", get_args(Flavour))
+def test_every_flavour_starts_32_ranks(flavour: Flavour) -> None:
+    script = render(Job(start=START, cluster=V100, flavour=flavour))
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    train = "memshard train lample2019 --run runs/lample2019"
+    start = {
+        "srun": (
+            "#SBATCH --ntasks-per-node=8\n",
+            f"--cpus-per-task=$SLURM_CPUS_PER_TASK python -m {train} &",
+        ),
+        "torchrun": (
+            "#SBATCH --ntasks-per-node=1\n",
+            "python -m torch.distributed.run --nnodes=$SLURM_NNODES --nproc-per-node=8 \\\n",
+            '--rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=3 \\\n',
+            f"    -m -- {train} &",
+        ),
+        "deepspeed": (
+            "#SBATCH --ntasks-per-node=1\n",
+            'sed "s/\\$/ slots=8/" > runs/lample2019/hostfile\n',
+            'bash -c \'trap "" USR2; exec python -m deepspeed.launcher.runner ',
+            f"--module {train}' &",
+        ),
+    }
+    assert not [line for line in start[flavour] if line not in script], script
 
 
 def test_turns_do_not_requeue_themselves() -> None:
@@ -132,7 +146,7 @@ def test_submitting_keeps_code_and_recipe(
         f"export PYTHONPATH={tmp_path}/runs/mine/code\nexport PYTHONSAFEPATH=1\n" in text
         and "scontrol requeue" not in text
     )
-    assert (tmp_path / "runs/mine/code/memshard/launch/slurm.py").exists()
+    assert (tmp_path / "runs/mine/code/memshard/launch/launchers/slurm.py").exists()
     assert main(["config", "show", "runs/mine/recipe.yaml"]) == 0
     shown = capfd.readouterr().out
     assert "\n  layers: 3\n" in shown and "\n  steps: 7\n" in shown
@@ -192,6 +206,4 @@ def test_a_dry_run_writes_nothing(
 
 
 if __name__ == "__main__":
-    for name, job in READY_MADE.items():
-        (EXAMPLES / name).write_text(render(job))
-        (EXAMPLES / name).chmod(0o755)
+    EXAMPLE.write_text(render(Job(start=START, cluster=V100)))

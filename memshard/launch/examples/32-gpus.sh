@@ -24,7 +24,8 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 # What the last start said of its end.
 rm -f runs/lample2019/heartbeat/rank*.json
 
-# 180 s before the time limit the shell gets SIGUSR2; the ranks then save, all at the same step, and leave with exit code 75.
+# 180 s before the time limit the shell gets SIGUSR2; the ranks then save, all at the same
+# step, and leave with exit code 75.
 trap 'scancel --signal=USR2 "$SLURM_JOB_ID"' USR2
 trap : TERM  # SLURM tells the ranks itself
 srun --kill-on-bad-exit=1 --cpus-per-task=$SLURM_CPUS_PER_TASK python -m memshard train lample2019 --run runs/lample2019 &
@@ -36,7 +37,8 @@ while kill -0 $step 2>/dev/null; do  # a trap ends wait, not the step
     code=$?
 done
 
-# Stopped early: back into the queue, unless SLURM is already ending the job (scancel, or a requeue of its own).
+# Stopped early: back into the queue, unless SLURM is already ending the job (scancel, or a requeue
+# of its own).
 if { [ $code = 75 ] || grep -qs '"ended": "stopped"' runs/lample2019/heartbeat/rank0.json; } && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60

@@ -1,10 +1,9 @@
-"""Facts about a cluster, which are the same for all recipes: cluster.yaml, or options of `memshard
-launch`.
-"""
+"""Facts about a cluster, the same for all recipes: cluster.yaml, or options of memshard launch."""
 
+import argparse
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -28,7 +27,7 @@ class Cluster:
     partition: str | None = None
     """SLURM partition"""
     account: str | None = None
-    """who pays"""
+    """SLURM account to charge"""
     qos: str | None = None
     """quality of service"""
     constraint: str | None = None
@@ -58,13 +57,38 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """How many processes a node runs."""
+        """Number of processes on a node."""
         return self.ranks or self.gpus or 1
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the ranks that follow from `interface` and `env`."""
+        interface = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self.interface else ()
+        return {name: str(self.interface) for name in interface} | dict(self.env)
+
+
+def add_cluster_options(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    """Add --cluster, and an option for each of these facts."""
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="facts about the cluster (default cluster.yaml, where there is one)",
+    )
+    types = get_type_hints(Cluster)
+    for name in names:
+        kind, metavar = (int, "N") if _kind(types[name]) is int else (str, "TEXT")
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help="as in the file")
+
+
+def cluster_of(args: argparse.Namespace) -> Cluster:
+    """Return the cluster that a command line describes. ValueError or OSError for mistakes."""
+    options = {item.name: getattr(args, item.name, None) for item in fields(Cluster)}
+    return load_cluster(Path(args.cluster) if args.cluster else None, options)
 
 
 def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
-    """The cluster of a file (by default ./cluster.yaml, if there is one); options that are not None
-    win. ValueError for wrong keys.
+    """Return the cluster of a file (by default ./cluster.yaml, if there is one); options that are
+    not None win. ValueError for wrong keys.
     """
     values: dict[str, Any] = {}
     if path is None and Path(FILE).exists():
@@ -96,7 +120,7 @@ def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
 
 
 def _kind(hint: Any) -> type:
-    """The type that YAML has for a field."""
+    """Return the type that YAML has for a field."""
     if get_origin(hint) in (tuple, Mapping):
         return list if get_origin(hint) is tuple else dict
     return int if hint in (int, int | None) else str

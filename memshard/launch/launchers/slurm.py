@@ -2,25 +2,127 @@
 `sbatch RUN/submit.sh`.
 """
 
+import argparse
+import os
+import re
 import subprocess
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from memshard.launch.launchers.cluster import Cluster
-from memshard.launch.launchers.start import LOGS, RENDEZVOUS, Start, shell, torchrun_options
-from memshard.launch.ranks import PORTS
+from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.launchers.cluster import Cluster, add_cluster_options, cluster_of
+from memshard.launch.launchers.start import (
+    LOGS,
+    RENDEZVOUS,
+    Start,
+    installed,
+    shell,
+    snapshot,
+    torchrun_options,
+)
+from memshard.launch.ranks import PORTS, Ranks, from_variables, job_port, listening
 
 Flavour = Literal["srun", "torchrun", "deepspeed"]
+_FACTS = (
+    *("nodes", "gpus", "ranks", "cpus", "notice"),
+    *("time", "partition", "account", "qos", "constraint"),
+    *("venv", "container", "interface"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `memshard launch slurm`."""
+    parser.add_argument(
+        "--flavour",
+        choices=get_args(Flavour),
+        default="srun",
+        help="what starts a node's ranks (default srun)",
+    )
+    parser.add_argument(
+        "--array",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N turns of the job, one after the other, as an array",
+    )
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, each waiting for the one before"
+    )
+    parser.add_argument("--after", metavar="JOB", help="wait until this job has ended")
+    add_cluster_options(parser, _FACTS)
+
+
+def launch(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the script and submit it."""
+    with usage_errors():
+        if min(args.array, args.chain) != 1:
+            raise ValueError("give --array N or --chain N, with N of at least 1, not both")
+        cluster = cluster_of(args)
+        start = installed(args) if args.dry_run else _absolute(snapshot(args))
+        job = Job(
+            start=start,
+            cluster=cluster,
+            flavour=args.flavour,
+            python="python" if cluster.venv or cluster.container else sys.executable,
+            workdir=os.getcwd(),
+            turns=args.array,
+            requeue=args.chain == 1,
+        )
+        script = render(job)
+        if args.dry_run:
+            if not args.json:
+                print(script, end="")
+            return {"script": script}
+        path = Path(start.folder) / "submit.sh"
+        path.write_text(script)
+        jobs: list[str] = []
+        for _ in range(args.chain):
+            jobs.append(submit(path, jobs[-1] if jobs else args.after))
+    logs = f"{start.folder}/log/slurm-*.out, rank*.log"
+    if not args.json:
+        print(
+            f"job {', '.join(jobs)}: {path}\nlogs: {logs}\nwho is late, what is stale: memshard "
+            f"doctor {start.folder}"
+        )
+    return {"jobs": jobs, "script": str(path), "logs": logs, "run": start.folder}
+
+
+def detect(env: Mapping[str, str]) -> Ranks | None:
+    """Return this process's place if it is a task of a SLURM step that does not say otherwise with
+    RANK and WORLD_SIZE. A batch script and an interactive shell are no steps: what runs there is
+    alone.
+    """
+    if not {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= env.keys() or from_variables(env, ""):
+        return None
+    address, port = listening(env)
+    return Ranks(
+        "SLURM",
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_STEP_NUM_TASKS"]),
+        int(env.get("SLURM_LOCALID", 0)),
+        address or first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
+        port or job_port(int(env.get("SLURM_JOB_ID", 0))),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Return the first of a SLURM node list, such as gpu[03-05,9]-ib,login1."""
+    parts = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodes)
+    assert parts is not None
+    return "".join(part or "" for part in parts.groups())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """python: the interpreter; workdir: where the recipe's relative paths count from, by default
-    where sbatch is called.
+    """A job as SLURM is asked for it.
 
-    turns: how many times the job runs, one after the other, as an array; then it does not requeue
-    itself. requeue: whether a run that stopped early goes back into the queue.
+    flavour: what starts a node's ranks. python: the interpreter. workdir: folder from which the
+    recipe's relative paths count, by default where sbatch is called. turns: how many times the job
+    runs, one after the other, as an array; then it does not requeue itself. requeue: whether a run
+    that stopped early goes back into the queue.
     """
 
     start: Start
@@ -33,7 +135,7 @@ class Job:
 
 
 def render(job: Job) -> str:
-    """The script."""
+    """Return the script."""
     cluster, folder = job.cluster, job.start.folder
     blocks = [
         "#!/bin/bash\n" + "\n".join(f"#SBATCH --{option}" for option in _options(job)),
@@ -46,8 +148,8 @@ def render(job: Job) -> str:
 
 
 def submit(script: Path, after: str | None = None) -> str:
-    """Hand a script to sbatch, to run once job `after` has ended; returns the job's number. OSError
-    with sbatch's words if it refuses.
+    """Hand a script to sbatch, to run once job `after` has ended, and return the job's number.
+    OSError with sbatch's words if it refuses.
     """
     command = [
         "sbatch",
@@ -65,6 +167,14 @@ def submit(script: Path, after: str | None = None) -> str:
     if done.returncode:
         raise OSError(f"sbatch refused {script}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
+
+
+def _absolute(start: Start) -> Start:
+    """Return the start with absolute paths: sbatch may run it from elsewhere."""
+    recipe, folder, code = (
+        str(Path(path or "").resolve()) for path in (start.recipe, start.folder, start.code)
+    )
+    return replace(start, recipe=recipe, folder=folder, code=code)
 
 
 def _options(job: Job) -> list[str]:
@@ -103,17 +213,12 @@ def _environment(job: Job) -> list[str]:
         lines.append(f"source {shell([f'{cluster.venv}/bin/activate'])}")
     values = {"OMP_NUM_THREADS": str(cluster.cpus or 1)}
     if job.start.code:
-        values |= {
-            "PYTHONPATH": job.start.code,
-            "PYTHONSAFEPATH": "1",
-        }  # a memshard in the working directory comes second
-    if cluster.interface:
-        values |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
+        # SAFEPATH: a memshard in the working directory must not come first.
+        values |= {"PYTHONPATH": job.start.code, "PYTHONSAFEPATH": "1"}
     if job.flavour == "torchrun":
         values |= RENDEZVOUS
-    lines += [
-        f"export {name}={shell([value])}" for name, value in (values | dict(cluster.env)).items()
-    ]
+    values |= cluster.variables
+    lines += [f"export {name}={shell([value])}" for name, value in values.items()]
     lines.append('export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
     lines.append(f"export MASTER_PORT=$((20000 + SLURM_JOB_ID % {PORTS}))")
     if job.flavour == "deepspeed":
@@ -126,13 +231,10 @@ def _environment(job: Job) -> list[str]:
 
 
 def _command(job: Job) -> list[str]:
-    """The words of the srun command, by line."""
-    cluster, ranks, container = (
-        job.cluster,
-        job.cluster.ranks_per_node,
-        f"{job.cluster.container} " if job.cluster.container else "",
-    )
-    # Since SLURM 22.05 srun does not take it over from the job.
+    """Return the srun command, line by line."""
+    cluster, ranks = job.cluster, job.cluster.ranks_per_node
+    container = f"{cluster.container} " if cluster.container else ""
+    # Since SLURM 22.05 srun does not take the number of cores from the job.
     srun = "srun --kill-on-bad-exit=1" + (
         " --cpus-per-task=$SLURM_CPUS_PER_TASK" if cluster.cpus else ""
     )
@@ -149,7 +251,7 @@ def _command(job: Job) -> list[str]:
             f"-m -- {train}",
         ]
     hosts = shell([f"{job.start.folder}/hostfile"])
-    # DeepSpeed's launcher would die of the signal that the ranks are to hear.
+    # DeepSpeed's launcher would die of the signal that is meant for the ranks.
     node = (
         f'trap "" USR2; exec {job.python} -m deepspeed.launcher.runner --hostfile={hosts} '
         "--no_ssh --node_rank=$SLURM_NODEID "

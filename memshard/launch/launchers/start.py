@@ -1,5 +1,6 @@
-"""Shell commands of a start: what every launcher runs, and torchrun's options."""
+"""What every launcher starts: `memshard train` with a recipe and a run folder."""
 
+import argparse
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import memshard
-from memshard.trainer.config.load import dump, load_recipe
 
 CODE, RECIPE, LOGS = "code", "recipe.yaml", "log"
 RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -17,7 +17,7 @@ RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 @dataclass(frozen=True)
 class Start:
     """What to run: a recipe, its overrides, and the run's folder. code: a folder for PYTHONPATH, or
-    None for what is installed.
+    None for the installed package.
     """
 
     recipe: str
@@ -31,11 +31,26 @@ class Start:
         return ["memshard", "train", self.recipe, *self.overrides, "--run", self.folder]
 
 
-def snapshot(recipe: str, overrides: list[str], folder: Path) -> Start:
-    """Copy the code and the resolved recipe into the run's folder, so that a job that starts later,
-    or again, runs what was launched.
+def installed(args: argparse.Namespace) -> Start:
+    """Return the start that runs the installed code and the recipe as it is; ValueError if the
+    recipe is wrong.
     """
-    resolved = dump(load_recipe(recipe, overrides))
+    from memshard.launch.cli.train import run_folder
+    from memshard.trainer.config.load import load_recipe
+
+    load_recipe(args.recipe, args.overrides)
+    return Start(args.recipe, tuple(args.overrides), str(run_folder(args)))
+
+
+def snapshot(args: argparse.Namespace) -> Start:
+    """Copy the code and the resolved recipe into the run's folder, so that a job that starts later,
+    or again, runs what was launched; return the start that runs them.
+    """
+    from memshard.launch.cli.train import run_folder
+    from memshard.trainer.config.load import dump, load_recipe
+
+    folder = run_folder(args)
+    resolved = dump(load_recipe(args.recipe, args.overrides))
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(resolved)
     code = folder / CODE
@@ -49,8 +64,8 @@ def snapshot(recipe: str, overrides: list[str], folder: Path) -> Start:
 
 
 def torchrun_options(shutdown: int, torch_version: str | None = None) -> list[str]:
-    """Options to pass SIGUSR2 on to the ranks and wait for their save; torch older than 2.13 does
-    not have them.
+    """Return the options that pass SIGUSR2 on to the ranks and wait for their save; none for torch
+    older than 2.13, which lacks them.
 
     shutdown: seconds until ranks that do not end are killed. torch_version: by default the one
     installed here.
@@ -64,5 +79,5 @@ def torchrun_options(shutdown: int, torch_version: str | None = None) -> list[st
 
 
 def shell(words: list[str]) -> str:
-    """A command line."""
+    """Return the words as one shell command line."""
     return shlex.join(words)

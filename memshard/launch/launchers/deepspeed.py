@@ -1,0 +1,77 @@
+"""DeepSpeed's launcher, over ssh or MPI, on the hosts of a hostfile."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.launchers import foreground
+from memshard.launch.launchers.cluster import Cluster, add_cluster_options, cluster_of
+from memshard.launch.launchers.start import CODE, Start, installed, snapshot
+from memshard.launch.ranks import Ranks, from_variables
+
+_OWN_OPTIONS = {
+    "launcher": "DeepSpeed's own: pdsh (default), openmpi, mvapich, ...",
+    "include": "DeepSpeed's own: such as n1@n2:0,1",
+    "exclude": "DeepSpeed's own",
+    "master_addr": "DeepSpeed's own",
+    "master_port": "DeepSpeed's own",
+    "ssh_port": "DeepSpeed's own",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `memshard launch deepspeed`."""
+    parser.add_argument(
+        "--hostfile", required=True, metavar="FILE", help="lines such as: n1 slots=8"
+    )
+    for name, text in _OWN_OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="TEXT", help=text)
+    add_cluster_options(parser, ("gpus", "cpus", "interface"))
+
+
+def launch(args: argparse.Namespace) -> dict[str, Any]:
+    """Train on the hosts of a hostfile."""
+    with usage_errors():
+        hosts = Path(args.hostfile)
+        if not hosts.is_file() or not re.search(
+            r"^\s*\S+\s+slots=\d+", hosts.read_text(), re.MULTILINE
+        ):
+            raise ValueError(f"{hosts} is no hostfile: it must hold lines such as `n1 slots=8`")
+        cluster = cluster_of(args)
+        start = installed(args) if args.dry_run else snapshot(args)
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hosts.resolve()}"),
+        *(f"--{name}={value}" for name in _OWN_OPTIONS if (value := getattr(args, name))),
+        *("--module", *start.train),
+    ]
+    environment = _environment(start, cluster)
+    if args.dry_run:
+        return foreground.show(args, command, environment)
+    file = Path(start.folder).resolve() / "deepspeed_env"
+    file.write_text(environment)
+    return foreground.run(command, environment + f"DS_ENV_FILE={file}\n", start)
+
+
+def detect(env: Mapping[str, str]) -> Ranks | None:
+    """Return this process's place if DeepSpeed's launcher started it."""
+    return from_variables(env, "DeepSpeed") if "CROSS_RANK" in env else None
+
+
+def _environment(start: Start, cluster: Cluster) -> str:
+    """Return what remote ranks get, as lines of a `.deepspeed_env` file: an ssh session has neither
+    this shell's PATH nor its variables.
+    """
+    values = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": str(cluster.cpus or 1),
+    }
+    if start.code:
+        values |= {"PYTHONPATH": str(Path(start.folder).resolve() / CODE), "PYTHONSAFEPATH": "1"}
+    if not cluster.gpus:
+        values["DS_ACCELERATOR"] = "cpu"
+    return foreground.lines(values | cluster.variables)
