@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.bench.side_by_side import Function, check_equal, measure, table
+from memshard.bench.common.side_by_side import Function, check_equal, measure, table
 from memshard.experiments.fast_weights.retrieval import Retriever, draw
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap

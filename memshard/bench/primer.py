@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.bench.side_by_side import Function, check_equal, measure, table
+from memshard.bench.common.side_by_side import Function, check_equal, measure, table
 from memshard.models.layers.convolution import causal_convolution
 from memshard.models.layers.squared_relu import squared_relu
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memshard.bench.values import DENSE, FBGEMM, OURS, PLAIN, SPARSE, Sizes, measure
+from memshard.bench.values.table import DENSE, FBGEMM, OURS, PLAIN, SPARSE, Sizes, measure
 from memshard.launch.cli.bench import NAMES
 from memshard.launch.cli.main import main
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from memshard.experiments.common.catalogue import Point, Scale, find
-from memshard.experiments.common.trained import settings
+from memshard.experiments.common.training_runs import settings
 from memshard.search.processes import end_with_parent
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report.md"

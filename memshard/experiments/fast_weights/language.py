@@ -8,8 +8,8 @@ from typing import Any
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import lines
-from memshard.experiments.common.spread import mean_deviation, seeds
-from memshard.experiments.common.trained import finish, folder_of, prepare
+from memshard.experiments.common.repeated import mean_deviation, seeds
+from memshard.experiments.common.training_runs import finish, folder_of, prepare
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.run import Run
 

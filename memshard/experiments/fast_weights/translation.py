@@ -9,7 +9,7 @@ from memshard.data_pipeline.prepare.inputs import read_lines
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import bars
-from memshard.experiments.common.trained import finish, folder_of, prepare
+from memshard.experiments.common.training_runs import finish, folder_of, prepare
 from memshard.models.seq2seq import EncoderDecoder
 from memshard.trainer.evaluation.translation import bleu, translate
 from memshard.trainer.loop import evaluate_run

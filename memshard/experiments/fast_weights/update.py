@@ -7,7 +7,7 @@ from typing import Any
 
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import lines
-from memshard.experiments.common.spread import low_high, ranges
+from memshard.experiments.common.repeated import low_high, ranges
 from memshard.experiments.fast_weights.retrieval import SOLVED, train
 
 # Best held-out loss, read from the authors' published logs; none where theirs is NaN.

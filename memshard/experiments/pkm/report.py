@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from memshard.experiments.common.catalogue import Point
-from memshard.experiments.common.spread import mean_deviation, median_range, seeds
+from memshard.experiments.common.repeated import mean_deviation, median_range, seeds
 from memshard.experiments.pkm.picture import KINDS, draw, ratios_to_first
 
 Rows = list[tuple[Point, dict[str, Any]]]

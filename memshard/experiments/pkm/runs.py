@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from memshard.experiments.common.clock import now
-from memshard.experiments.common.trained import finish, folder_of, prepare
+from memshard.experiments.common.training_runs import finish, folder_of, prepare
 from memshard.experiments.pkm.layers import BUILDERS
 from memshard.io import atomic_write
 from memshard.models.memory.table import find_tables

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.clock import now
-from memshard.experiments.common.spread import mean_deviation, median_range
+from memshard.experiments.common.repeated import mean_deviation, median_range
 from memshard.models.initialize import initialize
 from memshard.models.layers.linear import INIT_STD
 from memshard.models.transformer import Transformer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import lines
-from memshard.experiments.common.spread import mean_deviation, seeds
+from memshard.experiments.common.repeated import mean_deviation, seeds
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize

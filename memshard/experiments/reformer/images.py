@@ -14,8 +14,8 @@ from memshard.data_pipeline.format.index import INDEX_FILE, load_index
 from memshard.data_pipeline.stream.records import HeldOutRecords, RecordStream
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.clock import now
-from memshard.experiments.common.spread import mean_deviation, median_range, seeds
-from memshard.experiments.common.trained import finish
+from memshard.experiments.common.repeated import mean_deviation, median_range, seeds
+from memshard.experiments.common.training_runs import finish
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.decode.generate import generate
 from memshard.models.transformer import Transformer

@@ -11,7 +11,7 @@ import torch
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.clock import now
 from memshard.experiments.common.curves import lines
-from memshard.experiments.common.spread import median_range
+from memshard.experiments.common.repeated import median_range
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
 from memshard.models.mixers.lsh import LSHMixer

@@ -180,7 +180,9 @@ def run_values(args: argparse.Namespace) -> dict:
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     import torch
 
-    from memshard.bench import layers, values, values_report
+    from memshard.bench.values import layers
+    from memshard.bench.values import report as values_report
+    from memshard.bench.values import table as values
 
     torch.set_num_threads(args.threads)
     sizes = values.Sizes(

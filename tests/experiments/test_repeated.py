@@ -1,6 +1,6 @@
 """Several measurements as text and as lines."""
 
-from memshard.experiments.common.spread import low_high, mean_deviation, median_range, ranges
+from memshard.experiments.common.repeated import low_high, mean_deviation, median_range, ranges
 from memshard.experiments.fast_weights.capacity import _unfinished
 from memshard.experiments.fast_weights.update import _together
 from memshard.experiments.pkm.picture import _family

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.bench.resident import peak_memory
+from memshard.bench.common.peak_memory import peak_memory
 from memshard.models.kernels.backend import SWITCH, chosen
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from memshard.bench.resident import peak_memory
-from memshard.bench.values import Sizes, take_path
+from memshard.bench.common.peak_memory import peak_memory
+from memshard.bench.values.table import Sizes, take_path
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import externalize_tables

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memshard.bench.values import FBGEMM, OURS, PARTS
+from memshard.bench.values.table import FBGEMM, OURS, PARTS
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Table reads and row updates on a GPU, as shares of the bandwidth of a plain copy.
 
-    python -m memshard.bench.values_gpu --out runs/values_gpu
+    python -m memshard.bench.values.gpu --out runs/values_gpu
 
 Forward: weighted sums of 128 reads a token from a table far larger than the cache, rows drawn
 evenly; its bytes are those of all reads and of the sums. Update: one fused pass of row Adam over
