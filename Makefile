@@ -75,7 +75,7 @@ test-cluster: $(ENVIRONMENT)  ## real SLURM, sshd and network namespaces on this
 
 # Those that need no data; docs/benchmarks.md has the commands of the others.
 bench: $(ENVIRONMENT)  ## benchmarks that need no data
-	$(PYTHON) -m memshard.bench.product_topk
+	$(PYTHON) -m memshard bench product-topk
 	OMP_NUM_THREADS=2 $(PYTHON) -m memshard bench values --threads 2 --rounds 3
 
 clean:  ## remove caches and build outputs

@@ -1,14 +1,19 @@
 """Rates of the data pipeline on one core: web pages by stage, tokenisers, token stream; each beside
 its peer where there is one.
 
-All are CPU time of this process, the median of interleaved rounds.
+    memshard bench data DIR --warc news_pages-00000.warc.gz
+
+All are rates in CPU time of this process, the median of interleaved rounds.
 """
 
+import argparse
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +27,65 @@ LANES = 64
 Action = Callable[[], float]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("path", nargs="?", metavar="DIR", help="data folder to read the stream of")
+    parser.add_argument(
+        "--warc", nargs="+", default=[], metavar="FILE", help="WARC files to measure the stages on"
+    )
+    parser.add_argument(
+        "--length",
+        nargs="+",
+        type=int,
+        default=[256, 1024],
+        metavar="N",
+        help="row lengths (default 256 1024)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="interleaved rounds whose median counts (default 5)"
+    )
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="also what a 12-layer 1024-dim model takes in, in training on this machine",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was named: the stages on WARC files, tokenizer and stream on a data folder."""
+    if not args.path and not args.warc:
+        raise ValueError("nothing to measure: name a data folder, or WARC files with --warc")
+    result: dict[str, Any] = {}
+    if args.warc:
+        result["pages"] = page_rates([Path(file) for file in args.warc], args.rounds)
+    if args.path:
+        result["tokenizer_bytes_per_s"] = tokenizer_rates(args.path, args.rounds)
+        result["stream_tokens_per_s"] = stream_rates(args.path, tuple(args.length), args.rounds)
+        first = f"first pass, rows of {args.length[0]}"
+        result["stream_tokens_per_s"][first] = first_pass_rate(args.path, args.length[0])
+    if args.model:
+        result["model_tokens_per_s"] = model_rate()
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the rates as a table."""
+    for name, rates in result.get("pages", {}).items():
+        print(
+            f"{name:<28}{rates['pages_per_s']:>14,.0f} "
+            f"pages/s{rates['bytes_per_s'] / 1e6:>12,.1f} MB/s"
+        )
+    for name, rate in result.get("tokenizer_bytes_per_s", {}).items():
+        print(f"{name:<28}{rate / 1e6:>14,.1f} MB/s")
+    for name, rate in result.get("stream_tokens_per_s", {}).items():
+        print(f"{name:<28}{rate / 1e6:>14,.1f} million tokens/s")
+    if "model_tokens_per_s" in result:
+        print(f"{'12 x 1024 model, training':<28}{result['model_tokens_per_s']:>14,.0f} tokens/s")
+
+
 def stream_rates(path: str, lengths: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Tokens a second of the training stream by row length, and of stock webdataset reading and
-    decoding the same shards.
+    """Return tokens a second of the training stream by row length, and of stock webdataset reading
+    and decoding the same shards.
     """
     actions: dict[str, Action] = {
         f"stream, rows of {length}": _stream(path, length) for length in lengths
@@ -37,7 +98,7 @@ def _stream(path: str, length: int) -> Action:
     stream = TrainStream(path, length, LANES, 0)
     place = 0
 
-    def run() -> float:
+    def read() -> float:
         nonlocal place
         tokens = 0
         while tokens < 5 * SAMPLE_TOKENS:
@@ -45,10 +106,9 @@ def _stream(path: str, length: int) -> Action:
             place += LANES
         return tokens
 
-    stream.batch(
-        0, stream.samples_per_epoch
-    )  # the page cache, the order of the epoch, and the checksums
-    return run
+    # A whole epoch first: it fills the page cache, orders the documents and tests their checksums.
+    stream.batch(0, stream.samples_per_epoch)
+    return read
 
 
 def _webdataset(path: str) -> float:
@@ -62,7 +122,7 @@ def _webdataset(path: str) -> float:
 
 
 def first_pass_rate(path: str, length: int) -> float:
-    """Tokens a second of a fresh stream, which tests every document's checksum."""
+    """Return tokens a second of a fresh stream, which tests every document's checksum."""
     stream = TrainStream(path, length, LANES, 0)
     stream.batch(0, 1)
     begun = time.process_time()
@@ -74,31 +134,29 @@ def first_pass_rate(path: str, length: int) -> float:
 
 
 def tokenizer_rates(path: str, rounds: int) -> dict[str, float]:
-    """Bytes of text a second on one thread: the folder's tokenizer, and Hugging Face tokenizers'
-    byte BPE of the same size.
+    """Return bytes of text a second on one thread, for the folder's tokenizer and for Hugging Face
+    tokenizers' byte BPE of the same size.
     """
     tokenizer, texts = Tokenizer(path), list(_texts(path))
     size = float(sum(len(text.encode()) for text in texts))
 
-    def own() -> float:
+    def ours() -> float:
         tokenizer.encode_batch(texts, threads=1)
         return size
 
-    actions: dict[str, Action] = {"sentencepiece": own}
+    actions: dict[str, Action] = {"sentencepiece": ours}
     try:
-        import os
-
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         from tokenizers import ByteLevelBPETokenizer
 
         peer = ByteLevelBPETokenizer()
         peer.train_from_iterator(texts, vocab_size=tokenizer.vocab_size, show_progress=False)
 
-        def other() -> float:
+        def theirs() -> float:
             peer._tokenizer.encode_batch_fast(texts)
             return size
 
-        actions["tokenizers, byte BPE"] = other
+        actions["tokenizers, byte BPE"] = theirs
     except ImportError:
         pass
     return _rates(actions, rounds)
@@ -116,8 +174,8 @@ def _texts(path: str) -> Iterator[str]:
 
 
 def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, dict[str, float]]:
-    """Of every stage from WARC to signature: pages a second, and input bytes a second; at most
-    `pages` pages for the slow ones.
+    """Return pages a second and input bytes a second of every stage from WARC to signature, over at
+    most `pages` pages for the slow ones.
     """
     from memshard.data_pipeline.prepare.duplicates import band_keys, exact_hash
     from memshard.data_pipeline.web.extract import decode, main_text
@@ -179,8 +237,8 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
 def model_rate(
     layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, length: int = 256
 ) -> float:
-    """Tokens a second that training (forward and backward) of a dense transformer takes in on this
-    process's threads.
+    """Return tokens a second of forward and backward of a dense transformer, on this process's
+    threads.
     """
     import torch
 
@@ -203,11 +261,11 @@ def model_rate(
 
 
 def _rates(actions: dict[str, Action], rounds: int) -> dict[str, float]:
-    """What each action does in a second of CPU time, the median of interleaved rounds."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
+    """Return what each action handles in a second of CPU time, the median over rounds."""
+    measured: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
             begun = time.process_time()
             amount = action()
-            found[name].append(amount / (time.process_time() - begun))
-    return {name: median(rates) for name, rates in found.items()}
+            measured[name].append(amount / (time.process_time() - begun))
+    return {name: median(rates) for name, rates in measured.items()}

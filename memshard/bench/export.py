@@ -1,39 +1,72 @@
 """Memory and speed of exporting, and of evaluating from disk, a model with a large table.
 
-    python -m memshard.bench.export [--slots 524288] [--dim 1024] [--folder DIR]
+    memshard bench export [--slots 524176] [--dim 1024] [--folder DIR]
 
 Writes a checkpoint of random weights (a 2 GB table by default) in the format of a run, then exports
 it and evaluates it, memory-mapped and in memory, each in a process of its own that samples its
-anonymous memory (RssAnon) above what the interpreter with its libraries takes. Prints one JSON line
-each.
+anonymous memory (RssAnon) above what the interpreter with its libraries takes.
 """
 
 import argparse
-import json
 import math
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+
+from memshard.bench.common.peak_memory import in_new_process, resident
+from memshard.data_pipeline.tokenizer import train_tokenizer
+from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.initialize import initialize
+from memshard.models.memory.disk_table import map_tables
+from memshard.models.transformer import Transformer
+from memshard.trainer.checkpoint.load_model import load_model
+from memshard.trainer.checkpoint.save_load import save_checkpoint
+from memshard.trainer.config.load import dump
+from memshard.trainer.config.recipe import DataConfig, Recipe
+from memshard.trainer.export.export import export
 
 
-def anonymous() -> int:
-    """RssAnon of this process, bytes."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(
-        next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--slots", type=int, default=724**2, help="rows of the table")
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where to write (default a temporary folder)"
     )
 
 
-class Peak:
-    """The most anonymous memory above the start, sampled every 5 ms."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a checkpoint, export it, evaluate the export in two ways."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        in_new_process(write_checkpoint, folder, args.slots, args.dim)
+        return {
+            "export, fp32": in_new_process(run_export, folder),
+            "evaluation, memory-mapped": in_new_process(run_evaluation, folder, True),
+            "evaluation, in memory": in_new_process(run_evaluation, folder, False),
+        }
 
-    def __enter__(self) -> "Peak":
-        self.base = self.peak = anonymous()
+
+def show(result: dict[str, Any]) -> None:
+    """Print a line for each process."""
+    for what, row in result.items():
+        numbers = ", ".join(f"{key} {value:,.1f}" for key, value in row.items())
+        print(f"{what:<28}{numbers}")
+
+
+class AnonymousPeak:
+    """The most anonymous memory of this process above its start, sampled every 5 ms.
+
+    Anonymous: pages of mapped files do not count, since the system may drop them at any time.
+    """
+
+    def __enter__(self) -> "AnonymousPeak":
+        self.base = self.peak = resident("RssAnon") or 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -47,7 +80,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.done.wait(0.005):
-            self.peak = max(self.peak, anonymous())
+            self.peak = max(self.peak, resident("RssAnon") or 0)
 
     @property
     def mb(self) -> float:
@@ -55,20 +88,7 @@ class Peak:
 
 
 def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
-    """A checkpoint with a table of that size, its rows random numbers repeated every 65,536
-    rows.
-    """
-    import torch
-
-    from memshard.data_pipeline.tokenizer import train_tokenizer
-    from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
-    from memshard.models.initialize import initialize
-    from memshard.models.memory.disk_table import map_tables
-    from memshard.models.transformer import Transformer
-    from memshard.trainer.checkpoint.save_load import save_checkpoint
-    from memshard.trainer.config.load import dump
-    from memshard.trainer.config.recipe import DataConfig, Recipe
-
+    """Write a checkpoint with a table of that size, whose random rows repeat every 65,536 rows."""
     lines = [
         " ".join(f"w{number * number % 977}" for number in range(line, line + 12))
         for line in range(400)
@@ -102,76 +122,31 @@ def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
     )
 
 
-def run_export(folder: Path) -> dict[str, float | str]:
-    from memshard.trainer.export.export import export
-
-    with Peak() as peak:
+def run_export(folder: Path) -> dict[str, float]:
+    """Export the run and return the memory that this took."""
+    _warm_up()
+    with AnonymousPeak() as peak:
         done = export(folder, folder / "export")
-    return {
-        "what": "export, fp32",
-        "anonymous_mb": peak.mb,
-        "seconds": peak.seconds,
-        "file_mb": done.bytes / 1e6,
-    }
+    return {"anonymous_mb": peak.mb, "seconds": peak.seconds, "file_mb": done.bytes / 1e6}
 
 
-def run_evaluation(folder: Path, memmap: bool) -> dict[str, float | str]:
-    """Random tokens through the model, 16 x 256 at a time."""
-    import torch
-
-    from memshard.trainer.checkpoint.load_model import load_model
-
+def run_evaluation(folder: Path, memmap: bool) -> dict[str, float]:
+    """Pass random tokens through the exported model, 16 x 256 at a time."""
+    _warm_up()
     batches = [
         torch.from_numpy(np.random.default_rng(number).integers(0, 512, (16, 256)))
         for number in range(5)
     ]
-    with Peak() as peak, torch.no_grad():
+    with AnonymousPeak() as peak, torch.no_grad():
         loaded = load_model(folder / "export", memmap)
         loaded.model(batches[0])
         begun = time.perf_counter()
         for batch in batches[1:]:
             loaded.model(batch)
         speed = 4 * 16 * 256 / (time.perf_counter() - begun)
-    return {
-        "what": f"evaluation, {'memory-mapped' if memmap else 'in memory'}",
-        "anonymous_mb": peak.mb,
-        "tokens_per_s": speed,
-    }
+    return {"anonymous_mb": peak.mb, "tokens_per_s": speed}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--slots", type=int, default=724**2)
-    parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--only", choices=("write", "export", "mapped", "memory"))
-    args = parser.parse_args()
-    if args.only == "write":
-        return write_checkpoint(args.folder, args.slots, args.dim)
-    if args.only:
-        # What every run loads counts as the interpreter's own.
-        import torch
-
-        import memshard.trainer.export.export  # noqa: F401
-
-        torch.ones(64, 64) @ torch.ones(64, 64)
-        result = (
-            run_export(args.folder)
-            if args.only == "export"
-            else run_evaluation(args.folder, args.only == "mapped")
-        )
-        return print(json.dumps(result))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        for only in ("write", "export", "mapped", "memory"):
-            sizes = ["--slots", str(args.slots), "--dim", str(args.dim)]
-            subprocess.run(
-                [sys.executable, __file__, "--only", only, "--folder", str(folder), *sizes],
-                check=True,
-            )
-
-
-if __name__ == "__main__":
-    main()
+def _warm_up() -> None:
+    """Make torch allocate what every process with a matrix product needs, so it does not count."""
+    torch.ones(64, 64) @ torch.ones(64, 64)

@@ -1,20 +1,18 @@
 """The delta rule, forward and backward, beside the chunked torch code of transformers and of
 flash-linear-attention and a loop over steps.
 
-    OMP_NUM_THREADS=1 python -m memshard.bench.fast_weights
+    OMP_NUM_THREADS=1 memshard bench fast-weights
 
-Medians of interleaved runs on one thread, of processor time, and ratios to ours; then the memory
-that autograd keeps. All get sum-normalised ELU + 1 features. Competitors are left out where they
-are not installed: pip install transformers, and pip install --no-deps fla-core (its dependencies
-want a GPU).
+Medians of interleaved rounds on one thread, in processor time, and ratios to ours; then the memory
+that autograd keeps. All get sum-normalised ELU + 1 features. Competitors that are not installed are
+left out: pip install transformers, and pip install --no-deps fla-core (its dependencies want a
+GPU).
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,41 +32,56 @@ SHAPES = {
 _LONGEST_LOOP = 2048
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="interleaved rounds whose median counts (default 7)"
     )
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON, too")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the rule alone at several lengths, then training steps of the retrieval task."""
     torch.set_num_threads(1)
+    competitors, missing = _competitors()
     rules: dict[str, Function] = {
         "ours": lambda *x: delta_rule(*x)[0],
-        **_competitors(),
+        **competitors,
         "loop over steps": _loop,
     }
-    result: dict[str, Any] = {"torch": torch.__version__, "runs": args.runs}
+    tables = {}
     for title, shape in SHAPES.items():
         inputs = _inputs(*shape)
-        chosen = {
+        compared = {
             name: rule
             for name, rule in rules.items()
             if name != "loop over steps" or shape[2] <= _LONGEST_LOOP
         }
-        check_equal(chosen, inputs, 1e-3, 1e-4)
-        result[title] = measure(chosen, inputs, args.runs)
-        print(f"{title} (batch, heads, length, width of a head: {shape})")
-        print(table(result[title]))
+        check_equal(compared, inputs, 1e-3, 1e-4)
+        tables[f"{title} (batch, heads, length, width of a head: {shape})"] = measure(
+            compared, inputs, args.rounds
+        )
     for symbols in (20, 100):
         title = f"training of retrieval, setting 2, {symbols} keys"
         steps, parameters = _retrieval(symbols)
         check_equal(steps, parameters, 1e-3, 1e-4)
-        result[title] = measure(steps, parameters, args.runs)
-        print(f"{title} (32 sequences of {2 * symbols} pairs, DPFP-1)")
-        print(table(result[title]))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        tables[f"{title} (32 sequences of {2 * symbols} pairs, DPFP-1)"] = measure(
+            steps, parameters, args.rounds
+        )
+    return {
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "missing": missing,
+        "tables": tables,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a table for each task."""
+    for title, rows in result["tables"].items():
+        print(title)
+        print(table(rows))
+    for name in result["missing"]:
+        print(f"{name} is not installed: left out")
 
 
 def _inputs(batch: int, heads: int, length: int, dim: int) -> list[Tensor]:
@@ -80,8 +93,8 @@ def _inputs(batch: int, heads: int, length: int, dim: int) -> list[Tensor]:
 
 
 def _retrieval(symbols: int) -> tuple[dict[str, Function], list[Tensor]]:
-    """Readings of a batch of the retrieval task by its model and by the same with a memory written
-    step by step; the parameters.
+    """Return two functions that read a batch of the retrieval task, by its model and by the same
+    model with a memory written step by step, and the parameters of both.
     """
     torch.manual_seed(0)
     model = Retriever(symbols, "dpfp-1", "delta")
@@ -104,8 +117,10 @@ def _retrieval(symbols: int) -> tuple[dict[str, Function], list[Tensor]]:
     )
 
 
-def _competitors() -> dict[str, Function]:
-    found: dict[str, Function] = {}
+def _competitors() -> tuple[dict[str, Function], list[str]]:
+    """Return the competitors that are installed, and the names of the others."""
+    rules: dict[str, Function] = {}
+    missing = []
     # On a machine without a GPU, transformers must not find flash-linear-attention, whose kernels
     # it would then call.
     hidden = {
@@ -125,9 +140,9 @@ def _competitors() -> dict[str, Function]:
             )[0]
             return out.transpose(1, 2)
 
-        found["transformers, chunked"] = transformers
+        rules["transformers, chunked"] = transformers
     except ImportError:
-        print("transformers is not installed: left out")
+        missing.append("transformers")
     finally:
         del sys.modules["fla"]
         sys.modules.update(hidden)
@@ -139,12 +154,12 @@ def _competitors() -> dict[str, Function]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         chunkwise = module.delta_rule_chunkwise
-        found["flash-linear-attention, naive"] = lambda q, k, v, beta: chunkwise(
+        rules["flash-linear-attention, naive"] = lambda q, k, v, beta: chunkwise(
             q * q.shape[-1] ** 0.5, k, v, beta
         )[0]
     except (importlib.metadata.PackageNotFoundError, ImportError):
-        print("flash-linear-attention is not installed: left out")
-    return found
+        missing.append("flash-linear-attention")
+    return rules, missing
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
@@ -156,7 +171,3 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
         state = state + key[..., None] * (strength[..., None] * error)[..., None, :]
         out.append((query[..., None, :] @ state).squeeze(-2))
     return torch.stack(out, 2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,37 +1,33 @@
 """One training step on a million tokens in one process: forward, backward, update; time and peak
 resident memory.
 
-    python -m memshard.bench.million_tokens                       # 1,048,576 tokens, width 512, 8
-    heads, 3 layers; below 16 GB python -m memshard.bench.million_tokens --tokens 65536        # try
-    it first; memory grows with the tokens
+    memshard bench million-tokens                   # width 512, 8 heads, 3 layers; below 16 GB
+    memshard bench million-tokens --tokens 65536    # try it first; memory grows with the tokens
 
 Bytes, LSH attention of two rounds and chunks of 64, one head at a time, reversible blocks,
-feedforward and loss in pieces, axial positions. On a GPU, if there is one, peak memory is the
+feedforward and loss in chunks, axial positions. On a GPU, if there is one, peak memory is the
 device's.
 """
 
 import argparse
 import ctypes
-import json
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from memshard.bench.common.peak_memory import resident
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.initialize import initialize
 from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
 
 GB = 1 << 30
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of mallopt's options in glibc
 
 
-def main() -> None:
-    """Run the step and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
@@ -43,19 +39,20 @@ def main() -> None:
         help="of matrix products (default fp32)",
     )
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file of all numbers")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Take the steps."""
     for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
         # What is freed must be given back, or the allocator's hoard counts.
         ctypes.CDLL(None).mallopt(option, 1 << 20)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mixer = MixerConfig(kind="lsh", heads=args.heads, heads_at_once=1)
     config = ModelConfig(
         vocab_size=256,
         layers=args.layers,
         dim=args.dim,
         max_length=args.tokens,
-        mixer=mixer,
+        mixer=MixerConfig(kind="lsh", heads=args.heads, heads_at_once=1),
         position="axial",
         residual="reversible",
         tie_head=False,
@@ -71,12 +68,7 @@ def main() -> None:
         .repeat(1, args.tokens // 4096 + 1)[:, : args.tokens + 1]
         .to(device)
     )
-    started = resident("VmRSS")
-    count = sum(p.numel() for p in model.parameters())
-    print(
-        f"{args.tokens:,} tokens, {count:,} parameters, {started:.2f} GB before the first step",
-        flush=True,
-    )
+    started = _gigabytes("VmRSS")
     steps = []
     for _ in range(args.steps):
         begun, cpu = time.perf_counter(), time.process_time()
@@ -91,24 +83,31 @@ def main() -> None:
                 "loss": float(loss.detach()),
                 "forward_s": forward,
                 "step_s": time.perf_counter() - begun,
+                "processor_s": time.process_time() - cpu,
+                "peak_gb": torch.cuda.max_memory_allocated() / GB
+                if device.type == "cuda"
+                else _gigabytes("VmHWM"),
             }
         )
-        steps[-1] |= {"processor_s": time.process_time() - cpu, "peak_gb": resident("VmHWM")}
-        if device.type == "cuda":
-            steps[-1]["peak_gb"] = torch.cuda.max_memory_allocated() / GB
-        print(", ".join(f"{key} {value:.2f}" for key, value in steps[-1].items()), flush=True)
-    if args.out:
-        settings = {key: value for key, value in vars(args).items() if key != "out"}
-        args.out.write_text(
-            json.dumps({**settings, "device": device.type, "result": steps}, indent=1) + "\n"
-        )
+    sizes = ("tokens", "dim", "heads", "layers", "precision", "steps")
+    return {
+        **{key: getattr(args, key) for key in sizes},
+        "device": device.type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "before_gb": started,
+        "result": steps,
+    }
 
 
-def resident(field: str) -> float:
-    """GB of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / (1 << 20)
+def show(result: dict[str, Any]) -> None:
+    """Print a line for each step."""
+    print(
+        f"{result['tokens']:,} tokens, {result['parameters']:,} parameters, "
+        f"{result['before_gb']:.2f} GB before the first step"
+    )
+    for step in result["result"]:
+        print(", ".join(f"{key} {value:.2f}" for key, value in step.items()))
 
 
-if __name__ == "__main__":
-    main()
+def _gigabytes(field: str) -> float:
+    return (resident(field) or 0) / GB

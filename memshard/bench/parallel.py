@@ -1,7 +1,10 @@
 """What spreading costs: training steps at every (tensor, data) split of some ranks and on each
 engine, and a block beside DTensor's.
+
+    memshard bench parallel --ranks 2 --layers 4 --dim 512 --heads 8 --keys 128
 """
 
+import argparse
 import json
 import math
 import os
@@ -28,7 +31,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from memshard.bench.spread import spread
+from memshard.bench.common.sizes import add_sizes, positive
+from memshard.experiments.common.repeated import median_low_high, range_text
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
@@ -46,11 +50,13 @@ from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.optim.dense.schedule import learning_rate
 from memshard.trainer.optim.rows.adam import RowAdam
 
+_RESULT = "result.json"
+
 
 @dataclass(frozen=True)
 class Size:
-    """What to train. batch: sequences a step, over all ranks. keys: of a memory in the middle
-    layer, 0 for none.
+    """Size of the model to train. batch: sequences of a step, over all ranks. keys: sub-keys of a
+    memory in the middle layer, 0 for none.
     """
 
     layers: int
@@ -79,14 +85,67 @@ class Size:
         )
 
 
-def on_ranks(ranks: int, size: Size, rounds: int) -> dict[str, Any]:
-    """Run `measure` on as many processes of this machine, each with a GPU where there are enough;
-    returns what rank 0 found.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="processes of this machine, at least 2 (default 2)",
+    )
+    add_sizes(parser)
+    parser.add_argument(
+        "--vocabulary", type=positive, default=8192, metavar="N", help="tokens (default 8,192)"
+    )
+    parser.add_argument(
+        "--keys",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sub-keys of a memory in the middle layer, 0 for none (default 0)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=9,
+        help="interleaved rounds whose median counts (default 9)",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run `measure` on processes of this machine, each with a GPU where there are enough; return
+    what rank 0 measured.
     """
+    if args.ranks < 2:
+        raise ValueError(
+            "--ranks is 1, and nothing is spread over one process; memshard bench plain-loop "
+            "measures training in one"
+        )
+    if args.keys < 0:
+        raise ValueError(f"--keys is {args.keys}; it must be at least 0")
+    size = Size(
+        args.layers, args.dim, args.heads, args.length, args.batch, args.vocabulary, args.keys
+    )
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, folder, size, rounds), nprocs=ranks)
-        found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
-    return found
+        mp.spawn(_rank, (args.ranks, folder, size, args.rounds), nprocs=args.ranks)
+        result: dict[str, Any] = json.loads((Path(folder) / _RESULT).read_text())
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print splits, engines and blocks as tables."""
+    for point in result["steps"]:
+        print(
+            f"tensor {point['tensor']} x data "
+            f"{point['data']:<4}{range_text(point['step_s'], ',.0f', 1e-3):>24} ms a step"
+            f"{point['dense_bytes'] / 1e6:>12,.1f} MB dense weights a "
+            f"rank{point['sent_bytes'] / 1e6:>12,.1f} MB sent a step"
+        )
+    for name, seconds in result["engines_s"].items():
+        print(f"engine {name:<32}{range_text(seconds, ',.0f', 1e-3):>24} ms a step")
+    for name, seconds in result.get("blocks_s", {}).items():
+        print(f"block, {name:<32}{range_text(seconds, ',.0f', 1e-3):>24} ms")
 
 
 def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
@@ -100,14 +159,14 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks
     )
-    found = {
+    result = {
         "device": str(device),
         "ranks": ranks,
         "size": asdict(size),
         **measure(size, rounds, device),
     }
     if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        (Path(folder) / _RESULT).write_text(json.dumps(result))
     dist.barrier()
     from memshard.parallel.tensor import leave
 
@@ -116,8 +175,8 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
 
 
 def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of a step at every split and of a block, median and range of interleaved rounds;
-    bytes a rank holds and sends.
+    """Return seconds of a step at every split, on every engine and of a block (median and range of
+    interleaved rounds), and the bytes of a rank's weights and of what it sends.
     """
     ranks = dist.get_world_size()
     splits = [
@@ -143,9 +202,16 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
             + cost.lookup_traffic * tokens / tensor
             + cost.replica_traffic
         )
-        took = {"step_s": seconds[str(tensor)], "dense_bytes": weights, "sent_bytes": sent}
-        points.append({"tensor": tensor, "data": ranks // tensor, **took})
-    found: dict[str, Any] = {"steps": points}
+        points.append(
+            {
+                "tensor": tensor,
+                "data": ranks // tensor,
+                "step_s": seconds[str(tensor)],
+                "dense_bytes": weights,
+                "sent_bytes": sent,
+            }
+        )
+    result: dict[str, Any] = {"steps": points}
     engines: dict[str, tuple[str, Literal[0, 1]]] = {
         "torch": ("torch", 0),
         "torch, ZeRO-1": ("torch", 1),
@@ -153,23 +219,23 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
     if find_spec("deepspeed"):
         engines["DeepSpeed, ZeRO-1"] = ("deepspeed", 1)
     forms = {name: _step(size, 1, device, *settings)[0] for name, settings in engines.items()}
-    found["engines_s"] = interleaved(forms, rounds, device)
+    result["engines_s"] = interleaved(forms, rounds, device)
     if size.heads % ranks:
-        return found
+        return result
     blocks = {
-        "fairscale layers, own mappings": _block(size, device),
+        "fairscale layers, our mappings": _block(size, device),
         "DTensor, Colwise and Rowwise": _dtensor_block(size, device),
     }
     ours, theirs = (block() for block in blocks.values())
-    found["blocks_difference"] = float((ours - theirs).norm() / theirs.norm())
-    return found | {"blocks_s": interleaved(blocks, rounds, device)}
+    result["blocks_difference"] = float((ours - theirs).norm() / theirs.norm())
+    return result | {"blocks_s": interleaved(blocks, rounds, device)}
 
 
 def interleaved(
     actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Median and range of seconds of each action on the slowest rank, one after the other in every
-    round; a first round does not count.
+    """Return median and range of the seconds that each action takes on the slowest rank, one after
+    the other in every round; a first round does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
@@ -182,14 +248,14 @@ def interleaved(
             taken = torch.tensor(time.perf_counter() - begun)
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             times[name].append(float(taken))
-    return {name: spread(taken[1:]) for name, taken in times.items()}
+    return {name: median_low_high(taken[1:]) for name, taken in times.items()}
 
 
 def _step(
     size: Size, tensor: int, device: torch.device, kind: str = "torch", zero: Literal[0, 1] = 0
 ) -> tuple[Callable[[], object], int]:
-    """A training step on ranks in groups of `tensor`, and the bytes of this rank's dense
-    weights.
+    """Return a function that takes a training step, on ranks in groups of `tensor`, and the bytes
+    of this rank's dense weights.
     """
     mesh = build_mesh(device.type, None, tensor)
     with torch.device("meta"):
@@ -233,7 +299,7 @@ def _half(device: torch.device) -> Any:
 
 
 def _plain_block(size: Size) -> Transformer:
-    """One layer of the model; its first block counts."""
+    """Return a model of one layer, whose block is measured."""
     model = Transformer(
         ModelConfig(
             layers=1,
@@ -248,16 +314,16 @@ def _plain_block(size: Size) -> Transformer:
 
 
 def _block(size: Size, device: torch.device) -> Callable[[], Tensor]:
-    """Forward and backward of a block whose matrices all ranks share, by our layers."""
+    """Return forward and backward of a block that our layers split over all ranks."""
     mesh = build_mesh(device.type, None, dist.get_world_size())
     assert mesh is not None
     model = _plain_block(size).to(device)
     apply(model, mesh)
-    return _run(model, size, device)
+    return _forward_and_backward(model, size, device)
 
 
 def _dtensor_block(size: Size, device: torch.device) -> Callable[[], Tensor]:
-    """The same by torch's own tensor parallelism."""
+    """Return the same for torch's tensor parallelism."""
     ranks = dist.get_world_size()
     model = _plain_block(size).to(device)
     mixer = model.blocks[0].mixer
@@ -282,12 +348,14 @@ def _dtensor_block(size: Size, device: torch.device) -> Callable[[], Tensor]:
     parallelize_module(
         model.blocks[0], init_device_mesh(device.type, (ranks,), mesh_dim_names=("tensor",)), plan
     )
-    return _run(model, size, device)
+    return _forward_and_backward(model, size, device)
 
 
-def _run(model: Transformer, size: Size, device: torch.device) -> Callable[[], Tensor]:
-    """Forward and backward of this rank's piece of some sequences; returns the gradient of its
-    input.
+def _forward_and_backward(
+    model: Transformer, size: Size, device: torch.device
+) -> Callable[[], Tensor]:
+    """Return a function that runs forward and backward of this rank's part of some sequences and
+    returns the gradient of its input.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -298,7 +366,7 @@ def _run(model: Transformer, size: Size, device: torch.device) -> Callable[[], T
     x.requires_grad_()
     ctx = Context.of(torch.empty(size.batch, size.length, dtype=torch.int64, device=device))
 
-    def run() -> Tensor:
+    def forward_and_backward() -> Tensor:
         x.grad = None
         with _half(device):
             y, _ = model.blocks[0](x, ctx)
@@ -306,4 +374,4 @@ def _run(model: Transformer, size: Size, device: torch.device) -> Callable[[], T
         assert x.grad is not None
         return x.grad
 
-    return run
+    return forward_and_backward

@@ -1,18 +1,22 @@
 """`memshard train` beside a plain training loop of the same dense model on the same tokens, in one
 process.
+
+    OMP_NUM_THREADS=1 memshard bench plain-loop data/pkm --dim 384 --heads 6
 """
 
+import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.bench.spread import spread
+from memshard.bench.common.sizes import add_sizes, positive
+from memshard.experiments.common.clock import interleave, now
+from memshard.experiments.common.repeated import median_low_high, range_text, ratios
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
@@ -20,9 +24,11 @@ from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 
+_RATIO = "memshard / plain"
+
 
 class PlainBlock(nn.Module):
-    """Pre-norm attention and GELU feedforward, without bias, in the manner of nanoGPT."""
+    """Pre-norm attention and GELU feedforward without bias, as in nanoGPT."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -35,7 +41,7 @@ class PlainBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, length, dim]; returns the same shape."""
+        """Return the block's output. x: [batch, length, dim], as the output."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
@@ -46,7 +52,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """Learned positions, tied head."""
+    """The dense model that `memshard train` builds: learned positions, tied head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,39 +69,51 @@ class PlainModel(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats. inputs, targets: [batch, length] int64."""
+        """Return the mean cross-entropy in nats. inputs, targets: [batch, length] int64."""
         x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def rates(
-    path: str, layers: int, dim: int, heads: int, length: int, batch: int, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Tokens a second of both (of CPU time, on a CPU) in interleaved steps after a first pair, and
-    their ratio step by step.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("data", metavar="DIR", help="data folder to train on")
+    add_sizes(parser)
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=9,
+        help="interleaved rounds whose median counts (default 9)",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return tokens a second of both loops (of processor time, on a CPU), and our rate over the
+    plain one's, step by step: median, low and high.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    batch, rounds = args.batch, args.rounds
     recipe = Recipe(
-        data=DataConfig(path=path, length=length),
-        model=ModelConfig(layers=layers, dim=dim, mixer=MixerConfig(heads=heads)),
+        data=DataConfig(path=args.data, length=args.length),
+        model=ModelConfig(layers=args.layers, dim=args.dim, mixer=MixerConfig(heads=args.heads)),
         train=TrainConfig(steps=rounds + 1, batch=batch),
         optimizer=OptimizerConfig(warmup=1),
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = set_up(recipe, Path(folder) / "run", device)
-        plain = PlainModel(run.recipe.model).to(device)
+        trained = set_up(recipe, Path(folder) / "run", device)
+        plain = PlainModel(trained.recipe.model).to(device)
         autocast = (
-            torch.autocast(device.type, run.dtype) if run.dtype != torch.float32 else nullcontext()
+            torch.autocast(device.type, trained.dtype)
+            if trained.dtype != torch.float32
+            else nullcontext()
         )
         optimizer = torch.optim.AdamW(
             plain.parameters(), lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, fused=True
         )
-        fed = [run.stream.batch(step * batch, batch) for step in range(rounds + 1)]
+        batches = [trained.stream.batch(step * batch, batch) for step in range(rounds + 1)]
 
         def plain_step() -> None:
-            data = fed[run.progress.step - 1]
+            data = batches[trained.progress.step - 1]
             with autocast:
                 loss = plain.loss(data.inputs.to(device), data.targets.to(device))
             loss.backward()
@@ -104,27 +122,26 @@ def rates(
             optimizer.zero_grad()
             loss.item()
 
-        actions: dict[str, Callable[[], object]] = {
-            "memshard train": lambda: train_step(run),
-            "plain loop": plain_step,
-        }
-        times: dict[str, list[float]] = {name: [] for name in actions}
-        for _ in range(rounds + 1):
-            for name, action in actions.items():
-                begun = clock()
-                action()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(clock() - begun)
-    found = {
-        name: spread([batch * length / seconds for seconds in taken[1:]])
-        for name, taken in times.items()
-    }
-    own, other = times.values()
-    found["memshard / plain"] = spread(
-        [theirs / ours for ours, theirs in zip(own[1:], other[1:], strict=True)]
-    )
+        seconds = interleave(
+            {"memshard train": lambda: train_step(trained), "plain loop": plain_step},
+            rounds,
+            partial(now, device),
+        )
     assert sum(p.numel() for p in plain.parameters()) == sum(
-        p.numel() for p in run.model.parameters()
+        p.numel() for p in trained.model.parameters()
     )
-    return found
+    rates = {
+        name: median_low_high([batch * args.length / taken for taken in times])
+        for name, times in seconds.items()
+    }
+    faster = ratios(seconds["plain loop"], seconds["memshard train"])
+    return {**rates, _RATIO: median_low_high(faster)}
+
+
+def show(result: dict[str, dict[str, float]]) -> None:
+    """Print the rates and their ratio."""
+    for name, rate in result.items():
+        if name == _RATIO:
+            print(f"{name:<24}{range_text(rate, ',.2f'):>24}")
+        else:
+            print(f"{name:<24}{range_text(rate, ',.0f'):>24} tokens/s")

@@ -1,24 +1,19 @@
-"""How well `memshard plan` knows memory: the estimate of a training step's largest memory beside
+"""How well `memshard plan` predicts memory: the estimate of a training step's largest memory beside
 what a fresh process really grows by.
 
-    OMP_NUM_THREADS=1 python -m memshard.bench.plan_memory
+    OMP_NUM_THREADS=1 memshard bench plan-memory
 
-Each recipe is set up and takes three steps on random tokens in a process of its own; on CPU its
+Each recipe is set up and takes three steps on random tokens in a process of its own. On CPU its
 resident memory is read every 2 ms from the moment before the model is built (a small model has
-trained before, for what torch sets up once), on a GPU torch counts. Writes plan.json where --out
-says. Exit code 1 where an estimate is more than --tolerance off.
+trained before, for what torch sets up once); on a GPU torch counts.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
-import sys
 import threading
-from pathlib import Path
 
 import torch
 
+from memshard.bench.common.peak_memory import freed_at_once, in_new_process, resident
 from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
@@ -67,43 +62,38 @@ RECIPES = {
 }
 
 
-def main() -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=[*DTYPES], default="fp32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--recipes", type=int, default=len(RECIPES), help="only the first so many")
-    parser.add_argument("--tolerance", type=float, default=0.1)
-    parser.add_argument("--out", type=Path, help="folder for plan.json")
-    args = parser.parse_args()
-    # Without it freed memory stays with the process, and its growth says little.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return bytes estimated and measured, by recipe."""
     rows = {}
-    print(f"{'':44}{'estimated':>11}{'measured':>11}{'ratio':>8}")
     for name, recipe in list(RECIPES.items())[: args.recipes]:
         recipe = changed_by(recipe, {"train.batch": args.batch})
         estimated = estimate(recipe, 1, VOCABULARY, args.precision != "fp32").bytes.total
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            measured = pool.apply(_measure, (recipe, args.device, args.precision))
+        with freed_at_once():
+            measured = in_new_process(measure, recipe, args.device, args.precision)
         rows[name] = {"estimated": estimated, "measured": measured}
+    return rows
+
+
+def show(result: dict[str, dict[str, float]]) -> None:
+    """Print a line for each recipe."""
+    print(f"{'':44}{'estimated':>11}{'measured':>11}{'ratio':>8}")
+    for name, row in result.items():
+        estimated, measured = row["estimated"], row["measured"]
         print(
-            f"{name:44}{estimated / 1e6:8.1f} MB{measured / 1e6:8.1f} "
-            f"MB{estimated / measured:8.3f}",
-            flush=True,
+            f"{name:44}{estimated / 1e6:8.1f} MB{measured / 1e6:8.1f} MB{estimated / measured:8.3f}"
         )
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return int(
-        any(abs(row["estimated"] / row["measured"] - 1) > args.tolerance for row in rows.values())
-    )
 
 
-def _measure(recipe: Recipe, device: str, precision: str) -> float:
-    """Bytes that setting up and three steps take at most."""
+def measure(recipe: Recipe, device: str, precision: str) -> float:
+    """Return the bytes that setting up and three steps take at most."""
     torch.set_num_threads(1)
     small = {
         "train.batch": 1,
@@ -118,19 +108,20 @@ def _measure(recipe: Recipe, device: str, precision: str) -> float:
         before = torch.cuda.memory_allocated()
         _train(recipe, device, precision)
         return float(torch.cuda.max_memory_allocated() - before)
-    resident, peak, over = _resident(), 0.0, threading.Event()
+    before = peak = resident("VmRSS") or 0
+    over = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not over.wait(0.002):
-            peak = max(peak, _resident())
+            peak = max(peak, resident("VmRSS") or 0)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     _train(recipe, device, precision)
     over.set()
     watcher.join()
-    return peak - resident
+    return float(peak - before)
 
 
 def _train(recipe: Recipe, name: str, precision: str) -> None:
@@ -168,11 +159,3 @@ def _train(recipe: Recipe, name: str, precision: str) -> None:
             rows.step()
         for _, memory in model.memories():
             memory.query_norm.commit()
-
-
-def _resident() -> float:
-    return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

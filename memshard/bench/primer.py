@@ -1,15 +1,14 @@
 """Primer's parts, forward and backward, beside what one would write without them: grouped conv1d,
 relu(x).square().
 
-    OMP_NUM_THREADS=1 python -m memshard.bench.primer
+    OMP_NUM_THREADS=1 memshard bench primer
 
-Medians of interleaved runs on one thread, of processor time, and ratios to ours; then the memory
-that autograd keeps of each.
+Medians of interleaved rounds on one thread, in processor time, and ratios to ours; then the memory
+that autograd keeps.
 """
 
 import argparse
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,60 +22,49 @@ from memshard.models.layers.squared_relu import squared_relu
 _WIDTH = 3
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--rounds", type=int, default=31, help="interleaved rounds whose median counts (default 31)"
     )
-    parser.add_argument("--runs", type=int, default=31)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON, too")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure convolutions and squared ReLU at several shapes."""
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"torch": torch.__version__, "runs": args.runs}
+    tables = {}
     for shape in ((8, 256, 512), (8, 128, 128), (2, 2048, 512)):
-        x, kernel = (
-            torch.randn(shape, requires_grad=True),
-            torch.randn(shape[2], _WIDTH, requires_grad=True),
-        )
+        x = torch.randn(shape, requires_grad=True)
+        kernel = torch.randn(shape[2], _WIDTH, requires_grad=True)
         documents = (torch.arange(shape[1]) // 100).expand(shape[:2])
-        functions: dict[str, Function] = {
+        equal: dict[str, Function] = {
             "ours": causal_convolution,
-            "ours, packed documents": lambda x, kernel, documents=documents: causal_convolution(
-                x, kernel, documents
-            ),
             "grouped conv1d": _grouped,
             "padded slices": _slices,
         }
-        check_equal(
-            {name: function for name, function in functions.items() if "documents" not in name},
-            [x, kernel],
-            1e-4,
-            1e-4,
-        )
-        result[f"convolution of {_WIDTH}, {shape}"] = measure(
-            functions, [x, kernel], args.runs, parameters=1
+        check_equal(equal, [x, kernel], 1e-4, 1e-4)
+        packed = {"ours, packed documents": partial(causal_convolution, documents=documents)}
+        tables[f"convolution of {_WIDTH}, {shape}"] = measure(
+            equal | packed, [x, kernel], args.rounds, parameters=1
         )
     for size in ((2048, 2048), (8192, 512)):
-        functions = {
+        equal = {
             "ours": squared_relu,
             "relu(x).square()": lambda x: F.relu(x).square(),
             "h = relu(x); h * h": _product,
-            "gelu, for comparison": lambda x: F.gelu(x, approximate="tanh"),
         }
         x = torch.randn(size, requires_grad=True)
-        check_equal(
-            {name: function for name, function in functions.items() if "gelu" not in name},
-            [x],
-            1e-4,
-            1e-4,
-        )
-        result[f"squared ReLU, {size}"] = measure(functions, [x], args.runs)
-    for title, rows in result.items():
-        if isinstance(rows, dict):
-            print(title)
-            print(table(rows))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        check_equal(equal, [x], 1e-4, 1e-4)
+        gelu = {"gelu, for comparison": lambda x: F.gelu(x, approximate="tanh")}
+        tables[f"squared ReLU, {size}"] = measure(equal | gelu, [x], args.rounds)
+    return {"torch": torch.__version__, "rounds": args.rounds, "tables": tables}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a table for each shape."""
+    for title, rows in result["tables"].items():
+        print(title)
+        print(table(rows))
 
 
 def _grouped(x: Tensor, kernel: Tensor) -> Tensor:
@@ -98,7 +86,3 @@ def _slices(x: Tensor, kernel: Tensor) -> Tensor:
 def _product(x: Tensor) -> Tensor:
     h = F.relu(x)
     return h * h
-
-
-if __name__ == "__main__":
-    main()

@@ -1,86 +1,77 @@
-"""Product-key search: what the fixed order of ties and the pruning cost and save.
+"""Product-key search: what the fixed order of ties costs, and what pruning the pairs saves.
 
-    OMP_NUM_THREADS=1 python -m memshard.bench.product_topk
+    OMP_NUM_THREADS=1 memshard bench product-topk --rounds 31
 
-Medians of interleaved runs on random scores, and ratios to torch.topk (whose ties have no order)
-and to the unpruned search.
+Random scores, one thread; medians of interleaved rounds, and their ratios to torch.topk (whose ties
+have no order) and to the search over all pairs.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memshard.experiments.common.clock import interleave
+from memshard.experiments.common.repeated import median_range
 from memshard.models.memory.product_topk import _search_plain, product_topk, ranked_topk
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--keys", type=int, default=512)
+    parser.add_argument("--keys", type=int, default=512, help="sub-keys of a half (default 512)")
     parser.add_argument("--topk", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=9)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="interleaved rounds whose median counts (default 9)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds of every round, by task and variant."""
     torch.manual_seed(0)
     first, second = torch.randn(2, args.tokens, args.heads, args.keys)
     k = args.topk
+    tasks: dict[str, dict[str, Callable[[], object]]] = {
+        "top sub-keys of one half": {
+            "torch.topk": lambda: first.topk(k),
+            "ranked_topk": lambda: ranked_topk(first, k),
+            "stable sort": lambda: torch.sort(first, dim=-1, descending=True, stable=True).indices[
+                ..., :k
+            ],
+        },
+        "slots of both halves": {
+            "all topk^2 pairs": lambda: all_pairs(first, second, k),
+            "product_topk, plain": lambda: _search_plain(first, second, k),
+            "product_topk": lambda: product_topk(first, second, k),
+        },
+    }
     with torch.no_grad():
-        report(
-            "top sub-keys of one half",
-            args.runs,
-            {
-                "torch.topk": lambda: first.topk(k),
-                "ranked_topk": lambda: ranked_topk(first, k),
-                "stable sort": lambda: torch.sort(
-                    first, dim=-1, descending=True, stable=True
-                ).indices[..., :k],
-            },
-        )
-        report(
-            "slots of both halves",
-            args.runs,
-            {
-                "all topk^2 pairs": lambda: unpruned(first, second, k),
-                "product_topk, plain": lambda: _search_plain(first, second, k),
-                "product_topk": lambda: product_topk(first, second, k),
-            },
-        )
+        return {
+            task: interleave(variants, args.rounds, time.perf_counter)
+            for task, variants in tasks.items()
+        }
 
 
-def unpruned(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same search without the pruning of pairs."""
+def show(result: dict[str, Any]) -> None:
+    """Print medians with their range, and ratios to the first variant of each task."""
+    for task, variants in result.items():
+        print(task)
+        base = statistics.median(next(iter(variants.values())))
+        for name, seconds in variants.items():
+            print(
+                f"  {name:<20}{median_range(seconds, '.1f', 1e-3):>24} ms  "
+                f"{statistics.median(seconds) / base:5.2f}x"
+            )
+
+
+def all_pairs(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Search all k x k pairs of the best sub-keys: `product_topk` without its pruning."""
     i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
     sums = (first.gather(-1, i1)[..., :, None] + second.gather(-1, i2)[..., None, :]).flatten(-2)
     chosen = ranked_topk(sums, k)
     return sums.gather(-1, chosen), i1.gather(-1, chosen // k), i2.gather(-1, chosen % k)
-
-
-def report(title: str, runs: int, variants: dict[str, Callable[[], object]]) -> None:
-    """Print the median milliseconds of each variant, measured in turn, and ratios to the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(runs + 1):
-        for name, call in variants.items():
-            begun = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    base = next(iter(medians.values()))
-    print(title)
-    for name, median in medians.items():
-        low, high = min(seconds[name]), max(seconds[name])
-        print(
-            f"  {name:<20}{median * 1e3:8.1f} ms  ({low * 1e3:.1f} to {high * 1e3:.1f})  "
-            f"{median / base:5.2f}x"
-        )
-
-
-if __name__ == "__main__":
-    main()

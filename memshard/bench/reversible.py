@@ -1,31 +1,28 @@
 """Memory and time of a forward and backward pass: plain, checkpointed and reversible blocks.
 
-    OMP_NUM_THREADS=1 python -m memshard.bench.reversible
+    OMP_NUM_THREADS=1 memshard bench reversible
 
-Memory is the most that a pass holds beyond parameters and their gradients: on a GPU as torch counts
+Memory is the most that a pass takes beyond parameters and their gradients: on a GPU as torch counts
 it, on CPU the growth of a fresh process. Times (on CPU: of the processor) are medians of
 interleaved rounds, ratios are taken within a round. Torch's checkpointing stops at the last tensor
 that backward needs, so that a block's last matrix product, a third of them all, is not repeated;
-rebuilding an input needs it. "full, to the end" is checkpointing that repeats it, too, as other
-trainers have it. Writes reversible.json where --out says.
+rebuilding an input needs it. "full, to the end" is checkpointing that repeats it as well, as other
+trainers have it.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
 import resource
-import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from memshard.bench.spread import shown, spread
+from memshard.bench.common.peak_memory import freed_at_once, in_new_process
+from memshard.experiments.common.clock import interleave, now
+from memshard.experiments.common.repeated import median_range, ratios
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
@@ -41,16 +38,12 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "full, to the end": ("pre", "full"),
     "reversible": ("reversible", "none"),
 }
-
-
+_OPTIONS = ("dim", "heads", "length", "batch", "memory_every", "dropout", "precision", "device")
 FULL = ("full", "full, to the end")
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 12, 48])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -69,41 +62,47 @@ def main() -> None:
     parser.add_argument(
         "--time-layers", type=int, default=12, help="layers of the model that is timed (default 12)"
     )
-    parser.add_argument("--out", type=Path, help="folder for reversible.json")
-    args = parser.parse_args()
 
-    print(
-        f"dim {args.dim}, {args.batch} x {args.length} tokens, {args.precision}, {args.device}, "
-        f"torch {torch.__version__}"
-    )
-    # Without it freed memory stays with the process, and its growth says little.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    result: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(args).items()}}
-    result["megabytes"] = {
-        layers: {kind: memory(args, kind, layers) for kind in KINDS} for layers in args.layers
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the memory of every kind of block at every depth, then the time at one."""
+    options = {name: getattr(args, name) for name in _OPTIONS}
+    with freed_at_once():
+        megabytes = {
+            layers: {kind: in_new_process(peak, options, kind, layers) for kind in KINDS}
+            for layers in args.layers
+        }
+    return {
+        "torch": torch.__version__,
+        "options": options,
+        "megabytes": megabytes,
+        "seconds": times(options, args.time_layers, args.rounds),
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print peaks by depth, then times with their ratios to checkpointing."""
+    options = result["options"]
+    print(
+        f"dim {options['dim']}, {options['batch']} x {options['length']} tokens, "
+        f"{options['precision']}, {options['device']}, torch {result['torch']}"
+    )
     print("peak MB     " + "".join(f"{kind:>18}" for kind in KINDS))
     for layers, row in result["megabytes"].items():
         print(f"{layers:4} layers " + "".join(f"{value:18,.1f}" for value in row.values()))
-    result["seconds"] = times(args)
     for kind, seconds in result["seconds"].items():
-        compared = {
-            other: [own / full for own, full in zip(seconds, result["seconds"][other], strict=True)]
-            for other in FULL
-        }
-        ratios = ", ".join(
-            f"{shown(spread(values), 1, '.3f')} x {other}" for other, values in compared.items()
+        compared = ", ".join(
+            f"{median_range(ratios(seconds, result['seconds'][full]), '.3f')} x {full}"
+            for full in FULL
         )
-        print(f"{kind:18}{shown(spread(seconds), 1e-3, '.1f'):>26} ms: {ratios}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "reversible.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{kind:18}{median_range(seconds, '.1f', 1e-3):>26} ms: {compared}")
 
 
 class Pass:
-    """A model and a batch, ready to run."""
+    """A model and a batch, ready to run. options: those of the command, by name."""
 
-    def __init__(self, args: argparse.Namespace, kind: str, layers: int) -> None:
+    def __init__(self, options: dict[str, Any], kind: str, layers: int) -> None:
+        args = argparse.Namespace(**options)
         residual, checkpointing = KINDS[kind]
         places = (
             tuple(range(args.memory_every - 1, layers, args.memory_every))
@@ -136,61 +135,35 @@ class Pass:
         self.arithmetic = (
             nullcontext if dtype is None else partial(torch.autocast, args.device, dtype)
         )
-        self.device, self.early_stop = args.device, kind != "full, to the end"
+        self.early_stop = kind != "full, to the end"
 
-    def run(self) -> float:
-        """Seconds of a forward and backward pass."""
-        begun = self.now()
+    def run(self) -> None:
+        """Run forward and backward, and forget the tables' gradients."""
         with self.arithmetic(), set_checkpoint_early_stop(self.early_stop):
             loss: Tensor = token_losses(self.model(self.tokens, self.ctx)[0], self.tokens).mean()
         loss.backward()
-        elapsed = self.now() - begun
         for _, table in find_tables(self.model):
             table.drop_reads()
-        return elapsed
-
-    def now(self) -> float:
-        """The time when all that was asked for is done."""
-        if self.device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
 
 
-def memory(args: argparse.Namespace, kind: str, layers: int) -> float:
-    """Peak megabytes of a pass."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (args, kind, layers))
-
-
-def _peak(args: argparse.Namespace, kind: str, layers: int) -> float:
+def peak(options: dict[str, Any], kind: str, layers: int) -> float:
+    """Return the megabytes that a pass takes at most, in a fresh process."""
     torch.set_num_threads(1)
-    measured = Pass(args, kind, layers)
-    if args.device != "cpu":
+    measured = Pass(options, kind, layers)
+    if options["device"] != "cpu":
         measured.run()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         measured.run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     # A small pass first, for what torch sets up once.
-    small = Pass(argparse.Namespace(**{**vars(args), "batch": 1, "length": 8, "dim": 32}), kind, 1)
-    small.run()
+    Pass({**options, "batch": 1, "length": 8, "dim": 32}, kind, 1).run()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     measured.run()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
 
 
-def times(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of all kinds' passes, round by round."""
-    passes = {kind: Pass(args, kind, args.time_layers) for kind in KINDS}
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for number in range(args.rounds + 1):
-        for kind, measured in passes.items():
-            elapsed = measured.run()
-            if number:  # the first is a warm-up
-                seconds[kind].append(elapsed)
-    return seconds
-
-
-if __name__ == "__main__":
-    main()
+def times(options: dict[str, Any], layers: int, rounds: int) -> dict[str, list[float]]:
+    """Return seconds of every kind's pass, round by round."""
+    passes = {kind: Pass(options, kind, layers).run for kind in KINDS}
+    return interleave(passes, rounds, partial(now, torch.device(options["device"])))

@@ -1,4 +1,4 @@
-"""`memshard bench parallel` measures what it says."""
+"""`memshard bench parallel` and `plain-loop` measure what they say."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 from memshard.launch.cli.main import main
 from tests.trainer.conftest import data  # noqa: F401
 
-TINY = "--layers 2 --dim 16 --heads 2 --length 16 --batch 4 --keys 4 --rounds 1".split()
+TINY = "--layers 2 --dim 16 --heads 2 --length 16 --batch 4 --rounds 1".split()
 
 
-def test_both_splits_both_blocks_and_the_plain_loop(
-    data: Path,  # noqa: F811
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["bench", "parallel", *TINY, "--data", str(data), "--json"]) == 0
+def _in_order(spread: dict[str, float]) -> bool:
+    return 0 < spread["low"] <= spread["median"] <= spread["high"]
+
+
+def test_both_splits_and_both_blocks(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "parallel", *TINY, "--keys", "4", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert [(point["tensor"], point["data"]) for point in result["steps"]] == [(1, 2), (2, 1)]
     whole, split = result["steps"]
@@ -23,14 +24,24 @@ def test_both_splits_both_blocks_and_the_plain_loop(
     assert {"torch", "torch, ZeRO-1"} <= set(result["engines_s"])
     # Both spread the same block: the gradient of its input is the same.
     assert len(result["blocks_s"]) == 2 and result["blocks_difference"] < 1e-5
-    found = [
-        *(point["step_s"] for point in result["steps"]),
-        *result["engines_s"].values(),
-        *result["tokens_per_s"].values(),
-    ]
-    assert all(0 < one["low"] <= one["median"] <= one["high"] for one in found)
+    assert all(_in_order(point["step_s"]) for point in result["steps"])
+    assert all(_in_order(seconds) for seconds in result["engines_s"].values())
+
+
+def test_the_plain_loop_has_the_same_model(
+    data: Path,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["bench", "plain-loop", str(data), *TINY, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert set(result) == {"memshard train", "plain loop", "memshard / plain"}
+    assert all(_in_order(rate) for rate in result.values())
 
 
 def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "parallel", "--ranks", "1"]) == 2
-    assert "--data" in capsys.readouterr().err
+    assert "memshard bench plain-loop" in capsys.readouterr().err
+    assert main(["bench", "parallel", "--layers", "0"]) == 2
+    assert "--layers: 0 is too small" in capsys.readouterr().err
+    assert main(["bench", "data"]) == 2
+    assert "name a data folder" in capsys.readouterr().err

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from memshard.bench.values.table import DENSE, FBGEMM, OURS, PLAIN, SPARSE, Sizes, measure
-from memshard.launch.cli.bench import NAMES
-from memshard.launch.cli.main import main
+from memshard.bench.values.report import FBGEMM, OURS
+from memshard.bench.values.table import DENSE, PLAIN, SPARSE, Sizes, measure
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_the_list_and_a_missing_name(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--list"]) == 0
-    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == list(NAMES)
-    assert main(["bench"]) == 2
-    assert f"name a benchmark: {', '.join(NAMES)}" in capfd.readouterr().err
 
 
 @pytest.mark.slow

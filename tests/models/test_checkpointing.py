@@ -149,7 +149,7 @@ def test_what_checkpointing_saves() -> None:
 
 
 def test_lsh_holds_less_than_checkpointed_softmax_attention() -> None:
-    """Six layers of width 128 on one long sequence: what `memshard/bench/lsh.py` measures at 16,384
+    """Six layers of width 128 on one long sequence: what `memshard bench lsh` measures at 16,384
     tokens.
     """
     tokens, peaks = torch.arange(2048)[None] % 50, []

@@ -1,7 +1,10 @@
-"""The memory that one measured piece of work takes, in a process of its own."""
+"""The memory that one piece of work takes, measured in a process of its own."""
 
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -9,15 +12,17 @@ from typing import Any
 import torch
 
 
-def peak_memory(work: Callable[..., Any], *args: Any) -> int | None:
-    """Largest resident memory, bytes, while `work(*args)` runs, above what the process had before;
-    None where the system does not tell.
+def peak_memory(work: Callable[..., Any], *args: Any, packages: tuple[str, ...] = ()) -> int | None:
+    """Return the largest resident memory in bytes while `work(*args)` runs, above what its process
+    had before; None where the system does not tell.
 
-    work: a function at the top of a module.
+    work: a function at the top of a module. packages: imported before, so that they do not count.
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(writer, torch.get_num_threads(), work, args))
+    process = context.Process(
+        target=_run, args=(writer, torch.get_num_threads(), packages, work, args)
+    )
     process.start()
     writer.close()
     try:
@@ -30,20 +35,57 @@ def peak_memory(work: Callable[..., Any], *args: Any) -> int | None:
         process.join()
 
 
-def _run(writer: Connection, threads: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    writer: Connection,
+    threads: int,
+    packages: tuple[str, ...],
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(threads)
-    before = _resident("VmRSS")
+    for package in packages:
+        import_module(package)
+    before = resident("VmRSS")
     work(*args)
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     writer.send(peak - before if before is not None and peak is not None else None)
 
 
-def _resident(name: str) -> int | None:
+def in_new_process(work: Callable[..., Any], *args: Any) -> Any:
+    """Return `work(*args)`, run in a new process. work: a function at the top of a module."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, args)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Let processes started in this block give freed memory back to the system at once.
+
+    glibc otherwise keeps freed blocks for later, and this hoard would count as the model's. It
+    reads the two variables only when a process starts.
+    """
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "65536"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def resident(field: str) -> int | None:
+    """Return bytes of this process by a field of /proc/self/status: VmRSS for the resident memory
+    now, VmHWM for the most so far, RssAnon without mapped files. None where there is no such file.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return None
     return next(
         int(line.split()[1]) * 1024
         for line in status.read_text().splitlines()
-        if line.startswith(f"{name}:")
+        if line.startswith(f"{field}:")
     )

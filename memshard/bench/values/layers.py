@@ -1,11 +1,11 @@
-"""Whole memory layers, ours and those of two packages: a training step of each on its own terms,
-with the optimizer it is used with.
+"""Whole memory layers, ours and those of two packages: a training step of each with the optimizer
+it is usually used with.
 """
 
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import isqrt
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Adam
 
 from memshard.bench.common.peak_memory import peak_memory
 from memshard.bench.values.table import Sizes, take_path
+from memshard.experiments.common.repeated import ratios
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import externalize_tables
@@ -27,8 +28,8 @@ _HEADS, _KEY_DIM = {PKM: 4, PEER: 8}, 256
 
 
 def measure(sizes: Sizes, peer: str) -> dict[str, Any]:
-    """Medians and ratios of a peer's layer and ours, in turn, with the peak memory of each
-    alone.
+    """Let a peer's layer and ours take steps in turn; return medians, ratios, and each one's peak
+    memory in a process of its own.
     """
     names = (PAIRS[peer], peer)
     result: dict[str, Any] = {"tokens": {}}
@@ -36,18 +37,19 @@ def measure(sizes: Sizes, peer: str) -> dict[str, Any]:
     for tokens in token_counts(sizes, peer):
         times: dict[str, list[float]] = {name: [] for name in names}
         for number in range(sizes.rounds + 1):
+            # New tokens every round: rows read again would be in the cache.
             x = torch.randn(1, tokens, sizes.dim, generator=torch.Generator().manual_seed(number))
             for name, step in steps.items():
                 begun = time.perf_counter()
                 step(x)
                 if number:  # the first is a warm-up
                     times[name].append(time.perf_counter() - begun)
-        ratios = [other / own for own, other in zip(*times.values(), strict=True)]
+        faster = ratios(times[peer], times[PAIRS[peer]])
         result["tokens"][tokens] = {
             "seconds": {name: statistics.median(values) for name, values in times.items()},
-            "ratio": statistics.median(ratios),
-            "ratio_low": min(ratios),
-            "ratio_high": max(ratios),
+            "ratio": statistics.median(faster),
+            "ratio_low": min(faster),
+            "ratio_high": max(faster),
         }
     steps.clear()
     return result | {
@@ -59,26 +61,31 @@ def measure(sizes: Sizes, peer: str) -> dict[str, Any]:
 
 
 def token_counts(sizes: Sizes, peer: str) -> tuple[int, ...]:
-    """Tokens of a step. PEER-pytorch gathers every expert that a token reads, 2 MB of 1024 values:
-    only the smallest step.
+    """Return the numbers of tokens to measure.
+
+    PEER-pytorch gathers every expert that a token reads, 2 MB a token of 1,024 values: for it only
+    the smallest step.
     """
     return sizes.tokens if peer == PKM else (min(sizes.tokens),)
 
 
 def take_steps(sizes: Sizes, name: str, tokens: int) -> None:
-    """Three steps of one layer, for its memory."""
+    """Take three steps of one layer, whose memory is measured."""
     step = _BUILDERS[name](sizes)
     for _ in range(3):
         step(torch.randn(1, tokens, sizes.dim))
 
 
-def competitors() -> Iterator[tuple[str, str | None]]:
-    """(name, what to install for it) of the peers; None where nothing is missing."""
-    for name, module, package in (
-        (PKM, "product_key_memory", "product-key-memory"),
-        (PEER, "PEER_pytorch", "PEER-pytorch"),
-    ):
-        yield name, None if importlib.util.find_spec(module) else f"pip install {package}"
+def competitors() -> dict[str, str | None]:
+    """Return what to install for each peer, None where nothing is missing."""
+    packages = {
+        PKM: ("product_key_memory", "product-key-memory"),
+        PEER: ("PEER_pytorch", "PEER-pytorch"),
+    }
+    return {
+        name: None if importlib.util.find_spec(module) else f"pip install {package}"
+        for name, (module, package) in packages.items()
+    }
 
 
 def _ours(sizes: Sizes, kind: type[ProductKeyMemory], heads: int) -> Callable[[Tensor], None]:

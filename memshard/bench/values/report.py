@@ -1,14 +1,13 @@
-"""What `memshard bench values` prints and writes."""
+"""The tables that `memshard bench values` prints. This file does not load torch."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-from memshard.bench.values.table import FBGEMM, OURS, PARTS
+OURS, FBGEMM = "memshard", "FBGEMM, row-wise Adagrad"
+PARTS = ("forward", "backward", "update", "total")
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print all of it as Markdown."""
+    """Print the result as Markdown."""
     table, sizes = result["table"], result["table"]["sizes"]
     shape = f"{sizes['slots']:,} x {sizes['dim']} {sizes['dtype']}, {sizes['reads']} reads a token"
     print(f"{shape}, {result['threads']} threads, torch {result['torch']}")
@@ -51,23 +50,17 @@ def show(result: dict[str, Any]) -> None:
             "FBGEMM has no Adam on CPU: row-wise Adagrad keeps one number a row, and updates in "
             "its backward pass."
         )
-    for name, found in result["layers"].items():
-        for tokens, line in found["tokens"].items():
+    for name, layer in result["layers"].items():
+        for tokens, line in layer["tokens"].items():
             (ours, own), (_, other) = line["seconds"].items()
             print(
                 f"\nwhole layer, {tokens:,} tokens: {ours} {own * 1e3:.1f} ms, {name} "
                 f"{other * 1e3:.1f} ms: {_ratio(line)}"
             )
-        (_, own_peak), (_, other_peak) = found["peak_memory"].items()
+        (_, own_peak), (_, other_peak) = layer["peak_memory"].items()
         print(f"peak memory: {_gigabytes(own_peak)} against {_gigabytes(other_peak)} GB")
     for name, command in result["missing"].items():
         print(f"\nnot measured: {name} ({command})")
-
-
-def write(result: dict[str, Any], file: Path) -> None:
-    """Write it as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _ratio(line: dict[str, float]) -> str:

@@ -1,9 +1,9 @@
-"""A training step of the value table alone, against what others offer for the same reads.
+"""A training step of the value table alone, beside what others offer for the same reads.
 
 A step is the weighted sums of all tokens' reads, their backward pass (to the weights and the table)
 and the update, on log-uniform row numbers. All competitors take turns, round by round; figures are
-medians of the rounds, ratios are taken within a round. Processor time, of all threads, is robust
-where others use the machine, too.
+medians of the rounds, ratios are taken within a round. Processor time, summed over threads, is also
+given: it is robust on a machine that others use.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,18 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.bench.common.peak_memory import peak_memory
+from memshard.bench.values.report import FBGEMM, OURS, PARTS
+from memshard.experiments.common.repeated import ratios
 from memshard.models.kernels.backend import SWITCH, chosen
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
 
-OURS, PLAIN, SPARSE, DENSE = (
-    "memshard",
-    "memshard, plain torch",
-    "EmbeddingBag sparse + SparseAdam",
-    "EmbeddingBag dense + fused Adam",
-)
-FBGEMM = "FBGEMM, row-wise Adagrad"
-PARTS = ("forward", "backward", "update", "total")
+PLAIN = "memshard, plain torch"
+SPARSE = "EmbeddingBag sparse + SparseAdam"
+DENSE = "EmbeddingBag dense + fused Adam"
 _CPU = torch.device("cpu")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,8 +38,8 @@ Step = Callable[[Tensor, Tensor, Tensor], dict[str, float]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """slots x dim: the table; reads: of a token; tokens: of a step, each size in turn; dtype: of
-    our table, the others are fp32; clip: RowAdam's.
+    """slots x dim: shape of the table; reads: rows a token reads; tokens: numbers of tokens of a
+    step, measured one after the other; dtype: of our table, the others are fp32; clip: RowAdam's.
     """
 
     slots: int = 262_144
@@ -55,8 +52,10 @@ class Sizes:
 
 
 def measure(sizes: Sizes, names: list[str]) -> dict[str, Any]:
-    """Steps of the named competitors in turn: medians, ratios to ours with their range, bytes over
-    time, peak memory of each alone.
+    """Let the named competitors take steps in turn.
+
+    Return medians, ratios to ours with their range, bytes over time, and each one's peak memory in
+    a process of its own.
     """
     bandwidth = read_bandwidth()
     steps = {name: _BUILDERS[name](sizes) for name in names}
@@ -90,7 +89,7 @@ def measure(sizes: Sizes, names: list[str]) -> dict[str, Any]:
 
 
 def take_steps(sizes: Sizes, name: str) -> None:
-    """Three steps of one competitor, for its memory."""
+    """Take three steps of one competitor, whose memory is measured."""
     step = _BUILDERS[name](sizes)
     for seed in range(3):
         step(*draw(sizes, max(sizes.tokens), seed))
@@ -99,39 +98,34 @@ def take_steps(sizes: Sizes, name: str) -> None:
 def _summary(
     sizes: Sizes, tokens: int, times: list[dict[str, float]], ours: list[dict[str, float]]
 ) -> dict[str, float]:
-    """Medians in seconds, how many times ours is faster, and the bytes that a step cannot avoid
-    over its time.
+    """Return medians in seconds, how many times ours is faster, and the bytes that a step cannot
+    avoid over its time.
     """
-    found = {
+    line = {
         part: statistics.median(time.get(part, 0.0) for time in times)
         for part in (*PARTS, "cpu", "rows")
     }
-    ratios = [time["total"] / own["total"] for time, own in zip(times, ours, strict=True)]
-    found |= {
-        "ratio": statistics.median(ratios),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-    }
-    ratios = [time["cpu"] / own["cpu"] for time, own in zip(times, ours, strict=True)]
-    found |= {
-        "cpu_ratio": statistics.median(ratios),
-        "cpu_ratio_low": min(ratios),
-        "cpu_ratio_high": max(ratios),
-    }
+    for prefix, clock in (("", "total"), ("cpu_", "cpu")):
+        faster = ratios([time[clock] for time in times], [time[clock] for time in ours])
+        line |= {
+            f"{prefix}ratio": statistics.median(faster),
+            f"{prefix}ratio_low": min(faster),
+            f"{prefix}ratio_high": max(faster),
+        }
     # Rows are read forward and, for the weights' gradients, backward; the update reads and writes
     # distinct ones and two moments.
     size = _DTYPES[sizes.dtype].itemsize
     read = tokens * sizes.reads * sizes.dim * size
-    written = found["rows"] * sizes.dim * 2 * (size + 8)
-    return found | {
-        "forward_bytes_per_s": read / found["forward"],
-        "bytes_per_s": (2 * read + written) / found["total"],
+    written = line["rows"] * sizes.dim * 2 * (size + 8)
+    return line | {
+        "forward_bytes_per_s": read / line["forward"],
+        "bytes_per_s": (2 * read + written) / line["total"],
     }
 
 
 def draw(sizes: Sizes, tokens: int, seed: int) -> Reads:
-    """Log-uniform rows in a random order of slots, weights that sum to 1 a token, and an upstream
-    gradient.
+    """Return log-uniform rows in a random order of slots and weights that sum to 1 for a token,
+    both [tokens, reads], and an upstream gradient [tokens, dim].
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(tokens, sizes.reads, generator=generator, dtype=torch.float64)
@@ -143,7 +137,7 @@ def draw(sizes: Sizes, tokens: int, seed: int) -> Reads:
 
 
 def _ours(sizes: Sizes, plain: bool = False) -> Step:
-    """A hidden table and RowAdam."""
+    """Return a step of a hidden table with RowAdam."""
     with torch.device("meta"):
         table = ValueTable(sizes.slots, sizes.dim)
     table.hide()
@@ -161,7 +155,7 @@ def _ours(sizes: Sizes, plain: bool = False) -> Step:
 
 
 def _torchs(sizes: Sizes, sparse: bool) -> Step:
-    """An EmbeddingBag's table and the optimizer that goes with its gradient."""
+    """Return a step of an EmbeddingBag with the optimizer that goes with its gradient."""
     bag = nn.EmbeddingBag(
         sizes.slots,
         sizes.dim,
@@ -189,7 +183,7 @@ def _torchs(sizes: Sizes, sparse: bool) -> Step:
 
 
 def _fbgemm(sizes: Sizes) -> Step:
-    """FBGEMM's table on CPU, whose backward pass updates it; it has no Adam there."""
+    """Return a step of FBGEMM's table on CPU, which backward updates; it has no Adam there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -230,11 +224,11 @@ _BUILDERS: dict[str, Callable[[Sizes], Step]] = {
 }
 
 
-def competitors() -> Iterator[tuple[str, str | None]]:
-    """(name, what to install for it) of all competitors; None where nothing is missing."""
-    for name in _BUILDERS:
-        missing = name == FBGEMM and importlib.util.find_spec("fbgemm_gpu") is None
-        yield name, "pip install fbgemm-gpu-cpu==1.8.0" if missing else None
+def competitors() -> dict[str, str | None]:
+    """Return what to install for each competitor, None where nothing is missing."""
+    missing = importlib.util.find_spec("fbgemm_gpu") is None
+    commands = {FBGEMM: "pip install fbgemm-gpu-cpu==1.8.0"} if missing else {}
+    return {name: commands.get(name) for name in _BUILDERS}
 
 
 def _timed(
@@ -243,7 +237,7 @@ def _timed(
     upstream: Tensor,
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, float]:
-    """Seconds of forward, backward and update; without an optimizer backward does both."""
+    """Return seconds of forward, backward and update; without an optimizer backward updates."""
     weights = weights.clone().requires_grad_()
     times = [time.perf_counter()]
     y = read(weights)
@@ -257,8 +251,8 @@ def _timed(
 
 
 def take_path(plain: bool) -> None:
-    """Take the plain path or the fastest; building and testing kernels happens outside of what is
-    timed.
+    """Switch to plain torch or to the fastest kernels, which are built and tested here, outside of
+    what is timed.
     """
     if plain != (os.environ.get(SWITCH) == "plain"):
         os.environ[SWITCH] = "plain" if plain else ""
@@ -267,7 +261,7 @@ def take_path(plain: bool) -> None:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of summing 1 GiB of fp32, the best of 5."""
+    """Return bytes a second of summing 1 GiB of fp32, the best of five."""
     x = torch.ones(1 << 28)
     times = []
     for _ in range(5):

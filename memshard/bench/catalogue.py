@@ -1,0 +1,55 @@
+"""The benchmarks that `memshard bench` knows. Importing this file does not load torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    module: import path of a file with `add_arguments(parser)`, `run(args) -> dict` (what JSON
+    shows) and `show(result)` (prints that for people). measures: one line.
+    """
+
+    name: str
+    module: str
+    measures: str
+
+
+def _benchmark(name: str, measures: str, module: str = "") -> Benchmark:
+    return Benchmark(name, f"memshard.bench.{module or name.replace('-', '_')}", measures)
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        _benchmark(
+            "values",
+            "a training step of the value table and of whole memory layers, beside torch, FBGEMM, "
+            "product-key-memory and PEER-pytorch",
+            "values.run",
+        ),
+        _benchmark(
+            "values-gpu",
+            "table reads and row updates on a GPU, as shares of the bandwidth of a copy",
+            "values.gpu",
+        ),
+        _benchmark("product-topk", "product-key search: what tie order costs and pruning saves"),
+        _benchmark("lsh", "LSH attention on long sequences: time and memory, beside its peers"),
+        _benchmark("million-tokens", "one training step on a million tokens: time and memory"),
+        _benchmark("reversible", "plain, checkpointed and reversible blocks: time and memory"),
+        _benchmark("fast-weights", "the delta rule beside transformers, fla and a loop over steps"),
+        _benchmark("primer", "Primer's convolution and squared ReLU beside torch's own operations"),
+        _benchmark("plan-memory", "the memory that `memshard plan` predicts beside what is taken"),
+        _benchmark(
+            "parallel",
+            "training steps at every (tensor, data) split of some ranks and on each engine, and a "
+            "block beside DTensor's",
+        ),
+        _benchmark("plain-loop", "`memshard train` beside a plain training loop, on one process"),
+        _benchmark("data", "web pages a second by stage, tokenizers, tokens a second of a stream"),
+        _benchmark("extraction", "main-text extraction against gold article bodies: F1 and speed"),
+        _benchmark("export", "memory and speed of exporting and evaluating a large table on disk"),
+        _benchmark("candidates", "programs a second that a search proposes and checks on one core"),
+    )
+}
