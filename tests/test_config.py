@@ -9,7 +9,7 @@ from memshard.trainer.config.explain import explain
 from memshard.trainer.config.load import bundled, dump, load_recipe
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
-from memshard.trainer.cost.estimate import count_parameters
+from memshard.trainer.cost.parameters import count_parameters
 
 MINIMAL = "data: {path: shards}\n"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import memshard
-from memshard.launch.capability import lacks_kernels
+from memshard.launch.env import lacks_kernels
 from memshard.models.kernels.backend import chosen
 from memshard.trainer.checkpoint.folders import COMMIT, committed
 from memshard.trainer.checkpoint.hashed_pieces import verify

@@ -3,6 +3,7 @@
 import atexit
 import fcntl
 import os
+import re
 import socket
 import struct
 import sys
@@ -13,7 +14,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from memshard.launch.capability import lacks_kernels
 from memshard.launch.ranks import Ranks, read_ranks
 
 _SIOCGIFADDR = 0x8915
@@ -69,6 +69,35 @@ def _device(ranks: Ranks) -> torch.device:
     if problem:
         raise ValueError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return device
+
+
+def lacks_kernels(capability: tuple[int, int], built: list[str]) -> str | None:
+    """Return what to install if the installed torch has no kernels for a GPU; None if it has.
+
+    capability: of the GPU, such as (7, 0). built: `torch.cuda.get_arch_list()`: sm_XY is machine
+    code, which runs on the same major version from minor version Y on; compute_XY can be compiled
+    for anything newer.
+    """
+    major, minor = capability
+    versions = [
+        (kind, int(x), int(y))
+        for arch in built
+        for kind, x, y in re.findall(r"^(sm|compute)_(\d+)(\d)[a-z]?$", arch)
+    ]
+    if not versions or any(
+        (x, y) <= capability and (kind == "compute" or x == major) for kind, x, y in versions
+    ):
+        return None
+    lowest = min((x, y) for _, x, y in versions)
+    advice = (
+        "install torch's build for CUDA 12.6 (docs/volta.md)"
+        if capability < lowest
+        else "install a newer torch"
+    )
+    return (
+        f"this torch has no code for GPUs of capability {major}.{minor}, only "
+        f"{', '.join(built)}: {advice}"
+    )
 
 
 def _publish(ranks: Ranks) -> None:

@@ -1,4 +1,25 @@
-"""Spread a built model over a mesh."""
+"""Spread a built model over a mesh.
+
+Modules of `models/` know no process groups. Where several ranks compute together, `parallel/` sets
+an attribute or a hook that the module leaves open, and this is the whole list:
+
+    QueryNorm.reduce                sums the statistics of queries over all tokens of the step
+                                    (`apply`)
+    Transformer.share_sequence      cuts this rank's part from tokens and context (`segments.py`,
+                                    `tensor.py`)
+    FastWeightMixer.neighbours,     the state, and the last rows, of the segment before this rank's
+    its convolutions' .neighbours   (`segments.py`)
+    Mixer.heads, .kv_heads          become this rank's number of heads (`tensor.py`)
+    LSHMixer.first_head             number of this rank's first head: keys its random rotations
+                                    (`tensor.py`)
+    linear maps, embedding, head,   are replaced by this rank's shard of them (`tensor.py`)
+    convolutions
+    ValueTable                      is replaced by a sharded one (`tables/shard_tables.py`)
+    ValueTable.gradient_scale       factor of row gradients (`tables/shard_tables.py`, `apply`)
+    pre-forward hooks               gather the sequence: of mixers, feedforwards and shared query
+                                    maps (`tensor.py`), of memories that read for a whole tensor
+                                    group (`_gather_sequence_for_memory`)
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +35,12 @@ from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
-from memshard.parallel.mesh import DATA, TABLE, group, tensor_size
+from memshard.parallel.mesh import AXES, DATA, group, tensor_size
 from memshard.parallel.segments import piece_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
-from memshard.parallel.tables.shard_tables import Exchange, Layout, shard_tables
+from memshard.parallel.tables.layouts import LayoutName, layout_named
+from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 
 Share = Literal["heads", "sequence"]
@@ -27,23 +49,21 @@ Share = Literal["heads", "sequence"]
 def apply(
     model: nn.Module,
     mesh: DeviceMesh | None,
-    layout: Layout = "rows",
-    exchange: Exchange = "pooled",
+    layout: LayoutName = "rows",
     share: Share = "heads",
 ) -> dict[str, ShardSpec]:
     """Hide the model's tables and split them, split the dense matrices over the tensor axis, and
     sum query statistics over all tokens.
 
-    share: what ranks along the tensor axis share: "heads", the large matrices and between them the
-    tokens of sequences, or "sequence", the tokens alone, through the states of fast weights;
-    matrices are then whole.
+    layout: how tables are split, a name in `tables.layouts.LAYOUTS`. share: what ranks along the
+    tensor axis share: "heads", the large matrices and, between them, the tokens of sequences; or
+    "sequence", only the tokens, through the states of fast weights, with whole matrices.
 
     The losses of the ranks along the data axes must add up to the loss of the batch; along the
     tensor axis each rank has the same loss. Then the gradient of a split tensor is the sum over the
     data axes, that of any other the sum over all ranks (see `grad_norm.py`). Returns the placement
-    of every tensor that is split, by its name in `state_dict()`; whatever it does not list is the
-    same on all ranks. layout, exchange: see `shard_tables`. ValueError where sizes do not divide,
-    or fairscale is missing.
+    of every tensor that is split, by its name in `state_dict()`; a tensor that is not listed is
+    the same on all ranks. ValueError where sizes do not divide, or fairscale is missing.
     """
     if mesh is None:
         externalize_tables(model)
@@ -61,27 +81,26 @@ def apply(
             from memshard.parallel.tensor import split_dense
 
             placement = split_dense(model, mesh)
-    same_reads = layout == "tensor"
-    axes, copies = (("tensor",), DATA) if same_reads else (TABLE, ("replica",))
-    tables = shard_tables(
-        model, group(mesh, axes), False, layout, exchange, replicas=group(mesh, copies)
-    )
-    if same_reads:
+    row = layout_named(layout)
+    copies = tuple(axis for axis in AXES if axis not in row.axes)
+    tables = shard_tables(model, group(mesh, row.axes), False, layout, replicas=group(mesh, copies))
+    reading: tuple[str, ...] = AXES
+    if row.within_tensor_group:
+        reading = DATA  # ranks along the tensor axis read the same
         for table in tables:
-            table.gradient_scale = ranks
+            table.gradient_scale = ranks  # see _gather_sequence_for_memory
         for module in model.modules():
             if isinstance(module, ProductKeyMemory):
-                _let_read_whole_sequences(module, group(mesh, axes), ranks)
-    tokens = group(mesh, DATA if same_reads else (*DATA, "tensor"))
+                _gather_sequence_for_memory(module, group(mesh, row.axes), ranks)
+    tokens = group(mesh, reading)
     for module in model.modules():
         if isinstance(module, QueryNorm):
             module.reduce = lambda x: differentiable_sum(x, tokens)
-    # A shared table stands in `state_dict()` under the name of every reader.
-    for name, table in model.named_modules(remove_duplicate=False):
-        if isinstance(table, ShardedTable):
-            placement[f"{name}.weight"] = ShardSpec(
-                table.spec_dim, axes, (table.slots, table.dim)[table.spec_dim]
-            )
+    # `state_dict()` lists a shared table under the name of every reader.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ShardedTable):
+            size = (module.slots, module.dim)[row.split_dim]
+            placement[f"{name}.weight"] = ShardSpec(row.split_dim, row.axes, size)
     return placement
 
 
@@ -98,19 +117,21 @@ def losses_on(
     return split_token_losses
 
 
-def _let_read_whole_sequences(
-    memory: ProductKeyMemory, ranks: dist.ProcessGroup, count: int
+def _gather_sequence_for_memory(
+    memory: ProductKeyMemory, group: dist.ProcessGroup, ranks: int
 ) -> None:
-    """Give a memory all tokens of the sequence, and keep this rank's piece of what it reads.
+    """Pass a memory all tokens of the sequence, and keep this rank's segment of its output.
 
-    Every rank then finds the whole gradient of the memory's dense parameters; taking 1 / ranks of
-    it makes that a part, like those of other layers, so that copies cannot drift apart. The tables,
-    whose columns only one rank has, undo it.
+    Each rank then computes the full gradient g of the memory's dense parameters, but gradients of
+    parameters that are not split are summed over the tensor axis (`complete_gradients`), which
+    would give ranks * g. So backward hands every rank 1 / ranks of the output's gradient: the sum
+    of g / ranks is g, and copies stay equal to the last bit. A table's columns are on one rank, and
+    nobody sums their gradient: gradient_scale = ranks turns its g / ranks back into g.
     """
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, padding, *replay = inputs
-        return gather(x, ranks), None if padding is None else gathered(padding, ranks), *replay
+        return gather(x, group), None if padding is None else gathered(padding, group), *replay
 
     memory.register_forward_pre_hook(before)
-    memory.register_forward_hook(lambda _, inputs, y: split(y, ranks, 1 / count))
+    memory.register_forward_hook(lambda _, inputs, y: split(y, group, 1 / ranks))

@@ -4,13 +4,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
+
+from memshard.parallel import compat
 
 
 @dataclass
@@ -60,10 +60,9 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 def set_timeout(seconds: float, but: dist.ProcessGroup | None = None) -> None:
     """How long collectives wait for a rank, from the next one on, in all process groups but one."""
-    groups = distributed_c10d._world.pg_map if dist.is_initialized() else ()
-    for group in groups:
+    for group in compat.process_groups() if dist.is_initialized() else ():
         if group is not but:
-            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            compat.set_timeout(group, seconds)
 
 
 def differentiable_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -3,11 +3,10 @@
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+AXES = ("replica", "memory", "tensor")
+
 DATA = ("replica", "memory")
 """Axes of ranks that train on different sequences; ranks along `tensor` share theirs."""
-
-TABLE = ("memory", "tensor")
-"""Axes that value tables are split over, unless each tensor-parallel group has its own."""
 
 
 def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> DeviceMesh | None:
@@ -25,7 +24,7 @@ def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> 
     return init_device_mesh(
         device_type,
         (ranks // memory, memory // tensor, tensor),
-        mesh_dim_names=("replica", "memory", "tensor"),
+        mesh_dim_names=AXES,
     )
 
 

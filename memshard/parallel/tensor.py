@@ -56,9 +56,7 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
     """
     ranks = mesh["tensor"].get_group()
     placement = split_matrices(model, dist.get_world_size(ranks))
-    # fairscale makes groups of its own, and prints; the mesh has them already.
-    fairscale_groups._MODEL_PARALLEL_GROUP = ranks
-    fairscale_groups._DATA_PARALLEL_GROUP = group(mesh, DATA)
+    _give_groups(mesh)
     for name, spec in placement.items():
         owner, _, child = name.removesuffix(".weight").rpartition(".")
         whole: Any = model.get_submodule(name.removesuffix(".weight"))
@@ -76,6 +74,16 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
             module.register_forward_pre_hook(_gather_input)
     model.share_sequence = _share_sequence
     return placement
+
+
+def _give_groups(mesh: DeviceMesh) -> None:
+    """Tell fairscale which ranks share matrices."""
+    if hasattr(fairscale_groups, "_MODEL_PARALLEL_GROUP"):
+        fairscale_groups._MODEL_PARALLEL_GROUP = mesh["tensor"].get_group()
+        fairscale_groups._DATA_PARALLEL_GROUP = group(mesh, DATA)
+    else:
+        # The public way makes the same groups a second time, and prints.
+        fairscale_groups.initialize_model_parallel(mesh["tensor"].size())
 
 
 def leave() -> None:

@@ -40,10 +40,7 @@ _FREE_TO_CHANGE = {
         for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")
     ),
     "tables.place",
-    *(
-        f"parallel.{key}"
-        for key in ("tensor", "share", "memory", "layout", "exchange", "checksum_every")
-    ),
+    *(f"parallel.{key}" for key in ("tensor", "share", "memory", "layout", "checksum_every")),
 }
 
 

@@ -27,7 +27,8 @@ from memshard.trainer.carried_states import Carried
 from memshard.trainer.compile import compile_layers
 from memshard.trainer.config.optimizers import TableOptimizerConfig
 from memshard.trainer.config.recipe import Recipe
-from memshard.trainer.cost.estimate import check_fits, layout_choice
+from memshard.trainer.cost.estimate import check_fits
+from memshard.trainer.cost.layout_choice import layout_choice
 from memshard.trainer.engine.native import NativeEngine
 from memshard.trainer.optim.rows.adam import RowAdam
 from memshard.trainer.precision import LossScale, compute_dtype, store_tables
@@ -88,7 +89,7 @@ def set_up(
     layout = layout_choice(recipe, ranks)
     with torch.device("meta"):
         model = build(recipe.model)
-    placement = apply(model, mesh, layout.layout, layout.exchange, recipe.parallel.share)
+    placement = apply(model, mesh, layout.name, recipe.parallel.share)
     store_tables(model, recipe.tables.dtype)
     for _, table in find_tables(model):
         table.host = recipe.tables.place == "host"

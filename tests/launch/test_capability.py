@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from memshard.launch.capability import lacks_kernels
+from memshard.launch.env import lacks_kernels
 from memshard.launch.launchers.slurm import Flavour, Job, render
 from memshard.launch.launchers.start import torchrun_options
 from tests.launch.test_scripts import START, V100

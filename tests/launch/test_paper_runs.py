@@ -23,7 +23,7 @@ def test_32_gpu_recipes(
         and result["precision"] == "fp16"
         and result["parameters"]["table"] == 2**20 * dim
     )
-    assert [part["table"] for part in result["rehearsed"]] == [2**20 * dim // 32] * 2
+    assert [part["table"] for part in result["dry_run"]] == [2**20 * dim // 32] * 2
     kept = {variant["name"]: variant["bytes"] for variant in result["variants"]}
     assert (
         kept["reversible"]

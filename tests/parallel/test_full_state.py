@@ -10,7 +10,8 @@ from torch.optim import AdamW
 
 from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.parallel.tables.full_state import full_state_dict, load_full_state_dict
-from memshard.parallel.tables.shard_tables import Layout, shard_tables
+from memshard.parallel.tables.layouts import LayoutName
+from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
 from memshard.trainer.optim.rows.adam import RowAdam, Semantics
 from tests.distributed import run_distributed
@@ -35,7 +36,7 @@ class _Model(nn.Module):
 
 
 def _train(
-    rank: int, world: int, layout: Layout, semantics: Semantics, saved: Any, steps: range
+    rank: int, world: int, layout: LayoutName, semantics: Semantics, saved: Any, steps: range
 ) -> Any:
     model = _Model()
     tables = (
@@ -65,7 +66,7 @@ def _tensors(states: Any) -> dict[str, Tensor]:
     return {**model, **state}
 
 
-_CASES: list[tuple[Layout, Semantics]] = [
+_CASES: list[tuple[LayoutName, Semantics]] = [
     ("rows", "row-step"),
     ("columns", "row-step"),
     ("columns", "lazy"),

@@ -24,6 +24,7 @@ from memshard.parallel.apply import Share, apply, losses_on
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.mesh import build_mesh
+from memshard.parallel.tables.layouts import LAYOUTS, LayoutName
 from memshard.parallel.tensor_placement import split_matrices
 from memshard.trainer.checkpoint.global_tensors import model_tensors
 from memshard.trainer.config.optimizers import OptimizerConfig
@@ -33,13 +34,11 @@ from memshard.trainer.optim.rows.adam import RowAdam
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 
-LAYOUTS: dict[str, tuple[Any, Any, int | None]] = {
-    "rows, pooled": ("rows", "pooled", None),
-    "rows, unique": ("rows", "unique", None),
-    "columns": ("columns", "pooled", None),
-    "tensor": ("tensor", "pooled", None),
-    "rows, two copies": ("rows", "pooled", 2),
+TABLES: dict[str, tuple[LayoutName, int | None]] = {
+    **{name: (name, None) for name in LAYOUTS},
+    "rows, two copies": ("rows", 2),
 }
+"""Layout, and ranks that split a table (None: all)."""
 MODELS: dict[str, dict[str, Any]] = {
     "tied head, batch statistics": {"memory": {"share": True}},
     "SwiGLU, own head, Memory+": {
@@ -115,7 +114,7 @@ class Point:
 
     model: str
     tensor: int
-    layout: str
+    tables: str
     residual: str
     accumulation: int
     engine: str = "torch"
@@ -137,9 +136,9 @@ def train(point: Point) -> dict[str, Any]:
     model.to(dtype)
     if point.residual == "checkpointed":
         model.configure(Recompute("full" if point.accumulation == 1 else "selective"))
-    layout, exchange, memory = LAYOUTS[point.layout]
+    layout, memory = TABLES[point.tables]
     mesh = _mesh(memory, point.tensor)
-    placement = apply(model, mesh, layout, exchange, point.share)
+    placement = apply(model, mesh, layout, point.share)
     ranks, rank = (
         (1, 0) if mesh is None else (mesh.size() // point.tensor, mesh.get_rank() // point.tensor)
     )
@@ -245,21 +244,21 @@ GRID = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)]
 def points(tensor: int, data: int) -> list[Point]:
     """All that makes sense on these ranks."""
     found = []
-    for number, (layout, residual, accumulation, engine) in enumerate(
-        product(LAYOUTS, RESIDUALS, (1, 2), ENGINES)
+    for number, (tables, residual, accumulation, engine) in enumerate(
+        product(TABLES, RESIDUALS, (1, 2), ENGINES)
     ):
-        form, _, memory = LAYOUTS[layout]
+        layout, memory = TABLES[tables]
         name, zero = ENGINES[engine]
         copies = memory is None or (tensor * data > memory and memory % tensor == 0)
         if (
             copies
-            and (tensor > 1 or form != "tensor")
+            and (tensor > 1 or not LAYOUTS[layout].within_tensor_group)
             and (data > 1 or name == "deepspeed" or not zero)
         ):
             # Each in turn, but for post-norm, which cannot be reversible.
             model = list(MODELS)[number % (len(MODELS) - (residual == "reversible"))]
             found.append(
-                Point(model, tensor, layout, residual, accumulation, engine, wide=name == "torch")
+                Point(model, tensor, tables, residual, accumulation, engine, wide=name == "torch")
             )
     return found
 
@@ -282,7 +281,7 @@ def _train_all(rank: int, world: int, grid: list[Point]) -> dict[Point, dict[str
 @cache
 def alone(model: str, residual: str, accumulation: int, wide: bool) -> dict[str, Any]:
     """One process, the torch engine."""
-    return train(Point(model, 1, "rows, pooled", residual, accumulation, wide=wide))
+    return train(Point(model, 1, "rows", residual, accumulation, wide=wide))
 
 
 def check(world: int, grid: list[Point]) -> None:
@@ -325,7 +324,7 @@ def test_the_whole_grid(ranks: tuple[int, int]) -> None:
 
 
 SEQUENCES = [
-    Point("fast weights", 2, "rows, pooled", "standard", 2, share="sequence"),
+    Point("fast weights", 2, "rows", "standard", 2, share="sequence"),
     Point(
         "normalised fast weights",
         2,
@@ -338,7 +337,7 @@ SEQUENCES = [
     Point(
         "fast weights",
         2,
-        "rows, unique",
+        "rows-unique",
         "reversible",
         1,
         "DeepSpeed, ZeRO-1",

@@ -19,6 +19,7 @@ from memshard.models.random import RandomKey
 from memshard.models.recompute.checkpointing import Checkpointing, Recompute
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
+from memshard.parallel.tables.layouts import LAYOUTS, LayoutName
 from memshard.parallel.tables.sharded import ShardedTable
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
@@ -28,11 +29,7 @@ _MODES: dict[str, dict[str, Any]] = {
     "find_unused": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
 }
-_LAYOUTS: list[dict[str, Any]] = [
-    {"layout": "rows"},
-    {"layout": "rows", "exchange": "unique"},
-    {"layout": "columns"},
-]
+_LAYOUTS = [name for name, layout in LAYOUTS.items() if not layout.within_tensor_group]
 _MEMORIES: list[dict[str, Any]] = [
     {"share": True, "mode": "add"},
     {"kind": "peer", "query_norm": "lagged"},
@@ -45,7 +42,7 @@ def _gradients(
     world: int,
     memory: dict[str, Any],
     mode: str,
-    layout: dict[str, Any],
+    layout: LayoutName,
     residual: str,
     kind: Checkpointing,
 ) -> dict[str, Tensor]:
@@ -54,7 +51,7 @@ def _gradients(
     """
     model = tiny_model(tiny_config(memory, residual=residual, dropout=0.2), spread=0.1).train()
     model.configure(Recompute(kind))
-    apply(model, build_mesh("cpu"), **layout)
+    apply(model, build_mesh("cpu"), layout)
     # As the trainer has it: they enter once a step.
     for _, layer in model.memories():
         layer.query_norm.deferred = True
@@ -136,7 +133,7 @@ def two_ranks() -> list[list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("index", range(len(_CASES)), ids=[str(case) for case in _CASES])
 def test_two_ranks_are_one(index: int, two_ranks: list[list[dict[str, Tensor]]]) -> None:
     memory, mode, _, residual, _ = _CASES[index]
-    alone = _gradients(0, 1, memory, mode, {}, residual, "none")
+    alone = _gradients(0, 1, memory, mode, "rows", residual, "none")
     for rank in two_ranks:
         assert rank[index].keys() == alone.keys()
         for name, expected in alone.items():

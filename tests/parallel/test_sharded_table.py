@@ -19,8 +19,9 @@ from memshard.models.memory.table import ValueTable, externalize_tables, find_ta
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
-from memshard.parallel.tables.columns import ColumnShardedTable
-from memshard.parallel.tables.shard_tables import Exchange, Layout, shard_tables
+from memshard.parallel.tables.layouts import LAYOUTS, LayoutName
+from memshard.parallel.tables.shard_tables import shard_tables
+from memshard.parallel.tables.tensor_columns import TensorColumnTable
 from memshard.trainer.evaluation.slot_usage import usage_reports
 from memshard.trainer.optim.rows.adam import RowAdam
 from tests.distributed import run_distributed
@@ -39,11 +40,7 @@ _CASES = {
 }
 
 
-_FORMS: list[tuple[Layout, Exchange]] = [
-    ("rows", "pooled"),
-    ("rows", "unique"),
-    ("columns", "pooled"),
-]
+_LAYOUTS = [name for name, layout in LAYOUTS.items() if not layout.within_tensor_group]
 
 
 def _piece(x: Tensor, world: int, rank: int, dim: int = 0) -> Tensor:
@@ -64,21 +61,21 @@ def _check_parity(rank: int, world: int) -> None:
     for memory in (size for size in (1, 2, 3, 4) if world % size == 0 and (size > 1 or world < 3)):
         group, replicas = _groups(rank, world, memory)
         # In host memory only what happens inside a rank differs.
-        for host, (layout, exchange) in product((False, True) if world == 2 else (False,), _FORMS):
+        for host, layout in product((False, True) if world == 2 else (False,), _LAYOUTS):
             for name, (slots, counts, below) in _CASES.items():
                 tokens = counts[:world] if world < 4 else counts
                 case = (
-                    f"{name}, {layout}, {exchange}, {memory} of {world} "
+                    f"{name}, {layout}, {memory} of {world} "
                     f"ranks{', in host memory' if host else ''}"
                 )
                 torch.manual_seed(1)
                 whole = ValueTable(slots, 5).double()
                 holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
-                (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
+                (shard,) = shard_tables(holder, group, False, layout, replicas)
                 whole.hide()
                 shard.host = host
                 assert holder["a"] is shard and not list(holder.parameters())
-                part = int(layout == "columns"), memory, rank % memory
+                part = LAYOUTS[layout].split_dim, memory, rank % memory
                 assert torch.equal(shard.weight, _piece(whole.weight, part[1], part[2], part[0])), (
                     case
                 )
@@ -147,7 +144,7 @@ def _check_same_reads(rank: int, world: int) -> None:
     whole = ValueTable(7, 5).double()
     group = dist.group.WORLD
     assert group is not None
-    shard = ColumnShardedTable(7, 5, group, same_reads=True)
+    shard = TensorColumnTable(7, 5, group)
     whole.hide()
     shard.set_values(
         _piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format)
@@ -197,14 +194,14 @@ def _check_optimizers(rank: int, world: int) -> None:
     ]
     for number, option in enumerate(options):
         for memory in {1, world}:
-            for layout, exchange in _FORMS:
+            for layout in _LAYOUTS:
                 torch.manual_seed(number)
                 whole = ValueTable(9, 6).to(
                     torch.float16 if "rounding" in option else torch.float64
                 )
                 holder = torch.nn.ModuleDict({"a": deepcopy(whole)})
                 group, replicas = _groups(rank, world, memory)
-                (shard,) = shard_tables(holder, group, False, layout, exchange, replicas)
+                (shard,) = shard_tables(holder, group, False, layout, replicas)
                 whole.hide()
                 optimizers = RowAdam([whole], lr=0.1, **option), RowAdam([shard], lr=0.1, **option)
                 for _ in range(3):
@@ -220,8 +217,8 @@ def _check_optimizers(rank: int, world: int) -> None:
                     )
                     for optimizer in optimizers:
                         optimizer.step()
-                case = f"{option}, {layout}, {exchange}, {memory} of {world} ranks"
-                part = _piece(whole.weight, memory, rank % memory, int(layout == "columns"))
+                case = f"{option}, {layout}, {memory} of {world} ranks"
+                part = _piece(whole.weight, memory, rank % memory, LAYOUTS[layout].split_dim)
                 tolerance = 2e-3 if "rounding" in option else 1e-10
                 torch.testing.assert_close(
                     shard.weight, part, rtol=tolerance, atol=tolerance, msg=case
@@ -257,7 +254,7 @@ def _gather(x: Tensor, slots: int, world: int) -> list[Tensor]:
     return parts
 
 
-def _initial_state(share: bool, layout: Layout) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _initial_state(share: bool, layout: LayoutName) -> tuple[dict[str, Tensor], dict[str, int]]:
     """This rank's state of a model that was built on meta, spread, and only then given memory."""
     with torch.device("meta"):
         model = Transformer(tiny_config({"keys": 5, "share": share}))
@@ -270,7 +267,7 @@ def _initial_state(share: bool, layout: Layout) -> tuple[dict[str, Tensor], dict
     return dict(model.state_dict()), {name: spec.dim for name, spec in placement.items()}
 
 
-_INITIAL: list[tuple[bool, Layout]] = [(False, "rows"), (True, "rows"), (True, "columns")]
+_INITIAL: list[tuple[bool, LayoutName]] = [(False, "rows"), (True, "rows"), (True, "columns")]
 
 
 def _body(rank: int, world: int) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
@@ -298,7 +295,7 @@ def test_a_sharded_table_equals_the_local_one(world: int) -> None:
                 set(placement) == (split if world > 1 else set()) for placement in placements
             )
             if name in placements[0]:
-                assert placements[0][name] == int(layout == "columns")
+                assert placements[0][name] == LAYOUTS[layout].split_dim
                 assert torch.equal(torch.cat(pieces, dim=placements[0][name]), tensor), name
             else:
                 assert all(torch.equal(piece, tensor) for piece in pieces), name

@@ -12,7 +12,8 @@ from memshard.models.decode.generate import generate
 from memshard.models.loss import IGNORE, token_losses
 from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
-from memshard.trainer.cost.estimate import count_parameters, flops_per_token
+from memshard.trainer.cost.operations import flops_per_token
+from memshard.trainer.cost.parameters import count_parameters
 from tests.models.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokens
 
 ADAPTIVE: dict[str, Any] = {

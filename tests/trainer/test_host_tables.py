@@ -10,7 +10,9 @@ from torch import Tensor
 from memshard.models.config import MemoryConfig, ModelConfig
 from memshard.trainer.config.optimizers import TableOptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
-from memshard.trainer.cost.estimate import check_fits, estimate, remedies
+from memshard.trainer.cost.alternatives import Site, remedies
+from memshard.trainer.cost.devices import CARDS
+from memshard.trainer.cost.estimate import check_fits, estimate
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import checkpoint_state, train_run
 
@@ -52,10 +54,9 @@ def test_the_estimate_counts_tables_where_they_lie(monkeypatch: pytest.MonkeyPat
     assert not here.host.total and not there.bytes.table and not there.bytes.reads
     assert there.host.table == here.bytes.table == 256**2 // 2 * 64 * 12
     assert there.host.reads == here.bytes.reads and there.bytes.dense == here.bytes.dense
-    assert any(
-        "tables.place=host" in remedy
-        for remedy in remedies(beside, 2, 100, False, there.bytes.total)
-    )
+    card = replace(CARDS["v100-16g"], memory=there.bytes.total)
+    site = Site(card, ranks=2, vocab_size=100, precision="fp32")
+    assert any("tables.place=host" in remedy for remedy in remedies(beside, site))
     # A little less host memory than the table needs.
     available = there.host.table + there.bytes.dense - 1
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ LAYOUTS = {
     "rows": ("parallel.layout=rows", "train.zero=1"),
     "columns": ("parallel.layout=columns",),
     "copies": ("parallel.memory=1",),
-    "tensor": ("parallel.tensor=2", "parallel.layout=tensor"),
+    "tensor": ("parallel.tensor=2", "parallel.layout=tensor-columns"),
 }
 GROWN = ("model.memory.keys=13", "tables.semantics=row-step")
 TOLERANCE = 0.005

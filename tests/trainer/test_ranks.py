@@ -61,7 +61,7 @@ def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
 def _three_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
     loaded = _load(recipe, folder / "on 3", "parallel.layout=columns")
     train_run(recipe, folder / "on 3", *LONG, "parallel.layout=columns", stop_at=20)
-    train_run(recipe, folder / "3 ranks", *LONG, "parallel.exchange=unique", stop_at=10)
+    train_run(recipe, folder / "3 ranks", *LONG, "parallel.layout=rows-unique", stop_at=10)
     # Every rank with a copy of the table.
     train_run(recipe, folder / "3 ranks, few rows", *FEW, "parallel.memory=1")
     return loaded

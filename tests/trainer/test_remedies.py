@@ -24,7 +24,7 @@ LAYOUTS = {
     "rows": ("parallel.layout=rows",),
     "columns": ("parallel.layout=columns",),
     "copies": ("parallel.memory=1",),
-    "tensor": ("parallel.tensor=2", "parallel.layout=tensor"),
+    "tensor": ("parallel.tensor=2", "parallel.layout=tensor-columns"),
     "tensor, rows": ("parallel.tensor=2", "parallel.layout=rows"),
 }
 BALANCED = ("train.key_balance=1", "model.memory.query_norm=layer")

@@ -12,7 +12,7 @@ from tests.trainer.tiny_run import assert_same, checkpoint_state, train_run
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "1": (1, ()),
     "2 by columns": (2, ("parallel.layout=columns",)),
-    "3 by rows, unique": (3, ("parallel.exchange=unique",)),
+    "3 by rows, unique": (3, ("parallel.layout=rows-unique",)),
     "4 by rows": (4, ()),
     "2 copies of 2": (4, ("parallel.memory=2",)),
     "tensor 2, data 2": (4, ("parallel.tensor=2",)),

@@ -81,8 +81,8 @@ def test_pieces_train_like_the_whole(recipe: Path, tmp_path: Path) -> None:
             "and model.mixer has softmax",
         ),
         (
-            ("model.mixer.kind=delta", "parallel.layout=tensor"),
-            "parallel.layout is tensor, for ranks that look up equal tokens",
+            ("model.mixer.kind=delta", "parallel.layout=tensor-columns"),
+            "parallel.layout is tensor-columns, for ranks that look up equal tokens",
         ),
         (
             ("model.mixer.kind=delta", "train.segments=2"),

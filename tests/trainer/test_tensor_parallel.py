@@ -20,9 +20,10 @@ from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
+from memshard.parallel.tables.layouts import Lookup
 from memshard.trainer.cost.activations import activation_bytes
-from memshard.trainer.cost.estimate import count_parameters
-from memshard.trainer.cost.traffic import choose_layout
+from memshard.trainer.cost.layout_choice import choose_layout
+from memshard.trainer.cost.parameters import count_parameters
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
 from tests.trainer.test_precision import overflow_on_one_rank
@@ -36,7 +37,7 @@ SETTINGS = (
     "train.save_every=5",
     "train.keep=9",
 )
-TWO, COLUMNS = "parallel.tensor=2", "parallel.layout=tensor"
+TWO, COLUMNS = "parallel.tensor=2", "parallel.layout=tensor-columns"
 Runs = tuple[Path, list[dict[str, Any]]]
 VALUES = TABLE.replace("0", "1")
 
@@ -135,13 +136,13 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
         if half:  # the copies of weights, which the estimate counts as weights
             counted = count_parameters(config)
             measured -= 2 * (counted.active - counted.split + counted.split // world)
-        layout = choose_layout("rows", "pooled", world, config.dim, memory.heads * memory.topk, 1.0)
+        layout = choose_layout("rows", Lookup(world, config.dim, memory.heads * memory.topk))
         found.append(
             (
                 measured,
                 batch
                 * length
-                * activation_bytes(config, length, world, layout, half=half, tensor=world)[0],
+                * activation_bytes(config, length, layout, half=half, tensor=world)[0],
             )
         )
     return found
@@ -221,7 +222,7 @@ def test_what_does_not_divide_is_refused(runs: Runs, recipe: Path, tmp_path: Pat
         assert "model.feedforward.hidden is 31" in hidden and "30 or 32" in hidden
         assert "parallel.memory is 1 and parallel.tensor 2" in memory
         assert "parallel.tensor is 3, which does not divide the number of ranks, 2" in ranks
-    with pytest.raises(ValueError, match="parallel.layout is tensor, which needs parallel.tensor"):
+    with pytest.raises(ValueError, match="tensor-columns, which needs parallel.tensor"):
         prepare(recipe, tmp_path, COLUMNS)
 
 

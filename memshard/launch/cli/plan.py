@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.cli.parser import Subparsers
 from memshard.launch.cli.plan_report import report
+from memshard.trainer.cost.devices import CARDS
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
-
-DEVICES = ("v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "h200-141g", "cpu")
 
 ASSUMED_VOCABULARY = 32_768
 
@@ -28,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
     parser.add_argument(
         "--device",
-        choices=DEVICES,
+        choices=(*CARDS, "cpu"),
         default="cpu",
         help="of every rank; cpu is this machine, shared by all ranks",
     )
@@ -58,11 +57,17 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
-        from memshard.trainer.cost.alternatives import Site, largest_batch, suggestion, variants
-        from memshard.trainer.cost.devices import device_of
-        from memshard.trainer.cost.dry_run import rehearse
-        from memshard.trainer.cost.estimate import estimate, remedies
+        from memshard.trainer.cost.alternatives import (
+            Site,
+            largest_batch,
+            remedies,
+            suggestion,
+            variants,
+        )
+        from memshard.trainer.cost.dry_run import dry_run
+        from memshard.trainer.cost.estimate import estimate
         from memshard.trainer.cost.step_time import step_time
+        from memshard.trainer.cost.this_machine import device_named
 
         recipe = load_recipe(args.recipe, args.overrides)
         if args.device == "cpu":
@@ -80,18 +85,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--duplicates is {duplicates}; it must be at least 1")
         if args.world < 1:
             raise ValueError(f"--world is {args.world}; it must be at least 1")
-        device = device_of(args.device, args.world)
+        device = device_named(args.device, args.world)
         precision = device.half if recipe.train.precision == "auto" else recipe.train.precision
         half = precision != "fp32"
         cost = estimate(recipe, args.world, vocab_size, half, duplicates)
         seconds = step_time(recipe, cost, device, precision, args.node)
-        parts = rehearse(recipe, args.world, vocab_size)
+        parts = dry_run(recipe, args.world, vocab_size)
     site = Site(device, args.world, vocab_size, precision, args.node)
     fits = cost.bytes.total <= device.memory
-    found = [] if fits else remedies(recipe, args.world, vocab_size, half, device.memory)
-    if args.device == "cpu":
-        # More ranks on one machine do not give it more memory.
-        found = [remedy for remedy in found if "ranks" not in remedy and "host" not in remedy]
     result = {
         "recipe": args.recipe,
         "device": args.device,
@@ -103,12 +104,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "host": {**asdict(cost.host), "total": cost.host.total},
         "available": device.memory,
         "fits": fits,
-        "remedies": found,
+        "remedies": [] if fits else remedies(recipe, site),
         "seconds": {**asdict(seconds), "total": seconds.total},
         "variants": [asdict(variant) for variant in variants(recipe, site)],
         "largest_batch": largest_batch(recipe, site),
         "suggestion": suggestion(recipe, site),
-        "rehearsed": [asdict(part) for part in parts],
+        "dry_run": [asdict(part) for part in parts],
     }
     if not args.json:
         print(report(args, recipe, cost, result))

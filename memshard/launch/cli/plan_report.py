@@ -37,7 +37,7 @@ def report(
     ]
     if cost.ranks > 1:
         tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
-        looked_up = tokens / (1 if cost.layout.layout == "tensor" else cost.tensor_ranks)
+        looked_up = tokens / cost.lookup_ranks
         if cost.tensor_ranks > 1:
             lines.append(
                 f"tensor          {arrangement(cost)}; {_short(parameters.split)} of the dense "
@@ -117,17 +117,17 @@ def report(
         "",
         f"{'kept for backward':<26}{'bytes':>11}{'step':>9}   largest micro-batch of this batch",
     ]
-    for each in result["variants"]:
+    for variant in result["variants"]:
         lines.append(
-            f"  {each['name']:<24}{_gb(each['bytes']):>11}{each['seconds']:>7.2g} s   "
-            f"{each['largest'] or 'none fits'}"
+            f"  {variant['name']:<24}{_gb(variant['bytes']):>11}{variant['seconds']:>7.2g} s   "
+            f"{variant['largest'] or 'none fits'}"
         )
     lines += ["", _suggested(cost, result, recipe)]
     if cost.ranks > 1:
-        part = result["rehearsed"][-1]
+        part = result["dry_run"][-1]
         lines.append(
-            f"rehearsed as rank 0 and rank {part['rank']} of {cost.ranks}: sizes divide; "
-            f"rank {part['rank']} holds {_short(part['dense'])} dense and {_short(part['table'])} "
+            f"dry run as rank 0 and rank {part['rank']} of {cost.ranks}: sizes divide; "
+            f"rank {part['rank']} stores {_short(part['dense'])} dense and {_short(part['table'])} "
             "table parameters"
         )
     if recipe.train.batch * cost.tensor_ranks < cost.ranks:

@@ -5,7 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.models.memory.table import bag_offsets
-from memshard.parallel.collectives import all_sum, exchange, share_counts
+from memshard.parallel.collectives import exchange, share_counts
+from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 
@@ -16,13 +17,9 @@ class ColumnShardedTable(ShardedTable):
     2 (P - 1) / P * d b + (P - 1) * reads * (i + 2 b) bytes a token, forward and backward (d values;
     sums, weights and gradients of b = 4 bytes, ids of i = 4; P ranks). The load is even whatever is
     read, but each rank sorts the reads of all.
-
-    same_reads: all ranks read the same for the same tokens, as under tensor parallelism, and get
-    the same gradient of the sums; then only slices and the gradients of weights travel, (P - 1) / P
-    * b (d + 2 reads) bytes a token.
     """
 
-    spec_dim = 1
+    layout = LAYOUTS["columns"]
 
     def __init__(
         self,
@@ -30,7 +27,6 @@ class ColumnShardedTable(ShardedTable):
         dim: int,
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None = None,
-        same_reads: bool = False,
     ) -> None:
         super().__init__(
             slots,
@@ -41,17 +37,11 @@ class ColumnShardedTable(ShardedTable):
             local_columns=shard_range(dim, group),
         )
         self.ranks_seeing_each_read = self.ranks
-        self.same_reads = same_reads
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """As `ValueTable.weighted_sum`. Each rank passes its own tokens."""
-        if not self.same_reads or dist.get_rank(self.group) == 0:
-            self._count(rows)
+        self._count(rows)
         tokens, ranks = len(rows), self.ranks
-        if self.same_reads:
-            weights = _SummedGradient.apply(weights, self)
-            slices = self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
-            return _AllColumns.apply(slices, self)
         ours = [tokens] * ranks
         theirs = share_counts(ours, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
@@ -68,17 +58,9 @@ class ColumnShardedTable(ShardedTable):
         """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back; the
         same bytes as for `weighted_sum`.
         """
-        if not self.same_reads or dist.get_rank(self.group) == 0:
-            self._count(rows)
+        self._count(rows)
         tokens, ranks = len(rows), self.ranks
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        if self.same_reads:
-            own = _SummedGradient.apply(x, self)[
-                :, self.local_columns.start : self.local_columns.stop
-            ]
-            return _SummedProducts.apply(
-                self._local_dot(rows.flatten(), own, bag_offsets(rows)), self
-            ).view(rows.shape)
         ours = [tokens] * ranks
         theirs = share_counts(ours, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
@@ -113,53 +95,3 @@ class ColumnShardedTable(ShardedTable):
         """How many columns each rank holds."""
         width = -(-self.dim // self.ranks)
         return [min(max(self.dim - rank * width, 0), width) for rank in range(self.ranks)]
-
-
-class _SummedGradient(torch.autograd.Function):
-    """The identity on weights that all ranks share; each knows the part of their gradient that its
-    columns give.
-    """
-
-    @staticmethod
-    def forward(ctx, weights, table):  # type: ignore[no-untyped-def]
-        ctx.table = table
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        table = ctx.table
-        table.traffic.reads += (
-            2 * (table.ranks - 1) * gradient.numel() * gradient.element_size() // table.ranks
-        )
-        return all_sum(gradient, table.group), None
-
-
-class _AllColumns(torch.autograd.Function):
-    """All ranks' slices of the same tokens; the gradient is the same on all ranks, so each takes
-    its own columns of it.
-    """
-
-    @staticmethod
-    def forward(ctx, slices, table):  # type: ignore[no-untyped-def]
-        ctx.columns = slice(table.local_columns.start, table.local_columns.stop)
-        tokens = len(slices)
-        return table.join(slices.repeat(table.ranks, 1), [tokens] * table.ranks, tokens)
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return gradient[:, ctx.columns], None
-
-
-class _SummedProducts(torch.autograd.Function):
-    """The sum over ranks of what each one's columns give; its gradient is the same on all ranks."""
-
-    @staticmethod
-    def forward(ctx, products, table):  # type: ignore[no-untyped-def]
-        table.traffic.reads += (
-            2 * (table.ranks - 1) * products.numel() * products.element_size() // table.ranks
-        )
-        return all_sum(products, table.group)
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return gradient, None

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.parallel.collectives import exchange, share_counts
+from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 
@@ -19,7 +20,7 @@ class RowShardedTable(ShardedTable):
     gradients of b = 4 bytes, ids of i = 4; P ranks).
     """
 
-    spec_dim = 0
+    layout = LAYOUTS["rows"]
 
     def __init__(
         self,

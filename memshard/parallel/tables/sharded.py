@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch import Tensor
 from memshard.models.memory.row_gradient import SortedReads, sort_reads
 from memshard.models.memory.table import ValueTable
 from memshard.parallel.collectives import Traffic, all_sum
+from memshard.parallel.tables.layouts import Layout
 from memshard.parallel.tables.replicas import add_replicas
 
 _SAMPLE_EVERY = 64
@@ -24,8 +25,7 @@ class ShardedTable(ValueTable):
     gradients are added up.
     """
 
-    spec_dim: int
-    """The dim of the whole table that the ranks split, in pieces as `torch.chunk` cuts them."""
+    layout: ClassVar[Layout]
 
     def __init__(
         self,
@@ -50,6 +50,11 @@ class ShardedTable(ValueTable):
         """
         self._calls = 0
         self.hide()
+
+    @property
+    def spec_dim(self) -> int:
+        """Dim of the whole table that the ranks split, in pieces as `torch.chunk` cuts them."""
+        return self.layout.split_dim
 
     def sum_over_shards(self, x: Tensor) -> Tensor:
         """The sum over the ranks of the group, which must all call it."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from memshard.models.memory.fetched import Fetch, FetchedDot, FetchedSum
 from memshard.models.memory.table import bag_offsets
 from memshard.parallel.collectives import exchange, share_counts
+from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.rows import RowShardedTable
 
 
@@ -19,6 +20,8 @@ class UniqueRowTable(RowShardedTable):
     b = 4 a gradient, ids of i = 4 bytes, P ranks, each row read `duplicates` times by the rank):
     independent of P, cheap where reads repeat. The fetched rows are kept for backward.
     """
+
+    layout = LAYOUTS["rows-unique"]
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its

@@ -98,6 +98,8 @@ def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
             yield Key(name, SECTION, "", doc)
             yield from walk(hint, f"{name}.")
         else:
+            choices = item.metadata.get("choices", {}).items()
+            doc = " ".join([doc, *(f"{choice}: {row.description}" for choice, row in choices)])
             yield Key(name, _type_name(hint), _default(item), doc)
 
 

@@ -3,11 +3,17 @@ config explain` prints.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from memshard.models.config import ModelConfig
+from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
+
+if TYPE_CHECKING:
+    LayoutSetting = str
+else:
+    LayoutSetting = Literal[("auto", *LAYOUTS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +73,9 @@ class ParallelConfig:
     row gradients are summed.
     """
 
-    layout: Literal["auto", "rows", "columns", "tensor"] = "auto"
-    """What a rank holds: a range of rows, or a slice of every value; auto takes what sends least
-    (`memshard plan` tells). tensor: slices of every value over each group of parallel.tensor
-    ranks, which look up the same tokens and send no row numbers.
-    """
-
-    exchange: Literal["auto", "pooled", "unique"] = "auto"
-    """What travels with layout rows: pooled sums of each token's reads, or each distinct row once;
-    auto takes what sends least.
+    layout: LayoutSetting = field(default="auto", metadata={"choices": LAYOUTS})
+    """How a value table is split over ranks, and what they send to read it; auto takes the layout
+    that sends the fewest bytes (`memshard plan` shows the comparison).
     """
 
     checksum_every: int = 1000
@@ -86,16 +86,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.tensor < 1:
             raise ValueError(f"parallel.tensor is {self.tensor}; it must be at least 1")
-        if self.layout == "tensor" and self.tensor == 1:
-            raise ValueError(
-                "parallel.layout is tensor, which needs parallel.tensor of at least 2: raise "
-                "that, or set layout to auto"
-            )
-        if self.layout == "tensor" and self.share == "sequence":
-            raise ValueError(
-                "parallel.layout is tensor, for ranks that look up equal tokens, and "
-                "parallel.share sequence: leave one out"
-            )
+        layout = LAYOUTS.get(self.layout)
+        if layout is not None and layout.within_tensor_group:
+            _check_layout_of_tensor_groups(self)
         if self.checksum_every < 0:
             raise ValueError(
                 f"parallel.checksum_every is {self.checksum_every}; it must be at least 0"
@@ -104,6 +97,20 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.memory is {self.memory}; it must be at least 1, or null for all ranks"
             )
+
+
+def _check_layout_of_tensor_groups(settings: ParallelConfig) -> None:
+    """ValueError unless ranks along the tensor axis look up the same tokens."""
+    if settings.tensor == 1:
+        raise ValueError(
+            f"parallel.layout is {settings.layout}, which needs parallel.tensor of at least 2: "
+            "raise that, or set layout to auto"
+        )
+    if settings.share == "sequence":
+        raise ValueError(
+            f"parallel.layout is {settings.layout}, for ranks that look up equal tokens, and "
+            "parallel.share sequence: leave one out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

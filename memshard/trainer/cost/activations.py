@@ -4,7 +4,7 @@ from memshard.models.config import ModelConfig
 from memshard.models.program.primitives import PRODUCTS
 from memshard.models.program.program import Program
 from memshard.models.recompute.checkpointing import Checkpointing
-from memshard.trainer.cost.traffic import LayoutChoice
+from memshard.trainer.cost.layout_choice import LayoutChoice
 
 _HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
 _NORM_COPIES = {"layer": 1, "rms": 2, "primer": 3}
@@ -28,7 +28,6 @@ _QUERY_COPIES = {"batch": 2, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2,
 def activation_bytes(
     config: ModelConfig,
     length: int,
-    ranks: int = 1,
     layout: LayoutChoice | None = None,
     *,
     half: bool = False,
@@ -39,8 +38,8 @@ def activation_bytes(
     chunk: int = 0,
 ) -> tuple[float, float]:
     """Bytes kept for each token of a micro-batch, loss included, and bytes that backward computes
-    again and holds at once. Weights and their copies in half precision do not count. ranks: that
-    split a table; tensor: that share each sequence and the large matrices.
+    again and holds at once. Weights and their copies in half precision do not count. layout: of
+    the tables, if ranks split them. tensor: ranks that share each sequence and the large matrices.
 
     The sum, for a values of bytes (4, or 2 under bf16 or fp16 autocast), width d, per block:
         attention   a d (5, or 7 under autocast, which casts the input once for each of three
@@ -87,15 +86,15 @@ def activation_bytes(
         if config.program is None
         else 0
     )
-    readers = 1 if layout is not None and layout.layout == "tensor" else tensor
+    readers = 1 if layout is not None and layout.layout.within_tensor_group else tensor
     feedforward, memory = _feedforward(config, a, tensor), 0.0
     if memories:
         memory = (
-            _memory(config, a, ranks, layout)
+            _memory(config, a, layout)
             + (8 * config.memory.heads * config.memory.keys if key_balance else 0)
         ) / readers
     lookup = (
-        (_lookup(config, a, ranks, layout) + 4 * (config.memory.value_dim or d)) / readers
+        (_lookup(config, a, layout) + 4 * (config.memory.value_dim or d)) / readers
         if memories
         else 0
     )
@@ -164,15 +163,15 @@ def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:
     return a * (inputs * config.dim + _HIDDEN_COPIES[settings.activation] * hidden / tensor)
 
 
-def _memory(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None) -> float:
+def _memory(config: ModelConfig, a: int, layout: LayoutChoice | None) -> float:
     settings = config.memory
     value_dim = settings.value_dim or config.dim
     queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
     gate = (4 + 3 * a) * value_dim + (a * config.dim if a == 2 else 0) if settings.gate else 0
-    return a * config.dim + queries + _lookup(config, a, ranks, layout) + gate
+    return a * config.dim + queries + _lookup(config, a, layout) + gate
 
 
-def _lookup(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None) -> float:
+def _lookup(config: ModelConfig, a: int, layout: LayoutChoice | None) -> float:
     """Indices, weights and what the layout adds."""
     settings = config.memory
     reads = settings.heads * settings.topk
@@ -180,16 +179,6 @@ def _lookup(config: ModelConfig, a: int, ranks: int, layout: LayoutChoice | None
     if settings.kind == "peer":
         # Rows again, products and their gelu, and the product with the weights; the tokens in fp32.
         lookup += 16 * reads + (4 * config.dim if a == 2 else 0)
-    if ranks > 1 and layout is not None:
-        lookup += (
-            settings.tables
-            * {
-                "rows, pooled": 24 * reads + 24 * ranks,
-                "rows, unique": reads
-                / layout.duplicates
-                * (4 * (settings.value_dim or config.dim) + 4),
-                "columns": 8 * reads * (ranks - 1),
-                "columns of a tensor group": 0,
-            }[layout.name]
-        )
+    if layout is not None:
+        lookup += settings.tables * layout.kept
     return lookup

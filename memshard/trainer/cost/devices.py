@@ -1,15 +1,8 @@
-"""What the devices of a plan have: memory, arithmetic, and how fast bytes move."""
+"""The GPUs that memshard knows: their memory, arithmetic and bandwidths. Loads no torch, because
+`memshard plan --help` lists them.
+"""
 
-import os
-import time
 from dataclasses import dataclass
-from functools import cache
-
-import torch
-
-from memshard.trainer.cost.available_memory import available_memory
-from memshard.trainer.cost.peak_flops import CARD_FLOPS, peak_flops
-from memshard.trainer.precision import DTYPES
 
 USABLE = 0.92
 """Share of a card that a run can fill: the CUDA context, NCCL's buffers and fragmentation take the
@@ -21,7 +14,7 @@ rest.
 class Device:
     """memory: bytes that a rank can use. flops: operations a second at best, by precision.
     bandwidth: bytes a second of its memory. link, network: bytes a second that it sends to a
-    device of its node, of another node. half: what precision auto means.
+    device of its node, of another node. half: the precision that `auto` chooses.
     """
 
     name: str
@@ -33,6 +26,18 @@ class Device:
     half: str = "bf16"
 
 
+CARD_FLOPS = {
+    "V100": {"fp32": 15.7e12, "fp16": 125e12},
+    "A100": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+    "H100 PCIe": {"fp32": 51e12, "fp16": 756e12, "bf16": 756e12},
+    "H100": {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12},
+    "H200": {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12},
+}
+"""By a part of the name that the driver reports, of which the first that fits counts: dense figures
+of NVIDIA's data sheets (SXM, where versions differ), fp32 without TF32.
+"""
+
+
 def _card(
     name: str,
     sheet: str,
@@ -42,12 +47,7 @@ def _card(
     network: float,
     half: str = "bf16",
 ) -> Device:
-    flops = {
-        precision: CARD_FLOPS[sheet][dtype]
-        for precision, dtype in DTYPES.items()
-        if dtype in CARD_FLOPS[sheet]
-    }
-    return Device(name, gib * 2**30 * USABLE, flops, bandwidth, link, network, half)
+    return Device(name, gib * 2**30 * USABLE, CARD_FLOPS[sheet], bandwidth, link, network, half)
 
 
 CARDS = {
@@ -61,47 +61,7 @@ CARDS = {
         _card("h200-141g", "H200", 139.8, 4800e9, 450e9, 50e9),
     )
 }
-"""GiB that the driver leaves. Operations, memory and NVLink (one direction) from NVIDIA's data
-sheets, SXM versions. Network: a card's share of the adapters of NVIDIA's own nodes of 8: DGX-1 4
-x 100 Gb/s, DGX A100 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s.
+"""The choices of `memshard plan --device`. GiB: what the driver leaves. Memory and NVLink (one
+direction) from NVIDIA's data sheets, SXM versions. Network: a card's share of the adapters of
+NVIDIA's own nodes of 8: DGX-1 4 x 100 Gb/s, DGX A100 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s.
 """
-
-_LOOPBACK = 1e9
-"""Bytes a second between processes of a machine over gloo: assumed."""
-
-
-def device_of(name: str, ranks: int) -> Device:
-    """A card by name, or `cpu`: this machine, shared by `ranks` ranks, each with as many threads as
-    this process.
-    """
-    if name != "cpu":
-        return CARDS[name]
-    flops, bandwidth = _measured()
-    share = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * ranks))
-    memory = available_memory(torch.device("cpu"), ranks_here=ranks)
-    return Device(
-        "cpu",
-        memory,
-        {key: value * share for key, value in flops.items()},
-        bandwidth / ranks,
-        _LOOPBACK,
-        _LOOPBACK,
-        "fp32",
-    )
-
-
-@cache
-def _measured() -> tuple[dict[str, float], float]:
-    """Operations a second by precision and bytes a second, with this process's threads; under a
-    second.
-    """
-    cpu = torch.device("cpu")
-    flops = {name: peak_flops(cpu, dtype) for name, dtype in DTYPES.items() if name != "fp16"}
-    flops["fp16"] = flops["bf16"]  # not a choice on CPU; the trainer's figure for MFU
-    x = torch.ones(1 << 24)
-    y = torch.empty_like(x)
-    y.copy_(x)
-    begun = time.perf_counter()
-    for _ in range(3):
-        y.copy_(x)
-    return flops, 3 * 2 * x.nbytes / (time.perf_counter() - begun)

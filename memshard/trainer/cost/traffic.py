@@ -1,126 +1,75 @@
-"""What a sharded table's lookups send, in closed form, and which layout sends least."""
+"""What a rank sends besides lookups, in closed form."""
 
 import math
-from dataclasses import dataclass
 
-from memshard.parallel.tables.shard_tables import Exchange, Layout
-
-_SUM_BYTES, _ID_BYTES = 4, 4
-_SLICE_BYTES = 128
-"""Columns are only worth choosing while a rank's slice of a row fills two cache lines."""
-
-LAYOUTS: tuple[tuple[Layout, Exchange], ...] = (
-    ("columns", "pooled"),
-    ("rows", "pooled"),
-    ("rows", "unique"),
-)
+from memshard.models.config import ModelConfig
+from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.cost.dense_bytes import dense_traffic
+from memshard.trainer.cost.division import Division
+from memshard.trainer.cost.parameters import Parameters
 
 
-@dataclass(frozen=True)
-class LayoutChoice:
-    """A layout and why. sent: bytes a rank sends for one token and one memory layer, forward and
-    backward, in each layout that the recipe allows. duplicates: how often a rank reads a row in
-    a micro-batch, of the rows it reads.
+def tensor_traffic(model: ModelConfig, division: Division, length: int, half: bool) -> float:
+    """Return the bytes that a rank sends to its tensor-parallel group for one token of its
+    sequences.
     """
-
-    layout: Layout
-    exchange: Exchange
-    sent: dict[str, float]
-    duplicates: float
-    reason: str
-
-    @property
-    def name(self) -> str:
-        """In the words of `sent`."""
-        return layout_name(self.layout, self.exchange)
+    if division.sequence_ranks > 1:
+        return _state_traffic(model, division.tensor_ranks, length)
+    return _matrix_traffic(model, division.tensor_ranks, 2 if half else 4)
 
 
-def layout_name(layout: Layout, exchange: Exchange) -> str:
-    """How people call it."""
-    return (
-        f"rows, {exchange}"
-        if layout == "rows"
-        else "columns of a tensor group"
-        if layout == "tensor"
-        else "columns"
-    )
-
-
-def sent_per_token(
-    layout: Layout,
-    exchange: Exchange,
-    ranks: int,
-    value_dim: int,
-    reads: int,
-    duplicates: float = 1.0,
-    row_bytes: int = 4,
+def gradient_traffic(
+    recipe: Recipe, division: Division, parameters: Parameters, half: bool
 ) -> float:
-    """Bytes a rank sends for one of its tokens and one memory layer, forward and backward, with the
-    table split over `ranks`.
-
-    reads: of a token, which with layout tensor all ranks have. row_bytes: of a stored value; sums,
-    weights and gradients travel in 4 bytes, ids in 4.
+    """Return the bytes that a rank sends in a step to sum dense gradients and, with ZeRO, to gather
+    parameters.
     """
-    others, shared = ranks - 1, (ranks - 1) / ranks
-    if layout == "tensor":
-        return shared * (value_dim + 2 * reads) * _SUM_BYTES
-    if layout == "columns":
-        return 2 * shared * value_dim * _SUM_BYTES + others * reads * (_ID_BYTES + 2 * _SUM_BYTES)
-    if exchange == "unique":
-        return shared * reads / duplicates * (value_dim * (row_bytes + _SUM_BYTES) + _ID_BYTES)
+    tensor = division.tensor_ranks
+    # Gradients of what the tensor axis does not split are summed along it, in fp32.
+    along_tensor = 8 * sent_share(tensor) * (parameters.dense - parameters.split)
     return (
-        2 * others * value_dim * _SUM_BYTES
-        + shared * reads * (_ID_BYTES + 2 * _SUM_BYTES)
-        + others * _ID_BYTES
+        dense_traffic(
+            recipe.train,
+            parameters.dense_on_rank(tensor),
+            division.data_ranks,
+            division.micro_batches,
+            half,
+        )
+        + along_tensor
     )
 
 
-def uniform_duplicates(reads: float, slots: int) -> float:
-    """Reads over distinct rows, were `reads` spread evenly over the slots.
-
-    With batch-normalised queries 131k, 524k and 1,049k reads of 262k slots had 1.3, 2.5 and 4.3
-    (this: 1.3, 2.3, 4.1).
+def replica_traffic(recipe: Recipe, division: Division, local_values: int) -> float:
+    """Return the bytes that a rank sends in a step to sum row gradients over copies of its tables,
+    if reads are spread evenly. local_values: values of all tables on the rank.
     """
-    density = max(reads, 1) / slots
-    return density / -math.expm1(-density)
+    memory = recipe.model.memory
+    reads = recipe.train.batch * recipe.data.length * memory.heads * memory.topk
+    touched = -math.expm1(-reads / memory.slots)
+    copies = division.ranks // division.table_ranks
+    return 8 * sent_share(copies) * touched * local_values
 
 
-def choose_layout(
-    layout: str,
-    exchange: str,
-    ranks: int,
-    value_dim: int,
-    reads: int,
-    duplicates: float,
-    row_bytes: int = 4,
-) -> LayoutChoice:
-    """The allowed layout that sends least. layout, exchange: as in the recipe, `auto` allows
-    all.
+def sent_share(ranks: int) -> float:
+    """Return what a rank sends of each byte in an all-gather, or in half an all-reduce."""
+    return (ranks - 1) / ranks
+
+
+def _matrix_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
+    """Gathers and sums around each mixer and feedforward, forward and backward, and around head and
+    embedding (whose sum is fp32).
     """
-    allowed: list[tuple[Layout, Exchange]] = (
-        [("tensor", "pooled")]
-        if layout == "tensor"
-        else [
-            (split, how)
-            for split, how in LAYOUTS
-            if layout in ("auto", split)
-            and (split == "columns" or exchange in ("auto", how))
-            # A fixed exchange is a wish for rows.
-            and not (split == "columns" and layout == "auto" and exchange != "auto")
-        ]
+    memories = len(model.memory.layers) if model.memory.mode == "replace" else 0
+    return (
+        sent_share(ranks) * model.dim * (value_bytes * (4 * (2 * model.layers - memories) + 2) + 12)
     )
-    sent = {
-        layout_name(*each): sent_per_token(*each, ranks, value_dim, reads, duplicates, row_bytes)
-        for each in allowed
-    }
-    wide_enough = layout in ("columns", "tensor") or value_dim // ranks * row_bytes >= _SLICE_BYTES
-    wide = [each for each in allowed if each[0] == "rows" or wide_enough]
-    best = min(wide, key=lambda each: sent[layout_name(*each)])
-    if len(allowed) == 1:
-        reason = "as the recipe says"
-    else:
-        listed = ", ".join(f"{name} {size / 1e3:,.1f}" for name, size in sent.items())
-        reason = f"sends least; KB a token: {listed}, at {duplicates:.1f} reads of a row"
-        if len(wide) < len(allowed):
-            reason += f"; columns of {value_dim // ranks} values would be too narrow"
-    return LayoutChoice(*best, sent, duplicates, reason)
+
+
+def _state_traffic(model: ModelConfig, ranks: int, length: int) -> float:
+    """Maps of fast weights forward, their gradients backward (see `parallel/segments.py`)."""
+    mixer, width = model.mixer, model.dim // model.mixer.heads
+    features = FeatureMap(mixer.features, width, mixer.feature_width).features
+    return (
+        4.0 * (ranks - 1) / length * model.layers * mixer.heads * features * (features + 3 * width)
+    )

@@ -3,8 +3,8 @@
 import time
 
 import torch.distributed as dist
-from torch._C import _distributed_c10d as c10d
 
+from memshard.parallel.compat import last_collectives
 from memshard.trainer.run import Run
 from memshard.trainer.watch.heartbeat import late, read_beats, silent
 
@@ -42,6 +42,6 @@ def _write_flight_record(run: Run) -> None:
     folder = run.folder / FLIGHT
     try:
         folder.mkdir(exist_ok=True)
-        (folder / f"rank{run.rank}.json").write_bytes(c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
+        (folder / f"rank{run.rank}.json").write_bytes(last_collectives())
     except (OSError, RuntimeError):
         pass  # only a help for whoever looks

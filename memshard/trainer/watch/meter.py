@@ -10,8 +10,8 @@ import torch
 from memshard.models.memory.table import ValueTable, find_tables
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.tables.sharded import ShardedTable
-from memshard.trainer.cost.estimate import flops_per_token
-from memshard.trainer.cost.peak_flops import peak_flops
+from memshard.trainer.cost.operations import flops_per_token
+from memshard.trainer.cost.this_machine import peak_flops
 from memshard.trainer.run import Run
 from memshard.trainer.step import StepOutcome
 
@@ -111,11 +111,8 @@ class Meter:
                 if isinstance(table, ShardedTable):
                     # Every column of a row, and every copy of it, is updated somewhere.
                     rows /= table.ranks_seeing_each_read * table.replica_count
-                    readers = (
-                        self.run.data_ranks
-                        if recipe.parallel.layout == "tensor"
-                        else self.run.ranks
-                    )
+                    same = table.layout.within_tensor_group
+                    readers = self.run.data_ranks if same else self.run.ranks
                     tokens = self.steps * recipe.train.batch * recipe.data.length / readers
                     values[f"{name}/sent_per_token"] = (
                         table.traffic.reads - self.sent.get(name, 0)

@@ -1,0 +1,51 @@
+"""The names of torch.distributed that memshard uses although torch does not promise to keep them.
+
+All of them are here, and each says what happens without it. (fairscale's are in `tensor.py`, the
+only file that imports fairscale.)
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def process_groups() -> Iterable[dist.ProcessGroup]:
+    """Return all groups that this process is in; without the name, only the default group."""
+    world = getattr(distributed_c10d, "_world", None)
+    groups: Iterable[dist.ProcessGroup] = getattr(world, "pg_map", None) or [dist.group.WORLD]
+    return groups
+
+
+def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:
+    """Set how long collectives of a group wait for a rank; without the name they wait as long as
+    they did.
+    """
+    set_pg_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)
+    if set_pg_timeout is not None:
+        set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def last_collectives() -> bytes:
+    """Return the last collectives of this rank as JSON. RuntimeError without the name, or if torch
+    has not recorded them.
+    """
+    from torch._C import _distributed_c10d
+
+    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        raise RuntimeError("this torch does not tell its last collectives")
+    record: bytes = dump()
+    return record
+
+
+def init_fake_group(rank: int, ranks: int) -> None:
+    """Make this process believe that it is one rank of many; its collectives do nothing.
+    RuntimeError without the name.
+    """
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise RuntimeError("this torch has no fake process group") from error
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)

@@ -1,0 +1,102 @@
+"""What the layouts' closed forms promise: tables count the bytes that they send, and the planner
+chooses by them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memshard.models.memory.table import ValueTable
+from memshard.parallel.tables.layouts import LAYOUTS, Lookup, layout_named
+from memshard.parallel.tables.shard_tables import shard_tables
+from memshard.parallel.tables.sharded import ShardedTable
+from memshard.trainer.cost.layout_choice import choose_layout, uniform_duplicates
+from tests.distributed import run_distributed
+
+SPREAD = [name for name, layout in LAYOUTS.items() if not layout.within_tensor_group]
+"""Layouts whose ranks read for tokens of their own."""
+
+SMALL, WIDE = Lookup(2, 36, 8), Lookup(2, 1024, 128)
+
+
+def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
+    """Bytes that this rank really sends to others for a read of 48 tokens and its backward, and how
+    often it read a row.
+    """
+    sent = 0
+    exchange = dist.all_to_all_single
+
+    def counted(
+        out: Tensor, x: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup
+    ) -> Any:
+        nonlocal sent
+        row = x.element_size() * (x.numel() // max(len(x), 1))
+        sent += row * (sum(in_sizes) - in_sizes[rank])
+        return exchange(out, x, out_sizes, in_sizes, group)
+
+    dist.all_to_all_single = counted  # type: ignore[assignment]
+    measured = {}
+    for name in SPREAD:
+        (table,) = shard_tables(
+            torch.nn.Sequential(ValueTable(slots=64, dim=SMALL.value_dim)), layout=name
+        )
+        rows = torch.randint(64, (48, 8), generator=torch.Generator().manual_seed(rank))
+        before = sent
+        table.weighted_sum(rows, torch.rand(48, 8, requires_grad=True)).sum().backward()
+        assert isinstance(table, ShardedTable) and table.duplicates is not None
+        assert table.layout is LAYOUTS[name]
+        assert table.traffic.reads == pytest.approx(sent - before, rel=0.01)
+        measured[name] = (table.traffic.reads, table.duplicates)
+    return measured
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_traffic_is_what_the_ranks_send(world: int) -> None:
+    for measured in run_distributed(_sent_bytes, world):
+        for name in SPREAD:
+            counted, duplicates = measured[name]
+            lookup = replace(SMALL, ranks=world, duplicates=duplicates)
+            # Rows do not divide by 3, so ranks differ a little.
+            assert counted == pytest.approx(48 * LAYOUTS[name].sent(lookup), rel=0.05), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_whole_table_sends_nothing(layout: Any) -> None:
+    assert layout.sent(replace(SMALL, ranks=1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "duplicates", "expected"),
+    [(2, 1.0, "columns"), (64, 1.0, "rows"), (64, 16.0, "rows-unique"), (8, 16.0, "columns")],
+)
+def test_the_layout_that_sends_least_is_chosen(
+    ranks: int, duplicates: float, expected: str
+) -> None:
+    choice = choose_layout("auto", replace(WIDE, ranks=ranks, duplicates=duplicates))
+    assert choice.name == expected and expected in choice.reason
+    others = {**choice.sent, "columns": float("inf")} if choice.name != "columns" else choice.sent
+    assert choice.sent[expected] == min(others.values())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_recipe_can_ask_for_a_layout(name: str) -> None:
+    choice = choose_layout(name, WIDE)
+    assert choice.name == name and choice.reason == "as the recipe says"
+
+
+def test_an_unknown_layout_is_named() -> None:
+    with pytest.raises(ValueError, match="no table layout 'diagonal': use one of rows, "):
+        layout_named("diagonal")
+
+
+@pytest.mark.parametrize(
+    ("reads", "measured"),
+    [(256 * 128, 1.1), (1024 * 128, 1.3), (4096 * 128, 2.5), (8192 * 128, 4.3)],
+)
+def test_duplicates_of_batch_normalised_queries(reads: int, measured: float) -> None:
+    """Against reads of a 512^2 memory that were counted."""
+    assert uniform_duplicates(reads, 512**2) == pytest.approx(measured, rel=0.1)
