@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from memshard.models.context import Context
 from memshard.models.layers.residual import Residual
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.mixers.build import Mixer, MixerState
-from memshard.models.mixers.lsh import LSHMixer
-from memshard.models.program.mixer import ProgramMixer
+from memshard.models.mixers.mixer import Mixer, MixerState
 from memshard.models.random import dropout
 from memshard.models.recompute.replay import Replay
 
@@ -22,7 +20,7 @@ class Block(nn.Module):
     def __init__(
         self,
         layer: int,
-        mixer: Mixer | ProgramMixer,
+        mixer: Mixer,
         feedforward: nn.Module | None,
         memory: ProductKeyMemory | None,
         residuals: tuple[Residual, Residual],
@@ -63,18 +61,12 @@ class Block(nn.Module):
         self, x: Tensor, ctx: Context, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
         """Return what the mixer adds to x, norm and dropout included, and its advanced state."""
-        mixer = self.mixer
         # With sequence sharding (local_part) tokens are normalised before they are gathered, so the
         # mixer cannot apply the norm itself.
-        if (
-            isinstance(mixer, LSHMixer)
-            and mixer.heads_at_once
-            and state is None
-            and ctx.local_part is None
-        ):
-            y, state = mixer(x, ctx, None, self.mixer_residual.norm_before)
+        if self.mixer.applies_norm and state is None and ctx.local_part is None:
+            y, state = self.mixer(x, ctx, None, norm=self.mixer_residual.norm_before)
         else:
-            y, state = mixer(self.mixer_residual.before(x), ctx, state)
+            y, state = self.mixer(self.mixer_residual.before(x), ctx, state)
         return self._dropout(self.mixer_residual.after(y), ctx, _MIXER_BRANCH), state
 
     def feedforward_branch(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:

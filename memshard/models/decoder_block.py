@@ -11,7 +11,7 @@ from memshard.models.block import Block
 from memshard.models.context import Context
 from memshard.models.layers.residual import Residual
 from memshard.models.mixers.bidirectional import BidirectionalMixer, SourceState
-from memshard.models.mixers.build import MixerState
+from memshard.models.mixers.mixer import MixerState
 
 _CROSS_BRANCH = 2
 

@@ -10,7 +10,7 @@ from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.decoder_block import DecoderBlock
 from memshard.models.layers.norm import build_norm
-from memshard.models.mixers.build import MixerState
+from memshard.models.mixers.mixer import MixerState
 from memshard.models.recompute.checkpointing import run_block
 from memshard.models.transformer import Transformer
 

@@ -3,7 +3,7 @@ tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from memshard.models.layers.linear import Projection, TokenEmbedding
 from memshard.models.layers.norm import build_norm
 from memshard.models.layers.position import AxialPositions, near_square, sinusoids
 from memshard.models.layers.residual import Residual
+from memshard.models.load_class import load_class
 from memshard.models.loss import IGNORE, chunked, token_losses
-from memshard.models.memory.peer import Peer
+from memshard.models.memory.kinds import MEMORIES
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
-from memshard.models.mixers.build import MixerState, build_cross, build_mixer
+from memshard.models.mixers.bidirectional import BidirectionalMixer
+from memshard.models.mixers.build import build_mixer
+from memshard.models.mixers.mixer import MixerState
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.models.random import dropout
@@ -47,11 +50,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.positions = _build_positions(config)
-        shared = (
-            [_build_table(config) for _ in range(config.memory.tables)]
-            if config.memory.layers and config.memory.share
-            else []
-        )
+        shared = _build_tables(config) if config.memory.layers and config.memory.share else []
         blocks = nn.ModuleList(
             _build_block(config, layer, shared) for layer in range(config.layers)
         )
@@ -242,22 +241,17 @@ def _build_positions(config: ModelConfig) -> nn.Module | None:
     return TokenEmbedding(config.max_length, config.dim)
 
 
-def _build_table(config: ModelConfig) -> ValueTable:
-    return ValueTable(config.memory.slots, config.memory.value_dim or config.dim)
+def _build_tables(config: ModelConfig) -> list[ValueTable]:
+    memory = config.memory
+    return [ValueTable(memory.slots, memory.value_dim or config.dim) for _ in range(memory.tables)]
 
 
 def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMemory:
-    settings = config.memory
-    tables = shared or [_build_table(config) for _ in range(settings.tables)]
-    common: dict[str, Any] = {
-        name: getattr(settings, name)
-        for name in ("keys", "heads", "topk", "key_dim", "query_norm", "weighting")
-    }
-    if settings.kind == "peer":
-        return Peer(config.dim, **common, values=tables[0], down=tables[1])
-    return ProductKeyMemory(
-        config.dim, **common, value_dim=settings.value_dim, gate=settings.gate, values=tables[0]
+    kind = MEMORIES[config.memory.kind]
+    memory: ProductKeyMemory = load_class(kind.path).from_config(
+        config, shared or _build_tables(config)
     )
+    return memory
 
 
 def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:
@@ -288,7 +282,7 @@ def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> B
     if not config.translates or layer < config.encoder_layers:
         return Block(*block)
     return DecoderBlock(
-        build_cross(config, layer, output_scale),
+        BidirectionalMixer.from_config(config, layer, output_scale, cross=True),
         Residual(config.residual, config.norm, config.dim),
         *block,
     )

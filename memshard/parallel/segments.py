@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from memshard.models.context import Context
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
 from memshard.models.loss import IGNORE, token_losses
-from memshard.models.mixers.fast_weights import FastWeightMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.sequence import fill_up, gather, gathered, own_piece
 
@@ -85,8 +84,8 @@ class _States(torch.autograd.Function):
 
 
 def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
-    """Let the ranks of a group have a piece of each sequence. ValueError for other mixers than fast
-    weights.
+    """Let the ranks of a group have a piece of each sequence. ValueError for mixers that
+    cannot.
 
     The model then returns the logits of this rank's tokens; `piece_losses` has the losses of all.
     """
@@ -96,12 +95,7 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
             "to 1"
         )
     for block in model.blocks:
-        if not isinstance(block.mixer, FastWeightMixer):
-            raise ValueError(
-                "parallel.share is sequence, which is for mixers linear and delta: set "
-                "model.mixer.kind, or leave it out"
-            )
-        block.mixer.neighbours = block.mixer.convolutions.neighbours = Pieces(ranks)
+        block.mixer.share_sequence(Pieces(ranks))
 
     def own(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         tokens, ctx, real = fill_up(tokens, ctx, ranks)

@@ -22,8 +22,7 @@ from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.layers.feedforward import FeedForward
 from memshard.models.layers.linear import TokenEmbedding
 from memshard.models.loss import IGNORE
-from memshard.models.mixers.build import Mixer
-from memshard.models.mixers.lsh import LSHMixer
+from memshard.models.mixers.mixer import Mixer
 from memshard.models.mixers.projections import HeadProjections
 from memshard.models.transformer import Transformer
 from memshard.parallel.mesh import DATA, group
@@ -64,12 +63,11 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
     for module in model.modules():
         if isinstance(module, Mixer):
             module.heads //= dist.get_world_size(ranks)
+            module.first_head = dist.get_rank(ranks) * module.heads
         if isinstance(module, HeadProjections):
             module.kv_heads //= dist.get_world_size(ranks)
             if module.share_qk:
                 module.query.register_forward_pre_hook(_gather_channels)
-        if isinstance(module, LSHMixer):
-            module.first_head = dist.get_rank(ranks) * module.heads
         if isinstance(module, Mixer | FeedForward):
             module.register_forward_pre_hook(_gather_input)
     model.share_sequence = _share_sequence

@@ -3,14 +3,11 @@
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
 from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.layers.feedforward import FeedForward
-from memshard.models.mixers.build import Mixer
+from memshard.models.mixers.mixer import Mixer
 from memshard.models.mixers.projections import HeadProjections
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.spec import ShardSpec
-
-_BY_OUTPUT = ("query", "key", "value", "strength", "up", "gate")
-_BY_INPUT = ("output", "down")
 
 
 def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
@@ -54,8 +51,8 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
         else:
             continue
         for child, matrix in module.named_children():
-            if child in (*_BY_OUTPUT, *_BY_INPUT):
-                dim = int(child in _BY_INPUT)
+            if child in (*module.column_parallel, *module.row_parallel):
+                dim = int(child in module.row_parallel)
                 placement[f"{name}.{child}.weight"] = _split(matrix.weight.shape[dim], dim)
     return placement
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from memshard.models.mixers.build import MixerState
+from memshard.models.mixers.mixer import MixerState
 from memshard.models.transformer import Transformer
 from memshard.parallel.mesh import DATA
 from memshard.parallel.spec import ShardSpec
@@ -49,7 +49,7 @@ class Carried:
         rows = self._rows(samples).to(device)
         fresh = (~self._continues(samples) | (samples < 0)).to(device)
         return [
-            mixer.reset(mixer.reorder(state, rows), fresh)  # type: ignore[arg-type]
+            mixer.reset(mixer.reorder(state, rows), fresh)
             for mixer, state in zip(self._mixers, self._states, strict=True)
         ]
 

@@ -42,9 +42,9 @@ def test_autocast_and_half_precision_stay_close_to_fp32(dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": 9}, "use topk from 1 to 8"),
+        ({"topk": 9}, "set topk to at most 8"),
         ({"key_dim": 5}, "key_dim is 5.*even"),
-        ({"value_dim": 4}, "set gate=True"),
+        ({"value_dim": 4}, "turn on gate"),
         ({"query_norm": "bath"}, "query_norm.*bath.*batch"),
         ({"topk": 0}, "topk is 0"),
     ],

@@ -57,7 +57,7 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
 
 def _measured(run: Run) -> dict[str, Any]:
     evaluation, settings = evaluate_run(run), run.recipe
-    # PEER's other table is read at the same slots, without weights.
+    # A memory's other tables are read at the same slots, without weights.
     usage = [asdict(report) for name, report in evaluation.usage.items() if name.endswith("values")]
     kinds = ("usage", "kl_weighted", "kl_count", "reads_per_slot") if usage else ()
     mean = {kind: sum(report[kind] for report in usage) / len(usage) for kind in kinds}

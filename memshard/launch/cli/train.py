@@ -118,8 +118,11 @@ def opening(prepared: "Run", launcher: str) -> str:
     if cost.parameters.tables:
         lines.append(f"tables       {spread(cost)}")
         lines.append(f"table path   {_path(prepared)}")
-    if path := _delta_path(prepared):
-        lines.append(f"delta rule   {path}")
+    choices = {
+        block.mixer.kernel_choice(prepared.device, prepared.dtype)
+        for block in prepared.model.blocks
+    }
+    lines += [f"{choice[0]:<12} {choice[1]}" for choice in choices if choice]
     return "\n".join(
         [*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"]
     )
@@ -174,24 +177,6 @@ def _path(prepared: "Run") -> str:
     problem = kernels and disagreement(device)
     where = "in host memory: " if prepared.recipe.tables.place == "host" else ""
     return where + (f"{reason}; updates in plain torch: {problem}" if problem else reason)
-
-
-def _delta_path(prepared: "Run") -> str | None:
-    """What computes the delta rule, and why; None without one."""
-    from memshard.models.kernels.fla_delta_rule import chosen
-    from memshard.models.mixers.fast_weights import FastWeightMixer
-
-    mixers = (
-        module
-        for module in prepared.model.modules()
-        if isinstance(module, FastWeightMixer) and module.rule == "delta"
-    )
-    mixer = next(mixers, None)
-    return (
-        None
-        if mixer is None
-        else chosen(prepared.device, prepared.dtype, mixer.features.features, mixer.features.dim)[1]
-    )
 
 
 def run_folder(args: argparse.Namespace) -> Path:

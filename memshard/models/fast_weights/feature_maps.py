@@ -2,14 +2,13 @@
 section 5).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FeatureKind = Literal["elu", "dpfp", "favor"]
-Normalisation = Literal["sum", "l2", "none"]
+from memshard.models.mixers.kinds import FeatureKind, FeatureNorm, feature_count
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ class FeatureMap(nn.Module):
         kind: FeatureKind,
         dim: int,
         width: int = 1,
-        normalise: Normalisation = "sum",
+        normalise: FeatureNorm = "sum",
         paper_faithful: bool = False,
     ) -> None:
         super().__init__()
@@ -77,8 +76,8 @@ class FeatureMap(nn.Module):
             normalise,
             paper_faithful,
         )
-        self.features = {"elu": dim, "dpfp": 2 * dim * width, "favor": 2 * width}[kind]
-        """How wide phi(x) is."""
+        self.features = feature_count(kind, dim, width)
+        """The width D of phi(x)."""
         self.directions: Tensor | None
         self.register_buffer("directions", torch.empty(width, dim) if kind == "favor" else None)
         self.reset_parameters()

@@ -15,6 +15,11 @@ class FeedForward(nn.Module):
     nothing.
     """
 
+    column_parallel = ("up", "gate")
+    """Names of the matrices whose outputs are hidden channels."""
+    row_parallel = ("down",)
+    """Names of the matrices whose inputs are hidden channels."""
+
     def __init__(
         self,
         dim: int,

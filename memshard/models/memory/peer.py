@@ -2,11 +2,14 @@
 experts of one neuron.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.config import ModelConfig
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
 from memshard.models.recompute.replay import Replay, run_once
@@ -48,6 +51,27 @@ class Peer(ProductKeyMemory):
                 f"{keys**2} x {dim}"
             )
         self.down = down if down is not None else ValueTable(keys**2, dim)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, tables: Sequence[ValueTable]) -> Self:
+        """Return the memory of a layer. tables: those it reads, in the order of `tables`."""
+        settings = config.memory
+        return cls(
+            config.dim,
+            keys=settings.keys,
+            heads=settings.heads,
+            topk=settings.topk,
+            key_dim=settings.key_dim,
+            query_norm=settings.query_norm,
+            values=tables[0],
+            down=tables[1],
+            weighting=settings.weighting,
+        )
+
+    @property
+    def tables(self) -> tuple[ValueTable, ...]:
+        """The tables it reads, all at the same rows."""
+        return self.values, self.down
 
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """The experts' sum. tokens: [n, dim]; returns [n, dim]."""

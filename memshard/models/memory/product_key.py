@@ -1,14 +1,16 @@
 """Product-key memory (Lample et al. 2019) and its gated form Memory+ (Berges et al. 2024)."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import get_args
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.models.config import WeightingKind
+from memshard.models.config import ModelConfig
 from memshard.models.memory.key_use import KeyUse
+from memshard.models.memory.kinds import check_product_keys, check_value_dim
 from memshard.models.memory.product_topk import product_topk
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable
@@ -42,23 +44,9 @@ class ProductKeyMemory(nn.Module):
         weighting: str = "softmax",
     ) -> None:
         super().__init__()
-        if weighting not in get_args(WeightingKind):
-            raise ValueError(
-                f"weighting is {weighting!r}; choose one of {', '.join(get_args(WeightingKind))}"
-            )
+        check_product_keys(keys, heads, topk, key_dim, weighting)
+        check_value_dim(value_dim, dim, gate)
         value_dim = value_dim or dim
-        if not 1 <= topk <= keys:
-            raise ValueError(
-                f"topk is {topk}, but there are {keys} sub-keys per half: use topk from 1 to "
-                f"{keys}, or more keys"
-            )
-        if key_dim % 2:
-            raise ValueError(f"key_dim is {key_dim}; it is split into two halves and must be even")
-        if value_dim != dim and not gate:
-            raise ValueError(
-                f"value_dim is {value_dim} and dim {dim}: set gate=True, whose output projection "
-                "brings values back to dim"
-            )
         if values is not None and (values.slots, values.dim) != (keys**2, value_dim):
             raise ValueError(
                 f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x "
@@ -73,6 +61,28 @@ class ProductKeyMemory(nn.Module):
         """Watches the search in training, if set."""
         self.gate = nn.Linear(dim, value_dim, bias=False) if gate else None
         self.output = nn.Linear(value_dim, dim, bias=False) if gate else None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, tables: Sequence[ValueTable]) -> Self:
+        """Return the memory of a layer. tables: those it reads, in the order of `tables`."""
+        settings = config.memory
+        return cls(
+            config.dim,
+            keys=settings.keys,
+            heads=settings.heads,
+            topk=settings.topk,
+            key_dim=settings.key_dim,
+            value_dim=settings.value_dim,
+            query_norm=settings.query_norm,
+            gate=settings.gate,
+            values=tables[0],
+            weighting=settings.weighting,
+        )
+
+    @property
+    def tables(self) -> tuple[ValueTable, ...]:
+        """The tables it reads, all at the same rows."""
+        return (self.values,)
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None

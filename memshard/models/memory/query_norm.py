@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from memshard.models.config import QueryNormKind
+from memshard.models.memory.kinds import QueryNormKind
 from memshard.models.recompute.replay import Replay, run_once
 
 _EPS = 1e-5

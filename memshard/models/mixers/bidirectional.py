@@ -3,15 +3,18 @@ output.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.fast_weights.feature_maps import FeatureMap
 from memshard.models.fast_weights.sum_rule import read_sum, written_sum
 from memshard.models.layers.linear import Projection
 from memshard.models.layers.position import rotate
+from memshard.models.mixers.mixer import Mixer
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class SourceState:
     length: int = 0
 
 
-class BidirectionalMixer(nn.Module):
+class BidirectionalMixer(Mixer):
     """Multi-head attention without an order in time.
 
     features: of queries and keys, for linear attention by the sum rule; None for softmax. cross:
@@ -52,6 +55,25 @@ class BidirectionalMixer(nn.Module):
         self.key = Projection(dim, dim)
         self.value = Projection(dim, dim)
         self.output = Projection(dim, dim, scale=output_scale)
+
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig, layer: int, output_scale: float, cross: bool = False
+    ) -> Self:
+        """Return an encoder layer's mixer, or, with `cross`, how a decoder's layer reads the
+        encoder's output: by softmax unless the layer's kind has a sum rule.
+        """
+        settings, features = config.mixer, None
+        if settings.kind_of(layer).whole_text == "sum":
+            # As published, linear attention divides by its sum and needs no other normalisation.
+            features = FeatureMap(
+                settings.features,
+                config.dim // settings.heads,
+                settings.feature_width,
+                settings.feature_norm or "none",
+            )
+        rotary = config.position == "rotary" and not cross
+        return cls(config.dim, settings.heads, features, cross, rotary, output_scale)
 
     def forward(
         self, x: Tensor, ctx: Context, state: SourceState | None = None

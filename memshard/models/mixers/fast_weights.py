@@ -6,11 +6,12 @@ constant memory.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.fast_weights.attention_norm import normalised_delta_rule, normalised_sum_rule
 from memshard.models.fast_weights.delta_rule import delta_rule
@@ -62,6 +63,8 @@ class FastWeightMixer(HeadProjections):
     `HeadProjections`; as many heads of keys and values as of queries.
     """
 
+    column_parallel = (*HeadProjections.column_parallel, "strength")
+
     def __init__(
         self,
         dim: int,
@@ -82,7 +85,33 @@ class FastWeightMixer(HeadProjections):
         )
         self.strength = Projection(dim, heads) if rule == "delta" else None
         self.neighbours: Neighbours | None = None
-        """Set by `parallel/` where ranks hold pieces of a sequence."""
+        """Set by `share_sequence`."""
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, layer: int, output_scale: float) -> Self:
+        """Return a layer's mixer: of kind delta by the delta rule, otherwise by the sum rule."""
+        settings = config.mixer
+        rule: RuleKind = "delta" if settings.kind_of(layer).name == "delta" else "sum"
+        # As published: linear attention divides by its sum, the delta rule needs keys that add up
+        # to 1.
+        feature_norm = settings.feature_norm or ("sum" if rule == "delta" else "none")
+        attention_norm = settings.attention_norm
+        return cls(
+            config.dim,
+            settings.heads,
+            rule,
+            FeatureMap(
+                settings.features,
+                config.dim // settings.heads,
+                settings.feature_width,
+                feature_norm,
+            ),
+            rule == "sum" if attention_norm is None else attention_norm,
+            rotary=config.position == "rotary",
+            output_scale=output_scale,
+            convolution=settings.convolution,
+            share_qk=settings.share_qk,
+        )
 
     def forward(
         self, x: Tensor, ctx: Context, state: FastWeightState | None = None
@@ -170,6 +199,19 @@ class FastWeightMixer(HeadProjections):
         return FastWeightState(
             state.memory * ~rows[:, None, None, None], state.documents, state.length, recent=recent
         )
+
+    def share_sequence(self, neighbours: Neighbours) -> None:
+        """Exchange states with the ranks that have the sequence's other segments; see `Mixer`."""
+        self.neighbours = self.convolutions.neighbours = neighbours
+
+    def kernel_choice(self, device: torch.device, dtype: torch.dtype) -> tuple[str, str] | None:
+        """Return what computes the delta rule, and why; see `Mixer`."""
+        if self.rule != "delta":
+            return None
+        # Not at the top, because exported models come without kernels to choose from.
+        from memshard.models.kernels.fla_delta_rule import chosen
+
+        return "delta rule", chosen(device, dtype, self.features.features, self.features.dim)[1]
 
     def _read(
         self,

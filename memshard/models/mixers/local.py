@@ -1,11 +1,12 @@
-"""Softmax attention to the tokens just before: exact, and linear in the length."""
+"""Softmax attention to a window of recent tokens: exact, and linear in the length."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.lsh.banded import banded_attention
 from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer, cached_mask
@@ -25,6 +26,21 @@ class LocalMixer(SoftmaxMixer):
     ) -> None:
         super().__init__(dim, heads, rotary, output_scale, **parts)
         self.window = window
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, layer: int, output_scale: float) -> Self:
+        """Return a layer's mixer."""
+        settings = config.mixer
+        return cls(
+            config.dim,
+            settings.heads,
+            settings.window,
+            rotary=config.position == "rotary",
+            output_scale=output_scale,
+            convolution=settings.convolution,
+            share_qk=settings.share_qk,
+            kv_heads=settings.kv_heads,
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         groups = torch.zeros_like(ctx.positions) if ctx.documents is None else ctx.documents

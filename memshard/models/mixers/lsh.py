@@ -9,12 +9,13 @@ gets its own value.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.layers.convolution import Convolutions, RecentRows
 from memshard.models.layers.linear import Projection
@@ -22,6 +23,7 @@ from memshard.models.lsh.banded import banded_attention
 from memshard.models.lsh.by_heads import ByHeads
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
 from memshard.models.lsh.published import PublishedRule, published_attention
+from memshard.models.mixers.mixer import Mixer
 from memshard.models.random import fold
 
 _PADDING = -1
@@ -50,7 +52,7 @@ class BucketState:
     recent: RecentRows | None = None
 
 
-class LSHMixer(nn.Module):
+class LSHMixer(Mixer):
     """LSH attention.
 
     rounds: hash rounds, to be changed at any time. chunk: how many tokens of its bucket a token
@@ -77,7 +79,7 @@ class LSHMixer(nn.Module):
         convolution: int = 0,
     ) -> None:
         super().__init__()
-        self.heads, self.first_head = heads, 0
+        self.heads = heads
         self.rounds, self.chunk, self.buckets, self.seed, self.heads_at_once = (
             rounds,
             chunk,
@@ -91,6 +93,29 @@ class LSHMixer(nn.Module):
         self.value = Projection(dim, dim)
         self.output = Projection(dim, dim, scale=output_scale)
         self.convolutions = Convolutions({"query": dim, "value": dim}, convolution)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, layer: int, output_scale: float) -> Self:
+        """Return a layer's mixer."""
+        settings = config.mixer
+        return cls(
+            config.dim,
+            settings.heads,
+            settings.rounds,
+            settings.chunk,
+            settings.buckets,
+            seed=layer,
+            heads_at_once=settings.heads_at_once,
+            output_scale=output_scale,
+            resample=settings.resample,
+            rule=settings.rule,
+            convolution=settings.convolution,
+        )
+
+    @property
+    def applies_norm(self) -> bool:
+        """Whether heads are processed a few at a time; see `Mixer`."""
+        return self.heads_at_once > 0
 
     def forward(
         self,

@@ -1,19 +1,20 @@
 """Queries, keys and values of a mixer's heads."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from memshard.models.context import Context
 from memshard.models.layers.convolution import Convolutions, RecentRows
 from memshard.models.layers.linear import Projection
+from memshard.models.mixers.mixer import Mixer
 
 
-class HeadProjections(nn.Module):
-    """Projections of all heads, with Primer's parts where they are asked for.
+class HeadProjections(Mixer):
+    """A mixer's projections of all heads, with Primer's parts where they are asked for.
 
-    convolution: width of a causal depthwise convolution behind each projection, 0 for none.
-    share_qk: queries are a linear map of the keys (after their convolution), and have no
-    convolution of their own. kv_heads: heads of keys and values, each for heads / kv_heads
-    neighbouring query heads; all heads if left out.
+    convolution: width of a causal depthwise convolution after each projection, 0 for none.
+    share_qk: queries are a linear map of the keys (after their convolution), without a convolution
+    of their own. kv_heads: number of key/value heads, each shared by heads / kv_heads neighbouring
+    query heads; default: heads.
     """
 
     def __init__(
@@ -43,15 +44,19 @@ class HeadProjections(nn.Module):
     def project(
         self, x: Tensor, ctx: Context, recent: RecentRows | None
     ) -> tuple[Tensor, Tensor, Tensor, RecentRows | None]:
-        """Queries, [batch, heads, length, head dim], keys and values, [batch, kv heads, length,
-        head dim], and what convolutions remember where something was. x: [batch, length, dim].
+        """Return queries, [batch, heads, length, head dim], keys and values, [batch, kv heads,
+        length, head dim], and the convolutions' advanced state where `recent` is given. x: [batch,
+        length, dim].
         """
         names = ("key", "value") if self.share_qk else ("query", "key", "value")
-        found, recent = self.convolutions([getattr(self, name)(x) for name in names], ctx, recent)
+        projected, recent = self.convolutions(
+            [getattr(self, name)(x) for name in names], ctx, recent
+        )
         if self.share_qk:
-            found.insert(0, self.query(found[0]))
+            projected.insert(0, self.query(projected[0]))
+        counts = self.heads, self.kv_heads, self.kv_heads
         q, k, v = (
-            each.unflatten(-1, (heads, -1)).transpose(1, 2)
-            for each, heads in zip(found, (self.heads, self.kv_heads, self.kv_heads), strict=True)
+            tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for tensor, heads in zip(projected, counts, strict=True)
         )
         return q, k, v, recent

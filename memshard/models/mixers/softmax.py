@@ -1,17 +1,13 @@
-"""Softmax attention, with a key-value cache behind the mixer contract.
-
-A mixer is called as `mixer(x, ctx, state) -> (y, state)`. Without a state it sees the tokens of x
-alone; with one, x continues what the state has seen. `init_state`, `reorder`, `rollback` and
-`reset` serve decoding, beam search and carried text.
-"""
+"""Softmax attention with a key-value cache."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.layers.convolution import RecentRows
 from memshard.models.layers.position import rotate
@@ -49,6 +45,20 @@ class SoftmaxMixer(HeadProjections):
     ) -> None:
         super().__init__(dim, heads, output_scale, **parts)
         self.rotary = rotary
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, layer: int, output_scale: float) -> Self:
+        """Return a layer's mixer."""
+        settings = config.mixer
+        return cls(
+            config.dim,
+            settings.heads,
+            rotary=config.position == "rotary",
+            output_scale=output_scale,
+            convolution=settings.convolution,
+            share_qk=settings.share_qk,
+            kv_heads=settings.kv_heads,
+        )
 
     def forward(
         self, x: Tensor, ctx: Context, state: KeyValueState | None = None

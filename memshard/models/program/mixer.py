@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.context import Context
+from memshard.models.mixers.mixer import Mixer
 from memshard.models.program.cached import call_cached, new_buffers, refusal
 from memshard.models.program.primitives import cast
 from memshard.models.program.program import OPERATIONS, Node, Program
@@ -27,7 +28,7 @@ class ProgramState:
     length: int = 0
 
 
-class ProgramMixer(nn.Module):
+class ProgramMixer(Mixer):
     """Runs a program. Its parameters are named by the value they make: `values.12`."""
 
     def __init__(self, program: Program) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memshard.models.block import Block
 from memshard.models.context import Context
-from memshard.models.mixers.build import MixerState
+from memshard.models.mixers.mixer import MixerState
 from memshard.models.recompute.replay import Replay
 
 Checkpointing = Literal["none", "full", "selective"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memshard.models.block import Block
 from memshard.models.context import Context
-from memshard.models.mixers.build import MixerState
+from memshard.models.mixers.mixer import MixerState
 from memshard.models.random import dropout
 from memshard.models.transformer import Transformer
 

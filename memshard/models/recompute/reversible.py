@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memshard.models.block import Block
 from memshard.models.context import Context
 from memshard.models.memory.table import ValueTable
-from memshard.models.mixers.build import MixerState
+from memshard.models.mixers.mixer import MixerState
 from memshard.models.recompute.replay import Replay
 
 _BITS = 14

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from memshard.models.config import ModelConfig
+from memshard.models.mixers.kinds import names
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
@@ -243,23 +244,17 @@ def check_states(model: ModelConfig, what: str, endless: bool) -> None:
 
     what: needs it, for the message.
     """
+    able = f"{names(lambda kind: kind.constant_state)} mixers, whose state keeps its size"
     if model.program is not None:
-        raise ValueError(
-            f"{what} is for linear and delta mixers, whose state keeps its size, and "
-            "model.program is a block without one"
-        )
+        raise ValueError(f"{what} is for {able}, and model.program is a block without one")
     if model.encoder_layers:
         raise ValueError(
             f"{what} is for language models, and model.encoder_layers is {model.encoder_layers}: "
             "leave one of them out"
         )
-    if other := sorted(
-        {model.mixer.kind_of(layer) for layer in range(model.layers)} - {"linear", "delta"}
-    ):
-        raise ValueError(
-            f"{what} is for linear and delta mixers, whose state keeps its size, and model.mixer "
-            f"has {', '.join(other)}"
-        )
+    kinds = {model.mixer.kind_of(layer) for layer in range(model.layers)}
+    if other := sorted(kind.name for kind in kinds if not kind.constant_state):
+        raise ValueError(f"{what} is for {able}, and model.mixer has {', '.join(other)}")
     if endless and model.position != "none":
         raise ValueError(
             f"{what} goes on without end, but model.position is {model.position}: it needs a "

@@ -1,6 +1,8 @@
 """How many bytes a forward pass keeps for its backward pass, in closed form."""
 
 from memshard.models.config import ModelConfig
+from memshard.models.memory.kinds import MEMORIES, MemorySize
+from memshard.models.mixers.kinds import LayerSize
 from memshard.models.program.primitives import PRODUCTS
 from memshard.models.program.program import Program
 from memshard.models.recompute.checkpointing import Checkpointing
@@ -22,7 +24,6 @@ _KEEPS_NEITHER = {
     "LIFT",
 }
 _KEEPS_NO_INPUT = _KEEPS_NEITHER | _KEEPS_RESULT - {"ATTEND"}
-_QUERY_COPIES = {"batch": 2, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 
 
 def activation_bytes(
@@ -37,49 +38,31 @@ def activation_bytes(
     checkpointing: Checkpointing = "none",
     chunk: int = 0,
 ) -> tuple[float, float]:
-    """Bytes kept for each token of a micro-batch, loss included, and bytes that backward computes
-    again and holds at once. Weights and their copies in half precision do not count. layout: of
-    the tables, if ranks split them. tensor: ranks that share each sequence and the large matrices.
+    """Return the bytes kept for each token of a micro-batch, loss included, and the bytes that
+    backward recomputes and holds at once. Weights and their copies in half precision do not count.
 
-    The sum, for a values of bytes (4, or 2 under bf16 or fp16 autocast), width d, per block:
-        attention   a d (5, or 7 under autocast, which casts the input once for each of three
-        projections), 4 heads; keys and values, two
-                    of the 5, take kv_heads / heads; convolutions a d for each of their inputs
+    layout: of the tables, if ranks split them. tensor: ranks that share each sequence and the large
+    matrices.
+
+    The sum, for values of a bytes (4, or 2 under bf16 or fp16 autocast) and width d, per block:
+        mixer       what its kind says (models/mixers/kinds.py)
         two norms   4 d each (twice that for RMSNorm, three times for Primer's)
         feedforward a d, and a hidden for each of the 1 to 4 intermediate results of the activation
-        memory      a d; 4 heads key_dim for each of the 1 to 4 stages of query normalisation;
-                    16 heads topk of indices and weights, and what the layout adds; gate 16
-                    value_dim; key balance 8 heads keys
-        extras      d for each dropout mask, a length for an explicit mask, a (d + 2 d / heads) for
-        rotary positions
+        memory      what its kind says (models/memory/kinds.py), and what the layout adds
+        dropout     d for each mask
     and 4 vocabulary + (a + 4) d for the head. Checkpointing keeps 4 d for each block or half block
-    that is computed again, reversible blocks 8 d in all; both keep of a memory its indices, its
-    weights and 4 value_dim of sums. Of feedforward halves and head that are computed for `chunk`
-    tokens of a sequence at a time only one piece is held. Tensor-parallel ranks keep 1 / tensor of
-    all but what mixers, feedforwards and head gather, a d each. The test compares it with what is
-    in memory.
+    that is recomputed, reversible blocks 8 d in all; both keep a memory's reads and 4 value_dim of
+    sums. Where feedforward halves and head are computed for `chunk` tokens of a sequence at a time,
+    only one chunk counts. Tensor-parallel ranks keep 1 / tensor of everything except what mixers,
+    feedforwards and head gather, a d each. The test compares it with what is in memory.
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if half else (4, config.dim)
     norm = (4 * d * _NORM_COPIES[config.norm] + 8) / tensor
     mask = d / tensor if config.dropout else 0
-    # Gathered inputs are cast once, before they travel.
-    mixer = config.mixer
-    inputs = 3 - mixer.share_qk if half and tensor == 1 else 1
-    both = 2 * d * (mixer.kv_heads or mixer.heads) // mixer.heads
-    attention = (
-        norm + mask + a * (2 * d + both) / tensor + 4 * mixer.heads / tensor + inputs * a * d
-    )
-    if mixer.convolution:
-        attention += a * ((0 if mixer.share_qk else d) + both) / tensor
-    if config.program is not None:
-        attention = _program(config.program, a, length)
-    if config.position == "rotary":
-        # Turned queries are contiguous by head, so attention's output is copied back: twice in
-        # memory.
-        attention += a * (d / tensor + 2 * d // mixer.heads)
-    if document_mask:
-        attention += a * length
+    mixers = _mixers(config, length, a, tensor, document_mask)
+    if config.program is None:
+        mixers = [mixer + norm + mask for mixer in mixers]
     memories = len(config.memory.layers)
     feedforwards = (
         config.layers - (memories if config.memory.mode == "replace" else 0)
@@ -87,22 +70,19 @@ def activation_bytes(
         else 0
     )
     readers = 1 if layout is not None and layout.layout.within_tensor_group else tensor
-    feedforward, memory = _feedforward(config, a, tensor), 0.0
+    feedforward, memory, reads = _feedforward(config, a, tensor), 0.0, 0.0
     if memories:
-        memory = (
-            _memory(config, a, layout)
-            + (8 * config.memory.heads * config.memory.keys if key_balance else 0)
-        ) / readers
-    lookup = (
-        (_lookup(config, a, layout) + 4 * (config.memory.value_dim or d)) / readers
-        if memories
-        else 0
-    )
+        kind, size = MEMORIES[config.memory.kind], MemorySize(config.memory, d, a, key_balance)
+        kept_by_reads = kind.reads_kept(size)
+        if layout is not None:
+            kept_by_reads += config.memory.tables * layout.kept
+        memory = (kind.search_kept(size) + kept_by_reads) / readers
+        reads = (kept_by_reads + 4 * size.value_dim) / readers
     beside = feedforward if config.memory.mode == "add" else 0
     largest = (
         norm
         + mask
-        + max(feedforward if feedforwards else 0, memory - lookup + beside if memories else 0)
+        + max(feedforward if feedforwards else 0, memory - reads + beside if memories else 0)
     )
     stream = 4 * d / tensor
 
@@ -112,31 +92,45 @@ def activation_bytes(
         + sides * (a * d + (0 if config.residual == "post" else norm))
         + 4 * config.logits_per_token / tensor
     )
-    piece = min(1.0, chunk / length) if chunk else 1.0
+    share = min(1.0, chunk / length) if chunk else 1.0
     if chunk and tensor == 1:
         # Nothing but its input, which reversible blocks have anyway.
         largest, head = (
-            max(largest, head) * piece,
+            max(largest, head) * share,
             mask + 8 + (0 if config.residual == "reversible" else stream),
         )
     if config.residual == "reversible":
         # Backward holds both streams of a block's input, and their gradients.
-        return head + 2 * stream + memories * lookup, max(attention, largest) + 4 * stream
+        return head + 2 * stream + memories * reads, max(*mixers, largest) + 4 * stream
+    blocks = config.layers * stream + memories * reads
     if chunk:
-        kept, again = (stream, attention) if checkpointing == "full" else (attention, 0.0)
-        return head + config.layers * (kept + stream) + memories * lookup, max(again, largest)
+        if checkpointing == "full":
+            # The inputs of both halves.
+            return head + config.layers * stream + blocks, max(*mixers, largest)
+        return head + sum(mixers) + blocks, largest
     if checkpointing == "full":
-        return head + config.layers * stream + memories * lookup, attention + largest
+        return head + blocks, max(mixers) + largest
     if checkpointing == "selective":
-        return head + config.layers * (attention + stream) + memories * lookup, largest
-    return head + config.layers * (
-        attention + norm + mask
-    ) + feedforwards * feedforward + memories * memory, 0.0
+        return head + sum(mixers) + blocks, largest
+    halves = config.layers * (norm + mask) + feedforwards * feedforward + memories * memory
+    return head + sum(mixers) + halves, 0.0
+
+
+def _mixers(
+    config: ModelConfig, length: int, a: int, tensor: int, document_mask: bool
+) -> list[float]:
+    """Return what the mixer of each layer keeps."""
+    if config.program is not None:
+        masked = a * length if document_mask else 0
+        return [_program(config.program, a, length) + masked] * config.layers
+    rotary = config.position == "rotary"
+    size = LayerSize(config.mixer, config.dim, length, a, tensor, rotary, document_mask)
+    return [config.mixer.kind_of(layer).kept(size) for layer in range(config.layers)]
 
 
 def _program(text: str, a: int, length: int) -> float:
-    """What the calls of a program keep: their inputs or their result, or neither. Under autocast
-    each product keeps a copy of its own.
+    """Return what the calls of a program keep: their inputs, their result, or neither. Under
+    autocast each product keeps a copy of its own.
     """
     program = Program.from_json(text)
     kept = {
@@ -161,24 +155,3 @@ def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:
     hidden = settings.hidden or (config.dim * 8 // 3 if gated else config.dim * 4)
     inputs = 2 if gated and a == 2 and tensor == 1 else 1
     return a * (inputs * config.dim + _HIDDEN_COPIES[settings.activation] * hidden / tensor)
-
-
-def _memory(config: ModelConfig, a: int, layout: LayoutChoice | None) -> float:
-    settings = config.memory
-    value_dim = settings.value_dim or config.dim
-    queries = 4 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
-    gate = (4 + 3 * a) * value_dim + (a * config.dim if a == 2 else 0) if settings.gate else 0
-    return a * config.dim + queries + _lookup(config, a, layout) + gate
-
-
-def _lookup(config: ModelConfig, a: int, layout: LayoutChoice | None) -> float:
-    """Indices, weights and what the layout adds."""
-    settings = config.memory
-    reads = settings.heads * settings.topk
-    lookup = 16.0 * reads
-    if settings.kind == "peer":
-        # Rows again, products and their gelu, and the product with the weights; the tokens in fp32.
-        lookup += 16 * reads + (4 * config.dim if a == 2 else 0)
-    if layout is not None:
-        lookup += settings.tables * layout.kept
-    return lookup

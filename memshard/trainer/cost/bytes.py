@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from memshard.models.config import ModelConfig
+from memshard.models.memory.kinds import MEMORIES, MemorySize
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.cost.dense_bytes import dense_bytes
@@ -123,11 +124,10 @@ def _activations_and_workspace(
     # Ranks that split sequences compute the head for their whole segment at once.
     whole_head = division.sequence_ranks > 1 and train.chunk > 0
     activations = tokens * (kept + 4 * model.logits_per_token * whole_head)
-    scores = (
-        3 * 8 * memory.heads * memory.keys / division.lookup_ranks * division.sequence_ranks
-        if has_tables
-        else 0
-    )
+    scores = 0.0
+    if has_tables:
+        search = MEMORIES[memory.kind].search_workspace(MemorySize(memory, model.dim))
+        scores = search / division.lookup_ranks * division.sequence_ranks
     logits = 2 * 4 * model.logits_per_token / division.matrix_ranks
     chunk = min(1, train.chunk / length) if train.chunk else 1
     logits *= chunk if division.tensor_ranks == 1 else 1

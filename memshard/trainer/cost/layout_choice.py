@@ -51,7 +51,7 @@ def layout_choice(recipe: Recipe, ranks: int, duplicates: float | None = None) -
     default as if reads were spread evenly, so that the choice depends on the recipe alone.
     """
     memory, division = recipe.model.memory, divide(recipe, ranks)
-    reads = memory.heads * memory.topk
+    reads = memory.reads
     tokens = division.micro_batch * recipe.data.length / division.lookup_ranks
     lookup = Lookup(
         ranks=division.table_ranks,

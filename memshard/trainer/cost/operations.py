@@ -1,27 +1,23 @@
 """How many arithmetic operations a token costs, in closed form."""
 
 from memshard.models.config import ModelConfig
+from memshard.models.mixers.kinds import LayerSize
 from memshard.trainer.cost.parameters import count_parameters
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """Return the operations of forward and backward for one token.
 
-    6 for each parameter that it multiplies, sub-keys included; 6 length dim for each layer's causal
-    attention (half the square); 6 heads topk value_dim for each memory (twice that for PEER), for
-    sums and their gradients. Recomputation, norms and updates do not count. `vocab_size` must be
-    set, and `max_length` for learned positions.
+    6 for each parameter that it multiplies, sub-keys included; 6 for each multiplication between
+    tokens in a mixer (length dim a layer for causal attention); 6 heads topk value_dim for each
+    table of a memory, for sums and their gradients. Recomputation, norms and updates do not count.
+    `vocab_size` must be set, and `max_length` for learned positions.
     """
     memory = config.memory
-    attention = config.layers * length * config.dim
-    lookup = (
-        len(memory.layers)
-        * memory.tables
-        * memory.heads
-        * memory.topk
-        * (memory.value_dim or config.dim)
+    size = LayerSize(config.mixer, config.dim, length)
+    mixers = sum(
+        config.mixer.kind_of(layer).multiplications(size) for layer in range(config.layers)
     )
+    lookup = len(memory.layers) * memory.tables * memory.reads * (memory.value_dim or config.dim)
     # A token of a pair passes either the encoder or the decoder: about half of the model.
-    return (3.0 if config.translates else 6.0) * (
-        count_parameters(config).active + attention + lookup
-    )
+    return (3.0 if config.translates else 6.0) * (count_parameters(config).active + mixers + lookup)

@@ -70,7 +70,7 @@ def step_time(
     )
 
     memory, width = model.memory, model.memory.value_dim or model.dim
-    reads = cost.tokens_per_step * memory.heads * memory.topk * memory.tables  # of one layer
+    reads = cost.tokens_per_step * memory.reads * memory.tables  # of one layer
     layers_of_a_table = len(memory.layers) if memory.share else 1
     touched = (
         -math.expm1(-reads / memory.tables * layers_of_a_table / memory.slots)

@@ -3,7 +3,7 @@
 import math
 
 from memshard.models.config import ModelConfig
-from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.models.mixers.kinds import LayerSize
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.dense_bytes import dense_traffic
 from memshard.trainer.cost.division import Division
@@ -45,7 +45,7 @@ def replica_traffic(recipe: Recipe, division: Division, local_values: int) -> fl
     if reads are spread evenly. local_values: values of all tables on the rank.
     """
     memory = recipe.model.memory
-    reads = recipe.train.batch * recipe.data.length * memory.heads * memory.topk
+    reads = recipe.train.batch * recipe.data.length * memory.reads
     touched = -math.expm1(-reads / memory.slots)
     copies = division.ranks // division.table_ranks
     return 8 * sent_share(copies) * touched * local_values
@@ -67,9 +67,7 @@ def _matrix_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
 
 
 def _state_traffic(model: ModelConfig, ranks: int, length: int) -> float:
-    """Maps of fast weights forward, their gradients backward (see `parallel/segments.py`)."""
-    mixer, width = model.mixer, model.dim // model.mixer.heads
-    features = FeatureMap(mixer.features, width, mixer.feature_width).features
-    return (
-        4.0 * (ranks - 1) / length * model.layers * mixer.heads * features * (features + 3 * width)
-    )
+    """What the mixers send of their states (see `parallel/segments.py`)."""
+    size = LayerSize(model.mixer, model.dim, length, ranks=ranks)
+    forms = [model.mixer.kind_of(layer).sequence_bytes for layer in range(model.layers)]
+    return sum(form(size) for form in forms if form is not None)

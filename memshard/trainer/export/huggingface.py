@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memshard.models.config import ModelConfig
+from memshard.models.memory.kinds import MEMORIES
 
 _ROOT = Path(__file__).parents[2]
 _HOME = "memshard.trainer.export.remote"
@@ -51,12 +52,13 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
     """Write the modules that the model needs, and the tokenizer's configuration; returns what
     config.json adds.
     """
+    replaced = {**_REPLACED, "memshard.models.load_class": _class_loader(model)}
     pending, done = [f"{_HOME}.{name}" for name in _ENTRIES], set()
     while pending:
         module = pending.pop()
         if module not in done:
             done.add(module)
-            source, needed = _flat(module)
+            source, needed = _flat(module, replaced)
             (folder / f"{_flat_name(module)}.py").write_text(source)
             pending += needed
     classes = {
@@ -80,9 +82,34 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _flat(module: str) -> tuple[str, list[str]]:
+def _class_loader(model: ModelConfig) -> str:
+    """Return the source of a `load_class` that imports the model's mixers and memory by name, which
+    is what transformers looks for.
+    """
+    paths = {model.mixer.kind_of(layer).path for layer in range(model.layers)}
+    if model.memory.layers:
+        paths.add(MEMORIES[model.memory.kind].path)
+    classes = [path.split(":") for path in sorted(paths)]
+    imports = "".join(f"from {module} import {name}\n" for module, name in classes)
+    rows = "".join(f'    "{module}:{name}": {name},\n' for module, name in classes)
+    return f'''"""The classes of this model."""
+
+from typing import Any
+
+{imports}
+_CLASSES: dict[str, Any] = {{
+{rows}}}
+
+
+def load_class(path: str) -> Any:
+    """Return the class at "package.module:Class"."""
+    return _CLASSES[path]
+'''
+
+
+def _flat(module: str, replaced: dict[str, str]) -> tuple[str, list[str]]:
     """The module's source with imports from beside it, and the modules it imports."""
-    source = _REPLACED.get(module) or _file(module).read_text(encoding="utf-8")
+    source = replaced.get(module) or _file(module).read_text(encoding="utf-8")
     lines, needed = source.splitlines(keepends=True), []
     for node in reversed(list(ast.walk(ast.parse(source)))):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("memshard"):

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory, row_slots, slot_rows
 from memshard.models.memory.table import ValueTable
 from memshard.models.random import fold, normal_at
@@ -47,9 +46,7 @@ def revive(
         ).repeat(2, 1)
         for reader, memory in enumerate(own):
             _split_hot_keys(memory, step, step - dead_after, fold(key, reader), sources)
-        for part, table in enumerate(
-            (values, own[0].down) if isinstance(own[0], Peer) else (values,)
-        ):
+        for part, table in enumerate(own[0].tables):
             _copy_rows(
                 table,
                 optimizer,
