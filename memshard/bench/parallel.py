@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -36,19 +36,15 @@ from memshard.experiments.common.repeated import median_low_high, range_text
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
-from memshard.models.memory.table import find_tables
 from memshard.models.mixers.softmax import SoftmaxMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.sequence import own_piece
-from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.estimate import estimate
-from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.optim.dense.schedule import learning_rate
-from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.training import build_for_training, training_step
 
 _RESULT = "result.json"
 
@@ -212,7 +208,7 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
             }
         )
     result: dict[str, Any] = {"steps": points}
-    engines: dict[str, tuple[str, Literal[0, 1]]] = {
+    engines: dict[str, tuple[Literal["torch", "deepspeed"], Literal[0, 1]]] = {
         "torch": ("torch", 0),
         "torch, ZeRO-1": ("torch", 1),
     }
@@ -252,46 +248,36 @@ def interleaved(
 
 
 def _step(
-    size: Size, tensor: int, device: torch.device, kind: str = "torch", zero: Literal[0, 1] = 0
+    size: Size,
+    tensor: int,
+    device: torch.device,
+    kind: Literal["torch", "deepspeed"] = "torch",
+    zero: Literal[0, 1] = 0,
 ) -> tuple[Callable[[], object], int]:
     """Return a function that takes a training step, on ranks in groups of `tensor`, and the bytes
     of this rank's dense weights.
     """
     mesh = build_mesh(device.type, None, tensor)
-    with torch.device("meta"):
-        model = Transformer(size.model)
-    placement = apply(model, mesh)
-    model.to_empty(device=device)
-    initialize(model, 0)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    engine: Any
-    if kind == "torch":
-        engine = NativeEngine(model, OptimizerConfig(), mesh, placement, shard_states=zero > 0)
-    else:
-        from memshard.trainer.engine.deepspeed import DeepSpeedEngine
-
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        settings = TrainConfig(engine="deepspeed", zero=zero, batch=size.batch)
-        engine = DeepSpeedEngine(model, OptimizerConfig(), settings, mesh, placement, dtype)
-    tables = [table for _, table in find_tables(model)]
-    rows = RowAdam(tables) if tables else None
+    train = TrainConfig(
+        steps=1,
+        batch=size.batch,
+        engine=kind,
+        zero=zero,
+        precision="bf16" if device.type == "cuda" else "fp32",
+    )
+    training = build_for_training(size.model, train=train, device=device, mesh=mesh)
+    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
     losses = losses_on(mesh)
     share = math.ceil(size.batch * tensor / dist.get_world_size())
     tokens = torch.randint(
         size.vocabulary, (share, size.length + 1), generator=torch.Generator().manual_seed(0)
     ).to(device)
 
-    def step() -> None:
-        with engine.forward_context(last=True), _half(device):
-            loss = losses(engine.model(tokens[:, :-1])[0], tokens[:, 1:]).sum() / (
-                size.batch * size.length
-            )
-        engine.backward(loss, 1.0)
-        engine.step(learning_rate(engine.config, 0, 1), engine.gradient_norm(1.0), 1.0, 1.0)
-        if rows is not None:
-            rows.step()
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        logits = model(tokens[:, :-1])[0]
+        return losses(logits, tokens[:, 1:]).sum() / (size.batch * size.length)
 
-    return step, weights
+    return lambda: training_step(training, [tokens], loss, 0), weights
 
 
 def _half(device: torch.device) -> Any:

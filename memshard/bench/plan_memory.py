@@ -12,26 +12,19 @@ import argparse
 import threading
 
 import torch
+from torch import Tensor, nn
 
 from memshard.bench.common.peak_memory import freed_at_once, in_new_process, resident
 from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
-from memshard.models.initialize import initialize
 from memshard.models.loss import token_losses
-from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
-from memshard.models.recompute.checkpointing import Recompute
-from memshard.models.transformer import Transformer
-from memshard.parallel.apply import apply
-from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.alternatives import changed_by
 from memshard.trainer.cost.estimate import estimate
-from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.optim.dense.schedule import learning_rate
-from memshard.trainer.optim.rows.adam import RowAdam
-from memshard.trainer.precision import DTYPES, autocast, store_tables
+from memshard.trainer.precision import DTYPES
+from memshard.trainer.training import build_for_training, training_step
 
 VOCABULARY = 8192
 _MEMORY = MemoryConfig(layers=(2,), keys=256, heads=4, topk=16, key_dim=128)
@@ -124,38 +117,27 @@ def measure(recipe: Recipe, device: str, precision: str) -> float:
     return float(peak - before)
 
 
-def _train(recipe: Recipe, name: str, precision: str) -> None:
-    device, dtype, length = torch.device(name), DTYPES[precision], recipe.data.length
-    config = changed_by(recipe, {"model.vocab_size": VOCABULARY, "model.max_length": length}).model
-    with torch.device("meta"):
-        model = Transformer(config)
-    apply(model, None)
-    store_tables(model, recipe.tables.dtype)
-    model.to_empty(device=device)
-    initialize(model, 0)
-    model.configure(Recompute(recipe.train.checkpointing, recipe.train.chunk))
-    engine = NativeEngine(model, OptimizerConfig(), None, {})
-    for _, memory in model.memories():
-        memory.query_norm.deferred = True
-    tables = [table for _, table in find_tables(model)]
-    rows = RowAdam(tables, 1e-3, rounding=recipe.tables.rounding) if tables else None
-    size = recipe.train.micro_batch or recipe.train.batch
+def _train(recipe: Recipe, device: str, precision: str) -> None:
+    length, batch = recipe.data.length, recipe.train.batch
+    recipe = changed_by(
+        recipe,
+        {
+            "model.vocab_size": VOCABULARY,
+            "model.max_length": length,
+            "train.steps": 100,
+            "train.precision": precision,
+        },
+    )
+    training = build_for_training(
+        recipe.model, tables=recipe.tables, train=recipe.train, device=device
+    )
+
+    def loss(model: nn.Module, numbers: Tensor) -> Tensor:
+        tokens = torch.randint(VOCABULARY, (len(numbers), length), device=device)
+        positions = torch.arange(length, device=device).expand(len(numbers), -1)
+        ctx = Context(positions, random=RandomKey(0, step, numbers))
+        return token_losses(model(tokens, ctx)[0], tokens).sum() / (batch * length)
+
     for step in range(3):
-        for first in range(0, recipe.train.batch, size):
-            tokens = torch.randint(VOCABULARY, (size, length), device=device)
-            numbers = torch.arange(first, first + size, device=device)
-            ctx = Context(
-                torch.arange(length, device=device).expand(size, -1),
-                random=RandomKey(0, step, numbers),
-            )
-            with autocast(dtype, device):
-                loss = token_losses(model(tokens, ctx)[0], tokens).sum() / (
-                    recipe.train.batch * length
-                )
-            engine.backward(loss, 1.0)
-        rate = learning_rate(engine.config, step, 100)
-        engine.step(rate, engine.gradient_norm(1.0), 1.0, 1.0)
-        if rows is not None:
-            rows.step()
-        for _, memory in model.memories():
-            memory.query_norm.commit()
+        samples = torch.arange(batch, device=device)
+        training_step(training, samples.split(recipe.train.micro_batch or batch), loss, step)

@@ -20,7 +20,7 @@ from memshard.models.kernels.backend import chosen
 from memshard.trainer.checkpoint.folders import COMMIT, committed
 from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, check_files, index_of
-from memshard.trainer.watch.heartbeat import late, read_beats, silent
+from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
 from memshard.trainer.watch.lost_ranks import FLIGHT
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 
@@ -138,7 +138,7 @@ def _ranks(folder: Path) -> Iterator[Finding]:
     if not beats:
         yield Finding("no heartbeats: the run has not started")
         return
-    for text in late(beats, now):
+    for text in describe_stragglers(beats, now):
         yield Finding(text, bad=True)
     alive = [beat for beat in beats if beat.ended is None and not silent(beat, now)]
     ended = sorted({beat.ended for beat in beats if beat.ended is not None})

@@ -1,4 +1,4 @@
-"""What may stop a run or spoil a step, decided once for all ranks."""
+"""Checks that decide, once for all ranks, whether a step counts."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -11,25 +11,23 @@ from memshard.models.memory.table import ValueTable
 
 
 def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> Tensor:
-    """Whether this rank's dense gradient and the reads it keeps for its tables are finite: one
-    truth value, on the device.
+    """Return whether this rank's dense gradient and the reads collected for its tables are finite,
+    as one bool on the device.
     """
     anchors = [table.anchor.grad.to(norm) for table in tables if table.anchor.grad is not None]
     return torch.cat([norm.view(1), *anchors]).isfinite().all()
 
 
-def agree(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
-    """The sum of the ranks' losses, and each flag, true if it is set on any rank: one small
-    all-reduce, one wait for the device.
-    """
-    # What is on the CPU is filled in: copying it would wait for the device once more.
-    found = (
+def all_reduce_verdict(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
+    """Sum the loss and OR the flags over all ranks, with one all-reduce and one device sync."""
+    # Python values are filled in: copying them to the device would wait for it once more.
+    values = (
         value.double()
         if isinstance(value, Tensor)
         else loss.new_full((), value, dtype=torch.float64)
         for value in (loss, *flags)
     )
-    verdict = torch.stack([*found])
+    verdict = torch.stack([*values])
     if dist.is_initialized():
         dist.all_reduce(verdict)
     total, *votes = verdict.tolist()
@@ -37,12 +35,12 @@ def agree(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
 
 
 def is_spike(loss: float, recent: Sequence[float], threshold: float) -> bool:
-    """Whether a loss stands out above the recent ones by more than `threshold` robust standard
+    """Return whether a loss exceeds the recent ones by more than `threshold` robust standard
     deviations.
 
-    The deviation is 1.4826 times the median distance from the median, what a normal distribution
-    has, so that earlier spikes do not hide the next; at least 1 % of the median, so that a loss
-    that hardly moves is not called a spike for its noise.
+    The deviation is 1.4826 times the median distance from the median (equal to the standard
+    deviation of a normal distribution), so that earlier spikes do not hide the next. It counts as
+    at least 1 % of the median, so that noise of a loss that hardly moves is no spike.
     """
     middle = median(recent)
     deviation = 1.4826 * median(abs(value - middle) for value in recent)

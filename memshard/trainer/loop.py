@@ -10,8 +10,9 @@ from typing import Any
 
 from memshard.parallel.collectives import set_timeout
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
+from memshard.trainer.resume import rewind, save
 from memshard.trainer.run import Run
-from memshard.trainer.step import StepOutcome, train_step
+from memshard.trainer.step import RunStep, train_step
 from memshard.trainer.stop_signal import StopSignal
 from memshard.trainer.watch.meter import Meter
 from memshard.trainer.watch.metrics import Metrics
@@ -21,37 +22,37 @@ log = logging.getLogger(__name__)
 
 
 def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
-    """Train to the recipe's last step, or to `stop_at`, or until told to stop; the last step is
-    always saved.
+    """Train to the recipe's last step, to `stop_at` or until told to stop, and save the last step.
 
-    stop: who listens; by default the loop itself does. Returns the result, with `finished` telling
-    whether the recipe's last step was reached. RuntimeError if too many steps in a row had a
-    gradient that is not finite.
+    stop: a StopSignal that already listens; by default the loop listens. Returns the result, whose
+    `finished` says whether the recipe's last step was reached. RuntimeError if too many steps in a
+    row were skipped.
     """
     settings, guards = run.recipe.train, run.recipe.guards
     last = min(settings.steps, stop_at or settings.steps)
-    metrics = Metrics(run)
-    meter = Meter(run)
+    metrics = _metrics(run)
+    meter = Meter(run, run.recipe, run.ranks)
+    profiled = StepProfiler(run.folder, run.rank, settings.profile)
     if guards.loss_spike == "rewind":
-        run.save()  # something to go back to
+        save(run)  # something to go back to
     evaluation: Evaluation | None = None
     try:
-        with nullcontext(stop) if stop else StopSignal() as stop, StepProfiler(run) as profiler:
+        with nullcontext(stop) if stop else StopSignal() as stop, profiled as profiler:
             stopping = False
             while run.progress.step < last and not stopping:
                 profiler.begin(run.progress.step + 1)
                 outcome = train_step(run, stop)
                 profiler.end(run.progress.step)
-                _be_impatient(run)  # the first step connects and compiles
+                _set_step_timeout(run)  # the first step connects and compiles, which takes longer
                 meter.add(outcome)
                 stopping = outcome.stopping
                 if outcome.spiked:
                     metrics.say(_spike_line(run, outcome))
                 if outcome.rewind:
-                    with _patience(run):
-                        run.rewind()
+                    with _long_timeout(run):
+                        rewind(run)
                     metrics.close()
-                    metrics = Metrics(run)
+                    metrics = _metrics(run)
                     metrics.say(
                         f"back to step {run.progress.step}, rewind {run.progress.rewinds} of "
                         f"{guards.rewinds}"
@@ -61,25 +62,27 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 step = run.progress.step
                 metrics.advance()
                 if step % settings.log_every == 0 or step == last or stopping:
-                    values = meter.read()
-                    log.info("%s", meter.own)
+                    values = meter.read(run.progress)
+                    if run.saving.seconds is not None:
+                        values["speed/save_total_s"], run.saving.seconds = run.saving.seconds, None
+                    log.info("%s", meter.rank_report)
                     metrics.write(step, values)
                     if not metrics.shows_bar:
                         metrics.say(_line(step, settings.steps, values))
                 if step == settings.steps or (
                     settings.eval_every and step % settings.eval_every == 0
                 ):
-                    with meter.paused(), _patience(run):
+                    with meter.paused(), _long_timeout(run):
                         evaluation = evaluate_run(run)
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
                 if step % settings.save_every == 0:
                     begun = perf_counter()
-                    with meter.paused(), _patience(run):
-                        run.save(wait=False)
+                    with meter.paused(), _long_timeout(run):
+                        save(run, wait=False)
                     metrics.write(step, {"speed/save_s": perf_counter() - begun})
-            with _patience(run):
-                checkpoint = run.save()
+            with _long_timeout(run):
+                checkpoint = save(run)
     finally:
         metrics.close()
     progress = run.progress
@@ -96,26 +99,29 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     return result | {"finished": finished}
 
 
+def _metrics(run: Run) -> Metrics:
+    return Metrics(run.folder, run.recipe, run.progress.step, enabled=run.rank == 0)
+
+
 @contextmanager
-def _patience(run: Run) -> Iterator[None]:
-    """Around an evaluation or save, in which a rank may be alone for long."""
+def _long_timeout(run: Run) -> Iterator[None]:
+    """Let collectives wait long during an evaluation or save, when a rank may be busy alone."""
     set_timeout(run.recipe.guards.first_timeout)
     yield
-    _be_impatient(run)
+    _set_step_timeout(run)
 
 
-def _be_impatient(run: Run) -> None:
-    set_timeout(
-        run.recipe.guards.timeout, but=run.saving.group
-    )  # a save that goes on behind the steps may take its time
+def _set_step_timeout(run: Run) -> None:
+    """Let collectives wait guards.timeout, except those of a save in the background."""
+    set_timeout(run.recipe.guards.timeout, but=run.saving.group)
 
 
 def evaluate_run(run: Run) -> Evaluation:
-    """Evaluate on the held-out text, with the rows of a training micro-batch at a time; as one text
-    where training carries states.
+    """Evaluate on the held-out text, as many rows at a time as in a training micro-batch; as one
+    continuous text where training carries states.
     """
     run.phase = "evaluating"
-    if run.carried is not None:
+    if run.carried_states is not None:
         return evaluate(run.model, run.task, run.held_out, 1, run.dtype, carry=True)
     rows = run.recipe.train.micro_batch or -(-run.recipe.train.batch // run.data_ranks)
     return evaluate(
@@ -124,14 +130,14 @@ def evaluate_run(run: Run) -> Evaluation:
 
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
-    """An evaluation as named numbers."""
+    """Return an evaluation as numbers by metric name."""
     values = {"eval/loss": evaluation.loss, "eval/perplexity": evaluation.perplexity}
     for name, report in evaluation.usage.items():
         values |= {f"{name}/{key}": value for key, value in asdict(report).items()}
     return values
 
 
-def _spike_line(run: Run, outcome: StepOutcome) -> str:
+def _spike_line(run: Run, outcome: RunStep) -> str:
     done = {"warn": "trained on all the same", "skip": "not trained on", "rewind": "going back"}[
         run.recipe.guards.loss_spike
     ]

@@ -1,5 +1,5 @@
-"""Being told to stop. Imports nothing heavy, so that a signal is heard before the long imports are
-done.
+"""Signals that ask a run to stop. Imports nothing heavy, so that a signal that arrives during the
+long imports is heard.
 """
 
 import signal
@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 PREEMPTED = signal.SIGUSR2
-"""What batch systems are asked to send before they end a job; NCCL is said to use USR1."""
+"""Batch systems are asked to send it before they end a job; NCCL is said to use USR1."""
 
 
 class StopSignal:
@@ -17,17 +17,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
-        self.last_words = False
-        """Whether SIGTERM is ignored once the context ends. A launcher that sees one rank leave
-        ends the others, while these save, say why, and leave with an exit code of their own.
+        self.ignore_sigterm_on_exit = False
+        """Whether SIGTERM is ignored once the context ends: a launcher that sees one rank leave
+        sends it to the others, which must still save, say why, and exit with their code.
         """
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def listen(self, *numbers: signal.Signals) -> None:
-        """Take these signals from now on, until the context ends. A signal may come twice: from the
-        batch system and a launcher.
-        """
+        """Handle these signals from now on until the context ends."""
         for number in numbers:
             before = signal.signal(number, self._receive)
             self._previous.setdefault(number, before)
@@ -39,13 +37,16 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(
-                number, signal.SIG_IGN if self.last_words and number == signal.SIGTERM else handler
+                number,
+                signal.SIG_IGN
+                if self.ignore_sigterm_on_exit and number == signal.SIGTERM
+                else handler,
             )
         self._previous = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Launchers pass a Ctrl-C on and may add a SIGTERM of their own: only SIGINT counts as
-        # impatience.
+        # Batch systems and launchers may both send a SIGTERM, and launchers pass a Ctrl-C on, so
+        # only a second SIGINT aborts.
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt

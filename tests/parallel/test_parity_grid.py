@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,18 +19,15 @@ from memshard.models.context import Context
 from memshard.models.loss import IGNORE
 from memshard.models.memory.table import find_tables
 from memshard.models.random import RandomKey
-from memshard.models.recompute.checkpointing import Recompute
+from memshard.models.recompute.checkpointing import Checkpointing
 from memshard.parallel.apply import Share, apply, losses_on
-from memshard.parallel.checksum import check_copies
-from memshard.parallel.collectives import all_sum
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.tables.layouts import LAYOUTS, LayoutName
 from memshard.parallel.tensor_placement import split_matrices
 from memshard.trainer.checkpoint.global_tensors import model_tensors
-from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
-from memshard.trainer.engine.native import NativeEngine
-from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.training import build_for_training, training_step
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 
@@ -95,7 +92,7 @@ FAST_WEIGHTS: dict[str, dict[str, Any]] = {
     },
 }
 RESIDUALS = ("standard", "checkpointed", "reversible")
-ENGINES: dict[str, tuple[str, int]] = {
+ENGINES: dict[str, tuple[Literal["torch", "deepspeed"], Literal[0, 1, 2]]] = {
     "torch": ("torch", 0),
     "torch, ZeRO-1": ("torch", 1),
     "DeepSpeed, ZeRO-1": ("deepspeed", 1),
@@ -123,7 +120,7 @@ class Point:
 
 
 def train(point: Point) -> dict[str, Any]:
-    """What three steps on the ranks that are there give, whole tensors."""
+    """Train for three steps on the ranks that are there; return losses, norms and whole tensors."""
     settings = dict((MODELS | FAST_WEIGHTS)[point.model])
     mixer = MixerConfig(heads=4, **settings.pop("mixer", {}))
     if point.residual == "reversible":
@@ -132,43 +129,56 @@ def train(point: Point) -> dict[str, Any]:
     feedforward = replace(config.feedforward, hidden=24)
     # The streams of a reversible model must stay on their grid.
     model = tiny_model(replace(config, mixer=mixer, feedforward=feedforward), spread=0.1)
-    dtype = torch.float64 if point.wide else torch.float32
-    model.to(dtype)
-    if point.residual == "checkpointed":
-        model.configure(Recompute("full" if point.accumulation == 1 else "selective"))
+    model.to(torch.float64 if point.wide else torch.float32)
     layout, memory = TABLES[point.tables]
     mesh = _mesh(memory, point.tensor)
-    placement = apply(model, mesh, layout, point.share)
     ranks, rank = (
         (1, 0) if mesh is None else (mesh.size() // point.tensor, mesh.get_rank() // point.tensor)
     )
-    engine = _engine(point, model, mesh, placement, BATCH // ranks // point.accumulation)
-    rows = RowAdam([table for _, table in find_tables(model)], lr=0.01, eps=EPS)
+    engine, zero = ENGINES[point.engine]
+    checkpointing: Checkpointing = "none"
+    if point.residual == "checkpointed":
+        checkpointing = "full" if point.accumulation == 1 else "selective"
+    training = build_for_training(
+        model,
+        OptimizerConfig(lr=0.01, eps=EPS, schedule="constant", warmup=0),
+        TableOptimizerConfig(lr=0.01, betas=(0.9, 0.999), eps=EPS),
+        TrainConfig(
+            steps=STEPS,
+            batch=BATCH,
+            micro_batch=BATCH // ranks // point.accumulation,
+            precision="fp32",
+            clip=0.5,
+            engine=engine,
+            zero=zero,
+            checkpointing=checkpointing,
+        ),
+        mesh=mesh,
+        layout=layout,
+        share=point.share,
+    )
     losses = losses_on(mesh, point.share)
-    found: dict[str, Any] = {"losses": [], "norms": []}
+    result: dict[str, Any] = {"losses": [], "norms": []}
+
+    def loss(model: Any, samples: Tensor) -> Tensor:
+        return _loss(model, losses, tokens, samples.chunk(ranks)[rank], step) / tokens.numel()
+
+    def keep_gradients(_: float) -> bool:
+        if "gradients" not in result:
+            result["gradients"] = _whole(model, training.placement, mesh, _gradients(model))
+        return True
+
     for step in range(STEPS):
         # Nine tokens do not divide by the ranks of a tensor group.
         tokens = tiny_tokens(BATCH, 9 if step % 2 else 10, seed=step)
-        total = torch.zeros((), dtype=dtype)
-        for number, samples in enumerate(torch.arange(BATCH).chunk(point.accumulation), 1):
-            with engine.forward_context(last=number == point.accumulation):
-                loss = (
-                    _loss(engine.model, losses, tokens, samples.chunk(ranks)[rank], step)
-                    / tokens.numel()
-                )
-                engine.backward(loss, 1.0)
-            total += loss.detach()
-        found["losses"].append(float(all_sum(total)) / point.tensor)
-        found["norms"].append(float(engine.gradient_norm(1.0)))
-        if step == 0:
-            found["gradients"] = _whole(model, placement, mesh, _gradients(model))
-        engine.step(0.01, torch.tensor(found["norms"][-1]), 0.5, 1.0)
-        rows.step()
-        for _, layer in model.memories():
-            layer.query_norm.commit()
-    check_copies(dict(model.named_parameters()) | dict(model.named_buffers()), placement, mesh)
-    found["weights"] = _whole(model, placement, mesh)
-    return found
+        batches = torch.arange(BATCH).chunk(point.accumulation)
+        outcome = training_step(training, batches, loss, step, accept=keep_gradients)
+        assert not outcome.skipped
+        result["losses"].append(outcome.loss)
+        result["norms"].append(outcome.norm)
+    training.check_copies()
+    result["weights"] = _whole(model, training.placement, mesh)
+    return result
 
 
 @cache
@@ -188,17 +198,6 @@ def _loss(model: Any, losses: Any, tokens: Tensor, samples: Tensor, step: int) -
         random=RandomKey(7, step, samples),
     )
     return losses(model(inputs, ctx)[0], targets).sum()
-
-
-def _engine(point: Point, model: Any, mesh: Any, placement: Any, micro_batch: int) -> Any:
-    config = OptimizerConfig(lr=0.01, eps=EPS, schedule="constant", warmup=0)
-    name, zero = ENGINES[point.engine]
-    if name == "torch":
-        return NativeEngine(model, config, mesh, placement, zero > 0)
-    from memshard.trainer.engine.deepspeed import DeepSpeedEngine
-
-    settings = TrainConfig(engine="deepspeed", batch=BATCH, micro_batch=micro_batch, zero=zero)
-    return DeepSpeedEngine(model, config, settings, mesh, placement, torch.float32)
 
 
 def _gradients(model: Any) -> dict[str, Tensor]:

@@ -206,15 +206,16 @@ def test_an_epoch_begins_with_nothing(recipe: Path, tmp_path: Path) -> None:
 def test_a_skipped_step_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
     run = prepare(recipe, tmp_path, *CARRY)
     train_step(run)
-    assert run.carried is not None
-    before = {name: tensor.clone() for name, tensor in run.carried.tensors(None).items()}
+    assert run.carried_states is not None
+    before = {name: tensor.clone() for name, tensor in run.carried_states.tensors(None).items()}
     with dense_overflow(run):
         train_step(run)
     assert run.progress.skipped == 1
-    assert_same(run.carried.tensors(None), before)
+    assert_same(run.carried_states.tensors(None), before)
     train_step(run)
     assert not torch.equal(
-        run.carried.tensors(None)["carried.blocks.0.memory"], before["carried.blocks.0.memory"]
+        run.carried_states.tensors(None)["carried.blocks.0.memory"],
+        before["carried.blocks.0.memory"],
     )
 
 

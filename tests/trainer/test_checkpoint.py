@@ -24,6 +24,7 @@ from memshard.trainer.checkpoint.save_load import (
     load_tensors,
     save_checkpoint,
 )
+from memshard.trainer.resume import save
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import assert_same, checkpoint_state, prepare, train_run
 
@@ -202,12 +203,12 @@ def test_old_checkpoints_go_and_those_of_round_steps_stay(recipe: Path, tmp_path
 
 def _fill_the_disk_of_the_second_rank(rank: int, world: int, recipe: Path, folder: Path) -> str:
     run = prepare(recipe, folder, "train.steps=2")
-    run.save()
+    save(run)
     run.progress.step = 1
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     try:
-        run.save(wait=False)
+        save(run, wait=False)
         run.saving.wait()
     except OSError as error:
         problem = str(error)

@@ -30,8 +30,8 @@ class _Reads:
 @pytest.mark.parametrize("semantics", ["lazy", "dense"])
 def test_the_log_counts_rows_without_reads(semantics: str, recipe: Path, tmp_path: Path) -> None:
     run = prepare(recipe, tmp_path / "watched", *FEW_READS, f"tables.semantics={semantics}")
-    assert run.rows is not None
-    (table,) = run.rows.tables
+    assert run.table_optimizer is not None
+    (table,) = run.table_optimizer.tables
     steps = []
     for _ in range(7):
         table.observer = reads = _Reads()

@@ -15,6 +15,7 @@ from memshard.trainer.config.load import load_recipe
 from memshard.trainer.cost.dense_bytes import dense_bytes
 from memshard.trainer.engine.deepspeed import DeepSpeedEngine
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
+from memshard.trainer.resume import save
 from memshard.trainer.run_folder import write_config
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
@@ -107,7 +108,7 @@ def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
             run.folder = folder / name / step
             if rank == 0:
                 write_config(run.folder, run.recipe)
-            run.save()
+            save(run)
         assert train_run(recipe, folder / name / "6", *MICRO, stop_at=8)["step"] == 8
     prepare(
         recipe, folder / "begun", *MICRO, DEEPSPEED, "train.zero=2", f"init_from={folder / 'torch'}"

@@ -8,6 +8,7 @@ import torch
 
 from memshard.models.memory.product_key import slot_rows
 from memshard.trainer.loop import evaluate_run
+from memshard.trainer.resume import save
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
@@ -43,7 +44,7 @@ def _begin(
     run = prepare(recipe, folder, f"init_from={source}", *overrides)
     loss = evaluate_run(run).loss
     assert run.progress.step == 0
-    run.save()
+    save(run)
     return loss
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from memshard.trainer.watch.heartbeat import Beat, Heartbeat, late, read_beats
+from memshard.trainer.run import Run
+from memshard.trainer.watch.heartbeat import Beat, Heartbeat, describe_stragglers, read_beats
 from tests.trainer.tiny_run import prepare
 
 TORCHRUN = (
@@ -75,9 +76,13 @@ def test_a_lost_rank_is_named(number: signal.Signals, recipe: Path, tmp_path: Pa
     }
 
 
+def _heartbeat(run: Run) -> Heartbeat:
+    return Heartbeat(run.folder, 0, 1, lambda: (run.progress.step, run.phase))
+
+
 def test_heartbeats_follow_the_run(recipe: Path, tmp_path: Path) -> None:
     run = prepare(recipe, tmp_path / "run")
-    with Heartbeat(run) as heartbeat:
+    with _heartbeat(run) as heartbeat:
         (beat,) = read_beats(run.folder)
         assert (beat.rank, beat.pid, beat.step, beat.phase, beat.ended) == (
             0,
@@ -93,7 +98,7 @@ def test_heartbeats_follow_the_run(recipe: Path, tmp_path: Path) -> None:
             time.sleep(0.05)
         assert read_beats(run.folder)[0].phase == "reading data"
         assert heartbeat.beat.interval == 1
-    with pytest.raises(ValueError, match="two"), Heartbeat(run):
+    with pytest.raises(ValueError, match="two"), _heartbeat(run):
         raise ValueError("line one\nline two")
     (beat,) = read_beats(run.folder)
     assert (beat.ended, beat.error) == ("failed", "ValueError: line one line two")
@@ -105,17 +110,17 @@ def test_who_is_late() -> None:
         Beat(rank, 3, "n1", 100 + rank, 40, "forward and backward", now - 60, now, 1.0)
         for rank in range(3)
     ]
-    assert late(beats, now) == []
+    assert describe_stragglers(beats, now) == []
     reading = [beats[0], replace(beats[1], phase="reading data", since=now - 70), beats[2]]
-    assert late(reading, now) == [
+    assert describe_stragglers(reading, now) == [
         "rank 1 (process 101 on n1), in step 41, reading data, is behind, for 70 s now"
     ]
     earlier = [replace(beats[0], step=39, phase="saving", since=now - 90), *reading[1:]]
-    assert late(earlier, now) == [
+    assert describe_stragglers(earlier, now) == [
         "rank 0 (process 100 on n1), in step 40, saving, is behind, for 90 s now"
     ]
     dead = [beats[0], beats[1], replace(beats[2], time=now - 30)]
-    (line,) = late(dead, now)
+    (line,) = describe_stragglers(dead, now)
     assert (
         line
         == "rank 2 (process 102 on n1), in step 41, forward and backward, has been silent for 30 "
@@ -125,8 +130,11 @@ def test_who_is_late() -> None:
         replace(beats[0], ended="failed", error="peer", time=now),
         replace(beats[1], ended="failed", error="bug", time=now - 1),
     ]
-    assert late(failed, now + 100)[0] == "no sign of rank 2: not started, or on another file system"
-    assert late([*failed, replace(beats[2], ended="stopped")], now + 100) == [
+    assert (
+        describe_stragglers(failed, now + 100)[0]
+        == "no sign of rank 2: not started, or on another file system"
+    )
+    assert describe_stragglers([*failed, replace(beats[2], ended="stopped")], now + 100) == [
         "rank 1 (process 101 on n1), in step 41, forward and backward, failed first: bug"
     ]
-    assert late([replace(beat, ended="done") for beat in beats], now + 1000) == []
+    assert describe_stragglers([replace(beat, ended="done") for beat in beats], now + 1000) == []

@@ -38,8 +38,8 @@ def _poison_dense(run: Run) -> None:
 
 def _poison_read(run: Run) -> None:
     """As backward leaves it where a kept read is not finite."""
-    assert run.rows is not None
-    table = run.rows.tables[0]
+    assert run.table_optimizer is not None
+    table = run.table_optimizer.tables[0]
     table.reads[-1].upstream[0, 0] = float("nan")
     assert table.anchor.grad is not None
     table.anchor.grad.fill_(float("nan"))

@@ -11,6 +11,7 @@ import pytest
 from torch.distributed.tensor import DTensor
 
 from memshard.trainer.loop import evaluate_run
+from memshard.trainer.resume import checkpoint_tensors
 from memshard.trainer.run import Run
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
@@ -40,7 +41,7 @@ def load_whole(recipe: Path, folder: Path, *settings: str) -> dict[str, Any]:
 
 
 def _whole(run: Run) -> dict[str, Any]:
-    tensors = run.tensors()
+    tensors = checkpoint_tensors(run)
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
         for name, tensor in tensors.items()

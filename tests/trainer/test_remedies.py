@@ -15,6 +15,7 @@ from memshard.models.memory.table import externalize_tables
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.optim.rows.adam import RowAdam
 from memshard.trainer.optim.rows.revive import revive
+from memshard.trainer.resume import save
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, numbers, prepare, train_run
 
@@ -127,10 +128,10 @@ def _revive(
     """Revival alone, in runs that stand where `source` stands; and whole runs with balance."""
     for name, layout in layouts.items():
         run = prepare(recipe, source.parent / name, *BOTH, *FEW_READS, *layout)
-        assert run.rows is not None and run.progress.step == 3
-        revive((memory for memory, _ in run.watched), run.rows, dead_after=3, seed=0)
+        assert run.table_optimizer is not None and run.progress.step == 3
+        revive((memory for memory, _ in run.watched), run.table_optimizer, dead_after=3, seed=0)
         run.progress.step = 4
-        run.save()
+        save(run)
         if name in ("rows", "tensor", "tensor, rows"):
             train_run(recipe, source.parent / f"balanced {name}", *BALANCED, *layout)
 

@@ -13,6 +13,7 @@ from memshard.trainer.checkpoint.index import read_index
 from memshard.trainer.checkpoint.save_load import load_state, load_tensors
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.loop import train
+from memshard.trainer.resume import checkpoint_tensors
 from memshard.trainer.run import Run
 from memshard.trainer.set_up import set_up
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
@@ -63,11 +64,14 @@ def snapshot(run: Run) -> dict[str, Any]:
     """Copies of all that a step may change on this rank, but for what counts steps."""
     tensors = {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in run.tensors().items()
+        for name, tensor in checkpoint_tensors(run).items()
     }
     steps = (
-        {name: run.rows.state[table.anchor]["step"] for name, table in find_tables(run.model)}
-        if run.rows
+        {
+            name: run.table_optimizer.state[table.anchor]["step"]
+            for name, table in find_tables(run.model)
+        }
+        if run.table_optimizer
         else {}
     )
     return {name: tensor.clone() for name, tensor in tensors.items()} | steps

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memshard.models.fast_weights.feature_maps import FeatureMap
+from memshard.trainer.config.training import TrainConfig
+from memshard.trainer.training import build_for_training, training_step
 
 _KEY_DIM = 64
 _SEQUENCES, _MOST_QUERIES = 20, 200
@@ -156,7 +158,11 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     random = torch.Generator().manual_seed(point["seed"])
     model = Retriever(symbols, point["features"], point["rule"])
     tanh = point["features"] == "tanh"
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4 if tanh else 1e-3, fused=True)
+    training = build_for_training(
+        model,
+        lambda parameters: torch.optim.Adam(parameters, 1e-4 if tanh else 1e-3, fused=True),
+        train=TrainConfig(precision="fp32", clip=0.0),
+    )
     length = 2 * symbols if replace else symbols
     held_out = draw(
         symbols,
@@ -166,22 +172,24 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
         torch.Generator().manual_seed(1_000_003 + point["seed"]),
     )
     curve: list[tuple[int, float | None]] = []
-    best = (float("inf"), 0)
+    best, diverged = (float("inf"), 0), False
     for step in range(1, point["steps"] + 1):
         keys, values = draw(symbols, length, 128 if tanh else 32, replace, random)
         queries = keys.gather(1, torch.randint(length, (len(keys), 1), generator=random))
-        loss = loss_of(model(keys, values, queries), last_value(keys, values, queries))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        # A step whose gradient is not finite is skipped; here it counts as divergence.
+        diverged |= training_step(training, [(keys, values, queries)], _mean_loss, step - 1).skipped
         if step % _EVAL_EVERY == 0:
-            found = evaluate(model, *held_out)
+            found = math.nan if diverged else evaluate(model, *held_out)
             finite = math.isfinite(found)
             curve.append((step, found if finite else None))
             best = min(best, (found, step)) if finite else best
             if best[0] < SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not finite:
                 break
     return {"loss": best[0] if best[1] else None, "step": best[1], "curve": curve}
+
+
+def _mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return loss_of(model(*batch), last_value(*batch))
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from memshard.models.initialize import initialize
 from memshard.models.layers.linear import INIT_STD
 from memshard.models.transformer import Transformer
 from memshard.trainer.config.load import load_recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
-from memshard.trainer.optim.dense.build import build_dense_optimizer
-from memshard.trainer.optim.dense.schedule import learning_rate
+from memshard.trainer.training import build_for_training, training_step
 
 _BYTES = 256
 _HELD_OUT = 10
@@ -162,7 +162,10 @@ class _Arm:
                 # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small
                 # that GELU is nearly linear.
                 matrix.mul_(matrix.shape[1] ** -0.5 / INIT_STD)
-        self.optimizer = build_dense_optimizer(list(self.model.parameters()), self.recipe.optimizer)
+        train = TrainConfig(steps=point["steps"], precision="fp32", clip=1.0)
+        self.training = build_for_training(
+            self.model, self.recipe.optimizer, train=train, device=self.device
+        )
         self.draw = torch.Generator().manual_seed(point["seed"])
 
     def step(self, number: int) -> None:
@@ -171,13 +174,12 @@ class _Arm:
         inside = torch.arange(point["length"] + 1)
         first = torch.randint(len(text) - len(inside), (point["batch"], 1), generator=self.draw)
         tokens = text[first + inside].to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe.optimizer, number, point["steps"])
-        loss = self.model(tokens[:, :-1], targets=tokens[:, 1:])[0].mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        training_step(
+            self.training,
+            [tokens],
+            lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])[0].mean(),
+            number,
+        )
 
 
 @cache

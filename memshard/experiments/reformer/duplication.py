@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import lines
@@ -18,6 +18,8 @@ from memshard.models.initialize import initialize
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
+from memshard.trainer.config.training import TrainConfig
+from memshard.trainer.training import build_for_training, training_step
 
 _SYMBOLS = 127
 _TRAINED = ["full", "4", "2", "1"]
@@ -66,23 +68,27 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
             model.get_submodule(name).weight.normal_(  # type: ignore[operator]
                 generator=torch.Generator().manual_seed(point["seed"])
             )
-    optimizer = torch.optim.Adam(model.parameters(), point["lr"], (0.9, 0.98))
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 200))
+    training = build_for_training(
+        model,
+        lambda parameters: torch.optim.Adam(parameters, point["lr"], (0.9, 0.98)),
+        train=TrainConfig(precision="fp32", clip=0.0),
+    )
+    training.learning_rate = lambda step: point["lr"] * min(1.0, (step + 1) / 200)
+
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1] - 1).expand(len(tokens), -1)
+        ctx = Context(positions, random=RandomKey(point["seed"], step, torch.arange(len(tokens))))
+        losses: Tensor = model(tokens[:, :-1], ctx, targets=tokens[:, 1:])[0]
+        return losses[:, words + 1 :].mean()
+
     random = torch.Generator().manual_seed(point["seed"])
     attend(model, point["attention"], point)
     curve = []
     for step in range(point["steps"]):
         tokens = draw(words, point["batch"], random)
-        positions = torch.arange(tokens.shape[1] - 1).expand(len(tokens), -1)
-        ctx = Context(positions, random=RandomKey(point["seed"], step, torch.arange(len(tokens))))
-        losses, _ = model(tokens[:, :-1], ctx, targets=tokens[:, 1:])
-        loss = losses[:, words + 1 :].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        warm.step()
+        outcome = training_step(training, [tokens], loss, step)
         if (step + 1) % 100 == 0:
-            curve.append((step + 1, float(loss.detach())))
+            curve.append((step + 1, outcome.loss))
     return {kind: _accuracy(model, kind, point) for kind in _EVALUATED} | {"curve": curve}
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import os
 import shlex
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,24 +59,38 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.trainer.loop import train
     from memshard.trainer.set_up import set_up
     from memshard.trainer.watch.heartbeat import Heartbeat
-    from memshard.trainer.watch.lost_ranks import lost_each_other, name_culprit
+    from memshard.trainer.watch.lost_ranks import describe_lost_ranks, is_collective_error
     from memshard.trainer.watch.rank_log import rank_log
 
     with joined_ranks(recipe.guards.first_timeout) as (device, ranks):
         with usage_errors():
             prepared = set_up(recipe, folder, device)
         if prepared.ranks > 1:
-            stop.last_words = True
-        with rank_log(prepared), Heartbeat(prepared), stop:
-            if prepared.rank == 0:
+            stop.ignore_sigterm_on_exit = True
+        rank = prepared.rank
+        heartbeat = Heartbeat(
+            folder, rank, prepared.ranks, lambda: (prepared.progress.step, prepared.phase)
+        )
+        with rank_log(folder, rank, lambda: prepared.progress.step), heartbeat, stop:
+            log.info(
+                "rank %d of %d starts at step %d: %s, process %d, %s",
+                rank,
+                prepared.ranks,
+                prepared.progress.step,
+                socket.gethostname(),
+                os.getpid(),
+                device,
+            )
+            if rank == 0:
                 text = opening(prepared, ranks.launcher)
                 print(text, flush=True)
                 log.info("%s", text)
             try:
                 result = train(prepared, args.stop_at, stop)
             except Exception as error:
-                if lost_each_other(error):
-                    raise RuntimeError(f"{name_culprit(prepared)}. {error}") from error
+                if is_collective_error(error):
+                    lost = describe_lost_ranks(folder, rank)
+                    raise RuntimeError(f"{lost}. {error}") from error
                 raise
     if not result["finished"]:
         # torchrun restarts nothing here: the same command line goes on where this one stopped.
@@ -171,8 +187,8 @@ def _path(prepared: "Run") -> str:
     from memshard.models.kernels.backend import chosen
     from memshard.trainer.optim.rows.compiled_update import disagreement
 
-    assert prepared.rows is not None
-    device = prepared.rows.tables[0].weight.device
+    assert prepared.table_optimizer is not None
+    device = prepared.table_optimizer.tables[0].weight.device
     kernels, reason = chosen(device)
     problem = kernels and disagreement(device)
     where = "in host memory: " if prepared.recipe.tables.place == "host" else ""

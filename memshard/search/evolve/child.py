@@ -29,6 +29,9 @@ from memshard.search.evolve.history import STOPPED, stops
 from memshard.search.evolve.journal import Event
 from memshard.search.evolve.settings import Settings, to_dict
 from memshard.search.evolve.text import Text, read_text
+from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.training import TrainConfig
+from memshard.trainer.training import build_for_training, training_step
 
 MUTATIONS = ("delete", "insert", "replace", "field", "swap", "bank")  # in the order of the setting
 FEWEST_STEPS = 5  # to the first stop; programs that make fewer are too slow to be judged
@@ -218,8 +221,8 @@ def train(task: Task) -> Iterator[Event]:
 
 
 class Training:
-    """A model, its optimizer and its place in the data. AdamW, warm-up, then falling with the root
-    of steps; gradient norm at most 1.
+    """A model in training and its place in the data: AdamW, a warm-up and then a learning rate that
+    falls with the root of steps, gradient norm at most 1.
     """
 
     def __init__(
@@ -227,32 +230,30 @@ class Training:
     ) -> None:
         self.step = 0
         self._settings, self._text, self._data_seed = settings, text, data_seed
-        self._model = program.build(seed).to(settings.device)
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        self._training = build_for_training(
+            program.build(seed),
+            OptimizerConfig(lr=settings.lr, weight_decay=0.0),
+            train=TrainConfig(precision="fp32", clip=1.0),
+            device=settings.device,
         )
+        self._training.learning_rate = self._learning_rate
+        self._model, self._optimizer = self._training.model, self._training.engine.optimizer
+
+    def _learning_rate(self, step: int) -> float:
+        done, warmup = step + 1, max(1, self._settings.warmup)
+        return self._settings.lr * min(done / warmup, math.sqrt(warmup / done))
 
     def advance(self) -> float:
-        """One step; returns its loss in nats a token, or what is not finite of loss and gradient
-        norm.
+        """Take a step; return its loss in nats a token, or the gradient norm if that is not finite,
+        when nothing is updated.
         """
         settings = self._settings
         tokens = self._text.batch(self._data_seed, self.step, settings.batch, settings.length).to(
             settings.device
         )
+        outcome = training_step(self._training, [tokens], _loss, self.step)
         self.step += 1
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.lr * min(
-                self.step / max(1, settings.warmup), math.sqrt(max(1, settings.warmup) / self.step)
-            )
-        loss = _loss(self._model, tokens)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        if not torch.isfinite(norm):
-            return float(norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss.item()
+        return outcome.norm if outcome.skipped else outcome.loss
 
     @torch.no_grad()
     def loss(self, part: str) -> float:

@@ -1,6 +1,6 @@
 """The dense half of a step on plain torch: DDP, accumulation, gradient norm, update, ZeRO-1."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from memshard.parallel.grad_norm import complete_gradients, gradient_norm
 from memshard.parallel.mesh import DATA, group
@@ -17,6 +18,9 @@ from memshard.parallel.spec import ShardSpec
 from memshard.trainer.config.optimizers import OptimizerConfig
 from memshard.trainer.optim.dense.build import build_dense_optimizer, make_states, owners
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+"""Makes an optimizer of this rank's share of the dense parameters."""
 
 
 class NativeEngine:
@@ -31,12 +35,11 @@ class NativeEngine:
     def __init__(
         self,
         model: nn.Module,
-        config: OptimizerConfig,
+        config: OptimizerConfig | MakeOptimizer,
         mesh: DeviceMesh | None,
         placement: Mapping[str, ShardSpec],
         shard_states: bool = False,
     ) -> None:
-        self.config = config
         self.mesh, self.placement = mesh, placement
         self.model: nn.Module = model
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -59,8 +62,11 @@ class NativeEngine:
                 pairs = zip(self.parameters, self.owners, strict=True)
                 self.local = [p for p, owner in pairs if owner == dist.get_rank(self.data)]
         self.shares_updates = copies > 1 and shard_states
-        self.optimizer = build_dense_optimizer(self.local, config)
-        make_states(self.optimizer, DENSE_KINDS[config.kind], self.local)
+        if isinstance(config, OptimizerConfig):
+            self.optimizer = build_dense_optimizer(self.local, config)
+            make_states(self.optimizer, DENSE_KINDS[config.kind], self.local)
+        else:
+            self.optimizer = config(self.local)
 
     def forward_context(self, last: bool) -> Any:
         """Return the context for a micro-batch's forward and backward, in which ranks exchange

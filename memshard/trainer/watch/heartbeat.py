@@ -1,5 +1,5 @@
-"""What each rank is doing, in one small file a rank, and what the files together say about a run
-that hangs or failed.
+"""One small file a rank says what the rank is doing; read together, they say why a run hangs or
+failed.
 
 The thread that writes lives while the main thread waits for other ranks, so a file that stays old
 means a process that was killed, stopped or cut off, and a fresh one with an old phase means one
@@ -11,20 +11,36 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from memshard.io import atomic_write
-from memshard.trainer.run import PHASES, Run
 
 FOLDER = "heartbeat"
+Phase = Literal[
+    "starting",
+    "reading data",
+    "forward and backward",
+    "agreeing on a verdict",
+    "updating",
+    "evaluating",
+    "saving",
+    "done",
+    "stopped",
+]
+"""What a rank is doing, in the order of a step."""
+PHASES = get_args(Phase)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """step: the finished ones; phase: since the time `since`; time: of writing, every `interval`
-    seconds; all times in Unix seconds. ended: None while the rank lives; then done, stopped or
+    """A rank's last sign of life; times are Unix seconds.
+
+    step: number of finished steps. since: when `phase` began. time: when this was written, which
+    happens every `interval` seconds. ended: None while the rank lives; then done, stopped or
     failed. error: the message of a failure.
     """
 
@@ -33,7 +49,7 @@ class Beat:
     host: str
     pid: int
     step: int
-    phase: str
+    phase: Phase
     since: float
     time: float
     interval: float
@@ -42,28 +58,30 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes this rank's file, from a thread of its own. Use as a context manager around the
-    loop.
+    """Writes this rank's file from a thread. Use it as a context manager around the loop.
+
+    folder: of the run. current: returns the number of finished steps and the phase.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.path = run.folder / FOLDER / f"rank{run.rank}.json"
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, current: Callable[[], tuple[int, Phase]]
+    ) -> None:
+        self.path = folder / FOLDER / f"rank{rank}.json"
+        self._current = current
         now = time.time()
         # A thousand ranks then make some 200 files a second, which a shared file system bears.
-        interval = min(max(run.ranks / 64, 1.0), 5.0)
+        interval = min(max(ranks / 64, 1.0), 5.0)
+        step, phase = current()
         host = socket.gethostname()
-        self.beat = Beat(
-            run.rank, run.ranks, host, os.getpid(), run.progress.step, run.phase, now, now, interval
-        )
+        self.beat = Beat(rank, ranks, host, os.getpid(), step, phase, now, now, interval)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.run.rank == 0:
+        if self.beat.rank == 0:
             for path in self.path.parent.glob("rank*.json"):
-                if int(path.stem[4:]) >= self.run.ranks:  # of an earlier start on more ranks
+                if int(path.stem[4:]) >= self.beat.ranks:  # of an earlier start on more ranks
                     path.unlink()
         self._write()
         self._thread.start()
@@ -75,7 +93,7 @@ class Heartbeat:
         self._over.set()
         self._thread.join()
         if error is None:
-            self._write(ended=self.run.phase)
+            self._write(ended=self._current()[1])
         else:
             self._write(
                 ended="failed", error=f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -86,7 +104,8 @@ class Heartbeat:
             self._write()
 
     def _write(self, ended: str | None = None, error: str | None = None) -> None:
-        now, step, phase = time.time(), self.run.progress.step, self.run.phase
+        now = time.time()
+        step, phase = self._current()
         if ended in ("done", "stopped"):
             phase = self.beat.phase
         since = self.beat.since if (step, phase) == (self.beat.step, self.beat.phase) else now
@@ -99,7 +118,7 @@ class Heartbeat:
 
 
 def read_beats(folder: Path) -> list[Beat]:
-    """The heartbeats in a run folder, by rank; files that cannot be read are left out."""
+    """Return the heartbeats in a run folder by rank, without files that cannot be read."""
     beats = []
     for path in (folder / FOLDER).glob("rank*.json"):
         try:
@@ -110,31 +129,31 @@ def read_beats(folder: Path) -> list[Beat]:
 
 
 def silent(beat: Beat, now: float) -> bool:
-    """Whether a rank that should live has missed two beats."""
+    """Return whether a rank that should be alive has missed two beats."""
     return beat.ended is None and now - beat.time > 2 * beat.interval + 1
 
 
-def late(beats: list[Beat], now: float) -> list[str]:
-    """Who holds the others up or ended the run, in words: silent and missing ranks, or the one that
-    failed first, or who is behind.
+def describe_stragglers(beats: list[Beat], now: float) -> list[str]:
+    """Return lines that say who delays the others or ended the run: silent and missing ranks, else
+    the rank that failed first, else the ranks that are behind.
     """
     if not beats:
         return []
     lost = [beat for beat in beats if silent(beat, now)]
-    found = [
+    lines = [
         f"{_name(beat)} has been silent for {now - beat.time:.0f} s: killed, stopped or cut off"
         for beat in lost
     ]
     missing = sorted(set(range(beats[0].ranks)) - {beat.rank for beat in beats})
     if missing:
-        found.append(
+        lines.append(
             f"no sign of rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}: not "
             "started, or on another file system"
         )
     failed = [beat for beat in beats if beat.ended == "failed"]
-    if found or failed:
-        first = [] if found else [min(failed, key=lambda beat: beat.time)]
-        return found + [f"{_name(beat)} failed first: {beat.error}" for beat in first]
+    if lines or failed:
+        first = [] if lines else [min(failed, key=lambda beat: beat.time)]
+        return lines + [f"{_name(beat)} failed first: {beat.error}" for beat in first]
     alive = [beat for beat in beats if beat.ended is None]
     places = {beat.rank: (beat.step, PHASES.index(beat.phase)) for beat in alive}
     behind = [beat for beat in alive if places[beat.rank] < max(places.values())]

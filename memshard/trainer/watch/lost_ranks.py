@@ -1,20 +1,19 @@
-"""What is left to say when ranks lose each other."""
+"""Diagnose a failed collective: which rank was lost, and what it did last."""
 
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
 from memshard.parallel.compat import last_collectives
-from memshard.trainer.run import Run
-from memshard.trainer.watch.heartbeat import late, read_beats, silent
+from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
 
 FLIGHT = "flight"
 
 
-def lost_each_other(error: BaseException) -> bool:
-    """Whether an error came from a collective. gloo's are plain RuntimeErrors with the path of its
-    source.
-    """
+def is_collective_error(error: BaseException) -> bool:
+    """Return whether an error came from a collective."""
+    # gloo raises plain RuntimeErrors that name its source files.
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, dist.DistError) or "gloo" in str(chain):
@@ -23,25 +22,26 @@ def lost_each_other(error: BaseException) -> bool:
     return False
 
 
-def name_culprit(run: Run) -> str:
-    """Who ended the run, by the heartbeats. Waits until one that stopped is known to have; also
-    writes down the last collectives.
+def describe_lost_ranks(folder: Path, rank: int) -> str:
+    """Return which ranks ended the run, judging by the heartbeats in its folder, and save this
+    rank's last collectives there. Waits a few seconds, until a rank that stopped counts as silent.
     """
-    _write_flight_record(run)
-    mine = next((beat for beat in read_beats(run.folder) if beat.rank == run.rank), None)
+    _write_flight_record(folder / FLIGHT, rank)
+    mine = next((beat for beat in read_beats(folder) if beat.rank == rank), None)
     deadline = time.time() + 3 * mine.interval + 1.5 if mine else 0.0
     while True:
-        beats, now = read_beats(run.folder), time.time()
+        beats, now = read_beats(folder), time.time()
         if now > deadline or any(silent(beat, now) or beat.ended == "failed" for beat in beats):
-            return "; ".join(late(beats, now)) or "no rank is behind: look at the network"
+            return "; ".join(describe_stragglers(beats, now)) or (
+                "no rank is behind: look at the network"
+            )
         time.sleep(0.1)
 
 
-def _write_flight_record(run: Run) -> None:
-    """This rank's last collectives, which `memshard doctor` compares."""
-    folder = run.folder / FLIGHT
+def _write_flight_record(folder: Path, rank: int) -> None:
+    """Write this rank's last collectives, which `memshard doctor` compares."""
     try:
         folder.mkdir(exist_ok=True)
-        (folder / f"rank{run.rank}.json").write_bytes(last_collectives())
+        (folder / f"rank{rank}.json").write_bytes(last_collectives())
     except (OSError, RuntimeError):
         pass  # only a help for whoever looks

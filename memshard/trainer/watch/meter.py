@@ -1,4 +1,4 @@
-"""What happens between two lines of metrics: losses, speed, table traffic."""
+"""Collect what happens between two lines of metrics: losses, speed, table traffic."""
 
 import time
 from collections.abc import Iterator
@@ -9,27 +9,31 @@ import torch
 
 from memshard.models.memory.table import ValueTable, find_tables
 from memshard.parallel.collectives import all_sum
+from memshard.parallel.mesh import tensor_size
 from memshard.parallel.tables.sharded import ShardedTable
+from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.operations import flops_per_token
 from memshard.trainer.cost.this_machine import peak_flops
-from memshard.trainer.run import Run
-from memshard.trainer.step import StepOutcome
+from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.run import Progress
+from memshard.trainer.step import RunStep
+from memshard.trainer.training import Training
 
 
 class Meter:
-    """Sums the outcomes of steps until they are read."""
+    """Sums the outcomes of steps until they are read. ranks: of the whole run."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.flops = flops_per_token(run.recipe.model, run.recipe.data.length)
-        self.peak = peak_flops(run.device, run.dtype) * run.ranks
+    def __init__(self, training: Training, recipe: Recipe, ranks: int) -> None:
+        self.training, self.recipe, self.ranks = training, recipe, ranks
+        self.flops = flops_per_token(recipe.model, recipe.data.length)
+        self.peak = peak_flops(training.device, training.dtype) * ranks
         self.sent: dict[str, int] = {}
-        self.own = ""
-        """The last reading in the words of this rank: what differs from rank to rank."""
+        self.rank_report = ""
+        """Text for this rank's log: the numbers of the last reading that differ between ranks."""
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Forget the steps since the last reading."""
         self.loss = 0.0
         self.steps = self.tokens = 0
         self.data_wait = 0.0
@@ -37,7 +41,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around an evaluation or save, whose time and traffic are not training's."""
+        """Leave out the time and traffic of an evaluation or save. A context manager."""
         begun = time.perf_counter()
         before = {name: replace(table.traffic) for name, table in self._sharded()}
         yield
@@ -48,11 +52,11 @@ class Meter:
     def _sharded(self) -> Iterator[tuple[str, ShardedTable]]:
         return (
             (name, table)
-            for name, table in find_tables(self.run.model)
+            for name, table in find_tables(self.training.model)
             if isinstance(table, ShardedTable)
         )
 
-    def add(self, outcome: StepOutcome) -> None:
+    def add(self, outcome: RunStep) -> None:
         """Count a step."""
         self.loss += outcome.loss
         self.steps += 1
@@ -60,18 +64,18 @@ class Meter:
         self.data_wait += outcome.data_wait
         self.last = outcome
 
-    def read(self) -> dict[str, float]:
-        """The means since the last reading; all ranks call it."""
+    def read(self, progress: Progress) -> dict[str, float]:
+        """Return the means since the last reading. All ranks call it."""
         seconds = time.perf_counter() - self.begun
-        recipe = self.run.recipe
+        training = self.training
         tokens_per_s = self.tokens / seconds
         values = {
             "train/loss": self.loss / self.steps,
             "train/lr": self.last.rate,
             "train/grad_norm": self.last.norm,
-            "train/skipped": float(self.run.progress.skipped),
-            "train/spikes": float(self.run.progress.spikes),
-            "train/rewinds": float(self.run.progress.rewinds),
+            "train/skipped": float(progress.skipped),
+            "train/spikes": float(progress.spikes),
+            "train/rewinds": float(progress.rewinds),
             "speed/tokens_per_s": tokens_per_s,
             "speed/step_s": seconds / self.steps,
             "speed/mfu": tokens_per_s * self.flops / self.peak,
@@ -79,7 +83,7 @@ class Meter:
         }
         sharded = [table.traffic for _, table in self._sharded()]
         exchanging = sum(traffic.seconds for traffic in sharded)
-        if sharded and self.run.device.type == "cpu":
+        if sharded and training.device.type == "cpu":
             values["speed/exchange"] = exchanging / seconds
         data = f"{self.data_wait / self.steps:.3f} s waiting for data"
         rows = (
@@ -87,58 +91,60 @@ class Meter:
             if "speed/exchange" in values
             else ""
         )
-        self.own = (
-            f"step {self.run.progress.step}: {seconds / self.steps:.3f} s a step, {data}{rows}"
+        self.rank_report = (
+            f"step {progress.step}: {seconds / self.steps:.3f} s a step, {data}{rows}"
         )
         for traffic in sharded:
             traffic.seconds = 0.0
-        if self.run.saving.seconds is not None:
-            values["speed/save_total_s"], self.run.saving.seconds = self.run.saving.seconds, None
-        if self.run.model.grid is not None:
-            values["train/stream_range"] = self.run.model.grid.used_range()
-        if self.run.loss_scale.dynamic:
-            values["train/loss_scale"] = self.run.loss_scale.value
-        if self.run.rows is not None:
-            if self.run.rows.norm is not None:
-                values["train/table_norm"] = self.run.rows.norm
-            touched = all_sum(
-                torch.tensor(self.run.rows.touched, dtype=torch.float64, device=self.run.device)
-            ).tolist()
-            for (name, table), (reads, rows) in zip(
-                find_tables(self.run.model), touched, strict=True
-            ):
-                values[f"{name}/never_updated"], values[f"{name}/dead"] = self._dead(table)
-                if isinstance(table, ShardedTable):
-                    # Every column of a row, and every copy of it, is updated somewhere.
-                    rows /= table.ranks_seeing_each_read * table.replica_count
-                    same = table.layout.within_tensor_group
-                    readers = self.run.data_ranks if same else self.run.ranks
-                    tokens = self.steps * recipe.train.batch * recipe.data.length / readers
-                    values[f"{name}/sent_per_token"] = (
-                        table.traffic.reads - self.sent.get(name, 0)
-                    ) / tokens
-                    self.sent[name] = table.traffic.reads
-                    if table.duplicates is not None:
-                        values[f"{name}/micro_batch_duplicates"] = table.duplicates
-                values |= {
-                    f"{name}/touched": rows / table.slots,
-                    f"{name}/duplicates": reads / max(rows, 1),
-                }
+        if training.grid is not None:
+            values["train/stream_range"] = training.grid.used_range()
+        if training.loss_scale.dynamic:
+            values["train/loss_scale"] = training.loss_scale.value
+        if training.table_optimizer is not None:
+            values |= self._table_values(training.table_optimizer)
         self.restart()
         return values
 
-    def _dead(self, table: ValueTable) -> tuple[float, float]:
-        """The shares of rows that no step has read, and that none of the last `tables.dead_after`
-        has.
-        """
-        assert self.run.rows is not None
-        state = self.run.rows.state[table.anchor]
-        last, horizon = state["last_step"], state["step"] - self.run.recipe.tables.dead_after
-        never, lately = table.sum_over_shards(
-            torch.stack(((last == 0).sum(), (last <= horizon).sum()))
+    def _table_values(self, optimizer: RowAdam) -> dict[str, float]:
+        """Return how the tables were read and updated in the last step, and what they sent."""
+        training, recipe = self.training, self.recipe
+        values: dict[str, float] = {}
+        if optimizer.norm is not None:
+            values["train/table_norm"] = optimizer.norm
+        touched = all_sum(
+            torch.tensor(optimizer.touched, dtype=torch.float64, device=training.device)
         ).tolist()
+        tables = find_tables(training.model)
+        for (name, table), (reads, rows) in zip(tables, touched, strict=True):
+            never, dead = self._dead(optimizer, table)
+            values |= {f"{name}/never_updated": never, f"{name}/dead": dead}
+            if isinstance(table, ShardedTable):
+                # Ranks that split columns update the same row, and so does every replica: of 4
+                # ranks, 2 for the columns and 2 copies, all 4 count it.
+                rows /= table.ranks_seeing_each_read * table.replica_count
+                readers = self.ranks
+                if table.layout.within_tensor_group:
+                    readers //= tensor_size(training.mesh)
+                tokens = self.steps * recipe.train.batch * recipe.data.length / readers
+                sent = table.traffic.reads - self.sent.get(name, 0)
+                values[f"{name}/sent_per_token"] = sent / tokens
+                self.sent[name] = table.traffic.reads
+                if table.duplicates is not None:
+                    values[f"{name}/micro_batch_duplicates"] = table.duplicates
+            values |= {
+                f"{name}/touched": rows / table.slots,
+                f"{name}/duplicates": reads / max(rows, 1),
+            }
+        return values
+
+    def _dead(self, optimizer: RowAdam, table: ValueTable) -> tuple[float, float]:
+        """Return the shares of rows that no step has read, and that none of the last
+        `tables.dead_after` steps has.
+        """
+        state = optimizer.state[table.anchor]
+        last, horizon = state["last_step"], state["step"] - self.recipe.tables.dead_after
+        counts = torch.stack(((last == 0).sum(), (last <= horizon).sum()))
+        never, lately = table.sum_over_shards(counts).tolist()
         # Ranks that split columns all count the same rows.
-        return (
-            never / table.ranks_seeing_each_read / table.slots,
-            lately / table.ranks_seeing_each_read / table.slots,
-        )
+        rows = table.ranks_seeing_each_read * table.slots
+        return never / rows, lately / rows

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from memshard.io import atomic_write
-from memshard.trainer.run import Run
+from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.watch import weights_and_biases
 
 log = logging.getLogger(__name__)
@@ -20,15 +20,17 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Rank 0's writer; other ranks write nothing. Lines after the step a run (re)starts from, which
-    an earlier one left, are dropped.
+    """Writes the numbers of a run into its folder, from the step `first` on: lines of later steps
+    that an earlier start left are dropped.
+
+    enabled: false on all ranks but one, where every method does nothing.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.enabled = run.rank == 0
-        if not self.enabled:
+    def __init__(self, folder: Path, recipe: Recipe, first: int, enabled: bool) -> None:
+        self.enabled = enabled
+        if not enabled:
             return
-        folder, first, settings = run.folder, run.progress.step, run.recipe.train
+        train = recipe.train
         path = folder / METRICS_FILE
         kept = (
             [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
@@ -37,11 +39,11 @@ class Metrics:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
-        self._wandb = weights_and_biases.begin(folder, run.recipe, kept) if settings.wandb else None
+        self._wandb = weights_and_biases.begin(folder, recipe, kept) if train.wandb else None
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             initial=first,
-            total=settings.steps,
+            total=train.steps,
             unit="step",
             dynamic_ncols=True,
             disable=not terminal,
@@ -63,25 +65,23 @@ class Metrics:
             self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches, above the progress bar where there is one, and for the
-        log.
-        """
+        """Print a line, above the progress bar where there is one, and log it."""
         if self.enabled:
             log.info("%s", text)
             tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
-        """One step further."""
+        """Move the progress bar by a step."""
         if self.enabled:
             self._bar.update()
 
     @property
     def shows_bar(self) -> bool:
-        """Whether a progress bar is on the terminal, so that plain lines would only repeat it."""
+        """Whether the terminal has a progress bar, which plain lines would only repeat."""
         return self.enabled and not self._bar.disable
 
     def close(self) -> None:
-        """Flush everything."""
+        """Close the files, and end the run at Weights & Biases."""
         if self.enabled:
             self._bar.close()
             self._file.close()
@@ -91,8 +91,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; damaged ones, such as a last line that a kill cut short, are
-    left out.
+    """Return the lines of a metrics.jsonl, without damaged ones such as a last line that a kill cut
+    short.
     """
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

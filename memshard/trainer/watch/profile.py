@@ -1,22 +1,23 @@
 """A trace of some steps, on request."""
 
+from pathlib import Path
+
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from memshard.trainer.run import Run
 
 FOLDER = "profile"
 
 
 class StepProfiler:
-    """Records the steps train.profile names, as profile/rank<N>.pt.trace.json in the run's folder:
-    for Perfetto, chrome://tracing or TensorBoard. A context manager; a run that ends early
-    writes what it has.
+    """Records steps as FOLDER/rank<N>.pt.trace.json in the run's folder, for Perfetto,
+    chrome://tracing or TensorBoard. A context manager: a run that ends early writes what it has.
+
+    steps: the first and last one, counted from 1; None records nothing.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.first, self.last = run.recipe.train.profile or (0, 0)
+    def __init__(self, folder: Path, rank: int, steps: tuple[int, int] | None) -> None:
+        self.path = folder / FOLDER / f"rank{rank}.pt.trace.json"
+        self.first, self.last = steps or (0, 0)
         self._profile: profile | None = None
 
     def __enter__(self) -> "StepProfiler":
@@ -26,7 +27,7 @@ class StepProfiler:
         self._finish()
 
     def begin(self, step: int) -> None:
-        """Before a step, counted from 1."""
+        """Start recording if this step, counted from 1, is the first one to record."""
         if step == self.first:
             activities = [ProfilerActivity.CPU] + [
                 ProfilerActivity.CUDA
@@ -35,14 +36,13 @@ class StepProfiler:
             self._profile.start()
 
     def end(self, step: int) -> None:
-        """After a step."""
+        """Write the trace if this step was the last one to record."""
         if step == self.last:
             self._finish()
 
     def _finish(self) -> None:
         if self._profile is not None:
             self._profile.stop()
-            folder = self.run.folder / FOLDER
-            folder.mkdir(exist_ok=True)
-            self._profile.export_chrome_trace(str(folder / f"rank{self.run.rank}.pt.trace.json"))
+            self.path.parent.mkdir(exist_ok=True)
+            self._profile.export_chrome_trace(str(self.path))
             self._profile = None

@@ -1,4 +1,4 @@
-"""A run's numbers at Weights & Biases. Its one importer."""
+"""Send a run's numbers to Weights & Biases; the only file that imports wandb."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_installed() -> None:
-    """ValueError where the package is missing."""
+    """Raise ValueError if the package is missing."""
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "train.wandb needs the package wandb: pip install 'memshard[wandb]', or leave "
@@ -21,10 +21,10 @@ def check_installed() -> None:
 
 
 def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.Run":
-    """The W&B run of a run folder, the same one at every start. RuntimeError where W&B refuses.
+    """Return the W&B run of a run folder, the same one at every start. RuntimeError if W&B refuses.
 
-    lines: of metrics.jsonl so far. W&B cannot resume what is offline, and a second file of the same
-    run replaces the first when it is uploaded: there each start's file begins with them.
+    lines: of metrics.jsonl so far. W&B cannot resume an offline run, and uploading a second file of
+    the same run replaces the first, so offline every start's file begins with these lines.
     """
     import wandb
 
@@ -46,7 +46,7 @@ def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.R
             f"train.wandb: {error}; WANDB_MODE=offline keeps the numbers in {folder}/wandb"
         ) from error
     known.write_text(run.id)
-    # W&B's own count of steps takes no line for a step that came before, such as after a rewind.
+    # W&B's step counter refuses a step that it has seen, as after a rewind.
     run.define_metric("*", step_metric="step")
     if run.offline:
         for line in lines:

@@ -1,0 +1,203 @@
+"""Save a run, resume it, and rewind it to a checkpoint."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from memshard.data_pipeline.format.index import load_index
+from memshard.data_pipeline.format.remote import local_copy
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from memshard.models.memory.table import find_tables
+from memshard.parallel.collectives import broadcast_from_rank0
+from memshard.trainer.checkpoint.folders import (
+    checkpoint_folder,
+    committed,
+    find_checkpoints,
+    prune,
+    remove,
+    set_aside,
+)
+from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
+from memshard.trainer.checkpoint.init_from import init_from
+from memshard.trainer.checkpoint.save_load import (
+    DamagedCheckpoint,
+    load_state_together,
+    load_tensors,
+)
+from memshard.trainer.run import Progress, Run
+from memshard.trainer.run_folder import CHECKPOINTS, CONFIG_FILE
+
+log = logging.getLogger(__name__)
+
+
+def save(run: Run, wait: bool = True) -> Path:
+    """Write a checkpoint of the finished step unless there is one; return its folder. All ranks
+    call it.
+
+    wait: until it is committed; otherwise only until training may go on, and the next save raises
+    what went wrong with this one.
+    """
+    run.phase = "saving"
+    run.saving.wait()
+    root = run.folder / CHECKPOINTS
+    folder = checkpoint_folder(root, run.progress.step)
+    # Rank 0 decides: on a slow shared file system the others may not see the same folders yet.
+    if broadcast_from_rank0(folder not in committed(root)):
+        files = [run.folder / CONFIG_FILE]
+        if load_index(run.recipe.data.path).kind != "images":
+            files.append(local_copy(run.recipe.data.path, TOKENIZER_FILE))
+        train, tensors = run.recipe.train, checkpoint_tensors(run)
+        # Tables are too large for a second copy, so they are written before training goes on.
+        tables = tuple(f".{name}.weight" for name, _ in find_tables(run.model))
+        in_place = [name for name in tensors if name.endswith(tables)] if tables else []
+        run.saving.start(
+            folder,
+            tensors,
+            _state(run),
+            files,
+            in_place,
+            lambda: prune(root, train.keep, train.keep_every),
+        )
+    if wait:
+        run.saving.wait()
+    return folder
+
+
+def resume(run: Run) -> None:
+    """Load the newest committed checkpoint, or with a warning an older one if that is damaged; if
+    there is none, start from the recipe's `init_from`.
+
+    ValueError if the data has changed since, if every checkpoint is damaged, or if `init_from` does
+    not fit.
+    """
+    damaged: dict[Path, DamagedCheckpoint] = {}
+    checkpoints = broadcast_from_rank0(committed(run.folder / CHECKPOINTS))
+    for folder in reversed(checkpoints):
+        try:
+            _load(run, folder)
+            break
+        except DamagedCheckpoint as error:
+            damaged[folder] = error
+    if checkpoints and len(damaged) == len(checkpoints):
+        raise damaged[checkpoints[-1]]
+    if run.rank == 0:
+        for folder, problem in damaged.items():
+            log.warning(
+                "%s is damaged (%s): the run goes on from step %d",
+                set_aside(folder),
+                problem.reason,
+                run.progress.step,
+            )
+    if not checkpoints and run.recipe.init_from is not None:
+        _start_from(run, broadcast_from_rank0(find_checkpoints(Path(run.recipe.init_from))[0]))
+
+
+def rewind(run: Run) -> None:
+    """Load the newest checkpoint, and go on with the data after the last batch. All ranks call it.
+
+    If the previous rewind loaded that checkpoint, the one before it is loaded. RuntimeError if
+    guards.rewinds are used up.
+    """
+    guards, before = run.recipe.guards, run.progress
+    if before.rewinds >= guards.rewinds:
+        raise RuntimeError(
+            f"the loss spiked again at step {before.step} after {before.rewinds} rewinds "
+            "(guards.rewinds): "
+            "begin another run (init_from) at an earlier checkpoint, with a lower "
+            "optimizer.lr or tables.lr, or look at the data there"
+        )
+    run.saving.wait()
+    root = run.folder / CHECKPOINTS
+    # Rank 0 decides, as in `save`.
+    _load(run, broadcast_from_rank0(_rewind_target(run, root) if run.rank == 0 else None))
+    step = run.progress.step
+    run.continue_from(
+        replace(
+            run.progress,
+            spikes=before.spikes,
+            rewinds=before.rewinds + 1,
+            left_out=before.batch - step,
+            rewound_to=step,
+        )
+    )
+
+
+def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
+    """Return everything that a checkpoint keeps as tensors, by name. All ranks call it.
+
+    They share memory with the run, except those that `engine.restore` must take over once they are
+    loaded.
+    """
+    tensors = run.engine.state(_learned(run))
+    for layer, memory in run.model.memories():
+        if memory.key_use is not None:
+            tensors[f"key_share.blocks.{layer}.memory"] = memory.key_use.share
+            tensors[f"key_last_read.blocks.{layer}.memory"] = memory.key_use.last_read
+    carried = run.carried_states
+    return tensors if carried is None else tensors | carried.tensors(run.mesh)
+
+
+def _start_from(run: Run, checkpoint: Path) -> None:
+    """Take over what another run has learned. ValueError if its tokenizer is another one."""
+    tokenizer, data = checkpoint / TOKENIZER_FILE, run.recipe.data.path
+    if tokenizer.exists() and Tokenizer(tokenizer).sha256 != load_index(data).tokenizer_sha256:
+        raise ValueError(
+            f"{data} was built with another tokenizer than {checkpoint}: its tokens mean "
+            "nothing to that model"
+        )
+    learned = run.engine.state(_learned(run), everywhere=True)
+    init_from(checkpoint, run.model, learned, run.table_optimizer)
+    run.engine.restore(learned)
+
+
+def _rewind_target(run: Run, root: Path) -> Path:
+    """Return the checkpoint to go back to, and remove a later one, which belongs to the branch that
+    is abandoned. For rank 0.
+    """
+    checkpoints = committed(root)
+    last = checkpoint_folder(root, run.progress.rewound_to or 0)
+    if len(checkpoints) > 1 and checkpoints[-1] == last:
+        remove(checkpoints.pop())
+    return checkpoints[-1]
+
+
+def _load(run: Run, folder: Path) -> None:
+    state = load_state_together(folder)
+    if state["stream"] != run.stream.fingerprint:
+        raise ValueError(
+            f"{run.recipe.data.path} is not the data that {folder} was trained on: "
+            "give the original folder as data.path, or another --run folder"
+        )
+    tensors = checkpoint_tensors(run)
+    load_tensors(folder, tensors)
+    run.engine.restore(tensors)
+    run.continue_from(Progress(**state["progress"]))
+    run.loss_scale.restore(state["loss_scale"])
+    for name, table in find_tables(run.model):
+        assert run.table_optimizer is not None
+        run.table_optimizer.state[table.anchor]["step"] = state["table_steps"][name]
+
+
+def _learned(run: Run) -> dict[str, Tensor]:
+    """Return the weights and what the optimizers keep for them."""
+    weights = model_tensors(run.model, run.placement, run.mesh)
+    return weights | optimizer_tensors(
+        run.model, run.engine.optimizer, run.table_optimizer, run.placement, run.mesh
+    )
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """Return what a checkpoint keeps besides tensors."""
+    rows = run.table_optimizer
+    steps = {
+        name: rows.state[table.anchor]["step"] for name, table in find_tables(run.model) if rows
+    }
+    return {
+        "progress": vars(run.progress),
+        "loss_scale": run.loss_scale.state(),
+        "table_steps": steps,
+        "stream": run.stream.fingerprint,
+    }
