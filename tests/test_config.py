@@ -207,10 +207,10 @@ def test_diff_names_the_keys_that_differ(write) -> None:
 
 def test_explain_shows_type_default_and_meaning() -> None:
     assert (
-        explain("model.memory.topk")
-        == "model.memory.topk: integer; default 32\n    Number of slots read per head and token."
+        explain("model.memory.topk") == "model.memory.topk: integer; default 32; fixed for a run\n"
+        "    Number of slots read per head and token."
     )
-    assert "data.path: text; required" in explain("data")
+    assert "data.path: text; required; may change on resume" in explain("data")
     assert "model.mixer.heads" not in explain("model.memory")
     assert "tables.eps" in explain()
     with pytest.raises(ValueError, match="did you mean 'model.memory.topk'"):

@@ -1,63 +1,27 @@
-"""A run's folder and identity: what may resume here, and what must not."""
+"""A run's folder, and which recipes may resume the run in it."""
 
 from pathlib import Path
 
 from memshard.io import atomic_write
 from memshard.trainer.config.diff import diff
+from memshard.trainer.config.explain import fields
 from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.config.recipe import Recipe
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-_FREE_TO_CHANGE = {
-    "init_from",
-    "data.path",
-    "data.damage_tolerance",
-    "data.workers",
-    *(
-        f"train.{key}"
-        for key in ("steps", "micro_batch", "precision", "engine", "zero", "offload", "max_skipped")
-    ),
-    *(
-        f"train.{key}"
-        for key in ("compile", "profile", "checkpointing", "chunk", "segments", "check_inversion")
-    ),
-    *(
-        f"train.{key}"
-        for key in (
-            "log_every",
-            "wandb",
-            "eval_every",
-            "eval_tokens",
-            "save_every",
-            "keep",
-            "keep_every",
-        )
-    ),
-    *(f"train.loss_scale.{key}" for key in ("initial", "growth_interval", "backoff", "minimum")),
-    *(
-        f"guards.{key}"
-        for key in ("loss_spike", "threshold", "window", "rewinds", "first_timeout", "timeout")
-    ),
-    "tables.place",
-    *(f"parallel.{key}" for key in ("tensor", "share", "memory", "layout", "checksum_every")),
-}
 
 
 def check_identity(folder: Path, recipe: Recipe) -> None:
-    """ValueError, with the differences, if the folder holds a run of another model, data order or
-    optimizer.
-
-    More steps, other intervals, other ranks and a data folder that moved (its content is checked by
-    hash) are the same run.
+    """Raise ValueError, with the differences, if the folder has a run of another model, data order
+    or optimizer: of a recipe that differs in more than keys that may change on resume.
     """
     config = folder / CONFIG_FILE
     if not config.exists():
         return
+    changeable = {key.name: key.may_change for key in fields()}
     changes = [
-        change
-        for change in diff(load_recipe(str(config), []), recipe)
-        if change[0] not in _FREE_TO_CHANGE
+        change for change in diff(load_recipe(str(config), []), recipe) if not changeable[change[0]]
     ]
     if changes:
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in changes)

@@ -25,7 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
     show.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
     show.set_defaults(run=run_show)
 
-    explain = actions.add_parser("explain", help="print type, default and meaning of keys")
+    explain = actions.add_parser(
+        "explain", help="print type, default and meaning of keys, and which may change on resume"
+    )
     explain.add_argument(
         "key",
         nargs="?",
@@ -66,7 +68,12 @@ def run_explain(args: argparse.Namespace) -> dict[str, Any]:
 
         print(explain(args.key))
         return {
-            key.name: {"type": key.type, "default": key.default, "doc": key.doc}
+            key.name: {
+                "type": key.type,
+                "default": key.default,
+                "may_change": key.may_change,
+                "doc": key.doc,
+            }
             for key in matching(args.key)
         }
 

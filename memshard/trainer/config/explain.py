@@ -14,6 +14,7 @@ from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from memshard.trainer.config.fields import MAY_CHANGE
 from memshard.trainer.config.recipe import Recipe
 
 SECTION = "section"
@@ -21,41 +22,43 @@ _INDENTED = textwrap.TextWrapper(width=100, initial_indent="    ", subsequent_in
 
 
 class Key(NamedTuple):
-    """One dotted key: `type` is `section` for a group of keys, `default` is text as YAML writes it,
-    or `required`.
+    """One dotted key.
+
+    type: `section` for a group of keys. default: text as YAML writes it, or `required`. may_change:
+    whether a resumed run may have another value.
     """
 
     name: str
     type: str
     default: str
     doc: str
+    may_change: bool = False
 
 
 @cache
 def fields() -> list[Key]:
-    """All keys of a recipe, sections before what they hold, in the order of the dataclasses."""
+    """Return all keys of a recipe, sections before their keys, in the order of the dataclasses."""
     return list(walk(Recipe, ""))
 
 
 def matching(key: str = "") -> list[Key]:
-    """A key, a section with all that it holds, or everything. Raises ValueError for an unknown
-    key.
-    """
-    found = [
+    """Return a key, a section with all its keys, or everything. ValueError for an unknown key."""
+    entries = [
         entry
         for entry in fields()
         if not key or entry.name == key or entry.name.startswith(f"{key}.")
     ]
-    if not found:
+    if not entries:
         raise ValueError(f"unknown key '{key}'{suggestion(key)}")
-    return found
+    return entries
 
 
 def explain(key: str = "") -> str:
-    """Type, default and meaning of the keys that `matching` finds, as text."""
+    """Return type, default and meaning of a key, a section or everything, as text."""
     blocks = []
     for entry in matching(key):
         facts = "required" if entry.default == "required" else f"default {entry.default}"
+        facts += "; may change on resume" if entry.may_change else "; fixed for a run"
         head = (
             f"{entry.name} ({SECTION})"
             if entry.type == SECTION
@@ -66,7 +69,7 @@ def explain(key: str = "") -> str:
 
 
 def suggestion(key: str) -> str:
-    """`; did you mean '...'?` for a misspelt or misplaced key, or nothing."""
+    """Return `; did you mean '...'?` for a misspelt or misplaced key, or nothing."""
     names = [entry.name for entry in fields()]
     section, _, last = key.rpartition(".")
     siblings = {
@@ -74,12 +77,12 @@ def suggestion(key: str) -> str:
     }
     close = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1)]
     elsewhere = [name for name in names if name.rpartition(".")[2] == last]
-    found = close or elsewhere or difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    guesses = close or elsewhere or difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean '{guesses[0]}'?" if guesses else ""
 
 
 def show(value: Any) -> str:
-    """A value as YAML writes it, on one line."""
+    """Return a value as YAML writes it, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -90,7 +93,7 @@ def show(value: Any) -> str:
 
 
 def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
-    """The keys of a dataclass whose fields have docstrings."""
+    """Iterate over the keys of a dataclass whose fields have docstrings."""
     hints, docs = get_type_hints(cls), _docstrings(cls)
     for item in dataclass_fields(cls):
         name, hint, doc = prefix + item.name, hints[item.name], docs.get(item.name, "")
@@ -100,7 +103,8 @@ def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
         else:
             choices = item.metadata.get("choices", {}).items()
             doc = " ".join([doc, *(f"{choice}: {row.description}" for choice, row in choices)])
-            yield Key(name, _type_name(hint), _default(item), doc)
+            may_change = MAY_CHANGE in item.metadata
+            yield Key(name, _type_name(hint), _default(item), doc, may_change)
 
 
 def _default(item: "Field[Any]") -> str:
@@ -110,9 +114,7 @@ def _default(item: "Field[Any]") -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """A type in words: integer, number, text, true or false, list [integer, ...], one of relu,
-    gelu.
-    """
+    """Return a type in words: integer, number, list [integer, ...], one of relu, gelu."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(show(arg) for arg in args)}"
@@ -130,7 +132,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _docstrings(cls: type) -> dict[str, str]:
-    """The string literal under each field, which Python itself does not keep."""
+    """Return the string literal under each field, which Python itself does not keep."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs = {}

@@ -5,6 +5,7 @@ tables.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from memshard.trainer.config.fields import may_change
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class TableOptimizerConfig:
     random (4 bytes a value less).
     """
 
-    place: Literal["device", "host"] = "device"
+    place: Literal["device", "host"] = may_change("device")
     """Where values and moments are: with the model, or in host memory while the model is on a GPU;
     the CPU then sums and updates rows.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from memshard.models.config import ModelConfig
 from memshard.models.mixers.kinds import names
 from memshard.parallel.tables.layouts import LAYOUTS
+from memshard.trainer.config.fields import may_change
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
 
@@ -21,7 +22,7 @@ else:
 class DataConfig:
     """Which token shards to read, and how they are cut."""
 
-    path: str
+    path: str = may_change()
     """Folder that `memshard data build` wrote, or the http(s) or s3 URL of a copy, or `pipe:` and a
     command that prints {file}.
     """
@@ -46,11 +47,11 @@ class DataConfig:
     documents see each other.
     """
 
-    workers: int = 0
+    workers: int = may_change(0)
     """Processes a rank reads ahead with: of use for raw text, which is tokenised while it is read.
     """
 
-    damage_tolerance: float = 0.001
+    damage_tolerance: float = may_change(0.001)
     """Share of the tokens that may be unreadable: they are masked, and beyond it the run fails."""
 
 
@@ -58,28 +59,28 @@ class DataConfig:
 class ParallelConfig:
     """How a run is spread over ranks; nothing here changes what is trained."""
 
-    tensor: int = 1
+    tensor: int = may_change(1)
     """Neighbouring ranks that share the large matrices and the tokens of a sequence (tensor
     parallelism); it divides heads and widths.
     """
 
-    share: Literal["heads", "sequence"] = "heads"
+    share: Literal["heads", "sequence"] = may_change("heads")
     """What the ranks of parallel.tensor share: heads, that is large matrices and, between them, the
     tokens of a sequence; or sequence, the tokens alone: matrices are copied, and only states of
     linear and delta mixers travel.
     """
 
-    memory: int | None = None
+    memory: int | None = may_change(None)
     """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose
     row gradients are summed.
     """
 
-    layout: LayoutSetting = field(default="auto", metadata={"choices": LAYOUTS})
+    layout: LayoutSetting = may_change("auto", choices=LAYOUTS)
     """How a value table is split over ranks, and what they send to read it; auto takes the layout
     that sends the fewest bytes (`memshard plan` shows the comparison).
     """
 
-    checksum_every: int = 1000
+    checksum_every: int = may_change(1000)
     """Steps between two proofs that copies of weights on different ranks are equal to the last bit;
     0 proves it only at the start.
     """
@@ -120,29 +121,29 @@ class GuardsConfig:
     is not finite is always skipped.
     """
 
-    loss_spike: Literal["warn", "skip", "rewind"] = "warn"
+    loss_spike: Literal["warn", "skip", "rewind"] = may_change("warn")
     """A step whose loss stands out: say so, drop its update, or go back to the last checkpoint and
     on with the data after it. With rewind, more than train.max_skipped skipped steps in a row
     rewind, too.
     """
 
-    threshold: float = 6.0
+    threshold: float = may_change(6.0)
     """How many robust standard deviations (median distance from the median) above the median of
     recent losses is a spike.
     """
 
-    window: int = 64
+    window: int = may_change(64)
     """How many recent losses that is; before so many steps nothing is a spike."""
 
-    rewinds: int = 5
+    rewinds: int = may_change(5)
     """How often a run may rewind before it stops."""
 
-    first_timeout: float = 1800.0
+    first_timeout: float = may_change(1800.0)
     """Seconds a rank waits for another in set-up, the first step, evaluations and saves, before it
     gives up.
     """
 
-    timeout: float = 300.0
+    timeout: float = may_change(300.0)
     """The same in later steps: the time in which a dead or hanging rank is noticed."""
 
     def __post_init__(self) -> None:
@@ -164,7 +165,7 @@ class Recipe:
     data: DataConfig
     """Which token shards to read, and how they are cut."""
 
-    init_from: str | None = None
+    init_from: str | None = may_change(None)
     """A run folder or checkpoint whose weights and moments a new run begins with; memory layers and
     convolutions may be new, tables have more keys.
     """

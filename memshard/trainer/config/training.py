@@ -3,25 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from memshard.trainer.config.fields import may_change
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossScaleConfig:
     """The dynamic loss scale of fp16; idle in other arithmetic."""
 
-    initial: float = 65536.0
+    initial: float = may_change(65536.0)
     """First scale. Too high costs a few skipped steps at the start."""
 
-    growth_interval: int = 1000
+    growth_interval: int = may_change(1000)
     """Steps without overflow after which the scale grows; each growth that turns out too much costs
     a skipped step.
     """
 
-    backoff: float = 0.5
+    backoff: float = may_change(0.5)
     """Factor of the scale after an overflow; growth undoes one. Powers of 2 keep the arithmetic
     exact.
     """
 
-    minimum: float = 1.0
+    minimum: float = may_change(1.0)
     """The run stops when the scale falls below this: the gradients are then not just too large for
     fp16.
     """
@@ -46,20 +48,20 @@ class LossScaleConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 1000
+    steps: int = may_change(1000)
     """Optimizer steps of the whole run."""
 
     batch: int = 32
     """Sequences in a step, over all ranks; the number of ranks never changes what a step trains on.
     """
 
-    micro_batch: int | None = None
+    micro_batch: int | None = may_change(None)
     """Sequences a rank processes at once; by default the rank's whole share of the batch."""
 
     seed: int = 0
     """Decides initial weights, data order and dropout."""
 
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = may_change("auto")
     """Arithmetic of matrix products: auto is bf16 on GPUs of capability 8.0 and newer, fp16 on
     older ones, fp32 on CPU. Parameters stay fp32.
     """
@@ -67,17 +69,17 @@ class TrainConfig:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     """The dynamic loss scale of fp16; idle in other arithmetic."""
 
-    engine: Literal["torch", "deepspeed"] = "torch"
+    engine: Literal["torch", "deepspeed"] = may_change("torch")
     """What trains the dense parameters: plain torch, or DeepSpeed (pip install
     'memshard[deepspeed]').
     """
 
-    zero: Literal[0, 1, 2] = 0
+    zero: Literal[0, 1, 2] = may_change(0)
     """ZeRO stage, with the same results: 1 splits the optimizer's states over the ranks (and under
     DeepSpeed the fp32 masters); 2, which needs DeepSpeed, also splits gradients.
     """
 
-    offload: bool = False
+    offload: bool = may_change(False)
     """Keep the optimizer's states in host memory and update there; needs DeepSpeed and zero of at
     least 1.
     """
@@ -92,51 +94,51 @@ class TrainConfig:
     not; 0 is none. Try 0.01 to 0.1.
     """
 
-    log_every: int = 10
+    log_every: int = may_change(10)
     """Steps between two lines of metrics."""
 
-    wandb: str | None = None
+    wandb: str | None = may_change(None)
     """Project at Weights & Biases to send the lines to (pip install 'memshard[wandb]'), next to
     metrics.jsonl and TensorBoard.
     """
 
-    eval_every: int = 200
+    eval_every: int = may_change(200)
     """Steps between two evaluations on held-out text; 0 evaluates only at the end."""
 
-    eval_tokens: int = 262_144
+    eval_tokens: int = may_change(262_144)
     """Held-out tokens read in an evaluation during training, at most."""
 
-    save_every: int = 200
+    save_every: int = may_change(200)
     """Steps between two checkpoints; the last step is always saved."""
 
-    keep: int = 2
+    keep: int = may_change(2)
     """Newest checkpoints to keep, at least 2."""
 
-    keep_every: int = 0
+    keep_every: int = may_change(0)
     """Checkpoints of steps that this divides are kept for good; 0 keeps none but the newest."""
 
-    max_skipped: int = 10
+    max_skipped: int = may_change(10)
     """Consecutive steps that may be skipped because of a gradient that is not finite, before the
     run stops; in fp16, where such steps lower the loss scale, loss_scale.minimum decides
     instead.
     """
 
-    compile: bool = False
+    compile: bool = may_change(False)
     """Compile mixers and feedforwards with torch.compile: the first step takes minutes, later ones
     less time.
     """
 
-    profile: tuple[int, int] | None = None
+    profile: tuple[int, int] | None = may_change(None)
     """First and last step, counted from 1, of which each rank writes a trace into the run's folder.
     """
 
-    checkpointing: Literal["none", "full", "selective"] = "none"
+    checkpointing: Literal["none", "full", "selective"] = may_change("none")
     """Activations that backward computes again: full is whole blocks (a third more multiplications,
     a block's input is kept), selective their feedforward half (a ninth more, about half is
     kept). Results stay the same. Reversible blocks need none.
     """
 
-    chunk: int = 0
+    chunk: int = may_change(0)
     """Tokens of a sequence that feedforward, memory, head and loss take at a time, so that for long
     texts neither hidden layers nor logits are ever whole in memory; backward computes each piece
     again. 0 for all at once.
@@ -148,7 +150,7 @@ class TrainConfig:
     document ends. For linear and delta mixers without positions.
     """
 
-    segments: int = 1
+    segments: int = may_change(1)
     """Pieces of a sequence that a step takes one after the other: gradients flow through the states
     between them (truncated backpropagation over so many segments), only one piece's activations
     are in memory, and backward computes each again. For linear and delta mixers.
@@ -164,7 +166,7 @@ class TrainConfig:
     are to be found.
     """
 
-    check_inversion: bool = False
+    check_inversion: bool = may_change(False)
     """For debugging reversible blocks: compare each block's rebuilt input with a checksum of the
     true one, and fail where they differ.
     """
