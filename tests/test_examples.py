@@ -93,3 +93,16 @@ def test_plain_ddp() -> None:
     torch.testing.assert_close(alone(text()[:2, :-1]), logits, rtol=1e-4, atol=1e-4)
     _, continued, _ = _ddp(0, 1, half, [4, 6])
     torch.testing.assert_close(continued, logits, rtol=1e-3, atol=1e-3)
+
+
+def _own_loop(rank: int, world: int) -> list[float]:
+    from examples.own_loop import train
+
+    return train(6)
+
+
+def test_a_loop_of_ones_own() -> None:
+    alone = _own_loop(0, 1)
+    assert alone[-1] < alone[0] - 1
+    for losses in run_distributed(_own_loop, 2):
+        assert losses == pytest.approx(alone, rel=1e-4)

@@ -1,8 +1,8 @@
 """From YAML files and command line overrides to a checked recipe, and back.
 
-A recipe file may name one parent (`base: NAME_OR_PATH`, a path counting from the file) and states
-only what differs. Values later in line win: ancestors, the file itself, then overrides. Every error
-names the file or override and the key.
+A recipe file may name one parent (`base: NAME_OR_PATH`, a path relative to the file) and states
+only what differs. Later values win: ancestors, then the file, then overrides. Every error names the
+file or override, and the key.
 """
 
 import difflib
@@ -24,6 +24,10 @@ from memshard.trainer.config.text import parse, render
 BUNDLED = Path(__file__).parents[2] / "recipes"
 
 
+class RecipeError(ValueError):
+    """A recipe or an override cannot be used; the message names the key, and how to mend it."""
+
+
 class Setting(NamedTuple):
     """A value and where it was written."""
 
@@ -32,35 +36,36 @@ class Setting(NamedTuple):
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, a bundled name or a run folder (its config.yaml), with `key=value`
-    overrides.
+    """Return the recipe of a YAML file, a bundled name or a run folder (its config.yaml), with
+    `key=value` overrides.
 
-    Raises ValueError for whatever is wrong in a recipe or override, FileNotFoundError for a path
-    that does not exist.
+    RecipeError for whatever is wrong in a recipe or override, FileNotFoundError for a path that
+    does not exist.
     """
-    settings: dict[str, Setting] = {}
-    for path, values in reversed(_lineage(_find(str(name_or_path), Path()))):
-        settings.update(_flatten(values, "", str(path)))
-    for override in overrides:
-        settings.update(_override(override))
-    return _with_program(_build(settings, str(name_or_path)))
+    try:
+        settings: dict[str, Setting] = {}
+        for path, values in reversed(_lineage(_find(str(name_or_path), Path()))):
+            settings.update(_flatten(values, "", str(path)))
+        for override in overrides:
+            settings.update(_override(override))
+        return _with_program(_build(settings, str(name_or_path)))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Nested dicts, lists and scalars, as YAML and JSON hold them."""
+    """Return a recipe as nested dicts, lists and scalars, as YAML and JSON have them."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     return values
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal
-    recipe.
-    """
+    """Return the whole recipe as YAML with its defaults; `load_recipe` reads it back as equal."""
     return render(to_dict(recipe))
 
 
 def bundled() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
 
 
@@ -90,21 +95,21 @@ def _find(name: str, beside: Path) -> Path:
 
 
 def _lineage(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The file, its base, the base of that, and so on, each with its own values."""
-    found: list[tuple[Path, dict[str, Any]]] = []
+    """Return the file, its base, the base of that, and so on, each with its own values."""
+    lineage: list[tuple[Path, dict[str, Any]]] = []
     resolved: list[Path] = []
     while True:
         if path.resolve() in resolved:
             raise ValueError(
                 "recipes are each other's base: "
-                f"{' -> '.join(str(step) for step in [*(p for p, _ in found), path])}"
+                f"{' -> '.join(str(step) for step in [*(p for p, _ in lineage), path])}"
             )
         resolved.append(path.resolve())
         values = _read(path)
         base = values.pop("base", None)
-        found.append((path, values))
+        lineage.append((path, values))
         if base is None:
-            return found
+            return lineage
         if not isinstance(base, str):
             raise ValueError(f"{path}: base is {base!r}; expected the name or path of one recipe")
         try:
@@ -177,7 +182,7 @@ def _build(settings: dict[str, Setting], source: str) -> Recipe:
 
 
 def _with_program(recipe: Recipe) -> Recipe:
-    """The recipe with the text of its program in place of the file's name, so that runs and
+    """Return the recipe with its program's text in place of the file's name, so that runs and
     checkpoints need no other file.
     """
     name = recipe.model.program
@@ -194,13 +199,13 @@ def _with_program(recipe: Recipe) -> Recipe:
 
 
 def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:
-    """The first problem as one line; wrong types and missing keys before what a dataclass says
-    about its own values.
+    """Return the first problem as one line; wrong types and missing keys come before the checks of
+    the dataclasses.
     """
     problem = min(error.errors(), key=lambda entry: entry["type"] == "value_error")
     if problem["type"] == "value_error":
-        own: ValueError = problem["ctx"]["error"]
-        return own
+        raised: ValueError = problem["ctx"]["error"]
+        return raised
     # Below a key, the location goes on with list positions and the members of a union.
     paths = [".".join(map(str, problem["loc"][:end])) for end in range(1, len(problem["loc"]) + 1)]
     key = _keys()[next(path for path in reversed(paths) if path in _keys())]
