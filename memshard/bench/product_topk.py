@@ -17,7 +17,8 @@ from torch import Tensor
 
 from memshard.experiments.common.clock import interleave
 from memshard.experiments.common.repeated import median_range
-from memshard.models.memory.product_topk import _search_plain, product_topk, ranked_topk
+from memshard.models.kernels.plain_topk import product_search, ranked_topk
+from memshard.models.memory.product_topk import product_topk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "slots of both halves": {
             "all topk^2 pairs": lambda: all_pairs(first, second, k),
-            "product_topk, plain": lambda: _search_plain(first, second, k),
+            "product_topk, plain": lambda: product_search(first, second, k),
             "product_topk": lambda: product_topk(first, second, k),
         },
     }

@@ -16,7 +16,7 @@ import torch
 
 import memshard
 from memshard.launch.env import lacks_kernels
-from memshard.models.kernels.backend import chosen
+from memshard.models.kernels.backend import backend_for
 from memshard.trainer.checkpoint.folders import COMMIT, committed
 from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, check_files, index_of
@@ -101,8 +101,8 @@ def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    kernels, why = chosen(torch.device("cpu"))
-    yield Finding(f"tables on the CPU: {'compiled kernels' if kernels else 'plain torch'} ({why})")
+    _, which = backend_for(torch.device("cpu"))
+    yield Finding(f"tables on the CPU: {which}")
     if not torch.cuda.is_available():
         yield Finding("no GPU is visible")
         return

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.fast_weights.delta_rule import delta_rule
-from memshard.models.kernels.fla_delta_rule import _difference, by_kernel, chosen
+from memshard.models.kernels.fla_delta_rule import by_kernel, choose_kernel, difference
 
 
 def _sequences(
@@ -89,13 +89,13 @@ def test_the_first_call_finds_wrong_kernels() -> None:
     def scales_queries(*inputs: Tensor, scale: float, **named: object) -> tuple[Tensor, Tensor]:
         return _sequences(*inputs, scale=scale * inputs[0].shape[-1] ** -0.5, **named)  # type: ignore[arg-type]
 
-    assert _difference(_sequences, device, torch.bfloat16, 32, 16) < 0.01
-    assert _difference(forgets_states, device, torch.bfloat16, 32, 16) > 0.1
-    assert _difference(scales_queries, device, torch.bfloat16, 32, 16) > 0.1
+    assert difference(_sequences, delta_rule, device, torch.bfloat16, 32, 16) < 0.01
+    assert difference(forgets_states, delta_rule, device, torch.bfloat16, 32, 16) > 0.1
+    assert difference(scales_queries, delta_rule, device, torch.bfloat16, 32, 16) > 0.1
 
 
 def test_other_devices_and_dtypes_take_chunks() -> None:
-    kernel, why = chosen(torch.device("cpu"), torch.bfloat16, 32, 16)
+    kernel, why = choose_kernel(torch.device("cpu"), torch.bfloat16, 32, 16, delta_rule)
     assert kernel is None and "on a GPU" in why
-    assert chosen(torch.device("cuda"), torch.float32, 32, 16)[0] is None
-    assert chosen(torch.device("cuda"), torch.bfloat16, 512, 16)[0] is None
+    assert choose_kernel(torch.device("cuda"), torch.float32, 32, 16, delta_rule)[0] is None
+    assert choose_kernel(torch.device("cuda"), torch.bfloat16, 512, 16, delta_rule)[0] is None

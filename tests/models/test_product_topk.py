@@ -3,21 +3,22 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels.backend import search_for
+from memshard.models.kernels.plain_topk import candidate_pairs, product_search
 from memshard.models.memory import product_topk as topk_module
-from memshard.models.memory.product_topk import _candidates, product_topk
+from memshard.models.memory.product_topk import product_topk
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "plain":
-        monkeypatch.setattr(topk_module, "search_for", lambda scores: None)
-    elif search_for(torch.zeros(1)) is None:
+        monkeypatch.setattr(topk_module, "search_for", lambda scores: product_search)
+    elif search_for(torch.zeros(1)) is product_search:
         pytest.skip("no compiled search: no compiler, or MEMSHARD_KERNELS=plain")
 
 
 @pytest.mark.parametrize(("k", "pairs"), [(1, 1), (16, 50), (32, 119)])
 def test_few_pairs_need_a_look(k: int, pairs: int) -> None:
-    assert len(_candidates(k)[0]) == pairs
+    assert len(candidate_pairs(k)[0]) == pairs
 
 
 def _brute_force(first: list[float], second: list[float], k: int) -> list[tuple[int, int]]:
@@ -74,8 +75,8 @@ def test_both_paths_find_the_same(keys: int, k: int) -> None:
     scores = (
         torch.randn(2, 3, 50, 4, keys, generator=torch.Generator().manual_seed(k)) * 20
     ).round() / 20
-    both = [search_for(scores[0, 0]), None]
-    assert (scores == 0).any() and both[0] is not None
+    search = search_for(scores[0, 0])
+    assert (scores == 0).any()
     strided = scores.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     heads_first = scores.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4)
     for first, second in [
@@ -83,9 +84,7 @@ def test_both_paths_find_the_same(keys: int, k: int) -> None:
         *zip(*strided, strict=True),
         *zip(*heads_first, strict=True),
     ]:
-        assert torch.equal(
-            both[0](first, second, _candidates(k), k), topk_module._search_plain(first, second, k)
-        )
+        assert torch.equal(search(first, second, k), product_search(first, second, k))
 
 
 def test_scores_that_are_not_numbers_stay_inside_the_table() -> None:

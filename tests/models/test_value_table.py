@@ -138,7 +138,7 @@ def test_micro_batches_keep_5_kb_a_token() -> None:
     assert (
         sum(
             len(rows)
-            for rows, gradient in row_gradients(table.reads, 5)
+            for rows, gradient in row_gradients(table.reads, 5, table.backend)
             if gradient.shape == (len(rows), 1024)
         )
         == 64
@@ -194,6 +194,6 @@ def test_dot_products_and_their_gradients(hidden: bool, dtype: torch.dtype) -> N
     dense = table.weight.grad
     if hidden:
         dense = torch.zeros_like(table.weight)
-        for found, gradient in row_gradients(table.reads, 10):
+        for found, gradient in row_gradients(table.reads, 10, table.backend):
             dense[found] = gradient
     torch.testing.assert_close(dense, twin.grad)

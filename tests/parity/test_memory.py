@@ -117,7 +117,7 @@ def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
     if hidden:
         for table, name in zip(tables, ("values.weight", "down.weight"), strict=True):
             gradient = torch.zeros_like(table.weight)
-            for found, part in row_gradients(table.reads, 3):
+            for found, part in row_gradients(table.reads, 3, table.backend):
                 gradient[found] = part
             torch.testing.assert_close(gradient, theirs[name].grad, rtol=1e-10, atol=1e-10)
 
@@ -201,7 +201,7 @@ def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> No
         ours, dense = parameter.grad, visible[name].grad
         assert ours is not None and dense is not None and torch.equal(ours, dense), name
 
-    blocks = list(row_gradients(table.reads, block))
+    blocks = list(row_gradients(table.reads, block, table.backend))
     rows = torch.cat([rows for rows, _ in blocks])
     assert all(len(rows) <= block for rows, _ in blocks)
     assert rows.diff().gt(0).all()
@@ -217,7 +217,9 @@ def test_equal_reads_give_equal_bits() -> None:
     gradients = []
     for _ in range(2):
         hidden(_tokens(50).float()).square().sum().backward()
-        gradients.append(torch.cat([gradient for _, gradient in row_gradients(table.reads, 16)]))
+        gradients.append(
+            torch.cat([gradient for _, gradient in row_gradients(table.reads, 16, table.backend)])
+        )
         table.drop_reads()
     assert torch.equal(*gradients)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from memshard.models.kernels.backend import chosen
+from memshard.models.kernels import plain
+from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
-from memshard.trainer.optim.rows.compiled_update import update_rows_compiled
-from memshard.trainer.optim.rows.step import Step, factors, update_rows
+from memshard.trainer.optim.rows.step import Step
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "path": chosen(device)[1],
+        "path": backend_for(device)[1],
         "copy": bandwidth,
         "sizes": sizes,
         "dtypes": {},
@@ -117,7 +117,7 @@ def updates(
     table.weighted_sum(rows, weights).backward(torch.randn(args.tokens, args.dim, device=device))
     kept, (part,) = list(table.reads), table.gradients(1.0)
     step = Step("lazy", 1, 1e-3, 0.9, 0.98, 1e-8)
-    row_factors = factors(step, state, part.rows)
+    update = step.update(table, state, part)
     size = 2 * len(part.rows) * args.dim * (dtype.itemsize + 8)
 
     def whole() -> None:
@@ -128,15 +128,9 @@ def updates(
     result = {}
     table.drop_reads()
     with torch.no_grad():
-        if update_rows_compiled(table, state, step, part, row_factors):
-            result["row Adam"] = (
-                seconds(lambda: update_rows_compiled(table, state, step, part, row_factors)),
-                size,
-            )
-        result["row Adam, plain torch"] = (
-            seconds(lambda: update_rows(table, state, step, part, row_factors)),
-            size,
-        )
+        if table.backend is not plain:
+            result["row Adam"] = seconds(lambda: table.backend.adam_rows(update)), size
+        result["row Adam, plain torch"] = seconds(lambda: plain.adam_rows(update)), size
     result["optimizer step"] = seconds(whole), size
     return result
 

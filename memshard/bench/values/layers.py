@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from memshard.bench.common.peak_memory import peak_memory
-from memshard.bench.values.table import Sizes, take_path
+from memshard.bench.values.table import Sizes
 from memshard.experiments.common.repeated import ratios
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
@@ -96,7 +96,6 @@ def _ours(sizes: Sizes, kind: type[ProductKeyMemory], heads: int) -> Callable[[T
     )
 
     def step(x: Tensor) -> None:
-        take_path(plain=False)
         _train(layer, optimizer, x)
 
     return step

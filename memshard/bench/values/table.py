@@ -7,7 +7,6 @@ given: it is robust on a machine that others use.
 """
 
 import importlib.util
-import os
 import statistics
 import time
 import warnings
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from memshard.bench.common.peak_memory import peak_memory
 from memshard.bench.values.report import FBGEMM, OURS, PARTS
 from memshard.experiments.common.repeated import ratios
-from memshard.models.kernels.backend import SWITCH, chosen
+from memshard.models.kernels import plain
+from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
 
@@ -61,7 +61,7 @@ def measure(sizes: Sizes, names: list[str]) -> dict[str, Any]:
     steps = {name: _BUILDERS[name](sizes) for name in names}
     result: dict[str, Any] = {
         "sizes": asdict(sizes),
-        "kernels": chosen(_CPU)[1],
+        "kernels": backend_for(_CPU)[1],
         "read_bandwidth": bandwidth,
         "tokens": {},
     }
@@ -136,17 +136,18 @@ def draw(sizes: Sizes, tokens: int, seed: int) -> Reads:
     return rows, weights, torch.randn(tokens, sizes.dim, generator=generator) / tokens
 
 
-def _ours(sizes: Sizes, plain: bool = False) -> Step:
+def _ours(sizes: Sizes, plainly: bool = False) -> Step:
     """Return a step of a hidden table with RowAdam."""
     with torch.device("meta"):
         table = ValueTable(sizes.slots, sizes.dim)
     table.hide()
     table.to(_DTYPES[sizes.dtype]).to_empty(device="cpu")
     table.weight.fill_(0.01)
+    if plainly:
+        table.backend = plain
     optimizer = RowAdam([table], rounding="stochastic", clip=sizes.clip)
 
     def step(rows: Tensor, weights: Tensor, upstream: Tensor) -> dict[str, float]:
-        take_path(plain)
         return _timed(
             lambda weights: table.weighted_sum(rows, weights), weights, upstream, optimizer
         )
@@ -217,7 +218,7 @@ def _fbgemm(sizes: Sizes) -> Step:
 
 _BUILDERS: dict[str, Callable[[Sizes], Step]] = {
     OURS: _ours,
-    PLAIN: lambda sizes: _ours(sizes, plain=True),
+    PLAIN: lambda sizes: _ours(sizes, plainly=True),
     SPARSE: lambda sizes: _torchs(sizes, sparse=True),
     DENSE: lambda sizes: _torchs(sizes, sparse=False),
     FBGEMM: _fbgemm,
@@ -248,16 +249,6 @@ def _timed(
         optimizer.step()
     times.append(time.perf_counter())
     return {name: end - start for name, start, end in zip(PARTS, times, times[1:], strict=False)}
-
-
-def take_path(plain: bool) -> None:
-    """Switch to plain torch or to the fastest kernels, which are built and tested here, outside of
-    what is timed.
-    """
-    if plain != (os.environ.get(SWITCH) == "plain"):
-        os.environ[SWITCH] = "plain" if plain else ""
-        chosen.cache_clear()
-        chosen(_CPU)
 
 
 def read_bandwidth() -> float:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models.config import ModelConfig
+from memshard.models.kernels.plain_topk import ranked_topk
 from memshard.models.layers.feedforward import FeedForward
 from memshard.models.layers.linear import Projection
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.memory.product_topk import ranked_topk
 from memshard.models.recompute.replay import Replay
 from memshard.models.transformer import Transformer
 

@@ -184,15 +184,11 @@ def spread(cost: "Estimate") -> str:
 
 def _path(prepared: "Run") -> str:
     """What sums and updates rows, and why."""
-    from memshard.models.kernels.backend import chosen
-    from memshard.trainer.optim.rows.compiled_update import disagreement
+    from memshard.models.kernels.backend import backend_for
 
     assert prepared.table_optimizer is not None
-    device = prepared.table_optimizer.tables[0].weight.device
-    kernels, reason = chosen(device)
-    problem = kernels and disagreement(device)
-    where = "in host memory: " if prepared.recipe.tables.place == "host" else ""
-    return where + (f"{reason}; updates in plain torch: {problem}" if problem else reason)
+    _, reason = backend_for(prepared.table_optimizer.tables[0].weight.device)
+    return f"in host memory: {reason}" if prepared.recipe.tables.place == "host" else reason
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -40,12 +40,12 @@ def delta_rule(
 
     Returns [B, H, L, M] in v's dtype and the state after the last token. Arithmetic and state are
     fp32, or fp64 if v is; memory grows with L (D + M) + L / chunk D M. On a GPU, 16-bit values
-    without log_decay may go to `kernels.delta_rule`.
+    without log_decay may go to `kernels.fla_delta_rule`.
     """
     state, length = start(q, v, state), v.shape[2]
     if not length:
         return v, state
-    kernel = kernel_for(q, v) if log_decay is None else None
+    kernel = kernel_for(q, v, delta_rule) if log_decay is None else None
     if kernel is not None:
         return by_kernel(kernel, q, k, v, beta, state, resets)
     chunk = min(chunk, length)

@@ -1,27 +1,27 @@
-"""Banded attention by the compiled kernel, banded.cpp: only pairs that see each other, where tiles
-hold twice as many.
+"""Banded attention on CPUs: banded.cpp, called through ctypes.
+
+It computes only the pairs that see each other; the tiles of plain torch compute twice as many.
 """
 
 import ctypes
 import os
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from memshard.models.kernels import cpu_rows
 from memshard.models.kernels.backend import SWITCH
+from memshard.models.kernels.compile_cpp import CompileError, load_library
 from memshard.models.lsh.bucket_order import Order
 
-_SOURCE = Path(cpu_rows.__file__).with_name("banded.cpp")
+_SOURCE = Path(__file__).with_name("banded.cpp")
 _INPUTS, _OUTPUTS = ("q", "k", "v", "d_out"), ("out", "logs", "d_q", "d_k", "d_v")
 _SIZES = ("rows", "length", "dim", "width", "rounds", "window", "chunk")
 
 
 class _Banded(ctypes.Structure):
-    """The arguments, as banded.cpp lays them out."""
+    """The arguments, in the order of banded.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*_INPUTS, "places", "groups", "codes", *_OUTPUTS)),
@@ -32,14 +32,14 @@ class _Banded(ctypes.Structure):
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The library, built at the first call; None without a compiler, or with
-    MEMSHARD_KERNELS=plain.
+    """Return the library, compiled at the first call; None without a compiler, or if
+    MEMSHARD_KERNELS is plain.
     """
     if os.environ.get(SWITCH) == "plain":
         return None
     try:
-        return cpu_rows.load(_SOURCE)
-    except (OSError, subprocess.SubprocessError):
+        return load_library(_SOURCE)
+    except CompileError:
         return None
 
 
@@ -98,7 +98,8 @@ def _call(
 ) -> None:
     library = kernel()
     assert library is not None
-    held = {key: tensor.float().contiguous() for key, tensor in tensors.items()}
+    # Named until the call is over: a temporary's memory could be given away before.
+    inputs = {key: tensor.float().contiguous() for key, tensor in tensors.items()}
     rows, length, dim = tensors["q"].shape
     sizes = rows, length, dim, tensors["v"].shape[-1], len(orders), window, chunk
     lists = {
@@ -110,7 +111,7 @@ def _call(
     arguments = _Banded(
         itself=itself, threads=torch.get_num_threads(), **dict(zip(_SIZES, sizes, strict=True))
     )
-    for field, tensor in held.items():
+    for field, tensor in inputs.items():
         setattr(arguments, field, tensor.data_ptr())
     for field, pointers in lists.items():
         setattr(arguments, field, ctypes.addressof(pointers))

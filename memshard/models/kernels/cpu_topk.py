@@ -1,4 +1,4 @@
-"""The compiled product-key search, topk.cpp."""
+"""The product-key search of CPUs: topk.cpp, called through ctypes."""
 
 import ctypes
 from dataclasses import dataclass
@@ -8,40 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memshard.models.kernels import cpu_rows
+from memshard.models.kernels.compile_cpp import load_library
+from memshard.models.kernels.plain_topk import candidate_pairs
 
 _SOURCE = Path(__file__).with_name("topk.cpp")
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS: list[Any] = [
-    _POINTER,
-    _POINTER,
-    *[_SIZE] * 4,
-    _POINTER,
-    _POINTER,
-    _SIZE,
-    _POINTER,
-    _POINTER,
-    ctypes.c_int,
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# fmt: off
+_ARGUMENTS: list[Any] = [  # in the order of topk.cpp
+    _POINTER, _POINTER, *[_SIZE] * 4, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _INT,
 ]
+# fmt: on
 
 
 @dataclass(frozen=True)
-class CompiledSearch:
-    """The loaded library."""
+class CpuSearch:
+    """The loaded library, as a function."""
 
     library: ctypes.CDLL
 
-    def __call__(
-        self, first: Tensor, second: Tensor, pairs: tuple[Tensor, Tensor], k: int
-    ) -> Tensor:
-        """i1 and i2 of the k best, stacked: [2, ..., k] int32. first, second: [..., heads, keys]
-        fp32 on the CPU. pairs: ranks of both halves that can be among the best, [pairs] int64
-        each, in the order of ties.
-        """
-        shape, keys, (x, y) = first.shape[:-1], first.shape[-1], pairs
+    def __call__(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        """As `plain_topk.product_search`. first, second: [..., heads, keys] fp32 on the CPU."""
+        shape, keys, (x, y) = first.shape[:-1], first.shape[-1], candidate_pairs(k)
         halves = [scores.reshape(-1, shape[-1], keys) for scores in (first, second)]
         halves = [scores if scores.stride(-1) == 1 else scores.contiguous() for scores in halves]
-        found = torch.empty(2, *shape, k, dtype=torch.int32)
+        slots = torch.empty(2, *shape, k, dtype=torch.int32, device="cpu")
         self.library.memshard_product_search(
             (_POINTER * 2)(*(scores.data_ptr() for scores in halves)),
             (_SIZE * 4)(*(n for scores in halves for n in scores.stride()[:2])),
@@ -50,16 +40,16 @@ class CompiledSearch:
             x.data_ptr(),
             y.data_ptr(),
             len(x),
-            found[0].data_ptr(),
-            found[1].data_ptr(),
+            slots[0].data_ptr(),
+            slots[1].data_ptr(),
             torch.get_num_threads(),
         )
-        return found
+        return slots
 
 
-def build() -> CompiledSearch:
-    """Raises as `cpu_rows.load`."""
-    library = cpu_rows.load(_SOURCE)
+def build() -> CpuSearch:
+    """Compile and load the search; raises as `load_library`."""
+    library = load_library(_SOURCE)
     library.memshard_product_search.argtypes = _ARGUMENTS
     library.memshard_product_search.restype = None
-    return CompiledSearch(library)
+    return CpuSearch(library)

@@ -2,8 +2,8 @@
 installed and right.
 
 They serve GPUs, 16-bit values and at most 256 features, and round queries, keys and strengths to
-the values' dtype; sums and the state stay fp32. Everything else, and whatever they get wrong, takes
-the chunks of `delta_rule`.
+the values' dtype; sums and the state stay fp32. Everything else, and whatever they get wrong, is
+left to the reference, the chunks of `fast_weights/delta_rule.py`, which hands itself in.
 """
 
 import os
@@ -18,25 +18,25 @@ from memshard.models.kernels.backend import SWITCH
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 _HALF, _MOST_FEATURES = (torch.float16, torch.bfloat16), 256
-# A right result differs by the rounding of inputs and of products inside: 0.4 % each in bf16.
+# A correct result differs by the rounding of inputs and of products inside: 0.4 % each in bf16.
 _TOLERANCE = 0.03
 
 
-def kernel_for(q: Tensor, v: Tensor) -> Kernel | None:
-    """The kernel, if there is one that serves such tensors. q: [B, H, L, D]; v: [B, H, L, M]."""
-    return (
-        None
-        if torch.compiler.is_compiling()
-        else chosen(q.device, v.dtype, q.shape[-1], v.shape[-1])[0]
-    )
+def kernel_for(q: Tensor, v: Tensor, reference: Kernel) -> Kernel | None:
+    """Return the kernel that serves such tensors, or None. q: [B, H, L, D]; v: [B, H, L, M]."""
+    if torch.compiler.is_compiling():
+        return None
+    return choose_kernel(q.device, v.dtype, q.shape[-1], v.shape[-1], reference)[0]
 
 
 @cache
-def chosen(
-    device: torch.device, dtype: torch.dtype, features: int, width: int
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, features: int, width: int, reference: Kernel
 ) -> tuple[Kernel | None, str]:
-    """The kernel for such shapes or None, and in words why. Tested against the chunks at the first
-    call: each shape is a program of its own, and compilers have got single ones wrong.
+    """Return the kernel for such shapes, or None for the reference, and in words why.
+
+    The kernel is tested against `reference` at the first call for each shape: every shape is a
+    program of its own, and compilers have got single ones wrong.
     """
     if device.type != "cuda" or dtype not in _HALF or features > _MOST_FEATURES:
         return (
@@ -50,7 +50,7 @@ def chosen(
         from fla.ops.delta_rule import chunk_delta_rule
 
         with torch.inference_mode(False), torch.enable_grad():
-            worst = _difference(chunk_delta_rule, device, dtype, features, width)
+            worst = difference(chunk_delta_rule, reference, device, dtype, features, width)
     except ImportError as problem:
         return None, f"chunks in torch (no flash-linear-attention: {problem})"
     except Exception as problem:
@@ -74,10 +74,10 @@ def by_kernel(
     state: Tensor,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule` by a kernel that has batch, length, heads in this order, and packed sequences,
-    each with a state of its own, for resets.
+    """Run `delta_rule` on a kernel that has batch, length, heads in this order.
 
-    state: [B, H, D, M] fp32. Returns [B, H, L, M] in v's dtype and the state after the last token.
+    Resets become packed sequences, each with a state of its own. state: [B, H, D, M] fp32. Returns
+    [B, H, L, M] in v's dtype and the state after the last token.
     """
     q, k, v, beta = (x.to(v.dtype).transpose(1, 2).contiguous() for x in (q, k, v, beta))
     if resets is None:
@@ -87,7 +87,7 @@ def by_kernel(
     begins = resets.clone()
     begins[:, 0] = True
     firsts = begins.flatten().nonzero().squeeze(1)
-    # Of each row, the first and the last of its sequences.
+    # The first and the last sequence of each row.
     first = torch.searchsorted(firsts, torch.arange(batch, device=firsts.device) * length)
     last = F.pad(first[1:], (0, 1), value=len(firsts)) - 1
     initial = state.new_zeros(len(firsts), *state.shape[1:]).index_copy(
@@ -101,15 +101,19 @@ def by_kernel(
     return out[0].unflatten(0, (batch, length)).transpose(1, 2), final[last]
 
 
-def _difference(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, features: int, width: int
+def difference(
+    kernel: Kernel,
+    reference: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    features: int,
+    width: int,
 ) -> float:
-    """The largest distance of outputs, states and gradients from the chunks', relative to each
-    one's largest value: two rows of several chunks, with a repeated key, and with documents that
-    begin inside a chunk and with a row.
-    """
-    from memshard.models.fast_weights.delta_rule import delta_rule
+    """Return the largest distance of outputs, states and gradients from the reference's.
 
+    It is relative to the largest value of each. Tested are two rows of several chunks, with a
+    repeated key, and with documents that begin inside a chunk and with a row.
+    """
     batch, heads, length = 2, 2, 150
     random = torch.Generator().manual_seed(0)
 
@@ -126,7 +130,7 @@ def _difference(
     worst = 0.0
     for resets in (None, packed):
         rules: tuple[Kernel, Kernel] = (
-            partial(delta_rule, resets=resets),
+            partial(reference, resets=resets),
             partial(by_kernel, kernel, resets=resets),
         )
         results = []
@@ -135,10 +139,10 @@ def _difference(
                 *(x.detach().to(inner).requires_grad_() for x in (q, k, v, beta)),
                 state.detach().requires_grad_(),
             ]
-            found = rule(*inputs)
-            loss = (found[0].float() * d_out.float()).sum() + (found[1] * d_state).sum()
+            out, last = rule(*inputs)
+            loss = (out.float() * d_out.float()).sum() + (last * d_state).sum()
             results.append(
-                [x.detach().float() for x in (*found, *torch.autograd.grad(loss, inputs))]
+                [x.detach().float() for x in (out, last, *torch.autograd.grad(loss, inputs))]
             )
         worst = max(
             worst,

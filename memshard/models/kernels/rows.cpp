@@ -1,7 +1,7 @@
-// Table reads and row updates on the CPU. Built by cpu.py with the machine's own compiler; plain torch is the twin of everything here.
+// Table reads and row updates on the CPU, compiled by compile_cpp.py and called by cpu_rows.py; plain.py is the reference.
 //
-// All matrices are row-major and contiguous. Rows are random accesses of some KB, so each loop asks for the next rows while it works on
-// the present ones: without that it waits for memory most of the time.
+// All matrices are row-major and contiguous. Rows are random accesses of some KB, so each loop prefetches the next rows while it works on
+// the current ones: without that it waits for memory most of the time.
 
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@ struct bfloat_t { uint16_t bits; };
 inline float from_bits(uint32_t x) { float f; std::memcpy(&f, &x, 4); return f; }
 inline uint32_t to_bits(float f) { uint32_t x; std::memcpy(&x, &f, 4); return x; }
 
-// 16 values as floats. fp32 is used where it lies.
+// 16 values as floats; fp32 values are used in place.
 inline const float* widen(const float* p, float*) { return p; }
 inline const float* widen(const bfloat_t* p, float* out) {
 #pragma omp simd
@@ -158,7 +158,7 @@ void score_gradients(const T* values, int64_t dim, const Index* rows, const int6
         const float* u = upstream + bag * dim;
         const int64_t last = bag + 1 < bags ? offsets[bag + 1] : reads;
         for (int64_t j = offsets[bag]; j < last; j += 4) {
-            // Past the end the last row stands in; its product is not stored.
+            // Past the end we read the last row again; its product is not stored.
             const T* r[4];
             const T* next[4];
             for (int k = 0; k < 4; ++k) {

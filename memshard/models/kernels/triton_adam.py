@@ -1,5 +1,6 @@
-"""The Adam step on rows in Triton: a program sums a row's gradient and updates its values and
-moments in one pass.
+"""The Adam step on rows in Triton, launched by triton_rows.py.
+
+A program sums one row's gradient and updates its values and moments in the same pass.
 """
 
 import triton
@@ -38,8 +39,8 @@ def adam_rows(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Row rows[i] of the table gets the gradient of segment i. master, step_sizes, decay1, decay2:
-    None where there is none. rest1, rest2: 1 - beta1, 1 - beta2.
+    """Update row rows[i] by the gradient of segment i. Arguments: `AdamUpdate`, and rest1, rest2 =
+    1 - beta1, 1 - beta2.
     """
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -47,7 +48,7 @@ def adam_rows(
     # A read outside the table has given NaN already; here it must not write.
     mask = (columns < dim) & (row >= 0) & (row < slots)
     place = row * dim + columns
-    # Asked for before the sum, so that both are waited for together.
+    # Loaded before the sum, so that both loads are under way together.
     m = tl.load(exp_avg + place, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
     if master is not None:
@@ -82,7 +83,7 @@ def adam_rows(
 
 @triton.jit
 def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
-    """`row_update.round_stochastically`, before the cast."""
+    """As `plain.round_stochastically`, before the cast."""
     exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, (127 + SMALLEST) << 23)
     quantum = exponent - (MANTISSA << 23)
     uniform = (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
@@ -92,7 +93,7 @@ def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
 
 @triton.jit
 def _random(key, row, columns):
-    """The counter-based bits of models/random.py."""
+    """Return the counter-based bits of models/random.py."""
     x = (row ^ key).to(tl.uint64) + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

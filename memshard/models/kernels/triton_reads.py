@@ -1,10 +1,10 @@
-"""Weighted sums of rows and their gradients to the weights, in Triton. Launched by gpu.py; plain
-torch is the twin of everything here.
+"""Weighted sums of rows and their gradients to the weights, in Triton, launched by triton_rows.py.
 
-A program works on WIDTH columns, TILE reads at a time: their loads are then under way together. Row
-numbers become int64 before they are multiplied, since a table may hold more than 2^31 values;
-values become fp32 right after each load. Numbers that change from call to call are not specialised:
-each of their kinds (1, multiples of 16) would be compiled anew.
+plain.py is the reference of everything here. A program works on WIDTH columns, TILE reads at a
+time, so that their loads are under way together. Row numbers become int64 before they are
+multiplied, since a table may have more than 2^31 values; values become fp32 right after each load.
+Numbers that change from call to call are not specialised: Triton would compile the kernel anew for
+each of their kinds (1, multiples of 16).
 """
 
 import triton
@@ -15,8 +15,9 @@ import triton.language as tl
 def add_rows(
     values, rows, weights, first, last, slots, dim, columns, TILE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The sum of weights[j] * values[rows[j], columns] for first <= j < last: [WIDTH] fp32. A row
-    outside the table gives NaN.
+    """Return the sum of weights[j] * values[rows[j], columns] over first <= j < last, [WIDTH] fp32.
+
+    A row outside the table makes it NaN.
     """
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(first, last, TILE):
@@ -47,8 +48,9 @@ def gather_sum(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out[bag] = the sum of the reads from firsts[bag] to lasts[bag], or to `reads` from the bag
-    `known` on.
+    """Store in out[bag] the sum of the reads from firsts[bag] to lasts[bag].
+
+    From the bag `known` on, `lasts` ends and the reads go to `reads`, their number.
     """
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -72,7 +74,7 @@ def score_gradients(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out[j] = values[rows[j]] . upstream[bag of j]."""
+    """Store in out[j] the product values[rows[j]] . upstream[bag of j]."""
     bag = tl.program_id(0).to(tl.int64)
     first, last = tl.load(firsts + bag), tl.load(lasts + bag, mask=bag < known, other=reads)
     for start in range(first, last, TILE):
@@ -107,9 +109,7 @@ def add_segment(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """As `add_rows`, with the sums of whole windows of reads taken from `windows` [reads // WINDOW,
-    dim].
-    """
+    """As `add_rows`, with the sums of whole windows taken from `windows` [reads // WINDOW, dim]."""
     head = tl.minimum((first + WINDOW - 1) // WINDOW * WINDOW, last)
     tail = tl.maximum(last // WINDOW * WINDOW, head)
     sums = add_rows(values, rows, weights, first, head, slots, dim, columns, TILE, WIDTH)
@@ -132,7 +132,7 @@ def segment_sums(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out[i] = the sum of the reads from starts[i] to starts[i + 1]."""
+    """Store in out[i] the sum of the reads from starts[i] to starts[i + 1]."""
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     first, last = tl.load(starts + segment), tl.load(starts + segment + 1)

@@ -1,28 +1,34 @@
-"""Triton kernels for reads and row updates: how they are launched. With TRITON_INTERPRET=1 they run
-on CPU tensors, slowly.
+"""The row backend of GPUs: how the Triton kernels are launched. Nothing here waits for the device.
 
-Nothing here waits for the device.
+With TRITON_INTERPRET=1 they run on CPU tensors, slowly, for tests.
 """
+
+import os
 
 import torch
 import triton
 from torch import Tensor
 
 from memshard.models.kernels import plain, triton_adam, triton_reads
+from memshard.models.kernels.plain import AdamUpdate
+
+device_type = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 _WIDEST = 1024
 _TILE = 8
 _UPDATE_TILE = 4
 _WINDOW = 256
-"""Reads of one row that a program sums before others join in: hot rows get tens of thousands, most
-get one or two.
+"""Reads of one row that a program sums alone; of a hot row, which may have tens of thousands, each
+such window is a program.
 """
 
 sort_reads = plain.sort_reads
 
 
 def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """As `bags.gather_sum`; a row that is not in the table makes its bag NaN."""
+    """As `plain.gather_sum`; a row that is not in the table makes its bag NaN."""
+    if plain.needed_for(values, weights, device_type):
+        return plain.gather_sum(values, rows, weights, offsets)
     lasts = offsets[1:]
     return _bag_sums(
         values.contiguous(),
@@ -34,7 +40,9 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
 
 
 def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor:
-    """As `bags.score_gradients`."""
+    """As `plain.score_gradients`."""
+    if plain.needed_for(values, upstream, device_type):
+        return plain.score_gradients(values, rows, offsets, upstream)
     values, rows, offsets, upstream = (
         values.contiguous(),
         rows.contiguous(),
@@ -64,7 +72,9 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
 
 
 def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """As `bags.segment_sums`."""
+    """As `plain.segment_sums`."""
+    if plain.needed_for(values, weights, device_type):
+        return plain.segment_sums(values, rows, weights, starts)
     values, rows, weights, starts = (
         values.contiguous(),
         rows.contiguous(),
@@ -96,50 +106,58 @@ def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) 
     return out
 
 
-def adam_rows(tensors: dict[str, Tensor | None], numbers: dict[str, float]) -> None:
-    """Sum each row's gradient and update it in one pass. tensors, numbers: as
-    `CpuKernels.adam_rows` takes them.
-    """
-    values, upstream, bags, weights, starts = (
-        tensors[name] for name in ("values", "upstream", "bags", "weights", "starts")
-    )
-    assert (
-        values is not None
-        and upstream is not None
-        and bags is not None
-        and weights is not None
-        and starts is not None
-    )
-    (slots, dim), count, width = values.shape, int(numbers["count"]), _width(values.shape[1])
-    if not count:
-        return
+def adam_rows(update: AdamUpdate) -> None:
+    """As `plain.adam_rows`, in one pass: a program sums a row's gradient and updates the row."""
+    if plain.needed_for_update(update, device_type):
+        return plain.adam_rows(update)
+    values, upstream = update.values, update.upstream.contiguous()
+    bags, weights = update.bags.to(torch.int32).contiguous(), update.weights.contiguous()
+    starts = update.starts.contiguous()
+    (slots, dim), width = values.shape, _width(values.shape[1])
+    if not len(update.rows):
+        return None
     with torch.cuda.device_of(values):
-        triton_adam.adam_rows[(count, triton.cdiv(dim, width))](
-            **tensors,
+        triton_adam.adam_rows[(len(update.rows), triton.cdiv(dim, width))](
+            values=values,
+            exp_avg=update.exp_avg,
+            exp_avg_sq=update.exp_avg_sq,
+            master=update.master,
+            rows=update.rows.contiguous(),
+            starts=starts,
+            bags=bags,
+            weights=weights,
+            upstream=upstream,
             windows=_windows(upstream, bags, weights, starts),
+            step_sizes=_contiguous(update.step_sizes),
+            decay1=_contiguous(update.decay1),
+            decay2=_contiguous(update.decay2),
             slots=slots,
             tokens=len(upstream),
             dim=dim,
-            rest1=1 - numbers["beta1"],
-            rest2=1 - numbers["beta2"],
-            **{
-                name: numbers[name]
-                for name in ("first_row", "first_column", "key", "beta2", "eps", "step_size")
-            },
+            first_row=update.first_row,
+            first_column=update.first_column,
+            key=update.key,
+            beta2=update.beta2,
+            # Formed in fp64: 1 - beta2 has few digits left in fp32.
+            rest1=1 - update.beta1,
+            rest2=1 - update.beta2,
+            eps=update.eps,
+            step_size=update.step_size,
             WINDOW=_WINDOW,
             TILE=_UPDATE_TILE,
             WIDTH=width,
             num_warps=max(1, width // 128),
-            # It takes 66 otherwise: a fourth row at a time on each multiprocessor, without
-            # spilling.
+            # It takes 66 registers otherwise; with 64 a fourth row fits on each multiprocessor,
+            # without spilling.
             maxnreg=64,
         )
+    return None
 
 
 def _bag_sums(
     values: Tensor, rows: Tensor, weights: Tensor, firsts: Tensor, lasts: Tensor
 ) -> Tensor:
-    """Sums of the reads firsts[i] <= j < lasts[i], to the end where `lasts` is shorter."""
+    """Return the sums of reads firsts[i] <= j < lasts[i], to the end where `lasts` is shorter."""
     (slots, dim), width = values.shape, _width(values.shape[1])
     out = weights.new_empty(len(firsts), dim)
     if len(firsts):
@@ -163,8 +181,9 @@ def _bag_sums(
 
 
 def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """The sum of every window of reads that lies inside one segment; of others, zeros that nobody
-    reads. [reads // window, dim]
+    """Return the sum of each window of reads inside one segment, [reads // window, dim].
+
+    Windows that cross a border get zeros, which nobody reads.
     """
     firsts = torch.arange(len(rows) // _WINDOW, device=starts.device) * _WINDOW
     segment = torch.searchsorted(starts, firsts, right=True)
@@ -177,5 +196,9 @@ def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> T
 
 
 def _width(dim: int) -> int:
-    """Columns of a program: a power of two."""
+    """Return the number of columns of a program, a power of two."""
     return min(triton.next_power_of_2(dim), _WIDEST)
+
+
+def _contiguous(by_row: Tensor | None) -> Tensor | None:
+    return None if by_row is None else by_row.contiguous()

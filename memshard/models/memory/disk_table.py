@@ -1,26 +1,22 @@
-"""A value table that stays where it is, for evaluation: only the rows that are read come to the
-device.
-"""
+"""A value table that stays on disk, for evaluation: only the rows that are read are loaded."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from memshard.models.memory.bags import gather_sum, score_gradients
+from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.table import ValueTable, bag_offsets, find_tables
 
 _BLOCK_READS = 1 << 14
-"""Reads whose rows are fetched at a time: 64 MB of 1,024 fp32 values, if no two are of the same
-row.
-"""
+"""Reads whose rows are loaded at a time: 64 MB of 1,024 fp32 values, if all rows are distinct."""
 
 
 class MappedTable(ValueTable):
-    """slots x dim values that `read_rows` reads, as from a memory-mapped file; without gradients.
+    """slots x dim values that `read_rows` loads, as from a memory-mapped file; without gradients.
 
-    read_rows: the values of some rows. [n] int64 on the CPU, ascending; returns [n, dim] floating
-    point.
+    read_rows: takes rows [n] int64 on the CPU, ascending, and returns their values [n, dim], in
+    floating point.
     """
 
     def __init__(self, slots: int, dim: int, read_rows: Callable[[Tensor], Tensor]) -> None:
@@ -30,7 +26,7 @@ class MappedTable(ValueTable):
 
     @property
     def local_row_count(self) -> int:
-        """All of them, in a way."""
+        """All rows: they are loaded on demand."""
         return self.slots
 
     @torch.no_grad()
@@ -40,7 +36,10 @@ class MappedTable(ValueTable):
         for rows_here, weights_here in self._blocks(rows, weights):
             values, inverse = self._read(rows_here, weights_here)
             weights_here = weights_here.to(torch.promote_types(weights.dtype, values.dtype))
-            sums.append(gather_sum(values, inverse, weights_here.flatten(), bag_offsets(rows_here)))
+            backend, _ = backend_for(values.device)
+            sums.append(
+                backend.gather_sum(values, inverse, weights_here.flatten(), bag_offsets(rows_here))
+            )
         return torch.cat(sums)
 
     @torch.no_grad()
@@ -52,11 +51,9 @@ class MappedTable(ValueTable):
                 rows_here, rows_here.new_ones(rows_here.shape, dtype=torch.float32)
             )
             x_here = x_here.to(torch.promote_types(x.dtype, values.dtype))
-            products.append(
-                score_gradients(values, inverse, bag_offsets(rows_here), x_here).view(
-                    rows_here.shape
-                )
-            )
+            backend, _ = backend_for(values.device)
+            flat = backend.score_gradients(values, inverse, bag_offsets(rows_here), x_here)
+            products.append(flat.view(rows_here.shape))
         return torch.cat(products)
 
     def _blocks(self, rows: Tensor, of_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -66,7 +63,7 @@ class MappedTable(ValueTable):
         )
 
     def _read(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The distinct rows' values, and which of them each read is."""
+        """Return the values of the distinct rows, and which of them each read is."""
         if self.observer is not None:
             self.observer.on_read(rows.flatten(), weights.flatten())
         distinct, inverse = torch.unique(rows.flatten(), return_inverse=True)
@@ -74,9 +71,7 @@ class MappedTable(ValueTable):
 
 
 def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
-    """Put new tables in the place of those with the names that `find_tables` gives, wherever these
-    are read.
-    """
+    """Replace tables, by the names that `find_tables` yields, in all layers that read them."""
     replaced = {model.get_submodule(name): table for name, table in new.items()}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -85,8 +80,9 @@ def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
 
 
 def map_tables(model: nn.Module, readers: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Leave the values of the model's tables to what readers their rows, by the names that
-    `find_tables` gives.
+    """Replace all tables of the model by `MappedTable`s.
+
+    readers: the `read_rows` of each, by the names that `find_tables` yields.
     """
     replace_tables(
         model,

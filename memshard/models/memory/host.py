@@ -1,13 +1,11 @@
-"""Between a model on a GPU and a table in host memory. Nothing moves where both lie in host
-memory.
-"""
+"""Copies between a model on a GPU and a table in host memory; on one device nothing is moved."""
 
 import torch
 from torch import Tensor
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in host memory, copied together into pinned memory and waited for once."""
+    """Copy the tensors to host memory together, into pinned memory, and wait once for all."""
     copies = [x.to("cpu", non_blocking=True) for x in tensors]
     for device in {x.device for x in tensors if x.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -15,5 +13,5 @@ def to_host(*tensors: Tensor) -> list[Tensor]:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor from host memory on a device, without waiting for the copy."""
+    """Copy a tensor from host memory to a device, without waiting for the copy."""
     return x if x.device == device else x.pin_memory().to(device, non_blocking=True)

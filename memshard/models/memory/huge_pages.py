@@ -1,4 +1,4 @@
-"""Large pages for large tables."""
+"""Large memory pages for large tables."""
 
 import ctypes
 import sys
@@ -11,8 +11,10 @@ _MADV_HUGEPAGE = 14
 
 
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux to back a fresh CPU tensor by 2 MB pages; returns the tensor. A row is about a 4 KB
-    page: with such pages each read of a row also misses the processor's table of page addresses.
+    """Ask Linux to back a fresh CPU tensor by 2 MB pages; return the tensor.
+
+    A row is about as large as a 4 KB page: with those each read of a row also misses the
+    processor's table of page addresses (TLB).
     """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor

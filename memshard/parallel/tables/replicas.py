@@ -1,4 +1,4 @@
-"""Row gradients summed over ranks that hold the same rows, in bounded blocks."""
+"""Sum row gradients over the ranks that store the same rows, in bounded blocks."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memshard.models.kernels.backend import RowBackend
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.parallel.collectives import Traffic
 
@@ -13,18 +14,22 @@ _BLOCK_BYTES = 1 << 24
 
 
 def add_replicas(
-    merged: SortedReads | None, dim: int, like: Tensor, group: dist.ProcessGroup, traffic: Traffic
+    merged: SortedReads | None,
+    dim: int,
+    like: Tensor,
+    group: dist.ProcessGroup,
+    traffic: Traffic,
+    backend: RowBackend,
 ) -> Iterator[SortedReads]:
-    """The sum over the ranks of a group of their gradients of the same rows; the same bits on every
-    rank.
+    """Yield the sum over the ranks of a group of their gradients, the same bits on every rank.
 
-    merged: this rank's, of width `dim`; None if it read nothing. like: a tensor of the gradient's
-    dtype and device. All ranks must take part. The ranks first agree on the rows that any of them
-    read (an all-gather of row numbers), then sum 16 MB of these rows' gradients at a time: 2 (R -
-    1) / R bytes sent for a byte of gradient, R ranks.
+    merged: this rank's gradients, of width `dim`; None if it read nothing. like: a tensor of the
+    gradient's dtype and device. All ranks must take part. The ranks first agree on the rows that
+    any of them read (an all-gather of row numbers), then sum 16 MB of these rows' gradients at a
+    time: 2 (R - 1) / R bytes sent for a byte of gradient, R ranks.
     """
-    own = like.new_empty(0, dtype=torch.int64) if merged is None else merged.rows
-    rows = torch.unique(_gather_rows(own, group, traffic))
+    local_rows = like.new_empty(0, dtype=torch.int64) if merged is None else merged.rows
+    rows = torch.unique(_gather_rows(local_rows, group, traffic))
     if not len(rows):
         return
     ranks = dist.get_world_size(group)
@@ -32,31 +37,38 @@ def add_replicas(
     block = max(1, _BLOCK_BYTES // max(1, dim * like.element_size()))
     for first in range(0, len(rows), block):
         part = rows[first : first + block]
-        own_sums = (
+        local_sums = (
             like.new_zeros(len(part), dim)
             if everything is None
             else everything.sums(first, first + len(part))
         )
-        sums = own_sums.to(like.dtype)
+        sums = local_sums.to(like.dtype)
         dist.all_reduce(sums, group=group)
         traffic.replicas += 2 * (ranks - 1) * sums.numel() * sums.element_size() // ranks
         numbers = torch.arange(len(part) + 1, device=rows.device)
         yield SortedReads(
-            part, starts=numbers, bags=numbers[:-1], weights=sums.new_ones(len(part)), upstream=sums
+            part,
+            starts=numbers,
+            bags=numbers[:-1],
+            weights=sums.new_ones(len(part)),
+            upstream=sums,
+            backend=backend,
         )
 
 
-def _gather_rows(own: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
-    """The row numbers of all ranks, one after the other, in int32 on the way where all fit."""
+def _gather_rows(local: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+    """Return the row numbers of all ranks, one rank after another; sent in int32 if all fit."""
     ranks = dist.get_world_size(group)
-    most = int(own[-1]) if len(own) else 0
-    facts = [torch.empty(2, dtype=torch.int64, device=own.device) for _ in range(ranks)]
-    dist.all_gather(facts, torch.tensor([len(own), most], device=own.device), group=group)
+    most = int(local[-1]) if len(local) else 0
+    facts = [torch.empty(2, dtype=torch.int64, device=local.device) for _ in range(ranks)]
+    dist.all_gather(facts, torch.tensor([len(local), most], device=local.device), group=group)
     counts, highest = torch.stack(facts).T.tolist()
     if not max(counts):
-        return own
-    padded = own.new_zeros(max(counts), dtype=torch.int32 if max(highest) < 2**31 else torch.int64)
-    padded[: len(own)] = own
+        return local
+    padded = local.new_zeros(
+        max(counts), dtype=torch.int32 if max(highest) < 2**31 else torch.int64
+    )
+    padded[: len(local)] = local
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded, group=group)
     traffic.replicas += (ranks - 1) * padded.numel() * padded.element_size()

@@ -62,11 +62,16 @@ class ShardedTable(ValueTable):
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
         """As `ValueTable.gradients`; with replicas all of them must call it."""
-        merged = sort_reads(self.reads)
+        merged = sort_reads(self.reads, self.backend)
         merged = merged if merged is None else merged.scaled(scale)
         if self.replicas is not None:
             yield from add_replicas(
-                merged, self.weight.shape[1], self.anchor, self.replicas, self.traffic
+                merged,
+                self.weight.shape[1],
+                self.anchor,
+                self.replicas,
+                self.traffic,
+                self.backend,
             )
         elif merged is not None:
             yield merged
@@ -78,12 +83,12 @@ class ShardedTable(ValueTable):
         self._calls += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedTable":
-        # A process group cannot be copied; the copy answers to the same ranks.
+        # A process group cannot be copied; the copy works with the same ranks.
         memo[id(self.group)] = self.group
         memo[id(self.replicas)] = self.replicas
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        copy.__setstate__(deepcopy(self.__getstate__(), memo))
         return copy
 
 

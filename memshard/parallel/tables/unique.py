@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memshard.models.memory.fetched import Fetch, FetchedDot, FetchedSum
+from memshard.models.kernels.backend import backend_for
+from memshard.models.memory.autograd import Fetch, FetchedDot, FetchedSum
 from memshard.models.memory.table import bag_offsets
 from memshard.parallel.collectives import exchange, share_counts
 from memshard.parallel.tables.layouts import LAYOUTS
@@ -55,7 +56,10 @@ class UniqueRowTable(RowShardedTable):
             sums.index_add_(0, inverse, torch.stack((flat, torch.ones_like(flat)), dim=1))
             seen = exchange(sums, ours, theirs, self.group)
             self.observer.on_read(wanted, seen[:, 0], seen[:, 1])
-        return _Fetch(self, wanted, inverse.to(torch.int32), bag_offsets(rows), ours, theirs)
+        backend, _ = backend_for(rows.device)
+        return _Fetch(
+            self, wanted, inverse.to(torch.int32), bag_offsets(rows), backend, ours, theirs
+        )
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,27 @@ _REPLACED = {
 
 from typing import Any
 
+from memshard.models.kernels import plain
+from memshard.models.kernels.plain_topk import product_search
 
-def kernels_for(*tensors: Any) -> None:
-    """No compiled kernels."""
+RowBackend = Any
 
 
-def search_for(scores: Any) -> None:
-    """No compiled search."""
+def backend_for(device: Any) -> Any:
+    """Return plain torch, and why."""
+    return plain, "plain torch (exports come without a compiler)"
+
+
+def search_for(scores: Any) -> Any:
+    """Return the search in plain torch."""
+    return product_search
 ''',
     "memshard.models.kernels.fla_delta_rule": '''"""Exports take plain torch everywhere."""
 
 from typing import Any
 
 
-def kernel_for(*tensors: Any) -> None:
+def kernel_for(*arguments: Any) -> None:
     """No compiled kernel."""
 
 

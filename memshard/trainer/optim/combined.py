@@ -8,16 +8,15 @@ from torch.optim import Optimizer
 
 
 class CombinedOptimizer(Optimizer):
-    """Steps each of the given optimizers, which must not share parameters.
+    """Step several optimizers, which must not share parameters, as one.
 
     `param_groups` and `state` are theirs, in order, so learning-rate schedulers, GradScaler,
-    Lightning and Hugging Face's Trainer see one ordinary optimizer, and its `state_dict` is an
-    ordinary one.
+    Lightning and Hugging Face's Trainer see one ordinary optimizer, with an ordinary `state_dict`.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers: tuple[Optimizer, ...] = ()
-        # What all groups have: schedulers that cycle momentum look here for betas.
+        # Keys that all groups have: schedulers that cycle momentum look here for betas.
         shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
         defaults = {key: value for key, value in optimizers[0].defaults.items() if key in shared}
         super().__init__(
@@ -29,7 +28,7 @@ class CombinedOptimizer(Optimizer):
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """ValueError once built: a new group would belong to none of the optimizers."""
+        """Raise ValueError: a new group would belong to none of the optimizers."""
         if self.optimizers:
             raise ValueError(
                 "a CombinedOptimizer takes no more groups: add the group to one of its optimizers "
@@ -43,7 +42,7 @@ class CombinedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of each."""
+        """Step each optimizer once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -53,17 +52,17 @@ class CombinedOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of each."""
+        """Clear the gradients of all optimizers."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore all of them."""
+        """Load the states of all optimizers."""
         super().load_state_dict(state_dict)
         self._share()
 
     def _share(self) -> None:
-        """Point every optimizer at its part of the common groups and at the common state."""
+        """Give every optimizer its share of the common groups, and the common state."""
         first = 0
         for optimizer in self.optimizers:
             count = len(optimizer.param_groups)

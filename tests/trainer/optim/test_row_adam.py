@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.kernels.plain import round_stochastically
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.trainer.optim.rows.adam import Rounding, RowAdam, Semantics
-from memshard.trainer.optim.rows.step import round_stochastically
 
 
 def _table(slots: int = 50, dim: int = 3, dtype: torch.dtype = torch.float64) -> ValueTable:
@@ -281,7 +281,9 @@ def test_clipping_by_the_norm_of_all_tables() -> None:
                 rows, weights, upstream = _reads(number, micro, 5)
                 table.weighted_sum(rows, weights).backward(upstream)
     squares = sum(
-        gradient.square().sum() for table in twins for _, gradient in row_gradients(table.reads, 3)
+        gradient.square().sum()
+        for table in twins
+        for _, gradient in row_gradients(table.reads, 3, table.backend)
     )
     clipped.step()
     plain.step()

@@ -1,4 +1,23 @@
-"""Row-sparse Adam for externalised value tables; works with or without the trainer."""
+"""Row-sparse Adam for externalised value tables; works with or without the trainer.
+
+From backward to the updated row, in one direction:
+
+    loss.backward()
+      models/memory/autograd.py   WeightedSum.backward: exact gradient of the weights
+      models/memory/hidden.py     table.collect(Read): keep rows, weights and upstream gradient;
+                                  the anchor counts the read
+    RowAdam.step()                here
+      _scale                      what a loss scaler or clipping has done to the anchor
+      table.gradients(scale)      models/memory/row_gradient.py: sort the reads of all micro-batches
+                                  and layers by row, one segment of reads for each distinct row
+                                  (on several ranks: parallel/tables/sharded.py, replicas.py)
+      Step.update                 step.py: step sizes and decays of these rows
+      table.backend.adam_rows     models/kernels/: sum each segment to the row's gradient and update
+                                  values and moments, in one pass
+      table.drop_reads()          the reads are spent
+
+plain.py says what `adam_rows` computes; cpu_rows.py and triton_rows.py compute the same, faster.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -8,39 +27,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memshard.models.memory.hidden import ANCHOR_UNIT
 from memshard.models.memory.huge_pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
-from memshard.models.memory.table import ANCHOR_UNIT, ValueTable
-from memshard.trainer.optim.rows.compiled_update import update_rows_compiled
-from memshard.trainer.optim.rows.step import Step, blocks, factors, update_rows
+from memshard.models.memory.table import ValueTable
+from memshard.trainer.optim.rows.step import Step
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
 Rounding = Literal["master", "stochastic"]
 
 
 class RowAdam(Optimizer):
-    """Adam on the rows that were read since the last step; the other rows and their moments do not
-    move.
+    """Adam on the rows read since the last step; the other rows and their moments do not move.
 
-    semantics, where a row is not read in every step:
-        lazy      as torch.optim.SparseAdam: its moments wait, bias correction counts all steps.
-        row-step  bias correction counts the row's own steps, so its first ones are not too large.
-        catch-up  before a step its moments decay as often as it was left out: dense Adam's moments,
-        without its drift. dense     torch.optim.Adam: every row moves in every step. No longer
-        sparse in time.
-    No weight decay. Moments are fp32 at least, as large as the table; `last_step` in a table's
-    state says when each row was last read, 0 if never. rounding, of tables in half precision:
-    master keeps an fp32 copy of the values; stochastic rounds up or down at random, so that small
-    changes count on average. clip: largest norm of all tables' gradients together, each row counted
-    once over all ranks; 0 is none and saves a pass.
+    semantics: what happens to a row that is not read in every step.
+        lazy      As torch.optim.SparseAdam: its moments wait, bias correction counts all steps.
+        row-step  Bias correction counts the row's own steps, so its first ones are not too large.
+        catch-up  Before a step its moments decay as often as it was left out: dense Adam's moments,
+                  without its drift.
+        dense     As torch.optim.Adam: every row moves in every step. No longer sparse in time.
+    rounding: what happens to small changes of tables in half precision. master keeps an fp32 copy
+    of the values; stochastic rounds up or down at random, so that small changes count on average.
+    clip: the largest norm of all tables' gradients together, each row counted once over all ranks;
+    0 is none and saves a pass. There is no weight decay. Moments are fp32 at least, as large as the
+    table; `last_step` in a table's state says when each row was last read, 0 if never.
 
     Gradients of all micro-batches and of all layers that share a table are summed before the one
     update. Where tables are sharded, all ranks must step together.
 
-    In `param_groups` a table is represented by its `anchor` of two numbers: GradScaler's unscaling
-    and inf check, and clipping by the norm of all groups, act on the anchor's gradient, and `step`
-    scales the row gradients accordingly. The anchor adds nothing to that norm. `zero_grad` forgets
-    collected reads.
+    In `param_groups` a table is represented by its `anchor` of two numbers (see hidden.py):
+    GradScaler's unscaling and inf check, and clipping by the norm of all groups, act on the
+    anchor's gradient, and `step` scales the row gradients accordingly. `zero_grad` forgets
+    collected reads. ValueError for tables that are not hidden, or unknown choices.
     """
 
     def __init__(
@@ -69,11 +87,11 @@ class RowAdam(Optimizer):
         self.semantics = semantics
         self.clip = clip
         self.touched = [(0, 0) for _ in self.tables]
-        """Of every table in the last step: reads that this rank's tokens asked for, and rows
-        updated here.
+        """For every table, the reads by this rank's tokens and the local rows updated, in the last
+        step.
         """
         self.norm: float | None = None
-        """Of the tables' gradient in the last step, before clipping; None without clipping."""
+        """Norm of all tables' gradients in the last step before clipping; None without clipping."""
         super().__init__(
             [table.anchor for table in self.tables], {"lr": lr, "betas": betas, "eps": eps}
         )
@@ -104,25 +122,26 @@ class RowAdam(Optimizer):
             table.drop_reads()
 
     def unscale(self, scale: float) -> None:
-        """Take a loss scale out of the collected gradients, as GradScaler.unscale_ does."""
+        """Divide the collected gradients by a loss scale, as GradScaler.unscale_ does."""
         for table in self.tables:
             if table.anchor.grad is not None:
                 table.anchor.grad.div_(scale)
 
     def _clipping(self) -> float:
-        """The factor that brings the norm of all tables' gradients down to `clip`."""
+        """Return the factor that brings the norm of all tables' gradients down to `clip`."""
         squares = 0.0
         for table in self.tables:
             total = torch.zeros((), dtype=torch.float64, device=table.weight.device)
             for part in table.gradients(_scale(table)):
-                for first, last in blocks(part):
+                for first, last in part.blocks():
                     total += part.sums(first, last).double().square().sum()
             squares += float(table.sum_over_shards(total))
         self.norm = math.sqrt(squares)
         return min(1.0, self.clip / (self.norm + 1e-6))
 
     def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
-        """One Adam step of a table; returns the number of reads and of updated rows."""
+        """Take one step on a table; return the number of reads and of updated rows."""
+        # Without reads a rank still takes part in the sum over replicas, which may have some.
         if not table.reads and table.replica_count == 1:
             return 0, 0
         asked = table.reads_asked
@@ -134,17 +153,15 @@ class RowAdam(Optimizer):
         parts = table.gradients(_scale(table) * factor)
         for part in _with_all_rows(parts, table) if self.semantics == "dense" else parts:
             updated += len(part.rows)
-            found = factors(step, state, part.rows)
-            if not update_rows_compiled(table, state, step, part, found):
-                update_rows(table, state, step, part, found)
+            table.backend.adam_rows(step.update(table, state, part))
             state["last_step"][_read_rows(part)] = step.number
         table.drop_reads()
         return asked, updated
 
 
 def _scale(table: ValueTable) -> float:
-    """What scaled the dense gradients since the backward passes (a loss scaler, clipping) has
-    scaled the anchor's with them.
+    """Return the factor the row gradients still need: what has scaled the anchor's gradient since
+    backward (a loss scaler, clipping), times the table's own.
     """
     if table.anchor.grad is None:
         return 1.0
@@ -152,12 +169,12 @@ def _scale(table: ValueTable) -> float:
 
 
 def _read_rows(part: SortedReads) -> Tensor:
-    """Those of the part's rows that have reads."""
+    """Return the rows of a part that have reads."""
     return part.rows[part.starts.diff() > 0]
 
 
 def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[SortedReads]:
-    """The same gradients, and zero for the rows that have none."""
+    """Yield the same gradients, and zero for the rows that have none."""
     start, end, device = 0, len(table.weight), table.weight.device
     for part in parts:
         stop = int(part.rows[-1]) + 1
@@ -174,6 +191,7 @@ def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[
             bags=rows[:0],
             weights=upstream.new_zeros(0),
             upstream=upstream,
+            backend=table.backend,
         )
 
 

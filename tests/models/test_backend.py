@@ -1,11 +1,16 @@
-"""The kernels are plain torch: sums, gradients, order of reads, steps of every semantics and dtype.
+"""Every row backend equals plain torch: sums, gradients, order of reads, steps of every semantics.
 
-Here those of the CPU; test_triton.py runs this file again for Triton, on a GPU or in its
-interpreter.
+This process tests the compiled kernels of the CPU. Triton decides when it is imported whether to
+compile or to interpret, so the last tests run this file again in a process of its own: in Triton's
+interpreter, and on a GPU where there is one.
 """
 
+import importlib.util
 import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +18,20 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels import plain
-from memshard.models.kernels.backend import SWITCH, chosen
+from memshard.models.kernels.backend import SWITCH, backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
-from memshard.trainer.optim.rows.compiled_update import disagreement
 
 DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
-KERNELS, WHY = chosen(DEVICE)
+BACKEND, WHY = backend_for(DEVICE)
 TRITON = "Triton" in WHY
 INTERPRETED = TRITON and DEVICE.type == "cpu"
-needs_kernels = pytest.mark.skipif(KERNELS is None, reason=WHY)
+needs_kernels = pytest.mark.skipif(BACKEND is plain, reason=WHY)
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or "KERNELS_ON" in os.environ,
+    reason="needs triton: pip install --no-deps triton==3.7.1; not repeated in its own process",
+)
+ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VALUES = [(torch.float32, "master"), *product(DTYPES[1:], ["master", "stochastic"])]
 STEPS = [
@@ -38,7 +47,6 @@ STEPS = [
 @pytest.mark.parametrize("dim", [1, 15, 16, 37, 64])
 @pytest.mark.parametrize("lengths", [(0, 0), (3, 0, 1, 9), (5,), (4, 8), ()], ids=str)
 def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[int, ...]) -> None:
-    assert KERNELS is not None
     reads = sum(lengths)
     values = torch.randn(11, dim, device=DEVICE).to(dtype)
     rows, weights = torch.randint(11, (reads,), device=DEVICE), torch.randn(reads, device=DEVICE)
@@ -47,8 +55,8 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
         [sum(lengths[:bag]) for bag in range(len(lengths))], dtype=torch.int64, device=DEVICE
     )
     ours = (
-        KERNELS.gather_sum(values, rows, weights, offsets),
-        KERNELS.score_gradients(values, rows, offsets, upstream),
+        BACKEND.gather_sum(values, rows, weights, offsets),
+        BACKEND.score_gradients(values, rows, offsets, upstream),
     )
     theirs = (
         plain.gather_sum(values, rows, weights, offsets),
@@ -60,7 +68,6 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
 @needs_kernels
 def test_sums_of_wide_rows() -> None:
     """Wider than one program's columns."""
-    assert KERNELS is not None
     values, rows, weights = (
         torch.randn(5, 2100, device=DEVICE),
         torch.tensor([4, 0, 4], device=DEVICE),
@@ -68,8 +75,8 @@ def test_sums_of_wide_rows() -> None:
     )
     offsets, upstream = torch.tensor([0, 2], device=DEVICE), torch.randn(2, 2100, device=DEVICE)
     ours = (
-        KERNELS.gather_sum(values, rows, weights, offsets),
-        KERNELS.score_gradients(values, rows, offsets, upstream),
+        BACKEND.gather_sum(values, rows, weights, offsets),
+        BACKEND.score_gradients(values, rows, offsets, upstream),
     )
     theirs = (
         plain.gather_sum(values, rows, weights, offsets),
@@ -87,7 +94,6 @@ def test_segment_sums(lengths: tuple[int, ...], part: slice) -> None:
     """Rows with few reads, and with more than one program sums; all rows of a step, or a block of
     them.
     """
-    assert KERNELS is not None
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     reads, starts = sum(lengths), ends[part] if len(lengths) > 2 else ends
     values, rows, weights = (
@@ -96,7 +102,7 @@ def test_segment_sums(lengths: tuple[int, ...], part: slice) -> None:
         torch.randn(reads, device=DEVICE),
     )
     ours, theirs = (
-        KERNELS.segment_sums(values, rows, weights, starts),
+        BACKEND.segment_sums(values, rows, weights, starts),
         plain.segment_sums(values, rows, weights, starts),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
@@ -107,21 +113,23 @@ def test_segment_sums(lengths: tuple[int, ...], part: slice) -> None:
     ("reads", "slots"), [(0, 5), (1, 1), (100, 7), (5000, 2**31 - 1), (3000, 2048), (3000, 2049)]
 )
 def test_order_of_reads(reads: int, slots: int) -> None:
-    assert KERNELS is not None
     rows = torch.randint(slots, (reads,), dtype=torch.int32, device=DEVICE)
-    order, distinct, starts = KERNELS.sort_reads(rows)
+    order, distinct, starts = BACKEND.sort_reads(rows)
     ascending, expected = torch.sort(rows, stable=True)
     assert torch.equal(order.long(), expected)
     rest, counts = torch.unique_consecutive(ascending, return_counts=True)
     assert torch.equal(distinct.long(), rest.long()) and torch.equal(starts.diff(), counts)
 
 
-def _train(dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
-    """A table and all that its optimizer keeps, after some steps of two micro-batches."""
+def _train(dtype: torch.dtype, options: dict[str, Any], plainly: bool = False) -> list[Tensor]:
+    """Return a table and all that its optimizer keeps, after some steps of two micro-batches."""
     torch.manual_seed(0)
     slots, steps = (12, 2) if INTERPRETED else (60, 6)
     table = ValueTable(slots, 37).to(DEVICE, dtype)
     table.hide()
+    assert table.backend is BACKEND
+    if plainly:
+        table.backend = plain
     optimizer = RowAdam([table], lr=0.05, **options)
     scores = []
     for step in range(steps):
@@ -145,19 +153,9 @@ def _train(dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
 
 @needs_kernels
 @pytest.mark.parametrize(("semantics", "dtype", "rounding"), STEPS)
-def test_steps(
-    dtype: torch.dtype, rounding: str, semantics: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert disagreement(DEVICE) is None
+def test_steps(dtype: torch.dtype, rounding: str, semantics: str) -> None:
     options = {"rounding": rounding, "semantics": semantics}
-    ours = _train(dtype, options)
-    monkeypatch.setenv(SWITCH, "plain")
-    chosen.cache_clear()
-    try:
-        assert chosen(DEVICE) == (None, f"plain torch ({SWITCH}=plain)")
-        theirs = _train(dtype, options)
-    finally:
-        chosen.cache_clear()
+    ours, theirs = _train(dtype, options), _train(dtype, options, plainly=True)
     # Rounding may go the other way where sums differ in their last bit.
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -166,6 +164,39 @@ def test_steps(
     cut = INTERPRETED and dtype == torch.bfloat16 and rounding == "master"
     if dtype != torch.float32 and not cut:
         assert (ours[0] == theirs[0]).float().mean() > 0.95
+
+
+def test_the_switch_keeps_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "plain")
+    assert backend_for.__wrapped__(DEVICE) == (plain, f"plain torch ({SWITCH}=plain)")
+
+
+@needs_kernels
+def test_what_kernels_do_not_serve_goes_to_plain_torch() -> None:
+    """fp64, rows without columns, weights of another dtype."""
+    rows, offsets = torch.tensor([0, 2, 2], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    for values, dtype in (
+        (torch.randn(3, 5, dtype=torch.float64), torch.float64),
+        (torch.randn(3, 0), torch.float32),
+        (torch.randn(3, 5), torch.float64),
+    ):
+        reads = values.to(DEVICE), rows, torch.randn(3, dtype=dtype, device=DEVICE)
+        ours, theirs = BACKEND.gather_sum(*reads, offsets), plain.gather_sum(*reads, offsets)
+        assert ours.dtype == dtype and torch.equal(ours, theirs)
+        upstream = torch.randn(2, values.shape[1], dtype=dtype, device=DEVICE)
+        ours = BACKEND.score_gradients(reads[0], rows, offsets, upstream)
+        assert torch.equal(ours, plain.score_gradients(reads[0], rows, offsets, upstream))
+
+
+@needs_kernels
+def test_the_choice_does_not_depend_on_torchs_defaults() -> None:
+    """A table may be built while another dtype or device is the default."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert backend_for.__wrapped__(DEVICE)[1] == WHY
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @needs_kernels
@@ -224,3 +255,42 @@ def test_tables_of_more_values_than_int32_counts() -> None:
         results.append([sums.detach(), weights.grad, table.weight[-8:].clone()])
         del table, optimizer
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _run_again(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(__file__)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    # Skipped tests say that plain torch runs, and why.
+    assert "passed" in done.stdout and "plain torch" not in done.stdout, done.stdout
+
+
+@needs_triton
+def test_in_tritons_interpreter() -> None:
+    _run_again(TRITON_INTERPRET="1", KERNELS_ON="cpu")
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", ["80", pytest.param("90", marks=pytest.mark.slow)])
+def test_triton_kernels_compile_without_a_gpu(capability: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "tests/models/compile_triton.py", capability]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.split() == ["adam_rows", "gather_sum", "score_gradients", "segment_sums"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or "KERNELS_ON" in os.environ, reason="needs a CUDA device"
+)
+def test_on_a_gpu() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    _run_again(TRITON_INTERPRET="0", KERNELS_ON="cuda")

@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from memshard.models.kernels import triton_rows
+from memshard.models.kernels.plain import AdamUpdate
 
 _launch = JITFunction.run
 compiled: set[str] = set()
@@ -37,6 +38,7 @@ def _compile(kernel: JITFunction, *arguments: object, **options: object) -> None
 
 
 driver.set_active(_Device())
+triton_rows.device_type = "cpu"  # tensors of the CPU stand in: nothing is run
 JITFunction.run = _compile
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for dim, by_row in ((1024, False), (37, True)):
@@ -49,24 +51,29 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         triton_rows.gather_sum(values, rows, weights, offsets)
         triton_rows.score_gradients(values, rows, offsets, upstream)
         triton_rows.segment_sums(upstream, rows, weights, torch.tensor([0, 600]))
-        state = {name: torch.zeros(6, dim) for name in ("exp_avg", "exp_avg_sq")}
         factor = torch.ones(1) if by_row else None
-        tensors = {
-            "values": values,
-            **state,
-            "rows": torch.tensor([1]),
-            "starts": torch.tensor([0, 600]),
-            "bags": rows,
-        }
-        tensors |= {
-            "weights": weights,
-            "upstream": upstream,
-            "step_sizes": factor,
-            "decay1": factor,
-            "decay2": factor,
-        }
-        numbers = {"count": 1, "first_row": 0, "first_column": 0, "key": -(1 << 62)}
-        numbers |= {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "step_size": 1e-3}
         for master in (None, torch.zeros(6, dim)):
-            triton_rows.adam_rows(tensors | {"master": master}, numbers)
+            triton_rows.adam_rows(
+                AdamUpdate(
+                    values=values,
+                    exp_avg=torch.zeros(6, dim),
+                    exp_avg_sq=torch.zeros(6, dim),
+                    master=master,
+                    rows=torch.tensor([1]),
+                    starts=torch.tensor([0, 600]),
+                    bags=rows,
+                    weights=weights,
+                    upstream=upstream,
+                    step_sizes=factor,
+                    decay1=factor,
+                    decay2=factor,
+                    step_size=1e-3,
+                    beta1=0.9,
+                    beta2=0.98,
+                    eps=1e-8,
+                    first_row=0,
+                    first_column=0,
+                    key=-(1 << 62),
+                )
+            )
 print(*sorted(compiled))

@@ -1,0 +1,144 @@
+"""Tests that every fast path must pass against plain torch, on this machine, before it is used."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memshard.models.kernels import plain
+from memshard.models.kernels.cpu_topk import CpuSearch
+from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels.plain_topk import product_search
+
+if TYPE_CHECKING:
+    from memshard.models.kernels.backend import RowBackend
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def row_backend_fault(backend: "RowBackend", device: torch.device) -> str | None:
+    """Return what is wrong with a backend on a device, to follow its name; None if all is well.
+
+    Triton compiles at the first call: whatever goes wrong there must not stop a run.
+    """
+    for dtype in _DTYPES:
+        try:
+            right = _sums_agree(backend, dtype, device) and all(
+                _updates_agree(backend, dtype, with_master, device)
+                for with_master in {False, dtype != torch.float32}
+            )
+        except Exception as problem:
+            return f"fail in {dtype}: {' '.join(str(problem).split())[:200]}"
+        if not right:
+            return f"disagree with it in {dtype}"
+    return None
+
+
+@torch.no_grad()
+def search_agrees(search: CpuSearch) -> bool:
+    """Return whether a search finds the same slots, of scores with and without ties."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    for keys, levels in ((5, 2), (90, 3), (90, 1_000_000)):
+        first, second = torch.randint(
+            -levels, levels + 1, (2, 20, keys), generator=generator, device="cpu"
+        ).to(torch.float32)
+        if not torch.equal(search(first, second, 5), product_search(first, second, 5)):
+            return False
+    return True
+
+
+class _Draws:
+    """Random tensors of fixed seed and dtype, whatever torch's defaults are at the moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(
+            self.device
+        )
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(
+            self.device
+        )
+
+    def rows(self, slots: int, reads: int) -> Tensor:
+        return torch.randint(
+            slots, (reads,), generator=self.generator, dtype=torch.int32, device="cpu"
+        ).to(self.device)
+
+
+def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device) -> bool:
+    """Uneven and empty bags, repeated rows, a dim that fills no vector and one that does."""
+    draw = _Draws(device)
+    for dim in (37, 48):
+        values, rows = draw.normal(29, dim).to(dtype), draw.rows(29, 50)
+        weights, upstream = draw.normal(50), draw.normal(6, dim)
+        offsets = torch.tensor([0, 0, 7, 8, 30, 50], device=device)
+        reads = (values, rows, weights)
+        pairs = (
+            (backend.gather_sum(*reads, offsets), plain.gather_sum(*reads, offsets)),
+            (
+                backend.score_gradients(values, rows, offsets, upstream),
+                plain.score_gradients(values, rows, offsets, upstream),
+            ),
+            (backend.segment_sums(*reads, offsets[2:]), plain.segment_sums(*reads, offsets[2:])),
+            (backend.sort_reads(rows)[0].long(), plain.sort_reads(rows)[0]),
+        )
+        if not all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs):
+            return False
+    return True
+
+
+def _updates_agree(
+    backend: "RowBackend", dtype: torch.dtype, with_master: bool, device: torch.device
+) -> bool:
+    """A step with an fp32 master and numbers that differ by row, or with neither."""
+    draw, slots = _Draws(device), 23
+    dim = 48 if with_master else 37
+    values = (draw.uniform(slots, dim) - 0.5).to(dtype)
+    rows, weights = draw.rows(slots, 40), draw.uniform(40)
+    offsets = torch.tensor([0, 9, 9, 31], device=device)
+    order, distinct, starts = plain.sort_reads(rows)
+    step_sizes, decay1, decay2 = (draw.uniform(len(distinct)) for _ in range(3))
+    update = AdamUpdate(
+        values=values,
+        exp_avg=draw.uniform(slots, dim) - 0.5,
+        exp_avg_sq=draw.uniform(slots, dim),
+        master=values.float() if with_master else None,
+        rows=distinct.long(),
+        starts=starts,
+        bags=plain.bag_of_each_read(offsets, len(rows))[order],
+        weights=weights[order],
+        upstream=draw.uniform(4, dim) - 0.5,
+        step_sizes=step_sizes if with_master else None,
+        decay1=decay1 if with_master else None,
+        decay2=decay2 if with_master else None,
+        step_size=0.1,
+        beta1=0.9,
+        beta2=0.99,
+        eps=1e-6,
+        first_row=0,
+        first_column=0,
+        key=3 << 40,
+    )
+    stored = ("values", "exp_avg", "exp_avg_sq")
+    twin = replace(update, **{name: getattr(update, name).clone() for name in stored})
+    if with_master:
+        twin = replace(twin, master=values.float())
+    backend.adam_rows(update)
+    plain.adam_rows(twin)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    return all(
+        torch.allclose(
+            getattr(update, name).float(),
+            getattr(twin, name).float(),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+        for name in stored
+    )

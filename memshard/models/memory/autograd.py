@@ -1,0 +1,173 @@
+"""Reads of a table as autograd functions, which keep what the row gradients need.
+
+Gradients to weights and inputs are exact and returned as usual. WeightedSum and Dot read the local
+part of a table. FetchedSum and FetchedDot read rows that are elsewhere (on other ranks, in host
+memory): each distinct row is fetched once, and its summed gradient is returned to it. All take the
+table's anchor, so that backward reaches them even if nothing else needs a gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memshard.models.kernels.backend import RowBackend
+from memshard.models.memory.hidden import HideableTable
+from memshard.models.memory.host import to_device
+from memshard.models.memory.row_gradient import Read, row_gradients, sort_reads
+
+_BLOCK_ROWS = 4096
+
+
+class WeightedSum(torch.autograd.Function):
+    """apply(weights, anchor, table, rows, offsets): weighted sums of a hidden table's rows.
+
+    weights, rows: [reads]; offsets: [bags]; returns [bags, columns].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: Tensor,
+        anchor: Tensor,
+        table: HideableTable,
+        rows: Tensor,
+        offsets: Tensor,
+    ) -> Tensor:
+        ctx.table, ctx.device = table, weights.device
+        rows, weights, offsets = table.to_table_device(rows, weights, offsets)
+        # The values are saved for autograd's check that nobody has changed them in between.
+        ctx.save_for_backward(table.weight, rows, weights, offsets)
+        sums = table.backend.gather_sum(table.weight, rows, weights, offsets)
+        return to_device(sums, ctx.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (values, rows, weights, offsets), table = ctx.saved_tensors, ctx.table
+        (upstream,) = table.to_table_device(upstream.contiguous())
+        table.collect(Read(rows, weights, offsets, upstream))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        scores = table.backend.score_gradients(values, rows, offsets, upstream)
+        return to_device(scores, ctx.device), None, None, None, None
+
+
+class Dot(torch.autograd.Function):
+    """apply(x, anchor or weight, table, rows, offsets): products of rows with their bag's x.
+
+    x: [bags, columns]; rows: [reads]; offsets: [bags]; returns [reads]. The gradient to a row is a
+    weighted sum of x, so a hidden table collects it as it does those of `WeightedSum`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor_or_weight: Tensor,
+        table: HideableTable,
+        rows: Tensor,
+        offsets: Tensor,
+    ) -> Tensor:
+        ctx.table, ctx.device = table, x.device
+        rows, x, offsets = table.to_table_device(rows, x, offsets)
+        ctx.save_for_backward(table.weight, rows, x, offsets)
+        products = table.backend.score_gradients(table.weight, rows, offsets, x)
+        return to_device(products, ctx.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (values, rows, x, offsets), table = ctx.saved_tensors, ctx.table
+        (upstream,) = table.to_table_device(upstream.contiguous())
+        read = Read(rows, upstream, offsets, x.contiguous())
+        to_weight = None
+        if table.hidden:
+            table.collect(read)
+        else:
+            to_weight = torch.zeros_like(values)
+            for distinct, gradients in row_gradients([read], _BLOCK_ROWS, table.backend):
+                to_weight[distinct] = gradients.to(values.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, to_weight, None, None, None
+        to_x = table.backend.gather_sum(values, rows, upstream, offsets)
+        return to_device(to_x, ctx.device), to_weight, None, None, None
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Rows to fetch from a table, and the reads of them.
+
+    wanted: the rows of the local part that are asked for; inverse: [reads] int32, which of the
+    fetched rows each read is, all of which are read; offsets: [bags] int64, where each bag's reads
+    start; backend: sums the fetched rows where the reads are, which need not be where the table is.
+    """
+
+    table: HideableTable
+    wanted: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    backend: RowBackend
+
+    def fetch_rows(self) -> Tensor:
+        """Return the fetched rows, [distinct, dim]."""
+        return self.table.rows_at(self.wanted)
+
+    def return_gradients(self, gradients: Tensor) -> None:
+        """Send the row gradients [distinct, dim], in the weights' dtype, to the rows' owner."""
+        self.table.collect_row_gradients(self.wanted, gradients)
+
+
+class FetchedSum(torch.autograd.Function):
+    """apply(weights, anchor, fetch): weighted sums of fetched rows. weights: [reads]."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, anchor: Tensor, fetch: Fetch) -> Tensor:
+        fetched = fetch.fetch_rows()
+        ctx.fetch = fetch
+        ctx.save_for_backward(fetched, weights)
+        return fetch.backend.gather_sum(fetched, fetch.inverse, weights, fetch.offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
+        upstream = upstream.contiguous()
+        fetch.return_gradients(_row_gradients(fetch, weights, upstream))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        scores = fetch.backend.score_gradients(fetched, fetch.inverse, fetch.offsets, upstream)
+        return scores, None, None
+
+
+class FetchedDot(torch.autograd.Function):
+    """apply(x, anchor, fetch): products of fetched rows with their bag's x. x: [bags, dim]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, fetch: Fetch) -> Tensor:
+        fetched = fetch.fetch_rows()
+        ctx.fetch = fetch
+        ctx.save_for_backward(fetched, x)
+        return fetch.backend.score_gradients(fetched, fetch.inverse, fetch.offsets, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (fetched, x), fetch = ctx.saved_tensors, ctx.fetch
+        upstream = upstream.contiguous()
+        fetch.return_gradients(_row_gradients(fetch, upstream, x.contiguous()))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        to_x = fetch.backend.gather_sum(fetched, fetch.inverse, upstream, fetch.offsets)
+        return to_x, None, None
+
+
+def _row_gradients(fetch: Fetch, weights: Tensor, upstream: Tensor) -> Tensor:
+    """Return the gradients of the fetched rows, [distinct, dim], in the weights' dtype."""
+    # Every fetched row has been read, so row i of the merged reads is the i-th fetched one.
+    merged = sort_reads([Read(fetch.inverse, weights, fetch.offsets, upstream)], fetch.backend)
+    if merged is None:
+        return weights.new_zeros(0, upstream.shape[1])
+    return merged.sums(0, len(merged.rows)).to(weights.dtype)

@@ -1,0 +1,210 @@
+"""How a table is hidden from dense optimizers and wrappers: the anchor and the collected reads.
+
+A hidden table is not a parameter, because DDP and DeepSpeed broadcast, cast and all-reduce every
+parameter, and optimizers want a dense gradient of it: for a table of 10^9 values, 4 GB, of which a
+step fills a thousandth. So its gradient is collected read by read, for a row-sparse optimizer:
+
+    y = table.weighted_sum(rows, weights)      autograd.WeightedSum, with the anchor as an input
+    loss.backward()                            autograd.WeightedSum.backward:
+                                                 the gradient of the weights, as usual;
+                                                 table.collect(Read(rows, weights, upstream))
+    optimizer.step()                           trainer/optim/rows/adam.py, which draws the rest
+
+The anchor. GradScaler, clip_grad_norm_ and optimizers see only tensors with a `.grad`. In their
+`param_groups` a hidden table is represented by its *anchor*, a tensor of two numbers whose gradient
+we write ourselves. Each read adds 2^-40 (`ANCHOR_UNIT`) to the first number. Suppose three
+micro-batches have each read the table once under a loss scale of 1024: the first number is
+3 x 2^-40, while the row gradients are 1024 times too large. GradScaler.unscale_ now divides all
+gradients by 1024, and what is left in the anchor is 3 x 2^-50. Divided by the 3 x 2^-40 that three
+reads give, that is 1/1024: exactly the factor the collected row gradients still need, whoever
+applied it, a scaler or clipping or both. 2^-40 is too small to change a gradient norm in which the
+anchor takes part, and as a power of two it makes scaling exact. The second number is 0, or NaN if
+a read had a gradient that is not finite: GradScaler then skips the step, as it should. A skipped
+step leaves its reads behind, with a count that someone has scaled or cleared; when backward runs
+again and the count does not fit the reads, they are thrown away.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memshard.models.kernels.backend import RowBackend, backend_for
+from memshard.models.memory.host import to_device, to_host
+from memshard.models.memory.huge_pages import prefer_huge_pages
+from memshard.models.memory.row_gradient import Read
+
+ANCHOR_UNIT = 2.0**-40
+"""Added to the anchor's gradient per read. Negligible in a global gradient norm; a power of two, so
+scaling it is exact.
+"""
+
+
+class HideableTable(nn.Module):
+    """The local part of a table, `weight` [rows, columns], which can be hidden.
+
+    `weight` is an ordinary parameter until `hide`. Then it is a plain tensor that `parameters()`
+    does not show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is
+    collected as `reads`; `anchor` [2] stands for it in optimizers.
+    """
+
+    weight: Tensor
+    backend: RowBackend
+    """Reads and updates the rows; chosen wherever the table is placed on a device."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.host = False
+        """Whether the table, once hidden, stays in host memory wherever the model goes; set before
+        the model moves. Optimizer state stays in host memory as well, and the update runs there.
+        Only the rows read and their gradients are transferred.
+        """
+        self.reads_asked = 0
+        """Number of reads by this rank's tokens, in passes with gradients, since the collected
+        gradient was last dropped.
+        """
+        self.weight = nn.Parameter(weight)
+        self._choose_backend()
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the table is out of `parameters()`."""
+        return "weight" not in self._parameters
+
+    @property
+    def autograd_handle(self) -> Tensor:
+        """The tensor autograd tracks for this table: the weight, or a hidden table's anchor."""
+        return self.anchor if self.hidden else self.weight
+
+    def hide(self) -> None:
+        """Take the table out of `parameters()`."""
+        if not self.hidden:
+            values = self.weight.data
+            del self.weight
+            self.set_values(values)
+
+    def set_values(self, values: Tensor) -> None:
+        """Make `values` [rows, columns] the content of a hidden table, without reads."""
+        self.weight = values
+        self.reads: list[Read] = []
+        self.anchor = self._new_anchor().requires_grad_()
+        self._choose_backend()
+
+    def collect(self, read: Read) -> None:
+        """Keep a read's gradient for the optimizer, and count it in the anchor's gradient."""
+        if self.reads and (
+            self.anchor.grad is None or float(self.anchor.grad[0]) != len(self.reads) * ANCHOR_UNIT
+        ):
+            # A loss scaler has unscaled these and skipped the step, and model.zero_grad() does not
+            # see hidden tables.
+            self.reads.clear()
+            self.anchor.grad = None
+        self.reads.append(read)
+        # The maximum makes one pass without temporaries, and it keeps NaN.
+        largest = [
+            torch.linalg.vector_norm(x, torch.inf)
+            for x in (read.upstream, read.weights)
+            if x.numel()
+        ]
+        finite = (
+            torch.isfinite(torch.stack(largest)).all()
+            if largest
+            else torch.tensor(True, device=self.anchor.device)
+        )
+        count = torch.stack(
+            (
+                torch.full_like(self.anchor[0], ANCHOR_UNIT),
+                torch.where(finite, 0.0, torch.nan).to(self.anchor.dtype),
+            )
+        )
+        self.anchor.grad = count if self.anchor.grad is None else self.anchor.grad.add_(count)
+
+    def drop_reads(self) -> None:
+        """Forget the collected gradient."""
+        self.reads.clear()
+        self.reads_asked = 0
+        self.anchor.grad = None
+
+    def to_table_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Move the tensors to the device that stores the table."""
+        return to_host(*tensors) if self.host and self.hidden else list(tensors)
+
+    def rows_at(self, rows: Tensor) -> Tensor:
+        """Return weight[rows] on the device of `rows` [n]."""
+        (local,) = self.to_table_device(rows)
+        out = self.weight.new_empty(
+            len(local), self.weight.shape[1], pin_memory=rows.is_cuda and not local.is_cuda
+        )
+        return to_device(torch.index_select(self.weight, 0, local, out=out), rows.device)
+
+    def collect_row_gradients(self, rows: Tensor, gradients: Tensor) -> None:
+        """Collect gradients [n, columns] of some rows [n], each as a read of weight 1."""
+        rows, gradients = self.to_table_device(rows, gradients)
+        numbers = torch.arange(len(rows), device=rows.device)
+        self.collect(Read(rows, gradients.new_ones(len(rows)), numbers, gradients))
+
+    def _choose_backend(self) -> None:
+        self.backend, _ = backend_for(self.weight.device)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        if self.hidden:
+            self.weight = prefer_huge_pages(self._to_host(fn) if self.host else fn(self.weight))
+            self._place_anchor()
+        self._choose_backend()
+        return self
+
+    def _to_host(self, fn):  # type: ignore[no-untyped-def]
+        like = fn(self.weight[:0])  # follows the dtype, not the device
+        if self.weight.is_meta:
+            return torch.empty(
+                self.weight.shape, dtype=like.dtype, device="meta" if like.is_meta else "cpu"
+            )
+        return self.weight.to("cpu", like.dtype)
+
+    def _new_anchor(self) -> Tensor:
+        # Optimizers cast their state to this dtype when they load it.
+        return torch.zeros(
+            2,
+            dtype=torch.promote_types(self.weight.dtype, torch.float32),
+            device=self.weight.device,
+        )
+
+    def _place_anchor(self) -> None:
+        if self.anchor.is_meta:
+            self.anchor = self._new_anchor().requires_grad_()
+        else:
+            # An optimizer may know the table by its anchor, so that stays the same object.
+            self.anchor.data = self._new_anchor()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.hidden:
+            destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        hidden = self.hidden
+        if hidden:
+            # A parameter while it loads: torch's own checks then serve hidden tables as well.
+            values = self.weight
+            del self.weight
+            self.weight = nn.Parameter(values, requires_grad=False)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if hidden:
+            values = self.weight.data
+            del self.weight
+            self.weight = values
+            self._place_anchor()
+        self._choose_backend()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loaded libraries cannot be copied or pickled, and a copy may wake up on another device.
+        return {name: value for name, value in self.__dict__.items() if name != "backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_backend()
