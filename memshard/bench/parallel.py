@@ -40,7 +40,7 @@ from memshard.models.mixers.softmax import SoftmaxMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import apply, losses_on
 from memshard.parallel.mesh import build_mesh
-from memshard.parallel.sequence import own_piece
+from memshard.parallel.sequence import local_segment
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.estimate import estimate
@@ -345,7 +345,7 @@ def _forward_and_backward(
     """
     group = dist.group.WORLD
     assert group is not None
-    x = own_piece(
+    x = local_segment(
         torch.randn(size.batch, size.length, size.dim, generator=torch.Generator().manual_seed(0)),
         group,
     ).to(device)

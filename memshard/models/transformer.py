@@ -30,8 +30,9 @@ from memshard.models.program.mixer import ProgramMixer
 from memshard.models.program.program import Program
 from memshard.models.random import dropout
 from memshard.models.recompute.checkpointing import Recompute, checkpointed, run_block
+from memshard.models.recompute.grid import Grid
 from memshard.models.recompute.replay import Replay
-from memshard.models.recompute.reversible import Grid, reversible_blocks
+from memshard.models.recompute.reversible import reversible_blocks
 
 _EMBEDDING_LAYER = -1
 

@@ -15,11 +15,11 @@ from memshard.parallel import compat
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent to others: for reads, their sums and gradients, and to add row
-    gradients up over replicas.
+    """Bytes that this rank has sent to others.
 
-    seconds: spent on the first, on CPU, where an exchange is over when its call returns; waiting
-    for ranks that come later counts.
+    reads: for reads, their sums and gradients; replicas: to sum row gradients over replicas.
+    seconds: time spent exchanging reads on CPU, where an exchange is over when its call returns;
+    includes time spent waiting for slower ranks.
     """
 
     reads: int = 0
@@ -28,7 +28,7 @@ class Traffic:
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of x over the ranks of a group (default: all), without gradient; x is not changed."""
+    """Return the sum of x over the ranks of a group (default: all), without gradient."""
     if not dist.is_initialized():
         return x
     total = x.detach().clone(memory_format=torch.contiguous_format)
@@ -37,7 +37,7 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def all_rows(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The ranks' x, [rows, ...], each with a number of rows of its own."""
+    """Return every rank's x, [rows, ...], whose numbers of rows may differ."""
     ranks = dist.get_world_size(group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(ranks)]
     dist.all_gather(lengths, torch.tensor([len(x)], device=x.device), group=group)
@@ -50,7 +50,7 @@ def all_rows(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -66,7 +66,7 @@ def set_timeout(seconds: float, but: dist.ProcessGroup | None = None) -> None:
 
 
 def differentiable_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of x over the ranks; its gradient is the sum of theirs."""
+    """Return the sum of x over the ranks; backward sums the ranks' gradients."""
     return _AllReduce.apply(x, group)
 
 
@@ -77,11 +77,10 @@ def exchange(
     group: dist.ProcessGroup,
     traffic: Traffic | None = None,
 ) -> Tensor:
-    """Send send[r] leading rows of x to each rank r in turn, get receive[r] from it;
-    differentiable.
+    """Send the next send[r] rows of x to each rank r and receive receive[r] rows; differentiable.
 
-    x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part,
-    backward too. traffic: where to count the bytes.
+    x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part, in
+    backward as well. traffic: counts the bytes sent.
     """
     return _Exchange.apply(x, list(send), list(receive), group, traffic)
 
@@ -89,7 +88,7 @@ def exchange(
 def share_counts(
     counts: Sequence[int], group: dist.ProcessGroup, device: torch.device
 ) -> list[int]:
-    """Tell every rank r counts[r]; returns what the ranks tell this one. Waits for the device."""
+    """Send counts[r] to every rank r and return the counts received. Waits for the device."""
     ranks = len(counts)
     return exchange(torch.tensor(counts, device=device), [1] * ranks, [1] * ranks, group).tolist()
 

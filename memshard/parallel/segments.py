@@ -18,7 +18,7 @@ from memshard.models.context import Context
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
 from memshard.models.loss import IGNORE, token_losses
 from memshard.models.transformer import Transformer
-from memshard.parallel.sequence import fill_up, gather, gathered, own_piece
+from memshard.parallel.sequence import fill_up, gather, gathered, local_segment
 
 
 class Pieces:
@@ -100,10 +100,11 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
     def own(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         tokens, ctx, real = fill_up(tokens, ctx, ranks)
         documents, padding = (
-            None if facts is None else own_piece(facts, ranks) for facts in (ctx.documents, real)
+            None if facts is None else local_segment(facts, ranks)
+            for facts in (ctx.documents, real)
         )
-        return own_piece(tokens, ranks), Context(
-            own_piece(ctx.positions, ranks), documents, padding, ctx.random
+        return local_segment(tokens, ranks), Context(
+            local_segment(ctx.positions, ranks), documents, padding, ctx.random
         )
 
     model.share_sequence = own
@@ -115,7 +116,7 @@ def piece_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) -> T
     """
     length = targets.shape[1]
     targets = F.pad(targets, (0, -length % dist.get_world_size(ranks)), value=IGNORE)
-    return _Joined.apply(token_losses(logits, own_piece(targets, ranks)), ranks)[:, :length]
+    return _Joined.apply(token_losses(logits, local_segment(targets, ranks)), ranks)[:, :length]
 
 
 class _Joined(torch.autograd.Function):
@@ -130,4 +131,4 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return own_piece(gradient, ctx.ranks).contiguous(), None
+        return local_segment(gradient, ctx.ranks).contiguous(), None

@@ -1,9 +1,8 @@
-"""Pieces of a sequence between the ranks of a group: split, gathered, and summed on the way;
-differentiable.
+"""Differentiable collectives along the sequence dimension: split, all-gather, reduce-scatter.
 
-Each rank holds the same number of neighbouring tokens: x is [batch, length / ranks, ...] where it
-is split and [batch, length, ...] where it is whole. All ranks of the group must call these
-together, backward too.
+Each rank has a segment of the same number of neighbouring tokens: x is [batch, length / ranks, ...]
+where it is split and [batch, length, ...] where it is whole. All ranks of the group must call these
+together, in backward as well.
 """
 
 from dataclasses import replace
@@ -17,42 +16,43 @@ from memshard.models.context import Context
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' pieces in order; backward sums the ranks' gradients of this rank's piece."""
+    """Return all segments in order; backward sums the ranks' gradients of the local one."""
     return _Gather.apply(x, group)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's piece of the sum of all ranks' whole sequences; backward gathers."""
+    """Return the local segment of the sum of all ranks' whole sequences; backward gathers."""
     return _ReduceScatter.apply(x, group)
 
 
 def split(x: Tensor, group: dist.ProcessGroup, scale: float = 1.0) -> Tensor:
-    """This rank's piece of what is the same on all ranks; backward gathers the gradient of the
-    whole and multiplies it by `scale`.
+    """Return the local segment of a sequence that is the same on all ranks.
+
+    Backward gathers the gradient of the whole sequence and multiplies it by `scale`.
     """
     return _Split.apply(x, group, scale)
 
 
-def own_piece(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """A view of this rank's piece of a whole sequence, without communication."""
+def local_segment(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return a view of the local segment of a whole sequence, without communication."""
     return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' pieces in order, without gradient."""
+    """Return all segments in order, without gradient."""
     ranks = dist.get_world_size(group)
-    pieces = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(pieces, x.contiguous(), group=group)
-    return pieces.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
+    segments = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    dist.all_gather_single(segments, x.contiguous(), group=group)
+    return segments.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def fill_up(
     tokens: Tensor, ctx: Context, group: dist.ProcessGroup
 ) -> tuple[Tensor, Context, Tensor | None]:
-    """Tokens and facts of a sequence padded at its end until the ranks' pieces are equal, and where
-    tokens are real, None for everywhere.
+    """Pad a sequence at its end until the ranks' segments are equal.
 
-    The context's own padding is left out where it was: nobody before the end sees it.
+    Return padded tokens and context, and where tokens are real, None for everywhere. A context
+    without padding stays so: no token before the end sees what is appended.
     """
     missing = -tokens.shape[1] % dist.get_world_size(group)
     real = ctx.padding
@@ -72,12 +72,12 @@ def fill_up(
     return tokens, ctx, real
 
 
-def _summed_piece(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _summed_segment(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
-    pieces = x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
-    piece = torch.empty_like(pieces[0])
-    dist.reduce_scatter_single(piece, pieces.flatten(0, 1), group=group)
-    return piece
+    segments = x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
+    segment = torch.empty_like(segments[0])
+    dist.reduce_scatter_single(segment, segments.flatten(0, 1), group=group)
+    return segment
 
 
 class _Gather(torch.autograd.Function):
@@ -88,14 +88,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return _summed_piece(gradient, ctx.group), None
+        return _summed_segment(gradient, ctx.group), None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
         ctx.group = group
-        return _summed_piece(x, group)
+        return _summed_segment(x, group)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
@@ -106,7 +106,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, scale):  # type: ignore[no-untyped-def]
         ctx.group, ctx.scale = group, scale
-        return own_piece(x, group).contiguous()
+        return local_segment(x, group).contiguous()
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]

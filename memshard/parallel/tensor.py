@@ -26,7 +26,7 @@ from memshard.models.mixers.mixer import Mixer
 from memshard.models.mixers.projections import HeadProjections
 from memshard.models.transformer import Transformer
 from memshard.parallel.mesh import DATA, group
-from memshard.parallel.sequence import fill_up, gather, own_piece, reduce_scatter, split
+from memshard.parallel.sequence import fill_up, gather, local_segment, reduce_scatter, split
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tensor_placement import split_matrices
 
@@ -276,8 +276,8 @@ def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
     # Nobody before the padding sees it, so only layers that take tokens one by one have to be told.
     tokens, ctx, real = fill_up(tokens, ctx, ranks)
     part = Context(
-        own_piece(ctx.positions, ranks),
-        padding=None if real is None else own_piece(real, ranks),
+        local_segment(ctx.positions, ranks),
+        padding=None if real is None else local_segment(real, ranks),
         random=ctx.random,
     )
     return tokens, replace(ctx, local_part=part)

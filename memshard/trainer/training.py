@@ -29,7 +29,7 @@ from memshard.models.initialize import initialize
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.recompute.checkpointing import Recompute
-from memshard.models.recompute.reversible import Grid
+from memshard.models.recompute.grid import Grid
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
 from memshard.parallel.apply import Share, apply

@@ -13,7 +13,8 @@ from memshard.models.context import Context
 from memshard.models.lsh import by_heads, hashing
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.recompute.checkpointing import Recompute
-from memshard.models.recompute.reversible import Grid, reversible_blocks
+from memshard.models.recompute.grid import Grid
+from memshard.models.recompute.reversible import reversible_blocks
 from memshard.models.transformer import Transformer
 from tests.live_bytes import LiveBytes
 from tests.models.tiny import tiny_config, tiny_model

@@ -1,6 +1,4 @@
-"""Which sub-keys the queries of a memory select, and a gradient that makes them select more
-evenly.
-"""
+"""Count which sub-keys a memory's queries select, and push them to select more evenly."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +10,15 @@ _MOMENTUM = 0.1
 
 
 class KeyUse:
-    """Watches a memory's search while it trains; attach it as `memory.key_use`.
+    """Watch a memory's search while it trains; attach it as `memory.key_use`.
 
-    share: of the reads of its head and half that a sub-key gets, on average over about the last 10
-    steps, [heads, 2, keys] fp32; last_read: the last step that read it, 0 if none. Both are those
-    of all ranks: reduce sums a tensor over them. balance: weight of the gradient of L = keys *
-    sum_i share_i softmax(scores)_i, summed over tokens, heads and both halves: the load-balance
-    loss of mixtures of experts (Fedus et al. 2021, equation 4). The shares are those of earlier
-    steps, so L is a sum over tokens, whatever ranks and micro-batches they are in. It keeps all
-    scores for backward, 8 heads keys bytes a token; 0 is none.
+    share: [heads, 2, keys] fp32, each sub-key's share of the reads of its head and half, averaged
+    over about the last 10 steps; last_read: the last step that read it, 0 if none. Both count the
+    reads of all ranks: reduce sums a tensor over them. balance: weight of the gradient of L = keys
+    * sum_i share_i softmax(scores)_i, summed over tokens, heads and both halves, the load-balance
+    loss of mixtures of experts (Fedus et al. 2021, equation 4); 0 is none. The shares are those of
+    earlier steps, so L is a sum over tokens, whatever ranks and micro-batches they are in. It keeps
+    all scores for backward, 8 heads keys bytes a token.
     """
 
     def __init__(
@@ -37,9 +35,7 @@ class KeyUse:
         self._reads = torch.zeros_like(self.share, dtype=torch.int64)
 
     def balanced(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores of both halves, [tokens, heads, keys] each, whose backward adds the gradient
-        of L.
-        """
+        """Return the scores, [tokens, heads, keys] each; backward adds the gradient of L."""
         if not self.balance:
             return first, second
         return (
@@ -49,12 +45,12 @@ class KeyUse:
 
     def count_reads(self, i1: Tensor, i2: Tensor) -> None:
         """Count the sub-keys of the slots that are read. i1, i2: [tokens, heads, topk]."""
-        for half, found in enumerate((i1, i2)):
-            by_head = found.transpose(0, 1).flatten(1)
+        for half, selected in enumerate((i1, i2)):
+            by_head = selected.transpose(0, 1).flatten(1)
             self._reads[:, half].scatter_add_(1, by_head, torch.ones_like(by_head))
 
     def commit(self, step: int) -> None:
-        """Let the reads since the last commit count, as those of a step; all ranks call it."""
+        """Count the reads since the last commit as those of a step; all ranks call it."""
         reads = self.reduce(self._reads)
         totals = reads.sum(-1, keepdim=True)
         if bool(totals.any()):
@@ -68,8 +64,9 @@ class KeyUse:
 
 
 class _Balanced(torch.autograd.Function):
-    """The identity on scores; no loss to carry along, so recomputed and reversible layers need
-    nothing special.
+    """Return the scores; backward adds the gradient of L.
+
+    No loss has to be carried along, so recomputed and reversible layers need nothing special.
     """
 
     @staticmethod

@@ -9,8 +9,9 @@ from memshard.models.memory.query_norm import QueryNorm
 
 
 def naive_memory(memory: ProductKeyMemory, x: Tensor) -> Tensor:
-    """What `memory(x)` must return, from the layer's parameters alone. x: [tokens, dim]. Changes no
-    buffer.
+    """Return what `memory(x)` must return, from the layer's parameters alone.
+
+    x: [tokens, dim]. No buffer changes.
     """
     heads, _, keys, half = memory.sub_keys.weight.shape
     query = _normalise(
@@ -23,7 +24,7 @@ def naive_memory(memory: ProductKeyMemory, x: Tensor) -> Tensor:
     second = torch.stack(
         [query[:, h, half:] @ memory.sub_keys.weight[h, 1].T for h in range(heads)], dim=1
     )
-    # Slots in order of (rank of i1, rank of i2): a stable sort of their sums then gives the
+    # Slots are in order of (rank of i1, rank of i2): a stable sort of their sums then gives the
     # documented order of ties.
     order1 = first.argsort(dim=-1, descending=True, stable=True)
     order2 = second.argsort(dim=-1, descending=True, stable=True)

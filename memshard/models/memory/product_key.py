@@ -81,22 +81,22 @@ class ProductKeyMemory(nn.Module):
 
     @property
     def tables(self) -> tuple[ValueTable, ...]:
-        """The tables it reads, all at the same rows."""
+        """The tables that the layer reads, all at the same rows."""
         return (self.values,)
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None
     ) -> Tensor:
-        """x: [..., dim]; padding: [...] bool, True for real tokens. Padded positions give 0 and
-        touch nothing.
+        """Return the layer's output, of x's shape [..., dim].
 
-        replay: of a pass that is repeated in backward; tables are then read, and statistics taken,
+        padding: [...] bool, True for real tokens; padded positions give 0 and read nothing.
+
+        replay: that of a pass which backward repeats; tables are then read, and statistics taken,
         only once.
         """
         if padding is not None:
-            real = self.forward(
-                x[padding], replay=replay
-            )  # not self(...): hooks on the layer act once
+            # Not self(...): hooks on the layer act once.
+            real = self.forward(x[padding], replay=replay)
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
         y = self.read(tokens, replay).to(x.dtype)
@@ -105,7 +105,7 @@ class ProductKeyMemory(nn.Module):
         return y.view(x.shape)
 
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
-        """The weighted sum of the values read. tokens: [n, dim]; returns [n, value_dim]."""
+        """Return the weighted sum of the values read, [n, value_dim]. tokens: [n, dim]."""
         rows, weights = self.lookup(tokens, replay)
         return run_once(
             replay,
@@ -115,8 +115,9 @@ class ProductKeyMemory(nn.Module):
         )
 
     def lookup(self, tokens: Tensor, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
-        """Rows to read and their weights. tokens: [n, dim]; returns int64 and fp32 (at least), both
-        [n, heads * topk].
+        """Return the rows to read, int64, and their weights, fp32 at least: [n, heads * topk] each.
+
+        tokens: [n, dim].
         """
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
@@ -134,10 +135,11 @@ class ProductKeyMemory(nn.Module):
 
 
 def weigh(scores: Tensor, weighting: str) -> Tensor:
-    """Weights of what is read, from scores [..., topk]: softmax, or sigmoid or relu of each score
-    by itself, divided by topk so that they add up to about as much. Without competition a slot's
-    weight does not fall because another's rises (Csordas et al. 2023, arXiv 2310.10837, found
-    relu better in large tables).
+    """Return the weights of reads from their scores, both [..., topk].
+
+    weighting: softmax, or sigmoid or relu of each score independently, divided by topk so that they
+    add up to about as much. Without competition a slot's weight does not fall because another's
+    rises (Csordas et al. 2023, arXiv 2310.10837, report relu to be better in large tables).
     """
     if weighting == "softmax":
         return scores.softmax(-1)
@@ -145,8 +147,9 @@ def weigh(scores: Tensor, weighting: str) -> Tensor:
 
 
 class SubKeys(nn.Module):
-    """Two separate codebooks of sub-keys per head: weight [heads, 2, keys, half], from
-    U(-1/sqrt(half), 1/sqrt(half)).
+    """Two codebooks of sub-keys for each head: weight [heads, 2, keys, half].
+
+    They are drawn from U(-1/sqrt(half), 1/sqrt(half)).
     """
 
     def __init__(self, heads: int, keys: int, half: int) -> None:
@@ -160,8 +163,9 @@ class SubKeys(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of both halves. queries: [tokens, heads, key_dim], fp32 at least; returns two
-        [tokens, heads, keys].
+        """Return the scores of both halves, [tokens, heads, keys] each.
+
+        queries: [tokens, heads, key_dim], fp32 at least.
         """
         halves, keys = (
             queries.unflatten(-1, (2, -1)).unbind(-2),
@@ -174,15 +178,23 @@ class SubKeys(nn.Module):
 
 
 def slot_rows(i1: Tensor, i2: Tensor, keys: int) -> Tensor:
-    """Row of slot (i1, i2) in the table: ordered by diagonal (i1 + i2) mod keys, then by i1.
+    """Return the row in which the value of slot (i1, i2) is stored.
 
-    A contiguous range of rows then holds equally many slots of every sub-key, so hot sub-keys
-    spread over all ranks, whatever their number.
+    Rows are ordered by diagonal (i1 + i2) mod keys, then by i1. With 4 keys, as i1,i2:
+
+        row       0   1   2   3     4   5   6   7     8   9  10  11    12  13  14  15
+        slot     0,0 1,3 2,2 3,1   0,1 1,0 2,3 3,2   0,2 1,1 2,0 3,3   0,3 1,2 2,1 3,0
+
+    Why: some sub-keys are read far more than others. In the plain order i1 * keys + i2, a rank that
+    stores a contiguous range of rows has all slots of a few i1, and a hot one floods it. On a
+    diagonal every i1 and every i2 occurs once, so each range of `keys` rows has one slot of every
+    sub-key of both halves: reads are balanced over any number of ranks, and because the order does
+    not depend on that number, a checkpoint loads on another one by cutting rows elsewhere.
     """
     return (i1 + i2) % keys * keys + i1
 
 
 def row_slots(rows: Tensor, keys: int) -> Tensor:
-    """The slot number i1 * keys + i2 that is stored in each row; the inverse of `slot_rows`."""
+    """Return the slot number i1 * keys + i2 stored in each row; the inverse of `slot_rows`."""
     i1, diagonal = rows % keys, rows // keys
     return i1 * keys + (diagonal - i1) % keys

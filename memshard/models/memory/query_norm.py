@@ -1,5 +1,6 @@
-"""Normalisation of memory queries: what spreads the reads over the whole table (Lample et al. 2019,
-section 4.5).
+"""Normalisation of memory queries, which spreads the reads over the table.
+
+Lample et al. 2019, section 4.5.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,18 @@ class QueryNorm(nn.Module):
     """Normalise queries of shape [tokens, heads, key_dim].
 
     kind:
-        batch   by mean and variance of each feature over the batch; running statistics in
-        evaluation. Mixes positions. lagged  by the running statistics of earlier steps, in training
-        too: causal. layer   each query by its own mean and variance; layer-half each half of it.
-        rms     each query by its own root mean square. none    not at all.
+        batch       By mean and variance of each feature over the batch; by running statistics in
+                    evaluation. Mixes positions.
+        lagged      By the running statistics of earlier steps, in training as well: causal.
+        layer       Each query by its own mean and variance.
+        layer-half  Each half of a query by its own mean and variance.
+        rms         Each query by its own root mean square.
+        none        Not at all.
 
     Statistics cover the tokens that are passed in: leave padding out. `reduce` sums a tensor over
     the ranks that share a batch and lets gradients through; `parallel/` sets it. With `deferred`,
-    running statistics are collected and enter at `commit`, so that a skipped step leaves them
-    alone; otherwise they enter at once, as in torch's BatchNorm.
+    running statistics are collected and enter at `commit`, so that a skipped step does not change
+    them; otherwise they enter at once, as in torch's BatchNorm.
     """
 
     running_mean: Tensor
@@ -54,7 +58,7 @@ class QueryNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Identity scale and shift, unknown statistics as mean 0 and variance 1."""
+        """Set identity scale and shift, and mean 0 and variance 1 for unknown statistics."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -64,8 +68,9 @@ class QueryNorm(nn.Module):
             self.running_var.fill_(1)
 
     def forward(self, z: Tensor, replay: Replay | None = None) -> Tensor:
-        """z: [tokens, heads, key_dim]; same shape back, in fp32 at least. A repetition uses its
-        first pass's statistics.
+        """Return normalised queries of z's shape [tokens, heads, key_dim], in fp32 at least.
+
+        A repetition uses the statistics of the first pass.
         """
         z = z.float() if z.dtype.itemsize < 4 else z
         if self.tracks_statistics and self.weight is not None and self.bias is not None:
@@ -83,8 +88,8 @@ class QueryNorm(nn.Module):
         return z if self.bias is None else z + self.bias
 
     def commit(self) -> None:
-        """Let the statistics collected since the last commit enter the running ones, averaged over
-        the passes.
+        """Add the statistics collected since the last commit, averaged over the passes, to the
+        running ones.
         """
         if self._collected:
             means, variances = zip(*self._collected, strict=True)
@@ -97,14 +102,13 @@ class QueryNorm(nn.Module):
         self._collected.clear()
 
     def _centred(self, z: Tensor, replay: Replay | None) -> tuple[Tensor, Tensor]:
-        """z less the mean to normalise by, and the variance."""
+        """Return z minus the mean to normalise by, and the variance."""
         repeating = replay is not None and replay.repeating
         if self.training and self.kind == "batch":
             return self._measure(z, replay, not repeating)
         if not self.training:
             return z - self.running_mean, self.running_var
-        # This pass must not see its own statistics, nor a repetition those that have moved
-        # meanwhile.
+        # This pass must not see its own statistics, nor its repetition those that have moved since.
         mean, var = (
             run_once(replay, self.running_mean.clone),
             run_once(replay, self.running_var.clone),
@@ -115,8 +119,9 @@ class QueryNorm(nn.Module):
         return z - mean, var
 
     def _measure(self, z: Tensor, replay: Replay | None, collect: bool) -> tuple[Tensor, Tensor]:
-        """z less its mean, and biased variance, over the tokens of all ranks; the unbiased variance
-        goes to the running statistics.
+        """Return z minus its mean, and the biased variance, over the tokens of all ranks.
+
+        The unbiased variance goes to the running statistics.
         """
         count = run_once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
         mean = run_once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
@@ -131,7 +136,7 @@ class QueryNorm(nn.Module):
 
 
 class _SumSquares(torch.autograd.Function):
-    """Over tokens. Backward makes one tensor as large as x; torch's makes three."""
+    """Sum squares over tokens. Backward makes one tensor as large as x; torch's makes three."""
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -146,5 +151,5 @@ class _SumSquares(torch.autograd.Function):
 
 
 def _alone(x: Tensor) -> Tensor:
-    """The sum over one rank; a named function, so that the layer can be pickled."""
+    """Return the sum over one rank; a named function, so that the layer can be pickled."""
     return x

@@ -13,11 +13,13 @@ from memshard.models.memory.table import ValueTable
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Over all slots and all reads: the share of slots read at all; KL divergence of the read
-    distribution from the uniform one in nats, weighted by softmax weight (kl_weighted) and by
-    count (kl_count); reads per slot, since usage grows with the amount of text; Gini coefficient
-    of the counts (0: all slots alike, towards 1: one takes all); the fewest slots that take 50,
-    90 and 99 % of the reads.
+    """How a table's slots were read.
+
+    usage: share of slots read at all; kl_weighted, kl_count: KL divergence of the distribution of
+    reads from the uniform one, in nats, by softmax weight and by count; reads_per_slot: to judge
+    usage by, which grows with the amount of text; gini: Gini coefficient of the counts (0: all
+    slots alike, towards 1: one takes all); top50, top90, top99: the fewest slots that take 50, 90
+    and 99 % of the reads.
     """
 
     usage: float
@@ -31,9 +33,7 @@ class UsageReport:
 
 
 class UsageCounter:
-    """Sums softmax weights and reads of every row this rank holds, in fp64 (fp32 sums stall at
-    2^24).
-    """
+    """Sum softmax weights and count reads of every local row, in fp64: fp32 counts stop at 2^24."""
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
@@ -43,8 +43,9 @@ class UsageCounter:
         self.counts = torch.zeros_like(self.weights)
 
     def on_read(self, rows: Tensor, weights: Tensor, counts: Tensor | None = None) -> None:
-        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads; of
-        PEER's, which may be negative, the magnitude counts.
+        """Count reads. rows: [reads] integers; weights: [reads], each the sum of `counts` reads.
+
+        Weights of PEER may be negative: their magnitude counts.
         """
         rows, weights = rows.to(self.weights.device), weights.to(self.weights.device)
         counts = None if counts is None else counts.to(self.weights.device)
@@ -56,9 +57,7 @@ class UsageCounter:
         )
 
     def merge(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Add the counts of the ranks that count reads of the same rows. add: sums a tensor over
-        them.
-        """
+        """Add the counts of other ranks for the same rows. add: sums a tensor over these ranks."""
         self.weights, self.counts = add(self.weights), add(self.counts)
 
     def report(
@@ -66,8 +65,10 @@ class UsageCounter:
         reduce: Callable[[Tensor], Tensor] = lambda x: x,
         gather: Callable[[Tensor], list[Tensor]] = lambda x: [x],
     ) -> UsageReport:
-        """The report over all rows. reduce: sums a tensor over the ranks that hold the other rows;
-        gather: collects theirs, of any size.
+        """Return the report over all rows.
+
+        reduce: sums a tensor over the ranks that store the other rows; gather: collects the tensors
+        of those ranks, of any length.
         """
         parts = [self._local_parts(self.weights), self._local_parts(self.counts)]
         (weight_total, weight_entropy, _), (reads, count_entropy, used) = reduce(
@@ -84,14 +85,14 @@ class UsageCounter:
 
     @staticmethod
     def _local_parts(sums: Tensor) -> Tensor:
-        """sum c, sum c log c and the number of non-zero c: what the ranks add up."""
+        """Return sum c, sum c log c and the number of non-zero c, which ranks can add up."""
         return torch.stack(
             (sums.sum(), torch.special.xlogy(sums, sums).sum(), (sums > 0).sum().double())
         )
 
 
 def _divergence(total: float, weighted_log: float, slots: int) -> float:
-    """log N + sum p log p with p = c / total, from sum c and sum c log c."""
+    """Return log N + sum p log p with p = c / total, from sum c and sum c log c."""
     if total == 0:
         return 0.0
     return (
@@ -100,15 +101,13 @@ def _divergence(total: float, weighted_log: float, slots: int) -> float:
 
 
 def _histogram(counts: Tensor) -> Tensor:
-    """[distinct counts, 2]: each count of reads, and how many slots have it. Far fewer than
-    slots.
-    """
+    """Return [distinct counts, 2]: each count of reads, and how many slots have it."""
     values, slots = torch.unique(counts, return_counts=True)
     return torch.stack((values, slots.double()), dim=1)
 
 
 def _concentration(histogram: Tensor) -> dict[str, Any]:
-    """Gini coefficient and top slots, from (count, slots that have it), fp64."""
+    """Return Gini coefficient and top slots, from (count, slots that have it), fp64."""
     ascending = histogram[histogram[:, 0].argsort()]
     value, slots = ascending.unbind(1)
     reads = value * slots

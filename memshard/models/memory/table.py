@@ -65,7 +65,16 @@ class ValueTable(HideableTable):
         self.replica_count = 1
         """Number of ranks that store the same part."""
         self.ranks_seeing_each_read = 1
-        """Number of ranks in the sharding group that see the same read."""
+        """Number of ranks in the sharding group that see the same read.
+
+        Rows counted on every rank and summed count several times: say 8 ranks store a table twice
+        (replica_count 2), each time split by columns over 4 ranks, which all see each read
+        (ranks_seeing_each_read 4). If a step reads 100 rows, each of the 8 ranks updates its part
+        of 100 rows, and the sum is 800 = 100 x 4 x 2. Split by rows, only a row's owner sees its
+        reads: each rank updates about 25 rows, and the sum is 200 = 100 x 1 x 2. The same holds for
+        dead rows, those whose `last_step` in the optimizer's state is long ago: summed over the
+        shards alone, not over the replicas, they are divided by the first number only.
+        """
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

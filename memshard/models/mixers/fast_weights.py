@@ -209,9 +209,11 @@ class FastWeightMixer(HeadProjections):
         if self.rule != "delta":
             return None
         # Not at the top, because exported models come without kernels to choose from.
-        from memshard.models.kernels.fla_delta_rule import chosen
+        from memshard.models.kernels.fla_delta_rule import choose_kernel
 
-        return "delta rule", chosen(device, dtype, self.features.features, self.features.dim)[1]
+        features = self.features
+        _, reason = choose_kernel(device, dtype, features.features, features.dim, delta_rule)
+        return "delta rule", reason
 
     def _read(
         self,

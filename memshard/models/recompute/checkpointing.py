@@ -1,5 +1,6 @@
-"""Activation checkpointing: keep less in forward, compute it again in backward. Results are bit for
-bit those without it.
+"""Activation checkpointing: keep less in forward and compute it again in backward.
+
+Results are bit for bit those without it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -45,14 +46,14 @@ def run_block(
     chunk: int = 0,
     replay: Replay | None = None,
 ) -> tuple[Tensor, MixerState | None]:
-    """A block's output and the mixer's advanced state.
+    """Run a block; return its output and the mixer's advanced state.
 
     kind: what backward computes again. "full": the block, of which only the input is kept.
     "selective": its feedforward half up to the last matrix, which keeps two thirds of a block's
     activations and costs a ninth of a step's multiplications; fused attention keeps no scores that
     would be worth it. chunk: compute the feedforward half for so many tokens of a sequence at a
-    time, which backward repeats one by one; 0 for all at once. replay: of a whole pass that
-    backward repeats; then kind is "none" and chunk 0.
+    time, which backward repeats one by one; 0 for all at once. replay: that of a whole pass which
+    backward repeats; kind is then "none" and chunk 0.
     """
     if chunk and chunk < ctx.local.positions.shape[1]:
         if kind == "full":
@@ -77,13 +78,13 @@ def run_block(
 
 
 def checkpointed(function: Any, *inputs: Any) -> Any:
-    """function(*inputs, replay=...), of which only the inputs are kept; backward calls it again."""
+    """Call function(*inputs, replay=...) and keep only its inputs; backward calls it again."""
     replay = Replay()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), replay.repeat()
 
-    # Draws are counter-based: there is no generator to wind back.
+    # Draws are counter-based, so no generator's state must be restored for the second run.
     return checkpoint(
         function,
         *inputs,

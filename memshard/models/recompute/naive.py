@@ -1,7 +1,6 @@
-"""Reversible streams as one would write them for autograd, which keeps everything.
+"""Reversible streams as one would write them for autograd, which keeps all activations.
 
-Copies decide in which order autograd adds gradients up: those of a branch first, then that of the
-stream.
+The clones decide in which order autograd adds gradients: a branch's first, then the stream's.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from memshard.models.transformer import Transformer
 
 
 def naive_round(x: Tensor, steps: float = 2.0**14) -> Tensor:
-    """The nearest multiple of 1 / steps, in fp32 at least; its gradient is 1."""
+    """Return the nearest multiple of 1 / steps, in fp32 at least; its gradient is 1."""
     x = x.float() if x.dtype.itemsize < 4 else x
     return x + ((x * steps).round() / steps - x).detach()
 
@@ -25,7 +24,7 @@ def naive_round(x: Tensor, steps: float = 2.0**14) -> Tensor:
 def naive_block(
     block: Block, x1: Tensor, x2: Tensor, ctx: Context, state: MixerState | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
+    """Return y1 = x1 + f(x2) and y2 = x2 + g(y1)."""
 
     def dropped(y: Tensor, branch: int) -> Tensor:
         if not block.training or not block.dropout_rate or ctx.random is None:
@@ -47,8 +46,9 @@ def naive_block(
 def naive_reversible(
     model: Transformer, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None = None
 ) -> Tensor:
-    """The logits of a model with `residual: reversible`, learned positions, without dropout of
-    embeddings.
+    """Return the logits of a model with `residual: reversible` and learned positions.
+
+    Embeddings must be without dropout.
     """
     assert model.positions is not None
     x = naive_round(model.embedding(tokens) + model.positions(ctx.positions))

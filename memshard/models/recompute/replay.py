@@ -1,5 +1,23 @@
-"""Running part of a network again in backward without repeating what must happen once: table reads,
-sums over ranks, statistics.
+"""Repeat part of a network in backward without repeating what must happen once.
+
+Example. A block with a memory is checkpointed: forward keeps only its input, and backward runs it a
+second time to have its activations. Matrix products may be repeated, but the table read may not:
+each run would send the rows over the network again, and on several ranks all of them would have to
+repeat it in the same order. Batch statistics must not count the tokens twice either. So such calls
+go through `run_once`:
+
+    forward, first run      sums = run_once(replay, table_sum, weights)
+                            calls table_sum(weights) on a detached copy of `weights`, and keeps
+                            result and graph in `replay`
+    backward, second run    sums = run_once(replay, table_sum, weights)
+                            returns the kept result; nothing is read
+    backward                the gradient of `sums` goes into the kept graph: the table collects its
+                            read once, and the gradient of the kept copy is handed on as that of
+                            the second run's `weights`, which are bit for bit the same
+
+The first run is often under `no_grad`, as in checkpointing and reversible blocks. The graph inside
+`run_once` is built all the same, since backward needs exactly this one. What it keeps is small
+beside the block: indices, weights and row numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memshard.models import compat
 
 
 class Replay:
@@ -24,7 +45,7 @@ class Replay:
 
     @contextmanager
     def repeat(self) -> Iterator[None]:
-        """The repetition: it must ask for the same things in the same order."""
+        """Mark the repetition, which must make the same calls in the same order."""
         self._next = 0
         try:
             yield
@@ -32,7 +53,7 @@ class Replay:
             self._next = None
 
     def keep(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> "_Kept":
-        """The call as it was kept, or a new one."""
+        """Return the call that was kept, in the repetition, or make and keep it."""
         if self._next is None:
             self._kept.append(_Kept(function, inputs))
             return self._kept[-1]
@@ -46,7 +67,8 @@ def run_once(
     *inputs: Tensor,
     extra_inputs: Sequence[Tensor] = (),
 ) -> Tensor:
-    """function(*inputs); in a repetition the first pass's result, and for backward its graph.
+    """Call function(*inputs) in the first pass; in the repetition return that result and reuse its
+    autograd graph.
 
     extra_inputs: other tensors that `function` reads and that need gradients. Without a `replay`
     it is a plain call.
@@ -58,14 +80,14 @@ def run_once(
 
 class _Kept:
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        # A pass without gradients keeps this graph all the same; one with them drops what is saved,
-        # by hooks, to compute it again.
-        own = (
+        # Under no_grad we still build this graph, because backward will need it. Otherwise the
+        # surrounding checkpoint's hooks would drop its saved tensors, so we shield it from them.
+        shield = (
             torch.autograd.graph.saved_tensors_hooks(_same, _same)
             if torch.is_grad_enabled()
             else nullcontext()
         )
-        with torch.enable_grad(), own:
+        with torch.enable_grad(), shield:
             self.inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
             self.output = function(*self.inputs)
 
@@ -75,9 +97,7 @@ class _Kept:
 
 
 class _Once(torch.autograd.Function):
-    """Joins a kept graph to the inputs of this pass, which are bit for bit those it was built
-    from.
-    """
+    """Connect a kept graph to this pass's inputs, which equal bit for bit those it was built on."""
 
     @staticmethod
     def forward(ctx: Any, kept: _Kept, inputs: int, *tensors: Tensor) -> Tensor:
@@ -85,23 +105,23 @@ class _Once(torch.autograd.Function):
         return kept.output.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        kept, keep_graph = ctx.kept, torch._C._autograd._get_current_graph_task_keep_graph()
+        kept, keep_graph = ctx.kept, compat.backward_keeps_graph()
         sources = [*kept.inputs, *ctx.extra_inputs]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        found = torch.autograd.grad(
+        gradients: list[Tensor | None] = [None] * len(sources)
+        computed = torch.autograd.grad(
             kept.output,
             [sources[i] for i in wanted],
             upstream,
             allow_unused=True,
             retain_graph=keep_graph,
         )
+        for i, gradient in zip(wanted, computed, strict=True):
+            gradients[i] = gradient
         if not keep_graph:
             kept.release()
-        gradients: list[Tensor | None] = [None] * len(sources)
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
         return None, None, *gradients
 
 

@@ -1,14 +1,23 @@
-"""Reversible blocks (Gomez et al. 2017; Reformer, Kitaev et al. 2020): backward rebuilds each
-block's input from its output, bit for bit.
+"""Reversible blocks (Gomez et al. 2017; Reformer, Kitaev et al. 2020).
+
+Backward reconstructs each block's input from its output, bit for bit, so forward keeps no
+activations:
 
     y1 = x1 + r(f(x2))    y2 = x2 + r(g(y1))    and back    x2 = y2 - r(g(y1))    x1 = y1 - r(f(x2))
 
 f is the mixer's branch, g that of feedforward and memory, each with its norm and dropout; r rounds
-to multiples of 2^-bits. Streams are fp32: sums and differences of such multiples are exact as long
-as they stay below 2^(24 - bits), so nothing drifts at any depth.
+to the grid of grid.py, on which sums and differences are exact, so nothing drifts at any depth.
 
-Backward turns streams and gradients into those of the block before where they lie: it holds four
-arrays, and what a branch needs.
+Backward reconstructs each block's inputs and gradients in place, so only four arrays are alive at
+any time, and what one branch needs.
+
+Autocast's cache. Under autocast, a matrix product casts its fp32 weight to half precision, and
+autocast keeps the cast copy so that the next product with this weight need not cast again. We run
+every branch twice: in forward without gradients, in backward with them. A copy made by the first
+run is not connected to autograd. If the second run, or a later layer that shares the weight, found
+it in the cache, the weight would silently get no gradient: with a weight W used by a reversible
+block and by the head, W's gradient from the head would be missing. So the first run has its cache
+switched off, and only runs with gradients use it.
 """
 
 from collections.abc import Sequence
@@ -18,90 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memshard.models import compat
 from memshard.models.block import Block
 from memshard.models.context import Context
-from memshard.models.memory.table import ValueTable
+from memshard.models.memory.hidden import HideableTable
 from memshard.models.mixers.mixer import MixerState
+from memshard.models.recompute.grid import Grid
 from memshard.models.recompute.replay import Replay
-
-_BITS = 14
-_COARSEST = 2
-
-
-class Grid(nn.Module):
-    """Multiples of 1 / scale, and how near the streams have come to where fp32 no longer holds them
-    all: 2^24 / scale.
-
-    `scale` is a buffer, 2^14 at first: checkpoints and exports keep it, since it decides the
-    model's function.
-    """
-
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.empty(()))
-        self.largest: dict[int, Tensor] = {}
-        """Of every layer, the largest absolute value of its streams since `clear`; a device scalar.
-        """
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Steps of 2^-14: streams up to 1024."""
-        self.scale.fill_(2.0**_BITS)
-
-    def round(self, x: Tensor) -> Tensor:
-        """x to the grid, in fp32 at least; the gradient passes as it is."""
-        return _Round.apply(x, self.scale)
-
-    @property
-    def limit(self) -> Tensor:
-        """What streams must stay below."""
-        return 2.0**24 / self.scale
-
-    def note(self, layer: int, *streams: Tensor) -> None:
-        """Remember the largest value. streams: without gradient."""
-        if streams[0].numel():
-            # Not vector_norm(stream, inf), which takes 12 times as long on CPU.
-            found = torch.stack(
-                [torch.maximum(-low, high) for low, high in map(torch.aminmax, streams)]
-            ).max()
-            self.largest[layer] = (
-                torch.maximum(self.largest[layer], found) if layer in self.largest else found
-            )
-
-    def left_range(self) -> Tensor:
-        """Of every layer, whether its streams left the range; not for values that are not finite.
-        [layers noted] bool.
-        """
-        largest = (
-            torch.stack(list(self.largest.values())) if self.largest else self.scale.new_empty(0)
-        )
-        return (largest >= self.limit) & largest.isfinite()
-
-    def used_range(self) -> float:
-        """The share of the range that the largest value took; waits for the device."""
-        return max((float(value / self.limit) for value in self.largest.values()), default=0.0)
-
-    def coarsen(self) -> None:
-        """Four times the range, in steps four times as large; never beyond steps of 2^-2."""
-        self.scale.div_(4).clamp_(min=2.0**_COARSEST)
-
-    def clear(self) -> None:
-        """Forget the largest values: a step begins."""
-        self.largest.clear()
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
-        rounded = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-        return rounded.round_().mul_(1 / scale)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.to(ctx.dtype), None
 
 
 def reversible_blocks(
@@ -113,13 +45,13 @@ def reversible_blocks(
     check: bool = False,
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor, list[MixerState]]:
-    """Both streams after all blocks, each [batch, length, dim], and the mixers' advanced states.
+    """Return both streams after all blocks, each [batch, length, dim], and the mixers' states.
 
     x: [batch, length, dim], the start of both streams. check: keep a checksum of every block's
-    input, and compare it with what backward rebuilds (RuntimeError if they differ). chunk: of how
-    many tokens of a sequence feedforward and memory are computed at a time, and differentiated at a
-    time; 0 for all. states: without gradient; those that come back have none either. Unless the
-    graph is kept, backward overwrites the streams that are returned.
+    input and compare it with the input that backward reconstructs (RuntimeError if they differ).
+    chunk: the number of tokens of a sequence that feedforward and memory compute, and
+    differentiate, at a time; 0 for all. states: without gradient; those that are returned have none
+    either. Unless the graph is kept, backward overwrites the streams that are returned.
     """
     # Sums and differences never give -0, so a stream that begins with it would come back as 0.
     x1 = x2 = grid.round(x) + 0.0
@@ -149,13 +81,13 @@ def reversible_blocks(
         x1, x2 = _ReversibleBlock.apply(step, x1, x2, *trained_tensors(block))
         if step.advanced is not None:
             advanced.append(step.advanced)
-    return *_OwnGradients.apply(x1, x2), advanced
+    return *_CopyGradients.apply(x1, x2), advanced
 
 
 def mixer_change(
     block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None
 ) -> tuple[Tensor, MixerState | None]:
-    """f: what the mixer adds to the first stream, given the second."""
+    """Return f(x), which the mixer adds to the first stream, given the second."""
     y, state = block.mixer_branch(_as_weights(block.mixer_residual.norm, x), ctx, state)
     return grid.round(y), state
 
@@ -163,7 +95,7 @@ def mixer_change(
 def feedforward_change(
     block: Block, grid: Grid, x: Tensor, ctx: Context, replay: Replay | None = None
 ) -> Tensor:
-    """g: what feedforward and memory add to the second stream, given the first."""
+    """Return g(x), which feedforward and memory add to the second stream, given the first."""
     return grid.round(
         block.feedforward_branch(_as_weights(block.feedforward_residual.norm, x), ctx, replay)
     )
@@ -178,7 +110,7 @@ def _fed(
     chunk: int,
     replay: Replay | None = None,
 ) -> Tensor:
-    """The second stream after feedforward and memory."""
+    """Return the second stream after feedforward and memory."""
     y2 = torch.empty_like(x2)
     for piece, part in ctx.split(chunk):
         y2[:, piece] = x2[:, piece] + feedforward_change(block, grid, y1[:, piece], part, replay)
@@ -192,31 +124,28 @@ def _as_weights(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def trained_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters that have a gradient, and the anchors of hidden tables. ValueError where a hook on
-    one would see it twice.
+    """Return the parameters that need gradients, and the anchors of hidden tables.
+
+    ValueError if a parameter has a hook, which would see a gradient of each run.
     """
-    found: dict[Tensor, None] = {
-        parameter: None for parameter in module.parameters() if parameter.requires_grad
-    }
-    for parameter in found:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
         if parameter._backward_hooks:
             raise ValueError(
                 "a parameter of a reversible block has a hook that would run twice: use "
                 "register_post_accumulate_grad_hook"
             )
-    found |= {
-        table.anchor: None
+    return parameters + [
+        table.anchor
         for table in module.modules()
-        if isinstance(table, ValueTable) and table.hidden
-    }
-    return list(found)
+        if isinstance(table, HideableTable) and table.hidden
+    ]
 
 
 class _Step:
-    """What a block's backward pass needs besides parameters, and the context its forward pass ran
-    in.
+    """One block's forward and backward pass, and what the second needs from the first.
 
-    rebuilt: where each block leaves its input for the one before it.
+    rebuilt: list in which each block leaves its reconstructed input for the one before it.
     """
 
     def __init__(
@@ -244,16 +173,15 @@ class _Step:
         self.checksum: Tensor | None = None
 
     def autocast_context(self, cached: bool) -> AbstractContextManager[object]:
-        """That of the caller's forward pass."""
+        """Return the autocast context of the caller's forward pass."""
         return torch.autocast(self.device, self.dtype, self.autocast, cached)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         if self.check:
             self.checksum = _checksum(x1, x2)
-        # Compiled code may round otherwise where it expects no backward.
-        compiled = self.block.mixer._compiled_call_impl is not None
-        # A half precision copy of a weight made here may have no gradient: nobody after us may find
-        # it in autocast's cache.
+        # Compiled code may round differently when it expects no backward.
+        compiled = compat.is_compiled(self.block.mixer)
+        # No autocast cache: see the paragraph at the top of this file.
         with torch.set_grad_enabled(compiled), self.autocast_context(cached=False):
             change, self.advanced = mixer_change(
                 self.block, self.grid, x2.detach().requires_grad_(compiled), self.ctx, self.state
@@ -275,9 +203,7 @@ class _Step:
         trained: Sequence[Tensor],
         keep_graph: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Leaves the block's input in `rebuilt`; returns its gradient and those of what is
-        trained.
-        """
+        """Leave the block's input in `rebuilt`; return its gradients and those of `trained`."""
         if self.last and keep_graph:
             y1, y2 = y1.clone(), y2.clone()
         y1, y2 = y1.detach(), y2.detach()
@@ -288,21 +214,22 @@ class _Step:
                     leaf = y1[:, piece].detach().requires_grad_()
                     change = feedforward_change(self.block, self.grid, leaf, part, self.replay)
                 y2[:, piece] -= change.detach()
-                # Tables keep it until they are updated.
+                # Tables hold on to `upstream` until the optimizer step, and d2 is modified in place
+                # below: clone.
                 upstream = d2[:, piece] if self.block.memory is None else d2[:, piece].clone()
-                to_y1, *found = torch.autograd.grad(
+                to_y1, *gradients = torch.autograd.grad(
                     change, [leaf, *trained], upstream, allow_unused=True, retain_graph=keep_graph
                 )
                 d1[:, piece] += to_y1
                 from_feedforward = [
-                    _sum(*pair) for pair in zip(from_feedforward, found, strict=True)
+                    _sum(*pair) for pair in zip(from_feedforward, gradients, strict=True)
                 ]
-                del change, upstream, to_y1, found
+                del change, upstream, to_y1, gradients
         x2 = y2.requires_grad_()
         with torch.enable_grad(), self.autocast_context(self.cached):
             change, _ = mixer_change(self.block, self.grid, x2, self.ctx, self.state)
         x1 = y1.sub_(change.detach())
-        # Of the branch's output only its place in the graph is needed now.
+        # Only the output's place in the graph is needed now, not its values.
         edge = torch.autograd.graph.get_gradient_edge(change)
         del change
         to_x2, *from_mixer = torch.autograd.grad(edge, [x2, *trained], d1, allow_unused=True)
@@ -322,8 +249,10 @@ class _Step:
 
 
 class _ReversibleBlock(torch.autograd.Function):
-    """One block. Parameters are inputs and their gradients outputs, so wrappers see each once, as
-    soon as the block is done.
+    """Run one block.
+
+    Parameters are inputs and their gradients outputs, so wrappers such as DDP see each gradient
+    once, as soon as the block is done.
     """
 
     @staticmethod
@@ -332,7 +261,7 @@ class _ReversibleBlock(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y1, y2 = step.forward(x1, x2)
         ctx.step, ctx.trained = step, trained
-        # Parameters for autograd's check that nobody has changed them in between.
+        # Parameters are saved for autograd's check that nobody has changed them in between.
         ctx.save_for_backward(*((y1, y2) if step.last else ()), *trained)
         return y1, y2
 
@@ -342,7 +271,7 @@ class _ReversibleBlock(torch.autograd.Function):
         step, saved, keep_graph = (
             ctx.step,
             ctx.saved_tensors,
-            torch._C._autograd._get_current_graph_task_keep_graph(),
+            compat.backward_keeps_graph(),
         )
         y1, y2 = saved[:2] if step.last else step.rebuilt
         d1, d2, gradients = step.backward(y1, y2, d1, d2, ctx.trained, keep_graph)
@@ -351,9 +280,10 @@ class _ReversibleBlock(torch.autograd.Function):
         return None, d1, d2, *gradients
 
 
-class _OwnGradients(torch.autograd.Function):
-    """Copies gradients for the last block, which writes to them; autograd's own may be one array
-    for both streams, or somebody's.
+class _CopyGradients(torch.autograd.Function):
+    """Copy the gradients for the last block, which writes to them.
+
+    Those of autograd may be one array for both streams, or belong to someone else.
     """
 
     @staticmethod
@@ -371,7 +301,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _checksum(*streams: Tensor) -> Tensor:
-    """64 bits of every bit of the streams and its place."""
+    """Return 64 bits that depend on every bit of the streams and its position."""
     whole = torch.cat([stream.flatten() for stream in streams])
     bits = whole.view(torch.int64 if whole.dtype == torch.float64 else torch.int32).long()
     return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()

@@ -1,4 +1,4 @@
-"""A value table whose ranks each hold a slice of every value."""
+"""A value table split by columns: each rank stores a slice of every value."""
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,7 @@ from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 
 class ColumnShardedTable(ShardedTable):
-    """Each rank holds some columns of all rows: every rank sees all reads, and returns its slice of
-    every token's sum.
+    """Each rank stores some columns of all rows, sees all reads and returns a slice of each sum.
 
     2 (P - 1) / P * d b + (P - 1) * reads * (i + 2 b) bytes a token, forward and backward (d values;
     sums, weights and gradients of b = 4 bytes, ids of i = 4; P ranks). The load is even whatever is
@@ -47,16 +46,15 @@ class ColumnShardedTable(ShardedTable):
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
-        # Backward of the repetition adds the ranks' gradients up: each knows the part of its own
-        # columns.
+        # Backward of `repeat` sums the ranks' gradients: each rank has those of its columns.
         all_weights = exchange(weights.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
         slices = self._local_sum(all_rows.flatten(), all_weights.flatten(), bag_offsets(all_rows))
-
         return self.join(slices, theirs, tokens)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back; the
-        same bytes as for `weighted_sum`.
+        """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back.
+
+        It sends as many bytes as `weighted_sum`.
         """
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
@@ -79,8 +77,9 @@ class ColumnShardedTable(ShardedTable):
         )
 
     def join(self, slices: Tensor, theirs: list[int], tokens: int) -> Tensor:
-        """Send every rank its tokens' slices, get the other slices of our own. slices:
-        [sum(theirs), columns]; returns [tokens, dim].
+        """Send every rank the slices of its tokens, and receive the other slices of ours.
+
+        slices: [sum(theirs), columns]; returns [tokens, dim].
         """
         width, widths = len(self.local_columns), self._widths()
         receive = [tokens * other for other in widths]
@@ -92,6 +91,6 @@ class ColumnShardedTable(ShardedTable):
         )
 
     def _widths(self) -> list[int]:
-        """How many columns each rank holds."""
+        """Return the number of columns of each rank."""
         width = -(-self.dim // self.ranks)
         return [min(max(self.dim - rank * width, 0), width) for rank in range(self.ranks)]

@@ -1,7 +1,6 @@
-"""States of a model and its optimizer with whole tables, from and to ranks that hold parts: for
-scripts of one's own.
+"""Gather full tables into state dicts, and load them into shards, for user scripts.
 
-The trainer's checkpoints need none of this: their ranks write and read only what they hold.
+The trainer's checkpoints do not need it: their ranks write and read only what they store.
 """
 
 from collections.abc import Iterator
@@ -19,11 +18,10 @@ State = dict[str, Any]
 
 
 def full_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[State, State] | None:
-    """`state_dict()` of both, as one process has them that holds all tables: on the first rank of
-    the tables' group, None on the others.
+    """Return `state_dict()` of both with whole tables, as one process without shards has them.
 
-    All ranks must call it. model: not wrapped (`ddp.module`); optimizer: one that holds the tables'
-    RowAdam.
+    They are returned on the first rank of the tables' group, None on the others; all ranks must
+    call it. model: not wrapped (`ddp.module`); optimizer: one that contains the tables' RowAdam.
     """
     model_state, optimizer_state = model.state_dict(), _copy(optimizer.state_dict())
     first = True
@@ -36,9 +34,7 @@ def full_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[State, Stat
 def load_full_state_dict(
     model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
 ) -> None:
-    """Load what `full_state_dict` or one process has saved; every rank takes its parts of the
-    tables.
-    """
+    """Load what `full_state_dict` or one process has saved; every rank takes its shards."""
     model_state, optimizer_state = dict(model_state), _copy(optimizer_state)
     for table, holder, key in _parts(model, optimizer, model_state, optimizer_state):
         holder[key] = _slice(table, holder[key], dist.get_rank(table.group)).clone(
@@ -49,7 +45,7 @@ def load_full_state_dict(
 
 
 def _copy(optimizer_state: State) -> State:
-    """The same tensors in dicts of their own: `Optimizer.state_dict()` hands out the live ones."""
+    """Return the same tensors in new dicts: `Optimizer.state_dict()` returns the live ones."""
     return {
         **optimizer_state,
         "state": {number: dict(entry) for number, entry in optimizer_state["state"].items()},
@@ -59,13 +55,13 @@ def _copy(optimizer_state: State) -> State:
 def _parts(
     model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
 ) -> Iterator[tuple[ShardedTable, State, Any]]:
-    """(table, dict, key) of every entry that the ranks split."""
+    """Yield (table, dict, key) for every entry that the ranks split."""
     shown = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(shown)}
     for _, table in find_tables(model):
         if isinstance(table, ShardedTable):
             entry = optimizer_state["state"][numbers[id(table.anchor)]]
-            # A number a row is on every rank where the ranks split columns.
+            # Where ranks split columns, every rank has the states with one number for each row.
             yield from (
                 (table, entry, key)
                 for key, value in entry.items()
@@ -78,14 +74,15 @@ def _parts(
 
 
 def _slice(table: ShardedTable, whole: Tensor, rank: int) -> Tensor:
-    """A rank's part of a whole table."""
+    """Return a rank's shard of a whole table."""
     part = shard_range(whole.shape[table.spec_dim], table.group, rank)
     return whole.narrow(table.spec_dim, part.start, len(part))
 
 
 def _join(table: ShardedTable, part: Tensor) -> Tensor:
-    """The whole on the group's first rank, which receives the parts one after another; the part
-    itself on the others.
+    """Return the whole table on the group's first rank, and `part` itself on the others.
+
+    The first rank receives the parts one after another.
     """
     if dist.get_rank(table.group) > 0:
         dist.send(part.contiguous(), group=table.group, group_dst=0)

@@ -1,4 +1,4 @@
-"""A value table split by rows over a group of ranks, sums pooled at the owner."""
+"""A value table split by rows over a group of ranks; the owner of rows sums the reads of them."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
 
 class RowShardedTable(ShardedTable):
-    """Each rank holds a contiguous range of rows, trains it and answers reads of it.
+    """Each rank stores a contiguous range of rows, trains it and answers reads of it.
 
     A read travels as (row, weight) to the row's owner, which returns one partial sum per token and
     rank: 2 (P - 1) d b + (P - 1) / P * reads * (i + 2 b) bytes a token, forward and backward, and
@@ -52,8 +52,9 @@ class RowShardedTable(ShardedTable):
         return sums.view(self.ranks, len(rows), self.dim).sum(0)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`: tokens travel to all owners, products back; the same bytes as for
-        `weighted_sum`.
+        """As `ValueTable.dot`: tokens travel to all owners, products back.
+
+        It sends as many bytes as `weighted_sum`.
         """
         self._count(rows)
         route = self._ask(rows)
@@ -79,16 +80,16 @@ class RowShardedTable(ShardedTable):
         asked = (
             exchange(rows[order], ours, theirs, self.group) - shard_range(slots, self.group).start
         )
-        found = exchange(x[asked], theirs, ours, self.group)
-        return torch.empty_like(found).index_copy_(0, order, found)
+        received = exchange(x[asked], theirs, ours, self.group)
+        return torch.empty_like(received).index_copy_(0, order, received)
 
     @property
     def max_local_rows(self) -> int:
-        """Rows of the rank that holds most."""
+        """The number of rows of the rank that stores most."""
         return self.rows_per_rank
 
     def _ask(self, rows: Tensor) -> "_Route":
-        """Send each read's row number to its owner."""
+        """Send each read's row number to the row's owner."""
         tokens, ranks = len(rows), self.ranks
         owner = self._owner(rows)
         order = torch.sort(owner.flatten(), stable=True).indices
@@ -119,19 +120,21 @@ class RowShardedTable(ShardedTable):
         )
 
     def _owner(self, rows: Tensor) -> Tensor:
-        """The rank that holds each row, int64."""
+        """Return the rank that stores each row, int64."""
         return torch.div(rows, self.rows_per_rank, rounding_mode="floor").long()
 
     def _wire(self, rows: Tensor) -> Tensor:
-        """Row numbers as they travel."""
+        """Return row numbers in the dtype in which they are sent."""
         return rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
 
 
 @dataclass(frozen=True)
 class _Route:
-    """Where reads went. order: [reads] of our own by owner; our_reads, their_reads, their_tokens:
-    to and from each rank; rows, offsets: [their reads], [their bags], what the others ask of
-    this rank.
+    """Where reads went.
+
+    order: [reads], this rank's reads by owner; our_reads: number sent to each rank; their_reads,
+    their_tokens: numbers received from each rank; rows, offsets: [their reads] and [their bags],
+    what the others ask of this rank.
     """
 
     order: Tensor

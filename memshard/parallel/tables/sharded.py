@@ -1,4 +1,4 @@
-"""What all sharded forms of a value table have in common."""
+"""The base of all tables that are split over ranks."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -18,11 +18,11 @@ _SAMPLE_EVERY = 64
 
 
 class ShardedTable(ValueTable):
-    """A table whose parts lie on the ranks of `group`; hidden from the start. All ranks of the
-    group read at the same time, if only 0 tokens, and step at the same time.
+    """A table split over the ranks of `group`, hidden from the start.
 
-    replicas: the ranks of other groups that hold the same part, this one included; their row
-    gradients are added up.
+    All ranks of the group must read at the same time, if only for 0 tokens, and step at the same
+    time. replicas: the ranks of all groups that store the same part, this one included; their row
+    gradients are summed.
     """
 
     layout: ClassVar[Layout]
@@ -45,8 +45,8 @@ class ShardedTable(ValueTable):
         self.replica_count = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.traffic = Traffic()
         self.duplicates: float | None = None
-        """Reads of a row by one rank in one micro-batch, of the rows it reads at all; measured now
-        and then.
+        """Mean number of reads of a row that this rank reads at all, in one micro-batch; measured
+        in one of 64.
         """
         self._calls = 0
         self.hide()
@@ -57,11 +57,11 @@ class ShardedTable(ValueTable):
         return self.layout.split_dim
 
     def sum_over_shards(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of the group, which must all call it."""
+        """Return the sum over the ranks of the group, which must all call it."""
         return all_sum(x, self.group)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
-        """As `ValueTable.gradients`; with replicas all of them must call it."""
+        """As `ValueTable.gradients`; all replicas must call it."""
         merged = sort_reads(self.reads, self.backend)
         merged = merged if merged is None else merged.scaled(scale)
         if self.replicas is not None:
@@ -93,8 +93,9 @@ class ShardedTable(ValueTable):
 
 
 def shard_range(size: int, group: dist.ProcessGroup, rank: int | None = None) -> range:
-    """A rank's part (by default this one's) of `size` things, as `torch.chunk` cuts them; the last
-    ranks may have none.
+    """Return the part of `size` rows or columns that a rank (default: this one) stores.
+
+    Cut as `torch.chunk` does; the last ranks may have none.
     """
     width = -(-size // dist.get_world_size(group))
     first = min((dist.get_rank(group) if rank is None else rank) * width, size)

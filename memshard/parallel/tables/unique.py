@@ -1,4 +1,4 @@
-"""A value table split by rows whose readers fetch each row they need once."""
+"""A value table split by rows; readers fetch each distinct row they need once."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class UniqueRowTable(RowShardedTable):
 
     (P - 1) / P * reads / duplicates * (d (v + b) + i) bytes a token (d values of v bytes a row and
     b = 4 a gradient, ids of i = 4 bytes, P ranks, each row read `duplicates` times by the rank):
-    independent of P, cheap where reads repeat. The fetched rows are kept for backward.
+    nearly independent of P, and few where reads repeat. Fetched rows are kept for backward.
     """
 
     layout = LAYOUTS["rows-unique"]
@@ -42,7 +42,7 @@ class UniqueRowTable(RowShardedTable):
         ).view(rows.shape)
 
     def _plan(self, rows: Tensor, weights: Tensor) -> "_Fetch":
-        """Tell the owners which rows this rank wants."""
+        """Tell the owners which rows this rank wants; return what they need to answer."""
         # Ascending, so each owner's rows are contiguous.
         distinct, inverse = torch.unique(rows.flatten(), return_inverse=True)
         ours = torch.bincount(self._owner(distinct), minlength=self.ranks).tolist()
@@ -64,8 +64,8 @@ class UniqueRowTable(RowShardedTable):
 
 @dataclass(frozen=True)
 class _Fetch(Fetch):
-    """wanted: rows of this rank that the others asked for. ours, theirs: rows from and to each
-    rank.
+    """wanted: local rows that other ranks asked for. ours, theirs: numbers of rows received from
+    and sent to each rank.
     """
 
     table: UniqueRowTable
@@ -73,13 +73,13 @@ class _Fetch(Fetch):
     theirs: list[int]
 
     def fetch_rows(self) -> Tensor:
-        """The rows that this rank asked for."""
+        """Return the rows that this rank asked for."""
         return exchange(
             super().fetch_rows(), self.theirs, self.ours, self.table.group, self.table.traffic
         )
 
     def return_gradients(self, gradients: Tensor) -> None:
-        """Send them to the owners."""
+        """Send the row gradients to the owners."""
         super().return_gradients(
             exchange(gradients, self.ours, self.theirs, self.table.group, self.table.traffic)
         )

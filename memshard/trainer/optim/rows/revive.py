@@ -1,4 +1,4 @@
-"""Bring dead parts of a memory back to life: split its hottest sub-keys."""
+"""Revive the dead rows of a memory by splitting its hottest sub-keys."""
 
 from collections.abc import Iterable
 
@@ -19,34 +19,33 @@ _BLOCK_ROWS = 4096
 def revive(
     memories: Iterable[ProductKeyMemory], optimizer: RowAdam, dead_after: int, seed: int
 ) -> None:
-    """Every `dead_after` steps of a table, revive what none of them has read. All ranks call it
-    after each step.
+    """Every `dead_after` steps of a table, revive the rows that none of these steps read.
 
-    A row is dead because its sub-keys are never selected, so a new value alone would not help it.
-    In each head and half, dead sub-keys (lowest number first) move next to hot ones (hottest first,
-    each once, those read more than the average): equal but for noise of a quarter of their length.
-    Queries that found the hot sub-key now find both, and the two part as they learn. The dead rows
-    of a moved sub-key get the values that the hot one has with the same partner, plus a little
-    noise, and fresh moments, so that what is read changes little; rows that others read keep
-    theirs. A dead row whose sub-keys are both read is left alone: to move them would take their
-    other rows from their readers.
+    All ranks call it after each step. A row is dead because its sub-keys are never selected, so a
+    new value alone would not help it. In each head and half, dead sub-keys (lowest number first)
+    move next to hot ones (hottest first, each once, those read more than the average): equal but
+    for noise of a quarter of their length. Queries that select the hot sub-key now select both, and
+    the two part as they learn. The dead rows of a moved sub-key get the values that the hot one has
+    with the same partner, plus a little noise, and fresh moments, so that outputs change little;
+    rows that others read keep their values. A dead row whose sub-keys are both read is left alone:
+    to move them would take their other rows from their readers.
 
     memories: with `key_use`. Every draw depends on (seed, step, sub-key or row) alone.
     """
     readers: dict[ValueTable, list[ProductKeyMemory]] = {}
     for memory in memories:
         readers.setdefault(memory.values, []).append(memory)
-    for number, (values, own) in enumerate(readers.items()):
+    for number, (values, sharing) in enumerate(readers.items()):
         step = optimizer.state[values.anchor]["step"]
         if not step or step % dead_after:
             continue
         key = fold(seed, step, number)
         sources = torch.arange(
-            own[0].sub_keys.weight.shape[2], device=own[0].sub_keys.weight.device
+            sharing[0].sub_keys.weight.shape[2], device=sharing[0].sub_keys.weight.device
         ).repeat(2, 1)
-        for reader, memory in enumerate(own):
+        for reader, memory in enumerate(sharing):
             _split_hot_keys(memory, step, step - dead_after, fold(key, reader), sources)
-        for part, table in enumerate(own[0].tables):
+        for part, table in enumerate(sharing[0].tables):
             _copy_rows(
                 table,
                 optimizer,
@@ -59,8 +58,9 @@ def revive(
 def _split_hot_keys(
     memory: ProductKeyMemory, step: int, horizon: int, seed: int, sources: Tensor
 ) -> None:
-    """sources: [2, keys], where each half's sub-keys have come from; the first reader of a table
-    that moves one decides.
+    """Move dead sub-keys of a memory next to hot ones, and note in `sources` where they came from.
+
+    sources: [2, keys], for each half; the first reader of a table that moves a sub-key decides.
     """
     use = memory.key_use
     assert use is not None
@@ -68,7 +68,7 @@ def _split_hot_keys(
     heads, _, keys, dim = weight.shape
     for place in range(2 * heads):
         head, half = divmod(place, 2)
-        own, share, last = weight[head, half], use.share[head, half], use.last_read[head, half]
+        sub_keys, share, last = weight[head, half], use.share[head, half], use.last_read[head, half]
         dead = (last <= horizon).nonzero().flatten()
         order = share.argsort(descending=True, stable=True)
         hot = order[(share[order] > 1 / keys) & (last[order] > horizon)]
@@ -76,9 +76,9 @@ def _split_hot_keys(
         dead, hot = dead[:count], hot[:count]
         noise = (
             normal_at(seed, place * keys + dead, dim)
-            * own[hot].square().mean(1, keepdim=True).sqrt()
+            * sub_keys[hot].square().mean(1, keepdim=True).sqrt()
         )
-        own[dead] = own[hot] + _KEY_NOISE * noise.to(own.dtype)
+        sub_keys[dead] = sub_keys[hot] + _KEY_NOISE * noise.to(sub_keys.dtype)
         share[hot] /= 2
         share[dead] = share[hot]
         last[dead] = step
@@ -89,8 +89,9 @@ def _split_hot_keys(
 def _copy_rows(
     table: ValueTable, optimizer: RowAdam, horizon: int, seed: int, sources: Tensor
 ) -> None:
-    """Give dead rows what the living rows of their sub-keys' sources hold. Dead ones are only
-    written, living ones only read.
+    """Copy to dead rows the values of the live rows that their sub-keys' sources have.
+
+    Dead rows are only written and live ones only read, so the order of blocks does not matter.
     """
     state, keys = optimizer.state[table.anchor], sources.shape[1]
     last, values = state["last_step"], state.get("master", table.weight)
