@@ -197,7 +197,7 @@ def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> T
 
 def _width(dim: int) -> int:
     """Return the number of columns of a program, a power of two."""
-    return min(triton.next_power_of_2(dim), _WIDEST)
+    return min(int(triton.next_power_of_2(dim)), _WIDEST)
 
 
 def _contiguous(by_row: Tensor | None) -> Tensor | None:

@@ -137,9 +137,12 @@ class ValueTable(HideableTable):
         # Half the memory of what is kept until the update.
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         fetch = self._worth_fetching(rows, offsets)
-        if fetch is not None:
-            return FetchedSum.apply(weights, self.anchor, fetch)
-        return WeightedSum.apply(weights, self.anchor, self, rows, offsets)
+        sums: Tensor = (
+            WeightedSum.apply(weights, self.anchor, self, rows, offsets)
+            if fetch is None
+            else FetchedSum.apply(weights, self.anchor, fetch)
+        )
+        return sums
 
     def _local_dot(self, rows: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         """Return products of local rows with their bag's x, [reads].
@@ -151,9 +154,12 @@ class ValueTable(HideableTable):
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         fetch = self._worth_fetching(rows, offsets)
-        if fetch is not None:
-            return FetchedDot.apply(x, self.anchor, fetch)
-        return Dot.apply(x, self.autograd_handle, self, rows, offsets)
+        products: Tensor = (
+            Dot.apply(x, self.autograd_handle, self, rows, offsets)
+            if fetch is None
+            else FetchedDot.apply(x, self.anchor, fetch)
+        )
+        return products
 
     def _worth_fetching(self, rows: Tensor, offsets: Tensor) -> Fetch | None:
         """Return the distinct rows of a table in host memory, if fetching them moves fewer bytes

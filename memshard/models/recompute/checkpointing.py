@@ -69,10 +69,13 @@ def run_block(
             else block.after_feedforward
         )
         return torch.cat([fed(part, facts) for part, (_, facts) in pieces], 1), state
+    whole: tuple[Tensor, MixerState | None]
     if kind == "none":
-        return block(x, ctx, state, replay)
+        whole = block(x, ctx, state, replay)
+        return whole
     if kind == "full":
-        return checkpointed(block, x, ctx, state)
+        whole = checkpointed(block, x, ctx, state)
+        return whole
     x, state = block.after_mixer(x, ctx, state)
     return checkpointed(block.after_feedforward, x, ctx), state
 

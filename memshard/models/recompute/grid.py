@@ -38,7 +38,8 @@ class Grid(nn.Module):
 
     def round(self, x: Tensor) -> Tensor:
         """Round x to the grid, in fp32 at least; the gradient passes unchanged."""
-        return _Round.apply(x, self.scale)
+        rounded: Tensor = _Round.apply(x, self.scale)
+        return rounded
 
     @property
     def limit(self) -> Tensor:

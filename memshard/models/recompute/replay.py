@@ -75,7 +75,9 @@ def run_once(
     """
     if replay is None:
         return function(*inputs)
-    return _Once.apply(replay.keep(function, inputs), len(inputs), *inputs, *extra_inputs)
+    kept = replay.keep(function, inputs)
+    result: Tensor = _Once.apply(kept, len(inputs), *inputs, *extra_inputs)
+    return result
 
 
 class _Kept:
