@@ -13,13 +13,9 @@ import pytest
 
 from memshard.data_pipeline.format import load_index
 from memshard.data_pipeline.format.verify import verify_data
-from memshard.data_pipeline.prepare.inputs import (
-    MAX_DOCUMENT,
-    Sources,
-    find_files,
-    is_utf8,
-    read_documents,
-)
+from memshard.data_pipeline.prepare.inputs.files import Sources, find_files, is_utf8, reader
+from memshard.data_pipeline.prepare.inputs.text import MAX_DOCUMENT
+from memshard.data_pipeline.prepare.workers import Watch
 from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.conftest import build, write_corpus
@@ -28,9 +24,13 @@ REPOSITORY = Path(__file__).parents[2]
 WIKIPEDIA = REPOSITORY.parent / "shared" / "data" / "text" / "wikipedia_en_extract.txt.gz"
 
 
-def documents_of(file: Path, **settings: str) -> tuple[list[str], Counter[str]]:
+def documents_of(
+    file: Path, documents: str = "auto", **options: str
+) -> tuple[list[str], Counter[str]]:
     counts: Counter[str] = Counter()
-    return list(read_documents(file, Sources((file,), **settings), counts)), counts  # type: ignore[arg-type]
+    sources = Sources((file,), documents, options)
+    read = reader(sources.source_of(file))
+    return list(read((file,), sources.settings, counts, Watch())), counts
 
 
 def texts_of(folder: Path, split: str) -> list[str]:

@@ -126,8 +126,8 @@ def test_duplicates_go_and_never_straddle_the_split(tmp_path: Path) -> None:
 
 @web
 def test_web_pages_become_articles_and_every_page_is_accounted_for(tmp_path: Path) -> None:
-    filters = Filters("resiliparse", "en", quality=True, near=True)
-    sources = Sources((SMALL,))
+    filters = Filters("en", quality=True, near=True)
+    sources = Sources((SMALL,), options={"extractor": "resiliparse"})
     report = build_data(
         sources,
         tmp_path / "data",

@@ -1,9 +1,9 @@
 """The first stage of a build: from one unit of input to its documents, filtered, with their
 signatures.
 
-A unit is a WARC file, or some smaller text files together. Its result is a folder that appears
-under its name when it is whole, and the name says what went in: a build that was killed finds what
-it had done, and other settings find nothing.
+A unit is a large file, such as a WARC, or some smaller ones together. Its result is a folder that
+appears under its name when it is whole, and the name says what went in: a build that was killed
+finds what it had done, and other settings find nothing.
 """
 
 import dataclasses
@@ -20,17 +20,12 @@ import numpy as np
 
 from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.prepare.duplicates import BANDS, band_keys, exact_hash
-from memshard.data_pipeline.prepare.inputs import (
-    Sources,
-    is_utf8,
-    is_warc,
-    read_documents,
-    read_pairs,
-)
+from memshard.data_pipeline.prepare.inputs.files import Sources, is_utf8, reader
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
 from memshard.io import partial_path
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
+SETTINGS_VERSION = 3  # counted up when units would be read otherwise: older ones are not reused
 ROWS_IN_MEMORY = 4096
 TEXTS, ROWS_FILE, COUNTS = "texts", "documents", "counts.json"
 ROW = np.dtype([("bytes", "<u4"), ("words", "<u4"), ("exact", "<u8")])
@@ -39,11 +34,10 @@ NEAR_ROW = np.dtype([*ROW.descr, ("bands", "<u8", (BANDS,))])
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents stay. extractor: for WARC pages; language: ISO 639-1 or None for any; near:
-    whether to take signatures.
+    """Which documents stay. language: ISO 639-1 or None for any. quality: only prose. near:
+    whether to compute the signatures by which near duplicates are found.
     """
 
-    extractor: str = "trafilatura"
     language: str | None = None
     quality: bool = False
     near: bool = False
@@ -58,31 +52,42 @@ class Unit:
 
 
 def plan_units(sources: Sources, filters: Filters, work: Path) -> list[Unit]:
-    """Units in the order of the sources."""
-    groups: list[list[str]] = []
-    room = 0
-    if sources.documents == "pairs":
-        names = [str(file) for file in sources.files]
-        if len(names) % 2 or any(map(is_url, names)):
+    """Return the units in the order of the sources. ValueError if files that belong together are
+    not complete.
+    """
+    units = []
+    for group in _groups(sources):
+        key = _key(group, sources, filters)
+        units.append(Unit(tuple(group), work / "units" / key))
+    return units
+
+
+def _groups(sources: Sources) -> list[list[str]]:
+    """Return the files of each unit."""
+    names, chosen = [str(file) for file in sources.files], sources.chosen
+    if chosen.takes_all and chosen.unit:
+        if len(names) % chosen.unit or any(map(is_url, names)):
             raise ValueError(
-                "--documents pairs needs source and target files in turn, on this machine, and "
+                f"--documents {chosen.name} needs {chosen.takes}, on this machine, and "
                 f"got {len(names)}: {names}"
             )
-        groups = [names[place : place + 2] for place in range(0, len(names), 2)]
-        return [
-            Unit(tuple(group), work / "units" / _key(group, sources, filters)) for group in groups
-        ]
-    for file in map(str, sources.files):
-        size = 0 if is_url(file) else Path(file).stat().st_size
-        if not groups or is_warc(file) or is_url(file) or size > room:
+        starts = range(0, len(names), chosen.unit)
+        return [names[start : start + chosen.unit] for start in starts]
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        alone = is_url(name) or sources.source_of(name).unit is not None
+        size = 0 if is_url(name) else Path(name).stat().st_size
+        if not groups or alone or size > room:
             groups.append([])
-            room = -1 if is_warc(file) or is_url(file) else UNIT_BYTES
-        groups[-1].append(file)
+            room = -1 if alone else UNIT_BYTES
+        groups[-1].append(name)
         room -= size
-    return [Unit(tuple(group), work / "units" / _key(group, sources, filters)) for group in groups]
+    return groups
 
 
 def _key(files: list[str], sources: Sources, filters: Filters) -> str:
+    """Return a hash of all that decides what a unit's result is."""
     facts = [
         [
             file,
@@ -90,12 +95,18 @@ def _key(files: list[str], sources: Sources, filters: Filters) -> str:
         ]
         for file in files
     ]
-    settings = [2, facts, sources.documents, sources.text_key, dataclasses.astuple(filters)]
+    settings = [
+        SETTINGS_VERSION,
+        facts,
+        sources.documents,
+        sorted(sources.settings.items()),
+        dataclasses.astuple(filters),
+    ]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
 def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> None:
-    """Read a unit and write its result."""
+    """Read a unit and write its result: texts, a row a document, counts."""
     partial = partial_path(unit.folder)
     partial.mkdir(parents=True)
     counts: Counter[str] = Counter()
@@ -127,12 +138,12 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
 
 
 def read_rows(unit: Unit, filters: Filters) -> np.ndarray:
-    """The table of a finished unit, structured as ROW or NEAR_ROW."""
+    """Return the rows of a finished unit, structured as ROW or NEAR_ROW."""
     return np.fromfile(unit.folder / ROWS_FILE, dtype=NEAR_ROW if filters.near else ROW)
 
 
 def read_texts(unit: Unit, sizes: np.ndarray, wanted: np.ndarray) -> Iterator[str]:
-    """The wanted documents of a finished unit. sizes: their bytes [documents]; wanted: bool
+    """Yield the wanted documents of a finished unit. sizes: bytes of all [documents]; wanted: bool
     [documents].
     """
     ends = np.cumsum(sizes, dtype=np.int64)
@@ -152,39 +163,38 @@ def _documents(
     skipped: list[str],
     scratch: Path,
 ) -> Iterator[str]:
-    if sources.documents == "pairs":
-        yield from _filtered(
-            watch, read_pairs(Path(unit.files[0]), Path(unit.files[1]), counts), filters, counts
-        )
-        return
-    for name in unit.files:
-        file = fetch(name, scratch) if is_url(name) else Path(name)
-        if is_warc(name):
-            from memshard.data_pipeline.prepare.web_pages import read_articles
-
-            documents = read_articles(watch, file, filters.extractor, filters.language, counts)
-        elif is_utf8(file):
-            documents = read_documents(file, sources, counts)
-        else:
-            skipped.append(name)
+    """Yield the documents of a unit that pass the filters; files that are no text go to
+    `skipped`.
+    """
+    options = {**sources.settings, "language": filters.language}
+    together = sources.source_of(unit.files[0]).unit or 1
+    for start in range(0, len(unit.files), together):
+        names = unit.files[start : start + together]
+        source = sources.source_of(names[0])
+        files = [fetch(name, scratch) if is_url(name) else Path(name) for name in names]
+        if source.utf8 and not all(map(is_utf8, files)):
+            skipped += names
             continue
+        documents = reader(source)(files, options, counts, watch)
         yield from _filtered(watch, documents, filters, counts)
-        if is_url(name):
-            file.unlink()
+        for name, file in zip(names, files, strict=True):
+            if is_url(name):
+                file.unlink()
 
 
 def _filtered(
     watch: Watch, documents: Iterator[str], filters: Filters, counts: Counter[str]
 ) -> Iterator[str]:
-    """Documents in the language that are prose, counted by what they failed, in documents and
-    bytes.
+    """Yield the documents in the language that are prose; count the others, and their bytes, by
+    what they failed.
     """
     for number, text in enumerate(documents):
         size = len(text.encode())
         count(counts, "text", size)
+        item = 1 << 40 | number  # not the number of a page, which is an item of its own
         try:
-            with watch.item(1 << 40 | number):
-                reason = "timeout" if 1 << 40 | number in watch.skip else _reason(text, filters)
+            with watch.item(item):
+                reason = "timeout" if item in watch.skip else _reason(text, filters)
         except ItemTimeout:
             reason = "timeout"
         count(counts, reason or "kept", size)
@@ -193,6 +203,7 @@ def _filtered(
 
 
 def _reason(text: str, filters: Filters) -> str | None:
+    """Return the name of the first filter that a document fails."""
     if filters.language is not None:
         from memshard.data_pipeline.web.language import detect_language
 
@@ -207,6 +218,6 @@ def _reason(text: str, filters: Filters) -> str | None:
 
 
 def count(counts: Counter[str], name: str, size: int) -> None:
-    """Count a document and its bytes."""
+    """Add a document and its bytes to a count."""
     counts[f"{name}.documents"] += 1
     counts[f"{name}.bytes"] += size

@@ -1,7 +1,8 @@
-"""Folders of images to a data folder: every image one record, a token a colour value in raster
-order, <eos> behind it.
+"""Build a data folder from images: an image is one record, a token a colour value in raster order,
+followed by <eos>.
 """
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 
 from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Index
 from memshard.data_pipeline.format.shards import ShardWriter
+from memshard.data_pipeline.prepare.inputs.files import find_files
 from memshard.data_pipeline.prepare.pipeline import alone, check_target, digest, publish
 from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, choose_sides
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
@@ -20,6 +22,32 @@ from memshard.data_pipeline.prepare.write_shards import finish_shard, finished_s
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EOS = 256
 IMAGES_PER_SHARD = 8192
+
+
+def build(args: argparse.Namespace) -> dict:
+    """Run `memshard data build --images` and return its report."""
+    files = find_files(args.sources, IMAGE_SUFFIXES, args.exclude)
+    return build_images(
+        [Path(file) for file in files],
+        args.out,
+        size=args.image_size,
+        gray=args.gray,
+        held_out=args.held_out or 0.01,
+        test=args.test or 0.0,
+        workers=args.workers,
+    )
+
+
+def describe(report: dict) -> str:
+    """Return the report for people."""
+    splits = ", ".join(
+        f"{name} {split['documents']:,} ({split['tokens']:,} tokens)"
+        for name, split in report["splits"].items()
+    )
+    return (
+        f"{report['data']}: {report['images']:,} images ({report['equal']:,} files equal to "
+        f"another) in {report['seconds']} s: {splits}"
+    )
 
 
 def build_images(
@@ -59,12 +87,12 @@ def build_images(
         final.mkdir(exist_ok=True)
         names, tasks = {}, []
         for split, side in ((TRAIN, TRAIN_SIDE), (HELD_OUT, HELD_OUT_SIDE), (TEST, TEST_SIDE)):
-            own = [files[number] for number in np.flatnonzero(keep & (sides == side)).tolist()]
+            selected = [files[number] for number in np.flatnonzero(keep & (sides == side)).tolist()]
             parts = [
-                own[begin : begin + IMAGES_PER_SHARD]
-                for begin in range(0, len(own), IMAGES_PER_SHARD)
+                selected[begin : begin + IMAGES_PER_SHARD]
+                for begin in range(0, len(selected), IMAGES_PER_SHARD)
             ]
-            names[split] = [f"{split}-{number:05d}" for number in range(len(parts))], len(own)
+            names[split] = [f"{split}-{number:05d}" for number in range(len(parts))], len(selected)
             tasks += [
                 (name, part, final, size, gray)
                 for name, part in zip(names[split][0], parts, strict=True)

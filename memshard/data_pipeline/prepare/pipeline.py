@@ -2,7 +2,7 @@
 report.
 
 Every stage keeps what it has finished in a work folder beside the output, under names that say what
-went in. A build that was killed goes on there; other settings redo what they change. The outcome is
+went in. A build that was killed resumes there; other settings redo what they change. The result is
 the same, byte for byte.
 """
 
@@ -10,11 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
@@ -25,8 +25,10 @@ from memshard.data_pipeline.prepare.documents import (
     read_texts,
     write_unit,
 )
-from memshard.data_pipeline.prepare.inputs import PAIR, Sources, is_warc
+from memshard.data_pipeline.prepare.inputs.files import Sources
+from memshard.data_pipeline.prepare.inputs.kinds import PAIR
 from memshard.data_pipeline.prepare.report import make_report
+from memshard.data_pipeline.prepare.sample import sample_lines
 from memshard.data_pipeline.prepare.split import TRAIN_SIDE, Splits, split_documents
 from memshard.data_pipeline.prepare.workers import cores, run_tasks
 from memshard.data_pipeline.prepare.write_shards import tokens_dtype, write_shards
@@ -35,11 +37,9 @@ from memshard.data_pipeline.tokenizer import (
     Tokenizer,
     TokenizerModel,
     train_tokenizer,
-    training_lines,
 )
 from memshard.io import atomic_write
 
-SAMPLE_LINES = 200_000
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
 HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
 REPORT_FILE = "report.json"
@@ -65,12 +65,13 @@ def build_data(
     """Write the data folder `out` and return its report. The same sources and settings give the
     same bytes.
 
-    tokenizer: a model file or data folder whose tokenizer is taken, instead of training one.
+    tokenizer: a model file or data folder whose tokenizer to use, instead of training one.
     held_out, test: share of the documents (below 1) or number of them, chosen by the hash of their
     text; by default 1 % and none, with `web` 5,000 each but no more than 1 % (Lample et al. 2019,
-    section 4.1, hold out 5,000 + 5,000 articles). workers: processes, all cores by default. Raises
-    ValueError or FileNotFoundError with the fix; what was finished stays in the work folder, and
-    nothing in `out`.
+    section 4.1, hold out 5,000 + 5,000 articles). shard_bytes: of text in a shard. page_seconds:
+    CPU time that a web page may take. workers: processes, by default one a core. Raises ValueError
+    or FileNotFoundError with the fix; what was finished then stays in the work folder, and `out` is
+    not touched.
     """
     target = Path(out).resolve()
     _check(target, held_out, test, vocab_size, shard_bytes)
@@ -80,11 +81,16 @@ def build_data(
     with alone(work):
         units = plan_units(sources, filters, work)
         todo = [unit for unit in units if not unit.folder.is_dir()]
-        limit = (
-            page_seconds if any(is_warc(file) for unit in units for file in unit.files) else None
-        )
+        timed = any(sources.source_of(file).timed for file in sources.files)
+        limit = page_seconds if timed else None
         tasks = [(unit, sources, filters) for unit in todo]
-        run_tasks(write_unit, tasks, min(workers or cores(), len(tasks)), "reading", limit)
+        run_tasks(
+            write_unit,
+            tasks,
+            min(workers or cores(), len(tasks)),
+            "reading",
+            limit,
+        )
         splits = split_documents(
             units, filters, deduplicate, *(_amounts(held_out, test, web, units))
         )
@@ -110,7 +116,7 @@ def build_data(
             final,
             shard_bytes,
             workers or cores(),
-            PAIR if sources.documents == "pairs" else None,
+            sources.chosen.separator,
         )
         used = Tokenizer(final)
         index = Index(
@@ -120,7 +126,7 @@ def build_data(
             TOKENIZER_FILE,
             used.sha256,
             written,
-            _kind(sources),
+            sources.chosen.record_kind,
         )
         report = make_report(len(sources.files), _not_utf8(units), stages, index)
         publish(final, target, index, report)
@@ -136,12 +142,12 @@ def publish(final: Path, target: Path, index: Index, report: dict) -> None:
         if leftover.name not in (REPORT_FILE, INDEX_FILE):
             leftover.unlink()
     if target.exists():
-        target.rmdir()  # empty, or check_target had refused it
+        target.rmdir()  # it is empty: check_target refuses others
     final.rename(target)
 
 
 def check_target(target: Path) -> None:
-    """ValueError if there is something at `target` already."""
+    """Raise ValueError if there is something at `target` already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --out, or remove it first")
 
@@ -179,8 +185,8 @@ def _check(
 
 @contextmanager
 def alone(work: Path) -> Iterator[None]:
-    """The work folder, locked and free of half-written results; removed at the end if it holds
-    none. ValueError if another build has it.
+    """Lock the work folder and clear it of half-written units; remove it at the end if it has no
+    finished ones. ValueError if another build has it.
     """
     (work / "units").mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -199,10 +205,6 @@ def alone(work: Path) -> Iterator[None]:
                 shutil.rmtree(partial, ignore_errors=True)
             if work.exists() and not any((work / "units").iterdir()):
                 shutil.rmtree(work)
-
-
-def _kind(sources: Sources) -> str:
-    return "pairs" if sources.documents == "pairs" else "text"
 
 
 def _stages(units: list[Unit], splits: Splits) -> Counter[str]:
@@ -237,9 +239,7 @@ def _describe(sources: Sources, stages: Counter[str], not_utf8: list[str]) -> st
 def _trained(
     units: list[Unit], splits: Splits, work: Path, vocab_size: int, model: TokenizerModel, seed: int
 ) -> bytes:
-    """A tokenizer trained on a uniform sample of the training documents' lines (reservoir
-    sampling).
-    """
+    """Return a tokenizer trained on a uniform sample of the training documents' lines."""
     names = [unit.folder.name for unit in units]
     key = digest(splits.sides.tobytes(), vocab_size, model, seed, *names)
     cached = work / f"tokenizer-{key}"
@@ -247,30 +247,23 @@ def _trained(
         return cached.read_bytes()
     train = splits.sides == TRAIN_SIDE
     total = int(splits.sizes[train].sum())
-    if (
-        total > SAMPLE_BYTES
-    ):  # documents of a sample of hashes; not the lowest ones, those are held out
+    if total > SAMPLE_BYTES:
+        # Those with the highest hashes, a random choice; those with the lowest are held out.
         train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
-    draw = random.Random(seed)
-    lines: list[str] = []
-    seen = 0
-    for number, unit in enumerate(units):
-        own = slice(int(splits.first[number]), int(splits.first[number + 1]))
-        for text in read_texts(unit, splits.sizes[own], train[own]):
-            for line in training_lines(text.replace(PAIR, "\n")):
-                seen += 1
-                if len(lines) < SAMPLE_LINES:
-                    lines.append(line)
-                elif (place := int(draw.random() * seen)) < SAMPLE_LINES:
-                    lines[place] = line
-    proto = train_tokenizer(lines, vocab_size, model)
+    documents = (slice(first, last) for first, last in pairwise(splits.first.tolist()))
+    texts = (
+        text.replace(PAIR, "\n")
+        for unit, of_unit in zip(units, documents, strict=True)
+        for text in read_texts(unit, splits.sizes[of_unit], train[of_unit])
+    )
+    proto = train_tokenizer(sample_lines(texts, seed), vocab_size, model)
     with atomic_write(cached) as file:
         file.write_bytes(proto)
     return proto
 
 
 def digest(*facts: object) -> str:
-    """A name for what is made of these facts."""
+    """Return a name for what is made of these facts: a hash of them."""
     total = hashlib.blake2b(digest_size=8)
     for fact in facts:
         total.update(fact if isinstance(fact, bytes) else f"{fact};".encode())

@@ -5,7 +5,7 @@ table 1).
 from pathlib import Path
 from typing import Any
 
-from memshard.data_pipeline.prepare.inputs import read_lines
+from memshard.data_pipeline.prepare.inputs.files import read_lines
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import bars

@@ -227,7 +227,7 @@ def _score_files(
     args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device"
 ) -> dict[str, Any]:
     """BLEU of translated files."""
-    from memshard.data_pipeline.prepare.inputs import read_lines
+    from memshard.data_pipeline.prepare.inputs.files import read_lines
     from memshard.trainer.precision import compute_dtype
 
     with usage_errors():

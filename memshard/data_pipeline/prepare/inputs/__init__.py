@@ -1,0 +1,5 @@
+"""What a data folder is built from: which files, and how each kind of file becomes documents."""
+
+from memshard.data_pipeline.prepare.inputs.files import Sources, find_files
+
+__all__ = ["Sources", "find_files"]

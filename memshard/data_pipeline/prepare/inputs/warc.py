@@ -1,27 +1,30 @@
-"""Articles of a WARC file: pages to main text, each under a time limit."""
+"""Web archives (WARC): from pages to the text of their articles, each under a time limit."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
-from memshard.data_pipeline.web.extract import decode, main_text
+from memshard.data_pipeline.web.extract import Extractor, decode, main_text
 from memshard.data_pipeline.web.language import may_be
 from memshard.data_pipeline.web.warc import read_pages
 
 MAX_PAGE = 10_000_000  # bytes of HTML; larger ones are lists and data
-MAX_TEXT = 1_000_000  # characters; no article is longer, and everything behind takes time by length
+MAX_TEXT = 1_000_000  # characters; no article is longer, and all later stages take time by length
 
 
-def read_articles(
-    watch: Watch, file: Path, extractor: str, language: str | None, counts: Counter[str]
+def read(
+    files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
-    """Texts of a WARC file's HTML pages, in order.
+    """Yield the articles of a WARC file's HTML pages, in order.
 
     A page that is surely in another language by a quick look at its text is not extracted. Counts
-    pages and their bytes by `pages`, and those without a text by `page_large`, `page_timeout`,
+    documents and bytes of all `pages`, and of those without a text: `page_large`, `page_timeout`,
     `page_failed`, `page_language`, `page_empty`.
     """
+    (file,) = files
+    extractor, language = options["extractor"], options["language"]
     for page in read_pages(file, counts):
         reason, text = "", ""
         try:
@@ -51,7 +54,8 @@ def read_articles(
             yield text
 
 
-def _article(body: bytes, extractor: str, language: str | None) -> tuple[str, str]:
+def _article(body: bytes, extractor: Extractor, language: str | None) -> tuple[str, str]:
+    """Return (why there is no text, or "", and the text)."""
     html = decode(body)
     quick = main_text(html, "resiliparse")
     if language is not None and quick and not may_be(quick, language):

@@ -1,0 +1,34 @@
+"""Sentence pairs: line n of a file and of its translation."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from memshard.data_pipeline.prepare.inputs.files import open_text
+from memshard.data_pipeline.prepare.inputs.kinds import PAIR
+from memshard.data_pipeline.prepare.workers import Watch
+
+
+def read(
+    files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
+) -> Iterator[str]:
+    """Yield line n of both files with PAIR between. ValueError if one has more lines.
+
+    Counts `empty` pairs, those with an empty side, which are left out.
+    """
+    source, target = files
+    with open_text(source) as left, open_text(target) as right:
+        for number, (one, other) in enumerate(zip_longest(left, right), 1):
+            if one is None or other is None:
+                short, long = (source, target) if one is None else (target, source)
+                raise ValueError(
+                    f"{short} ends at line {number - 1} and {long} goes on: pairs need as many "
+                    "lines in both files"
+                )
+            sides = [line.strip().replace(PAIR, " ") for line in (one, other)]
+            if all(sides):
+                yield PAIR.join(sides)
+            else:
+                counts["empty"] += 1
