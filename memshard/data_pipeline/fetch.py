@@ -1,5 +1,5 @@
-"""Files from elsewhere: http(s), and s3 or anything else through a command; with retries, and going
-on where a transfer broke off.
+"""Fetching files by http(s), and from s3 or anything else through a command; with retries, which
+resume a transfer where it broke off.
 """
 
 import http.client
@@ -23,12 +23,14 @@ Result = TypeVar("Result")
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is something to fetch: http(s)://, s3://, pipe:COMMAND."""
+    """Tell whether a name is something to fetch: http(s)://, s3://, pipe:COMMAND."""
     return name.startswith(("http://", "https://", "s3://", "pipe:"))
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Copy what `url` names into a file in `folder`. OSError after RETRIES tries."""
+    """Copy what `url` names into a file in `folder` and return its path. OSError after RETRIES
+    tries.
+    """
     target = folder / re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-100:].lstrip(".-")
     target.unlink(missing_ok=True)
     if url.startswith(("http://", "https://")):
@@ -39,8 +41,8 @@ def fetch(url: str, folder: Path) -> Path:
 
 
 def read_range(url: str, begin: int, end: int) -> bytes:
-    """Bytes begin to end - 1 of an http(s) URL. OSError after RETRIES tries, or when the server
-    sends something else.
+    """Return bytes begin to end - 1 of an http(s) URL. OSError after RETRIES tries, or if the
+    server sends something else.
     """
 
     def read() -> bytes:
@@ -59,8 +61,8 @@ def read_range(url: str, begin: int, end: int) -> bytes:
 
 
 def retry(url: str, action: Callable[[], Result]) -> Result:
-    """The result of `action`, tried again after failures with doubling waits, but not where the
-    server says it has no such thing.
+    """Return the result of `action`, which is tried again after failures, with doubling waits,
+    unless the server says that it has no such thing.
     """
     for attempt in range(RETRIES):
         try:
@@ -105,8 +107,8 @@ def _command(url: str) -> str:
 
 
 def _run(command: str, target: Path) -> None:
-    """Write the standard output of a shell command; an exit code other than 0 is a failure even if
-    all seems to have come.
+    """Write the standard output of a shell command to a file. An exit code other than 0 is a
+    failure, whatever came.
     """
     with target.open("wb") as stream:
         done = subprocess.run(

@@ -1,5 +1,5 @@
-"""Lossless sentencepiece tokenizer: any string decodes back to itself, whitespace and control
-characters included.
+"""A lossless sentencepiece tokenizer: every string decodes back to itself, with its white space and
+control characters.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above
 
 
 def training_lines(text: str) -> Iterator[str]:
-    """Lines of a text as training takes them: not blank, long ones in pieces."""
+    """Yield the lines of a text as training takes them: not blank, long ones cut."""
     for line in text.split("\n"):
         if not line.isspace():
             yield from (line[start : start + MAX_LINE] for start in range(0, len(line), MAX_LINE))
@@ -36,9 +36,9 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, model: TokenizerModel
     """Train a vocabulary of exactly `vocab_size` pieces on `training_lines` and return the
     serialised model.
 
-    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, runs of spaces included.
-    The result depends on the lines alone, not on the machine's cores. Raises ValueError when the
-    text cannot fill the vocabulary.
+    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, also runs of spaces. The
+    result depends only on the lines, not on the machine's cores. Raises ValueError if the text
+    cannot fill the vocabulary.
     """
     proto = io.BytesIO()
     try:
@@ -81,7 +81,7 @@ def _explain(message: str, vocab_size: int) -> str:
 
 
 class Tokenizer:
-    """A trained tokenizer, read from a model file or from the data folder that holds one."""
+    """A trained tokenizer, read from a model file or a data folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         file = (
@@ -110,13 +110,11 @@ class Tokenizer:
         ]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without <eos>."""
+        """Return the token ids of `text`, without <eos>."""
         return self.encode_batch([text], threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = -1) -> list[list[int]]:
-        """Token ids of every text. `threads` of -1 uses all cores; the result does not depend on
-        it.
-        """
+        """Return the token ids of every text. threads: -1 for all cores; the result is the same."""
         parts = [text.split(SPACE_MARK) for text in texts]
         encoded = iter(self._encode_parts(list(chain.from_iterable(parts)), threads))
         ids = []
@@ -137,5 +135,5 @@ class Tokenizer:
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; <eos> is dropped and an incomplete UTF-8 sequence becomes U+FFFD."""
+        """Return the text of `ids`, without <eos>; an incomplete UTF-8 sequence becomes U+FFFD."""
         return self._processor.decode([int(token) for token in ids])

@@ -21,7 +21,8 @@ _SIOCGIFADDR = 0x8915
 
 @contextmanager
 def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
-    """Join the process group that a launcher has prepared, if any (see `read_ranks`).
+    """Join the process group that a launcher has prepared, if any (see `read_ranks`), and leave it
+    at the end.
 
     timeout: seconds that collectives wait for a rank. Yields this rank's device (a GPU where there
     is one, else the CPU) and what the launcher said. ValueError if it did not say enough.
@@ -36,9 +37,8 @@ def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
                 dist.destroy_process_group()
         return
     _publish(ranks)
-    os.environ.setdefault(
-        "TORCH_FR_BUFFER_SIZE", "2000"
-    )  # the last collectives, for `memshard doctor`
+    # torch then records the last collectives, for `memshard doctor`.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout),
@@ -119,9 +119,9 @@ def _publish(ranks: Ranks) -> None:
 
 
 def reachable_interface(address: str) -> str | None:
-    """The network interface to reach other hosts by, where gloo would not find it: it takes the
-    address of the host's own name, which Debian's /etc/hosts sets to 127.0.1.1. None if there is
-    nothing to mend, or no telling.
+    """Return the network interface by which to reach other hosts, if gloo would not find it: it
+    takes the address of the host's own name, which Debian's /etc/hosts sets to 127.0.1.1. None if
+    gloo is right, or if nothing is known.
     """
     try:
         if not _loopback(socket.gethostbyname(socket.gethostname())) or socket.gethostbyname(
@@ -130,12 +130,12 @@ def reachable_interface(address: str) -> str | None:
             return None
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing
-            own = probe.getsockname()[0]
-            found = {name: _address_of(name, probe) for _, name in socket.if_nameindex()}
+            local = probe.getsockname()[0]
+            addresses = {name: _address_of(name, probe) for _, name in socket.if_nameindex()}
     except OSError:
         return None
-    outside = [name for name, ip in found.items() if ip is not None and not _loopback(ip)]
-    towards = [name for name in outside if found[name] == own]
+    outside = [name for name, ip in addresses.items() if ip is not None and not _loopback(ip)]
+    towards = [name for name in outside if addresses[name] == local]
     if towards:
         return towards[0]
     return outside[0] if len(outside) == 1 else None
@@ -156,8 +156,8 @@ def _loopback(ip: str) -> bool:
 
 
 def _leave_at_once() -> None:
-    """Leaving in order waits for the ranks that are lost, for seconds, and may end in an abort of
-    gloo's threads (exit code -6).
+    """End the process without leaving the group, which would wait seconds for the lost ranks and
+    may end in an abort of gloo's threads (exit code -6).
     """
     sys.stdout.flush()
     sys.stderr.flush()

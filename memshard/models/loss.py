@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
-"""Target of a position that predicts nothing."""
+"""Target of a position that predicts nothing. Also in data_pipeline/stream/batch.py, since neither
+package may import the other.
+"""
 
 
 def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

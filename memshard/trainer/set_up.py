@@ -136,7 +136,7 @@ def build_run(
     if recipe.train.carry_state:
         assert isinstance(stream, TrainStream)
         run.carried_states = Carried(
-            run.model, stream.lanes, stream.continues, run.data_rank, run.data_ranks
+            run.model, stream.text_lanes, stream.continues, run.data_rank, run.data_ranks
         )
     return run
 

@@ -39,8 +39,8 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     begun = time.perf_counter()
     batches = run.next_batches()
     data_wait = time.perf_counter() - begun
-    tokens = run.task.predicted(run.stream, progress.batch, batches)
-    read = run.stream.predicted(progress.batch)
+    tokens = run.task.loss_tokens(run.stream, progress.batch, batches)
+    read = run.stream.tokens_read(progress.batch)
     _balance_keys(run, tokens)
     spiked = False
 

@@ -124,10 +124,3 @@ def test_verify_finds_every_kind(corpus: Path, tmp_path: Path) -> None:
         f"train-00003.tar: has {len(tar) - 2048:,} bytes instead of {len(tar):,}",
     ):
         assert problem in str(caught.value)
-
-
-def test_sidecars_of_the_first_builds_are_read(data: Path, copy: Path) -> None:
-    for shard in load_index(copy).splits["train"].shards:
-        np.save(copy / shard.sidecar, np.load(copy / shard.sidecar)[:, :2])
-    old, new = TrainStream(copy, LENGTH, LANES, 0), TrainStream(data, LENGTH, LANES, 0)
-    assert torch.equal(old.batch(3, 40).inputs, new.batch(3, 40).inputs)

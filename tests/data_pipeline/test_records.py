@@ -63,7 +63,7 @@ def test_pairs_come_back_whole(pairs: Path) -> None:
         source = tokenizer.decode(record[: record.index(index.eos_id)]).split()
         target = tokenizer.decode(record[record.index(index.eos_id) + 1 :]).split()
         assert (source[0], target[0]) == ("source", "target") and source[1] == target[1]
-    assert [stream.predicted(step) for step in range(len(epoch))] == [
+    assert [stream.tokens_read(step) for step in range(len(epoch))] == [
         int((batch.targets != IGNORE).sum()) for batch in epoch
     ]
     padding = 1 - sum(map(len, records)) / sum(batch.inputs.numel() + BATCH for batch in epoch)

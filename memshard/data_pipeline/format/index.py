@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from memshard.data_pipeline.fetch import is_url
+from memshard.data_pipeline.format.kinds import RECORD_KINDS, RecordKind
 from memshard.data_pipeline.format.remote import local_copy
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
-KINDS = ("text", "raw", "pairs", "images")
 TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of tokens and its sidecar, an int64 array [documents, 3] of (byte offset in the tar,
-    tokens, CRC-32).
-    """
+    """One tar of tokens or text, and its sidecar (`read_sidecar` says what that holds)."""
 
     file: str
     documents: int
@@ -35,8 +33,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """Totals over the shards of a split; tokens count the <eos> after each document, text bytes and
-    words do not.
+    """Totals over the shards of a split. Tokens include the <eos> after each document; text bytes
+    and words do not.
     """
 
     documents: int
@@ -50,9 +48,8 @@ class Split:
 class Index:
     """Content of index.json.
 
-    kind: text (packed by the stream), raw (the same, text still to be tokenised), pairs (source
-    <eos> target <eos>) or images (one token a colour value, then <eos>). shape: height, width,
-    channels of every image. suffix: of the members with raw text.
+    kind: one of RECORD_KINDS. shape: height, width, channels of every image. suffix: of the tar
+    members with raw text.
     """
 
     dtype: str
@@ -66,27 +63,28 @@ class Index:
     suffix: str | None = None
 
     @property
+    def records(self) -> RecordKind:
+        """What the records are."""
+        return RECORD_KINDS[self.kind]
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything the index says, so over every shard's and the tokenizer's
-        hash.
-        """
+        """SHA-256 of the index, and so of the hashes of all shards and the tokenizer."""
         return hashlib.sha256(dump_index(self).encode()).hexdigest()
 
 
 def dump_index(index: Index) -> str:
-    """The text of index.json."""
+    """Return the text of index.json, without fields that have their defaults."""
     fields = dataclasses.asdict(index)
-    if index.kind == "text":  # as before there were other kinds, so that fingerprints stay
-        del fields["kind"]
-    for name in ("shape", "suffix"):
-        if fields[name] is None:
-            del fields[name]
+    for item in dataclasses.fields(Index):
+        if fields[item.name] == item.default:
+            del fields[item.name]
     return json.dumps({"format": FORMAT_VERSION, **fields}, indent=1) + "\n"
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
     """Read and check the index of the data folder `path`, a folder or a URL: every file it names
-    must be there with the right size; of a URL that shows when it is read.
+    must be there with the right size. A URL's files are checked when they are read.
 
     Raises FileNotFoundError or ValueError that name the file and the fix.
     """
@@ -98,7 +96,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
             f"SRC --out {folder}`"
         )
     index = read_index(file.parent)
-    names = [index.tokenizer] * (index.kind != "images")
+    names = [index.tokenizer] * index.records.tokenizer
     names += [
         name
         for split in index.splits.values()
@@ -128,7 +126,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a local folder, whatever the state of the files it names. ValueError if it is
+    """Return the index of a local folder, without a look at the files it names. ValueError if it is
     damaged.
     """
     file = folder / INDEX_FILE
@@ -167,8 +165,8 @@ def _check(index: Index) -> None:
         )
     if index.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
-    if index.kind not in KINDS:
-        raise ValueError(f"kind is {index.kind!r}, expected one of {', '.join(KINDS)}")
+    if index.kind not in RECORD_KINDS:
+        raise ValueError(f"kind is {index.kind!r}, expected one of {', '.join(RECORD_KINDS)}")
     for name, split in index.splits.items():
         for total in ("documents", "tokens"):
             if getattr(split, total) != sum(getattr(shard, total) for shard in split.shards):
@@ -176,7 +174,7 @@ def _check(index: Index) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """Return the SHA-256 of a file in hex, reading it in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):

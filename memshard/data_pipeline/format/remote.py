@@ -1,10 +1,10 @@
-"""Data folders elsewhere: a local mirror of the small files, and a cache of limited size for the
-blocks of shards that are read.
+"""Data folders at a URL: a local copy of the small files, and a cache of limited size for blocks of
+shards.
 
-http(s) folders are read by range requests, so that a rank fetches only what its lanes need; s3 and
-pipe: come by whole files. A pipe: folder is a command with {file} where the file's name goes.
-MEMSHARD_CACHE names the cache's folder (default ~/.cache/memshard), MEMSHARD_CACHE_BYTES its limit
-(default 64 GiB).
+http(s) folders are read by range requests, so that a rank fetches only what it needs; files of s3
+and pipe: folders are fetched whole. A pipe: folder is a command with {file} in place of the file's
+name. MEMSHARD_CACHE names the cache's folder (default ~/.cache/memshard), MEMSHARD_CACHE_BYTES its
+limit (default 64 GiB).
 """
 
 import hashlib
@@ -22,8 +22,8 @@ BLOCKS_IN_MEMORY = 8
 
 
 def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = None) -> Path:
-    """The file `name` of a data folder: itself, or of a URL a copy, fetched if it is absent or,
-    given a hash, different.
+    """Return the path of the file `name` of a data folder; of a URL, that of a local copy, fetched
+    if it is absent or, given a hash, different.
     """
     if not is_url(str(path)):
         return Path(path) / name
@@ -48,7 +48,7 @@ def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = Non
 
 
 def cache_folder(url: str) -> Path:
-    """Where files of the data folder at `url` are kept."""
+    """Return the folder for local copies of files of the data folder at `url`; it exists."""
     root = Path(os.environ.get("MEMSHARD_CACHE") or Path.home() / ".cache" / "memshard")
     folder = root / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +56,13 @@ def cache_folder(url: str) -> Path:
 
 
 def file_url(url: str, name: str) -> str:
-    """The URL of a file in the data folder at `url`."""
+    """Return the URL of a file in the data folder at `url`."""
     return url.replace("{file}", name) if url.startswith("pipe:") else f"{url.rstrip('/')}/{name}"
 
 
 class BlockCache:
-    """Byte ranges of the shards at `url`; blocks least recently used go when the limit is passed,
-    whichever process wrote them.
+    """Byte ranges of the shards at `url`. When the blocks on disk pass the limit, those least
+    recently used are removed, whichever process wrote them.
     """
 
     def __init__(self, url: str, limit: int | None = None) -> None:
@@ -77,8 +77,8 @@ class BlockCache:
         self._memory: OrderedDict[str, bytes] = OrderedDict()
 
     def read(self, name: str, size: int, begin: int, end: int) -> bytes:
-        """Bytes begin to end - 1 of the file `name`, which has `size` bytes. OSError if they cannot
-        be had.
+        """Return bytes begin to end - 1 of the file `name`, which has `size` bytes. OSError if they
+        cannot be fetched.
         """
         step = BLOCK_BYTES if self._ranges else size
         parts = []
@@ -124,21 +124,21 @@ class BlockCache:
         return retry(url, whole)
 
     def _make_room(self, added: int) -> None:
+        """Count bytes just written, and remove blocks if the limit is passed."""
         self._written += added
         if self._written <= self._limit:
             return
-        found = []
+        files = []
         for file in self._folder.iterdir():
             try:
                 facts = file.stat()
             except FileNotFoundError:
                 continue  # another process was quicker
             if file.is_file():
-                found.append((facts.st_mtime_ns, facts.st_size, file))
-        total = sum(size for _, size, _ in found)
-        for _, size, file in sorted(found, key=lambda item: item[0])[
-            :-1
-        ]:  # never the newest, which was just read
+                files.append((facts.st_mtime_ns, facts.st_size, file))
+        total = sum(size for _, size, _ in files)
+        oldest_first = sorted(files, key=lambda item: item[0])
+        for _, size, file in oldest_first[:-1]:  # never the newest, which was just read
             if total <= self._limit:
                 break
             file.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""Writing token shards: standard WebDataset tars with several documents a sample, beside each a
-sidecar of offsets.
+"""Token shards: standard WebDataset tars with several documents a sample, and beside each a sidecar
+that says where each document is.
 """
 
 import io
@@ -15,9 +15,7 @@ from memshard.data_pipeline.format.index import Shard, sha256_file
 from memshard.data_pipeline.format.remote import local_copy
 from memshard.io import atomic_write, partial_path
 
-DOCUMENTS_PER_SAMPLE = (
-    64  # tar headers and padding cost 2.5 % there, 12 % with one document a sample
-)
+DOCUMENTS_PER_SAMPLE = 64  # tar headers and padding cost 2.5 %; 12 % with one document a sample
 SIDECAR_COLUMNS = 4
 
 
@@ -100,9 +98,8 @@ class ShardWriter:
             content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False
         )
         member = tarfile.TarInfo(f"{self._name}-{self._samples:06d}.{name}.npy")
-        member.size = (
-            content.tell()
-        )  # mtime, uid and gid are 0 by default: nothing of the machine gets in
+        # mtime, uid and gid stay 0, so that nothing of the machine gets in.
+        member.size = content.tell()
         member.mode = 0o644
         content.seek(0)
         data_start = self._tar.offset + tarfile.BLOCKSIZE
@@ -111,11 +108,11 @@ class ShardWriter:
 
 
 def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
-    """The sidecar of a shard, int64 [documents, 4] of (byte offset, tokens, CRC-32 of the bytes,
-    bytes), checked against the index.
+    """Return the sidecar of a shard, int64 [documents, 4] of (byte offset in the tar, tokens,
+    CRC-32 of the bytes, bytes), checked against the index.
 
-    In the file bytes stand only with raw text; those of tokens follow from their number and are 0
-    here. Sidecars of the first builds have no checksums; they are -1 here.
+    Only sidecars of raw text have the last column; the bytes of tokens follow from their number and
+    are 0 here.
     """
     path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
     try:
@@ -126,11 +123,8 @@ def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
         raise ValueError(
             f"{path} is damaged ({error}): copy it again, or build the data set again"
         ) from error
-    for columns, missing in ((2, -1), (3, 0)):
-        if entries.shape == (shard.documents, columns):
-            entries = np.concatenate(
-                [entries, np.full((len(entries), 1), missing, dtype=entries.dtype)], axis=1
-            )
+    if entries.shape == (shard.documents, SIDECAR_COLUMNS - 1):
+        entries = np.pad(entries, ((0, 0), (0, 1)))
     if (
         entries.shape != (shard.documents, SIDECAR_COLUMNS)
         or entries.dtype != np.int64

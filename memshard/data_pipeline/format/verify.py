@@ -21,15 +21,13 @@ from memshard.data_pipeline.format.shards import read_sidecar
 
 
 def verify_data(path: str | os.PathLike[str]) -> dict:
-    """Re-hash everything and compare counts; return totals, or raise ValueError naming every bad
-    file.
-    """
+    """Re-hash everything, compare counts, and return totals. ValueError names every bad file."""
     folder = Path(path)
     index = read_index(folder) if (folder / INDEX_FILE).is_file() else load_index(folder)
     shards = [shard for split in index.splits.values() for shard in split.shards]
     problems = (
         _file_problems(folder / index.tokenizer, None, index.tokenizer_sha256)
-        if index.kind != "images"
+        if index.records.tokenizer
         else []
     )
     for shard in tqdm(shards, "verifying", unit="shard", disable=None, leave=False):
@@ -52,12 +50,12 @@ def verify_data(path: str | os.PathLike[str]) -> dict:
 def _file_problems(file: Path, size: int | None, sha256: str) -> list[str]:
     if not file.is_file():
         return [f"{file.name}: is missing"]
-    found = file.stat().st_size
-    if size is not None and found != size:
+    there = file.stat().st_size
+    if size is not None and there != size:
         return [
-            f"{file.name}: is empty"
-            if not found
-            else f"{file.name}: has {found:,} bytes instead of {size:,}"
+            f"{file.name}: has {there:,} bytes instead of {size:,}"
+            if there
+            else f"{file.name}: is empty"
         ]
     return [] if sha256_file(file) == sha256 else [f"{file.name}: content differs from its hash"]
 
@@ -69,7 +67,7 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
         tar = [f"{tar[0]} ({_bad_documents(folder, index, shard) or 'no document of it'})"]
     if tar or sidecar:
         return tar + sidecar
-    if index.kind == "raw":
+    if not index.records.tokenized:
         bad = _bad_documents(folder, index, shard)
         return (
             [f"{shard.sidecar}: does not list the documents of {shard.file} ({bad})"] if bad else []
@@ -100,7 +98,7 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
 
 
 def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
-    """Which documents fail their checksum, the first ten of them."""
+    """Name the documents that fail their checksum, the first ten of them; "" if none does."""
     size = np.dtype(index.dtype).itemsize
     bad = []
     with (folder / shard.file).open("rb") as stream:
@@ -108,7 +106,7 @@ def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
             read_sidecar(folder, shard).tolist()
         ):
             stream.seek(offset)
-            if checksum >= 0 and zlib.crc32(stream.read(raw or tokens * size)) != checksum:
+            if zlib.crc32(stream.read(raw or tokens * size)) != checksum:
                 bad.append(str(number))
     return f"documents {', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}" if bad else ""
 

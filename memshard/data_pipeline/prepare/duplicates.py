@@ -1,4 +1,4 @@
-"""Exact and near duplicates: signatures of documents, and the clusters that equal signatures make.
+"""Exact and near duplicates: signatures of documents, and clusters of equal signatures.
 
 Near duplicates by MinHash (Broder 1997) over 5-word shingles, 14 bands of 8 hashes: texts with a
 Jaccard similarity of .7 share a band in 56 % of cases, of .8 in 92 %, of .9 in 99.9 %.
@@ -21,14 +21,14 @@ _IN_BAND, _IN_SHINGLE = _random[-ROWS - SHINGLE : -SHINGLE], _random[-SHINGLE:]
 
 
 def exact_hash(text: str) -> int:
-    """64 bits of a text without regard to case and white space; the same on every machine."""
+    """Return a 64-bit hash of a text, ignoring case and white space; the same on every machine."""
     return int.from_bytes(
         hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest(), "big"
     )
 
 
 def band_keys(text: str) -> np.ndarray:
-    """uint64 [BANDS]; two texts are taken for near duplicates if they agree in any band."""
+    """Return the keys of a text, uint64 [BANDS]; texts that share one are near duplicates."""
     words = np.array(
         [zlib.crc32(word.encode()) for word in WORD.findall(text.casefold())], dtype=np.uint64
     )
@@ -45,8 +45,8 @@ def band_keys(text: str) -> np.ndarray:
 
 
 def clusters(documents: int) -> np.ndarray:
-    """Every document a cluster of its own: int64 [documents], the cluster's smallest document
-    number, to be given to `join`.
+    """Return labels for `join`, int64 [documents]: each document is a cluster, labelled by its
+    smallest number.
     """
     return np.arange(documents)
 

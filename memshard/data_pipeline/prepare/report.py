@@ -1,4 +1,4 @@
-"""What went into a build and came out of each of its stages."""
+"""The report of a build: what went into each of its stages and what was left out."""
 
 from collections import Counter
 
@@ -22,8 +22,8 @@ STAGES = (
 
 
 def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: Index) -> dict:
-    """The content of report.json. stages: documents and bytes that a stage took in (pages, text) or
-    left out (the others).
+    """Return the content of report.json. Its stages are the documents and bytes that a stage took
+    in (pages, text) or left out (all others).
     """
     stages = {
         name: {"documents": counts[f"{name}.documents"], "bytes": counts[f"{name}.bytes"]}

@@ -1,4 +1,6 @@
-"""Which documents stay, and on which side of the held-out split: decided over all units at once."""
+"""Which documents stay, and which are for training, held out or for testing: decided over all units
+at once.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ DROPPED, TRAIN_SIDE, HELD_OUT_SIDE, TEST_SIDE = range(4)
 
 @dataclass(frozen=True)
 class Splits:
-    """sides: uint8 [documents], over all units in order; first: int64 [units + 1], where each
-    unit's documents begin; sizes: uint32 [documents], their bytes; hashes: uint64 [documents];
-    counts: documents and bytes dropped as `exact_duplicate`, `near_duplicate`.
+    """The documents of all units, in order. sides: uint8 [documents], DROPPED or one of the three
+    sides; first: int64 [units + 1], where each unit's documents begin; sizes: uint32 [documents],
+    in bytes; words: [documents]; hashes: uint64 [documents]; counts: documents and bytes dropped as
+    `exact_duplicate` and `near_duplicate`.
     """
 
     sides: np.ndarray
@@ -29,11 +32,11 @@ class Splits:
 def split_documents(
     units: list[Unit], filters: Filters, deduplicate: bool, held_out: float, test: float
 ) -> Splits:
-    """Keep the first document of every cluster of duplicates, and draw the held-out and test
-    documents by the hash of it.
+    """Keep the first document of every cluster of duplicates, and choose the held-out and test
+    documents by their hashes.
 
-    held_out, test: below 1 a share of the documents, else a number of documents. Memory: some 50
-    bytes a document.
+    held_out, test: below 1 a share of the documents, else their number. Takes some 50 bytes of
+    memory a document.
     """
     sizes, words, hashes, first = [], [], [], [0]
     for unit in units:
@@ -68,10 +71,10 @@ def split_documents(
 
 
 def choose_sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: float) -> np.ndarray:
-    """TRAIN_SIDE, HELD_OUT_SIDE or TEST_SIDE of every document, by the order of the kept ones'
-    hashes: equal hashes are on one side.
+    """Return TRAIN_SIDE, HELD_OUT_SIDE or TEST_SIDE of every document, by the order of the kept
+    ones' hashes, so that equal documents are on one side.
 
-    ValueError with the fix if nothing were left to train on.
+    ValueError with the fix if nothing would be left to train on.
     """
     kept = np.unique(hashes[keep])
     if not len(kept):

@@ -1,5 +1,5 @@
-"""Tasks in worker processes, each killed and started again without the item it hangs on or dies
-of.
+"""Tasks in worker processes. A worker that hangs on an item, or dies of it, is started again
+without that item.
 """
 
 import multiprocessing
@@ -23,32 +23,32 @@ GRACE = 10
 
 
 class ItemTimeout(BaseException):
-    """An item took too long. No Exception, because libraries catch those."""
+    """An item took too long. A BaseException, because libraries catch every Exception."""
 
 
 @dataclass
 class Watch:
-    """A task's view of its items: which is in work, since when, and which to leave out because they
-    killed a worker before.
+    """A task's items: which one it works on, since when, and which to leave out because they killed
+    a worker before.
+
+    seconds: CPU time that an item may take. state: (item, time of its start), in a worker shared
+    with the parent. parent: its process number.
     """
 
     seconds: float | None = None
     skip: frozenset[int] = frozenset()
-    state: Any = field(
-        default_factory=lambda: [float(NO_ITEM), 0.0]
-    )  # item, start; shared with the parent in a worker
+    state: Any = field(default_factory=lambda: [float(NO_ITEM), 0.0])
     parent: int | None = None
 
     @contextmanager
     def item(self, number: int) -> Iterator[None]:
-        """Work on an item; raises ItemTimeout after `seconds` of CPU time, which other work on the
-        machine does not change.
+        """Work on an item. Raises ItemTimeout after `seconds` of CPU time, a clock that does not
+        depend on other work on the machine.
         """
         if self.parent is not None and os.getppid() != self.parent:
-            os._exit(1)  # the build was killed: do not go on writing beside the one that resumes it
-        self.state[1] = (
-            time.time()
-        )  # first, so that the parent never takes an older item's start for this one's
+            os._exit(1)  # the build was killed: do not write beside the one that resumes it
+        # The time first, so that the parent never takes an older item's start for this one's.
+        self.state[1] = time.time()
         self.state[0] = float(number)
         if self.seconds:
             signal.setitimer(signal.ITIMER_PROF, self.seconds)
@@ -61,7 +61,7 @@ class Watch:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -72,12 +72,12 @@ def run_tasks(
     label: str,
     seconds: float | None = None,
 ) -> None:
-    """Call `function(watch, *task)` for every task, at most `workers` at a time; one worker and no
-    time limit: in this process.
+    """Call `function(watch, *task)` for every task, in at most `workers` processes; with one worker
+    and no time limit, in this process.
 
-    seconds: CPU time of an item of a task. One that takes longer in code that cannot be
-    interrupted, or kills its worker, is left out when its task starts again. Raises what a task
-    raised, ValueError and OSError as such, others as RuntimeError.
+    seconds: CPU time that an item of a task may take. An item that takes longer in code that cannot
+    be interrupted, or kills its worker, is left out when its task starts again. Raises a task's
+    ValueError or OSError as such, other errors as RuntimeError.
     """
     progress = tqdm(total=len(tasks), desc=label, disable=None, leave=False)
     with progress:
@@ -126,7 +126,9 @@ class _Job:
         writer.close()
 
     def finished(self) -> bool:
-        """Whether the process has ended, by itself or because it hung. Raises the task's error."""
+        """Tell whether the process has ended, or was killed here because it hung. Raises the task's
+        error.
+        """
         assert self.process is not None
         item, since = int(self._state[0]), self._state[1]
         if self.process.is_alive():

@@ -1,5 +1,5 @@
-"""The last stage of a build: documents to token shards, each shard a task of its own that depends
-on nothing but its documents.
+"""The last stage of a build: from documents to token shards. A shard is a task that depends on its
+documents only.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ NAMES = {TRAIN: TRAIN_SIDE, HELD_OUT: HELD_OUT_SIDE, TEST: TEST_SIDE}
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard: a stretch of documents, of which those on one side go in. separator: between the
+    """One shard: the documents of one side in a stretch of all documents. separator: between the
     sentences of a pair. parts: (unit, sizes [documents], wanted [documents]).
     """
 
@@ -43,11 +43,11 @@ def write_shards(
     workers: int,
     separator: str | None = None,
 ) -> dict[str, Split]:
-    """Tokenise with the tokenizer in `folder` and write every split's shards there; those that are
-    there already stay.
+    """Tokenise with the tokenizer in `folder`, write every split's shards there that are not there
+    yet, and return the splits of the index.
 
-    separator: what stands between the sentences of a pair; it becomes an <eos>. A shard ends with
-    the document that brings its text to `shard_bytes`.
+    separator: between the sentences of a pair; it becomes an <eos>. A shard ends with the document
+    that brings its text to `shard_bytes`.
     """
     tokenizer = Tokenizer(folder)
     dtype = tokens_dtype(tokenizer.vocab_size)
@@ -76,15 +76,15 @@ def write_shards(
     )
     return {
         split: finished_split(
-            folder, names[split], int(splits.sizes[own].sum()), int(splits.words[own].sum())
+            folder, names[split], int(splits.sizes[of].sum()), int(splits.words[of].sum())
         )
-        for split, own in ((split, splits.sides == side) for split, side in NAMES.items())
+        for split, of in ((split, splits.sides == side) for split, side in NAMES.items())
         if names[split] or split != TEST
     }
 
 
 def tokens_dtype(vocab_size: int) -> str:
-    """The smallest type that holds every token."""
+    """Return the smallest type for a vocabulary."""
     return "uint16" if vocab_size <= 65_536 else "uint32"
 
 
@@ -101,7 +101,7 @@ def write_shard(watch: Watch, plan: ShardPlan, folder: Path, threads: int) -> No
 
 
 def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
-    """Close the shard and write its entry of the index, the sign that it is whole."""
+    """Close the shard and write its entry of the index, which marks it as whole."""
     with atomic_write(folder / f"{name}.json") as file:
         file.write_text(json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8")
 
@@ -109,7 +109,9 @@ def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
 def _tokens(
     tokenizer: Tokenizer, batch: list[str], separator: str | None, threads: int
 ) -> Iterator[list[int]]:
-    """Tokens of every document, <eos> behind it and between the sentences of a pair."""
+    """Yield the tokens of every document, with <eos> after it and between the sentences of a
+    pair.
+    """
     sides = [text.split(separator) if separator else [text] for text in batch]
     encoded = iter(tokenizer.encode_batch([side for pair in sides for side in pair], threads))
     for pair in sides:
@@ -117,7 +119,7 @@ def _tokens(
 
 
 def _cuts(splits: Splits, side: int, shard_bytes: int) -> Iterator[tuple[int, int]]:
-    """Stretches [begin, end) of document numbers, each a shard."""
+    """Yield stretches [begin, end) of document numbers, each a shard."""
     numbers = np.flatnonzero(splits.sides == side)
     ends = np.cumsum(splits.sizes[numbers], dtype=np.int64)
     first, done = 0, 0
@@ -140,7 +142,7 @@ def _parts(
 
 
 def finished_split(folder: Path, names: Sequence[str], text_bytes: int, words: int) -> Split:
-    """The index entry of a split whose shards are written."""
+    """Return the index entry of a split whose shards are written."""
     shards = tuple(
         Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in names
     )

@@ -1,4 +1,4 @@
-"""From token shards to batches: order, lanes, held-out windows."""
+"""From token shards to batches, in training and evaluation."""
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.data_pipeline.stream.held_out import HeldOutStream

@@ -1,26 +1,24 @@
 """The order of an epoch: a pure function of (seed, epoch, number of documents, lanes).
 
 Blocks of neighbouring documents are permuted, then documents are shuffled inside windows of some
-blocks. The result is one token stream per epoch, cut into equal lanes: whatever the documents'
-sizes, lanes hold the same number of tokens, so every epoch has the same number of samples and an
-epoch loses less than one sample a lane.
+blocks. The streams join them in this order and cut the tokens into equal lanes: whatever the
+documents' sizes, every epoch has the same number of samples, and loses less than one a lane.
 """
 
 import numpy as np
 
-MAX_BLOCK = (
-    64  # documents that stay neighbours until the window shuffle: reads stay local in large corpora
-)
+# Documents that stay neighbours until the window shuffle: reads of a large corpus are local.
+MAX_BLOCK = 64
 WINDOW = 16  # blocks shuffled together
-# At least, where the corpus allows: small corpora get blocks of one document, a full permutation.
+# Wanted; a small corpus gets blocks of one document, which makes the order a full permutation.
 BLOCKS_PER_LANE = 100
 
 
 def epoch_order(documents: int, lanes: int, seed: int, epoch: int) -> np.ndarray:
-    """Document numbers in reading order, int64 [documents], each once.
+    """Return document numbers in reading order, int64 [documents], each once.
 
-    Only raw Philox output is used, which numpy promises never to change; its higher-level shuffles
-    carry no such promise.
+    Only raw Philox output is used, which numpy promises never to change; it does not promise that
+    of its shuffles.
     """
     block = int(np.clip(documents // (BLOCKS_PER_LANE * lanes), 1, MAX_BLOCK))
     random = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))

@@ -1,6 +1,4 @@
-"""The held-out stream: the held-out documents in order, every token after the first predicted
-exactly once.
-"""
+"""The held-out stream: documents in order, every token after the first predicted exactly once."""
 
 import os
 
@@ -16,11 +14,10 @@ class HeldOutStream:
     predicted tokens.
 
     stride: tokens from one window to the next, by default length. With a smaller one windows
-    overlap: the first `overlap` tokens of each but the first are context alone, predicted by the
-    window before. windows: how many there are, the last one padded. tokens: predicted tokens over
-    all windows. text_bytes and words: of the held-out text that these tokens cover, for bits per
-    byte and perplexity per word; None if max_tokens cuts the text, because a cut falls inside a
-    word.
+    overlap: the first `overlap` tokens of every later window are only context, since the window
+    before predicts them. windows: their number; the last one is padded. tokens: predicted in all
+    windows. text_bytes and words: of the held-out text that these tokens cover, for bits per byte
+    and perplexity per word; None if max_tokens cuts the text, since a cut may be inside a word.
     """
 
     def __init__(
@@ -59,8 +56,8 @@ class HeldOutStream:
         self._starts = np.concatenate([[0], np.cumsum(self._reader.lengths)])
 
     def batch(self, first: int, count: int) -> Batch:
-        """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE,
-        samples -1).
+        """Return windows first to first + count - 1; those past the end are filler rows (targets
+        IGNORE, samples -1).
         """
         windows = first + np.arange(count)
         begins = np.minimum(windows * self._stride, self._starts[-1] - 1)

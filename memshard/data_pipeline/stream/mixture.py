@@ -1,4 +1,4 @@
-"""Several corpora in fixed shares, still a pure function of (seed, sample number)."""
+"""Several corpora in fixed shares; which sample comes from which is a function of the seed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ import torch
 from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.train_stream import TrainStream
 
-PERIOD = 1024  # samples in which every corpus has exactly its share, rounded to 1 / PERIOD
+PERIOD = 1024  # samples; each period has every corpus's exact share, rounded to 1 / PERIOD
 
 
 class MixtureStream:
     """Samples of several training streams, shuffled within periods of PERIOD samples.
 
-    weights: shares of the samples, any positive scale; with `by_epochs` how often each corpus is
-    read in the time in which the mixture is read once, so that the share is that number times the
-    corpus's size. The n-th sample taken from a corpus is sample n of its own stream, which begins a
-    new epoch when it is through. ValueError if the corpora have different tokenizers.
+    weights: shares of the samples, on any positive scale; with `by_epochs` the number of epochs of
+    each corpus per epoch of the mixture, so that its share is that number times its size. The n-th
+    sample taken from a corpus is sample n of its own stream, which continues with a new epoch at
+    its end. ValueError if the corpora have different tokenizers.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class MixtureStream:
         self._streams, self._seed = tuple(streams), seed
         sizes = np.array([stream.samples_per_epoch if by_epochs else 1 for stream in streams])
         self.quotas = _quotas(np.array(weights) * sizes)
-        self.lanes, self.tokenizer = streams[0].lanes, streams[0].tokenizer
+        self.tokenizer = streams[0].tokenizer
         passes = [
             size.samples_per_epoch * weight for size, weight in zip(streams, weights, strict=True)
         ]
@@ -55,31 +55,31 @@ class MixtureStream:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def batch(self, first: int, count: int) -> Batch:
-        """Global samples first to first + count - 1, counted from the start of the run."""
+        """Return global samples first to first + count - 1, counted from the start of the run."""
         corpora = self.corpora(first, count)
         begin = self._taken(first)
-        parts, places = [], []
+        batches, rows = [], []
         for number, stream in enumerate(self._streams):
-            rows = np.flatnonzero(corpora == number)
-            if len(rows):
-                parts.append(stream.batch(int(begin[number]), len(rows)))
-                places.append(rows)
-        back = torch.from_numpy(np.argsort(np.concatenate(places)))
-        mixed = Batch(*(torch.cat(fields)[back] for fields in zip(*parts, strict=True)))
+            of_stream = np.flatnonzero(corpora == number)
+            if len(of_stream):
+                batches.append(stream.batch(int(begin[number]), len(of_stream)))
+                rows.append(of_stream)
+        back = torch.from_numpy(np.argsort(np.concatenate(rows)))
+        mixed = Batch(*(torch.cat(fields)[back] for fields in zip(*batches, strict=True)))
         return mixed._replace(samples=torch.arange(first, first + count))
 
-    def predicted(self, step: int) -> int:
-        """Tokens predicted in a step."""
-        return self._streams[0].predicted(step)
+    def tokens_read(self, step: int) -> int:
+        """Return the number of tokens read in a step, by all ranks."""
+        return self._streams[0].tokens_read(step)
 
     def corpora(self, first: int, count: int) -> np.ndarray:
-        """Which corpus each sample comes from, int64 [count]."""
+        """Return the number of the corpus that each sample comes from, int64 [count]."""
         periods = range(first // PERIOD, (first + count - 1) // PERIOD + 1)
         start = first - periods[0] * PERIOD
         return np.concatenate([self._period(period) for period in periods])[start : start + count]
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each corpus has been read after that many samples of the mixture."""
+        """Return how many epochs of each corpus that many samples of the mixture are."""
         taken = self._taken(samples)
         return [
             float(number / stream.samples_per_epoch)
@@ -87,12 +87,14 @@ class MixtureStream:
         ]
 
     def _period(self, period: int) -> np.ndarray:
+        """Return the corpus of each sample of a period, int64 [PERIOD]."""
         keys = np.random.Philox(
             key=np.array([self._seed, (1 << 40) + period], dtype=np.uint64)
         ).random_raw(PERIOD)
         return np.repeat(np.arange(len(self.quotas)), self.quotas)[np.argsort(keys, kind="stable")]
 
     def _taken(self, first: int) -> np.ndarray:
+        """Return how many samples of each corpus come before sample `first`."""
         period, within = divmod(first, PERIOD)
         return period * self.quotas + np.bincount(
             self._period(period)[:within], minlength=len(self.quotas)
@@ -100,7 +102,7 @@ class MixtureStream:
 
 
 def _quotas(weights: np.ndarray) -> np.ndarray:
-    """Samples of a period, by largest remainders; at least one of each corpus."""
+    """Return each corpus's samples in a period, by largest remainders; at least one."""
     exact = weights / weights.sum() * PERIOD
     quotas = np.maximum(np.floor(exact), 1).astype(np.int64)
     order = np.argsort(quotas - exact, kind="stable")

@@ -1,4 +1,4 @@
-"""The streams of a data folder, of the kind its index says."""
+"""Opening the stream that fits what a data folder holds."""
 
 from collections.abc import Mapping
 
@@ -15,27 +15,27 @@ AnyStream = TrainStream | RecordStream | MixtureStream
 def open_train(
     path: str,
     length: int,
-    lanes: int,
+    batch: int,
     seed: int,
     tolerance: float = TOLERANCE,
     mixture: Mapping[str, float] | None = None,
     by_epochs: bool = False,
 ) -> AnyStream:
-    """The training stream of a folder, or of the folders of a mixture (path: share, or epochs with
-    `by_epochs`).
+    """Return the training stream of a folder, or of the folders of a mixture (path -> share, or
+    number of epochs with `by_epochs`). batch: sequences or records a step.
     """
     if mixture:
-        streams = [TrainStream(folder, length, lanes, seed, tolerance) for folder in mixture]
+        streams = [TrainStream(folder, length, batch, seed, tolerance) for folder in mixture]
         return MixtureStream(streams, list(mixture.values()), seed, by_epochs)
-    kind = TrainStream if load_index(path).kind in ("text", "raw") else RecordStream
-    return kind(path, length, lanes, seed, tolerance)
+    kind = TrainStream if load_index(path).records.packed else RecordStream
+    return kind(path, length, batch, seed, tolerance)
 
 
 def open_held_out(
     path: str, length: int, max_tokens: int | None = None, stride: int | None = None
 ) -> HeldOutStream | HeldOutRecords:
-    """The held-out stream of a folder. stride: of windows over text."""
-    if load_index(path).kind in ("text", "raw"):
+    """Return the held-out stream of a folder. stride: of windows over text."""
+    if load_index(path).records.packed:
         return HeldOutStream(path, length, max_tokens, stride)
     if stride is not None:
         raise ValueError(

@@ -1,6 +1,4 @@
-"""Steps read ahead in worker processes, for raw text, where the tokenizer would hold the training
-up.
-"""
+"""Steps read ahead by worker processes, for raw text, whose tokenizer training would wait for."""
 
 from collections.abc import Iterator
 
@@ -29,8 +27,8 @@ def prefetched(
     micro_batch: int | None,
     workers: int,
 ) -> Iterator[list[Batch]]:
-    """What `rank_share` gives for steps first to last - 1, in order; workers hold no state, so
-    their number changes nothing.
+    """Yield `rank_share` of steps first to last - 1, in order. Workers have no state, so their
+    number changes nothing.
     """
     steps = _Steps(stream, (batch, rank, ranks, micro_batch))
     return iter(DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers))

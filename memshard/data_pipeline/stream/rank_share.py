@@ -10,11 +10,11 @@ from memshard.data_pipeline.stream.open_stream import AnyStream
 def rank_share(
     stream: AnyStream, step: int, batch: int, rank: int, ranks: int, micro_batch: int | None
 ) -> list[Batch]:
-    """What `rank` of `ranks` trains on in a step of `batch` sequences, at most `micro_batch` at a
-    time (default: all).
+    """Return what `rank` of `ranks` trains on in a step of `batch` sequences, at most `micro_batch`
+    at a time (default: all).
 
-    Ranks take contiguous rows, so together they see the same global batch whatever their number.
-    Where it does not divide, the last ranks are filled up with rows that predict nothing.
+    Ranks take contiguous rows, so together they see the same global batch whatever their number. If
+    it does not divide, the last ranks get filler rows, which predict nothing.
     """
     share = -(-batch // ranks)
     first = min(rank * share, batch)
@@ -29,7 +29,7 @@ def rank_share(
 
 
 def _fill(rows: Batch, real: int, count: int) -> Batch:
-    """The first `real` rows, then filler up to `count`."""
+    """Return the first `real` rows, followed by filler up to `count` rows."""
 
     def extend(field: Tensor, value: int | None) -> Tensor:
         filler = field[:1].expand(count - real, *field.shape[1:])

@@ -1,5 +1,5 @@
-"""Reading token ranges of a split by index, straight from the tars, with a checksum of every
-document when it is first read.
+"""Reading token ranges of a split, straight from the tars; a document's checksum is tested when it
+is first read.
 """
 
 import logging
@@ -16,17 +16,17 @@ from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
 from memshard.data_pipeline.tokenizer import Tokenizer
 
-TOLERANCE = 0.001
-TOKENIZED_DOCUMENTS = 4096  # of raw text kept, because the next rows of their lanes go on in them
+TOLERANCE = 0.001  # share of a split's tokens that may be damaged
+TOKENIZED_DOCUMENTS = 4096  # of raw text in memory, because the next rows continue in them
 log = logging.getLogger(__name__)
 
 
 class SplitReader:
-    """The documents of one split, numbered over its shards in order.
+    """The documents of one split, numbered through its shards.
 
     A document that cannot be read or fails its checksum is masked: it keeps its length, so that the
-    order stays, but holds <eos> only. It is logged by name. tolerance: share of the split's tokens
-    that may be masked before RuntimeError.
+    order of all others does not change, but reads as <eos> only. It is logged by name. tolerance:
+    share of the split's tokens that may be masked before RuntimeError.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SplitReader:
         self.lengths = np.ascontiguousarray(entries[:, 1])
         self._offsets = np.ascontiguousarray(entries[:, 0])
         self._checksums, self._raw_bytes = entries[:, 2].copy(), entries[:, 3].copy()
-        self._tokenizer = Tokenizer(path) if self.index.kind == "raw" else None
+        self._tokenizer = None if self.index.records.tokenized else Tokenizer(path)
         self._tokenized: OrderedDict[int, np.ndarray] = OrderedDict()
         self._shard_of = np.repeat(
             np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars]
@@ -63,8 +63,8 @@ class SplitReader:
 
         order: int64 [documents], the stream's documents; starts: int64 [documents + 1], where each
         begins in the stream; begins: int64 [n], where each row begins. Returns tokens and the place
-        of each one's document in `order`, both int64 [n, count], and bool [n, count], where tokens
-        are masked; past the stream's end tokens are <eos>.
+        of each one's document in `order`, both int64 [n, count], and which tokens are masked, bool
+        [n, count]. Past the stream's end tokens are <eos>.
         """
         ends = np.minimum(begins + count, starts[-1])
         first = np.searchsorted(starts, begins, side="right") - 1
@@ -104,19 +104,17 @@ class SplitReader:
         )
 
     def _check(self, document: int) -> None:
-        """Read a document for the first time."""
-        if (
-            self._checked[document] or self._tokenizer is not None
-        ):  # raw text is read whole, and tested, every time
+        """Test a document's checksum, once."""
+        # Raw text is read whole every time, and tested there.
+        if self._checked[document] or self._tokenizer is not None:
             return
         self._checked[document] = True
-        if self._checksums[document] >= 0:
-            content = self._bytes(document, 0, int(self.lengths[document]) * self._dtype.itemsize)
-            if content is not None and zlib.crc32(content) != self._checksums[document]:
-                self._mask(document, "its content differs from its checksum")
+        content = self._bytes(document, 0, int(self.lengths[document]) * self._dtype.itemsize)
+        if content is not None and zlib.crc32(content) != self._checksums[document]:
+            self._mask(document, "its content differs from its checksum")
 
     def _piece(self, document: int, begin: int, size: int) -> np.ndarray | None:
-        """Tokens begin to begin + size - 1 of a document, or None if they cannot be read."""
+        """Return tokens begin to begin + size - 1 of a document, or None if they are damaged."""
         if self._tokenizer is not None:
             tokens = self._tokens(document, self._tokenizer)
             return None if tokens is None else tokens[begin : begin + size]
@@ -124,7 +122,7 @@ class SplitReader:
         return None if content is None else np.frombuffer(content, dtype=self._dtype)
 
     def _tokens(self, document: int, tokenizer: Tokenizer) -> np.ndarray | None:
-        """All tokens of a document of raw text."""
+        """Return all tokens of a document of raw text, or None if it is damaged."""
         if document not in self._tokenized:
             content = self._bytes(document, 0, int(self._raw_bytes[document]))
             if content is None:
@@ -143,7 +141,9 @@ class SplitReader:
         return self._tokenized[document]
 
     def _bytes(self, document: int, begin: int, size: int) -> bytes | None:
-        """Bytes begin to begin + size - 1 of a document, or None if they cannot be read."""
+        """Return bytes begin to begin + size - 1 of a document; mask it and return None if they
+        cannot be read.
+        """
         try:
             content = self._files.read(
                 int(self._shard_of[document]), int(self._offsets[document]) + begin, size
@@ -156,6 +156,7 @@ class SplitReader:
         return None
 
     def _mask(self, document: int, reason: str) -> None:
+        """Mask a document; RuntimeError if too many tokens are."""
         shard = int(self._shard_of[document])
         self.damaged[document] = True
         name = f"{self._files.shards[shard].file}, document {document - self._first_of[shard]}"
@@ -176,7 +177,7 @@ class SplitReader:
 
 
 class _ShardFiles:
-    """Byte ranges of shards, opened when first read: a rank needs only the shards of its lanes."""
+    """Byte ranges of shards, which are opened when first read: a rank needs only some of them."""
 
     def __init__(self, path: str, shards: tuple[Shard, ...]) -> None:
         self.shards = shards
@@ -194,7 +195,7 @@ class _ShardFiles:
         return os.pread(self._open[shard], size, begin)
 
     def __getstate__(self) -> dict:
-        """For worker processes: each opens its own."""
+        """Leave out open files: each worker process opens its own."""
         return {**vars(self), "_open": {}}
 
     def __del__(self) -> None:

@@ -1,5 +1,5 @@
-"""Records (sentence pairs, images): never cut, never packed; a batch holds records of about the
-same length.
+"""Streams of records (sentence pairs, images), which are neither cut nor joined: a row is one, and
+a batch has records of about the same length.
 """
 
 import hashlib
@@ -13,56 +13,56 @@ from memshard.data_pipeline.stream.batch import Batch, make_batch
 from memshard.data_pipeline.stream.epoch_order import epoch_order
 from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
-# Batches' worth of records sorted by length together: 1 or 2 % padding at 32 records a batch.
+# Records of this many batches are sorted by length: 1 or 2 % padding at 32 records a batch.
 BUCKET_BATCHES = 100
-MULTIPLE = 8  # lengths are rounded up to it
+MULTIPLE = 8  # to which the length of rows is rounded up
 log = logging.getLogger(__name__)
 
 
 class RecordStream:
-    """Training records of a data folder, `lanes` a step; the interface of TrainStream.
+    """Training records of a data folder, `size` a step; the interface of TrainStream.
 
-    The records of an epoch are put in order as documents are, sorted by their indexed length within
-    buckets, cut into batches, and the batches shuffled. Records of more than `length` + 1 tokens
-    are left out, and so are the last ones that fill no batch.
+    The records of an epoch are put in order as documents are, sorted by length within buckets, cut
+    into batches, and the batches shuffled. Records of more than `length` + 1 tokens are left out,
+    and so are the last ones if they do not fill a batch.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         length: int,
-        lanes: int,
+        size: int,
         seed: int,
         tolerance: float = TOLERANCE,
     ) -> None:
         for name, value, least in (
             ("data.length", length, 1),
-            ("train.batch", lanes, 1),
+            ("train.batch", size, 1),
             ("train.seed", seed, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self._reader = SplitReader(path, TRAIN, tolerance)
         self._records = _short_enough(self._reader, length, path)
-        self.lanes, self._seed, self._length = lanes, seed, length
-        self._steps = len(self._records) // lanes
+        self._size, self._seed, self._length = size, seed, length
+        self._steps = len(self._records) // size
         if not self._steps:
             raise ValueError(
                 f"{path} holds {len(self._records)} records of at most {length + 1} tokens, less "
-                f"than train.batch {lanes}: lower it"
+                f"than train.batch {size}: lower it"
             )
-        self.samples_per_epoch = self._steps * lanes
+        self.samples_per_epoch = self._steps * size
         self.tokenizer = self._reader.index.tokenizer_sha256
         identity = (
             f"records 1, index {self._reader.index.fingerprint}, seed {seed}, length "
-            f"{length}, lanes {lanes}"
+            f"{length}, lanes {size}"
         )
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._epoch: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def batch(self, first: int, count: int) -> Batch:
-        """Global samples first to first + count - 1; rows are as long as the longest record of the
-        steps they belong to.
+        """Return global samples first to first + count - 1; rows are as long as the longest record
+        of the steps they belong to.
         """
         if first < 0 or count < 1:
             raise ValueError(
@@ -70,18 +70,18 @@ class RecordStream:
                 "count at least 1"
             )
         samples = first + np.arange(count)
-        steps = range(first // self.lanes, (first + count - 1) // self.lanes + 1)
+        steps = range(first // self._size, (first + count - 1) // self._size + 1)
         records = np.concatenate([self._step(step) for step in steps])
         width = _width(self._reader.lengths[records].max() - 1, self._length)
-        start = first - steps[0] * self.lanes
+        start = first - steps[0] * self._size
         return _rows(self._reader, records[start : start + count], width, samples)
 
-    def predicted(self, step: int) -> int:
-        """Tokens predicted in a step: all but the first of every record."""
+    def tokens_read(self, step: int) -> int:
+        """Return the number of tokens read in a step, by all ranks; padding does not count."""
         return int((self._reader.lengths[self._step(step)] - 1).sum())
 
     def _step(self, step: int) -> np.ndarray:
-        """The records of a step, int64 [lanes]."""
+        """Return the records of a step, int64 [size]."""
         epoch, number = divmod(step, self._steps)
         if self._epoch[0] != epoch:
             self._epoch = epoch, self._batches(epoch)
@@ -89,10 +89,11 @@ class RecordStream:
         return batch
 
     def _batches(self, epoch: int) -> np.ndarray:
-        order = self._records[epoch_order(len(self._records), self.lanes, self._seed, epoch)][
+        """Return the records of an epoch's steps, int64 [steps, size]."""
+        order = self._records[epoch_order(len(self._records), self._size, self._seed, epoch)][
             : self.samples_per_epoch
         ]
-        bucket = self.lanes * BUCKET_BATCHES
+        bucket = self._size * BUCKET_BATCHES
         for begin in range(0, len(order), bucket):
             part = order[begin : begin + bucket]
             order[begin : begin + bucket] = part[
@@ -101,7 +102,7 @@ class RecordStream:
         keys = np.random.Philox(
             key=np.array([self._seed, (1 << 41) + epoch], dtype=np.uint64)
         ).random_raw(self._steps)
-        shuffled: np.ndarray = order.reshape(self._steps, self.lanes)[
+        shuffled: np.ndarray = order.reshape(self._steps, self._size)[
             np.argsort(keys, kind="stable")
         ]
         return shuffled
@@ -143,8 +144,8 @@ class HeldOutRecords:
         self.words: int | None = split.words if whole else None
 
     def batch(self, first: int, count: int) -> Batch:
-        """Windows first to first + count - 1; those past the end are filler rows (targets IGNORE,
-        samples -1).
+        """Return windows first to first + count - 1; those past the end are filler rows (targets
+        IGNORE, samples -1).
         """
         windows = first + np.arange(count)
         real = windows < self.windows
@@ -154,7 +155,7 @@ class HeldOutRecords:
 
 
 def _short_enough(reader: SplitReader, length: int, path: str | os.PathLike[str]) -> np.ndarray:
-    """Records of 2 to length + 1 tokens, in order."""
+    """Return the records of 2 to length + 1 tokens, in order."""
     records = np.flatnonzero((reader.lengths <= length + 1) & (reader.lengths > 1))
     if len(records) < len(reader.lengths):
         log.warning(
@@ -177,7 +178,9 @@ def _rows(
     samples: np.ndarray,
     real: np.ndarray | None = None,
 ) -> Batch:
-    """One record a row, padded with <eos> that is neither predicted nor predicted from."""
+    """Return a batch of one record a row, padded with <eos> that is neither predicted nor predicted
+    from.
+    """
     lengths = reader.lengths[records]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens, _, masked = reader.read(records, starts, starts[:-1], width + 1)

@@ -1,6 +1,4 @@
-"""The training stream: any sample of any epoch by its number, with nothing to replay and no state
-but that number.
-"""
+"""The training stream over texts: any sample of any epoch by its number, without other state."""
 
 import hashlib
 import os
@@ -15,54 +13,54 @@ from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
 
 class TrainStream:
-    """Packed training sequences of a data folder.
+    """Training sequences of a data folder whose texts are packed: joined end to end and cut.
 
-    `lanes` is the global batch size in sequences: a batch takes one sequence of each lane, and
-    sample s is at position s // lanes of lane s % lanes. Neighbouring sequences of a lane overlap
-    by one token, so every token but a lane's first is predicted once an epoch. Which samples a rank
-    reads is the caller's arithmetic: nothing here knows about ranks. tolerance: share of the tokens
-    that may be damaged, see SplitReader.
+    An epoch's tokens are cut into `text_lanes` equal lanes, as many as the global batch has
+    sequences. A batch takes one sequence of each lane, so that row r of a batch continues row r of
+    the one before: sample s is number s // text_lanes of lane s % text_lanes. Neighbouring
+    sequences of a lane overlap by one token, so every token but a lane's first is predicted once an
+    epoch. Nothing here knows about ranks (`rank_share` does). tolerance: share of the tokens that
+    may be damaged, see SplitReader.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         length: int,
-        lanes: int,
+        text_lanes: int,
         seed: int,
         tolerance: float = TOLERANCE,
     ) -> None:
         for name, value, least in (
             ("data.length", length, 1),
-            ("train.batch", lanes, 1),
+            ("train.batch", text_lanes, 1),
             ("train.seed", seed, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self._reader = SplitReader(path, TRAIN, tolerance)
-        self._length, self.lanes, self._seed = length, lanes, seed
+        self._length, self.text_lanes, self._seed = length, text_lanes, seed
         self.tokenizer = self._reader.index.tokenizer_sha256
         tokens = int(self._reader.lengths.sum())
-        self._lane_tokens = tokens // lanes
+        self._lane_tokens = tokens // text_lanes
         positions = (self._lane_tokens - 1) // length
         if positions < 1:
             raise ValueError(
                 f"{path} holds {tokens:,} training tokens, too few for one step of train.batch "
-                f"{lanes} x data.length {length} "
-                f"(+ 1 each, {lanes * (length + 1):,} tokens): lower train.batch or data.length, "
-                "or build from more text"
+                f"{text_lanes} x data.length {length} (+ 1 each, {text_lanes * (length + 1):,} "
+                "tokens): lower train.batch or data.length, or build from more text"
             )
-        self.samples_per_epoch = positions * lanes
+        self.samples_per_epoch = positions * text_lanes
         identity = (
             f"lanes 1, index {self._reader.index.fingerprint}, seed {seed}, length "
-            f"{length}, lanes {lanes}"
+            f"{length}, lanes {text_lanes}"
         )
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def batch(self, first: int, count: int) -> Batch:
-        """Global samples first to first + count - 1, counted from the start of the run, over epoch
-        ends.
+        """Return global samples first to first + count - 1, counted from the start of the run and
+        on over the ends of epochs.
         """
         if first < 0 or count < 1:
             raise ValueError(
@@ -71,7 +69,8 @@ class TrainStream:
             )
         samples = first + np.arange(count)
         epochs, within = np.divmod(samples, self.samples_per_epoch)
-        begins = within % self.lanes * self._lane_tokens + within // self.lanes * self._length
+        lane, number = within % self.text_lanes, within // self.text_lanes
+        begins = lane * self._lane_tokens + number * self._length
         parts = [
             self._reader.read(*self._order(int(epoch)), begins[epochs == epoch], self._length + 1)
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
@@ -80,27 +79,26 @@ class TrainStream:
         return make_batch(tokens, documents, masked, samples)
 
     def continues(self, samples: Tensor) -> Tensor:
-        """Which samples go on where the one `lanes` before them, their lane's last, ended; the
-        others begin an epoch.
+        """Tell which samples continue the one `text_lanes` before them, the last of their lane; the
+        others begin an epoch. Bool of the shape of `samples`.
 
-        Bool of the shape of `samples`. What is carried from step to step belongs to a lane, samples
-        % lanes: that is a row of the global batch, whatever the number of ranks, and starts afresh
-        where this is False.
+        A state carried from step to step belongs to a lane, samples % text_lanes: a row of the
+        global batch, whatever the number of ranks. It starts afresh where this is False.
         """
-        return samples % self.samples_per_epoch >= self.lanes
+        return samples % self.samples_per_epoch >= self.text_lanes
 
-    def predicted(self, step: int) -> int:
-        """Tokens predicted in a step."""
-        return self.lanes * self._length
+    def tokens_read(self, step: int) -> int:
+        """Return the number of tokens read in a step, by all ranks."""
+        return self.text_lanes * self._length
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of an epoch in order and where each begins in the epoch's tokens; the last two
-        epochs are kept.
+        """Return the documents of an epoch in order, and where each begins in the epoch's tokens.
+        The last two epochs are remembered.
         """
         if epoch not in self._orders:
             while len(self._orders) > 1:
                 del self._orders[next(iter(self._orders))]
-            order = epoch_order(len(self._reader.lengths), self.lanes, self._seed, epoch)
+            order = epoch_order(len(self._reader.lengths), self.text_lanes, self._seed, epoch)
             self._orders[epoch] = (
                 order,
                 np.concatenate([[0], np.cumsum(self._reader.lengths[order])]),

@@ -1,8 +1,6 @@
-"""The content of a gzip file of many members, going on at the next intact one where a member is
-damaged.
+"""Reading a gzip file of many members, continuing at the next intact one after damage.
 
-zlib and the WARC libraries stop at the first damaged member, and take a file that was cut for a
-file that ended.
+zlib and the WARC libraries stop at the first damaged member, and do not notice that a file was cut.
 """
 
 import zlib
@@ -30,8 +28,8 @@ class Event(Enum):
 def read_members(
     stream: BinaryIO, counts: Counter[str], begins: bytes
 ) -> Iterator[tuple[Event, bytes]]:
-    """Events of a seekable gzip stream. `begins`: how an intact member's content begins, to find
-    one behind damage.
+    """Yield the events of a seekable gzip stream, with data. begins: how an intact member's content
+    begins, to find one after damage.
 
     Counts `fault_truncated` (the file ends inside a member), `fault_corrupt` (damaged members) and
     `fault_garbage` (bytes between members), and compressed bytes skipped in `skipped_bytes`.
@@ -61,8 +59,8 @@ def read_members(
 def _read_member(
     stream: BinaryIO, place: int
 ) -> Generator[tuple[Event, bytes], None, tuple[int, str | None]]:
-    """Data of the member at `place`; returns where it ends and what is wrong with it (None:
-    nothing).
+    """Yield the data of the member at `place`; return where it ends, and what is wrong with it or
+    None.
     """
     stream.seek(place)
     member = zlib.decompressobj(wbits=31)
@@ -78,8 +76,8 @@ def _read_member(
 
 
 def _next_member(stream: BinaryIO, place: int, begins: bytes) -> int | None:
-    """Where the next member from `place` on begins whose content begins as it should; a chance
-    match of MAGIC does not.
+    """Return where the next member after `place` begins, or None. Its content must begin with
+    `begins`: MAGIC also occurs by chance.
     """
     while block := _at(stream, place, READ_BYTES):
         found = block.find(MAGIC)

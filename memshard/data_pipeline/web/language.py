@@ -2,16 +2,15 @@
 
 from resiliparse.parse.lang import detect_fast
 
-CERTAIN_RANK = (
-    400  # resiliparse's distance to its nearest profile; above it, or on short text, it errs often
-)
+# resiliparse's distance to its nearest profile; above it, or on short text, it errs often.
+CERTAIN_RANK = 400
 CERTAIN_CHARACTERS = 600
 OPINION_CHARACTERS = 1000
 
 
 def detect_language(text: str) -> str:
-    """ISO 639-1 code: resiliparse's linear-time detector where it is certain, else py3langid's
-    opinion.
+    """Return an ISO 639-1 code: of resiliparse's linear-time detector where it is certain, else of
+    py3langid.
     """
     language, rank = detect_fast(text)
     if rank <= CERTAIN_RANK and len(text) >= CERTAIN_CHARACTERS:
@@ -22,5 +21,5 @@ def detect_language(text: str) -> str:
 
 
 def may_be(text: str, language: str) -> bool:
-    """Quick and lenient: False only where the text is surely in another language."""
+    """Tell quickly whether a text may be in a language: False only if it surely is not."""
     return detect_fast(text, n_results=1)[0] == language or detect_language(text) == language

@@ -1,7 +1,7 @@
-"""Is this text prose? Rules of Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel et al. 2020,
-section 2.2) on whole documents.
+"""Whether a document is prose, by rules of Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel
+et al. 2020, section 2.2).
 
-Lines of code, menus and lists of products fail; the first rule that fails gives its name, so that
+Code, menus and lists of products fail. The name of the first rule that fails is returned, so that
 each can be counted.
 """
 
@@ -13,16 +13,13 @@ from itertools import islice
 MIN_WORDS, MAX_WORDS = 50, 100_000
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
-REPEATED_NGRAMS = (
-    (2, 0.20),
-    (3, 0.18),
-    (4, 0.16),
-)  # largest share of characters in the most frequent n-gram
+# (n, largest share of characters in the most frequent n-gram)
+REPEATED_NGRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))
 
 
 def failed_rule(text: str, english: bool = True) -> str | None:
-    """Name of the first rule that the text fails, or None. english: also ask for English stop
-    words.
+    """Return the name of the first rule that the text fails, or None. english: also require English
+    stop words.
     """
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS:
@@ -54,13 +51,13 @@ def failed_rule(text: str, english: bool = True) -> str | None:
 
 
 def _repeated_share(lines: Sequence[str]) -> float:
-    """Share of lines that stood there before."""
+    """Return the share of lines that repeat an earlier one."""
     return 1 - len(set(lines)) / len(lines)
 
 
 def _most_frequent_share(words: Sequence[str], count: int) -> float:
-    """Share of the characters that the most frequent n-gram of `count` words covers, if it comes
-    more than once.
+    """Return the share of characters in the most frequent n-gram of `count` words, 0 if it occurs
+    once.
     """
     ngrams = Counter(zip(*(words[start:] for start in range(count)), strict=False))
     ngram, times = ngrams.most_common(1)[0]

@@ -1,8 +1,7 @@
-"""HTML pages of WARC files (ISO 28500), also from damaged ones: what is skipped is counted, nothing
-is lost in silence.
+"""HTML pages of WARC files (ISO 28500), also of damaged ones: whatever is skipped is counted.
 
-FastWARC parses records and HTTP; cutting the file into records is done here, because no library
-notices a truncated file or goes on behind a damaged member.
+FastWARC parses records and HTTP. Cutting the file into records is done here, because no library
+notices a truncated file or continues after a damaged member.
 """
 
 import io
@@ -29,8 +28,8 @@ HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 @dataclass(frozen=True)
 class Page:
-    """number: of the response record in its file, from 0; body: as sent, with transfer and content
-    encoding undone.
+    """A page. number: of the response record in its file, from 0. body: as sent, with transfer and
+    content encoding undone.
     """
 
     number: int
@@ -39,7 +38,7 @@ class Page:
 
 
 def read_pages(path: Path, counts: Counter[str]) -> Iterator[Page]:
-    """Successful HTML responses of a .warc or .warc.gz, in order.
+    """Yield the successful HTML responses of a .warc or .warc.gz, in order.
 
     Counts records, responses, `status` (not 200), `not_html`, `empty_body`, `too_large`; faults:
     `fault_empty` (no byte in the file), `fault_truncated`, `fault_corrupt`, `fault_garbage`,
@@ -87,17 +86,16 @@ def _page(record: bytes, counts: Counter[str]) -> Iterator[Page]:
 
 
 def read_records(stream: BinaryIO, counts: Counter[str]) -> Iterator[bytes]:
-    """WARC records, header and payload, each with the Content-Length that it really has. stream:
-    seekable.
+    """Yield WARC records, header and payload, each with the Content-Length that it really has.
+    stream: seekable.
     """
     start = stream.read(2)
     stream.seek(0)
     if not start:
         counts["fault_empty"] += 1
     elif start == b"\x1f\x8b":
-        framer = _Framer(
-            counts, "fault_wrong_length"
-        )  # the member is whole, so the payload is what there is
+        # A member that is whole has the whole payload, whatever the header says.
+        framer = _Framer(counts, "fault_wrong_length")
         for event, data in read_members(stream, counts, b"WARC/"):
             if data.startswith(b"WARC/") or event is Event.BROKEN:
                 yield from framer.end_short_record()
@@ -116,7 +114,7 @@ def read_records(stream: BinaryIO, counts: Counter[str]) -> Iterator[bytes]:
 
 
 class _Framer:
-    """Cuts a byte stream into records. A record is given out when what follows it is as it should
+    """Cuts a byte stream into records. A record is yielded once what follows it is as it should
     be.
     """
 
@@ -125,13 +123,11 @@ class _Framer:
         self._cut = cut  # the fault of a last record that is shorter than its Content-Length
         self._buffer = bytearray()
         self._skip = 0  # bytes of an oversized record still to pass over
-        self._short = (
-            False  # the buffer holds a record whose member has ended before its Content-Length
-        )
-        self._lost = False  # no header where one should be, and none found since
+        self._short = False  # the buffer's record has more Content-Length than its member has bytes
+        self._lost = False  # no header where one should be, and none since
 
     def feed(self, data: bytes, ended: bool = False) -> Iterator[bytes]:
-        """More bytes; yields the records they complete."""
+        """Add bytes, and yield the records that they complete."""
         passed = min(self._skip, len(data))
         self._skip -= passed
         self._buffer += data[passed:]
@@ -144,8 +140,8 @@ class _Framer:
             del self._buffer[:used]
 
     def close(self, last: bool = True) -> Iterator[bytes]:
-        """The member, or with `last` the file, ends here: yields the record that ends with it. A
-        record that is short waits, because the next member may continue it.
+        """End the member, or with `last` the file, and yield the record that ends with it. A short
+        one waits, because the next member may continue it.
         """
         self._short = not last and self._is_short()
         if not self._short:
@@ -154,7 +150,7 @@ class _Framer:
             self.drop()
 
     def end_short_record(self) -> Iterator[bytes]:
-        """What comes next is not the rest of the record that waits: yields what there is of it."""
+        """Yield what there is of a record that waits: what comes next does not continue it."""
         if self._short:
             yield from self.close()
 
@@ -168,14 +164,14 @@ class _Framer:
         return length is not None and len(self._buffer) < head + 4 + int(length[1])
 
     def drop(self) -> None:
-        """The member is broken: what is left of it cannot be trusted."""
+        """Drop what is left of a broken member, which cannot be trusted."""
         self._counts["skipped_bytes"] += len(self._buffer.strip(b"\r\n"))
         self._buffer.clear()
         self._skip, self._short, self._lost = 0, False, False
 
     def _split(self, ended: bool) -> tuple[bytes | None, int]:
-        """The record at the start of the buffer, if there is one, and the bytes done with; 0 bytes:
-        more are needed first.
+        """Return the record at the start of the buffer, if any, and the number of bytes to remove;
+        0 if more are needed first.
         """
         buffer = self._buffer
         known = len(buffer)
@@ -218,7 +214,7 @@ class _Framer:
         ) + b"\r\n\r\n" + payload, stop
 
     def _resync(self, start: int, ended: bool) -> int:
-        """Bytes to pass over up to the next header; counts a lost stretch once."""
+        """Return the bytes to skip up to the next header; a lost stretch is counted once."""
         following = RECORD.search(self._buffer, start + 1)
         end = (
             following.start() + 1

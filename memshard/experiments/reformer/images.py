@@ -135,7 +135,7 @@ def channel_bits(data: str, shape: tuple[int, int, int]) -> float:
     channel (add-one).
     """
     values, channels = math.prod(shape), shape[2]
-    stream = RecordStream(data, values, lanes=1, seed=0)
+    stream = RecordStream(data, values, size=1, seed=0)
     counts = np.ones((channels, 256))
     for first in range(0, min(stream.samples_per_epoch, 5000), 500):
         images = _images(stream.batch(first, min(500, stream.samples_per_epoch - first)), values)

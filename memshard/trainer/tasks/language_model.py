@@ -38,11 +38,11 @@ class LanguageModelTask:
         """
         return self.each_loss(model, batch, step, carried).sum()
 
-    def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
-        """Tokens predicted in a step, over all ranks. number: of the step's batch; batches: this
-        rank's.
+    def loss_tokens(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
+        """Return the number of tokens that have a loss in a step, over all ranks. number: of the
+        step's batch. batches: the local ones.
         """
-        return stream.predicted(number)
+        return stream.tokens_read(number)
 
     def counted(self, batch: Batch) -> Tensor:
         """Where `each_loss` has a loss: [batch, length] bool."""

@@ -99,8 +99,8 @@ class MaskedTokenTask:
             drawn.argsort(dim=1, stable=True).argsort(dim=1) < self._numbers(batch)[:, None]
         ) & real
 
-    def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
-        """Tokens to be found in a step. batches: this rank's; all ranks call it."""
+    def loss_tokens(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
+        """Return the number of a step's masked tokens. batches: the local ones. Collective."""
         return float(
             all_sum(
                 torch.stack([self._numbers(batch).sum() for batch in batches]).sum().to(self.device)

@@ -65,8 +65,8 @@ class TranslationTask:
         """Where `each_loss` has a loss: [batch, length] bool."""
         return torch.arange(batch.inputs.shape[1]) < _answers(batch, self.eos)[:, None]
 
-    def predicted(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
-        """Target tokens of a step. batches: this rank's; all ranks call it."""
+    def loss_tokens(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
+        """Return the number of a step's target tokens. batches: the local ones. Collective."""
         return float(
             all_sum(
                 torch.stack([_answers(batch, self.eos).sum() for batch in batches])

@@ -19,7 +19,7 @@ from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.transformer import Transformer
 from memshard.trainer.export.remote.configuration_memshard import MemshardConfig
 
-_IGNORE = -100
+_IGNORE = -100  # transformers' own convention for labels
 
 
 class SlotTable(ValueTable):
