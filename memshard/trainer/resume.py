@@ -47,7 +47,7 @@ def save(run: Run, wait: bool = True) -> Path:
     # Rank 0 decides: on a slow shared file system the others may not see the same folders yet.
     if broadcast_from_rank0(folder not in committed(root)):
         files = [run.folder / CONFIG_FILE]
-        if load_index(run.recipe.data.path).kind != "images":
+        if load_index(run.recipe.data.path).records.tokenizer:
             files.append(local_copy(run.recipe.data.path, TOKENIZER_FILE))
         train, tensors = run.recipe.train, checkpoint_tensors(run)
         # Tables are too large for a second copy, so they are written before training goes on.
