@@ -1,6 +1,4 @@
-"""The three-slot block: a mixer, a feedforward (or memory, or both), and the residual that joins
-them.
-"""
+"""The three-slot block: a mixer, a feedforward or memory (or both), and their residuals."""
 
 from torch import Tensor, nn
 

@@ -62,9 +62,7 @@ class ModelConfig:
     """Width of the residual stream."""
 
     max_length: int | None = None
-    """Longest sequence with learned or axial positions. Default: data.length, or the product of
-    model.axial.
-    """
+    """Longest sequence with learned or axial positions. Default: data.length or that of model.axial."""
 
     mixer: MixerConfig = field(default_factory=MixerConfig)
     """How tokens exchange information."""
@@ -116,9 +114,7 @@ class ModelConfig:
     """
 
     dropout: float = 0.0
-    """Dropout rate of embeddings and branch outputs; draws depend on (seed, step, sample, layer,
-    branch).
-    """
+    """Dropout rate of embeddings and branch outputs; draws do not depend on the parallel layout."""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.dim < 1:

@@ -9,11 +9,11 @@ from memshard.models.random import fold
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Draw every parameter and reset every buffer by its module's own `reset_parameters`.
+    """Call `reset_parameters` of every module that has one, after seeding torch by its name.
 
-    Each module's draws are seeded by its name, so a model with a memory and one without start from
-    the same trunk, and a table's shards (drawn by row number) agree on any number of ranks. Dense
-    draws come from the generator of the model's device, so a GPU starts elsewhere than a CPU.
+    A model with a memory and one without therefore start from the same trunk, and a table's shards
+    (drawn by row number) agree on any number of ranks. Dense draws come from the generator of the
+    model's device, so a GPU and a CPU start from different weights.
     """
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     for name, module in model.named_modules():

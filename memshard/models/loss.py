@@ -14,10 +14,10 @@ package may import the other.
 
 
 def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy in nats of every position, 0 where the target is IGNORE.
+    """Return the cross-entropy in nats of every position, [...], 0 where the target is IGNORE.
 
     logits: [..., vocabulary]; targets: [...] int64. smoothing: share of the target that is spread
-    over the whole vocabulary (Szegedy et al. 2016). Softmax in fp32 at least; returns [...].
+    over the whole vocabulary (Szegedy et al. 2016). The softmax is in fp32 at least.
     """
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     rows = logits.flatten(0, -2)
@@ -28,18 +28,19 @@ def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def chunked(losses: Callable[..., Tensor], *inputs: Tensor, chunk: int) -> Tensor:
-    """losses(*inputs), computed for `chunk` tokens of a sequence at a time: what lies between is
-    never whole in memory.
+    """Return losses(*inputs), [batch, length], computed for `chunk` tokens of a sequence at a time,
+    so that intermediate results (logits) are never in memory for all of them.
 
-    inputs: [batch, length, ...], which `losses` takes token by token. Backward computes each piece
-    again. Returns [batch, length].
+    inputs: [batch, length, ...] each; `losses` must treat tokens independently. Backward recomputes
+    each chunk.
     """
-    # split, and not slices: backward then joins the pieces' gradients once.
-    pieces = zip(*(x.split(chunk, 1) for x in inputs), strict=True)
+    # split, not slices: backward of a split joins the chunks' gradients once, while each slice
+    # would allocate a gradient of the whole input.
+    chunks = zip(*(x.split(chunk, 1) for x in inputs), strict=True)
     return torch.cat(
         [
-            checkpoint(losses, *piece, use_reentrant=False, preserve_rng_state=False)
-            for piece in pieces
+            checkpoint(losses, *tensors, use_reentrant=False, preserve_rng_state=False)
+            for tensors in chunks
         ],
         1,
     )

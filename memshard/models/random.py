@@ -1,8 +1,8 @@
-"""Counter-based randomness: every draw is a pure function of its key, so layouts, recomputation and
-resume agree.
+"""Counter-based randomness: every draw is a pure function of its key, so that layouts,
+recomputation and resumed runs agree.
 
-A draw never depends on what was drawn before it or on which rank draws it, and only integer
-arithmetic and one table look-up stand between key and value, so CPU and GPU agree bit for bit.
+A draw depends neither on earlier draws nor on the rank that makes it. Keys become values by integer
+arithmetic and one table look-up, so CPU and GPU agree bit for bit.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _NORMAL_BITS = 16
 
 @dataclass(frozen=True)
 class RandomKey:
-    """What the draws of one forward pass depend on, besides layer and branch.
+    """The part of a key that is the same in a whole forward pass; layer and branch are added later.
 
     seed, step: of the run. samples: [batch] int64, global number of each row's sample.
     """
@@ -28,9 +28,7 @@ class RandomKey:
 
 
 def fold(*numbers: int) -> int:
-    """Mix numbers into one 64-bit key (splitmix64 steps); the result is signed, as torch stores
-    it.
-    """
+    """Mix numbers into one 64-bit key by splitmix64 steps, and return it as a signed integer."""
     key = 0
     for number in numbers:
         key = (key ^ (number & _MASK_64)) + 0x9E3779B97F4A7C15 & _MASK_64
@@ -41,8 +39,8 @@ def fold(*numbers: int) -> int:
 
 
 def fold_tensor(key: int, numbers: Tensor) -> Tensor:
-    """`fold` of a key with each of many numbers. numbers: int64 of any shape; returns int64 of that
-    shape.
+    """Mix a key with each of many numbers, in the manner of `fold`. numbers: int64 of any shape;
+    returns int64 of that shape.
     """
     mixed = (numbers ^ key) + (0x9E3779B97F4A7C15 - (1 << 64))
     mixed = (mixed ^ _shift(mixed, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
@@ -51,22 +49,20 @@ def fold_tensor(key: int, numbers: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
+    """Shift int64 right without copying the sign."""
     return x >> bits & ((1 << 64 - bits) - 1)
 
 
 def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
-    """32 random bits for every (key, counter). keys: int64, counters: int32, broadcast; returns
-    int32.
-    """
+    """Return 32 random bits for every (key, counter), as int32. keys: int64; counters: int32."""
     bits = _mix_(counters ^ keys.to(torch.int32))
     bits ^= (keys >> 32).to(torch.int32)
     return _mix_(bits)
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers with low bias (Wellons 2018), in place (twice as fast); int32
-    arithmetic wraps around.
+    """Apply a bijection of 32-bit integers with low bias (Wellons 2018), in place: twice as fast.
+    Relies on int32 arithmetic that wraps around.
     """
     shifted = x >> 16
     x ^= shifted.bitwise_and_(0xFFFF)
@@ -83,8 +79,7 @@ def dropout(
     """Zero elements with probability `rate` and scale the others by 1 / (1 - rate).
 
     x: [batch, length, dim]; positions: [batch, length] int64, of each token in its sample; layer,
-    branch: where in the model. The same token of the same sample meets the same mask in every
-    layout.
+    branch: place in the model. A token of a sample gets the same mask in every parallel layout.
     """
     keys = fold_tensor(fold(key.seed, key.step, layer, branch), key.samples.to(x.device))
     channels = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
@@ -96,17 +91,17 @@ def dropout(
 def normal_rows(
     seed: int, first: int, count: int, dim: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal values of rows first .. first + count - 1 of an endless matrix; [count, dim]
+    """Return rows first .. first + count - 1 of an endless standard normal matrix, [count, dim]
     fp32.
 
-    A row depends on (seed, row number) alone. Values are quantiles of a 16-bit grid: exact on every
-    device, at most 4.3.
+    A row depends on (seed, row number) alone. Values are quantiles at 2^16 points: the same bits on
+    every device, and at most 4.3.
     """
     return normal_at(seed, torch.arange(first, first + count, device=device), dim)
 
 
 def normal_at(seed: int, rows: Tensor, dim: int) -> Tensor:
-    """The given rows of the matrix of `normal_rows`. rows: [n] int64; returns [n, dim] fp32."""
+    """Return the given rows of the matrix of `normal_rows`, [n, dim] fp32. rows: [n] int64."""
     keys = fold_tensor(fold(seed), rows)
     pairs = torch.arange((dim + 1) // 2, device=rows.device, dtype=torch.int32)
     bits = random_bits(keys[:, None], pairs)
@@ -116,6 +111,6 @@ def normal_at(seed: int, rows: Tensor, dim: int) -> Tensor:
 
 @cache
 def _normal_quantiles() -> Tensor:
-    """Quantiles of the standard normal at (i + 1/2) / 2^16, rounded from fp64."""
+    """Return the quantiles of the standard normal at (i + 1/2) / 2^16, rounded from fp64."""
     steps = torch.arange(1 << _NORMAL_BITS, dtype=torch.float64, device="cpu")
     return torch.special.ndtri((steps + 0.5) / (1 << _NORMAL_BITS)).float()

@@ -16,9 +16,7 @@ from memshard.models.transformer import Transformer
 
 
 class EncoderDecoder(Transformer):
-    """The first `config.encoder_layers` blocks are the encoder, the others the decoder; both share
-    the embeddings.
-    """
+    """An encoder of the first `config.encoder_layers` blocks, and a decoder of the others."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -34,10 +32,11 @@ class EncoderDecoder(Transformer):
         targets: Tensor | None = None,
         source: tuple[Tensor, Context] | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """As `Transformer.forward` of a decoder that reads `source`: tokens, [batch, source length]
-        int64, and their context.
+        """Do what `Transformer.forward` does, with a decoder that reads `source`: tokens, [batch,
+        source length] int64, and their context.
 
-        states: of the decoder's blocks; their first call takes the source, later ones need none.
+        states: of the decoder's blocks. The first call with new states needs the source; later ones
+        do not.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         if source is not None:
@@ -45,7 +44,7 @@ class EncoderDecoder(Transformer):
         return super().forward(tokens, ctx, states, targets)
 
     def encode(self, tokens: Tensor, ctx: Context) -> Tensor:
-        """The encoder's output, [batch, source length, dim]."""
+        """Return the encoder's output, [batch, source length, dim]."""
         x = self._embed(tokens, ctx, branch=1)
         checkpointing = self.recompute.checkpointing if torch.is_grad_enabled() else "none"
         for block in self.blocks[: self.config.encoder_layers]:
@@ -53,11 +52,11 @@ class EncoderDecoder(Transformer):
         return self.encoder_norm(x)
 
     def init_states(self, batch: int, capacity: int) -> list[MixerState]:
-        """Empty states of the decoder's blocks, for `batch` rows of at most `capacity` tokens."""
+        """Return empty states of the decoder's blocks, as `Transformer.init_states` does."""
         return [block.init_state(batch, capacity) for block in self.stack]
 
     def reorder(self, states: Sequence[MixerState], rows: Tensor) -> list[MixerState]:
-        """States whose row i is row rows[i] of these. rows: [new batch] int64."""
+        """Return the states whose row i is row rows[i] of these. rows: [new batch] int64."""
         return [block.reorder(state, rows) for block, state in zip(self.stack, states, strict=True)]
 
     @property
@@ -67,7 +66,5 @@ class EncoderDecoder(Transformer):
 
 
 def build_model(config: ModelConfig) -> Transformer:
-    """The model that the settings ask for. `vocab_size` must be set, and `max_length` for learned
-    positions.
-    """
+    """Return the model of the settings. `vocab_size` must be set, as for `Transformer`."""
     return EncoderDecoder(config) if config.translates else Transformer(config)

@@ -1,6 +1,4 @@
-"""A language model of three-slot blocks; with an encoder's mixers in all of them, a model of masked
-tokens.
-"""
+"""A language model of three-slot blocks; with encoder blocks alone, a model of masked tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -38,8 +36,8 @@ _EMBEDDING_LAYER = -1
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks, head. `config.vocab_size` must be set, and `config.max_length` for
-    learned positions.
+    """Embeddings, blocks and an output head. `config.vocab_size` must be set, and
+    `config.max_length` for learned positions.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -68,8 +66,8 @@ class Transformer(nn.Module):
             )
         self.configure(Recompute())
         self.share_sequence: Callable[[Tensor, Context], tuple[Tensor, Context]] | None = None
-        """Set by `parallel/` where ranks share a sequence: pads its end until pieces are equal, and
-        tells the context this rank's.
+        """Set by `parallel/` where ranks share the tokens of a sequence: pads its end until the
+        ranks' parts are equally long, and adds this rank's part to the context.
         """
 
     def configure(self, recompute: Recompute, label_smoothing: float = 0.0) -> None:
@@ -85,13 +83,12 @@ class Transformer(nn.Module):
         states: Sequence[MixerState] | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """Logits of the next token at every position, or their losses.
+        """Return logits of the next token at every position, [batch, length, vocabulary], or, with
+        targets, their `token_losses`, [batch, length]; and the advanced states.
 
-        tokens: [batch, length] int64. ctx: plain unpadded text from position 0 if left out. states:
+        tokens: [batch, length] int64. ctx: default: plain unpadded text from position 0. states:
         one per block from `init_states`, when tokens continue what they have seen. targets: [batch,
-        length] int64, to get `token_losses` in place of logits, which are then computed `chunk`
-        tokens at a time. Returns [batch, length, vocabulary], or [batch, length], and the advanced
-        states.
+        length] int64; the head is then computed `chunk` tokens at a time.
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         if self.recompute.segments > 1 and targets is not None and torch.is_grad_enabled():
@@ -101,15 +98,15 @@ class Transformer(nn.Module):
     def _in_segments(
         self, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None, targets: Tensor
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """The losses, piece by piece: gradients flow back through the states, and of a piece only
-        the state before it is kept.
+        """Return the losses of one segment after the other. Gradients flow back through the states;
+        a segment keeps only the state before it and is recomputed in backward.
         """
         states, losses = states or self.init_states(len(tokens), tokens.shape[1]), []
-        for piece, part in ctx.split(-(-tokens.shape[1] // self.recompute.segments)):
-            found, states = checkpointed(
-                self._pass, tokens[:, piece], part, states, targets[:, piece]
+        for segment, facts in ctx.split(-(-tokens.shape[1] // self.recompute.segments)):
+            some, states = checkpointed(
+                self._pass, tokens[:, segment], facts, states, targets[:, segment]
             )
-            losses.append(found)
+            losses.append(some)
         return torch.cat(losses, 1), list(states)
 
     def _pass(
@@ -129,7 +126,8 @@ class Transformer(nn.Module):
                 )
             tokens, ctx = self.share_sequence(tokens, ctx)
         if self.grid is not None:
-            # Not through a name, which would keep the embedding.
+            # Pass the embedding directly: a local variable would keep it alive through the whole
+            # pass.
             x1, x2, advanced = reversible_blocks(
                 self.stack,
                 self.grid,
@@ -166,18 +164,18 @@ class Transformer(nn.Module):
     def _losses(self, *inputs: Tensor) -> Tensor:
         """inputs: streams and targets."""
         predicted = inputs[-1] != IGNORE
-        # Windows that slide and masked tokens ask for a few losses, and the head is most of a small
-        # model's work.
+        # Sliding windows and masked tokens ask for few losses, and the head is most of a small
+        # model's work: compute only those.
         if (self.config.encoder_layers or not torch.is_grad_enabled()) and not predicted.all():
-            found = self._losses(*(x[predicted][None] for x in inputs))
-            return found.new_zeros(predicted.shape).masked_scatter(predicted, found)
+            losses = self._losses(*(x[predicted][None] for x in inputs))
+            return losses.new_zeros(predicted.shape).masked_scatter(predicted, losses)
         return (
-            chunked(self._piece_losses, *inputs, chunk=self.recompute.chunk)
+            chunked(self._chunk_losses, *inputs, chunk=self.recompute.chunk)
             if self.recompute.chunk
-            else self._piece_losses(*inputs)
+            else self._chunk_losses(*inputs)
         )
 
-    def _piece_losses(self, *inputs: Tensor) -> Tensor:
+    def _chunk_losses(self, *inputs: Tensor) -> Tensor:
         *streams, targets = inputs
         if isinstance(self.head, AdaptiveHead):
             return self.head.losses(self._joined(*streams), targets)
@@ -192,7 +190,7 @@ class Transformer(nn.Module):
         return self.embedding.logits(x) if self.head is None else self.head(x)
 
     def _joined(self, *streams: Tensor) -> Tensor:
-        """What the head reads."""
+        """Return the head's input."""
         x = streams[0]
         if len(streams) == 2:
             x = (streams[0] + streams[1]) / 2 if self.head is None else torch.cat(streams, dim=-1)
@@ -200,15 +198,15 @@ class Transformer(nn.Module):
 
     @property
     def stack(self) -> Sequence[Block]:
-        """The blocks that tokens pass, whose states there are."""
+        """The blocks that tokens pass; `states` has one entry for each."""
         return self.blocks
 
     def init_states(self, batch: int, capacity: int) -> list[MixerState]:
-        """Empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
+        """Return empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
         return [block.mixer.init_state(batch, capacity) for block in self.blocks]
 
     def memories(self) -> Iterator[tuple[int, ProductKeyMemory]]:
-        """(layer, memory) of the blocks that hold one."""
+        """Yield (layer, memory) for every block with a memory."""
         for block in self.blocks:
             if block.memory is not None:
                 yield block.layer, block.memory
@@ -218,8 +216,8 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(ctx.local.positions)
         elif self.config.position == "sinusoidal":
-            # Embeddings are small (std 0.02): as in Vaswani et al. 2017, section 3.4, scale them up
-            # to meet the sinusoids.
+            # Embeddings are small (std 0.02): scale them up to the size of the sinusoids (Vaswani
+            # et al. 2017, section 3.4).
             x = x * self.config.dim**0.5 + sinusoids(ctx.local.positions, self.config.dim).to(
                 x.dtype
             )
@@ -274,10 +272,10 @@ def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> B
         feedforward = FeedForward(
             config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale
         )
-    behind = config.feedforward.norm == "after"
+    norm_after = config.feedforward.norm == "after"
     residuals = (
         Residual(config.residual, config.norm, config.dim),
-        Residual(config.residual, config.norm, config.dim, behind),
+        Residual(config.residual, config.norm, config.dim, norm_after),
     )
     block = layer, mixer, feedforward, memory, residuals, config.dropout
     if not config.translates or layer < config.encoder_layers:

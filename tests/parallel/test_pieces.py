@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.fast_weights.delta_rule import delta_rule
-from memshard.models.fast_weights.segments import delta_in_pieces, sums_in_pieces
+from memshard.models.fast_weights.segments import delta_rule_of_segment, sum_rule_of_segment
 from memshard.models.fast_weights.sum_rule import sum_rule
 from memshard.parallel.segments import Pieces
 from tests.distributed import run_distributed
@@ -73,8 +73,8 @@ def _on_rank(rank: int, world: int) -> list[list[Tensor]]:
     before = pieces.rows_before(row, 3)
     (gradient,) = torch.autograd.grad((before * torch.tensor([[[1.0], [2.0], [3.0]]])).sum(), row)
     return [
-        _read(delta_in_pieces(pieces), inputs, *rest),
-        _read(sums_in_pieces(pieces), _without_beta(inputs), *rest),
+        _read(delta_rule_of_segment(pieces), inputs, *rest),
+        _read(sum_rule_of_segment(pieces), _without_beta(inputs), *rest),
         [before.detach(), gradient],
     ]
 

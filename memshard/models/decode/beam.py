@@ -1,4 +1,4 @@
-"""Beam search: the best target of every source, with cached states."""
+"""Beam search with cached states: the best target of every source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,7 @@ from memshard.models.seq2seq import EncoderDecoder
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """tokens: without the `eos` before and after; score: its log-probability, in nats, over the
-    length penalty.
-    """
+    """A target. tokens: without `eos`; score: log-probability in nats over the length penalty."""
 
     tokens: list[int]
     score: float
@@ -30,15 +28,15 @@ def beam_search(
     beam: int = 4,
     length_penalty: float = 1.0,
 ) -> list[Hypothesis]:
-    """The best target found for each row of `source`.
+    """Return the best target for each row of `source`.
 
-    source: [batch, length] int64; real: [batch, length] bool, False for padding behind a row's
-    tokens. A target begins after `eos` and ends with it, within max_tokens. In every step the
-    `beam` best continuations of a row that do not end live on, and those among the best `beam` that
-    end are finished; a row is done after `beam` of them. length_penalty: alpha of the divisor
-    tokens^alpha, 1 for a mean a token; the gentler ((5 + tokens) / 6)^0.6 lets weak models prefer
-    empty targets. A row of which nothing ends gets its best living hypothesis. ValueError for what
-    does not fit the model.
+    source: [batch, length] int64; real: [batch, length] bool, False for padding after a row's
+    tokens. Targets are decoded after `eos` and end with it, within max_tokens. In every step the
+    `beam` best continuations of a row that do not end stay alive, and those among the best `beam`
+    that end are finished; a row is done after `beam` finished ones. A row without any gets its best
+    living hypothesis. length_penalty: alpha of the divisor tokens^alpha; 1 is the mean per token.
+    (The gentler ((5 + tokens) / 6)^0.6 lets weak models prefer empty targets.) ValueError for
+    requests that do not fit the model.
     """
     _check(model, source, max_tokens, beam)
     device = model.embedding.weight.device
@@ -70,15 +68,16 @@ def beam_search(
             0, scores.shape
         )
         hypotheses = scores.shape[1]
-        found = candidates.flatten(1).topk(min(2 * beam, hypotheses * vocabulary))
-        parents, words = found.indices // vocabulary, found.indices % vocabulary
+        best_scores = candidates.flatten(1).topk(min(2 * beam, hypotheses * vocabulary))
+        parents, words = best_scores.indices // vocabulary, best_scores.indices % vocabulary
         ends = words == eos
         penalty = length**length_penalty
         for row, place_in_row in ends[:, :beam].nonzero().tolist():
-            score = float(found.values[row, place_in_row]) / penalty
+            score = float(best_scores.values[row, place_in_row]) / penalty
             finished[numbers[row]] += 1
             _keep(best, numbers[row], tokens[row, parents[row, place_in_row]], score)
-        # At most one continuation of a hypothesis ends, so among the 2 beam best enough go on.
+        # At most one continuation of a hypothesis ends, so at least `beam` of the best 2 beam go
+        # on.
         going = (
             ends.int()
             .sort(dim=-1, stable=True)
@@ -93,7 +92,7 @@ def beam_search(
         if not numbers:
             break
         parents, words, scores = (
-            x[alive].gather(1, going[alive]) for x in (parents, words, found.values)
+            x[alive].gather(1, going[alive]) for x in (parents, words, best_scores.values)
         )
         tokens = torch.cat((tokens[alive[:, None], parents], words[..., None]), -1)
         states = model.reorder(advanced, (alive[:, None] * hypotheses + parents).flatten())
@@ -104,8 +103,8 @@ def beam_search(
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Sources of different lengths as one: tokens, [batch, longest] int64, and which of them are
-    real.
+    """Return sources of different lengths as one batch: tokens, [batch, longest] int64, and which
+    of them are real, [batch, longest] bool.
     """
     longest = max(map(len, rows))
     tokens = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])

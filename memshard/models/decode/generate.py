@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with cached states."""
+"""Generate text from a model, token by token, with cached states."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,10 +27,10 @@ def generate(
 ) -> Tensor:
     """Continue every row of `prompt`.
 
-    prompt: [batch, length] int64. real: [batch, length] bool, False for padding, which stands
-    before a row's own tokens and changes nothing (see `left_padded`). Returns the new tokens,
-    [batch, n] int64: n is max_tokens, or less once every row has met `stop`; a row that met it
-    earlier is filled with it. temperature: divides the logits; 0 takes the best token. topk: draw
+    prompt: [batch, length] int64. real: [batch, length] bool, False for padding, which comes before
+    a row's tokens and changes nothing (see `left_padded`). Returns the new tokens, [batch, n]
+    int64, where n is max_tokens, or less once every row has reached `stop`; rows that reach it
+    earlier are filled with it. temperature: divides the logits; 0 takes the best token. topk: draw
     among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
     temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds
     give equal draws on one device. on_token: called with each new column, [batch]. ValueError as in
@@ -43,7 +43,7 @@ def generate(
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     ctx = Context(positions=positions, padding=None if bool(real.all()) else real)
     random = torch.Generator(prompt.device).manual_seed(seed)
-    # The last new token is never fed.
+    # The last new token is never an input.
     states = model.init_states(batch, length + max_tokens - 1)
     ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     columns: list[Tensor] = []
@@ -66,8 +66,8 @@ def generate(
 
 
 def left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths as one: tokens, [batch, longest] int64, each row at the end, and
-    which of them are real.
+    """Return prompts of different lengths as one batch: tokens, [batch, longest] int64, with
+    padding before each row's tokens, and which of them are real, [batch, longest] bool.
     """
     longest = max(map(len, rows))
     tokens = torch.full((len(rows), longest), filler)
@@ -87,7 +87,7 @@ def check_request(
     topk: int | None = None,
     topp: float | None = None,
 ) -> None:
-    """ValueError, with the fix, for what `generate` cannot do; see there for the arguments."""
+    """ValueError, with the fix, for requests that `generate` cannot serve; arguments as there."""
     if model.training:
         raise ValueError(
             "the model is in training mode, where memories normalise queries over the batch: call "
@@ -137,8 +137,8 @@ def check_request(
 
 
 def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
-    """How many tokens the model's learned or axial positions allow after a prompt; None where
-    positions have no end.
+    """Return how many tokens the model's learned or axial positions allow after a prompt; None for
+    positions without an end.
     """
     if model.config.position not in ("learned", "axial"):
         return None
@@ -149,12 +149,12 @@ def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
 
 
 def restrict(logits: Tensor, temperature: float, topk: int | None, topp: float | None) -> Tensor:
-    """Logits divided by temperature (unless that is 0), -inf where topk and topp leave a token out.
-    logits: [batch, vocabulary].
+    """Return logits divided by temperature (unless that is 0), with -inf for tokens that topk and
+    topp exclude. logits: [batch, vocabulary].
     """
     if temperature:
-        # Largest logit to 0 first: a tiny temperature then overflows to -inf at worst, never to
-        # inf.
+        # Shift the largest logit to 0 first: a tiny temperature then overflows to -inf at worst,
+        # never to inf.
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if topk is not None and topk < logits.shape[-1]:
         best = logits.topk(topk, dim=-1)
@@ -163,11 +163,11 @@ def restrict(logits: Tensor, temperature: float, topk: int | None, topp: float |
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        # The first token always stays, even if rounding lifts `before` to topp.
-        left_out = before >= topp
-        left_out[:, 0] = False
+        # Always keep the first token, even if rounding lifts `before` to topp.
+        excluded = before >= topp
+        excluded[:, 0] = False
         logits = logits.masked_fill(
-            torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf
+            torch.zeros_like(excluded).scatter(-1, order, excluded), -torch.inf
         )
     return logits
 

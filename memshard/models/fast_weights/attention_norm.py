@@ -1,8 +1,8 @@
-"""Attention normalisation: fast weights read relative to the sum of all keys written (Schlag et al.
-2021, section 4.2).
+"""Attention normalisation: what fast weights read is divided by the sum over all keys written
+(Schlag et al. 2021, section 4.2).
 
-The sum z of the keys rides along as one more value feature, the constant 1, so a state is [B, H, D,
-M + 1].
+The sum z of the keys is computed as the memory of one more value feature, the constant 1, so a
+state is [B, H, D, M + 1].
 """
 
 import torch
@@ -23,8 +23,8 @@ def normalised_sum_rule(
     eps: float = 1e-6,
     sums: Rule = sum_rule,
 ) -> tuple[Tensor, Tensor]:
-    """`sum_rule` with y_t = S_t^T q_t / (z_t . q_t + eps): causal linear attention. Features must
-    not be negative. sums: `sum_rule`, or that of a piece (`pieces.py`).
+    """Do what `sum_rule` does, with y_t = S_t^T q_t / (z_t . q_t + eps): causal linear attention.
+    Features must not be negative. sums: `sum_rule`, or that of a segment (`segments.py`).
     """
     with torch.autocast(v.device.type, enabled=False):
         out, state = sums(
@@ -49,18 +49,20 @@ def normalised_delta_rule(
     delta: Rule = delta_rule,
     sums: Rule = sum_rule,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_rule` whose two reads, of the old value and of the result, are divided by z_(t-1) .
-    k_t and z_t . q_t + eps.
+    """Do what `delta_rule` does, with its two reads, of the old value and of the result, divided by
+    z_(t-1) . k_t and z_t . q_t + eps.
 
-    The first divisor is 1 where nothing has been written. It grows with the number of tokens: not
-    for endless streams. delta, sums: `delta_rule` and `sum_rule`, or those of a piece.
+    The first divisor is 1 where nothing has been written. It grows with the number of tokens, so
+    this is not for endless streams. delta, sums: `delta_rule` and `sum_rule`, or those of a segment
+    (`segments.py`).
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     memory, total = (None, None) if state is None else (state[..., :-1], state[..., -1:])
     with torch.autocast(v.device.type, enabled=False):
         q, k, beta = q.to(dtype), k.to(dtype), beta.to(dtype)
         ones = torch.ones_like(v[..., :1], dtype=dtype)
-        # One pass gives both sums: queries first, then keys, whose own key does not count yet.
+        # One pass computes both sums: of queries, and of keys. The latter is z_t . k_t, from which
+        # the token's key is subtracted for z_(t-1) . k_t.
         both, total = sums(
             torch.cat((q, k), 1),
             k.repeat(1, 2, 1, 1),

@@ -1,4 +1,4 @@
-"""Cutting sequences into chunks, and how writes fade inside one.
+"""Sequences cut into chunks, and how writes fade inside a chunk.
 
 B batch, H heads, L length, N chunks, C tokens a chunk, D key features, M value features.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fading:
-    """What is left of earlier writes, between 0 and 1; shapes broadcast over heads.
+    """Factors between 0 and 1 that are left of earlier writes; shapes broadcast over heads.
 
     pair: [B, H, N, C, C], of token j's write when token i reads; 0 for j > i. carried: [B, H, N, C,
     1], of the state before the chunk when token i reads. kept: [B, H, N, C, 1], of token i's write
@@ -26,7 +26,7 @@ class Fading:
 
 
 def cut(x: Tensor, chunk: int) -> Tensor:
-    """[B, H, L, ...] to [B, H, N, C, ...], zeros at the end: a token with key 0 writes nothing."""
+    """Cut [B, H, L, ...] into [B, H, N, C, ...], padded with 0: such keys write nothing."""
     short = -x.shape[2] % chunk
     if short:
         x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, short])
@@ -39,8 +39,8 @@ def join(x: Tensor, length: int) -> Tensor:
 
 
 def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
-    """The state before the first token, [B, H, D, M], in the dtype of all arithmetic: zero if there
-    was none.
+    """Return the state before the first token, [B, H, D, M], in the dtype of all arithmetic; zero
+    if none is given.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     return (
@@ -53,10 +53,10 @@ def start(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
 def fading(
     log_decay: Tensor | None, resets: Tensor | None, chunk: int, dtype: torch.dtype
 ) -> Fading | None:
-    """How writes fade, in `dtype`; None if they do not.
+    """Return how writes fade, in `dtype`; None if they do not.
 
     log_decay: [B, H, L], at most 0: the state is multiplied by its exponential before a token reads
-    or writes. resets: [B, L] bool, True where a token starts anew, with an empty state.
+    or writes. resets: [B, L] bool, True where a token starts with an empty state.
     """
     if log_decay is None and resets is None:
         return None

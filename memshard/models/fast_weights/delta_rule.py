@@ -4,10 +4,10 @@ backward.
 S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,  y_t = S_t^T q_t.
 
 Inside a chunk the writes depend on each other through a unit lower triangular system (Yang et al.
-2024, section 3): with A = tril(diag(beta) K K^T, -1), the values really written are U = (I + A)^-1
-diag(beta) (V - K S), S the state before the chunk; then Y = Q S + tril(Q K^T) U and S becomes S +
-K^T U. All chunks are solved at once; only S passes from one to the next. The letters are those of
-`chunks`.
+2024, section 3): with A = tril(diag(beta) K K^T, -1), the values actually written are U = (I +
+A)^-1 diag(beta) (V - K S), where S is the state before the chunk; then Y = Q S + tril(Q K^T) U, and
+S becomes S + K^T U. All chunks are solved at once; only S passes from one to the next. Letters as
+in `chunks`.
 """
 
 from typing import Any
@@ -33,10 +33,10 @@ def delta_rule(
     """Read a fast weight matrix by queries while keys write to it.
 
     q, k: [B, H, L, D]; v: [B, H, L, M]; beta: [B, H, L], the write strength, in [0, 1] with keys of
-    norm at most 1 (beyond, the state may grow without bound); state: [B, H, D, M] before the first
-    token, zero if left out. log_decay: [B, H, L], at most 0, a gate on the state before each token
-    (Yang et al. 2025). resets: [B, L] bool, True where a token meets an empty state. chunk: tokens
-    solved together; the result does not depend on it.
+    norm at most 1 (beyond that, the state may grow without bound); state: [B, H, D, M] before the
+    first token, default zero. log_decay: [B, H, L], at most 0, a gate on the state before each
+    token (Yang et al. 2025). resets: [B, L] bool, True where a token starts with an empty state.
+    chunk: tokens solved together; the result does not depend on it.
 
     Returns [B, H, L, M] in v's dtype and the state after the last token. Arithmetic and state are
     fp32, or fp64 if v is; memory grows with L (D + M) + L / chunk D M. On a GPU, 16-bit values
@@ -144,7 +144,7 @@ def _scan(
     faded: Fading | None,
     backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The only serial part: state = whole state + added - left (right state), from chunk to chunk.
+    """Run the only serial part: state = whole state + added - left (right state), chunk by chunk.
 
     Returns the states that chunks begin with, right times these, and the last state.
     """
@@ -168,8 +168,8 @@ def _scan(
 
 
 def _inverse(k: Tensor, beta: Tensor, faded: Fading | None) -> Tensor:
-    """(I + A)^-1 by forward substitution, which stays exact for repeated keys; products of powers
-    of A overflow there.
+    """Return (I + A)^-1 by forward substitution, which stays exact for repeated keys, where
+    products of powers of A overflow.
     """
     identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
     return torch.linalg.solve_triangular(

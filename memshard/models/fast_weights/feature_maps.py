@@ -1,6 +1,4 @@
-"""Feature maps of keys and queries: what makes a dot product act like a kernel (Schlag et al. 2021,
-section 5).
-"""
+"""Feature maps that make a dot product act like a kernel (Schlag et al. 2021, section 5)."""
 
 from typing import Any
 
@@ -12,15 +10,13 @@ from memshard.models.mixers.kinds import FeatureKind, FeatureNorm, feature_count
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 above zero, exp(x) below; elu(x) + 1 would cancel to 0 in half precision. Returns x's
-    shape.
-    """
+    """Return x + 1 above zero and exp(x) below; elu(x) + 1 would cancel to 0 in half precision."""
     y: Tensor = _EluPlusOne.apply(x)
     return y
 
 
 class _EluPlusOne(torch.autograd.Function):
-    """Keeps its output alone; branches by `where` are slower on a CPU."""
+    """Keeps only its output for backward; `torch.where` would be slower on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -35,8 +31,8 @@ class _EluPlusOne(torch.autograd.Function):
 
 
 def dpfp(x: Tensor, nu: int = 1) -> Tensor:
-    """Deterministic parameter-free projection (equation 37): r * roll(r, j), j = 1 .. nu, of r =
-    [relu(x), relu(-x)].
+    """Return the deterministic parameter-free projection of x (equation 37): r * roll(r, j) for j =
+    1 .. nu, with r = [relu(x), relu(-x)].
 
     x: [..., d], d even; returns [..., 2 d nu]. Zero for x = 0.
     """
@@ -45,14 +41,14 @@ def dpfp(x: Tensor, nu: int = 1) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """phi(x) in fp32, normalised.
+    """A feature map phi(x) in fp32, normalised.
 
     kind: elu; dpfp (`width` is nu, D = 2 d nu); favor (FAVOR+ of Choromanski et al. 2021 with
-    `width` orthogonal random directions, positive and negative, D = 2 width). normalise: sum,
-    features that add up to 1, which keeps the delta rule stable; l2, of norm 1, so that a write at
-    strength 1 is read back exactly; none. paper_faithful: as published, without a guard against
-    underflow and overflow: exp(-|x|^2 / 2) is 0 in fp32 for the long keys of the retrieval task,
-    and its curve there is that underflow.
+    `width` orthogonal random directions, positive and negative, D = 2 width). normalise: sum scales
+    features to add up to 1, which keeps the delta rule stable; l2 to norm 1, so that a write at
+    strength 1 is read back exactly. paper_faithful: compute as published, without guards against
+    underflow and overflow. exp(-|x|^2 / 2) is then 0 in fp32 for the long keys of the retrieval
+    task, and the published curve shows that underflow.
     """
 
     def __init__(
@@ -83,8 +79,8 @@ class FeatureMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw FAVOR+'s directions, orthogonal in blocks of `dim`, with norms of Gaussian vectors;
-        fixed from then on.
+        """Draw FAVOR+'s directions, orthogonal in blocks of `dim`, with norms of Gaussian vectors.
+        They stay fixed in training.
         """
         if self.directions is None or self.directions.is_meta:
             return
@@ -94,7 +90,7 @@ class FeatureMap(nn.Module):
         self.directions.copy_(orthogonal.mT.flatten(0, 1)[: self.width] * norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., dim]; returns [..., features] fp32 (fp64 for fp64)."""
+        """Return [..., features] fp32 (fp64 for fp64). x: [..., dim]."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.kind == "favor":
@@ -102,8 +98,8 @@ class FeatureMap(nn.Module):
             if self.kind == "elu":
                 y = elu_plus_one(x)
             else:
-                # Of degree 2 in x, so a common factor cancels in the normalisation: scaled, squares
-                # neither vanish nor overflow.
+                # DPFP is of degree 2 in x, so a factor common to all features cancels in the
+                # normalisation. Scaling x by it keeps squares from vanishing and overflowing.
                 scaled = self.normalise != "none" and not self.paper_faithful
                 y = dpfp(
                     x / x.abs().amax(-1, keepdim=True).detach().clamp(min=1e-30) if scaled else x,
@@ -126,8 +122,8 @@ class FeatureMap(nn.Module):
         both = torch.cat((projected, -projected), -1)
         if self.normalise == "none":
             return (both - x.square().sum(-1, keepdim=True) / 2).exp() / self.features**0.5
-        # The factor exp(-|x|^2 / 2) cancels: what is left is a softmax, which neither underflows
-        # nor overflows.
+        # The factor exp(-|x|^2 / 2) cancels in the normalisation. What is left is a softmax, which
+        # neither underflows nor overflows.
         shares = both.softmax(-1)
         return shares if self.normalise == "sum" else F.normalize(shares, dim=-1)
 

@@ -1,8 +1,8 @@
-"""Fast weights of one piece of a text, whose earlier pieces are elsewhere.
+"""Fast weights of one segment of a text, while other ranks have its other segments.
 
-What a piece does to the state is an affine map, S -> through S + written, found without knowing S;
-so is what its tokens read, y = y0 + carried S. Whoever knows the maps of all pieces finds the
-states between them. The letters are those of `chunks`.
+A segment changes the state by an affine map, S -> through S + written, which can be computed
+without knowing S; what its tokens read is affine as well, y = y0 + carried S. The maps of all
+segments together give the states between them. Letters as in `chunks`.
 """
 
 from collections.abc import Callable
@@ -19,27 +19,28 @@ Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Neighbours(Protocol):
-    """Whoever has the other pieces. All must ask for the same things in the same order, backward
-    too.
+    """The ranks that have a sequence's other segments. All of them must call the same methods in
+    the same order, in forward and in backward.
     """
 
     def rows_before(self, x: Tensor, count: int) -> Tensor:
-        """The `count` rows before this piece, [B, count, ...], 0 where the text begins later. x:
-        [B, L, ...] of this piece.
+        """Return the `count` rows before this segment, [B, count, ...], 0 before the text begins.
+        x: [B, L, ...], the rows of this segment.
         """
 
     def states(
         self, through: Tensor, written: Tensor, first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The states before this piece and after the last one, [B, H, D, M], from the map of this
-        piece, [B, H, D, D] and [B, H, D, M], and the state before the first piece, the same for
-        all, None for zero.
+        """Return the states before this segment and after the last one, [B, H, D, M].
+
+        through, written: the map of this segment, [B, H, D, D] and [B, H, D, M]. first: the state
+        before the first segment, the same on all ranks; None for zero.
         """
 
 
-def delta_in_pieces(neighbours: Neighbours) -> Rule:
-    """`delta_rule` of a piece. `state` is that before the first piece, the returned one that after
-    the last.
+def delta_rule_of_segment(neighbours: Neighbours) -> Rule:
+    """Return a `delta_rule` for this rank's segment. It takes the state before the first segment
+    and returns that after the last one.
     """
 
     def rule(
@@ -51,8 +52,8 @@ def delta_in_pieces(neighbours: Neighbours) -> Rule:
         resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         dtype, width = torch.promote_types(v.dtype, torch.float32), v.shape[-1]
-        # D columns more of the state, which begin as the identity and to which nothing is written,
-        # become the map.
+        # D more columns of the state start as the identity, and values of 0 are written to them: at
+        # the end they are the map `through`.
         identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device).expand(*q.shape[:2], -1, -1)
         start = F.pad(identity, (width, 0))
         read, end = delta_rule(
@@ -64,8 +65,8 @@ def delta_in_pieces(neighbours: Neighbours) -> Rule:
     return rule
 
 
-def sums_in_pieces(neighbours: Neighbours) -> Rule:
-    """`sum_rule` of a piece, in the same way."""
+def sum_rule_of_segment(neighbours: Neighbours) -> Rule:
+    """Return a `sum_rule` for this rank's segment; see `delta_rule_of_segment`."""
 
     def rule(
         q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, resets: Tensor | None = None

@@ -1,8 +1,8 @@
 """The sum rule of linear attention (Katharopoulos et al. 2020; Schlag et al. 2021, equations 17 and
 18).
 
-S_t = S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t; chunk by chunk Y = Q S + tril(Q K^T) V and S becomes S
-+ K^T V. The letters are those of `chunks`.
+S_t = S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t. Chunk by chunk, Y = Q S + tril(Q K^T) V, and S becomes
+S + K^T V. Letters as in `chunks`.
 """
 
 import torch
@@ -20,10 +20,10 @@ def sum_rule(
     resets: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Causal linear attention without its denominator: what `delta_rule` does, except that a write
-    does not look at the state.
+    """Do what `delta_rule` does, with writes that do not depend on the state: causal linear
+    attention without its denominator.
 
-    Arguments, result and precision as there, without beta.
+    Arguments, result and precision are those of `delta_rule`, without beta.
     """
     state, length = start(q, v, state), v.shape[2]
     if not length:
@@ -49,18 +49,18 @@ def sum_rule(
 def sum_everywhere(
     q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """Linear attention that sees all keys, with its denominator: for encoders, and from a decoder
-    to an encoder.
+    """Return linear attention to all keys, with its denominator, [B, H, L, M] in v's dtype; 0 where
+    no key is real.
 
-    q: [B, H, L, D]; k: [B, H, K, D] and v: [B, H, K, M] of any other length K; real: [B, K] bool,
-    False for padding. Returns [B, H, L, M] in v's dtype; 0 where no key is real.
+    q: [B, H, L, D]; k: [B, H, K, D] and v: [B, H, K, M] of any length K; real: [B, K] bool, False
+    for padding.
     """
     return read_sum(q, written_sum(k, v, real), eps).to(v.dtype)
 
 
 def written_sum(k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-    """What `sum_everywhere` keeps of keys and values, whatever their number: [B, H, D, M + 1], the
-    last column the sum of the keys.
+    """Return the sum over all keys and values, [B, H, D, M + 1]; the last column is the sum of the
+    keys. k: [B, H, K, D]; v: [B, H, K, M]; real: [B, K] bool, False for padding.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
@@ -69,7 +69,9 @@ def written_sum(k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def read_sum(q: Tensor, written: Tensor, eps: float = 1e-6) -> Tensor:
-    """Read what `written_sum` keeps. q: [B, H, L, D]; returns [B, H, L, M] in written's dtype."""
+    """Return linear attention with its denominator, [B, H, L, M] in written's dtype; 0 where no key
+    was real. q: [B, H, L, D]; written: the result of `written_sum`.
+    """
     with torch.autocast(q.device.type, enabled=False):
         out = q.to(written.dtype) @ written
         return out[..., :-1] / (out[..., -1:] + eps)

@@ -1,5 +1,5 @@
-"""Adaptive softmax (Grave et al. 2017): rare tokens share one place of the softmax each cluster,
-and most tokens cost a short one.
+"""Adaptive softmax (Grave et al. 2017): clusters of rare tokens have one entry each in a short
+softmax, which is all that most tokens cost.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from memshard.models.loss import IGNORE
 
 
 class AdaptiveHead(nn.AdaptiveLogSoftmaxWithLoss):
-    """torch's own module as an output head. Tokens must be numbered from frequent to rare, as
+    """torch's module as an output head. Tokens must be numbered from frequent to rare, as
     sentencepiece does.
 
-    cutoffs: where clusters begin, ascending, below the size of the vocabulary. division: each
-    cluster is as many times narrower than the one before it.
+    cutoffs: first token of each cluster, ascending. division: how many times narrower the vectors
+    of a cluster are than those of the one before. ValueError on sizes that do not fit.
     """
 
     def __init__(self, dim: int, vocabulary: int, cutoffs: Sequence[int], division: float) -> None:
@@ -35,24 +35,23 @@ class AdaptiveHead(nn.AdaptiveLogSoftmaxWithLoss):
             cluster.register_forward_hook(_exact)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats, 0 where the target is IGNORE. x: [..., dim]; targets: [...] int64;
-        returns [...].
+        """Return the cross-entropy in nats, [...], 0 where the target is IGNORE. x: [..., dim];
+        targets: [...] int64.
         """
         rows, predicted = _exact(None, None, x.flatten(0, -2)), targets != IGNORE
-        found = -self(rows, torch.where(predicted, targets, 0).flatten()).output.view(targets.shape)
+        losses = -self(rows, torch.where(predicted, targets, 0).flatten()).output
+        losses = losses.view(targets.shape)
         if torch.is_grad_enabled():
-            # A cluster that no target is in has a gradient, too: ranks that exchange gradients wait
-            # for each.
-            found = found + 0 * sum(cluster(rows[:1]).sum() for cluster in self.tail)
-        return torch.where(predicted, found, 0)
+            # Clusters without a target need a gradient as well, of 0: ranks that sum gradients wait
+            # for every parameter.
+            losses = losses + 0 * sum(cluster(rows[:1]).sum() for cluster in self.tail)
+        return torch.where(predicted, losses, 0)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Log-probabilities of all tokens. x: [..., dim]; returns [..., vocabulary]."""
+        """Return the log-probabilities of all tokens, [..., vocabulary]. x: [..., dim]."""
         return self.log_prob(_exact(None, None, x.flatten(0, -2))).unflatten(0, x.shape[:-1])
 
 
 def _exact(layer: nn.Module | None, inputs: object, y: Tensor) -> Tensor:
-    """y in fp32 where autocast makes it less: the softmax, and sums of log-probabilities, are for
-    all of its digits.
-    """
+    """Return y in fp32 under autocast: softmax and sums of log-probabilities need the digits."""
     return y.float() if torch.is_autocast_enabled(y.device.type) else y

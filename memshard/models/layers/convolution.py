@@ -1,8 +1,8 @@
 """Causal depthwise convolutions along a text (Primer, So et al. 2021, "multi-DConv-head
-attention"), and what they remember in decoding.
+attention"), and their state in decoding.
 
-One kernel a channel of each head, behind the projections of queries, keys and values. B batch, T
-length, C channels, K width.
+One kernel for each channel of each head, applied after the projections of queries, keys and values.
+B batch, T length, C channels, K width.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from torch.autograd.function import once_differentiable
 from memshard.models.context import Context
 from memshard.models.fast_weights.segments import Neighbours
 
-_BLOCK = (
-    1 << 17
-)  # numbers at a time, so that all passes over them but the first find them in the cache
+# Numbers processed at a time: small enough that all passes over them but the first hit the cache.
+_BLOCK = 1 << 17
+# Tokens that a state can roll back, for speculative decoding.
 _TAKEN_BACK = 16
 
 
 class CausalConvolution(nn.Module):
     """The kernels of C channels.
 
-    width: tokens that each one sees, itself included. weight: [C K], a channel's lags together, its
-    current token first; flat, because optimizers take matrices for what weight decay is good for.
+    width: number of tokens that a token sees, itself included. weight: [C K], the lags of a channel
+    together, starting with lag 0. Flat, because optimizers apply weight decay to matrices only.
     """
 
     def __init__(self, channels: int, width: int = 3) -> None:
@@ -43,17 +43,17 @@ class CausalConvolution(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """1 / 2 for the current token and 1 / (2 K) for each before it, as published."""
+        """Set 1 / 2 for the current token and 1 / (2 K) for each earlier one, as published."""
         self.kernel.fill_(0.5 / self.width)
         self.kernel[:, 0] = 0.5
 
 
 @dataclass(frozen=True)
 class RecentRows:
-    """What convolutions remember: their newest inputs, side by side.
+    """The state of convolutions: their newest inputs, concatenated.
 
-    rows: [B, kept, channels of all], 0 where there was nothing to see; documents: [B, kept] int64.
-    The newest `needed` are for the next token, those before them for tokens that are taken back.
+    rows: [B, kept, channels of all], 0 where there was no token; documents: [B, kept] int64. The
+    next token needs the newest `needed`; the earlier ones are there for `rollback`.
     """
 
     rows: Tensor
@@ -61,11 +61,11 @@ class RecentRows:
     needed: int
 
     def reorder(self, rows: Tensor) -> "RecentRows":
-        """Row i becomes row rows[i] of this one."""
+        """Return the state whose row i is row rows[i] of this one."""
         return RecentRows(self.rows[rows], self.documents[rows], self.needed)
 
     def rollback(self, tokens: int) -> "RecentRows":
-        """Without the last `tokens` tokens. ValueError beyond 16 of them."""
+        """Return the state before the last `tokens` tokens. ValueError beyond 16 of them."""
         kept = self.rows.shape[1] - tokens
         if kept < self.needed:
             raise ValueError(
@@ -75,11 +75,11 @@ class RecentRows:
         return RecentRows(self.rows[:, :kept], self.documents[:, :kept], self.needed)
 
     def reset(self, rows: Tensor) -> "RecentRows":
-        """Nothing was before, in the given rows. rows: [B] bool."""
+        """Forget everything in the given rows. rows: [B] bool."""
         return RecentRows(self.rows * ~rows[:, None, None], self.documents, self.needed)
 
     def followed_by(self, rows: Tensor, documents: Tensor) -> "RecentRows":
-        """With newer inputs, [B, T, channels of all], behind."""
+        """Return the state after newer inputs, [B, T, channels of all]."""
         kept = self.needed + _TAKEN_BACK
         joined = (
             torch.cat((self.rows, rows.to(self.rows.dtype)), 1),
@@ -89,8 +89,7 @@ class RecentRows:
 
 
 class Convolutions(nn.ModuleDict):
-    """Those behind several projections, by the projections' names, all of one width; none for width
-    0.
+    """The convolutions after several projections, by the projections' names. width 0: none.
 
     channels: of each projection.
     """
@@ -100,7 +99,7 @@ class Convolutions(nn.ModuleDict):
             {name: CausalConvolution(count, width) for name, count in channels.items() if width}
         )
         self.neighbours: Neighbours | None = None
-        """Set by `parallel/` where ranks hold pieces of a sequence."""
+        """Set by a mixer's `share_sequence`, where ranks share the tokens of a sequence."""
 
     def forward(
         self,
@@ -109,12 +108,11 @@ class Convolutions(nn.ModuleDict):
         recent: RecentRows | None = None,
         kernels: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], RecentRows | None]:
-        """The projections' outputs, each [B, T, C] (any C), after their convolutions, and what to
-        remember where something was.
+        """Return each input after its convolution, and the advanced state if `recent` is given.
 
-        Padding is seen as zeros, other documents are not seen. Without documents in `ctx`, tokens
-        continue the document of the last one remembered. kernels: for inputs of some channels,
-        theirs.
+        inputs: the projections' outputs, [B, T, C] each (any C). Padding counts as zeros; other
+        documents are not seen. Without documents in `ctx`, tokens continue the document of the last
+        one in `recent`. kernels: those of the inputs' channels, if these are only some of them.
         """
         if not self:
             return list(inputs), recent
@@ -159,7 +157,7 @@ class Convolutions(nn.ModuleDict):
     def _before(
         neighbours: Neighbours, inputs: Sequence[Tensor], ctx: Context, needed: int
     ) -> RecentRows:
-        """The rows before a piece of a text."""
+        """Return the state before this rank's segment of a text."""
         rows = neighbours.rows_before(torch.cat([x[:, -needed:] for x in inputs], -1), needed)
         if ctx.documents is None:
             return RecentRows(
@@ -168,7 +166,7 @@ class Convolutions(nn.ModuleDict):
         return RecentRows(rows, neighbours.rows_before(ctx.documents[:, -needed:], needed), needed)
 
     def nothing_recent(self, batch: int) -> RecentRows | None:
-        """What to remember of a text that has not begun; None if there are no convolutions."""
+        """Return the state before a text begins; None if there are no convolutions."""
         kernels = self.kernels()
         if not kernels:
             return None
@@ -181,16 +179,15 @@ class Convolutions(nn.ModuleDict):
         )
 
     def kernels(self) -> list[Tensor]:
-        """Each projection's, [C, K]."""
+        """Return each projection's kernels, [C, K]."""
         return [layer.kernel for layer in self.values() if isinstance(layer, CausalConvolution)]
 
 
 def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = None) -> Tensor:
-    """y[t] = sum of kernel[:, j] x[t - j] over lags j < K for which t - j is in the same document,
-    if there are any.
+    """Return y[t] = sum of kernel[:, j] x[t - j] over lags j < K that stay in the document.
 
-    x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64. Returns [B, T, C] in x's dtype; sums are
-    fp32 at least. Backward keeps x alone.
+    x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64, None for one. Returns [B, T, C] in x's
+    dtype; sums are fp32 at least. Backward keeps only x.
     """
     same = (
         []
@@ -203,8 +200,8 @@ def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = Non
 
 
 def plain_convolution(x: Tensor, kernel: Tensor, same: Sequence[Tensor]) -> Tensor:
-    """As `causal_convolution`, in a form that a compiler can fuse. same: of every lag, where it
-    stays in the document, [B, T - lag].
+    """Do what `causal_convolution` does, in a form that torch.compile can fuse. same: for every lag
+    from 1, where it stays in the document, [B, T - lag] bool; empty for one document.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     total = wide * kernel[:, 0]
@@ -248,9 +245,8 @@ class _CausalConvolution(torch.autograd.Function):
                 late = _seen(given[:, lag:], same, lag, rows)
                 total[:, :-lag].addcmul_(late, lags[lag])
                 torch.mul(late, read[:, :-lag], out=products[:, lag:])
-                products[:, :lag] = (
-                    0  # a sum over all rows is 15 times faster than one over a slice of them
-                )
+                # Zeros, because a sum over all rows is 15 times faster than one over a slice.
+                products[:, :lag] = 0
                 to_lags[lag] += products.sum((0, 1))
             if x.dtype != dtype:
                 to_x[rows] = total
@@ -258,7 +254,7 @@ class _CausalConvolution(torch.autograd.Function):
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """Rows of x that are small enough together; all of them where there is no cache to fit into."""
+    """Return slices of x's rows that fit a CPU's cache; on other devices one slice of all."""
     if x.device.type != "cpu":
         return [slice(None)]
     step = max(1, _BLOCK // max(1, x[0].numel())) if len(x) else 1
@@ -266,5 +262,5 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 def _seen(x: Tensor, same: Sequence[Tensor], lag: int, rows: slice = slice(None)) -> Tensor:
-    """x, 0 where the lag leads to another document."""
+    """Return x, with 0 where the lag leads to another document."""
     return x * same[lag - 1][rows, :, None] if same else x

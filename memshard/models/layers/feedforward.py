@@ -8,11 +8,10 @@ from memshard.models.layers.squared_relu import squared_relu
 
 
 class FeedForward(nn.Module):
-    """down(f(up(x))), f one of ReLU, GELU, squared ReLU (Primer); or SwiGLU: down(silu(gate(x)) *
-    up(x)).
+    """Compute down(f(up(x))), where f is ReLU, GELU or squared ReLU (Primer); or SwiGLU:
+    down(silu(gate(x)) * up(x)).
 
-    hidden: width; by default 4 x dim, and 8/3 x dim for SwiGLU, whose third matrix then costs
-    nothing.
+    hidden: width. Default: 4 x dim, or 8/3 x dim for SwiGLU, which makes up for its third matrix.
     """
 
     column_parallel = ("up", "gate")
@@ -35,7 +34,7 @@ class FeedForward(nn.Module):
         self.down = Projection(hidden, dim, scale=output_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., dim]; returns the same shape."""
+        """Return the same shape as x: [..., dim]."""
         h = self.up(x)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * h)

@@ -1,4 +1,4 @@
-"""The matrices of the dense trunk."""
+"""Linear maps and embeddings of the dense trunk, and how they are initialised."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ INIT_STD = 0.02
 
 
 class Projection(nn.Linear):
-    """A linear map without bias, drawn from N(0, (0.02 * scale)^2).
+    """A linear map without bias, initialised from N(0, (0.02 * scale)^2).
 
-    scale: 1 / sqrt(2 * layers) for maps that write to the residual stream (GPT-2), so its variance
-    does not grow with depth.
+    scale: 1 / sqrt(2 * layers) for maps that write to the residual stream (GPT-2), so that its
+    variance does not grow with depth.
     """
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
@@ -22,17 +22,19 @@ class Projection(nn.Linear):
 
     @staticmethod
     def summed(y: Tensor) -> Tensor:
-        """The result, from products with `weight` that were taken elsewhere."""
+        """Return the layer's output from products with `weight` that the caller computed. Layers
+        split over ranks sum here.
+        """
         return y
 
 
 class TokenEmbedding(nn.Embedding):
-    """An embedding drawn from N(0, 0.02^2), so that it can serve as output head too."""
+    """An embedding initialised from N(0, 0.02^2), small enough to serve as output head as well."""
 
     def reset_parameters(self) -> None:
         """Draw the weight."""
         nn.init.normal_(self.weight, std=INIT_STD)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Inner products with every embedding. x: [..., dim]; returns [..., vocabulary]."""
+        """Return the inner products with every embedding, [..., vocabulary]. x: [..., dim]."""
         return nn.functional.linear(x, self.weight)

@@ -10,12 +10,11 @@ from memshard.models.layers.linear import TokenEmbedding
 
 
 class AxialPositions(nn.Module):
-    """Learned positions in few rows (Reformer): a position's digits, in mixed radix, each choose
-    some of its channels.
+    """Learned positions with few rows (Reformer): a position is written in mixed radix, and each
+    digit looks up some of the channels.
 
-    lengths: of the axes, most significant first; their product is the longest sequence, and any
-    shorter one will do. Channels are shared evenly between the axes; the first ones take what is
-    left over.
+    lengths: of the axes, most significant first; their product is the longest sequence. Channels
+    are shared evenly between the axes; the first axes take the remainder.
     """
 
     def __init__(self, lengths: Sequence[int], dim: int) -> None:
@@ -27,7 +26,7 @@ class AxialPositions(nn.Module):
         )
 
     def forward(self, positions: Tensor) -> Tensor:
-        """positions: [...] int64; returns [..., dim]."""
+        """Return [..., dim]. positions: [...] int64."""
         digits = []
         for axis, length in zip(reversed(self.axes), reversed(self.lengths), strict=True):
             digits.append(axis(positions % length))
@@ -36,14 +35,14 @@ class AxialPositions(nn.Module):
 
 
 def near_square(length: int) -> tuple[int, int]:
-    """Two axes, the second a power of 2 near the root, that hold `length` positions."""
+    """Return two axes, the second a power of 2 near the root, for at least `length` positions."""
     second = 1 << (length.bit_length() // 2)
     return math.ceil(length / second), second
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
-    """Fixed position features (Vaswani et al. 2017, section 3.5). positions: [...] int64; returns
-    [..., dim] fp32.
+    """Return fixed position features, [..., dim] fp32 (Vaswani et al. 2017, section 3.5).
+    positions: [...] int64.
     """
     frequencies = _frequencies((dim + 1) // 2, positions.device)
     angles = positions[..., None].float() * frequencies
@@ -51,8 +50,8 @@ def sinusoids(positions: Tensor, dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + dim/2) by angles that grow with position (RoPE, Su et al. 2021,
-    eq. 34).
+    """Rotate channel pairs (i, i + dim/2) by angles that grow with position (RoPE, Su et al. 2021,
+    equation 34).
 
     x: [batch, heads, length, dim], dim even; positions: [batch, length] int64. Angles in fp32.
     """

@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LARGEST_FP16 = 255.875
-"""The largest fp16 number whose square is one, too."""
+"""The largest fp16 number whose square is finite in fp16."""
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2; backward keeps max(x, 0) alone.
+    """Return max(x, 0)^2; backward keeps only max(x, 0).
 
-    fp16 holds squares up to 65,504: inputs above 255.875 count as that number, in backward too, so
-    they never give infinity.
+    fp16 represents squares up to 65,504. Larger inputs than 255.875 count as that number, in
+    backward as well, so that they never give infinity.
     """
     return _SquaredReLU.apply(x)
 

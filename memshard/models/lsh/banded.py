@@ -1,9 +1,8 @@
-"""Attention of each token to the tokens just before it in its group, in one or several groupings at
-once.
+"""Attention of each token to the tokens just before it in its group, over one or several groupings.
 
-Sorted by group, such a token's keys stand in its own chunk of places or the one before: attention
-is batched products of [C, d] by [2C, d] tiles, of time and memory proportional to the length
-(Kitaev et al. 2020, section 2).
+Once tokens are sorted by group, all keys that a token sees are in its own chunk or the one before.
+Attention is then a batch of products of [C, d] by [2C, d] tiles, in time and memory proportional to
+the length (Kitaev et al. 2020, section 2).
 
 N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows, C places a
 chunk.
@@ -24,8 +23,8 @@ from memshard.models.lsh.bucket_order import Order, order_tokens
 
 _TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
 _DEVICE_TILE_BYTES = 1 << 28
-# Scores are in powers of 2 and what must not be seen is far below, not at -inf: on CPU exp takes 12
-# to 65 times as long where it gives 0.
+# Scores are in powers of 2, and those that must not be seen are far below the others instead of
+# -inf: on CPU exp takes 12 to 65 times as long where its result is 0.
 _LOG2_E = 1 / math.log(2)
 _UNSEEN, _LOWEST = 1e38, -1e37
 
@@ -33,21 +32,20 @@ _UNSEEN, _LOWEST = 1e38, -1e37
 def banded_attention(
     q: Tensor, k: Tensor, v: Tensor, groups: Tensor, window: int, chunk: int, itself: bool = False
 ) -> Tensor:
-    """softmax(q . k) v over the union, over rounds, of each token's `window` predecessors in its
-    group.
+    """Return softmax(q . k) v, [N, L, m] in v's dtype, over the tokens that each token sees: in
+    each round its `window` predecessors in its group.
 
     q, k: [N, L, d]; v: [N, L, m]; groups: [N, R, L] int64. window: at most `chunk`. itself: a token
-    sees itself too (it then is one of the `window`); otherwise a token that sees nobody gets its
-    own v. A pair that meets in several rounds counts once. Softmax statistics are fp32; returns [N,
-    L, m] in v's dtype. Strictly causal: whom a token sees depends on the groups of the tokens
-    before it alone, and on CPU no bit of its output on anything else.
+    also sees itself (as one of the `window`); otherwise a token that sees no other gets its own v.
+    A pair that meets in several rounds counts once. Softmax statistics are fp32. Strictly causal: a
+    token's output depends only on the tokens before it and their groups; on CPU to the last bit.
     """
     if not 1 <= window <= chunk:
         raise ValueError(
             f"a window of {window} tokens over chunks of {chunk}: the window must be between 1 "
             "and the chunk"
         )
-    # Autocast would take sums of weights, too, in half precision.
+    # Autocast would also sum weights in half precision.
     with torch.autocast(v.device.type, enabled=False):
         return _Banded.apply(q, k, v, groups, window, chunk, itself)
 
@@ -96,18 +94,17 @@ class _Banded(torch.autograd.Function):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output and the binary logarithm of each token's total weight, infinity where it
-    sees nobody.
+    """Return the output and the binary logarithm of each token's total weight, infinity where it
+    sees no other.
     """
     rows, length, dim = v.shape
-    # The row behind the last takes what the places without a token write.
+    # One row more than there are tokens: places without a token write there.
     exact = _exact(v)
     q = q * _LOG2_E
     highest = q.new_full((rows * length + 1, 1), _LOWEST, dtype=exact)
     weight = torch.zeros_like(highest)
     total = v.new_zeros(rows * length + 1, dim, dtype=exact)
-    # bf16 products on CPU add in pairs, so a token's neighbours in the order would show in the last
-    # bit.
+    # bf16 products on CPU add in pairs, so the last bit would depend on a token's neighbours.
     summed = v.to(exact) if v.device.type == "cpu" else v
     for number, order in enumerate(orders):
         for tiles, unseen in _tiles(orders, number, window, chunk, itself):
@@ -117,21 +114,22 @@ def _forward(
                 .to(exact)
                 .add_(unseen.to(exact), alpha=-_UNSEEN)
             )
-            own = order.places[tiles.places]
+            queries = order.places[tiles.places]
             old_top, old_weight, old_total = (
-                x.index_select(0, own).view(-1, chunk, x.shape[1]) for x in (highest, weight, total)
+                x.index_select(0, queries).view(-1, chunk, x.shape[1])
+                for x in (highest, weight, total)
             )
             top = torch.maximum(scores.amax(-1, keepdim=True), old_top)
             new = scores.sub_(top).exp2_()
             keep = old_top.sub_(top).exp2_()
-            highest.index_copy_(0, own, top.flatten(0, 1))
-            # A product adds in the order of places, so zeros for others do not change a bit; sum()
-            # adds in a tree.
+            highest.index_copy_(0, queries, top.flatten(0, 1))
+            # A matrix product adds in the order of places, so zeros for unseen tokens change no
+            # bit; sum() adds in a tree, where they would.
             added = torch.bmm(new, new.new_ones(1, 2 * chunk, 1).expand(len(new), -1, -1))
-            weight.index_copy_(0, own, old_weight.mul_(keep).add_(added).flatten(0, 1))
+            weight.index_copy_(0, queries, old_weight.mul_(keep).add_(added).flatten(0, 1))
             total.index_copy_(
                 0,
-                own,
+                queries,
                 old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1),
             )
     weight, highest, total = weight[:-1], highest[:-1], total[:-1]
@@ -158,7 +156,7 @@ def _backward(
     exact = _exact(v)
     q = q * _LOG2_E
     mean = (d_out.to(exact) * out.to(exact)).sum(-1, keepdim=True)
-    # Sums over rounds; the row behind the last takes what belongs to no token.
+    # Sums over rounds, with one row more for places without a token.
     d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
     for number, order in enumerate(orders):
         for tiles, unseen in _tiles(orders, number, window, chunk, itself):
@@ -193,7 +191,7 @@ def _backward(
 
 
 def _serves(q: Tensor) -> bool:
-    """Whether the compiled kernel takes such tensors."""
+    """Return whether the compiled kernel is used for such tensors."""
     return (
         q.device.type == "cpu"
         and q.dtype != torch.float64
@@ -205,7 +203,7 @@ def _serves(q: Tensor) -> bool:
 @cache
 @torch.no_grad()
 def _kernel_agrees() -> bool:
-    """Whether there is a compiled kernel, and it finds what plain torch does."""
+    """Return whether there is a compiled kernel and it agrees with plain torch."""
     if cpu_banded.kernel() is None:
         return False
     random = torch.Generator().manual_seed(0)
@@ -229,12 +227,12 @@ def _kernel_agrees() -> bool:
 
 
 def _exact(x: Tensor) -> torch.dtype:
-    """The dtype of softmax statistics: fp32, or fp64 for fp64."""
+    """Return the dtype of softmax statistics: fp32, or fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _row_groups(q: Tensor) -> Iterator[slice]:
-    """Rows to sort at a time: short ones together, long ones alone."""
+    """Yield slices of rows to sort together: several short ones, or one long one."""
     step = max(1, (1 << 16) // max(1, q.shape[1])) if q.device.type == "cpu" else len(q)
     return (slice(first, first + step) for first in range(0, len(q), step))
 
@@ -245,9 +243,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """A block of neighbouring chunks. places: theirs; with_previous: one chunk more, the one
-    before.
-    """
+    """Consecutive chunks. places: theirs; with_previous: theirs and those of the chunk before."""
 
     order: Order
     chunk: int
@@ -255,7 +251,7 @@ class _Tiles:
     with_previous: slice
 
     def queries(self, x: Tensor) -> Tensor:
-        """[N, L, d] to [tiles, C, d]."""
+        """Gather [N, L, d] into [tiles, C, d]."""
         return (
             x.flatten(0, 1)
             .index_select(0, self.order.tokens[self.places])
@@ -263,9 +259,7 @@ class _Tiles:
         )
 
     def keys(self, x: Tensor) -> Tensor:
-        """[N, L, d] to [tiles, 2C, d], every chunk behind the one before it: an overlapping
-        view.
-        """
+        """Gather [N, L, d] into [tiles, 2C, d], each chunk after the one before: a view."""
         rows, dim = (
             x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]),
             x.shape[-1],
@@ -278,8 +272,8 @@ class _Tiles:
 def _tiles(
     orders: list[Order], number: int, window: int, chunk: int, itself: bool
 ) -> Iterator[tuple[_Tiles, Tensor]]:
-    """Blocks of tiles, and who does not see whom in this round, or did in an earlier one: [tiles,
-    C, 2C] bool.
+    """Yield blocks of tiles, and the pairs that do not count, [tiles, C, 2C] bool: those that do
+    not meet in this round, or already met in an earlier one.
     """
     order = orders[number]
     device = order.tokens.device
@@ -292,7 +286,7 @@ def _tiles(
     size = chunk * max(
         1, (_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // (8 * chunk * chunk)
     )
-    # The first chunk is in front of all rows and holds no token.
+    # The first chunk comes before all rows and contains no token.
     for first in range(chunk, len(order.groups), size):
         last = min(first + size, len(order.groups))
         tiles = _Tiles(order, chunk, slice(first, last), slice(first - chunk, last))
@@ -306,14 +300,14 @@ def _tiles(
 
 
 def _pairs(numbers: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    """What stands in the places of queries, [tiles, C, 1], and of keys, [tiles, 1, 2C]."""
+    """Return the numbers at the places of queries, [tiles, C, 1], and of keys, [tiles, 1, 2C]."""
     return numbers[tiles.places].view(-1, tiles.chunk, 1), numbers[tiles.with_previous].unfold(
         0, 2 * tiles.chunk, tiles.chunk
     )[:, None]
 
 
 def _overlapped(x: Tensor) -> Tensor:
-    """Sums of what belongs to the same place: [tiles, 2C, d] to [(tiles + 1) C, d]."""
+    """Sum the entries of the same place: [tiles, 2C, d] to [(tiles + 1) C, d]."""
     chunk = x.shape[1] // 2
     total = x.new_empty(len(x) + 1, chunk, x.shape[2])
     total[:-1] = x[:, :chunk]
@@ -323,5 +317,5 @@ def _overlapped(x: Tensor) -> Tensor:
 
 
 def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
-    """total[rows] += x for distinct rows; index_add_ takes them one by one on CPU."""
+    """Do total[rows] += x for distinct rows; index_add_ adds them one by one on CPU."""
     total.index_copy_(0, rows, total.index_select(0, rows).add_(x.view(len(rows), -1)))

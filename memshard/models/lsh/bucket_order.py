@@ -1,4 +1,4 @@
-"""The order in which tokens of one group stand next to each other, earliest first."""
+"""The order that puts the tokens of one group next to each other, earliest first."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Order:
-    """One round's order of the tokens of N rows of L, behind one empty chunk, each row filled up to
-    whole chunks: P places.
+    """One round's order of the tokens of N rows of length L, in P places: an empty chunk, then each
+    row filled up to whole chunks.
 
-    places: [P] int64, the token in each place, as a number below N L, and N L where there is none;
-    tokens: the same, but some token's number there. groups: [P] int32, distinct from row to row, in
-    ascending order; -1 where no token is. codes: [N L + 1] int32: token i comes at most w tokens of
-    its group after token j exactly if 0 < codes_i - codes_j <= w, for w <= window.
+    places: [P] int64, the token in each place, as a number below N L; N L for empty places. tokens:
+    the same, but with an arbitrary valid number for empty places. groups: [P] int32, ascending and
+    different in each row; -1 for empty places. codes: [N L + 1] int32, such that for w <= window,
+    token i is one of the w tokens after token j in its group exactly if 0 < codes_i - codes_j <= w.
     """
 
     places: Tensor
@@ -25,8 +25,8 @@ class Order:
 
 
 def order_tokens(groups: Tensor, window: int, chunk: int) -> Order:
-    """Sort tokens by (group, position). groups: [N, L] int64. window: largest distance that codes
-    tell apart from infinity.
+    """Sort tokens by (group, position). groups: [N, L] int64. window: the largest distance in a
+    group that codes express.
     """
     rows, length = groups.shape
     device = groups.device
@@ -34,14 +34,14 @@ def order_tokens(groups: Tensor, window: int, chunk: int) -> Order:
     row = torch.arange(rows, device=device)[:, None]
     changes = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
     numbers = changes.flatten().cumsum(0, dtype=torch.int32).view(rows, length)
-    # A gap of `window` between groups makes one subtraction tell group and distance.
-    spread = (
+    # With gaps of `window` between groups, one subtraction compares group and distance.
+    gapped = (
         torch.arange(rows * length, device=device, dtype=torch.int32).view(rows, length)
         + numbers * window
     )
     places = order + row * length
     codes = torch.zeros(rows * length + 1, dtype=torch.int32, device=device).index_copy_(
-        0, places.flatten(), spread.flatten()
+        0, places.flatten(), gapped.flatten()
     )
     missing, nobody = -length % chunk, rows * length
     places = F.pad(F.pad(places, (0, missing), value=nobody).flatten(), (chunk, 0), value=nobody)

@@ -1,9 +1,9 @@
-"""A mixer's branch some heads at a time, from norm to output projection: queries, values and
-results of all heads are never in memory.
+"""A mixer's branch a few heads at a time, from norm to output projection, so that queries, values
+and results of all heads are never in memory together.
 
-Backward keeps the input alone. For each head it normalises, projects and attends again, a piece of
-the sequence after the other where tokens do not meet; the only array of the input's size that it
-makes is the input's gradient.
+Backward keeps only the input. For each head it normalises, projects and attends again, span by span
+wherever tokens do not interact; the only array of the input's size that it allocates is the input's
+gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_PIECE = 1 << 14  # tokens to normalise and project at a time
+_SPAN = 1 << 14  # tokens to normalise and project at a time
 
 
 @dataclass(frozen=True)
 class ByHeads:
-    """What to do with `step` of `heads` heads at a time.
+    """Attention that processes `step` of `heads` heads at a time.
 
-    project: from some neighbouring tokens, [batch, tokens, dim], these heads' rows of the weights,
-    and which tokens they are, to queries, keys and values, each [batch, step, tokens, head dim]; of
-    the first `before` tokens they do not count, unless it is the text that begins. attend: from
-    those of a whole sequence, and which heads they are, to results, [batch, step, length, head
-    dim].
+    project: takes consecutive tokens, [batch, tokens, dim], the heads' rows of the weights, and
+    which tokens these are; returns queries, keys and values, each [batch, step, tokens, head dim].
+    The first `before` tokens only serve as context (for convolutions), except where the text
+    begins. attend: takes queries, keys and values of a whole sequence, and which heads these are;
+    returns [batch, step, length, head dim].
     """
 
     heads: int
@@ -39,15 +39,16 @@ class ByHeads:
     def __call__(
         self, x: Tensor, norm: nn.Module | None, weights: Sequence[Tensor], output: Tensor
     ) -> Tensor:
-        """x: [batch, length, dim]; norm: what it goes through first; weights: [head dims, ...]
-        each; output: [dim, head dims]. Returns [batch, length, dim], the sum over heads of
-        results times output columns.
+        """Return [batch, length, dim], the sum over heads of results times output columns.
+
+        x: [batch, length, dim]; norm: applied to x first; weights: [head dims, ...] each; output:
+        [dim, head dims].
         """
         trained = () if norm is None else tuple(p for p in norm.parameters() if p.requires_grad)
         return _ByHeads.apply(self, norm, len(weights), x, output, *weights, *trained)
 
     def spans(self, output: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Heads to take together, and their rows of weights, which are columns of the output's."""
+        """Yield the heads to process together, and their rows of the weights."""
         width = output.shape[1] // self.heads
         for first in range(0, self.heads, self.step):
             last = min(first + self.step, self.heads)
@@ -78,15 +79,15 @@ class _ByHeads(torch.autograd.Function):
             results = plan.attend(
                 _projected(plan, norm, x, [weight[rows] for weight in parameters[:count]]), heads
             )
-            for piece in _pieces(x):
-                part = F.linear(_joined(results[:, :, piece]), output[:, rows])
+            for span in _spans(x):
+                part = F.linear(_joined(results[:, :, span]), output[:, rows])
                 if total is None:
                     total = part.new_zeros(
                         *x.shape[:2],
                         part.shape[-1],
                         dtype=torch.promote_types(part.dtype, torch.float32),
                     )
-                total[:, piece] += part
+                total[:, span] += part
             del results
         assert total is not None
         return total.to(part.dtype)
@@ -100,7 +101,7 @@ class _ByHeads(torch.autograd.Function):
         d_output, *d_parameters = (
             torch.zeros_like(parameter) for parameter in (output, *parameters)
         )
-        # The cache would keep half precision copies of what is gone.
+        # Autocast's cache would keep half-precision copies of weights alive after their use.
         with torch.autocast(**ctx.autocast, cache_enabled=False):
             for heads, rows in plan.spans(output):
                 weights = [weight[rows] for weight in whole]
@@ -108,23 +109,21 @@ class _ByHeads(torch.autograd.Function):
                 with torch.enable_grad():
                     results = plan.attend(leaves, heads)
                 d_results = torch.empty_like(results)
-                for piece in _pieces(x):
+                for span in _spans(x):
                     joined, weight = (
-                        _leaf(_joined(results.detach()[:, :, piece])),
+                        _leaf(_joined(results.detach()[:, :, span])),
                         _leaf(output[:, rows]),
                     )
                     with torch.enable_grad():
                         part = F.linear(joined, weight)
-                    found, d_weight = torch.autograd.grad(
-                        part, (joined, weight), upstream[:, piece]
-                    )
-                    d_results[:, :, piece] = found.unflatten(-1, (results.shape[1], -1)).transpose(
+                    found, d_weight = torch.autograd.grad(part, (joined, weight), upstream[:, span])
+                    d_results[:, :, span] = found.unflatten(-1, (results.shape[1], -1)).transpose(
                         1, 2
                     )
                     d_output[:, rows] += d_weight
                 d_leaves = torch.autograd.grad(results, leaves, d_results)
                 del results, d_results, leaves, part, found
-                for piece, wide, inner in _pieces_behind(x, plan.before):
+                for span, wide, inner in _spans_after(x, plan.before):
                     sources = tuple(map(_leaf, (_normalised(norm, x[:, wide]), *weights)))
                     with torch.enable_grad():
                         parts = [
@@ -132,20 +131,18 @@ class _ByHeads(torch.autograd.Function):
                             for part in plan.project(sources[0], sources[1:], wide)
                         ]
                     found, *of_weights = torch.autograd.grad(
-                        parts, sources, [d[:, :, piece] for d in d_leaves]
+                        parts, sources, [d[:, :, span] for d in d_leaves]
                     )
                     d_x[:, wide] += found
                     for total, d in zip(d_parameters, of_weights, strict=False):
                         total[rows] += d
                 del d_leaves
-            for piece in _pieces(x) if norm is not None else ():
-                leaf = _leaf(x[:, piece])
+            for span in _spans(x) if norm is not None else ():
+                leaf = _leaf(x[:, span])
                 with torch.enable_grad():
                     h = _normalised(norm, leaf)
-                found, *of_norm = torch.autograd.grad(
-                    h, (leaf, *trained), d_x[:, piece].to(h.dtype)
-                )
-                d_x[:, piece] = found
+                found, *of_norm = torch.autograd.grad(h, (leaf, *trained), d_x[:, span].to(h.dtype))
+                d_x[:, span] = found
                 for total, d in zip(d_parameters[len(whole) :], of_norm, strict=True):
                     total += d
         return None, None, None, d_x.to(x.dtype), d_output, *d_parameters
@@ -154,15 +151,15 @@ class _ByHeads(torch.autograd.Function):
 def _projected(
     plan: ByHeads, norm: nn.Module | None, x: Tensor, weights: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Queries, keys and values of some heads and all tokens."""
+    """Return queries, keys and values of some heads, for all tokens."""
     whole: list[Tensor] = []
-    for piece, wide, inner in _pieces_behind(x, plan.before):
+    for span, wide, inner in _spans_after(x, plan.before):
         parts = plan.project(_normalised(norm, x[:, wide]), weights, wide)
         whole = whole or [
             part.new_empty(*part.shape[:2], x.shape[1], part.shape[-1]) for part in parts
         ]
         for to, part in zip(whole, parts, strict=True):
-            to[:, :, piece] = part[:, :, inner]
+            to[:, :, span] = part[:, :, inner]
     return whole
 
 
@@ -170,19 +167,21 @@ def _normalised(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _pieces(x: Tensor) -> Iterator[slice]:
-    return (slice(first, first + _PIECE) for first in range(0, x.shape[1], _PIECE))
+def _spans(x: Tensor) -> Iterator[slice]:
+    return (slice(first, first + _SPAN) for first in range(0, x.shape[1], _SPAN))
 
 
-def _pieces_behind(x: Tensor, before: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Pieces, the same with the `before` tokens before them, and where the piece is in that."""
-    for piece in _pieces(x):
-        first = max(0, piece.start - before)
-        yield piece, slice(first, piece.stop), slice(piece.start - first, None)
+def _spans_after(x: Tensor, before: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield spans of tokens, the same with `before` tokens before them, and the slice of that which
+    is the span.
+    """
+    for span in _spans(x):
+        first = max(0, span.start - before)
+        yield span, slice(first, span.stop), slice(span.start - first, None)
 
 
 def _joined(results: Tensor) -> Tensor:
-    """[batch, heads, tokens, head dim] to [batch, tokens, head dims]"""
+    """[batch, heads, tokens, head dim] to [batch, tokens, head dims]."""
     return results.transpose(1, 2).flatten(2)
 
 

@@ -15,24 +15,24 @@ _HASH_BLOCK = 1 << 14
 
 
 def bucket_count(length: int, chunk: int) -> int:
-    """Buckets for a length: about two chunks of tokens each, so that a bucket's newest chunk misses
-    little of it.
+    """Return a number of buckets for a length, so that a bucket has about two chunks of tokens and
+    its newest chunk misses little of it.
 
-    Fewer and larger than the paper's (chunk = 2 length / buckets): that rule needs tokens to see
-    other buckets by chance. A function of the next power of 2, so that a text of about the same
-    length meets the same buckets.
+    The paper has more and smaller buckets (chunk = 2 length / buckets), which only works because
+    tokens also see other buckets by chance. Depends on the next power of 2 only, so that texts of
+    about the same length have the same buckets.
     """
     return max(1, (1 << (length - 1).bit_length()) // (2 * chunk)) // 2 * 2 or 1
 
 
 def total_buckets(buckets: int) -> int:
-    """One more than the highest bucket number: the product of the factors."""
+    """Return one more than the highest bucket number: the product of the factors."""
     return math.prod(factorise(buckets))
 
 
 def factorise(buckets: int) -> list[int]:
-    """Even factors of at most 128 buckets whose product is at least `buckets`; rotations then cost
-    their sum.
+    """Return even factors of at most 128 whose product is at least `buckets`. Rotations then cost
+    the sum of the factors instead of their product.
     """
     if buckets <= _MOST_DIRECTIONS:
         return [buckets]
@@ -42,11 +42,11 @@ def factorise(buckets: int) -> list[int]:
 
 
 def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int, first_head: int = 0) -> Tensor:
-    """Bucket of every vector in every round. x: [heads, ..., d], the heads counted from
-    `first_head`; returns [heads, rounds, ...] int64, below `total_buckets`.
+    """Return the bucket of every vector in every round, [heads, rounds, ...] int64, below
+    `total_buckets`. No gradient.
 
-    Rotations depend on (seed, head, round) alone: every rank, replay and decoded token draws the
-    same. No gradient.
+    x: [heads, ..., d]; first_head: number of the first head. Rotations depend on (seed, head,
+    round) alone, so they are the same on every rank, in recomputation and in decoding.
     """
     if buckets == 1:
         return torch.zeros(x.shape[0], rounds, *x.shape[1:-1], dtype=torch.int64, device=x.device)
@@ -60,11 +60,11 @@ def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int, first_head: in
 
 
 def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Tensor:
-    found = torch.zeros(rounds, len(x), dtype=torch.int64, device=x.device)
+    hashed = torch.zeros(rounds, len(x), dtype=torch.int64, device=x.device)
     scale = 1
     for number, factor in enumerate(factorise(buckets)):
         half = factor // 2
-        # Row numbers keep heads apart: [rounds x half] directions each.
+        # Each head takes rounds x half rows of the endless matrix, so heads never share directions.
         key = fold(seed, _ROTATIONS, number)
         directions = normal_rows(key, head * rounds * half, rounds * half, x.shape[-1], x.device)
         for first in range(0, len(x), _HASH_BLOCK):
@@ -75,6 +75,6 @@ def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Te
             index = torch.where(
                 highest.values >= -lowest.values, highest.indices, lowest.indices + half
             )
-            found[:, first : first + _HASH_BLOCK] += scale * index.mT
+            hashed[:, first : first + _HASH_BLOCK] += scale * index.mT
         scale *= factor
-    return found
+    return hashed

@@ -1,5 +1,5 @@
-"""Attention that sees a whole sequence: an encoder's to itself, and a decoder's to the encoder's
-output.
+"""Attention that sees a whole sequence: an encoder's self-attention, and the cross attention of a
+decoder to the encoder's output.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from memshard.models.mixers.mixer import Mixer
 
 @dataclass(frozen=True)
 class SourceState:
-    """What a decoder's layer keeps of a source: nothing before its first call.
+    """What a decoder's layer keeps of a source; None before its first call.
 
-    keys: [batch, heads, source length, head dim], values alike, and padding as in
-    `Context.source_padding`; or, of linear attention, keys alone: the [batch, heads, features, head
-    dim + 1] of `written_sum`, however long the source.
+    keys, values: [batch, heads, source length, head dim]; padding: as `Context.source_padding`. For
+    linear attention only keys is set: the [batch, heads, features, head dim + 1] of `written_sum`,
+    however long the source.
     """
 
     keys: Tensor | None = None
@@ -33,11 +33,11 @@ class SourceState:
 
 
 class BidirectionalMixer(Mixer):
-    """Multi-head attention without an order in time.
+    """Multi-head attention of every token to all tokens.
 
     features: of queries and keys, for linear attention by the sum rule; None for softmax. cross:
-    take keys and values from the context's source; otherwise from x itself, rotary: turned by their
-    positions, as queries are.
+    take keys and values from the context's source instead of x. rotary: rotate queries and keys by
+    their positions.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class BidirectionalMixer(Mixer):
     def forward(
         self, x: Tensor, ctx: Context, state: SourceState | None = None
     ) -> tuple[Tensor, SourceState | None]:
-        """x: [batch, length, dim]; returns the same shape, and the state if there was one.
+        """Return [batch, length, dim], and the state if there was one.
 
-        A state that has not met its source takes the context's; later calls need none.
+        A new state takes the context's source; later calls need none.
         """
         q = self._split(self.query(x))
         if self.rotary:
@@ -98,7 +98,7 @@ class BidirectionalMixer(Mixer):
         return self.output(y.transpose(1, 2).flatten(2)), None if state is None else source
 
     def init_state(self, batch: int, capacity: int) -> SourceState:
-        """An empty state. ValueError for an encoder, which sees all tokens at once."""
+        """Return an empty state. ValueError for an encoder, which sees all tokens at once."""
         if not self.cross:
             raise ValueError(
                 "an encoder sees all tokens at once: it does not generate (model.encoder_layers)"
@@ -107,9 +107,7 @@ class BidirectionalMixer(Mixer):
 
     @staticmethod
     def reorder(state: SourceState, rows: Tensor) -> SourceState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
-        int64.
-        """
+        """Return the state whose row i is row rows[i] of this one. rows: [new batch] int64."""
         keys, values, padding = (
             None if field is None else field[rows]
             for field in (state.keys, state.values, state.padding)
@@ -118,12 +116,12 @@ class BidirectionalMixer(Mixer):
 
     @staticmethod
     def rollback(state: SourceState, tokens: int) -> SourceState:
-        """The state before the last `tokens` tokens: the source is still the same."""
+        """Return the same state: the source does not change with the target's tokens."""
         return state
 
     @staticmethod
     def reset(state: SourceState, rows: Tensor) -> SourceState:
-        """The state after documents ended in the given rows: the source is still the same."""
+        """Return the same state: the source does not change where documents end."""
         return state
 
     def _remember(self, x: Tensor, ctx: Context) -> SourceState:

@@ -1,8 +1,7 @@
-"""Linear attention as a fast weight memory (Schlag et al. 2021): a matrix a head that keys write to
-and queries read.
+"""Linear attention as a fast weight memory (Schlag et al. 2021): each head has a matrix that keys
+write to and queries read.
 
-Its size does not depend on the length: text of any length streams through, and generation needs
-constant memory.
+Its size does not depend on the length of the text, so generation needs constant memory.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +15,12 @@ from memshard.models.context import Context
 from memshard.models.fast_weights.attention_norm import normalised_delta_rule, normalised_sum_rule
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
-from memshard.models.fast_weights.segments import Neighbours, Rule, delta_in_pieces, sums_in_pieces
+from memshard.models.fast_weights.segments import (
+    Neighbours,
+    Rule,
+    delta_rule_of_segment,
+    sum_rule_of_segment,
+)
 from memshard.models.fast_weights.sum_rule import sum_rule
 from memshard.models.layers.convolution import RecentRows
 from memshard.models.layers.linear import Projection
@@ -28,8 +32,8 @@ RuleKind = Literal["sum", "delta"]
 
 @dataclass(frozen=True)
 class _Writes:
-    """What a call wrote, for taking it back: the state before it, tensors [batch, heads, tokens,
-    ...], documents [batch, tokens].
+    """What the latest call wrote, for `rollback`: the state before it, tensors [batch, heads,
+    tokens, ...], documents [batch, tokens].
     """
 
     before: "FastWeightState"
@@ -41,11 +45,11 @@ class _Writes:
 
 @dataclass(frozen=True)
 class FastWeightState:
-    """What linear attention remembers.
+    """The state of linear attention.
 
     memory: [batch, heads, features, head dim] fp32, one column more with attention normalisation;
-    documents: [batch] int64, of the last token; length: tokens seen; recent: of convolutions, if
-    there are any.
+    documents: [batch] int64, that of the last token, -1 for none; length: tokens seen; recent:
+    state of the convolutions, if any.
     """
 
     memory: Tensor
@@ -58,9 +62,9 @@ class FastWeightState:
 class FastWeightMixer(HeadProjections):
     """Causal linear attention by the sum rule or the delta rule.
 
-    features: of keys and queries. attention_norm: read relative to the sum of all keys written.
-    rotary: turn queries and keys by their positions before the feature map. parts: as in
-    `HeadProjections`; as many heads of keys and values as of queries.
+    features: of keys and queries. attention_norm: divide what is read by the sum over all keys
+    written. rotary: rotate queries and keys by their positions before the feature map. parts:
+    arguments of `HeadProjections`, except kv_heads.
     """
 
     column_parallel = (*HeadProjections.column_parallel, "strength")
@@ -116,9 +120,7 @@ class FastWeightMixer(HeadProjections):
     def forward(
         self, x: Tensor, ctx: Context, state: FastWeightState | None = None
     ) -> tuple[Tensor, FastWeightState | None]:
-        """x: [batch, length, dim]; returns the same shape and, where a state was given, the
-        advanced one.
-        """
+        """Return [batch, length, dim] and, where a state was given, the advanced one."""
         q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
@@ -133,7 +135,7 @@ class FastWeightMixer(HeadProjections):
             k, beta = k * ctx.padding[:, None, :, None], beta * ctx.padding[:, None]
         y, memory = self._read(q, k, v, beta, state, ctx.documents)
         if state is not None:
-            # Nobody takes back what is trained on, and the graph would hold all of it.
+            # Training never rolls back, and with gradients `latest` would keep the whole graph.
             latest = (
                 None
                 if torch.is_grad_enabled()
@@ -144,9 +146,7 @@ class FastWeightMixer(HeadProjections):
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> FastWeightState:
-        """An empty state for `batch` rows; it holds texts of any length, so `capacity` does not
-        matter.
-        """
+        """Return an empty state for `batch` rows of any length; `capacity` does not matter."""
         weight = self.value.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         width = weight.shape[0] // self.heads + self.attention_norm
@@ -159,17 +159,15 @@ class FastWeightMixer(HeadProjections):
 
     @staticmethod
     def reorder(state: FastWeightState, rows: Tensor) -> FastWeightState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
-        int64.
-        """
+        """Return the state whose row i is row rows[i] of this one. rows: [new batch] int64."""
         recent = state.recent and state.recent.reorder(rows)
         return FastWeightState(
             state.memory[rows], state.documents[rows], state.length, recent=recent
         )
 
     def rollback(self, state: FastWeightState, tokens: int) -> FastWeightState:
-        """The state before its last `tokens` tokens. ValueError beyond the tokens of the latest
-        call: what they overwrote is gone.
+        """Return the state before its last `tokens` tokens. ValueError beyond the tokens of the
+        latest call: what they overwrote is gone.
         """
         latest = state.latest
         if latest is None or tokens > latest.keys.shape[2]:
@@ -228,7 +226,10 @@ class FastWeightMixer(HeadProjections):
         delta: Rule = delta_rule
         sums: Rule = sum_rule
         if self.neighbours is not None:
-            delta, sums = delta_in_pieces(self.neighbours), sums_in_pieces(self.neighbours)
+            delta, sums = (
+                delta_rule_of_segment(self.neighbours),
+                sum_rule_of_segment(self.neighbours),
+            )
             before = None if documents is None else self.neighbours.rows_before(documents, 1)[:, 0]
         resets = None if documents is None else _resets(documents, before)
         if self.rule == "delta" and self.attention_norm:
@@ -241,8 +242,8 @@ class FastWeightMixer(HeadProjections):
 
 
 def _resets(documents: Tensor, before: Tensor | None) -> Tensor:
-    """Where another document begins than the token before belongs to, [batch, length] bool. before:
-    [batch], of the token before the first, -1 if there was none.
+    """Return where a document begins, [batch, length] bool. before: [batch], the document of the
+    token before the first one, -1 if there was none.
     """
     before = documents[:, :1] if before is None else before[:, None]
     changed = torch.cat((before, documents[:, :-1]), 1) != documents

@@ -178,17 +178,13 @@ class MixerConfig:
     """
 
     share_qk: bool = False
-    """Make queries a linear map of the convolved keys (Primer). Ignored by `lsh`, whose queries are
-    its keys.
-    """
+    """Make queries a linear map of the convolved keys (Primer). `lsh` ignores it."""
 
     window: int = 128
     """For `local`: number of tokens that a token sees, itself included."""
 
     rounds: int = 2
-    """For `lsh`: number of hashing rounds. More rounds miss fewer neighbours and cost
-    proportionally more.
-    """
+    """For `lsh`: number of hashing rounds. More miss fewer neighbours, at proportional cost."""
 
     chunk: int = 64
     """For `lsh`: number of tokens of its bucket that a token sees in a round."""

@@ -2,12 +2,12 @@
 strictly causal.
 
 Queries and keys are the same vectors, keys scaled to norm 1. In every round a token sees the last
-`chunk` tokens before it in its bucket; what it sees in several rounds counts once; who sees nobody
-gets its own value.
+`chunk` tokens before it in its bucket. A token seen in several rounds counts once; a token that
+sees no other gets its own value.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal, Self, cast
 
@@ -20,48 +20,30 @@ from memshard.models.context import Context
 from memshard.models.layers.convolution import Convolutions, RecentRows
 from memshard.models.layers.linear import Projection
 from memshard.models.lsh.banded import banded_attention
+from memshard.models.lsh.bucket_state import (
+    PADDING,
+    BucketState,
+    attend_newest,
+    file_all,
+    file_newest,
+)
 from memshard.models.lsh.by_heads import ByHeads
 from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
 from memshard.models.lsh.published import PublishedRule, published_attention
 from memshard.models.mixers.mixer import Mixer
 from memshard.models.random import fold
 
-_PADDING = -1
-
-
-@dataclass(frozen=True)
-class BucketState:
-    """What LSH attention remembers: all keys and values, and of every bucket its newest tokens.
-
-    keys, values: [batch, heads, capacity, head dim]. groups: [batch, heads, rounds, capacity]
-    int64, bucket of each token plus buckets x number of its document, -1 for padding. newest:
-    [batch, heads, rounds, buckets, 2 chunk] int64, a ring of places, twice what is seen so that
-    tokens can be taken back. counts: [batch, heads, rounds, buckets] int64, tokens of the present
-    document. number, documents: [batch] int64, of the present document, counted here and as the
-    context calls it. recent: of convolutions.
-    """
-
-    keys: Tensor
-    values: Tensor
-    groups: Tensor
-    newest: Tensor
-    counts: Tensor
-    number: Tensor
-    documents: Tensor
-    length: int = 0
-    recent: RecentRows | None = None
-
 
 class LSHMixer(Mixer):
     """LSH attention.
 
-    rounds: hash rounds, to be changed at any time. chunk: how many tokens of its bucket a token
-    sees in a round. buckets: 0 for `bucket_count` of the length. seed: of the rotations; give every
-    layer its own. heads_at_once: project and attend so many heads at a time and repeat that in
-    backward, so that queries, values and results of all are never in memory; 0 for all. resample:
-    in training, let rotations depend on the step too. rule: "strict", or one of
-    `published_attention`'s, which are not causal to the letter: no decoding, no packed or padded
-    text. convolution: width of Primer's convolutions of queries and values, 0 for none.
+    rounds: number of hash rounds; may be changed at any time. chunk: number of tokens of its bucket
+    that a token sees in a round. buckets: 0 for `bucket_count` of the length. seed: of the
+    rotations, a different one for each layer. heads_at_once: process this many heads at a time and
+    recompute them in backward, so that queries, values and results of all heads are never in memory
+    together; 0: all at once. resample: let rotations in training also depend on the step. rule:
+    "strict", or one of `published_attention`, which are not strictly causal: no decoding, no packed
+    or padded text. convolution: width of Primer's convolutions of queries and values, 0 for none.
     """
 
     def __init__(
@@ -124,10 +106,9 @@ class LSHMixer(Mixer):
         state: BucketState | None = None,
         norm: nn.Module | None = None,
     ) -> tuple[Tensor, BucketState | None]:
-        """x: [batch, length, dim]; returns the same shape and, where a state was given, the
-        advanced one.
+        """Return [batch, length, dim] and, where a state was given, the advanced one.
 
-        norm: of `heads_at_once` without a state: what x has to go through first, in pieces.
+        norm: for `heads_at_once` without a state: applied to x first, a part of x at a time.
         """
         if state is not None:
             y, state = self._continue(x, ctx, state)
@@ -144,7 +125,7 @@ class LSHMixer(Mixer):
                 self.heads,
                 self.heads_at_once,
                 before,
-                partial(self._project_piece, ctx=ctx),
+                partial(self._project_span, ctx=ctx),
                 attend,
             )
             return self.output.summed(by_heads(x, norm, weights, self.output.weight)), None
@@ -152,8 +133,8 @@ class LSHMixer(Mixer):
         return self.output(y.transpose(1, 2).flatten(2)), None
 
     def init_state(self, batch: int, capacity: int) -> BucketState:
-        """An empty state for `batch` rows of at most `capacity` tokens; buckets are those of that
-        length.
+        """Return an empty state for `batch` rows of at most `capacity` tokens, with the number of
+        buckets for that length. ValueError for published rules.
         """
         if self.rule != "strict":
             raise ValueError(
@@ -172,7 +153,7 @@ class LSHMixer(Mixer):
             dtype=torch.int64,
             device=weight.device,
         )
-        groups = places.new_full((batch, self.heads, self.rounds, capacity), _PADDING)
+        groups = places.new_full((batch, self.heads, self.rounds, capacity), PADDING)
         number = places.new_zeros(batch)
         recent = self.convolutions.nothing_recent(batch)
         return BucketState(
@@ -188,9 +169,7 @@ class LSHMixer(Mixer):
 
     @staticmethod
     def reorder(state: BucketState, rows: Tensor) -> BucketState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
-        int64.
-        """
+        """Return the state whose row i is row rows[i] of this one. rows: [new batch] int64."""
         kept = {
             name: value[rows] for name, value in vars(state).items() if isinstance(value, Tensor)
         }
@@ -199,8 +178,8 @@ class LSHMixer(Mixer):
         )
 
     def rollback(self, state: BucketState, tokens: int) -> BucketState:
-        """The state before its last `tokens` tokens, which must belong to the present document.
-        ValueError beyond `chunk` tokens.
+        """Return the state before its last `tokens` tokens, which must belong to the current
+        document. ValueError beyond `chunk` tokens.
         """
         if tokens > self.chunk:
             raise ValueError(
@@ -209,7 +188,7 @@ class LSHMixer(Mixer):
             )
         last = state.groups[..., state.length - tokens : state.length]
         taken = torch.zeros_like(state.counts).scatter_add_(
-            -1, last % state.counts.shape[-1], (last != _PADDING).long()
+            -1, last % state.counts.shape[-1], (last != PADDING).long()
         )
         recent = state.recent and state.recent.rollback(tokens)
         return replace(
@@ -228,8 +207,8 @@ class LSHMixer(Mixer):
     def _attend_heads(
         self, projected: Sequence[Tensor], heads: slice, numbers: Tensor | None, ctx: Context
     ) -> Tensor:
-        """Results of some heads, [batch, heads, length, head dim], of their queries, keys and
-        values.
+        """Return the results of some heads, [batch, heads, length, head dim]. projected: their
+        queries, keys and values.
         """
         q, k, v = projected
         if self.rule != "strict" and (
@@ -259,27 +238,27 @@ class LSHMixer(Mixer):
         ).unflatten(0, q.shape[:2])
 
     def _weights(self) -> list[Tensor]:
-        """What belongs to heads before attention: [head dims, ...] each."""
+        """Return the weights whose rows belong to heads, [head dims, ...] each."""
         return [self.query.weight, self.value.weight, *self.convolutions.kernels()]
 
     def _project(
         self, x: Tensor, weights: Sequence[Tensor], ctx: Context, recent: RecentRows | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], RecentRows | None]:
-        """Queries, keys and values, [batch, heads, length, head dim], of the heads whose weights
-        these are, and what convolutions remember where something was.
+        """Return queries, keys and values, [batch, heads, length, head dim], of the heads whose
+        rows of the weights are given, and the convolutions' advanced state if `recent` is given.
         """
         width = self.value.weight.shape[0] // self.heads
-        found, recent = self.convolutions(
+        projected, recent = self.convolutions(
             [F.linear(x, weight) for weight in weights[:2]], ctx, recent, weights[2:]
         )
-        q, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in found)
+        q, v = (tensor.unflatten(-1, (-1, width)).transpose(1, 2) for tensor in projected)
         return (q, _unit(q), v), recent
 
-    def _project_piece(
+    def _project_span(
         self, x: Tensor, weights: Sequence[Tensor], tokens: slice, ctx: Context
     ) -> Sequence[Tensor]:
         documents, padding = (
-            None if each is None else each[:, tokens] for each in (ctx.documents, ctx.padding)
+            None if field is None else field[:, tokens] for field in (ctx.documents, ctx.padding)
         )
         return self._project(x, weights, Context(ctx.positions[:, tokens], documents, padding))[0]
 
@@ -292,14 +271,16 @@ class LSHMixer(Mixer):
         padding: Tensor | None,
         seed: int,
     ) -> Tensor:
-        """[batch, heads, rounds, length] int64. numbers: [batch, length] of documents."""
-        found = hash_buckets(
+        """Return the group of each token, [batch, heads, rounds, length] int64. numbers: [batch,
+        length], of documents.
+        """
+        hashed = hash_buckets(
             q.detach().transpose(0, 1), buckets, self.rounds, seed, self.first_head + heads.start
         )
-        groups = found.permute(2, 0, 1, 3)
+        groups = hashed.permute(2, 0, 1, 3)
         if numbers is not None:
             groups = groups + total_buckets(buckets) * numbers[:, None, None]
-        return groups if padding is None else groups.masked_fill(~padding[:, None, None], _PADDING)
+        return groups if padding is None else groups.masked_fill(~padding[:, None, None], PADDING)
 
     def _continue(self, x: Tensor, ctx: Context, state: BucketState) -> tuple[Tensor, BucketState]:
         start, end = state.length, state.length + x.shape[1]
@@ -331,86 +312,19 @@ class LSHMixer(Mixer):
             recent=recent,
         )
         if x.shape[1] == 1:
-            return self._attend_newest(q, state).transpose(1, 2).flatten(2), _file_newest(state)
+            return attend_newest(q, state, self.chunk).transpose(1, 2).flatten(2), file_newest(
+                state
+            )
         keys, values, groups = (
             state.keys[:, :, :end],
             state.values[:, :, :end],
             state.groups[..., :end],
         )
-        # Of earlier tokens only keys and values count; their queries are whatever is there.
+        # Only the new tokens' results are used: fill up the queries with keys.
         y = self._attend(
             torch.cat((keys[:, :, :start], q.to(keys.dtype)), 2), keys, values, groups
         )[:, :, start:]
-        return y.transpose(1, 2).flatten(2), _file_all(state)
-
-    def _attend_newest(self, q: Tensor, state: BucketState) -> Tensor:
-        """The output for the token at the end: [batch, heads, 1, head dim], of rounds x chunk
-        candidates.
-        """
-        group = state.groups[..., state.length - 1]
-        ring = 2 * self.chunk
-        bucket = (group % state.counts.shape[-1])[..., None]
-        count = state.counts.gather(-1, bucket)
-        back = count - 1 - torch.arange(self.chunk, device=q.device)
-        places = (
-            state.newest.gather(3, bucket[..., None].expand(-1, -1, -1, 1, ring))
-            .squeeze(3)
-            .gather(-1, back % ring)
-        )
-        places = (
-            places.masked_fill((back < 0) | (group == _PADDING)[..., None], -1)
-            .flatten(2)
-            .sort(-1)
-            .values
-        )
-        legal = (places >= 0) & F.pad(places[..., 1:] != places[..., :-1], (1, 0), value=True)
-        index = places.clamp(min=0)[..., None].expand(-1, -1, -1, q.shape[-1])
-        scores = (
-            (state.keys.gather(2, index) @ q.mT)
-            .to(torch.promote_types(q.dtype, torch.float32))
-            .masked_fill(~legal[..., None], -torch.inf)
-        )
-        weights = scores.softmax(2).nan_to_num().to(q.dtype)
-        own = state.values[:, :, state.length - 1, None]
-        return torch.where(
-            legal.any(-1)[..., None, None], weights.mT @ state.values.gather(2, index), own
-        )
-
-
-def _file_newest(state: BucketState) -> BucketState:
-    """Put the last token into its buckets."""
-    group = state.groups[..., state.length - 1]
-    buckets, ring = state.newest.shape[-2:]
-    bucket, real = (group % buckets)[..., None], (group != _PADDING)[..., None]
-    flat = bucket * ring + state.counts.gather(-1, bucket) % ring
-    newest = state.newest.flatten(-2)
-    newest.scatter_(-1, flat, torch.where(real, state.length - 1, newest.gather(-1, flat)))
-    return replace(state, counts=state.counts.scatter_add(-1, bucket, real.long()))
-
-
-def _file_all(state: BucketState) -> BucketState:
-    """Put all tokens of the present document into their buckets, from the beginning."""
-    groups = state.groups[..., : state.length]
-    buckets, ring = state.newest.shape[-2:]
-    # Tokens that do not count go to one bucket more, behind the others.
-    bucket = torch.where(
-        groups // buckets == state.number[:, None, None, None], groups % buckets, buckets
-    )
-    ordered, places = bucket.sort(dim=-1, stable=True)
-    counts = state.counts.new_zeros(*bucket.shape[:-1], buckets + 1).scatter_add_(
-        -1, bucket, torch.ones_like(bucket)
-    )
-    index = torch.arange(state.length, device=groups.device) - (counts.cumsum(-1) - counts).gather(
-        -1, ordered
-    )
-    old = index < counts.gather(-1, ordered) - ring
-    flat = torch.where(old, buckets * ring, ordered * ring + index % ring)
-    newest = counts.new_zeros(*bucket.shape[:-1], (buckets + 1) * ring).scatter_(-1, flat, places)
-    return replace(
-        state,
-        counts=counts[..., :-1],
-        newest=newest.unflatten(-1, (buckets + 1, ring))[..., :-1, :],
-    )
+        return y.transpose(1, 2).flatten(2), file_all(state)
 
 
 def _unit(q: Tensor) -> Tensor:
@@ -420,7 +334,7 @@ def _unit(q: Tensor) -> Tensor:
 
 
 def _changes(documents: Tensor, before: Tensor) -> Tensor:
-    """Where a document begins. documents: [batch, length]; before: [batch], of the token before the
-    first.
+    """Return where a document begins, [batch, length] bool. documents: [batch, length]; before:
+    [batch], the document of the token before the first one.
     """
     return torch.cat((before[:, None], documents[:, :-1]), 1) != documents

@@ -41,9 +41,7 @@ class Mixer(nn.Module):
     """Number of the first of them in the whole layer (set by `parallel/`)."""
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> tuple[Tensor, Any]:
-        """Return [batch, length, dim] and, where a state was given, the advanced one. x: [batch,
-        length, dim].
-        """
+        """Return [batch, length, dim], as x, and, where a state was given, the advanced one."""
         raise NotImplementedError
 
     def init_state(self, batch: int, capacity: int) -> Any:
@@ -53,9 +51,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def reorder(self, state: Any, rows: Tensor) -> Any:
-        """Return the state whose row i is row rows[i] of this one (beam search). rows: [new batch]
-        int64.
-        """
+        """Return the state whose row i is row rows[i] of this one. rows: [new batch] int64."""
         raise NotImplementedError
 
     def rollback(self, state: Any, tokens: int) -> Any:

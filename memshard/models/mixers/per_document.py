@@ -1,5 +1,5 @@
-"""Causal attention inside documents, one after the other: memory grows with the length and not with
-its square.
+"""Causal attention inside documents, one document after the other, in memory that grows with the
+length and not with its square.
 """
 
 import torch
@@ -8,16 +8,17 @@ from torch import Tensor
 
 from memshard.models.context import Context
 
-# Up to here one fused call with a [batch, 1, length, length] mask; beyond, a call for every
-# document.
+# Up to this length one fused call with a [batch, 1, length, length] mask (16 MB a row at 4096); for
+# longer texts one call for each document.
 DENSE_LENGTH = 4096
 
 
 def attend_per_document(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-    """Attention of each token to itself and those before it in its document; q: [batch, heads,
-    length, head dim], k and v too, or of fewer heads, each for a group of neighbours.
+    """Return the attention of each token to itself and earlier tokens of its document, like q.
 
-    Padding counts as a document of its own, so what follows padding does not see what precedes it.
+    q: [batch, heads, length, head dim]; k, v: the same, or with fewer heads, each for a group of
+    neighbouring query heads. Padding counts as a separate document, so tokens after padding do not
+    see those before it.
     """
     rows = []
     for row, sizes in enumerate(ctx.document_sizes):

@@ -17,12 +17,11 @@ from memshard.models.mixers.projections import HeadProjections
 
 @dataclass(frozen=True)
 class KeyValueState:
-    """What softmax attention remembers: buffers of a fixed capacity, of which `length` tokens are
-    filled.
+    """The key-value cache: buffers of a fixed capacity, of which `length` tokens are filled.
 
     keys, values: [batch, kv heads, capacity, head dim], after convolutions; visible: [batch,
     capacity] bool, False for padding and for what `reset` forgot; documents: [batch, capacity]
-    int64; recent: of convolutions, if there are any.
+    int64; recent: state of the convolutions, if any.
     """
 
     keys: Tensor
@@ -36,7 +35,7 @@ class KeyValueState:
 class SoftmaxMixer(HeadProjections):
     """Causal multi-head attention by torch's fused scaled dot-product kernels.
 
-    rotary: turn queries and keys by their positions, after convolutions. parts: as in
+    rotary: rotate queries and keys by their positions, after convolutions. parts: arguments of
     `HeadProjections`.
     """
 
@@ -63,9 +62,7 @@ class SoftmaxMixer(HeadProjections):
     def forward(
         self, x: Tensor, ctx: Context, state: KeyValueState | None = None
     ) -> tuple[Tensor, KeyValueState | None]:
-        """x: [batch, length, dim]; returns the same shape and the advanced state. ValueError if the
-        state is full.
-        """
+        """Return [batch, length, dim] and the advanced state. ValueError if the state is full."""
         q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
@@ -77,9 +74,7 @@ class SoftmaxMixer(HeadProjections):
         return self.output(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, capacity: int) -> KeyValueState:
-        """An empty state for `batch` rows of at most `capacity` tokens, on the layer's device in
-        its dtype.
-        """
+        """Return an empty cache of `capacity` tokens for each of `batch` rows; see `Mixer`."""
         weight = self.key.weight
         keys = weight.new_zeros(batch, self.kv_heads, capacity, weight.shape[0] // self.kv_heads)
         visible = torch.zeros(batch, capacity, dtype=torch.bool, device=weight.device)
@@ -94,9 +89,7 @@ class SoftmaxMixer(HeadProjections):
 
     @staticmethod
     def reorder(state: KeyValueState, rows: Tensor) -> KeyValueState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
-        int64.
-        """
+        """Return the state whose row i is row rows[i] of this one. rows: [new batch] int64."""
         recent = state.recent and state.recent.reorder(rows)
         return KeyValueState(
             state.keys[rows],
@@ -109,9 +102,7 @@ class SoftmaxMixer(HeadProjections):
 
     @staticmethod
     def rollback(state: KeyValueState, tokens: int) -> KeyValueState:
-        """The state before its last `tokens` tokens. ValueError where convolutions remember
-        fewer.
-        """
+        """Return the state before its last `tokens` tokens; see `RecentRows.rollback`."""
         return replace(
             state,
             length=state.length - tokens,
@@ -162,18 +153,19 @@ def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValu
 def cached_mask(
     state: KeyValueState, ctx: Context, queries: int, window: int | None = None
 ) -> tuple[slice, Tensor]:
-    """Which part of the state the newest `queries` tokens may see at all, and each of them: [batch,
-    1, queries, part] bool.
+    """Return the slice of the cache that the newest `queries` tokens can see, and which of its
+    tokens each of them sees, [batch, 1, queries, slice] bool.
 
-    window: how many tokens each may see, itself included; None for all.
+    window: number of tokens that a token sees, itself included; None for all.
     """
     length = state.length
     seen = slice(0 if window is None else max(0, length - queries + 1 - window), length)
     slots = torch.arange(seen.start, length, device=state.keys.device)
-    own = torch.arange(length - queries, length, device=slots.device)[:, None]
-    mask = (slots <= own) & state.visible[:, None, seen]
+    newest = torch.arange(length - queries, length, device=slots.device)[:, None]
+    mask = (slots <= newest) & state.visible[:, None, seen]
     if window is not None:
-        mask = mask & (slots > own - window)
+        mask = mask & (slots > newest - window)
     if ctx.documents is not None:
         mask = mask & (state.documents[:, None, seen] == ctx.documents[:, :, None])
-    return seen, (mask | (slots == own))[:, None]
+    # Padding sees itself: a row of the mask without a key would give NaN.
+    return seen, (mask | (slots == newest))[:, None]

@@ -1,6 +1,4 @@
-"""Programs one piece of text after another: the nodes that look back keep the rows they have
-seen.
-"""
+"""Programs that continue a text: nodes that look back keep the rows they have seen."""
 
 from collections.abc import Sequence
 
@@ -13,8 +11,8 @@ _SCORES = ("T_MAT_MUL", "MAT_MUL", "CUM_SUM", "CUM_PROD")
 
 
 def refusal(program: Program) -> str | None:
-    """Why a program has no cached form, or None: rows of scores that change or grow later would
-    have to be kept.
+    """Return why a program has no cached form, or None if it has one. It has none where rows of
+    scores, which change or grow later, would have to be kept.
     """
     for number, node in program.values():
         if node.op in _SCORES and program.value(node.inputs[-1])[0] is None:
@@ -25,8 +23,8 @@ def refusal(program: Program) -> str | None:
 
 
 def new_buffers(node: Node, inputs: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
-    """Room for `capacity` rows of each input that a node looks back at, as the inputs are: [batch,
-    (branches,) capacity, width].
+    """Return buffers for `capacity` rows of each input that a node looks back at, [batch,
+    (branches,) capacity, width], in the inputs' dtype and device.
     """
     if node.op == "ATTEND":
         kept = inputs[1:]
@@ -44,8 +42,8 @@ def call_cached(
     kept: Sequence[Tensor],
     length: int,
 ) -> Tensor:
-    """A node's rows of new tokens. kept: buffers with `length` rows of earlier ones, to which the
-    new are added.
+    """Return a node's rows for new tokens. kept: buffers with `length` rows of earlier tokens, to
+    which the new ones are added in place.
     """
     new = inputs[0].shape[-2]
     operation = OPERATIONS[node.op]

@@ -1,6 +1,4 @@
-"""A whole block given by a compiled program, behind the mixer contract: training, and decoding with
-cached rows.
-"""
+"""A whole block given by a compiled program, in the form of a mixer."""
 
 from dataclasses import dataclass, field, replace
 
@@ -16,10 +14,10 @@ from memshard.models.program.program import OPERATIONS, Node, Program
 
 @dataclass(frozen=True)
 class ProgramState:
-    """What a program remembers: of every node that looks back, `length` rows of a buffer [batch,
+    """The state of a program: for every node that looks back, `length` rows of buffers [batch,
     (branches,) capacity, width].
 
-    rows: by the value that the node makes; there from the first tokens on, which decide batch,
+    rows: by the number of the node's value; empty before the first tokens, which determine batch,
     dtype and device.
     """
 
@@ -29,7 +27,7 @@ class ProgramState:
 
 
 class ProgramMixer(Mixer):
-    """Runs a program. Its parameters are named by the value they make: `values.12`."""
+    """Runs a program. Its parameters are named by the number of their node's value: `values.12`."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -51,8 +49,8 @@ class ProgramMixer(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Scales 1, shifts 0, matrices N(0, 1 / inputs), depthwise filters as Primer's: half of the
-        newest position.
+        """Set scales to 1 and shifts to 0, draw matrices from N(0, 1 / inputs), and set depthwise
+        filters as Primer does: 1/2 for the newest position.
         """
         for number, node in self.program.values():
             if node.shape:
@@ -61,9 +59,9 @@ class ProgramMixer(Mixer):
     def forward(
         self, x: Tensor, ctx: Context, state: ProgramState | None = None
     ) -> tuple[Tensor, ProgramState | None]:
-        """x: [batch, length, width]; returns the same shape and the advanced state.
+        """Return [batch, length, width] and the advanced state.
 
-        ValueError for documents, for padding before real tokens (behind them it changes nothing),
+        ValueError for documents, for padding before real tokens (after them it changes nothing),
         and for a full state.
         """
         if ctx.documents is not None:
@@ -71,8 +69,8 @@ class ProgramMixer(Mixer):
                 "model.program is made of primitives and sees all earlier tokens: set "
                 "data.document_mask=false"
             )
-        # Behind all that is real padding changes nothing; a state would have it before what
-        # follows.
+        # Padding after all real tokens changes nothing, unless a state would put it before later
+        # ones.
         if ctx.padding is not None and bool(
             (~ctx.padding if state else ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()
         ):
@@ -106,7 +104,7 @@ class ProgramMixer(Mixer):
         )
 
     def init_state(self, batch: int, capacity: int) -> ProgramState:
-        """An empty state for `batch` rows of at most `capacity` tokens. ValueError, with the
+        """Return an empty state for `batch` rows of at most `capacity` tokens. ValueError, with the
         reason, for programs without a cached form.
         """
         if reason := refusal(self.program):
@@ -115,9 +113,7 @@ class ProgramMixer(Mixer):
 
     @staticmethod
     def reorder(state: ProgramState, rows: Tensor) -> ProgramState:
-        """The state whose row i is row rows[i] of this one (beam search). rows: [new batch]
-        int64.
-        """
+        """Return the state whose row i is row rows[i] of this one. rows: [new batch] int64."""
         return replace(
             state,
             rows={
@@ -128,12 +124,12 @@ class ProgramMixer(Mixer):
 
     @staticmethod
     def rollback(state: ProgramState, tokens: int) -> ProgramState:
-        """The state before its last `tokens` tokens."""
+        """Return the state before its last `tokens` tokens."""
         return replace(state, length=state.length - tokens)
 
     @staticmethod
     def reset(state: ProgramState, rows: Tensor) -> ProgramState:
-        """ValueError: rows share one length, and a program cannot look past part of it."""
+        """ValueError: rows share one length, and a program cannot forget part of one row."""
         raise ValueError(
             "model.program cannot forget single rows: carry no state over the ends of documents"
         )

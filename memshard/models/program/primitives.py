@@ -1,8 +1,8 @@
 """The primitives of Primer's search space (So et al. 2021), mapped to torch.
 
 A value is [batch, length, width], or [batch, branches, length, width] inside a branched call; the
-width of scores is the length. Axes, epsilons and what happens at 0 are ours: the paper's code was
-never published.
+width of scores is the length. Axes, epsilons and the behaviour at 0 are our choice, since the
+paper's code was never published.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,11 @@ from memshard.models.layers.squared_relu import squared_relu
 
 @dataclass(frozen=True)
 class Primitive:
-    """A torch function of so many values.
+    """A torch function of `inputs` values.
 
-    takes: what an instruction gives it besides, a constant or a width. parameter: what it learns,
+    takes: its argument in an instruction, a constant or a width, if any. parameter: what it learns:
     one number a channel (vector), a map between widths (matrix) or a filter for each channel
-    (depthwise). kernel: positions that a filter spans.
+    (depthwise). kernel: number of positions that a filter spans.
     """
 
     function: Callable[..., Tensor]
@@ -35,43 +35,43 @@ class Primitive:
 
 
 def abs_root(x: Tensor) -> Tensor:
-    """Root of |x| + the epsilon of torch's LayerNorm, with a finite gradient at 0."""
+    """Return the root of |x| + 1e-5 (LayerNorm's epsilon in torch): its gradient at 0 is finite."""
     return torch.sqrt(torch.abs(x) + 1e-5)
 
 
 def log_abs(x: Tensor) -> Tensor:
-    """Logarithm of |x|, finite at 0."""
+    """Return the logarithm of |x| + 1e-5, which is finite at 0."""
     return torch.log(torch.abs(x) + 1e-5)
 
 
 def reciprocal(x: Tensor) -> Tensor:
-    """1 / x, and 0 at 0; gradients stay finite."""
+    """Return 1 / x, and 0 at 0; gradients stay finite."""
     zero = x == 0
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x))
 
 
 def at_least(x: Tensor, bound: float) -> Tensor:
-    """x, or the bound where x is less."""
+    """Return x, or the bound where x is less."""
     return torch.relu(x) if bound == 0 else torch.clamp_min(x, bound)
 
 
 def scale(x: Tensor, weight: Tensor) -> Tensor:
-    """x times one number a channel. weight: [branches * width]."""
+    """Return x times one number a channel. weight: [branches * width]."""
     return x * (weight if x.ndim == 3 else weight.view(x.shape[1], 1, -1))
 
 
 def shift(x: Tensor, weight: Tensor) -> Tensor:
-    """x plus one number a channel. weight: [branches * width]."""
+    """Return x plus one number a channel. weight: [branches * width]."""
     return x + (weight if x.ndim == 3 else weight.view(x.shape[1], 1, -1))
 
 
 def transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T: scores of every position of a with every position of b."""
+    """Return a b^T, the scores of every position of a with every position of b."""
     return a @ b.mT
 
 
 def project(x: Tensor, weight: Tensor, branches: int) -> Tensor:
-    """A linear map for every branch. x: of one value for all branches, or one each; weight:
+    """Apply a linear map in every branch. x: one value for all branches, or one for each; weight:
     [branches * outputs, width].
     """
     if x.ndim == 4:
@@ -81,7 +81,7 @@ def project(x: Tensor, weight: Tensor, branches: int) -> Tensor:
 
 
 def convolve(x: Tensor, weight: Tensor, branches: int) -> Tensor:
-    """`project` of a position and those before it. weight: [branches * outputs, width, kernel], the
+    """Apply a causal convolution in every branch. weight: [branches * outputs, width, kernel], the
     newest position last.
     """
     flat = x.mT.flatten(1, -2) if x.ndim == 4 else x.mT
@@ -92,8 +92,8 @@ def convolve(x: Tensor, weight: Tensor, branches: int) -> Tensor:
 
 
 def depthwise(x: Tensor, weight: Tensor, size: int) -> Tensor:
-    """Each channel filtered over a position and those before it. weight: [branches * width * size],
-    a channel's newest position first.
+    """Apply a causal filter to each channel. weight: [branches * width * size], the newest position
+    of each channel first.
     """
     rows = x if x.ndim == 3 else x.transpose(1, 2).flatten(2)
     y = causal_convolution(rows, weight.view(-1, size))
@@ -148,18 +148,17 @@ PRIMITIVES: dict[str, Primitive] = {
 COMMUTATIVE = frozenset({"ADD", "MULTIPLY"})
 PRODUCTS = frozenset(
     {"T_MAT_MUL", "MAT_MUL", "ATTEND", "SQUARED_RELU"}
-    | {name for name, each in PRIMITIVES.items() if each.kernel > 1 or each.parameter == "matrix"}
+    | {name for name, op in PRIMITIVES.items() if op.kernel > 1 or op.parameter == "matrix"}
 )
-"""What runs in half precision where the model does."""
+"""Operations that run in half precision where the model does."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def cast(op: str, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Inputs of an operation in the precision that it computes in, of a block whose input has
-    `dtype`.
+    """Return an operation's inputs in the precision it computes in. dtype: of the block's input.
 
-    Norms are made of primitives: squares overflow fp16, and differences of means are noise in bf16.
-    So all but products is fp32 at least.
+    Norms are made of primitives, and their squares overflow fp16, their differences of means are
+    noise in bf16. So everything but products is fp32 at least.
     """
     if op in PRODUCTS:
         return [x.to(dtype) for x in inputs] if dtype in _HALF else list(inputs)
@@ -167,21 +166,21 @@ def cast(op: str, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
-    """Causal softmax attention of factor q k^T by the fused kernel."""
+    """Return causal softmax attention with scores factor q k^T, by the fused kernel."""
     if q.ndim == 3:
         return attend(q[:, None], k[:, None], v[:, None], factor)[:, 0]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor)
 
 
 def fit(x: Tensor, width: int) -> Tensor:
-    """The first `width` channels, repeated from the first on where there are fewer."""
+    """Return the first `width` channels, starting again with the first if there are fewer."""
     if x.shape[-1] < width:
         x = torch.cat([x] * -(-width // x.shape[-1]), dim=-1)
     return x[..., :width]
 
 
 def lift(x: Tensor, factor: int) -> Tensor:
-    """The value of a call in each of its `factor` branches."""
+    """Repeat a value for each of `factor` branches."""
     return (
         x.unsqueeze(1).expand(-1, factor, -1, -1)
         if x.ndim == 3
@@ -190,7 +189,7 @@ def lift(x: Tensor, factor: int) -> Tensor:
 
 
 def join(x: Tensor, factor: int) -> Tensor:
-    """Branches side by side in the channels of one value."""
+    """Concatenate the channels of `factor` branches."""
     if x.shape[1] == factor:
         return x.transpose(1, 2).flatten(2)
     return x.unflatten(1, (-1, factor)).transpose(2, 3).flatten(3)
@@ -203,4 +202,4 @@ GLUE: dict[str, Primitive] = {
     "LIFT": Primitive(lift, takes="width"),
     "JOIN": Primitive(join, takes="width"),
 }
-"""What compiling adds to a program."""
+"""Operations that compiling adds to a program."""

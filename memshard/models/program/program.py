@@ -12,12 +12,12 @@ OPERATIONS: dict[str, Primitive] = {**PRIMITIVES, **GLUE}
 
 @dataclass(frozen=True)
 class Node:
-    """One call. Value 0 is the block's input and value k + 1 what node k returns.
+    """One call. Value 0 is the block's input, and value k + 1 the result of node k.
 
-    width: channels of the result, None where that is the length (scores). branches: 1 for a value
-    [batch, length, width], more for [batch, branches, length, width]. argument: constant, width,
-    number of branches or of positions that the function takes after its values and its parameter.
-    shape: of the parameter, empty without one.
+    width: channels of the result; None for scores, whose width is the length. branches: 1 for a
+    value [batch, length, width], more for [batch, branches, length, width]. argument: constant,
+    width, number of branches or of positions, which the function takes after its values and its
+    parameter. shape: of the parameter; empty without one.
     """
 
     op: str
@@ -30,24 +30,22 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """What a block computes. width: of its input and output; the last node's result is the
-    output.
-    """
+    """A block's computation. width: of its input and output. The last node makes the output."""
 
     width: int
     nodes: tuple[Node, ...]
 
     @property
     def parameters(self) -> int:
-        """How many numbers the block learns."""
+        """Number of parameters."""
         return sum(math.prod(node.shape) for node in self.nodes if node.shape)
 
     def values(self) -> Iterator[tuple[int, Node]]:
-        """Every node after the number of the value it makes."""
+        """Yield the number of each node's value, and the node."""
         return enumerate(self.nodes, start=1)
 
     def value(self, number: int) -> tuple[int | None, int]:
-        """Width and branches of a value."""
+        """Return width and branches of a value."""
         return (
             (self.width, 1)
             if number == 0
@@ -55,12 +53,12 @@ class Program:
         )
 
     def to_json(self) -> str:
-        """Text that `from_json` reads."""
+        """Return text that `from_json` reads."""
         return json.dumps({"width": self.width, "nodes": [asdict(node) for node in self.nodes]})
 
     @staticmethod
     def from_json(text: str) -> "Program":
-        """ValueError where the text is no program."""
+        """Read a program. ValueError if the text is not one."""
         try:
             entries = json.loads(text)
             nodes = tuple(
