@@ -55,14 +55,14 @@ class ModelConfig:
     """How many of the first blocks are an encoder, which sees a whole text at once. 0: a language
     model. Fewer than layers: the other blocks are a decoder that reads the encoder's output, for
     translation. All of them: a model of masked tokens. Encoders, and decoders that read their
-    output, use softmax attention, or the sum rule for the kinds linear and delta.
+    output, use softmax attention, or the sum rule where model.mixer.kind has it.
     """
 
     dim: int = 256
     """Width of the residual stream."""
 
     max_length: int | None = None
-    """Longest sequence with learned or axial positions. Default: data.length or that of model.axial."""
+    """Longest sequence with learned or axial positions. Default: data.length, or that of the axes."""
 
     mixer: MixerConfig = field(default_factory=MixerConfig)
     """How tokens exchange information."""
