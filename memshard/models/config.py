@@ -62,7 +62,9 @@ class ModelConfig:
     """Width of the residual stream."""
 
     max_length: int | None = None
-    """Longest sequence with learned or axial positions. Default: data.length, or that of the axes."""
+    """Longest sequence with learned or axial positions. Default: data.length, or the product of
+    model.axial.
+    """
 
     mixer: MixerConfig = field(default_factory=MixerConfig)
     """How tokens exchange information."""

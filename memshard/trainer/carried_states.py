@@ -1,4 +1,4 @@
-"""Fast weights that go on from step to step: what each lane of a stream of text remembers."""
+"""Mixer states that continue from step to step: one for each lane of a stream of text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -16,12 +16,12 @@ from memshard.trainer.checkpoint.global_tensors import global_tensor
 
 
 class Carried:
-    """The mixers' states of this rank's lanes, without gradient. They move when a step is done: one
-    that is skipped leaves no trace.
+    """The mixers' states of this rank's lanes, without gradient. They advance when a step is
+    committed, so that a skipped step leaves no trace.
 
-    lanes: rows of the global batch; the sequence of a lane goes on where the one a step before
-    ended. continues: of sample numbers, whether they do; the others begin with nothing. rank,
-    ranks: which share of the lanes is here, cut as `rank_share` does.
+    lanes: rows of the global batch; a lane's sequence continues where its last one ended.
+    continues: tells which sample numbers do; the others begin with empty states. rank, ranks: which
+    lanes are local, divided as by `rank_share`.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Carried:
         self.real = min(share, lanes - self.first)
         self._mixers = [block.mixer for block in model.blocks]
         self._continues = continues
-        # A share of filler rows alone has states, too, which nobody keeps.
+        # Ranks with only filler rows also have states, which are never stored.
         self._states = model.init_states(share, 0)
         self._advanced: list[tuple[Tensor, Sequence[MixerState]]] = []
 
     def begin(self, samples: Tensor) -> list[Any]:
-        """The states that the rows of a micro-batch go on from. samples: [rows], on the CPU; -1 for
-        filler rows.
+        """Return the states that the rows of a micro-batch continue from. samples: [rows], on the
+        CPU; -1 for filler rows.
         """
         device = next(iter(state_tensors(self._states[0]).values())).device
         rows = self._rows(samples).to(device)
@@ -54,12 +54,12 @@ class Carried:
         ]
 
     def advance(self, samples: Tensor, states: Sequence[MixerState]) -> None:
-        """What those rows go on to, once the step is done."""
+        """Keep the states that those rows end with until the step is committed."""
         self._advanced.append((samples, states))
 
     @torch.no_grad()
     def commit(self) -> None:
-        """The step is done."""
+        """Store the advanced states: the step is done."""
         for samples, states in self._advanced:
             real = samples >= 0
             for mine, new in zip(self._states, states, strict=True):
@@ -70,31 +70,31 @@ class Carried:
         self.discard()
 
     def discard(self) -> None:
-        """The step is skipped."""
+        """Drop the advanced states: the step is skipped."""
         self._advanced.clear()
 
     def tensors(self, mesh: DeviceMesh | None) -> dict[str, Tensor]:
-        """For checkpoints: of all lanes, split over the ranks where there are several."""
-        placement, found = ShardSpec(0, DATA, self.lanes), {}
+        """Return the states of all lanes for a checkpoint, as global tensors."""
+        placement, tensors = ShardSpec(0, DATA, self.lanes), {}
         for layer, state in enumerate(self._states):
             for key, value in state_tensors(state).items():
                 name = f"carried.blocks.{layer}.{key}"
-                found[name] = global_tensor(
+                tensors[name] = global_tensor(
                     name, value[: self.real], {} if mesh is None else {name: placement}, mesh
                 )
-        return found
+        return tensors
 
     def _rows(self, samples: Tensor) -> Tensor:
         return torch.where(samples < 0, 0, samples % self.lanes - self.first)
 
 
 def state_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
-    """What a state holds of every row, by name."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors of a state, whose first dimension is rows, by name."""
+    tensors: dict[str, Tensor] = {}
     for field in fields(state):
         value = getattr(state, field.name)
         if isinstance(value, Tensor):
-            found[prefix + field.name] = value
+            tensors[prefix + field.name] = value
         elif is_dataclass(value):
-            found |= state_tensors(value, f"{prefix}{field.name}.")
-    return found
+            tensors |= state_tensors(value, f"{prefix}{field.name}.")
+    return tensors

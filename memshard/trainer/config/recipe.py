@@ -2,11 +2,12 @@
 config explain` prints.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from memshard.models.config import ModelConfig
-from memshard.models.mixers.kinds import names
+from memshard.models.mixers.kinds import MixerKind, names
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.trainer.config.fields import may_change
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
@@ -198,7 +199,9 @@ class Recipe:
             )
         _check_states(self)
         if self.parallel.share == "sequence" and self.parallel.tensor > 1:
-            check_states(self.model, "parallel.share=sequence", endless=False)
+            check_states(
+                self.model, "parallel.share=sequence", able=lambda kind: kind.sequence_bytes
+            )
         if self.model.program is not None and self.data.document_mask:
             raise ValueError(
                 "data.document_mask is set, but model.program sees all earlier tokens: leave one "
@@ -239,23 +242,28 @@ class Recipe:
             )
 
 
-def check_states(model: ModelConfig, what: str, endless: bool) -> None:
-    """ValueError unless all mixers of a model have states of constant size; endless: and no
-    positions, so that text may go on forever.
+def check_states(
+    model: ModelConfig,
+    what: str,
+    endless: bool = False,
+    able: Callable[[MixerKind], object] = lambda kind: kind.constant_state,
+) -> None:
+    """ValueError unless all mixers of a model have states of constant size.
 
-    what: needs it, for the message.
+    what: the key that needs them, for the message. endless: the model must also have no positions,
+    so that text may go on forever. able: whether a kind has what is needed.
     """
-    able = f"{names(lambda kind: kind.constant_state)} mixers, whose state keeps its size"
+    required = f"{names(able)} mixers, whose state keeps its size"
     if model.program is not None:
-        raise ValueError(f"{what} is for {able}, and model.program is a block without one")
+        raise ValueError(f"{what} is for {required}, and model.program is a block without one")
     if model.encoder_layers:
         raise ValueError(
             f"{what} is for language models, and model.encoder_layers is {model.encoder_layers}: "
             "leave one of them out"
         )
     kinds = {model.mixer.kind_of(layer) for layer in range(model.layers)}
-    if other := sorted(kind.name for kind in kinds if not kind.constant_state):
-        raise ValueError(f"{what} is for {able}, and model.mixer has {', '.join(other)}")
+    if other := sorted(kind.name for kind in kinds if not able(kind)):
+        raise ValueError(f"{what} is for {required}, and model.mixer has {', '.join(other)}")
     if endless and model.position != "none":
         raise ValueError(
             f"{what} goes on without end, but model.position is {model.position}: it needs a "
