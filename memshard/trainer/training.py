@@ -105,13 +105,13 @@ def build_for_training(
     it. All ranks call it with the same arguments.
 
     model: settings, or a module. A module on the meta device is initialised from `train.seed`; any
-    other keeps its weights and their dtypes, and trains in place. optimizer: AdamW's settings, or a
-    function that makes a torch optimizer of some parameters, whose learning rate then stays unless
-    `learning_rate` is replaced. tables: of the value tables and their row-sparse Adam. train: what
-    counts here are steps (for the schedule), seed, precision, loss_scale, engine, zero, offload,
-    clip, compile, what backward recomputes, and label_smoothing; for DeepSpeed also batch and
-    micro_batch. mesh: of all ranks, from `build_mesh`; None for one process. layout, share: see
-    `parallel.apply`. ValueError where sizes do not divide or a package is missing.
+    other keeps its weights and their dtypes, and trains in place. optimizer: settings of the dense
+    optimizer, or a function that makes a torch optimizer of some parameters, whose learning rate
+    then stays unless `learning_rate` is replaced. tables: of the value tables and their row-sparse
+    Adam. train: what counts here are steps (for the schedule), seed, precision, loss_scale, engine,
+    zero, offload, clip, compile, what backward recomputes, and label_smoothing; for DeepSpeed also
+    batch and micro_batch. mesh: of all ranks, from `build_mesh`; None for one process. layout,
+    share: see `parallel.apply`. ValueError where sizes do not divide or a package is missing.
     """
     optimizer = optimizer or OptimizerConfig()
     tables, train = tables or TableOptimizerConfig(), train or TrainConfig()

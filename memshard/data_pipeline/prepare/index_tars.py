@@ -116,7 +116,9 @@ def index_tars(
             if not (final / f"{tar.name}.json").exists()
         ]
         run_tasks(_scan, todo, min(workers or cores(), len(todo)), "indexing")
-        found = [json.loads((final / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+        totals = [
+            json.loads((final / f"{name}.json").read_text(encoding="utf-8")) for name in names
+        ]
         tables = [np.load(final / f"{name}.all.npy") for name in names]
         hashes = np.concatenate([table[:, 4] for table in tables]).view(np.uint64)
         if not len(hashes):
@@ -129,7 +131,7 @@ def index_tars(
         for split, side in ((TRAIN, TRAIN_SIDE), (HELD_OUT, HELD_OUT_SIDE), (TEST, TEST_SIDE)):
             if split != TEST or (sides == side).any():
                 splits[split] = _split(
-                    final, split, list(zip(names, found, tables, strict=True)), sides == side
+                    final, split, list(zip(names, totals, tables, strict=True)), sides == side
                 )
         for tar in tars:
             (final / tar.name).symlink_to(tar.resolve())
@@ -145,9 +147,9 @@ def index_tars(
             "raw",
             suffix=suffix,
         )
-        totals = ("documents", "tokens", "text_bytes", "words")
+        keys = ("documents", "tokens", "text_bytes", "words")
         counts = {
-            name: {key: getattr(split, key) for key in totals} for name, split in splits.items()
+            name: {key: getattr(split, key) for key in keys} for name, split in splits.items()
         }
         report = {"tars": len(tars), "vocabulary": used.vocab_size, "splits": counts}
         publish(final, target, index, report)
@@ -156,13 +158,13 @@ def index_tars(
 
 
 def raw_text(content: bytes) -> str:
-    """The text of a member."""
+    """Return the text of a member."""
     return content.decode("utf-8-sig")
 
 
 def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
-    """Write int64 [documents, 5] of a tar: offset, tokens with <eos>, CRC-32, bytes, hash; and its
-    totals.
+    """Write a tar's documents, int64 [documents, 5] of (offset, tokens with <eos>, CRC-32, bytes,
+    hash), and its totals.
     """
     tokenizer = Tokenizer(folder)
     rows: list[tuple[int, ...]] = []
@@ -185,7 +187,7 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
 
 
 def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of every document's member that is not blank."""
+    """Yield offset and content of every member that is a document and not blank."""
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
@@ -229,11 +231,12 @@ def _texts(tars: Sequence[Path], suffix: str) -> Iterator[str]:
 
 
 def _split(
-    folder: Path, split: str, tars: list[tuple[str, dict, np.ndarray]], own: np.ndarray
+    folder: Path, split: str, tars: list[tuple[str, dict, np.ndarray]], in_split: np.ndarray
 ) -> Split:
+    """Write a split's sidecars and return its entry of the index. in_split: bool [documents]."""
     shards, begin, text_bytes, words = [], 0, 0, 0
     for name, totals, table in tars:
-        wanted = own[begin : begin + len(table)]
+        wanted = in_split[begin : begin + len(table)]
         begin += len(table)
         entries = np.ascontiguousarray(table[wanted][:, :4])
         sidecar = folder / f"{name}.{split}.index.npy"

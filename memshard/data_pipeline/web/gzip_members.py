@@ -80,19 +80,19 @@ def _next_member(stream: BinaryIO, place: int, begins: bytes) -> int | None:
     `begins`: MAGIC also occurs by chance.
     """
     while block := _at(stream, place, READ_BYTES):
-        found = block.find(MAGIC)
-        while found >= 0:
+        offset = block.find(MAGIC)
+        while offset >= 0:
             try:
                 if (
                     zlib.decompressobj(wbits=31).decompress(
-                        _at(stream, place + found, 4096), len(begins)
+                        _at(stream, place + offset, 4096), len(begins)
                     )
                     == begins
                 ):
-                    return place + found
+                    return place + offset
             except zlib.error:
                 pass
-            found = block.find(MAGIC, found + 1)
+            offset = block.find(MAGIC, offset + 1)
         place += max(len(block) - len(MAGIC) + 1, 1) if len(block) == READ_BYTES else len(block)
     return None
 
