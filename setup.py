@@ -1,6 +1,11 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "memshard/__init__.py").read_text("utf-8"))
+assert VERSION
 
 # Lower bounds are versions that the tests have really run with; constraints.txt holds the exact
 # set.
@@ -51,13 +56,29 @@ EXTRAS = {
 
 setup(
     name="memshard",
-    version="0.1.0",
+    version=VERSION[1],
+    author="The memshard authors",
     description="Language models with product-key memory layers: sharded value tables, row-sparse "
     "Adam, one trainer",
-    long_description=Path("README.md").read_text(encoding="utf-8")
-    if Path("README.md").exists()
-    else "",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
+    keywords="language-models product-key-memory sparse-optimizer sharding transformer pytorch",
+    project_urls={
+        "Product-key memories": "https://arxiv.org/abs/1907.05242",
+        "Fast weights": "https://arxiv.org/abs/2102.11174",
+        "Reformer": "https://arxiv.org/abs/2001.04451",
+        "Primer": "https://arxiv.org/abs/2109.08668",
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
