@@ -1,21 +1,29 @@
-"""The rules of the house: who may import whom, how long a file may be, that every recipe key is
-explained.
+"""The rules of the repository: who may import whom, without circles; how long a file and a line of
+the documentation may be; that every recipe key is explained, every public name documented, and
+every command in the documentation exists.
 """
 
+import argparse
 import ast
+import re
+import shlex
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import memshard
+from memshard.launch.cli.main import command_parser
 from memshard.trainer.config.explain import fields
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "memshard"
-ARROWS = {
+ALLOWED_IMPORTS = {
     "models": set(),
     "data_pipeline": set(),
     "parallel": {"models"},
@@ -26,11 +34,18 @@ ARROWS = {
     "launch": {"models", "parallel", "data_pipeline", "trainer", "search", "experiments", "bench"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+# gallery.md is written by `make gallery`; the others are long on figures in a row.
+NOT_WRAPPED = {"gallery.md", "benchmarks.md", "experiments.md", "search.md"}
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Every module or name imported anywhere in the file, inside functions too, and every use of
-    torch.distributed as an attribute.
+    """Yield every module or name imported anywhere in the file, inside functions as well, and every
+    use of torch.distributed as an attribute.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,22 +67,22 @@ def _under(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-@pytest.mark.parametrize("room", [room for room in ARROWS if (PACKAGE / room).is_dir()])
-def test_a_room_imports_only_what_its_arrows_allow(room: str) -> None:
+@pytest.mark.parametrize("package", ALLOWED_IMPORTS)
+def test_a_package_imports_only_what_it_may(package: str) -> None:
     wrong = []
-    for path in sorted((PACKAGE / room).rglob("*.py")):
+    for path in sorted((PACKAGE / package).rglob("*.py")):
         for name in _imports(path):
             parts = name.split(".")
-            # launch/ may import the package itself, for its version; io.py is for all.
-            allowed = ARROWS[room] | {room, "io"}
+            # launch/ may import memshard itself, for its version; io.py is for all.
+            allowed = ALLOWED_IMPORTS[package] | {package, "io"}
             if parts[0] == "memshard" and not (set(parts[1:2]) or {"launch"}) <= allowed:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-            here = {"torch", "memshard"} | (
+            external = {"torch", "memshard"} | (
                 {"triton", "fla"} if path.parent.name == "kernels" else set()
             )
-            if room == "models" and parts[0] not in sys.stdlib_module_names | here:
+            if package == "models" and parts[0] not in sys.stdlib_module_names | external:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}; models/ needs torch alone")
-            if room == "models" and _under(name, "torch.distributed"):
+            if package == "models" and _under(name, "torch.distributed"):
                 wrong.append(
                     f"{path.relative_to(ROOT)} uses torch.distributed; make it a hook that "
                     "parallel/ fills"
@@ -75,11 +90,43 @@ def test_a_room_imports_only_what_its_arrows_allow(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_folder_of_the_package_is_a_room_and_seven_have_links_at_the_root() -> None:
+def _imported_first(path: Path) -> Iterator[str]:
+    """Yield the names that importing the file imports: those at its top, outside TYPE_CHECKING."""
+    nodes: list[ast.stmt] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.dump(node):
+            nodes += node.body + node.orelse
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {
+        name: {
+            target
+            for imported in _imported_first(path)
+            for target in (imported, imported.rpartition(".")[0])
+            # Packages are loaded before their modules and are nearly all empty.
+            if target in modules and target != name and modules[target].name != "__init__.py"
+        }
+        for name, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_every_folder_is_a_package_with_rules_and_seven_have_links_at_the_root() -> None:
     folders = {
         path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"
     }
-    assert folders == {*ARROWS, "recipes"}
+    assert folders == {*ALLOWED_IMPORTS, "recipes"}
     links = {
         path.name
         for path in ROOT.iterdir()
@@ -123,8 +170,139 @@ def test_every_recipe_key_is_explained() -> None:
     )
 
 
+def test_every_public_name_is_documented_and_none_else() -> None:
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE)
+    documented = [name for cell in cells for name in re.findall(r"`(\w+)", cell)]
+    assert sorted(documented) == memshard.__all__
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of the lines of a page outside tables and code blocks."""
+    code = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        code ^= line.lstrip().startswith("```")
+        if not code and not line.startswith(("|", "    ")):
+            yield number, line
+
+
+def test_the_readme_fits_into_120_lines_and_pages_into_100_columns() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    long = [
+        f"{path.name}:{number}"
+        for path in PAGES
+        if path.name not in NOT_WRAPPED
+        for number, line in _paragraphs(path)
+        # A link or picture cannot be wrapped.
+        if len(line) > 100 and not re.search(r"\]\([^)]{20,}\)", line)
+    ]
+    assert not long, long
+
+
+def test_relative_links_of_the_root_pages_lead_to_files() -> None:
+    """Those of docs/ are checked by `make docs`, with their anchors."""
+    dead = [
+        f"{path.name}: {target}"
+        for path in PAGES
+        if path.parent == ROOT
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+        # GitHub's badge of the workflow is outside the repository.
+        if not target.startswith(("https:", "../../actions/")) and not (ROOT / target).exists()
+    ]
+    assert not dead, dead
+
+
+def _command_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of what a page says to run: lines of code blocks, and inline code."""
+    code = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif code:
+            yield number, line.removeprefix("$ ")
+        else:
+            yield from ((number, text) for text in re.findall(r"`([^`]+)`", line))
+
+
+def _mentioned(command: str) -> Iterator[tuple[str, str]]:
+    """Yield page:line and the words behind `command`, at the beginning of a command line or behind
+    what launches it.
+    """
+    launcher = (
+        r"(?:^|^\S*torchrun .*-- |^\S*python -m |^OMP_NUM_THREADS=\d+ (?:\S*torchrun .*-- )?)"
+    )
+    for path in PAGES:
+        for number, line in _command_lines(path):
+            if match := re.match(rf"{launcher}{command}\s+([^#]*)", line):
+                yield f"{path.name}:{number}", match[1]
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def _problem(words: list[str]) -> str | None:
+    """Return what is wrong with the words of a `memshard` command line, or None. Words in capitals
+    are placeholders, `a|b` alternatives.
+    """
+    parser: argparse.ArgumentParser = command_parser()
+    for word in words:
+        nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not nested or word.startswith("-") or word.isupper():
+            break
+        if unknown := [name for name in word.split("|") if name not in nested[0].choices]:
+            return f"there is no command {unknown[0]}"
+        parser = nested[0].choices[word.split("|")[0]]
+    if words[:1] == ["bench"]:
+        return None  # a benchmark's file declares its options when it is run
+    named = {
+        word.partition("=")[0].strip("[]") for word in words if word.lstrip("[").startswith("--")
+    }
+    if unknown := sorted(named - _options(parser) - {"--json", "--debug", "--"}):
+        return f"there is no option {', '.join(unknown)}"
+    return None
+
+
+def test_every_memshard_command_in_the_documentation_exists() -> None:
+    commands = list(_mentioned("memshard"))
+    assert len(commands) > 100, "the pattern finds the commands"
+    wrong = []
+    for place, text in commands:
+        words = shlex.split(text.replace("'", ""), comments=True)
+        if problem := _problem(words):
+            wrong.append(f"{place}: memshard {text}: {problem}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_make_target_in_the_documentation_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w.-]+):", makefile, re.MULTILINE))
+    wrong = [
+        f"{place}: make {word}"
+        for place, text in _mentioned("make")
+        for word in text.split()
+        if word not in targets and "=" not in word
+    ]
+    assert not wrong, wrong
+
+
+def test_modules_and_files_named_in_the_documentation_exist() -> None:
+    wrong = []
+    for path in PAGES:
+        for name in re.findall(r"python -m ([\w.]+)", path.read_text(encoding="utf-8")):
+            if find_spec(name) is None:
+                wrong.append(f"{path.name}: python -m {name}")
+        if path.name != "log.md":
+            for name in re.findall(
+                r"`((?:memshard|tests|examples|docs)/[\w./-]+\.\w+)`", path.read_text("utf-8")
+            ):
+                if "NAME" not in name and not (ROOT / name).exists():
+                    wrong.append(f"{path.name}: {name}")
+    assert not wrong, wrong
+
+
 def _loaded(code: str) -> set[str]:
-    """Top-level modules in memory after running the code in a fresh interpreter."""
+    """Return the top-level modules in memory after running the code in a fresh interpreter."""
     script = f"{code}\nimport sys\nprint('\\n' + ' '.join(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
@@ -132,11 +310,14 @@ def _loaded(code: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
+def test_the_package_is_light_until_a_name_is_used() -> None:
+    assert "torch" not in _loaded("import memshard; assert memshard.__all__")
+    for name in memshard.__all__:
+        assert getattr(memshard, name).__name__ == name
+
+
 def test_layers_and_optimizers_are_light_to_import() -> None:
-    homes = ["memshard.models.memory.product_key", "memshard.trainer.optim.rows.adam"]
-    if not all((ROOT / f"{home.replace('.', '/')}.py").exists() for home in homes):
-        pytest.skip("the layer and its optimizer are not written yet")
-    loaded = _loaded(f"import {', '.join(homes)}")
+    loaded = _loaded("from memshard import ProductKeyMemory, RowAdam")
     heavy = loaded & {"pydantic", "webdataset", "tensorboard", "yaml", "sentencepiece"}
     assert "torch" in loaded and not heavy, heavy
 

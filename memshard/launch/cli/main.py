@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
     try:
-        args = _parser().parse_command(argv)
+        args = command_parser().parse_command(argv)
         result = args.run(args) or {}
         sys.stdout.flush()
         return 0, result
@@ -96,7 +96,8 @@ def _fail(
     return code, {**result, kind: message}
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of all commands."""
     parser = CommandParser(
         prog="memshard", description="Train language models with product-key memory layers."
     )
