@@ -36,7 +36,7 @@ from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
 from memshard.parallel.mesh import AXES, DATA, group, tensor_size
-from memshard.parallel.segments import piece_losses, share_sequences
+from memshard.parallel.segments import segment_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.layouts import LayoutName, layout_named
@@ -107,11 +107,13 @@ def apply(
 def losses_on(
     mesh: DeviceMesh | None, share: Share = "heads"
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`token_losses` of what a model on this mesh returns. share: as for `apply`."""
+    """Return the function that computes `token_losses` from what a model on this mesh returns.
+    share: as for `apply`.
+    """
     if mesh is None or tensor_size(mesh) == 1:
         return token_losses
     if share == "sequence":
-        return partial(piece_losses, ranks=group(mesh, ("tensor",)))
+        return partial(segment_losses, ranks=group(mesh, ("tensor",)))
     from memshard.parallel.tensor import token_losses as split_token_losses
 
     return split_token_losses

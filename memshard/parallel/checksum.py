@@ -1,4 +1,4 @@
-"""Proof that what should be equal on several ranks is."""
+"""A check that copies of a tensor on several ranks are equal to the last bit."""
 
 from collections.abc import Mapping
 
@@ -17,25 +17,24 @@ def check_copies(
 ) -> None:
     """RuntimeError, on every rank, if a tensor differs in any bit from its copies on other ranks.
 
-    tensors: this rank's, by the same names on all ranks; those that `placement` splits have copies
-    only where the mesh axes of the split agree. One all-gather of 8 bytes a tensor.
+    tensors: this rank's, by the same names on all ranks; a tensor that `placement` splits over some
+    mesh axes is compared along the others only. Costs one all-gather of 8 bytes a tensor.
     """
     if mesh is None:
         return
     names = sorted(tensors)
-    # Tables may lie in host memory.
+    # Tables may be in host memory.
     sums = torch.stack([_bit_sum(tensors[name]).to(mesh.device_type) for name in names])
     everywhere = sums.new_empty(dist.get_world_size() * len(names))
     dist.all_gather_single(everywhere, sums)
-    # By coordinate: [replica, memory, tensor, names].
-    found = everywhere.view(-1, len(names)).cpu()[mesh.mesh.cpu()]
+    by_place = everywhere.view(-1, len(names)).cpu()[mesh.mesh.cpu()]  # [*mesh, names]
     for number, name in enumerate(names):
         spec = placement.get(name)
-        ours = found[..., number]
+        copies = by_place[..., number]
         for axis, axis_name in enumerate(mesh.mesh_dim_names or ()):
             if spec is not None and axis_name in spec.axes:
                 continue
-            different = (ours != ours.narrow(axis, 0, 1)).nonzero()
+            different = (copies != copies.narrow(axis, 0, 1)).nonzero()
             if len(different):
                 place = tuple(different[0].tolist())
                 first = (*place[:axis], 0, *place[axis + 1 :])
@@ -48,6 +47,8 @@ def check_copies(
 
 
 def _bit_sum(x: Tensor) -> Tensor:
-    """Sum of the bit patterns of a tensor's elements, modulo 2^64."""
+    """The sum of the bit patterns of a tensor's elements as integers, modulo 2^64. Unlike a float
+    sum it does not depend on the order of addition.
+    """
     x = x.detach().contiguous()
     return x.view(_BITS[x.element_size()]).sum(dtype=torch.int64)

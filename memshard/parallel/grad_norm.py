@@ -1,4 +1,4 @@
-"""Gradients of spread parameters: completed, and their global norm."""
+"""Sums of gradients over the tensor axis, and the norm of all gradients over all ranks."""
 
 from collections.abc import Mapping
 
@@ -16,24 +16,26 @@ def complete_gradients(
     placement: Mapping[str, ShardSpec],
     mesh: DeviceMesh | None,
 ) -> None:
-    """Sum over the tensor axis the gradients of parameters that it does not split: each rank knows
-    the part of its tokens.
+    """Sum over the tensor axis the gradients of parameters that it does not split, since each rank
+    computed them from its own tokens of the sequence.
 
-    To be called once a step, before or after the sum over the data axes. All ranks must have the
-    same gradients.
+    Call it once a step, before or after the sum over the data axes. Which parameters have gradients
+    must be the same on all ranks.
     """
     if tensor_size(mesh) == 1:
         return
     assert mesh is not None
-    parts = [
+    gradients = [
         p.grad for name, p in parameters.items() if name not in placement and p.grad is not None
     ]
-    if not parts:
+    if not gradients:
         return
-    total = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(total, group=mesh["tensor"].get_group())
-    for part, piece in zip(parts, total.split([part.numel() for part in parts]), strict=True):
-        part.copy_(piece.view_as(part))
+    # One all-reduce for all of them: most are norms and biases of a few hundred values.
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=mesh["tensor"].get_group())
+    sums = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, total in zip(gradients, sums, strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 def gradient_norm(
@@ -41,14 +43,17 @@ def gradient_norm(
     placement: Mapping[str, ShardSpec],
     mesh: DeviceMesh | None,
 ) -> Tensor:
-    """2-norm of complete gradients, every element counted once however it is spread; the same on
-    all ranks.
+    """Return the 2-norm of all gradients, the same on all ranks. Every element counts once, whether
+    it is split or copied. Call it after `complete_gradients` and the sum over the data axes.
     """
-    found = [(name in placement, p.grad) for name, p in parameters.items() if p.grad is not None]
-    copied = nn.utils.get_total_norm([gradient for is_split, gradient in found if not is_split])
+    gradients = [
+        (name in placement, p.grad) for name, p in parameters.items() if p.grad is not None
+    ]
+    copied = nn.utils.get_total_norm([gradient for is_split, gradient in gradients if not is_split])
     if tensor_size(mesh) == 1:
         return copied
     assert mesh is not None
-    split = nn.utils.get_total_norm([gradient for is_split, gradient in found if is_split]).square()
+    local = nn.utils.get_total_norm([gradient for is_split, gradient in gradients if is_split])
+    split = local.square()
     dist.all_reduce(split, group=mesh["tensor"].get_group())
     return (copied.square() + split).sqrt()

@@ -1,20 +1,21 @@
-"""How ranks are arranged."""
+"""The mesh: how ranks are arranged, and the process groups along its axes."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("replica", "memory", "tensor")
+"""Axes of the mesh; ranks along the last one are neighbours."""
 
 DATA = ("replica", "memory")
 """Axes of ranks that train on different sequences; ranks along `tensor` share theirs."""
 
 
 def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> DeviceMesh | None:
-    """The mesh with axes (replica, memory, tensor) over all ranks; None for a single process.
+    """Return the mesh over all ranks, with the axes `AXES`; None for a single process.
 
-    tensor: neighbouring ranks that share the dense matrices and the tokens of a sequence. memory:
-    neighbouring ranks, whole tensor groups, that split a value table (default: all); it is copied
-    along the replica axis. ValueError if they do not divide.
+    tensor: number of neighbouring ranks that share the dense matrices and the tokens of a sequence.
+    memory: number of neighbouring ranks, in whole tensor groups, that split a value table (default:
+    all); the table is copied along the replica axis. ValueError if they do not divide.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     tensor_ranks(tensor, ranks)
@@ -29,23 +30,23 @@ def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> 
 
 
 def flat(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
-    """The one-dimensional mesh of this rank's neighbours along some axes."""
+    """Return the flat mesh of the ranks that differ from this one along some axes only."""
     used = tuple(axis for axis in axes if mesh[axis].size() > 1) or axes[:1]
     return mesh[used[0]] if len(used) == 1 else mesh[used]._flatten()
 
 
 def group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
-    """The process group of this rank's neighbours along some axes."""
+    """Return the process group of the ranks that differ from this one along some axes only."""
     return flat(mesh, axes).get_group()
 
 
 def tensor_size(mesh: DeviceMesh | None) -> int:
-    """How many ranks share the dense matrices."""
+    """Return how many ranks train on the same sequences."""
     return 1 if mesh is None else mesh["tensor"].size()
 
 
 def tensor_ranks(tensor: int, ranks: int) -> int:
-    """`tensor`, once it is known to divide the ranks."""
+    """Return `tensor`. ValueError if it does not divide the ranks."""
     if ranks % tensor:
         raise ValueError(
             f"parallel.tensor is {tensor}, which does not divide the number of ranks, {ranks}: "
@@ -55,7 +56,9 @@ def tensor_ranks(tensor: int, ranks: int) -> int:
 
 
 def memory_ranks(memory: int | None, ranks: int, tensor: int = 1) -> int:
-    """How many ranks split a table. memory: as the recipe says it, None for all."""
+    """Return how many ranks split a table. memory: the recipe's key, None for all. ValueError if it
+    does not divide the ranks, or cuts through a tensor group.
+    """
     memory = memory or ranks
     if ranks % memory:
         raise ValueError(

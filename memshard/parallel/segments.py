@@ -1,9 +1,9 @@
-"""Sequences in pieces over ranks, for fast weights: each rank has its own tokens from the embedding
-to the loss, and whole matrices.
+"""Sequences cut into segments over ranks, for fast weights: each rank has its own tokens from the
+embedding to the loss, and whole matrices.
 
-What the others have to know of a piece is small: the affine map by which it changes the fast
-weights (`models/fast_weights/segments.py`), and the last rows of convolutions. Every rank gets all
-maps and finds the state before its own piece.
+What other ranks must know about a segment is small: the affine map by which it changes the fast
+weights (`models/fast_weights/segments.py`), and its last rows for convolutions. Every rank gets all
+maps and computes from them the state before its own segment.
 """
 
 from typing import Any
@@ -21,9 +21,10 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.sequence import fill_up, gather, gathered, local_segment
 
 
-class Pieces:
-    """The ranks of a group, each with one of neighbouring pieces of equal length. What they
-    exchange stays out of compiled code.
+class RankNeighbours:
+    """The `Neighbours` of a segment where each rank of a group has one, all of equal length.
+
+    Collectives cannot be compiled together with the layers, so they are left out of graphs.
     """
 
     def __init__(self, ranks: dist.ProcessGroup) -> None:
@@ -31,24 +32,31 @@ class Pieces:
 
     @torch.compiler.disable
     def rows_before(self, x: Tensor, count: int) -> Tensor:
-        """As `Neighbours.rows_before`; pieces may be shorter than `count`."""
-        own = x[:, -count:]
-        everyone = gather(own, self.ranks) if x.is_floating_point() else gathered(own, self.ranks)
-        before = everyone[:, : dist.get_rank(self.ranks) * own.shape[1]][:, -count:]
+        """As `Neighbours.rows_before`; segments may be shorter than `count`."""
+        last = x[:, -count:]
+        all_last = gather(last, self.ranks) if x.is_floating_point() else gathered(last, self.ranks)
+        before = all_last[:, : dist.get_rank(self.ranks) * last.shape[1]][:, -count:]
         return F.pad(before, [0, 0] * (x.ndim - 2) + [count - before.shape[1], 0])
 
     @torch.compiler.disable
     def states(
         self, through: Tensor, written: Tensor, first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `Neighbours.states`. Each rank's gradient of `first` is a part of it; what ranks make
-        of the last state adds up.
+        """As `Neighbours.states`. Each rank returns a part of the gradient of `first`, and the
+        ranks' gradients of the last state are summed.
         """
         before, after = _States.apply(through, written, first, self.ranks)
         return before, after
 
 
 class _States(torch.autograd.Function):
+    """Segment i maps the state S to A_i S + B_i. Forward computes S_i+1 = A_i S_i + B_i for all
+    segments on every rank: maps are small, and one all-gather is cheaper than a chain of sends.
+
+    Backward runs the same recurrence from the end. With G_i the gradient of the state before
+    segment i: dB_i = G_i+1, dA_i = G_i+1 S_i^T, G_i = (what rank i's reads add) + A_i^T G_i+1.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, through: Tensor, written: Tensor, first: Tensor | None, ranks: dist.ProcessGroup
@@ -58,12 +66,12 @@ class _States(torch.autograd.Function):
         state = torch.zeros_like(written) if first is None else first.to(written.dtype, copy=True)
         states = [state]
         with torch.autocast(written.device.type, enabled=False):
-            for each in maps:
-                state = each[..., :width] @ state + each[..., width:]
+            for segment in maps:
+                state = segment[..., :width] @ state + segment[..., width:]
                 states.append(state)
         before = states[dist.get_rank(ranks)]
         ctx.ranks, ctx.has_first = ranks, first is not None
-        ctx.save_for_backward(before, *(each[..., :width] for each in maps))
+        ctx.save_for_backward(before, *(segment[..., :width] for segment in maps))
         return before, state
 
     @staticmethod
@@ -75,19 +83,20 @@ class _States(torch.autograd.Function):
         total = gradients[..., width:].sum(1)
         d_through, d_written = torch.empty_like(throughs[rank]), torch.empty_like(before)
         with torch.autocast(before.device.type, enabled=False):
-            for piece in reversed(range(len(throughs))):
-                if piece == rank:
+            for segment in reversed(range(len(throughs))):
+                if segment == rank:
                     d_through, d_written = total @ before.mT, total
-                total = gradients[:, piece, ..., :width] + throughs[piece].mT @ total
+                total = gradients[:, segment, ..., :width] + throughs[segment].mT @ total
         d_first = None if not ctx.has_first else total if rank == 0 else torch.zeros_like(total)
         return d_through, d_written, d_first, None
 
 
 def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
-    """Let the ranks of a group have a piece of each sequence. ValueError for mixers that
-    cannot.
+    """Give each rank of a group one segment of every sequence. ValueError for mixers that cannot
+    continue from a state.
 
-    The model then returns the logits of this rank's tokens; `piece_losses` has the losses of all.
+    The model then returns the logits of this rank's tokens; `segment_losses` computes the losses of
+    all tokens from them.
     """
     if isinstance(model.head, AdaptiveHead):
         raise ValueError(
@@ -95,9 +104,9 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
             "to 1"
         )
     for block in model.blocks:
-        block.mixer.share_sequence(Pieces(ranks))
+        block.mixer.share_sequence(RankNeighbours(ranks))
 
-    def own(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+    def local_segment(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         tokens, ctx, real = fill_up(tokens, ctx, ranks)
         documents, padding = (
             None if facts is None else local_segment(facts, ranks)
@@ -107,12 +116,13 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
             local_segment(ctx.positions, ranks), documents, padding, ctx.random
         )
 
-    model.share_sequence = own
+    model.share_sequence = local_segment
 
 
-def piece_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) -> Tensor:
-    """As `models.loss.token_losses`, of all tokens on every rank, from logits of this rank's
-    tokens. targets: [batch, length], all.
+def segment_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """Return the losses of all tokens [batch, length] on every rank, as `models.loss.token_losses`.
+
+    logits: of this rank's segment. targets: [batch, length] of the whole sequences.
     """
     length = targets.shape[1]
     targets = F.pad(targets, (0, -length % dist.get_world_size(ranks)), value=IGNORE)
@@ -120,8 +130,8 @@ def piece_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) -> T
 
 
 class _Joined(torch.autograd.Function):
-    """All ranks' pieces. All have the same loss, of whose gradient each takes that of its own
-    piece.
+    """All ranks' segments, joined. All ranks have the same loss, so each takes from its gradient
+    the part of its own segment.
     """
 
     @staticmethod

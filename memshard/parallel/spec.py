@@ -1,14 +1,14 @@
-"""Where the pieces of a tensor live."""
+"""Where the shards of a tensor are."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A tensor whose dim `dim`, of `size` in all, is split over the ranks of mesh axes, in
-    contiguous pieces as `torch.chunk` cuts them.
+    """A tensor whose dim `dim`, of `size` in all, is split over the ranks along some axes of the
+    mesh, into contiguous shards as `torch.chunk` cuts them.
 
-    axes: of the mesh, the last one fastest.
+    axes: ranks along the last one have neighbouring shards.
     """
 
     dim: int

@@ -1,8 +1,8 @@
-"""Tensor parallelism: ranks that share the matrices of a transformer, and the tokens of a sequence
-between them.
+"""Tensor parallelism: ranks that share the matrices of a transformer and, between the matrices, the
+tokens of a sequence.
 
 Layers and loss are fairscale's; the sequence mappings between them are ours: where fairscale would
-sum whole activations on every rank, a rank gets the sum of its own piece of the sequence
+sum whole activations on every rank, a rank gets the sum of its own segment of the sequence
 (Korthikanti et al. 2022, section 4.2.2), so no token passes a norm or a memory twice. This is the
 only file that imports fairscale.
 """
@@ -46,12 +46,12 @@ except ImportError as error:
 
 
 def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
-    """Replace the model's large matrices by this rank's pieces and share its sequences; returns the
+    """Replace the model's large matrices by this rank's shards, share its sequences, and return the
     placement of the split weights.
 
-    Weights are kept (each rank cuts its piece from its own copy); on the meta device `initialize`
-    draws them, the same for any number of ranks. ValueError where sizes do not divide. The model
-    then returns logits of this rank's part of the vocabulary.
+    Weights are kept (each rank cuts its shard from its own copy); on the meta device `initialize`
+    draws them, the same for any number of ranks. The model then returns logits of this rank's part
+    of the vocabulary. ValueError where sizes do not divide.
     """
     ranks = mesh["tensor"].get_group()
     placement = split_matrices(model, dist.get_world_size(ranks))
@@ -59,7 +59,7 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
     for name, spec in placement.items():
         owner, _, child = name.removesuffix(".weight").rpartition(".")
         whole: Any = model.get_submodule(name.removesuffix(".weight"))
-        setattr(model.get_submodule(owner), child, _form(whole, spec, child)(whole, spec))
+        setattr(model.get_submodule(owner), child, _shard_class(whole, spec, child)(whole, spec))
     for module in model.modules():
         if isinstance(module, Mixer):
             module.heads //= dist.get_world_size(ranks)
@@ -85,52 +85,52 @@ def _give_groups(mesh: DeviceMesh) -> None:
 
 
 def leave() -> None:
-    """Let go of the process groups; before `destroy_process_group`, which may otherwise abort the
-    process at its exit.
+    """Release the process groups. Call it before `destroy_process_group`: groups that fairscale
+    still refers to can abort the process at its exit.
     """
     fairscale_groups.destroy_model_parallel()
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """As `models.loss.token_losses`, of logits whose vocabulary is split; every rank gets all
-    losses.
+    """Return all losses on every rank, as `models.loss.token_losses`, from logits whose vocabulary
+    is split.
 
-    logits: [..., this rank's tokens of the vocabulary]; fp32 ones are used up. Maxima, sums and the
-    targets' logits travel: 12 bytes a token, and never logits.
+    logits: [..., this rank's tokens of the vocabulary]; fp32 logits are overwritten. Only the
+    maximum, the sum and the target's logit are sent, 12 bytes a token.
     """
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     losses = vocab_parallel_cross_entropy(logits.contiguous(), targets)
     return torch.where(targets == IGNORE, 0.0, losses)
 
 
-class _Piece(nn.Module):
-    """A rank's piece of a weight. Mixed into fairscale's layers, whose constructors would draw the
-    whole weight on every rank.
+class _Shard(nn.Module):
+    """This rank's shard of a weight. Mixed into fairscale's layers, whose constructors would draw
+    the whole weight on every rank.
     """
 
     weight: nn.Parameter
     spec: ShardSpec
 
     def cut(self, whole: nn.Linear | nn.Embedding | CausalConvolution, spec: ShardSpec) -> None:
-        """Take this rank's piece of `whole`'s weight."""
+        """Take this rank's shard of `whole`'s weight."""
         self.spec = spec
         self.weight = nn.Parameter(
-            self._piece(whole.weight.detach()).clone(memory_format=torch.contiguous_format)
+            self._shard(whole.weight.detach()).clone(memory_format=torch.contiguous_format)
         )
-        # As a list, so that it is no part of the model.
+        # In a list, so that it is not registered as a submodule.
         self._like = [deepcopy(whole).to("meta")]
         self._tag()
 
     def reset_parameters(self) -> None:
-        """Draw the whole weight, as the layer does that this one is a piece of, and keep the
-        piece.
+        """Draw the whole weight as the unsplit layer would, and keep this rank's shard: the numbers
+        do not depend on how many ranks there are.
         """
         whole = deepcopy(self._like[0]).to_empty(device=self.weight.device)
         whole.reset_parameters()
         with torch.no_grad():
-            self.weight.copy_(self._piece(whole.weight))
+            self.weight.copy_(self._shard(whole.weight))
 
-    def _piece(self, whole: Tensor) -> Tensor:
+    def _shard(self, whole: Tensor) -> Tensor:
         ranks = fairscale_groups.get_model_parallel_group()
         width = -(-self.spec.size // dist.get_world_size(ranks))
         first = dist.get_rank(ranks) * width
@@ -138,76 +138,78 @@ class _Piece(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        # Leaving the meta device makes a new parameter.
+        # Leaving the meta device creates a new parameter, without the tag.
         self._tag()
         return self
 
     def _tag(self) -> None:
-        # DeepSpeed counts untagged parameters once, as copies.
+        # DeepSpeed's norm takes untagged parameters for copies and counts them on one rank only.
         self.weight.model_parallel = True  # type: ignore[attr-defined]
 
 
-class _Columns(_Piece, ColumnParallelLinear):
-    """Some outputs of a linear map; x is whole, and backward leaves the sum over ranks to whoever
-    gathered it.
+class _Columns(_Shard, ColumnParallelLinear):
+    """A linear map with some of the outputs. x is the whole sequence, and backward leaves summing
+    its gradient over ranks to the layer that gathered it.
     """
 
     def __init__(self, whole: nn.Linear, spec: ShardSpec) -> None:
         ranks = fairscale_groups.get_model_parallel_world_size()
         ColumnParallelLinear.__init__(
-            self, 1, ranks, bias=False, gather_output=False, init_method=_leave_alone
+            self, 1, ranks, bias=False, gather_output=False, init_method=_do_not_draw
         )
         self.in_features, self.out_features = whole.in_features, whole.out_features
         self.cut(whole, spec)
         self.output_size_per_partition = len(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., inputs]; returns [..., this rank's outputs]. One gather serves all maps of an
-        input, where fairscale's own sums each.
+        """Map [..., inputs] to [..., this rank's outputs].
+
+        fairscale's forward would sum the input's gradient for each map; here one gather serves all
+        maps of an input.
         """
         return F.linear(x, self.weight)
 
 
 class _Head(_Columns):
-    """The output head's part of the vocabulary."""
+    """The output head for some tokens of the vocabulary."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, length / ranks, dim]; returns [batch, length, ceil(vocabulary / ranks)], -inf
+        """Map [batch, length / ranks, dim] to [batch, length, ceil(vocabulary / ranks)], with -inf
         where the last rank has no token.
         """
         return _logits(x, self.weight, self.spec)
 
 
-class _Rows(_Piece, RowParallelLinear):
-    """A linear map of some inputs, whose results are summed over the ranks, each getting its piece
-    of the sequence.
+class _Rows(_Shard, RowParallelLinear):
+    """A linear map of some of the inputs. Results are summed over the ranks, and each gets its
+    segment of the sum.
     """
 
     def __init__(self, whole: nn.Linear, spec: ShardSpec) -> None:
         ranks = fairscale_groups.get_model_parallel_world_size()
         RowParallelLinear.__init__(
-            self, ranks, 1, bias=False, input_is_parallel=True, init_method=_leave_alone
+            self, ranks, 1, bias=False, input_is_parallel=True, init_method=_do_not_draw
         )
         self.in_features, self.out_features = whole.in_features, whole.out_features
         self.cut(whole, spec)
         self.input_size_per_partition = self.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, length, this rank's inputs]; returns [batch, length / ranks, outputs]."""
+        """Map [batch, length, this rank's inputs] to [batch, length / ranks, outputs]."""
         return self.summed(F.linear(x, self.weight))
 
     @staticmethod
     def summed(y: Tensor) -> Tensor:
-        """As `Projection.summed`: of the ranks' products, this rank's piece of their sum."""
+        """As `Projection.summed`: return this rank's segment of the sum over the ranks."""
         return reduce_scatter(y, fairscale_groups.get_model_parallel_group())
 
 
-class _Embedding(_Piece, VocabParallelEmbedding):
-    """Some rows of an embedding, and of the head tied to it."""
+class _Embedding(_Shard, VocabParallelEmbedding):
+    """The embedding of some tokens of the vocabulary, and the head tied to it."""
 
     def __init__(self, whole: TokenEmbedding, spec: ShardSpec) -> None:
         ranks = fairscale_groups.get_model_parallel_world_size()
-        VocabParallelEmbedding.__init__(self, ranks, 1, init_method=_leave_alone)
+        VocabParallelEmbedding.__init__(self, ranks, 1, init_method=_do_not_draw)
         self.num_embeddings, self.embedding_dim = whole.num_embeddings, whole.embedding_dim
         self.cut(whole, spec)
         self.num_embeddings_per_partition = len(self.weight)
@@ -215,15 +217,15 @@ class _Embedding(_Piece, VocabParallelEmbedding):
         self.vocab_end_index = self.vocab_start_index + len(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [batch, length] int64; returns [batch, length / ranks, dim]."""
+        """Map [batch, length] int64 to [batch, length / ranks, dim]."""
         return split(super().forward(tokens), fairscale_groups.get_model_parallel_group())
 
     def logits(self, x: Tensor) -> Tensor:
-        """As `_Head`."""
+        """Return logits as `_Head` does."""
         return _logits(x, self.weight, self.spec)
 
 
-class _Channels(_Piece, CausalConvolution):
+class _Channels(_Shard, CausalConvolution):
     """The convolutions of some heads."""
 
     def __init__(self, whole: CausalConvolution, spec: ShardSpec) -> None:
@@ -232,48 +234,45 @@ class _Channels(_Piece, CausalConvolution):
         self.cut(whole, spec)
 
 
-def _form(whole: nn.Module, spec: ShardSpec, name: str) -> Any:
-    """What takes the place of a layer."""
+def _shard_class(whole: nn.Module, spec: ShardSpec, name: str) -> Any:
+    """The class that takes a layer's place."""
     if isinstance(whole, CausalConvolution):
         return _Channels
-    return (
-        _Embedding
-        if isinstance(whole, nn.Embedding)
-        else _Rows
-        if spec.dim
-        else _Head
-        if name == "head"
-        else _Columns
-    )
+    if isinstance(whole, nn.Embedding):
+        return _Embedding
+    if spec.dim:
+        return _Rows
+    return _Head if name == "head" else _Columns
 
 
-def _leave_alone(weight: Tensor) -> Tensor:
+def _do_not_draw(weight: Tensor) -> Tensor:
     return weight
 
 
 def _gather_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pre-hook of layers that need the whole sequence."""
+    """Gather the sequence: pre-forward hook of layers that need all of it."""
     return _gather_to_multiply(inputs[0]), *inputs[1:]
 
 
 def _gather_channels(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pre-hook of a map of all ranks' heads."""
+    """Gather channels: pre-forward hook of a map whose input is all ranks' heads."""
     return (_gather_to_multiply(inputs[0].transpose(1, 2)).transpose(1, 2),)
 
 
 def _gather_to_multiply(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
-        # Matrix products would cast it anyway; so half as much travels.
+        # The matrix product would cast it anyway; casting first halves what is sent.
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return gather(x, fairscale_groups.get_model_parallel_group())
 
 
 def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
-    """Pad the end of the sequence until the ranks' pieces are equal, and give the context this
-    rank's part.
+    """Pad the sequence's end until all ranks' segments are equally long, and add this rank's part
+    to the context.
     """
     ranks = fairscale_groups.get_model_parallel_group()
-    # Nobody before the padding sees it, so only layers that take tokens one by one have to be told.
+    # No token sees what comes after it, so mixers need not know about the padding. Layers that take
+    # tokens one by one (norm statistics, memories) must leave it out.
     tokens, ctx, real = fill_up(tokens, ctx, ranks)
     part = Context(
         local_segment(ctx.positions, ranks),
@@ -286,7 +285,7 @@ def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
 def _logits(x: Tensor, weight: Tensor, spec: ShardSpec) -> Tensor:
     logits = F.linear(_gather_to_multiply(x), weight)
     width = -(-spec.size // fairscale_groups.get_model_parallel_world_size())
-    # fairscale's loss takes all ranks' parts of the vocabulary for equal.
+    # fairscale's loss assumes that all ranks have equally many tokens of the vocabulary.
     return (
         logits
         if logits.shape[-1] == width

@@ -1,4 +1,4 @@
-"""Which dense matrices tensor parallelism splits, and along which dim."""
+"""Which dense matrices tensor parallelism splits, and along which dim. Needs no fairscale."""
 
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
 from memshard.models.layers.convolution import CausalConvolution
@@ -11,11 +11,11 @@ from memshard.parallel.spec import ShardSpec
 
 
 def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
-    """The placement of every split weight, by its name: attention and its convolutions by heads,
-    feedforwards by width, embedding and head by vocabulary.
+    """Return the placement of every split weight, by its name: attention and its convolutions are
+    split by heads, feedforwards by width, embedding and head by vocabulary.
 
-    ValueError where heads or widths cannot be shared evenly by `ranks` ranks. A vocabulary can: the
-    last rank has less.
+    ValueError if `ranks` does not divide heads or widths. It need not divide the vocabulary: the
+    last rank then has fewer tokens.
     """
     vocabulary = model.embedding.num_embeddings
     if vocabulary <= (ranks - 1) * -(-vocabulary // ranks):
