@@ -1,6 +1,4 @@
-"""What is wrong with an installation, or with a run: each finding is a line, and whether it is
-bad.
-"""
+"""Check an installation, or a run, and say what is wrong with it."""
 
 import importlib.metadata
 import json
@@ -30,14 +28,14 @@ _STALLED = 0.2
 
 @dataclass(frozen=True)
 class Finding:
-    """text: one line. bad: whether something has to be done."""
+    """One line of text, and whether it asks for something to be done."""
 
     text: str
     bad: bool = False
 
 
 def check_installation() -> Iterator[Finding]:
-    """Versions, devices, kernels, host name, launchers, locks."""
+    """Yield findings about versions, devices, kernels, host name, launchers and stale locks."""
     yield Finding(f"torch {torch.__version__}, memshard {memshard.__version__}")
     for package, use in (
         ("deepspeed", "train.engine deepspeed, launch deepspeed"),
@@ -59,8 +57,8 @@ def check_installation() -> Iterator[Finding]:
 
 
 def stale_locks() -> Iterator[Finding]:
-    """Locks that a killed compilation of torch's extensions (DeepSpeed's) has left: every later one
-    waits for them, without end.
+    """Yield the locks that a killed compilation of torch's extensions (DeepSpeed's) left behind.
+    Every later compilation waits for them without end.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     for lock in sorted(root.glob("**/lock")):
@@ -73,11 +71,11 @@ def stale_locks() -> Iterator[Finding]:
 
 
 def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
-    """Who is late, what the last collectives were, which locks are stale, which checkpoints good,
-    whether data hold the run up.
+    """Yield who is late, which collectives ranks disagree about, which locks are stale, which
+    checkpoints are good, and whether reading data slows the run down.
 
-    deep: read all tensors of all checkpoints against their hashes, which takes the time of loading
-    them. ValueError for no run.
+    deep: check all tensors of all checkpoints against their hashes, which takes as long as loading
+    them. ValueError if the folder is no run.
     """
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
@@ -126,7 +124,7 @@ def _name() -> Iterator[Finding]:
         yield Finding(f"this host's name, {name}, has no address: add it to /etc/hosts", bad=True)
         return
     note = (
-        "; for several hosts set GLOO_SOCKET_IFNAME where memshard finds no interface by itself"
+        "; for several hosts set GLOO_SOCKET_IFNAME where memshard finds no interface"
         if address.startswith("127.")
         else ""
     )
@@ -153,8 +151,8 @@ def _ranks(folder: Path) -> Iterator[Finding]:
 
 
 def _collectives(folder: Path) -> Iterator[Finding]:
-    """Who has joined fewer collectives than the others, by what each rank wrote down when it lost
-    the others.
+    """Find the rank that has joined fewer collectives than the others, from the records that ranks
+    wrote when they lost each other.
     """
     last: dict[str, dict[int, dict[str, object]]] = {}
     for path in (folder / FLIGHT).glob("rank*.json"):
@@ -178,8 +176,8 @@ def _collectives(folder: Path) -> Iterator[Finding]:
 
 
 def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
-    found = committed(root)
-    for path in reversed(found):
+    checkpoints = committed(root)
+    for path in reversed(checkpoints):
         try:
             check_files(path)
             index = index_of(path)
@@ -204,5 +202,5 @@ def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
                 f"{path} is not complete: a save goes on, or was interrupted; the next one "
                 "removes it"
             )
-    if not found:
+    if not checkpoints:
         yield Finding(f"no checkpoint in {root} yet")

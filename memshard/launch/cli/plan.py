@@ -1,4 +1,4 @@
-"""memshard plan: what a recipe costs on given ranks, before anything is allocated."""
+"""`memshard plan`: what a recipe costs on some ranks, before anything is allocated."""
 
 import argparse
 from dataclasses import asdict, replace
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
-    """The vocabulary's size and who says it."""
+    """Return the vocabulary's size and where it is from."""
     from memshard.data_pipeline.format.index import INDEX_FILE, load_index
 
     if recipe.model.vocab_size is not None:
@@ -135,15 +135,15 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
 
 
 def _measured_duplicates(recipe: str) -> float | None:
-    """What a run last measured, if `recipe` is a run folder of several ranks."""
+    """Return what a run last measured, if `recipe` is the folder of a run on several ranks."""
     from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 
     file = Path(recipe) / METRICS_FILE
     lines = read_metrics(file) if file.exists() else []
-    found = [
+    measured = [
         value
         for line in lines
         for key, value in line.items()
         if key.endswith("/micro_batch_duplicates")
     ]
-    return found[-1] if found else None
+    return measured[-1] if measured else None

@@ -1,4 +1,4 @@
-"""What `memshard plan` prints."""
+"""The text that `memshard plan` prints."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def report(
     args: argparse.Namespace, recipe: "Recipe", cost: "Estimate", result: dict[str, Any]
 ) -> str:
-    """The plan, for people. result: what --json prints."""
+    """Return the plan as text. result: what --json prints."""
     vocab_size, source, precision, available = (
         result[key] for key in ("vocab_size", "vocab_source", "precision", "available")
     )
@@ -159,7 +159,7 @@ def _gb(size: float) -> str:
 
 
 def _short(number: float) -> str:
-    """1,234,567 as 1.23 M."""
+    """Write 1,234,567 as 1.23 M."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
