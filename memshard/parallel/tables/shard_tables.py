@@ -1,14 +1,14 @@
 """Replace the tables of a model by sharded ones."""
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from memshard.models.load_class import load_class
 from memshard.models.memory.table import ValueTable, find_tables
-from memshard.parallel.tables.layouts import Layout, LayoutName, layout_named
+from memshard.parallel.tables.layouts import LayoutName, layout_named
 from memshard.parallel.tables.sharded import ShardedTable
 
 TableClass = Callable[[int, int, dist.ProcessGroup, dist.ProcessGroup | None], ShardedTable]
@@ -33,7 +33,7 @@ def shard_tables(
     """
     group = group or dist.group.WORLD
     assert group is not None
-    table_class = _table_class(layout_named(layout))
+    table_class: TableClass = load_class(layout_named(layout).table)
     sharded: dict[nn.Module, ShardedTable] = {}
     for _, table in find_tables(model):
         shard = sharded[table] = _shard(table, table_class, group, replicas)
@@ -44,12 +44,6 @@ def shard_tables(
             if child in sharded:
                 setattr(module, name, sharded[child])
     return list(sharded.values())
-
-
-def _table_class(layout: Layout) -> TableClass:
-    module, _, name = layout.table.partition(":")
-    table_class: TableClass = getattr(import_module(module), name)
-    return table_class
 
 
 def _shard(
