@@ -106,7 +106,7 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
     for block in model.blocks:
         block.mixer.share_sequence(RankNeighbours(ranks))
 
-    def local_segment(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+    def local_part(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         tokens, ctx, real = fill_up(tokens, ctx, ranks)
         documents, padding = (
             None if facts is None else local_segment(facts, ranks)
@@ -116,7 +116,7 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
             local_segment(ctx.positions, ranks), documents, padding, ctx.random
         )
 
-    model.share_sequence = local_segment
+    model.share_sequence = local_part
 
 
 def segment_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) -> Tensor:

@@ -61,19 +61,19 @@ class ParallelConfig:
     """How a run is spread over ranks; nothing here changes what is trained."""
 
     tensor: int = may_change(1)
-    """Neighbouring ranks that share the large matrices and the tokens of a sequence (tensor
-    parallelism); it divides heads and widths.
+    """Number of neighbouring ranks that share the large matrices and the tokens of a sequence
+    (tensor parallelism). Must divide heads and widths.
     """
 
     share: Literal["heads", "sequence"] = may_change("heads")
-    """What the ranks of parallel.tensor share: heads, that is large matrices and, between them, the
-    tokens of a sequence; or sequence, the tokens alone: matrices are copied, and only states of
-    linear and delta mixers travel.
+    """What the ranks of parallel.tensor share. heads: the large matrices and, between them, the
+    tokens of a sequence. sequence: only the tokens; every rank has whole matrices, and ranks send
+    each other the states of mixers that have one of constant size.
     """
 
     memory: int | None = may_change(None)
-    """Ranks that split a table; by default all. Fewer make several groups, each with a copy, whose
-    row gradients are summed.
+    """Number of ranks that split a table; null for all. Fewer ranks make several groups, each with
+    a copy of the table, whose row gradients are summed.
     """
 
     layout: LayoutSetting = may_change("auto", choices=LAYOUTS)
@@ -82,8 +82,8 @@ class ParallelConfig:
     """
 
     checksum_every: int = may_change(1000)
-    """Steps between two proofs that copies of weights on different ranks are equal to the last bit;
-    0 proves it only at the start.
+    """Number of steps between two checks that copies of weights on different ranks are equal to the
+    last bit; 0 checks only at the start.
     """
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Fast weights of a text in pieces on three ranks are those of the whole text: readings, last
-state, gradients, the first state's too.
+"""Fast weights of a text in segments on three ranks are those of the whole text: readings, last
+state, and gradients, also of the first state.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.segments import delta_rule_of_segment, sum_rule_of_segment
 from memshard.models.fast_weights.sum_rule import sum_rule
-from memshard.parallel.segments import Pieces
+from memshard.parallel.segments import RankNeighbours
 from tests.distributed import run_distributed
 
 LENGTH, D, M = 12, 5, 3
@@ -62,13 +62,13 @@ def _without_beta(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def _on_rank(rank: int, world: int) -> list[list[Tensor]]:
     assert dist.group.WORLD is not None
     pieces, own = (
-        Pieces(dist.group.WORLD),
+        RankNeighbours(dist.group.WORLD),
         slice(rank * LENGTH // world, (rank + 1) * LENGTH // world),
     )
     inputs = {name: x if name == "state" else x[:, :, own] for name, x in _inputs().items()}
     probe, probe_state, resets = _probes()
     rest = resets[:, own], probe[:, :, own], probe_state / world
-    # Pieces of one row, and three rows asked for.
+    # RankNeighbours of one row, and three rows asked for.
     row = torch.full((1, 1, 2), rank + 1.0, requires_grad=True)
     before = pieces.rows_before(row, 3)
     (gradient,) = torch.autograd.grad((before * torch.tensor([[[1.0], [2.0], [3.0]]])).sum(), row)
