@@ -110,9 +110,8 @@ def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
                 write_config(run.folder, run.recipe)
             save(run)
         assert train_run(recipe, folder / name / "6", *MICRO, stop_at=8)["step"] == 8
-    prepare(
-        recipe, folder / "begun", *MICRO, DEEPSPEED, "train.zero=2", f"init_from={folder / 'torch'}"
-    ).save()
+    settings = (*MICRO, DEEPSPEED, "train.zero=2", f"init_from={folder / 'torch'}")
+    save(prepare(recipe, folder / "begun", *settings))
     train_run(recipe, folder / "torch", *MICRO, stop_at=6)
 
 

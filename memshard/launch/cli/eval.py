@@ -5,7 +5,6 @@ memory is used.
 import argparse
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,56 +143,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _read_held_out(
     args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device", ranks: int
 ) -> dict[str, Any]:
-    from memshard.data_pipeline.stream.held_out import HeldOutStream
-    from memshard.data_pipeline.stream.open_stream import open_held_out
     from memshard.data_pipeline.stream.records import HeldOutRecords
-    from memshard.trainer.evaluation.masked_tokens import masked_accuracy
-    from memshard.trainer.evaluation.perplexity import evaluate
+    from memshard.trainer.evaluation.held_out import evaluate_held_out, open_for_evaluation
     from memshard.trainer.evaluation.translation import held_out_texts
     from memshard.trainer.precision import compute_dtype
-    from memshard.trainer.tasks.build import build_task
-    from memshard.trainer.tasks.masked_tokens import MaskedTokenTask
     from memshard.trainer.tasks.translation import TranslationTask
 
     with usage_errors():
-        data = args.data or loaded.recipe.data.path
-        rows, length = args.batch, _length(args, loaded)
+        data, length = args.data or loaded.recipe.data.path, _length(args, loaded)
         if args.untruncated:
             _check_untruncated(args, loaded, ranks)
-            rows, length = 1, args.batch * length
-        held_out = open_held_out(data, length, args.max_tokens, args.stride)
-        if args.untruncated and not isinstance(held_out, HeldOutStream):
-            raise ValueError(
-                f"{data} holds whole records, none of which goes on: leave out --untruncated"
-            )
-        loaded.check_tokenizer(data)
-        task = build_task(loaded.recipe, device, data=data)
-    begun = time.perf_counter()
+            length *= args.batch
+        held_out, task = open_for_evaluation(
+            loaded, data, device, length, args.max_tokens, args.stride, args.untruncated
+        )
     dtype = compute_dtype(args.precision, device)
-    evaluation = evaluate(
-        loaded.model, task, held_out, rows, dtype, rank(), ranks, carry=args.untruncated
+    evaluation, numbers = evaluate_held_out(
+        loaded, held_out, task, args.batch, dtype, rank(), ranks, args.untruncated
     )
     result: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "data": data,
         "untruncated": args.untruncated,
-        "tokens": evaluation.tokens,
-        "tokens_per_s": evaluation.tokens / (time.perf_counter() - begun),
-        "loss": evaluation.loss,
-        "perplexity": evaluation.perplexity,
+        **numbers,
     }
     if isinstance(task, TranslationTask) and isinstance(held_out, HeldOutRecords):
         result |= _scores(args, loaded, dtype, *held_out_texts(held_out, loaded.tokenizer))
-    elif isinstance(task, MaskedTokenTask):
-        result["accuracy"] = masked_accuracy(
-            loaded.model, task, held_out, args.batch, dtype, rank(), ranks
-        )
-    elif held_out.words is not None and held_out.text_bytes is not None:
-        result["word_perplexity"] = evaluation.word_perplexity(held_out.words)
-        result["bits_per_byte"] = evaluation.bits_per_byte(held_out.text_bytes)
-    result["by_position"] = evaluation.by_position()
-    result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
     if rank() != 0:
         return result
     if args.dead_rows:

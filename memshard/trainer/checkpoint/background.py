@@ -1,4 +1,4 @@
-"""Saving while training goes on."""
+"""Save a checkpoint while training goes on."""
 
 import threading
 import time
@@ -14,16 +14,15 @@ from memshard.trainer.checkpoint.save_load import save_checkpoint
 
 
 class BackgroundSave:
-    """One save at a time, on a thread of its own; all ranks start and await the same ones.
+    """Runs one save at a time on a thread; all ranks start and await the same ones.
 
-    The ranks talk over a process group of their own, so that a save's messages never mix with those
-    of training.
+    Saves have a process group of their own, so their messages never mix with those of training.
     """
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.seconds: float | None = None
-        """How long the last save took, until it was committed."""
+        """Duration of the last save until it was committed; None before the first."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -36,8 +35,8 @@ class BackgroundSave:
         in_place: Collection[str],
         committed: Callable[[], None],
     ) -> None:
-        """Await the save before, begin this one, and return once the tensors may change; see
-        `save_checkpoint`.
+        """Wait for the previous save, start this one, and return once the tensors may change.
+        Arguments are those of `save_checkpoint`.
         """
         self.wait()
         free, state = threading.Event(), deepcopy(state)
@@ -56,7 +55,7 @@ class BackgroundSave:
                     committed=committed,
                 )
                 self.seconds = time.perf_counter() - begun
-            except BaseException as error:  # handed to the thread that waits
+            except BaseException as error:  # raised again in the thread that waits
                 self._error = error
             finally:
                 free.set()
@@ -67,7 +66,7 @@ class BackgroundSave:
         free.wait()
 
     def wait(self) -> None:
-        """Return when the save in flight is committed; OSError if it failed."""
+        """Wait until the save in flight is committed. OSError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,9 +1,7 @@
-"""How torch's distributed checkpoint (DCP) writes and reads tensors here: raw bytes, one file a
-rank, beside a JSON index.
+"""Storage for torch's distributed checkpoint (DCP): raw bytes in one file a rank, and a JSON index.
 
-DCP plans who writes what and who reads which part on which layout. Its own storage keeps the index
-as a pickle, which runs whatever code it holds when it is read; the one of safetensors files builds
-each file in memory.
+DCP plans which rank writes and reads what, for any layout. Its own storage pickles the index, and
+unpickling runs whatever code the file contains; its safetensors storage builds each file in memory.
 """
 
 import hashlib
@@ -11,6 +9,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,8 +40,8 @@ _ALIGNMENT = 64
 class PieceWriter(StorageWriter):
     """Writes each tensor in pieces of at most 16 MB; every file reaches the disk before `finish`.
 
-    in_place: tensors that are written first, straight from where they lie. Then this rank's part of
-    the others is copied to host memory, and `free` is called: from there on all of them may change.
+    in_place: names of tensors to write first, without a copy. Then this rank's part of the others
+    is copied to host memory and `free` is called: from then on all tensors may change.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class PieceWriter(StorageWriter):
         """DCP calls it before each save."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """DCP says which rank this is."""
+        """Take this rank's number from DCP."""
         self.rank = kwargs.get("rank", 0)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -69,7 +68,7 @@ class PieceWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's part."""
+        """Write this rank's part of the tensors."""
         name = f"rank{self.rank}.bin"
         in_place = [item for item in plan.items if item.index.fqn in self.in_place]
         others = [item for item in plan.items if item.index.fqn not in self.in_place]
@@ -87,9 +86,9 @@ class PieceWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index, on the first rank."""
+        """Write the index; DCP calls it on rank 0."""
         chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
-        for result in (result for of_rank in results for result in of_rank):
+        for result in chain.from_iterable(results):
             chunks[result.index.fqn].append(result.storage_data)
         stored = {}
         for name, entry in metadata.state_dict_metadata.items():
@@ -101,7 +100,7 @@ class PieceWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """DCP asks only where it chooses the storage by itself."""
+        """Return False: DCP asks only when it has to choose a storage."""
         return False
 
 
@@ -134,9 +133,7 @@ def _write(file: BinaryIO, name: str, item: WriteItem, tensor: Tensor) -> WriteR
 
 
 class PieceReader(StorageReader):
-    """Reads the tensors of a checkpoint's index, comparing each piece with its hash. ValueError,
-    with the reason, if they differ.
-    """
+    """Reads a checkpoint's tensors. ValueError, with the reason, if a piece misses its hash."""
 
     def __init__(self, folder: Path, index: dict[str, StoredTensor]) -> None:
         self.folder = folder
@@ -146,7 +143,7 @@ class PieceReader(StorageReader):
         """DCP calls it before each load."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index as DCP has it."""
+        """Return the index in DCP's form."""
         return Metadata(
             {
                 name: TensorStorageMetadata(
@@ -175,7 +172,7 @@ class PieceReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the tensors of this rank."""
+        """Fill this rank's tensors."""
         for item in plan.items:
             name, offsets = item.storage_index.fqn, item.storage_index.offset
             chunk = self._chunks[name, tuple(offsets or ())]
@@ -187,7 +184,7 @@ class PieceReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """DCP asks only where it chooses the storage by itself."""
+        """Return False: DCP asks only when it has to choose a storage."""
         return False
 
     @cached_property
@@ -206,7 +203,7 @@ class PieceReader(StorageReader):
         begins: tuple[int, ...],
         lengths: tuple[int, ...],
     ) -> None:
-        """Copy the box of `lengths` from `begins` on, counted in the chunk, into target."""
+        """Copy the box of size `lengths` at `begins`, counted in the chunk, into target."""
         dtype = self.index[name].dtype
         if not chunk.sizes:
             target.copy_(next(read_pieces(self.folder, name, chunk, dtype))[1][0])

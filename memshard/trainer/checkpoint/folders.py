@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: what counts as committed, which is newest, which may go."""
+"""The checkpoint folders of a run: which are committed, which is newest, which to remove."""
 
 import shutil
 from pathlib import Path
@@ -8,12 +8,12 @@ _PREFIX = "step-"
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives under a run's `checkpoints` folder."""
+    """Return the folder of a step's checkpoint under `root`, a run's `checkpoints` folder."""
     return root / f"{_PREFIX}{step:08d}"
 
 
 def committed(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted(
         path.parent
         for path in root.glob(f"{_PREFIX}*/{COMMIT}")
@@ -22,30 +22,30 @@ def committed(root: Path) -> list[Path]:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that a path means, best first: itself, or the committed ones of a run folder.
-    ValueError if there is none.
+    """Return the checkpoints that a path stands for, newest first: the path itself, or the
+    committed ones of a run folder. ValueError if there is none.
     """
     if (path / COMMIT).exists():
         return [path]
-    found = committed(path / "checkpoints")
-    if not found:
+    folders = committed(path / "checkpoints")
+    if not folders:
         what = "does not exist" if not path.exists() else "holds no committed checkpoint"
         raise ValueError(
             f"{path} {what}: give a run folder (such as runs/quickstart) or one of its "
             f"checkpoints/{_PREFIX}* folders"
         )
-    return found[::-1]
+    return folders[::-1]
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint."""
+    """Remove a checkpoint folder."""
     (path / COMMIT).unlink()  # first: a half-removed folder must not look complete
     shutil.rmtree(path)
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep` checkpoints and those of steps that `keep_every` divides,
-    and what interrupted saves left behind.
+    """Remove all checkpoints except the newest `keep` and those of steps that `keep_every` divides;
+    remove what interrupted saves left.
     """
     for path in committed(root)[:-keep]:
         if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every:
@@ -56,7 +56,7 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Give a damaged checkpoint a name that no reader takes for one; returns its new path."""
+    """Rename a damaged checkpoint so that no reader finds it; return its new path."""
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, by name and global shape."""
+"""Describe a run's tensors as a checkpoint stores them: by name and global shape."""
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from memshard.trainer.optim.rows.adam import RowAdam
 def model_tensors(
     model: nn.Module, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
 ) -> dict[str, Tensor]:
-    """Parameters, buffers and tables as `model.<name>`; tensors that `placement` splits come as
-    DTensors over their axis.
+    """Return parameters, buffers and tables as `model.<name>`; tensors that `placement` splits are
+    DTensors over their axes.
 
     The tensors share memory with the model, so loading into them loads the model. A shared table
-    comes once.
+    occurs once.
     """
     tensors = {
         name: global_tensor(name, p, placement, mesh) for name, p in model.named_parameters()
@@ -57,9 +57,11 @@ def optimizer_tensors(
 def global_tensor(
     name: str, local: Tensor, placement: dict[str, ShardSpec], mesh: DeviceMesh | None
 ) -> Tensor:
-    """local: this rank's piece of the tensor of that name, or what the optimizer keeps for it."""
+    """Return `local`, this rank's shard of the named tensor or of an optimizer state of that shape,
+    as a tensor of global shape.
+    """
     spec = placement.get(name)
-    # What is kept for each row of a table is whole where the ranks split columns.
+    # States with one number a row are not split where ranks split the columns.
     if spec is None or spec.dim >= local.ndim:
         return local.detach()
     assert mesh is not None

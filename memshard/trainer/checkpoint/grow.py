@@ -1,4 +1,4 @@
-"""Load a memory that was saved with fewer keys."""
+"""Load a product-key memory from a checkpoint that has fewer keys."""
 
 import math
 from pathlib import Path
@@ -14,35 +14,36 @@ from memshard.trainer.checkpoint.save_load import load_tensors
 
 _BLOCK_ROWS = 4096
 _NEW_KEY_LENGTH = 0.5
-"""Of the old sub-keys of the same head and half. The 32nd best of 512 scores stands at 1.5 standard
-deviations: a key in a random direction and of half the length reaches it once in 1,000 tokens.
-So tokens go on reading what they have read, and new sub-keys are still found.
+"""New sub-keys get half the typical length of the old ones of their head and half. With 512 scores
+the 32nd best is about 1.5 standard deviations above the mean; a key of half the length in a random
+direction exceeds that for one token in 1,000. So tokens keep reading the slots they have read, and
+new sub-keys are still selected sometimes.
 """
 
 
 def grow_table(
     checkpoint: Path, source: str, saved: Size, tensor: Tensor, table: ValueTable, zero_new: bool
 ) -> None:
-    """Fill values, moments or whatever else a table has by row: slot (i1, i2) moves to the row of
-    its new diagonal.
+    """Fill the values, moments or another per-row state of a table: slot (i1, i2) moves to its row
+    on the diagonal of the larger table. All ranks call it.
 
-    tensor: as checkpoints know it, [slots, ...]; saved: the shape of `source`. zero_new: the other
-    slots get 0; else they keep what they have. The whole source, or this rank's part of it, is held
-    meanwhile. All ranks take part.
+    tensor: [slots, ...], of global shape. saved: the shape of `source` in the checkpoint. zero_new:
+    set the other slots to 0; otherwise they stay. This rank's shard of the source is in memory
+    meanwhile.
     """
     old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     load_tensors(checkpoint, {source: old})
     keys, old_keys = math.isqrt(table.slots), math.isqrt(saved[0])
     for first in range(0, table.max_local_rows, _BLOCK_ROWS):
-        here = torch.arange(
+        local = torch.arange(
             min(first, len(new)), min(first + _BLOCK_ROWS, len(new)), device=new.device
         )
-        slots = row_slots(here + table.first_row, keys)
+        slots = row_slots(local + table.first_row, keys)
         i1, i2 = slots // keys, slots % keys
         kept = (i1 < old_keys) & (i2 < old_keys)
         if zero_new:
-            new[here] = 0
-        new[here[kept]] = table.gather_rows(
+            new[local] = 0
+        new[local[kept]] = table.gather_rows(
             local_part(old), slot_rows(i1[kept], i2[kept], old_keys), saved[0]
         )
 
@@ -50,8 +51,8 @@ def grow_table(
 def grow_sub_keys(
     checkpoint: Path, source: str, saved: Size, tensor: Tensor, shorten: bool
 ) -> None:
-    """Fill sub-keys or their moments, [heads, 2, keys, half]: the first ones from the checkpoint.
-    shorten: the others, as drawn, to a share of their length.
+    """Fill sub-keys or their moments, [heads, 2, keys, half]: the first keys from the checkpoint.
+    shorten: scale the others, which were drawn, to half the typical length of the first.
     """
     old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     # Alone, because with ZeRO a moment is on one rank only.
@@ -64,7 +65,7 @@ def grow_sub_keys(
 
 
 def _empty_like_saved(tensor: Tensor, saved: Size) -> Tensor:
-    """Room for a tensor of the saved shape, spread over ranks as `tensor` is."""
+    """Return an empty tensor of the saved shape, split over ranks as `tensor` is."""
     if isinstance(tensor, DTensor):
         return empty_dtensor(
             saved, dtype=tensor.dtype, device_mesh=tensor.device_mesh, placements=tensor.placements
@@ -73,10 +74,10 @@ def _empty_like_saved(tensor: Tensor, saved: Size) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor as checkpoints know it."""
+    """Return this rank's shard of a tensor of global shape."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rms(sub_keys: Tensor) -> Tensor:
-    """Of each head and half, [heads, 2, 1, 1]."""
+    """Return the root mean square for each head and half, [heads, 2, 1, 1]."""
     return sub_keys.square().mean((2, 3), keepdim=True).sqrt()

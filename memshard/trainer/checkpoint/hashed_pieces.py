@@ -1,4 +1,4 @@
-"""The pieces of a checkpoint's tensors, read and compared with their hashes."""
+"""Read the pieces of a checkpoint's tensors and compare them with their hashes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,10 +13,8 @@ from memshard.trainer.checkpoint.index import Chunk, StoredTensor
 def read_pieces(
     folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, wanted: range | None = None
 ) -> Iterator[tuple[range, Tensor]]:
-    """The pieces of a chunk that hold one of the wanted rows (default: all), each with its rows,
-    counted in the chunk.
-
-    ValueError if a piece does not match its hash.
+    """Iterate over (rows, values) of the pieces of a chunk that have a wanted row (default: all);
+    rows are counted within the chunk. ValueError if a piece does not match its hash.
     """
     _, row_bytes = chunk.rows(dtype.itemsize)
     with (folder / chunk.file).open("rb") as file:
@@ -34,7 +32,7 @@ def read_pieces(
 
 
 def verify(folder: Path, index: dict[str, StoredTensor]) -> None:
-    """Read everything once. ValueError if any piece does not match its hash."""
+    """Read everything once. ValueError if a piece does not match its hash."""
     for name, tensor in index.items():
         for chunk in tensor.chunks:
             for _ in read_pieces(folder, name, chunk, tensor.dtype):

@@ -1,6 +1,4 @@
-"""The index of a checkpoint: where each piece of each tensor lies. JSON, checked before anything it
-says is believed.
-"""
+"""The index of a checkpoint: where each piece of each tensor is. JSON, checked before use."""
 
 import json
 import math
@@ -13,19 +11,19 @@ import torch
 
 INDEX_FILE = "index.json"
 PIECE_BYTES = 1 << 24
-"""Most bytes that are written, hashed and read at a time."""
+"""Most bytes that are written, hashed and read at once."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_FLOATS, *_INTEGERS)}
+STORED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_FLOATS, *_INTEGERS)}
 _VERSION = 1
 _DATA_FILE = re.compile(r"rank\d{1,9}\.bin")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor: `sizes` values from `offsets` on, contiguous in `file` from byte `at` on;
-    sha256: of each piece of it.
+    """A box of a tensor, as one rank wrote it: `sizes` values from `offsets` on, contiguous in
+    `file` from byte `at` on. sha256: of each of its pieces.
     """
 
     file: str
@@ -35,7 +33,7 @@ class Chunk:
     sha256: tuple[str, ...]
 
     def pieces(self, itemsize: int) -> list[range]:
-        """Rows (of the box's first dim) of each piece; a box without dims is one row."""
+        """Return the rows (of the first dim) of each piece; a box without dims is one row."""
         rows, row_bytes = self.rows(itemsize)
         step = max(1, PIECE_BYTES // max(1, row_bytes))
         return (
@@ -45,7 +43,7 @@ class Chunk:
         )
 
     def rows(self, itemsize: int) -> tuple[int, int]:
-        """Number of rows, and bytes of one."""
+        """Return the number of rows, and the bytes of one."""
         return (
             (self.sizes[0], math.prod(self.sizes[1:]) * itemsize) if self.sizes else (1, itemsize)
         )
@@ -61,7 +59,7 @@ class StoredTensor:
 
 
 def write_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Write the index of a checkpoint whose data files are written."""
+    """Write the index, after the data files."""
     listed = {
         name: {
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -74,9 +72,9 @@ def write_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor by name. ValueError, with the reason, unless all of it is sound: names of data
-    files are plain, boxes lie inside their tensors and cover them once, and their bytes lie
-    inside their files.
+    """Return every tensor by name. ValueError, with the reason, unless names of data files are
+    plain, boxes are inside their tensors and cover them once, and their bytes are inside their
+    files.
     """
     file = folder / INDEX_FILE
     try:
@@ -101,7 +99,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
 def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
     try:
-        dtype = DTYPES[entry["dtype"]]
+        dtype = STORED_DTYPES[entry["dtype"]]
         shape = _numbers(entry["shape"])
         chunks = tuple(
             Chunk(

@@ -1,6 +1,4 @@
-"""Begin with what another run has learned: memory layers and convolutions may be new, tables may
-have more keys.
-"""
+"""Start from another run's checkpoint; memory layers, convolutions and keys may be added."""
 
 from pathlib import Path
 
@@ -19,14 +17,13 @@ from memshard.trainer.optim.rows.adam import RowAdam
 def init_from(
     checkpoint: Path, model: Transformer, tensors: dict[str, Tensor], rows: RowAdam | None
 ) -> None:
-    """Fill a freshly drawn model and its optimizers from a committed checkpoint. All ranks take
-    part.
+    """Fill an initialised model and its optimizers from a committed checkpoint. All ranks call it.
 
     tensors: of the model and its optimizers, by their names in checkpoints; moments and step counts
-    come along. What is new starts harmless: the values of new tables, and of the new slots of
-    tables that have grown, are 0; new sub-keys are short; new convolutions see the current token
-    alone. The feedforward whose place a new memory takes is dropped. ValueError, naming the
-    parameter, for all else that differs.
+    are loaded as well. New parts leave the outputs as they were: values of new tables and of new
+    slots are 0, new sub-keys are short, new convolutions see only the current token. A feedforward
+    that a new memory replaces is dropped. ValueError, naming the parameter, for any other
+    difference.
     """
     steps = load_state_together(checkpoint)["table_steps"]
     saved = {name: Size(stored.shape) for name, stored in index_of(checkpoint).items()}
@@ -112,20 +109,20 @@ def init_from(
         if "master" in state:
             table.weight.copy_(state["master"])
         if "row_step" in state and f"row_step.{name}" not in saved:
-            # Its moments are those of all steps.
+            # The checkpoint counts no steps by row: take the table's count for each.
             state["row_step"].fill_(state["step"])
 
 
 def _parameter(name: str) -> str:
-    """Which parameter a tensor of a checkpoint belongs to."""
+    """Return the parameter that a tensor of a checkpoint belongs to."""
     return name.partition(".")[2]
 
 
 def _table_pairs(
     name: str, tensors: dict[str, Tensor], saved: dict[str, Size]
 ) -> list[tuple[str, str]]:
-    """(name in the checkpoint, name here) of what is to load for a table; values from and to the
-    fp32 copy where there is one.
+    """Return (name in the checkpoint, name here) of the tensors to load for a table; values are
+    read from and into the fp32 copy where there is one.
     """
     kinds = [
         "exp_avg",
@@ -141,7 +138,7 @@ def _table_pairs(
 
 
 def _check_readers(model: Transformer, fresh: list[int], old_tables: list[str]) -> None:
-    """A memory that reads a trained table by keys just drawn would not be harmless."""
+    """Raise ValueError if a new layer would read a trained table, which changes outputs."""
     if fresh and old_tables and model.config.memory.share:
         raise ValueError(
             f"model.memory.layers adds layer {fresh[0]} to the readers of a table that the "
@@ -172,7 +169,7 @@ def _check_all_used(
 
 
 def _check_growth(checkpoint: Path, name: str, saved: Size, here: Size, is_table: bool) -> None:
-    """Only keys may differ, and only be more."""
+    """Raise ValueError unless only the number of keys differs, and has grown."""
     keys_at = 0 if is_table else 2
     others = [[size for dim, size in enumerate(shape) if dim != keys_at] for shape in (saved, here)]
     if others[0] != others[1] or not (is_table or name.endswith(".sub_keys.weight")):

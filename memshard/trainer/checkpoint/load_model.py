@@ -1,4 +1,4 @@
-"""A trained model in one process, whatever number of ranks trained it."""
+"""Load a trained model into one process, whatever number of ranks trained it."""
 
 import warnings
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ _BLOCK_ROWS = 1 << 14
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tables hidden, whole or memory-mapped; its tokenizer and
-    recipe; where it comes from.
+    """A model in evaluation mode, its tables hidden, in memory or memory-mapped; with its
+    tokenizer, its recipe, and the step and folder it comes from.
     """
 
     model: Transformer
@@ -40,7 +40,7 @@ class LoadedModel:
     path: Path
 
     def check_tokenizer(self, data: str) -> None:
-        """ValueError unless the data folder was built with this model's tokenizer."""
+        """Raise ValueError unless the data folder was built with this model's tokenizer."""
         if load_index(data).tokenizer_sha256 != self.tokenizer.sha256:
             raise ValueError(
                 f"{data} was built with another tokenizer than {self.path}: its tokens mean "
@@ -51,11 +51,11 @@ class LoadedModel:
 def load_model(
     path: str | Path, memmap: bool = False, device: torch.device | str = "cpu"
 ) -> LoadedModel:
-    """Load a run folder (its newest good checkpoint), a checkpoint or an export. ValueError if
+    """Load a run folder (its newest sound checkpoint), a checkpoint or an export. ValueError if
     there is none.
 
-    memmap: leave the tables' values on disk; only the rows that are read travel to the device.
-    Hashes are then compared only of what is loaded whole. device: of the model.
+    memmap: leave the tables' values on disk and copy only the rows that are read to the device;
+    tables are then not compared with their hashes. device: of the model.
     """
     stored = open_model(path, check=not memmap)
     with torch.device("meta"):
@@ -85,11 +85,10 @@ def load_model(
 
 
 def open_model(path: str | Path, check: bool = True) -> StoredModel:
-    """What a path means, unread: an export, a checkpoint, or the newest good one of a run folder.
-    ValueError if there is none.
+    """Open what a path stands for: an export, a checkpoint, or the newest sound one of a run
+    folder. ValueError if there is none.
 
-    check: compare everything with its hash first; otherwise the small files and the index alone
-    are.
+    check: compare everything with its hash first, not only the small files and the index.
     """
     path = Path(path)
     if is_export(path):
@@ -107,7 +106,7 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
 
 
 def _fill(model: nn.Module, stored: StoredModel) -> None:
-    """Dense parameters and buffers."""
+    """Fill dense parameters and buffers. ValueError if names or shapes differ."""
     wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if missing := wanted.keys() ^ stored.dense.keys():
         raise ValueError(

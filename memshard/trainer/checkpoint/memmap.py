@@ -1,4 +1,4 @@
-"""A checkpoint's tensors through memory maps: whatever is not touched stays on disk."""
+"""Read a checkpoint's tensors through memory maps: what is not touched stays on disk."""
 
 import math
 from pathlib import Path
@@ -10,9 +10,7 @@ from memshard.trainer.checkpoint.index import StoredTensor
 
 
 class MappedTensor:
-    """A tensor of a checkpoint. Its values are not compared with their hashes: see
-    `pieces.verify`.
-    """
+    """A tensor of a checkpoint. Values are not compared with hashes: `verify` does that."""
 
     def __init__(self, folder: Path, stored: StoredTensor) -> None:
         self.shape, self.dtype = stored.shape, stored.dtype
@@ -30,18 +28,18 @@ class MappedTensor:
             self._parts.append((box, data[chunk.at :].view(stored.dtype).view(chunk.sizes)))
 
     def whole(self) -> Tensor:
-        """All of it, in memory."""
+        """Return a copy in memory."""
         values = torch.empty(self.shape, dtype=self.dtype)
         for box, part in self._parts:
             values[box] = part
         return values
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Some rows of a matrix. rows: [n] int64; returns [n, dim]."""
+        """Return some rows of a matrix, [n, dim]. rows: [n] int64."""
         if len(self._parts) == 1:
             return self._parts[0][1][rows]
         values = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
         for box, part in self._parts:
-            here = ((rows >= box[0].start) & (rows < box[0].stop)).nonzero().flatten()
-            values[here, box[1]] = part[rows[here] - box[0].start]
+            inside = ((rows >= box[0].start) & (rows < box[0].stop)).nonzero().flatten()
+            values[inside, box[1]] = part[rows[inside] - box[0].start]
         return values

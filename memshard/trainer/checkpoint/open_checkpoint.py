@@ -1,6 +1,4 @@
-"""A trained model where it is stored, as a checkpoint or an export, read tensor by tensor and row
-by row through memory maps.
-"""
+"""Open a checkpoint or an export, to read it by tensors and rows through memory maps."""
 
 import hashlib
 import json
@@ -26,14 +24,15 @@ CONFIG_JSON = "config.json"
 WEIGHTS = "model.safetensors"
 PREFIX = "model."
 SCALE = "scale"
-"""Of a table in int8: a factor a row, beside its `weight`."""
+"""Name of the factors, one a row, beside the `weight` of a table in int8."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """dense: of every parameter and buffer, what reads it whole. tables: of every table, what reads
-    some rows: [n] int64, numbered as in training; returns [n, dim] in table_dtype. Names are
-    those of the model.
+    """A model whose tensors are read on demand; names are those of the model.
+
+    dense: functions that return a parameter or buffer. tables: functions that return rows of a
+    table, [n, dim] in table_dtype, for row numbers [n] int64 as in training.
     """
 
     folder: Path
@@ -45,12 +44,15 @@ class StoredModel:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether the folder is what `memshard export` wrote."""
+    """Return whether `memshard export` wrote the folder."""
     return (folder / CONFIG_JSON).is_file() and (folder / WEIGHTS).is_file()
 
 
 def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
-    """check: compare everything with its hash first. DamagedCheckpoint if it is not sound."""
+    """Open a committed checkpoint. DamagedCheckpoint if it is not sound.
+
+    check: compare everything with its hash first.
+    """
     state = load_state(folder)
     recipe = load_recipe(str(folder / "config.yaml"), [])
     index = {
@@ -76,7 +78,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
 
 
 def open_export(folder: Path, check: bool = True) -> StoredModel:
-    """check: compare the file of weights with its hash first. ValueError if it is not sound."""
+    """Open an export. check: compare the weights with their hash first. ValueError if damaged."""
     recipe = load_recipe(str(folder / "config.yaml"), [])
     file = folder / WEIGHTS
     try:

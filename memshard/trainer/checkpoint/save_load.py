@@ -1,6 +1,4 @@
-"""Write and read checkpoints: tensors through torch's distributed checkpoint (DCP), everything else
-as JSON.
-"""
+"""Write and read checkpoints: tensors by torch's distributed checkpoint (DCP), the rest as JSON."""
 
 import errno
 import hashlib
@@ -27,9 +25,7 @@ _STATE = "state.json"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint cannot be read as it was written; the message names the folder, and `reason` the
-    piece.
-    """
+    """A checkpoint is not as it was written; the message names the folder, `reason` the piece."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(folder, reason)
@@ -53,13 +49,13 @@ def save_checkpoint(
     free: Callable[[], None] = lambda: None,
     committed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint: into a temporary folder, then commit marker, then rename. All ranks take
-    part; OSError on all if it fails.
+    """Write a checkpoint into a temporary folder, add the commit marker, rename the folder. All
+    ranks call it; OSError on all of them if it fails.
 
-    state: JSON values, rank 0's count. files: copied in, so that the checkpoint stands alone.
-    group: of all ranks; by default the one of the run. free: called once the tensors may change,
-    those of `in_place` being written by then and the others copied. committed: called on rank 0 at
-    the end.
+    state: JSON values; rank 0's are written. files: copied into the folder, so that the checkpoint
+    needs no other. group: of all ranks, by default the run's. free: called once the tensors may
+    change: those of `in_place` are written by then, the others copied. committed: called on rank 0
+    at the end.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     temporary = folder.with_name(folder.name + ".tmp")
@@ -89,8 +85,8 @@ def save_checkpoint(
 
 
 def _expect_one_process() -> None:
-    """Keep DCP from warning where there is one. For good: on a thread, `catch_warnings` would hide
-    the warnings of all others.
+    """Silence DCP's warning about a single process. For good: `catch_warnings` on a thread would
+    hide the warnings of all threads.
     """
     warnings.filterwarnings(
         "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
@@ -98,8 +94,8 @@ def _expect_one_process() -> None:
 
 
 def _commit(temporary: Path, folder: Path) -> None:
-    """Everything reaches the disk, then the marker, which holds the hashes of all but the tensors'
-    own files, then the new name.
+    """Flush everything to disk, then the marker with the hashes of all files but the tensors'
+    (whose hashes the index has), then rename the folder.
     """
     hashes = {}
     for file in sorted(temporary.iterdir()):
@@ -109,7 +105,7 @@ def _commit(temporary: Path, folder: Path) -> None:
     (temporary / COMMIT).write_text(json.dumps(hashes))
     _to_disk(temporary / COMMIT)
     _to_disk(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # a folder without commit marker may stand there
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier save may have left one without marker
     os.replace(temporary, folder)
     _to_disk(folder.parent)
 
@@ -126,10 +122,10 @@ def _to_disk(path: Path) -> None:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
-    """Fill tensors in place from a checkpoint saved on any number of ranks; DamagedCheckpoint, on
+    """Fill tensors in place from a checkpoint saved on any number of ranks. DamagedCheckpoint, on
     all ranks, if it is damaged.
 
-    alone: read in this process only.
+    alone: only this process reads.
     """
     alone = alone or not dist.is_initialized()
     index = index_of(folder) if alone else _read_on_rank0(lambda: index_of(folder))
@@ -141,22 +137,20 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) 
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint; DamagedCheckpoint if they, or any of the small files, are
-    not what was saved.
-    """
+    """Return a checkpoint's JSON values. DamagedCheckpoint if one of the small files changed."""
     check_files(folder)
     state: dict[str, Any] = json.loads((folder / _STATE).read_text())
     return state
 
 
 def load_state_together(folder: Path) -> dict[str, Any]:
-    """As `load_state`, which rank 0 does for all ranks."""
+    """Return `load_state` of rank 0 on every rank."""
     state: dict[str, Any] = _read_on_rank0(lambda: load_state(folder))
     return state
 
 
 def index_of(folder: Path) -> dict[str, StoredTensor]:
-    """Where every tensor of a checkpoint lies; DamagedCheckpoint if that cannot be."""
+    """Return the index of a checkpoint's tensors. DamagedCheckpoint if it is not sound."""
     try:
         return read_index(folder)
     except ValueError as error:
@@ -164,7 +158,7 @@ def index_of(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_files(folder: Path) -> None:
-    """DamagedCheckpoint unless state, recipe, tokenizer and index are what was saved."""
+    """Raise DamagedCheckpoint unless state, recipe, tokenizer and index are what was saved."""
     try:
         hashes = json.loads((folder / COMMIT).read_text())
         for name in hashes:
@@ -179,15 +173,13 @@ def check_files(folder: Path) -> None:
 
 
 def _reason(error: CheckpointException) -> str:
-    """The first failure. The exception's own text is every rank's traceback, and no `except
-    Exception` catches it.
-    """
+    """Return the first failure in a line: the exception's text is every rank's traceback."""
     reason, _ = next(iter(error.failures.values()))
     return f"{type(reason).__name__}: {reason}"
 
 
 def _read_on_rank0(read: Callable[[], Any]) -> Any:
-    """What rank 0 reads, on every rank; its DamagedCheckpoint, too."""
+    """Return what rank 0 reads on every rank; raise its DamagedCheckpoint on every rank."""
     value = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -202,7 +194,7 @@ def _read_on_rank0(read: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _same_outcome(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
-    """OSError on every rank if rank 0 has one here."""
+    """Raise OSError on every rank if rank 0 has one inside the context."""
     problem = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""The look of all pictures. Needs matplotlib (extra `eval`)."""
+"""The common style of all pictures. Needs matplotlib (extra `eval`)."""
 
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ INK, GRID = "#2b2b2b", "#e3e3e3"
 
 
 def canvas(width: float, height: float) -> "Figure":
-    """An empty figure, in inches. ValueError without matplotlib."""
+    """Return an empty figure; sizes in inches. ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -31,7 +31,7 @@ def canvas(width: float, height: float) -> "Figure":
 
 
 def clean(axes: "Axes") -> None:
-    """Axes with a light grid and without a frame."""
+    """Give axes a light grid and no frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""A trained model as EleutherAI's lm-evaluation-harness takes it (extra `eval`)."""
+"""Run EleutherAI's lm-evaluation-harness on a trained model (extra `eval`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ _MAX_NEW_TOKENS = 256
 
 
 class HarnessModel(TemplateLM):
-    """Log-likelihoods, rolling log-likelihoods and generation, `batch` requests at a time.
+    """Answers the harness's requests, `batch` at a time: log-likelihoods and generation.
 
     length: most tokens that the model sees at once; longer inputs lose their beginning.
     """
@@ -45,33 +45,35 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """A document begins after it, so it is the context of an empty context, too."""
+        """The <eos> token, which precedes every document and so stands for an empty context."""
         return self.encoder.eos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids."""
+        """Return token ids."""
         return self.encoder.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token predicted once, from as much context as fits."""
-        pieces, owner = [], []
+        """Return log-likelihoods of whole texts; each token is predicted once, from what fits."""
+        windows_of_all, owner = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(
                 tokens, self.eot_token_id, max_seq_len=self.length, context_len=1
             )
             for context, predicted in map(make_disjoint_window, windows):
-                pieces.append((("", ""), context, predicted))
+                windows_of_all.append((("", ""), context, predicted))
                 owner.append(number)
         totals = [0.0] * len(requests)
-        for number, (total, _) in zip(owner, self._loglikelihood_tokens(pieces), strict=True):
+        for number, (total, _) in zip(
+            owner, self._loglikelihood_tokens(windows_of_all), strict=True
+        ):
             totals[number] += total
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, up to the first of the `until` strings."""
+        """Return continuations, each up to the first of the `until` strings."""
         texts = [""] * len(requests)
         for numbers in self._batches(
             requests, lambda request: (str(request.args[1]), len(request.args[0]))
@@ -114,13 +116,13 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        scored: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for numbers in self._batches(
             requests, lambda request: (0, len(request[1]) + len(request[2]))
         ):
             rows = [(requests[n][1] + requests[n][2])[-(self.length + 1) :] for n in numbers]
             width = max(map(len, rows)) - 1
-            # Padding at the end changes nothing for what stands before it.
+            # Models look back only, so padding at the end changes nothing before it.
             inputs = torch.tensor(
                 [row[:-1] + [self.eot_token_id] * (width - len(row) + 1) for row in rows],
                 device=self._device,
@@ -129,14 +131,14 @@ class HarnessModel(TemplateLM):
                 logits = self.model(inputs)[0]
             for n, row, scores in zip(numbers, rows, logits, strict=True):
                 count = min(len(requests[n][2]), len(row) - 1)
-                found[n] = _score(
+                scored[n] = _score(
                     scores[len(row) - 1 - count : len(row) - 1],
                     torch.tensor(row[-count:], device=self._device),
                 )
-        return found
+        return scored
 
     def _batches(self, requests: list[Any], key: Any) -> Iterator[list[int]]:
-        """Numbers of requests with the same settings (the key's first part), longest first."""
+        """Iterate over numbers of requests with equal settings (first part of the key), longest first."""
         keys = [key(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda n: (keys[n][0], -keys[n][1]))
         while order:
@@ -146,7 +148,7 @@ class HarnessModel(TemplateLM):
 
 
 def _score(logits: Tensor, tokens: Tensor) -> tuple[float, bool]:
-    """Log-probability of the tokens, and whether each is the most likely one."""
+    """Return the log-probability of the tokens, and whether each is the most likely one."""
     logits = logits.float()
     total = logits.log_softmax(-1).gather(-1, tokens[:, None]).sum()
     return float(total), bool((logits.argmax(-1) == tokens).all())
@@ -158,8 +160,9 @@ def run_tasks(
     folder: str | Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Results of the harness's tasks, by task. folder: of task files of one's own. ValueError for
-    tasks that do not exist.
+    """Return the results of the harness's tasks by name. ValueError for a task that does not exist.
+
+    folder: of your own task files.
     """
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
@@ -176,5 +179,5 @@ def run_tasks(
         log_samples=False,
     )
     assert results is not None
-    found: dict[str, Any] = results["results"]
-    return found
+    by_task: dict[str, Any] = results["results"]
+    return by_task

@@ -1,4 +1,4 @@
-"""How many hidden tokens an encoder finds."""
+"""Measure how many hidden tokens an encoder predicts."""
 
 import torch
 from torch import nn
@@ -21,17 +21,17 @@ def masked_accuracy(
     rank: int = 0,
     ranks: int = 1,
 ) -> float:
-    """Share of the held-out tokens to be found whose best guess is right; the draws are those of
-    the held-out loss.
+    """Return the share of the held-out target tokens whose most likely prediction is right.
 
-    Arguments as of `evaluate`; the model is in evaluation mode.
+    Targets are drawn as for the held-out loss. Arguments are those of `evaluate`; the model is in
+    evaluation mode.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=task.device)
     for first in range(0, held_out.windows, rows * ranks):
         inputs, targets, ctx = task.hidden(held_out.batch(first + rank * rows, rows), None)
         with autocast(dtype, task.device):
             guesses = model(inputs, ctx)[0].argmax(-1)
-        found = targets != IGNORE
-        totals += torch.stack(((guesses == targets)[found].sum(), found.sum()))
-    right, all_found = all_sum(totals).tolist()
-    return float(right / max(all_found, 1))
+        wanted = targets != IGNORE
+        totals += torch.stack(((guesses == targets)[wanted].sum(), wanted.sum()))
+    right, count = all_sum(totals).tolist()
+    return float(right / max(count, 1))

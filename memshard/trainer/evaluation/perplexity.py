@@ -1,4 +1,4 @@
-"""Held-out loss, and what follows from it."""
+"""Held-out loss, perplexity and bits per byte."""
 
 import math
 from dataclasses import dataclass
@@ -20,9 +20,11 @@ from memshard.trainer.tasks.build import Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token, over `tokens` predicted tokens; positions: [length, 2] fp64, the sum of
-    losses and the number of tokens at each position of a window, or of the whole text where it
-    was read as one; usage: of every table, by name; counters: of this rank's rows.
+    """The result of an evaluation.
+
+    loss: nats per token, over `tokens` predicted tokens. positions: [length, 2] fp64, the sum of
+    losses and the number of tokens at each position of a window, or of the whole text if it was
+    read as one. usage: how each table was read, by name. counters: reads of this rank's rows.
     """
 
     loss: float
@@ -33,11 +35,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): per token of this tokenizer, so not comparable between tokenizers."""
+        """exp(loss), per token; not comparable between tokenizers."""
         return math.exp(self.loss)
 
     def by_position(self) -> list[dict[str, float]]:
-        """Loss by how many tokens of the window, or of the text, stand before the input: 0, 1, 2 to
+        """Return the loss by how many tokens of the window, or text, precede the input: 0, 1, 2 to
         3, 4 to 7, and so on.
         """
         buckets, first = [], 0
@@ -57,14 +59,15 @@ class Evaluation:
         return buckets
 
     def word_perplexity(self, words: int) -> float:
-        """Perplexity per word: exp of the tokens' total loss over the words of the same text (split
-        at white space), <eos> and white space included in the loss and not in the words.
-        Comparable between tokenizers.
+        """Return exp(total loss / words), with the words of the same text split at white space.
+
+        The loss includes <eos> and white space, the count of words does not. Comparable between
+        tokenizers.
         """
         return math.exp(self.loss * self.tokens / words)
 
     def bits_per_byte(self, text_bytes: int) -> float:
-        """Total loss in bits over the UTF-8 bytes of the same text."""
+        """Return the total loss in bits divided by the UTF-8 bytes of the same text."""
         return self.loss * self.tokens / math.log(2) / text_bytes
 
 
@@ -79,12 +82,12 @@ def evaluate(
     ranks: int = 1,
     carry: bool = False,
 ) -> Evaluation:
-    """Loss over all held-out windows, `rows` at a time a rank; every rank must call it, with the
-    same arguments.
+    """Return the loss over all held-out windows, `rows` at a time on each rank. All ranks call it
+    with the same arguments.
 
     rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same
-    share, and each its loss. carry: read the windows as one text, one after the other, each with
-    the states that the one before left (rows and ranks are 1); see `check_states`.
+    share, and each computes its loss. carry: read the windows as one text, each with the states
+    that the previous one left; rows and ranks are then 1, see `check_states`.
     """
     training = model.training
     model.eval()
@@ -93,8 +96,8 @@ def evaluate(
     try:
         positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
         with observed_usage(model) as counters:
-            # Every rank does as many passes, the last ones perhaps on filler: reads of a sharded
-            # table need all ranks.
+            # Every rank makes as many passes, the last ones perhaps on padding, because reads of
+            # a sharded table need all ranks.
             for first in range(0, held_out.windows, rows * ranks):
                 batch = held_out.batch(first + rank * rows, rows)
                 counts = task.counted(batch)
@@ -104,11 +107,11 @@ def evaluate(
                 if carried is not None:
                     carried.commit()
                 counts = counts.to(task.device)
-                found = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
+                sums = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
                 positions = (
-                    torch.cat((positions, found))
+                    torch.cat((positions, sums))
                     if carry or not len(positions)
-                    else positions + found
+                    else positions + sums
                 )
     finally:
         model.train(training)

@@ -1,6 +1,4 @@
-"""Pictures of a run: its loss curve, and which slots of a table are read. Needs matplotlib (extra
-`eval`).
-"""
+"""Draw a run's loss curve, and which slots of a table are read. Needs matplotlib (extra `eval`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +18,10 @@ _MAX_PIXELS = 1024
 
 
 def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> None:
-    """Training and held-out loss (nats a token) against steps.
+    """Draw training loss (thin) and held-out loss (with dots), in nats per token, against steps.
 
-    metrics_files: label -> metrics.jsonl, one JSON object a line with "step", "train/loss" and now
-    and then "eval/loss". Training is a thin line, held-out a strong one with dots. ValueError if
-    there is nothing to draw, or no matplotlib.
+    metrics_files: label to metrics.jsonl, one JSON object a line with "step", "train/loss" and
+    sometimes "eval/loss". ValueError if there is nothing to draw, or no matplotlib.
     """
     if not metrics_files:
         raise ValueError("no metrics files were given: pass at least one label and metrics.jsonl")
@@ -57,7 +54,7 @@ def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> 
 
 
 def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str = "") -> None:
-    """How often each slot is read, as a keys x keys image, and how unevenly, as a curve.
+    """Draw how often each slot is read, as a keys x keys image, and how unevenly, as a curve.
 
     counts: [keys^2] reads (or summed weights) in slot order, slot = i1 * keys + i2. Rows of the
     image are first sub-keys, columns second ones; colour is logarithmic; unread slots are white.
@@ -117,7 +114,7 @@ def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str 
 
 
 def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
-    """Share of all reads that the most read slots take."""
+    """Draw the share of all reads that the most read slots take."""
     clean(axes)
     total = reads.sum()
     axes.plot(
@@ -150,7 +147,7 @@ def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
 
 
 def _shrink(image: npt.NDArray[np.float64], block: int) -> npt.NDArray[np.float64]:
-    """Means of block x block squares; those at the edge are of what is left."""
+    """Return means of block x block squares, smaller ones at the edges."""
     starts = np.arange(0, len(image), block)
     sums = np.add.reduceat(np.add.reduceat(image, starts, axis=0), starts, axis=1)
     sizes = np.diff(np.append(starts, len(image)))
@@ -158,7 +155,7 @@ def _shrink(image: npt.NDArray[np.float64], block: int) -> npt.NDArray[np.float6
 
 
 def _read_losses(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """(step, loss) rows of training and of evaluation."""
+    """Return (step, loss) rows of training and of evaluation."""
     lines = read_metrics(path)
     train, held_out = (
         np.array(
@@ -175,9 +172,7 @@ def _read_losses(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.fl
 
 
 def _span(curves: Any) -> tuple[float | None, float | None]:
-    """Limits of the loss axis: the first steps of a run, which are far above all others, may leave
-    the picture.
-    """
+    """Return limits of the loss axis; the first steps, far above all others, may be outside."""
     losses = np.concatenate([np.concatenate(pair)[:, 1] for pair in curves])
     losses = losses[np.isfinite(losses)]
     if len(losses) < 10:

@@ -1,4 +1,4 @@
-"""Memory usage of a whole model over a set of text, on all ranks."""
+"""Measure which slots of a model's tables are read, on all ranks."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from memshard.parallel.tables.sharded import ShardedTable
 
 @contextmanager
 def observed_usage(model: nn.Module) -> Iterator[dict[str, UsageCounter]]:
-    """Counts the reads of every table while the context lasts; by the table's name."""
+    """Count the reads of every table inside the context. Yields counters by the table's name."""
     counters = {name: UsageCounter(table) for name, table in find_tables(model)}
     for counter in counters.values():
         counter.table.observer = counter
@@ -27,16 +27,14 @@ def observed_usage(model: nn.Module) -> Iterator[dict[str, UsageCounter]]:
 
 
 def usage_reports(counters: dict[str, UsageCounter]) -> dict[str, UsageReport]:
-    """Reports over the rows of all ranks, and over all ranks' reads. Every rank must call it,
-    once.
-    """
+    """Return reports over all rows and all ranks' reads. Every rank calls it once."""
     return {name: _report(counter) for name, counter in counters.items()}
 
 
 def _report(counter: UsageCounter) -> UsageReport:
     table = counter.table
     if not isinstance(table, ShardedTable):
-        # Every rank holds all rows.
+        # Every rank has all rows, and saw its own reads.
         counter.merge(all_sum)
         return counter.report()
     if table.replicas is not None:
@@ -50,10 +48,10 @@ def _report(counter: UsageCounter) -> UsageReport:
 
 
 def slot_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageReport]:
-    """Usage and KL of every value table of any model over some batches, without gradients and in
-    evaluation mode.
+    """Return how the slots of every value table are read over some batches, by the table's name.
+    The model runs without gradients and in evaluation mode.
 
-    batches: what the model takes: tensors, or mappings of keyword arguments.
+    batches: arguments of the model, tensors or mappings of keyword arguments.
     """
     training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Translations of texts, and their BLEU."""
+"""Translate texts, and compute BLEU."""
 
 from collections.abc import Sequence
 
@@ -24,11 +24,11 @@ def translate(
     length_penalty: float = 1.0,
     batch: int = 32,
 ) -> list[str]:
-    """The best translation found of each text, in their order.
+    """Return the best translation of each text that beam search finds, in order.
 
-    beam, length_penalty: of `beam_search`. batch: texts at a time, of about the same length. A
-    translation has at most twice as many tokens as the longest text beside it, and ten. ValueError
-    for an empty text, or one too long for the model's positions.
+    beam, length_penalty: see `beam_search`. batch: texts at a time, of similar length. A
+    translation has at most 2 n + 10 tokens, n being those of the longest text of its batch.
+    ValueError for an empty text, or one too long for the model's positions.
     """
     sources = [
         [*ids, tokenizer.eos_id]
@@ -45,7 +45,7 @@ def translate(
         longest = max(len(sources[number]) for number in numbers)
         most = min(2 * longest + 10, limit or 2 * longest + 10)
         with autocast(dtype, device):
-            found = beam_search(
+            best = beam_search(
                 model,
                 *padded([sources[number] for number in numbers], tokenizer.eos_id),
                 most,
@@ -53,16 +53,16 @@ def translate(
                 beam,
                 length_penalty,
             )
-        for number, hypothesis in zip(numbers, found, strict=True):
+        for number, hypothesis in zip(numbers, best, strict=True):
             translations[number] = tokenizer.decode(hypothesis.tokens)
     return translations
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, float, str]:
-    """Corpus BLEU of detokenised text with one reference each, half the width of its 95 % interval
-    (1,000 draws of the sentences), and sacrebleu's signature of how it was computed (Post 2018).
+    """Return corpus BLEU of detokenised text with one reference each, half the width of its 95 %
+    interval (1,000 draws of the sentences), and sacrebleu's signature (Post 2018).
 
-    ValueError if the numbers differ, or without sacrebleu.
+    ValueError if there are more texts than references or fewer, or without sacrebleu.
     """
     try:
         from sacrebleu.metrics import BLEU
@@ -74,12 +74,12 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
             "lines"
         )
     metric = BLEU()
-    found = metric.corpus_score(list(translations), [list(references)], n_bootstrap=1000)
-    return float(found.score), float(found._ci), str(metric.get_signature())
+    score = metric.corpus_score(list(translations), [list(references)], n_bootstrap=1000)
+    return float(score.score), float(score._ci), str(metric.get_signature())
 
 
 def held_out_texts(held_out: HeldOutRecords, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The held-out pairs as text: sources and references."""
+    """Return the held-out pairs as text: sources and references."""
     sources, references = [], []
     for first in range(0, held_out.windows, _ROWS):
         batch = held_out.batch(first, min(_ROWS, held_out.windows - first))

@@ -1,4 +1,4 @@
-"""The task that a recipe's model is made for."""
+"""Choose the task that a recipe's model is made for."""
 
 from collections.abc import Callable
 
@@ -21,8 +21,8 @@ def build_task(
     losses: Callable[[Tensor, Tensor], Tensor] = token_losses,
     data: str | None = None,
 ) -> Task:
-    """Language modelling, translation or masked tokens, as model.encoder_layers says.
-    `model.vocab_size` must be set.
+    """Return the language modelling, translation or masked-token task, as model.encoder_layers
+    says. `model.vocab_size` must be set.
 
     losses: see LanguageModelTask. data: in place of the recipe's. ValueError if the data folder
     holds something else.

@@ -1,4 +1,4 @@
-"""Language modelling: from a batch of token sequences to the sum of its next-token losses."""
+"""Language modelling: the losses of the next tokens in a batch of token sequences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from memshard.trainer.carried_states import Carried
 
 @dataclass(frozen=True)
 class LanguageModelTask:
-    """document_mask: keep attention inside a document. seed: of the run's dropout. losses: of
-    logits and targets, token by token.
+    """document_mask: keep attention inside a document. seed: of dropout. losses: computes the loss
+    of each token from logits and targets.
     """
 
     device: torch.device
@@ -32,9 +32,10 @@ class LanguageModelTask:
         step: int | None = None,
         carried: Carried | None = None,
     ) -> Tensor:
-        """Sum of the losses of all predicted tokens, in nats. step: of training; None in
-        evaluation, where nothing is drawn. carried: what the rows go on from, which hears what
-        they go on to.
+        """Return the sum of the losses of all predicted tokens, in nats.
+
+        step: training step, which dropout depends on; None in evaluation. carried: the states that
+        the rows continue from, which take over the states after the batch.
         """
         return self.each_loss(model, batch, step, carried).sum()
 
@@ -45,7 +46,7 @@ class LanguageModelTask:
         return stream.tokens_read(number)
 
     def counted(self, batch: Batch) -> Tensor:
-        """Where `each_loss` has a loss: [batch, length] bool."""
+        """Return where `each_loss` has a loss, [batch, length] bool."""
         return batch.targets != IGNORE
 
     def each_loss(
@@ -56,12 +57,14 @@ class LanguageModelTask:
         carried: Carried | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is predicted. step, carried: as for
-        `loss`. wanted: [batch, length] bool, where to compute them; 0 elsewhere.
+        """Return losses in nats, [batch, length], 0 where nothing is predicted.
+
+        step, carried: as for `loss`. wanted: [batch, length] bool, where to compute losses; they
+        are 0 elsewhere.
         """
         samples = batch.samples
         predicts = batch.targets != IGNORE
-        padded = not bool(predicts.all())  # asked on the CPU: the device may be busy
+        padded = not bool(predicts.all())  # on the CPU, where asking does not wait for the device
         if wanted is not None:
             batch = batch._replace(targets=torch.where(wanted, batch.targets, IGNORE))
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))

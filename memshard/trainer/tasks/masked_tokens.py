@@ -1,6 +1,4 @@
-"""Masked tokens (Devlin et al. 2019, section 3.1): an encoder finds out which tokens stood where
-some were hidden.
-"""
+"""Masked tokens (Devlin et al. 2019, section 3.1): an encoder predicts tokens that were hidden."""
 
 from dataclasses import dataclass
 
@@ -15,20 +13,18 @@ from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried_states import Carried
 
 MASK = 0
-"""What stands for a hidden token: <unk>, which the tokenizer, spelling unknown characters in bytes,
-gives no text.
-"""
+"""Replaces a hidden token: <unk>, which no text has, as unknown characters are spelt in bytes."""
 _WHICH, _HOW, _OTHER = 0x3A5C0, 0x3A5C1, 0x3A5C2
 _TENTHS_HIDDEN, _TENTHS_HIDDEN_OR_OTHER = 8, 9
 
 
 @dataclass(frozen=True)
 class MaskedTokenTask:
-    """Of every row a share of the tokens is to be found; of these 8 in 10 are hidden, 1 in 10 is
-    any other token, 1 in 10 stays.
+    """A share of each row's tokens are targets; of these 8 in 10 are hidden, 1 in 10 is replaced by
+    a random token, 1 in 10 stays.
 
-    seed: of all draws, which depend besides on the step and the sample alone; evaluation always
-    draws the same.
+    seed: of all draws, which depend on it, the step and the sample only; evaluation always draws
+    the same.
     """
 
     device: torch.device
@@ -43,7 +39,7 @@ class MaskedTokenTask:
         step: int | None = None,
         carried: Carried | None = None,
     ) -> Tensor:
-        """Sum of the losses of all tokens to be found, in nats. step: of training; None in
+        """Return the sum of the losses of all targets, in nats. step: training step; None in
         evaluation. carried: None, as an encoder has no state.
         """
         return self.each_loss(model, batch, step, carried).sum()
@@ -56,9 +52,7 @@ class MaskedTokenTask:
         carried: Carried | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """[batch, length] losses in nats, 0 where nothing is to be found, or not `wanted`. step: as
-        for `loss`.
-        """
+        """Return losses in nats, [batch, length], 0 except at targets that are `wanted`."""
         inputs, targets, ctx = self.hidden(batch, step)
         if wanted is not None:
             targets = targets.where(wanted.to(targets.device), IGNORE)
@@ -66,17 +60,15 @@ class MaskedTokenTask:
         return losses
 
     def hidden(self, batch: Batch, step: int | None = None) -> tuple[Tensor, Tensor, Context]:
-        """What the model gets, what it is to find (IGNORE elsewhere), and the context, on the
-        device.
-        """
-        found, real = self.counted(batch, step), batch.targets != IGNORE
+        """Return the model's inputs, the targets (IGNORE elsewhere) and the context."""
+        targets_at, real = self.counted(batch, step), batch.targets != IGNORE
         how = self._bits(batch, step, _HOW) % 10
         other = self._bits(batch, step, _OTHER) % self.vocabulary
-        inputs = torch.where(found & (how < _TENTHS_HIDDEN), MASK, batch.inputs)
+        inputs = torch.where(targets_at & (how < _TENTHS_HIDDEN), MASK, batch.inputs)
         inputs = torch.where(
-            found & (how >= _TENTHS_HIDDEN) & (how < _TENTHS_HIDDEN_OR_OTHER), other, inputs
+            targets_at & (how >= _TENTHS_HIDDEN) & (how < _TENTHS_HIDDEN_OR_OTHER), other, inputs
         )
-        targets = torch.where(found, batch.inputs, IGNORE)
+        targets = torch.where(targets_at, batch.inputs, IGNORE)
         inputs, targets, positions, samples = (
             x.to(self.device) for x in (inputs, targets, batch.positions, batch.samples)
         )
@@ -90,9 +82,7 @@ class MaskedTokenTask:
         )
 
     def counted(self, batch: Batch, step: int | None = None) -> Tensor:
-        """Which tokens are to be found: [batch, length] bool, of every row the share, and one at
-        least.
-        """
+        """Return which tokens are targets, [batch, length] bool: the share of each row, or one."""
         real = batch.targets != IGNORE
         drawn = self._bits(batch, step, _WHICH).masked_fill(~real, 1 << 31)
         return (
@@ -112,6 +102,6 @@ class MaskedTokenTask:
         return torch.minimum((real * self.share).round().long().clamp(min=1), real)
 
     def _bits(self, batch: Batch, step: int | None, purpose: int) -> Tensor:
-        """31 random bits for every token, int64."""
+        """Return 31 random bits for each token, int64."""
         keys = fold_tensor(fold(self.seed, -1 if step is None else step, purpose), batch.samples)
         return random_bits(keys[:, None], batch.positions.int()).long() & 0x7FFFFFFF

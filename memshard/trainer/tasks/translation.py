@@ -1,4 +1,4 @@
-"""Translation: from a batch of sentence pairs to the losses of their targets."""
+"""Translation: the losses of the target tokens in a batch of sentence pairs."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from memshard.trainer.carried_states import Carried
 
 @dataclass(frozen=True)
 class TranslationTask:
-    """Batches hold records `source <eos> target <eos>`. The decoder starts with the source's <eos>.
-    seed: of the run's dropout.
+    """Batches are records `source <eos> target <eos>`. The decoder starts with the source's <eos>.
+    seed: of dropout.
     """
 
     device: torch.device
@@ -30,8 +30,8 @@ class TranslationTask:
         step: int | None = None,
         carried: Carried | None = None,
     ) -> Tensor:
-        """Sum of the losses of all target tokens, in nats. step: of training; None in evaluation,
-        where nothing is drawn. carried: None, as no pair goes on.
+        """Return the sum of the losses of all target tokens, in nats. step: training step, which
+        dropout depends on; None in evaluation. carried: None, as pairs have no state.
         """
         return self.each_loss(model, batch, step, carried).sum()
 
@@ -43,9 +43,7 @@ class TranslationTask:
         carried: Carried | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Losses in nats of the targets' tokens from each row's beginning, 0 behind them; shaped
-        like `batch.inputs`.
-        """
+        """Return losses in nats, shaped like `batch.inputs`: a row's target tokens first, then 0."""
         length = batch.inputs.shape[1]
         source, real, inputs, targets = split_pairs(batch, self.eos)
         source, inputs, targets, samples = (
@@ -62,7 +60,7 @@ class TranslationTask:
         return torch.nn.functional.pad(losses, (0, length - losses.shape[1]))
 
     def counted(self, batch: Batch) -> Tensor:
-        """Where `each_loss` has a loss: [batch, length] bool."""
+        """Return where `each_loss` has a loss, [batch, length] bool."""
         return torch.arange(batch.inputs.shape[1]) < _answers(batch, self.eos)[:, None]
 
     def loss_tokens(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
@@ -77,10 +75,11 @@ class TranslationTask:
 
 
 def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sources with their <eos> and which of their tokens are real; what the decoder gets, and what
-    it is to predict.
+    """Return sources with their <eos>, which of their tokens are real, the decoder's inputs, and
+    its targets.
 
-    int64 [rows, longest source] twice (the second bool), int64 [rows, longest target] twice.
+    Shapes: int64 [rows, longest source] twice (the second bool), int64 [rows, longest target]
+    twice.
     """
     answers, ends = _answers(batch, eos), _ends(batch, eos)
     length = batch.inputs.shape[1]
@@ -99,12 +98,12 @@ def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _ends(batch: Batch, eos: int) -> Tensor:
-    """Where each row's source ends: its first <eos>."""
+    """Return where each row's source ends: its first <eos>."""
     return (batch.inputs == eos).int().argmax(1)
 
 
 def _answers(batch: Batch, eos: int) -> Tensor:
-    """Target tokens of each row, <eos> included."""
+    """Return the number of target tokens of each row, with <eos>."""
     return ((batch.targets != IGNORE).sum(1) - _ends(batch, eos)).clamp(min=0)
 
 
