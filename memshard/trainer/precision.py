@@ -1,4 +1,4 @@
-"""Which arithmetic a device gets, and the loss scale that fp16 needs."""
+"""Choose a device's arithmetic, and keep the loss scale that fp16 needs."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,31 +12,33 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. precision: "fp32", "fp16", "bf16" or "auto", which is bf16 from
-    CUDA capability 8.0 on, fp16 below, and fp32 on CPU.
+    """Return the dtype of matrix products.
+
+    precision: "fp32", "fp16", "bf16", or "auto": bf16 from CUDA capability 8.0 on, fp16 below, fp32
+    on CPU.
     """
     if precision != "auto":
         return DTYPES[precision]
     if device.type != "cuda":
         return torch.float32
-    # is_bf16_supported() says yes to emulation on older cards; the capability does not.
+    # is_bf16_supported() is also true for slow emulation on older GPUs.
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The context of forward passes: parameters stay fp32, matrix products run in `dtype`."""
+    """Return a context in which matrix products run in `dtype`; parameters stay fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def store_tables(model: nn.Module, dtype: str) -> None:
-    """Give all value tables of the model the recipe's dtype."""
+    """Convert all value tables of the model to fp32, fp16 or bf16."""
     for _, table in find_tables(model):
         table.to(DTYPES[dtype])
 
 
 class LossScale:
-    """What losses are multiplied by before backward, so that small gradients survive fp16; 1 in
-    other arithmetic.
+    """The factor of losses before backward that keeps small gradients above fp16's smallest
+    numbers; 1 in other arithmetic.
 
     Dynamic (Micikevicius et al. 2018, section 3.2): lower after a gradient that is not finite,
     higher after `growth_interval` steps without one.
@@ -50,7 +52,7 @@ class LossScale:
         """Steps since the scale last changed."""
 
     def update(self, overflow: bool) -> None:
-        """Adapt to a step whose gradient overflowed on some rank, or on none."""
+        """Adapt to a step. overflow: whether its gradient was not finite on some rank."""
         if not self.dynamic:
             return
         self.clean_steps = 0 if overflow else self.clean_steps + 1
@@ -66,13 +68,11 @@ class LossScale:
         return self.dynamic and self.value < self.config.minimum
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; nothing unless dynamic."""
+        """Return what a checkpoint keeps; nothing unless dynamic."""
         return {"value": self.value, "clean_steps": self.clean_steps} if self.dynamic else {}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint; from the initial scale if that was trained in other
-        arithmetic.
-        """
+        """Continue from a checkpoint, or anew if that was trained in other arithmetic."""
         if self.dynamic:
             self.value, self.clean_steps = (
                 state.get("value", self.config.initial),

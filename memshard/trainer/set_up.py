@@ -63,9 +63,7 @@ def set_up(
 
 
 def open_data(recipe: Recipe, ranks: int) -> tuple[AnyStream, HeldOutStream | HeldOutRecords]:
-    """Return the training stream and the held-out data. ValueError if train.carry_state needs
-    another kind of data.
-    """
+    """Return the training stream and the held-out data. ValueError if one does not fit."""
     data, train = recipe.data, recipe.train
     by_epochs = data.mixture_by == "epochs"
     stream = open_train(

@@ -11,9 +11,7 @@ PREEMPTED = signal.SIGUSR2
 
 
 class StopSignal:
-    """Set by Ctrl-C, SIGTERM or SIGUSR2; a second Ctrl-C aborts at once. Use as a context manager
-    around the loop.
-    """
+    """Set by Ctrl-C, SIGTERM or SIGUSR2; a second Ctrl-C aborts. A context manager for the loop."""
 
     def __init__(self) -> None:
         self.received = False

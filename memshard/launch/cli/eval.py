@@ -1,6 +1,4 @@
-"""`memshard eval`: held-out loss, perplexity, bits per byte, BLEU of translations, and how the
-memory is used.
-"""
+"""`memshard eval`: held-out loss, perplexity, bits per byte, BLEU, and how slots are used."""
 
 import argparse
 import json
@@ -21,7 +19,7 @@ _TIMEOUT = 600.0
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "eval", help="perplexity, bits per byte, BLEU, memory usage; tasks of lm-evaluation-harness"
     )
@@ -116,7 +114,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates on the processes that are there."""
+    """Evaluate on the processes that have joined."""
     from memshard.launch.env import joined_ranks
 
     with joined_ranks(_TIMEOUT) as (device, _):
@@ -202,7 +200,7 @@ def _check_untruncated(args: argparse.Namespace, loaded: "LoadedModel", ranks: i
 def _score_files(
     args: argparse.Namespace, loaded: "LoadedModel", device: "torch.device"
 ) -> dict[str, Any]:
-    """BLEU of translated files."""
+    """Return BLEU of translated files."""
     from memshard.data_pipeline.prepare.inputs.files import read_lines
     from memshard.trainer.precision import compute_dtype
 

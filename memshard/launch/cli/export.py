@@ -8,7 +8,7 @@ from memshard.launch.cli.parser import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser("export", help="one safetensors file, or a Hugging Face model")
     parser.add_argument(
         "checkpoint",
@@ -36,7 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Exports and compares."""
+    """Export a model, and compare its logits with the source's."""
     with usage_errors():
         from memshard.trainer.export.export import export
 

@@ -190,9 +190,7 @@ def _translate(
 
 
 class GrowingText:
-    """The text of tokens that come one by one; a character whose bytes are not all there yet waits
-    for the rest.
-    """
+    """Text that grows token by token; a character appears once all its bytes are there."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self.tokenizer = tokenizer
@@ -200,7 +198,7 @@ class GrowingText:
         self.shown = ""
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """Return the text that this token adds."""
         self.ids.append(token)
         certain = self.tokenizer.decode(self.ids).rstrip("\ufffd")
         new = certain[len(self.shown) :]

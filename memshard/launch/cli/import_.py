@@ -1,4 +1,4 @@
-"""`memshard import`: memories trained elsewhere, and our own exports, into our formats."""
+"""`memshard import`: turn foreign memories, and our own exports, into our formats."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from memshard.launch.cli.parser import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "import", help="memories of XLM, Meta or lucidrains; exports back to checkpoints"
     )
@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Imports what is there."""
+    """Import a file of memories, or an export."""
     source, out = Path(args.source), Path(args.out)
     with usage_errors():
         from memshard.trainer.checkpoint.open_checkpoint import is_export

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from memshard.launch.cli.train import arrangement, spread
+from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def report(
         looked_up = tokens / cost.lookup_ranks
         if cost.tensor_ranks > 1:
             lines.append(
-                f"tensor          {arrangement(cost)}; {_short(parameters.split)} of the dense "
+                f"tensor          {describe_ranks(cost)}; {_short(parameters.split)} of the dense "
                 "parameters are split"
             )
         if parameters.tables:
-            lines.append(f"tables          {spread(cost)}")
+            lines.append(f"tables          {describe_tables(cost)}")
         tensor = (
             f"; {_gb(cost.tensor_traffic * tokens)} for activations"
             if cost.tensor_ranks > 1

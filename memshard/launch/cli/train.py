@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers
 from memshard.trainer.stop_signal import PREEMPTED, StopSignal
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser("train", help="train or resume")
     parser.add_argument("recipe", help="a YAML file, the name of a bundled recipe, or a run folder")
     parser.add_argument(
@@ -43,11 +44,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains; raises Stopped if the last step was not reached."""
+    """Train or resume. Stopped if the last step was not reached."""
     stop = StopSignal()
-    stop.listen(
-        PREEMPTED
-    )  # before the long imports: a notice that comes early would end the process
+    # Before the long imports: a signal that comes early would end the process.
+    stop.listen(PREEMPTED)
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     raise RuntimeError(f"{lost}. {error}") from error
                 raise
     if not result["finished"]:
-        # torchrun restarts nothing here: the same command line goes on where this one stopped.
+        # The same command line resumes; torchrun restarts nothing.
         command = shlex.join(
             ["memshard", "train", args.recipe, *args.overrides, "--run", str(folder)]
         )
@@ -108,9 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def opening(prepared: "Run", launcher: str) -> str:
-    """What is about to run: sizes, bytes, layout and kernels with the reason, and where its results
-    go.
-    """
+    """Return the opening screen: sizes, bytes, layout and kernels with the reason, run folder."""
     from memshard.trainer.cost.estimate import estimate
 
     recipe = prepared.recipe
@@ -126,13 +124,14 @@ def opening(prepared: "Run", launcher: str) -> str:
         f"each rank    {cost.bytes.dense / 1e6:,.0f} MB dense and "
         f"{(cost.bytes.table + cost.host.table) / 1e6:,.0f} MB table (weights, "
         f"gradients, moments), about {cost.bytes.total / 1e6:,.0f} MB in all{_in_host(cost)}",
-        f"a step       {cost.tokens_per_step:,} tokens; {arrangement(cost)}, {cost.micro_batches} "
+        f"a step       {cost.tokens_per_step:,} tokens; {describe_ranks(cost)}, "
+        f"{cost.micro_batches} "
         f"x {cost.micro_batch} sequences each",
         f"launcher     {launcher}",
         f"arithmetic   {_arithmetic(prepared)}",
     ]
     if cost.parameters.tables:
-        lines.append(f"tables       {spread(cost)}")
+        lines.append(f"tables       {describe_tables(cost)}")
         lines.append(f"table path   {_path(prepared)}")
     choices = {
         block.mixer.kernel_choice(prepared.device, prepared.dtype)
@@ -149,37 +148,12 @@ def _in_host(cost: "Estimate") -> str:
 
 
 def _arithmetic(prepared: "Run") -> str:
-    """Dtype and device of matrix products, and the loss scale where there is one."""
+    """Return dtype and device of matrix products, and the loss scale if there is one."""
     from memshard.trainer.precision import DTYPES
 
     name = next(name for name, dtype in DTYPES.items() if dtype == prepared.dtype)
     scale = f", loss scale {prepared.loss_scale.value:g}" if prepared.loss_scale.dynamic else ""
     return f"{name} on {prepared.device}{scale}"
-
-
-def arrangement(cost: "Estimate") -> str:
-    """How the ranks share the work."""
-    if cost.tensor_ranks == 1:
-        return f"ranks: {cost.ranks}"
-    groups = cost.ranks // cost.tensor_ranks
-    shared = "matrices and sequences" if cost.parameters.split else "sequences"
-    return (
-        f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share {shared}; groups: "
-        f"{groups}"
-    )
-
-
-def spread(cost: "Estimate") -> str:
-    """How the tables are laid out, and why."""
-    copies = cost.ranks // cost.memory_ranks
-    text = (
-        "whole on each rank"
-        if cost.memory_ranks == 1
-        else f"split by {cost.layout.name}, over {cost.memory_ranks} ranks"
-    )
-    if copies > 1:
-        text += f", {copies} copies whose row gradients are summed"
-    return text if cost.memory_ranks == 1 else f"{text} ({cost.layout.reason})"
 
 
 def _path(prepared: "Run") -> str:
@@ -192,7 +166,7 @@ def _path(prepared: "Run") -> str:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """The run's folder, given or after the recipe's name."""
+    """Return the run's folder: the given one, or one named after the recipe."""
     if args.folder:
         return Path(args.folder)
     named = Path(args.recipe)

@@ -1,4 +1,4 @@
-"""How two recipes differ."""
+"""Compare two recipes."""
 
 from typing import Any
 
@@ -8,9 +8,7 @@ from memshard.trainer.config.recipe import Recipe
 
 
 def diff(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) of every key whose values differ, in the recipe's
-    order.
-    """
+    """Return (dotted key, value in a, value in b) for every key that differs, in order."""
     values = [
         (key.name, _value(a, key.name), _value(b, key.name))
         for key in fields()

@@ -1,6 +1,4 @@
-"""What each recipe key means: its type, default and docstring, read from the dataclasses of the
-recipe.
-"""
+"""Explain recipe keys: type, default and docstring, read from the recipe's dataclasses."""
 
 import ast
 import difflib
@@ -98,7 +96,7 @@ def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
     for item in dataclass_fields(cls):
         name, hint, doc = prefix + item.name, hints[item.name], docs.get(item.name, "")
         if is_dataclass(hint):
-            yield Key(name, SECTION, "", doc)
+            yield Key(name, SECTION, "", doc or " ".join((hint.__doc__ or "").split()))
             yield from walk(hint, f"{name}.")
         else:
             choices = item.metadata.get("choices", {}).items()

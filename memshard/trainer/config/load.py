@@ -199,9 +199,7 @@ def _with_program(recipe: Recipe) -> Recipe:
 
 
 def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:
-    """Return the first problem as one line; wrong types and missing keys come before the checks of
-    the dataclasses.
-    """
+    """Return the first problem in one line; wrong types and missing keys come first."""
     problem = min(error.errors(), key=lambda entry: entry["type"] == "value_error")
     if problem["type"] == "value_error":
         raised: ValueError = problem["ctx"]["error"]

@@ -1,5 +1,5 @@
-"""A recipe: everything that decides one training run. Each field's docstring is what `memshard
-config explain` prints.
+"""A recipe: everything that decides a training run. `memshard config explain` prints a field's
+docstring, and for a section the docstring of its class.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,16 @@ class DataConfig:
     """
 
     length: int = 256
-    """Tokens in a training sequence; the most in a record (pair or image), longer ones are left
-    out.
-    """
+    """Tokens in a training sequence. Records (pairs, images) with more tokens are left out."""
 
     mixture: dict[str, float] = field(default_factory=dict)
-    """Folders to train on together, each with its weight, built with the same tokenizer; `path` is
-    then for evaluation only.
+    """Folders to train on together, with their weights, built with the same tokenizer; `path` is
+    then used for evaluation only.
     """
 
     mixture_by: Literal["weight", "epochs"] = "weight"
-    """What a folder's weight in the mixture says: its share of the samples, or how often it is read
-    while the others are once.
+    """Meaning of a weight in the mixture: weight, the folder's share of the samples; epochs, how
+    often the folder is read in an epoch of the mixture.
     """
 
     document_mask: bool = False
@@ -49,11 +47,10 @@ class DataConfig:
     """
 
     workers: int = may_change(0)
-    """Processes a rank reads ahead with: of use for raw text, which is tokenised while it is read.
-    """
+    """Processes of each rank that read ahead; useful for raw text, which is tokenised when read."""
 
     damage_tolerance: float = may_change(0.001)
-    """Share of the tokens that may be unreadable: they are masked, and beyond it the run fails."""
+    """Share of the tokens that may be unreadable: they are masked. With more, the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,34 +115,34 @@ def _check_layout_of_tensor_groups(settings: ParallelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """What to do about a loss that jumps, and how long ranks wait for each other. A gradient that
-    is not finite is always skipped.
+    """What to do about a loss that jumps, and how long ranks wait for each other. A step whose
+    gradient is not finite is always skipped.
     """
 
     loss_spike: Literal["warn", "skip", "rewind"] = may_change("warn")
-    """A step whose loss stands out: say so, drop its update, or go back to the last checkpoint and
-    on with the data after it. With rewind, more than train.max_skipped skipped steps in a row
-    rewind, too.
+    """What to do when a step's loss stands out: warn, skip its update, or rewind to the last
+    checkpoint and continue with the data after the step. With rewind, exceeding
+    train.max_skipped consecutive skips also triggers a rewind.
     """
 
     threshold: float = may_change(6.0)
-    """How many robust standard deviations (median distance from the median) above the median of
-    recent losses is a spike.
+    """A loss is a spike if it exceeds the median of recent losses by this many robust standard
+    deviations (1.48 times the median distance from the median).
     """
 
     window: int = may_change(64)
-    """How many recent losses that is; before so many steps nothing is a spike."""
+    """Number of recent losses to compare with; earlier steps are never spikes."""
 
     rewinds: int = may_change(5)
     """How often a run may rewind before it stops."""
 
     first_timeout: float = may_change(1800.0)
-    """Seconds a rank waits for another in set-up, the first step, evaluations and saves, before it
-    gives up.
+    """Seconds after which a rank that waits for another gives up, during set-up, the first step,
+    evaluations and saves.
     """
 
     timeout: float = may_change(300.0)
-    """The same in later steps: the time in which a dead or hanging rank is noticed."""
+    """The same for later steps: a dead or hanging rank is noticed within this time."""
 
     def __post_init__(self) -> None:
         if not self.threshold > 0:
@@ -164,82 +161,86 @@ class Recipe:
     """One training run."""
 
     data: DataConfig
-    """Which token shards to read, and how they are cut."""
-
     init_from: str | None = may_change(None)
-    """A run folder or checkpoint whose weights and moments a new run begins with; memory layers and
-    convolutions may be new, tables have more keys.
+    """Run folder or checkpoint whose weights and moments a new run starts from. Memory layers and
+    convolutions may be added, and tables may have more keys.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """A transformer of three-slot blocks: decoder, encoder, or both."""
-
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
-
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer of the dense parameters."""
-
     tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
-    """Row-sparse Adam over the value tables."""
-
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How a run is spread over ranks; nothing here changes what is trained."""
-
     guards: GuardsConfig = field(default_factory=GuardsConfig)
-    """What to do about a loss that jumps, and how long ranks wait for each other."""
 
     def __post_init__(self) -> None:
-        reversible = self.model.residual == "reversible"
-        if reversible and self.train.checkpointing != "none":
-            raise ValueError(
-                f"train.checkpointing is {self.train.checkpointing}, but reversible blocks keep "
-                "nothing that could be computed again: "
-                "leave it out, or set model.residual to pre or post"
-            )
+        _check_recomputation(self.train, self.model)
         _check_states(self)
         if self.parallel.share == "sequence" and self.parallel.tensor > 1:
             check_states(
                 self.model, "parallel.share=sequence", able=lambda kind: kind.sequence_bytes
             )
-        if self.model.program is not None and self.data.document_mask:
-            raise ValueError(
-                "data.document_mask is set, but model.program sees all earlier tokens: leave one "
-                "of them out"
-            )
-        memory = self.model.memory
-        if self.train.chunk and memory.layers and memory.query_norm == "batch":
-            raise ValueError(
-                f"train.chunk is {self.train.chunk}, but model.memory.query_norm=batch normalises "
-                "over all tokens of a batch: "
-                "use lagged, layer, rms or none, or leave train.chunk out"
-            )
-        if self.model.encoder_layers and (self.parallel.tensor > 1 or self.data.document_mask):
-            raise ValueError(
-                f"model.encoder_layers is {self.model.encoder_layers}, and encoders know neither "
-                "parallel.tensor nor data.document_mask: "
-                "leave those out"
-            )
-        if self.train.label_smoothing and self.model.adaptive_cutoffs:
-            raise ValueError(
-                "train.label_smoothing needs one softmax, and model.adaptive_cutoffs makes "
-                "several: leave one of them out"
-            )
-        if self.train.label_smoothing and self.parallel.tensor > 1:
-            raise ValueError(
-                "train.label_smoothing needs the whole vocabulary on a rank: set parallel.tensor "
-                "to 1, or leave it out"
-            )
-        if self.train.check_inversion and not reversible:
-            raise ValueError(
-                "train.check_inversion is for model.residual=reversible, which is "
-                f"{self.model.residual} here: leave it out"
-            )
-        if self.tables.revive and self.train.engine == "deepspeed" and self.train.zero:
-            raise ValueError(
-                "tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set "
-                "train.engine=torch, or train.zero=0"
-            )
+        _check_masks(self)
+        _check_label_smoothing(self)
+        _check_engine(self)
+
+
+def _check_recomputation(train: TrainConfig, model: ModelConfig) -> None:
+    reversible = model.residual == "reversible"
+    if reversible and train.checkpointing != "none":
+        raise ValueError(
+            f"train.checkpointing is {train.checkpointing}, but reversible blocks keep "
+            "nothing that could be computed again: "
+            "leave it out, or set model.residual to pre or post"
+        )
+    if train.check_inversion and not reversible:
+        raise ValueError(
+            "train.check_inversion is for model.residual=reversible, which is "
+            f"{model.residual} here: leave it out"
+        )
+    memory = model.memory
+    if train.chunk and memory.layers and memory.query_norm == "batch":
+        raise ValueError(
+            f"train.chunk is {train.chunk}, but model.memory.query_norm=batch normalises "
+            "over all tokens of a batch: "
+            "use lagged, layer, rms or none, or leave train.chunk out"
+        )
+
+
+def _check_masks(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.program is not None and recipe.data.document_mask:
+        raise ValueError(
+            "data.document_mask is set, but model.program sees all earlier tokens: leave one "
+            "of them out"
+        )
+    if model.encoder_layers and (recipe.parallel.tensor > 1 or recipe.data.document_mask):
+        raise ValueError(
+            f"model.encoder_layers is {model.encoder_layers}, and encoders know neither "
+            "parallel.tensor nor data.document_mask: "
+            "leave those out"
+        )
+
+
+def _check_label_smoothing(recipe: Recipe) -> None:
+    if recipe.train.label_smoothing and recipe.model.adaptive_cutoffs:
+        raise ValueError(
+            "train.label_smoothing needs one softmax, and model.adaptive_cutoffs makes "
+            "several: leave one of them out"
+        )
+    if recipe.train.label_smoothing and recipe.parallel.tensor > 1:
+        raise ValueError(
+            "train.label_smoothing needs the whole vocabulary on a rank: set parallel.tensor "
+            "to 1, or leave it out"
+        )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    if recipe.tables.revive and recipe.train.engine == "deepspeed" and recipe.train.zero:
+        raise ValueError(
+            "tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set "
+            "train.engine=torch, or train.zero=0"
+        )
 
 
 def check_states(
@@ -248,7 +249,7 @@ def check_states(
     endless: bool = False,
     able: Callable[[MixerKind], object] = lambda kind: kind.constant_state,
 ) -> None:
-    """ValueError unless all mixers of a model have states of constant size.
+    """Raise ValueError unless all mixers of a model have states of constant size.
 
     what: the key that needs them, for the message. endless: the model must also have no positions,
     so that text may go on forever. able: whether a kind has what is needed.
@@ -272,7 +273,7 @@ def check_states(
 
 
 def _check_states(recipe: Recipe) -> None:
-    """Whether mixers can go on from a state in training."""
+    """Raise ValueError if mixers are to continue from states in training and cannot."""
     train, model = recipe.train, recipe.model
     if not train.carry_state and train.segments == 1:
         return

@@ -1,4 +1,4 @@
-"""YAML in and out, read the way people expect: 1e-3 is a number, yes is a word, a key stands once.
+"""Read and write YAML as people expect: 1e-3 is a number, yes is text, duplicate keys are errors.
 
 YAML 1.1, which PyYAML speaks, reads 1e-3 as text, yes as true, 010 as 8 and 1:30 as 90.
 """
@@ -46,7 +46,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either reading of YAML would take for something else than text."""
+    """Quotes text that this reading of YAML, or YAML 1.1, would take for another type."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -59,7 +59,7 @@ _Dumper.add_representer(
 
 
 def parse(text: str, source: str) -> Any:
-    """The value of YAML text; `source` names it in errors. Raises ValueError with the line."""
+    """Return the value of YAML text. ValueError with the line; `source` names the text in it."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -71,5 +71,5 @@ def parse(text: str, source: str) -> Any:
 
 
 def render(values: dict[str, Any]) -> str:
-    """YAML text that `parse` reads back to equal values."""
+    """Return YAML text that `parse` reads back as equal values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,4 +1,4 @@
-"""The loop's part of a recipe: steps, batches, precision, and when to log, evaluate and save."""
+"""Section `train` of a recipe: steps, batches, precision, when to log, evaluate and save."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,25 +8,19 @@ from memshard.trainer.config.fields import may_change
 
 @dataclass(frozen=True, kw_only=True)
 class LossScaleConfig:
-    """The dynamic loss scale of fp16; idle in other arithmetic."""
+    """The dynamic loss scale of fp16; unused in other arithmetic."""
 
     initial: float = may_change(65536.0)
-    """First scale. Too high costs a few skipped steps at the start."""
+    """First scale. If it is too high, a few steps at the start are skipped."""
 
     growth_interval: int = may_change(1000)
-    """Steps without overflow after which the scale grows; each growth that turns out too much costs
-    a skipped step.
-    """
+    """Steps without overflow after which the scale grows. Growing too far costs a skipped step."""
 
     backoff: float = may_change(0.5)
-    """Factor of the scale after an overflow; growth undoes one. Powers of 2 keep the arithmetic
-    exact.
-    """
+    """Factor of the scale after an overflow; growth divides by it. Powers of 2 are exact."""
 
     minimum: float = may_change(1.0)
-    """The run stops when the scale falls below this: the gradients are then not just too large for
-    fp16.
-    """
+    """The run stops when the scale falls below this: gradients are then wrong, not just large."""
 
     def __post_init__(self) -> None:
         if self.growth_interval < 1:
@@ -46,33 +40,29 @@ class LossScaleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: int = may_change(1000)
     """Optimizer steps of the whole run."""
 
     batch: int = 32
-    """Sequences in a step, over all ranks; the number of ranks never changes what a step trains on.
-    """
+    """Sequences in a step over all ranks, whatever the number of ranks."""
 
     micro_batch: int | None = may_change(None)
-    """Sequences a rank processes at once; by default the rank's whole share of the batch."""
+    """Sequences that a rank processes at once; by default its whole share of the batch."""
 
     seed: int = 0
     """Decides initial weights, data order and dropout."""
 
     precision: Literal["auto", "fp32", "fp16", "bf16"] = may_change("auto")
-    """Arithmetic of matrix products: auto is bf16 on GPUs of capability 8.0 and newer, fp16 on
-    older ones, fp32 on CPU. Parameters stay fp32.
+    """Arithmetic of matrix products. auto: bf16 on GPUs of capability 8.0 and newer, fp16 on older
+    ones, fp32 on CPU. Parameters stay fp32.
     """
 
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
-    """The dynamic loss scale of fp16; idle in other arithmetic."""
 
     engine: Literal["torch", "deepspeed"] = may_change("torch")
-    """What trains the dense parameters: plain torch, or DeepSpeed (pip install
-    'memshard[deepspeed]').
-    """
+    """What trains the dense parameters: torch, or DeepSpeed (pip install 'memshard[deepspeed]')."""
 
     zero: Literal[0, 1, 2] = may_change(0)
     """ZeRO stage, with the same results: 1 splits the optimizer's states over the ranks (and under
@@ -80,18 +70,14 @@ class TrainConfig:
     """
 
     offload: bool = may_change(False)
-    """Keep the optimizer's states in host memory and update there; needs DeepSpeed and zero of at
-    least 1.
-    """
+    """Keep the optimizer's states and updates in host memory; needs DeepSpeed, zero of 1 or 2."""
 
     clip: float = 1.0
-    """Largest global norm of the dense gradient; 0 switches clipping off. Tables have their own,
-    tables.clip.
-    """
+    """Largest global norm of the dense gradient; 0: no clipping. For tables see tables.clip."""
 
     key_balance: float = 0.0
-    """Weight of a loss that is 1 where all sub-keys are read equally often and more where they are
-    not; 0 is none. Try 0.01 to 0.1.
+    """Weight of an added loss that is 1 if all sub-keys are read equally often, and larger if not;
+    0: none. Try 0.01 to 0.1.
     """
 
     log_every: int = may_change(10)
@@ -103,10 +89,10 @@ class TrainConfig:
     """
 
     eval_every: int = may_change(200)
-    """Steps between two evaluations on held-out text; 0 evaluates only at the end."""
+    """Steps between two evaluations on held-out text; 0: only at the end."""
 
     eval_tokens: int = may_change(262_144)
-    """Held-out tokens read in an evaluation during training, at most."""
+    """Most held-out tokens to read in an evaluation during training."""
 
     save_every: int = may_change(200)
     """Steps between two checkpoints; the last step is always saved."""
@@ -115,60 +101,53 @@ class TrainConfig:
     """Newest checkpoints to keep, at least 2."""
 
     keep_every: int = may_change(0)
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none but the newest."""
+    """Checkpoints of steps that are multiples of this are kept for good; 0: only the newest."""
 
     max_skipped: int = may_change(10)
-    """Consecutive steps that may be skipped because of a gradient that is not finite, before the
-    run stops; in fp16, where such steps lower the loss scale, loss_scale.minimum decides
-    instead.
+    """The run stops after more consecutive skipped steps than this. In fp16, where a gradient that
+    is not finite lowers the loss scale, loss_scale.minimum decides instead.
     """
 
     compile: bool = may_change(False)
-    """Compile mixers and feedforwards with torch.compile: the first step takes minutes, later ones
-    less time.
-    """
+    """Compile mixers and feedforwards: the first step takes minutes, later ones less time."""
 
     profile: tuple[int, int] | None = may_change(None)
-    """First and last step, counted from 1, of which each rank writes a trace into the run's folder.
-    """
+    """First and last step, counted from 1, that each rank traces into the run's folder."""
 
     checkpointing: Literal["none", "full", "selective"] = may_change("none")
-    """Activations that backward computes again: full is whole blocks (a third more multiplications,
-    a block's input is kept), selective their feedforward half (a ninth more, about half is
-    kept). Results stay the same. Reversible blocks need none.
+    """Activations that backward recomputes. full: whole blocks, of which only the input is kept (a
+    third more multiplications). selective: their feedforward half (a ninth more; about half of
+    the activations are kept). Results stay the same. Reversible blocks need none.
     """
 
     chunk: int = may_change(0)
-    """Tokens of a sequence that feedforward, memory, head and loss take at a time, so that for long
-    texts neither hidden layers nor logits are ever whole in memory; backward computes each piece
-    again. 0 for all at once.
+    """Tokens of a sequence that feedforward, memory, head and loss process at a time, so that for
+    long texts neither hidden layers nor logits are ever whole in memory; backward recomputes
+    each chunk. 0: all at once.
     """
 
     carry_state: bool = False
-    """Let a row of the batch go on where it ended a step before: mixers start from the state they
-    had there (without gradient) instead of nothing. data.document_mask forgets it where a
-    document ends. For linear and delta mixers without positions.
+    """Let each row of the batch continue the text of the step before: mixers start from their last
+    state (without gradient). data.document_mask resets it where a document ends. For mixers with
+    a state of constant size, in models without positions.
     """
 
     segments: int = may_change(1)
-    """Pieces of a sequence that a step takes one after the other: gradients flow through the states
-    between them (truncated backpropagation over so many segments), only one piece's activations
-    are in memory, and backward computes each again. For linear and delta mixers.
+    """Segments of a sequence that a step processes one after the other: gradients flow through the
+    states between them (truncated backpropagation over this many segments), one segment's
+    activations are in memory at a time, and backward recomputes each. For mixers with a state of
+    constant size.
     """
 
     label_smoothing: float = 0.0
-    """Share of each target that is spread over the whole vocabulary in training; 0.1 is usual in
-    translation.
-    """
+    """Share of each target that is spread over the vocabulary; 0.1 is common in translation."""
 
     mask_share: float = 0.15
-    """Of masked-token models (model.encoder_layers of all layers): share of a text's tokens that
-    are to be found.
-    """
+    """For masked-token models (encoder_layers equals layers): share of the tokens to predict."""
 
     check_inversion: bool = may_change(False)
-    """For debugging reversible blocks: compare each block's rebuilt input with a checksum of the
-    true one, and fail where they differ.
+    """For debugging reversible blocks: compare the input that each block reconstructs with a
+    checksum of the true one, and fail if they differ.
     """
 
     def __post_init__(self) -> None:

@@ -138,7 +138,7 @@ class HarnessModel(TemplateLM):
         return scored
 
     def _batches(self, requests: list[Any], key: Any) -> Iterator[list[int]]:
-        """Iterate over numbers of requests with equal settings (first part of the key), longest first."""
+        """Iterate over numbers of requests with equal settings, longest first."""
         keys = [key(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda n: (keys[n][0], -keys[n][1]))
         while order:

@@ -1,4 +1,4 @@
-"""From an export back to a checkpoint that `train init_from=` takes."""
+"""Turn an export back into a checkpoint, for `memshard train init_from=`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from memshard.trainer.run_folder import CONFIG_FILE
 
 
 def bring_back(source: Path, out: Path) -> int:
-    """Write the checkpoint, a folder that must be new; returns its step. Moments and their step
-    counts, which an export has not, are 0.
+    """Write the checkpoint to a new folder; return its step. Moments and their step counts, which
+    an export does not have, are 0.
     """
     loaded = load_model(source)
     model = loaded.model
@@ -28,7 +28,7 @@ def bring_back(source: Path, out: Path) -> int:
     tables = dict(find_tables(model))
     recipe = loaded.recipe
     kind = DENSE_KINDS[recipe.optimizer.kind]
-    zero = torch.zeros(())  # expanded, so that no moments are allocated
+    zero = torch.zeros(())  # expanded below, so that no moments are allocated
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") in tables:
             continue

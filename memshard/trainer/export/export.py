@@ -1,4 +1,4 @@
-"""From a sharded checkpoint to one safetensors file, without ever holding the model."""
+"""Export a sharded checkpoint as one safetensors file, without loading the whole model."""
 
 import json
 import os
@@ -37,8 +37,8 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """bytes: of the file of weights. difference: largest of a logit to the checkpoint's, which half
-    precision and int8 cause.
+    """bytes: size of the weights file. difference: largest change of a logit from the checkpoint's,
+    caused by half precision or int8.
     """
 
     path: Path
@@ -134,7 +134,7 @@ def _in_slot_order(stored: StoredModel, name: str, keys: int, dim: int) -> Itera
 
 
 def _quantised(blocks: Iterator[Tensor], scales: list[Tensor]) -> Iterator[Tensor]:
-    """The blocks in int8; their scales, a factor a row, are added to `scales`."""
+    """Iterate over the blocks in int8, and append their scales, one for each row, to `scales`."""
     for block in blocks:
         values, scale = quantise(block)
         scales.append(scale)
@@ -142,9 +142,7 @@ def _quantised(blocks: Iterator[Tensor], scales: list[Tensor]) -> Iterator[Tenso
 
 
 def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as int8 times a scale: [n, dim] and [n] fp32, the largest value of a row being 127
-    scales.
-    """
+    """Return rows as int8 [n, dim] and scales [n] fp32; the largest value of a row is 127."""
     values = values.float()
     scale = values.abs().amax(1) / 127
     return (values / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(
@@ -168,8 +166,8 @@ def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[s
 
 
 def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> float:
-    """The export must give the logits of its source rounded in the same way; returns the distance
-    to the source as it is.
+    """Return the largest difference of a logit between source and export. ValueError if it is not
+    what rounding the source's weights alone causes.
     """
     source, exported = load_model(stored.folder, memmap=True), load_model(folder, memmap=True)
     length = min(64, stored.recipe.model.max_length or 64)

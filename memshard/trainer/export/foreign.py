@@ -1,11 +1,12 @@
-"""Product-key memories trained elsewhere, brought into our layout.
+"""Import product-key memories that other projects trained.
 
-Three families of names and orders, all with slot = i1 * keys + i2 (specification of each in its
-code):
-    XLM    `keys` [heads, 2, n, half], `query_proj.query_mlps.0.0`, batch norm in
-    `query_proj.query_mlps.0.1`, `values.weight` Meta   `keys` [2 heads n, half] in the same order;
-    gated by `swilu_projection` and `value_proj` lucid  `keys` [heads, n, 2, half], `to_queries` [2
-    heads half, dim] by half and then head, `norm` over each half
+Three families of names and orders, all with slot = i1 * keys + i2, as their code specifies:
+
+    XLM     `keys` [heads, 2, n, half], `query_proj.query_mlps.0.0`, batch norm in
+            `query_proj.query_mlps.0.1`, `values.weight`
+    Meta    `keys` [2 heads n, half] in the same order; gated by `swilu_projection` and `value_proj`
+    lucid   `keys` [heads, n, 2, half], `to_queries` [2 heads half, dim] by half and then head,
+            `norm` over each half
 """
 
 import json
@@ -42,7 +43,7 @@ _UNKNOWN = {
 
 @dataclass(frozen=True)
 class Imported:
-    """path: folder of a memory; family: xlm, meta or lucid; settings: of `ProductKeyMemory`."""
+    """An imported memory. family: xlm, meta or lucid. settings: arguments of `ProductKeyMemory`."""
 
     path: Path
     family: str
@@ -50,12 +51,12 @@ class Imported:
 
 
 def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
-    """Write every memory of a safetensors file into a folder of its own under `out`, named by its
-    place in the foreign model.
+    """Write every memory of a safetensors file into its folder under `out`, named as in the foreign
+    model.
 
-    topk: slots read per head, which weights do not tell. Values are read through a memory map and
-    written by blocks. ValueError, with the reason, for what is no such memory or has parts that
-    ours lacks.
+    topk: slots read per head, which the weights do not show. Values are read through a memory map
+    and written block by block. ValueError, with the reason, if there is no such memory, or one with
+    parts that ours lacks.
     """
     if source.suffix != ".safetensors":
         raise ValueError(
@@ -76,30 +77,30 @@ def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
         raise ValueError(
             f"{source} holds no memory: expected tensors <name>.keys and <name>.{_VALUES}"
         )
-    found = []
+    imported = []
     for place in places:
-        own = {
+        memory = {
             name.removeprefix(place): tensor
             for name, tensor in tensors.items()
             if name.startswith(place)
         }
-        if _VALUES not in own:
+        if _VALUES not in memory:
             # Memories that share values keep them in one of the layers.
             shared = [f"{other}{_VALUES}" for other in places if f"{other}{_VALUES}" in tensors]
             if len(shared) == 1:
-                own[_VALUES] = tensors[shared[0]]
-        family, settings, entries = _convert(f"{source}: {place or 'memory'}", own, topk)
+                memory[_VALUES] = tensors[shared[0]]
+        family, settings, entries = _convert(f"{source}: {place or 'memory'}", memory, topk)
         folder = out / place.rstrip(".").replace("/", "_") if place else out
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / _WEIGHTS, entries)
         (folder / MEMORY_JSON).write_text(json.dumps({"family": family, **settings}, indent=2))
-        found.append(Imported(folder, family, settings))
-    return found
+        imported.append(Imported(folder, family, settings))
+    return imported
 
 
 def load_memory(path: str | Path) -> ProductKeyMemory:
-    """The memory in a folder that `memshard import` wrote, in evaluation mode, its values an
-    ordinary parameter.
+    """Return the memory in a folder that `memshard import` wrote, in evaluation mode; its values
+    are an ordinary parameter.
     """
     folder = Path(path)
     try:
@@ -218,6 +219,6 @@ def _take(values: Tensor, slots: Tensor) -> Tensor:
 
 
 def _rows(take: Callable[[Tensor], Tensor], keys: int) -> Iterator[Tensor]:
-    """Values in the order of our tables."""
+    """Iterate over values in the row order of our tables."""
     for first in range(0, keys * keys, _BLOCK_ROWS):
         yield take(row_slots(torch.arange(first, min(first + _BLOCK_ROWS, keys * keys)), keys))

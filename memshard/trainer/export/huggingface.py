@@ -1,6 +1,4 @@
-"""The code that an export carries for transformers: our own sources, gathered into one flat
-folder.
-"""
+"""Copy the sources that transformers needs to load an export into one flat folder."""
 
 import ast
 import json
@@ -56,8 +54,8 @@ def kernel() -> None:
 
 
 def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Write the modules that the model needs, and the tokenizer's configuration; returns what
-    config.json adds.
+    """Write the modules that the model needs and tokenizer settings; return keys for
+    config.json.
     """
     replaced = {**_REPLACED, "memshard.models.load_class": _class_loader(model)}
     pending, done = [f"{_HOME}.{name}" for name in _ENTRIES], set()
@@ -80,7 +78,7 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": _EOS_ID, "pad_token_id": _EOS_ID}, indent=2)
     )
-    # Tables that several layers read are tied like an embedding and its head.
+    # A table that several layers read is tied, as an embedding and its head are.
     return {
         "architectures": ["MemshardForCausalLM"],
         "auto_map": classes,
@@ -115,7 +113,7 @@ def load_class(path: str) -> Any:
 
 
 def _flat(module: str, replaced: dict[str, str]) -> tuple[str, list[str]]:
-    """The module's source with imports from beside it, and the modules it imports."""
+    """Return the module's source with relative imports, and the modules it imports."""
     source = replaced.get(module) or _file(module).read_text(encoding="utf-8")
     lines, needed = source.splitlines(keepends=True), []
     for node in reversed(list(ast.walk(ast.parse(source)))):

@@ -1,7 +1,7 @@
-"""Safetensors files written tensor by tensor, block by block: no tensor is ever whole in memory.
+"""Write safetensors files block by block, so that no tensor is ever whole in memory.
 
-A file is 8 bytes with the length of its header, the header (JSON: name, dtype, shape and place of
-every tensor), then the values.
+A file has 8 bytes with the length of its header, the header (JSON: name, dtype, shape and position
+of every tensor), and then the values.
 """
 
 import hashlib
@@ -26,9 +26,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write. blocks: its values in order, in pieces of any size; asked for when it is
-    its turn.
-    """
+    """A tensor to write. blocks: its values in order, in blocks of any size."""
 
     name: str
     dtype: torch.dtype
@@ -37,7 +35,7 @@ class Entry:
 
 
 def write_safetensors(file: Path, entries: list[Entry]) -> str:
-    """Write the file to the disk; returns its SHA-256."""
+    """Write the file, flush it to disk, and return its SHA-256."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -49,7 +47,7 @@ def write_safetensors(file: Path, entries: list[Entry]) -> str:
         }
         end += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64)  # values then begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 64)  # so that values begin at a multiple of 8 bytes
     digest = hashlib.sha256()
     with file.open("wb") as out:
         start_of_file = len(text).to_bytes(8, "little") + text

@@ -43,7 +43,7 @@ class TranslationTask:
         carried: Carried | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Return losses in nats, shaped like `batch.inputs`: a row's target tokens first, then 0."""
+        """Return losses in nats, shaped like `batch.inputs`: a row's target tokens, then 0."""
         length = batch.inputs.shape[1]
         source, real, inputs, targets = split_pairs(batch, self.eos)
         source, inputs, targets, samples = (

@@ -91,9 +91,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without damaged ones such as a last line that a kill cut
-    short.
-    """
+    """Return the lines of a metrics.jsonl, without damaged ones (a kill may cut the last line)."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The configuration of an exported model, as transformers takes it."""
+"""The configuration of an exported model, for transformers."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from transformers import PreTrainedConfig
 
 
 class MemshardConfig(PreTrainedConfig):
-    """model: the sections of the recipe's `model`. memshard: of the export: training step, dtype of
-    the tables.
+    """model: section `model` of the recipe. memshard: the export's training step and table
+    dtype.
     """
 
     model_type = "memshard"

@@ -74,11 +74,11 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """`forward` makes its own states."""
+        """Return False: `forward` makes its own states."""
         return False
 
     def get_input_embeddings(self) -> nn.Module:
-        """Of the tokens."""
+        """Return the token embedding."""
         return self.model.embedding
 
     def forward(
@@ -91,9 +91,10 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **unused: Any,
     ) -> Any:
-        """input_ids: [batch, length], those that `past_key_values` has not seen. attention_mask:
-        [batch, all], 0 for padding. labels: [batch, length], -100 where none. Returns logits
-        [batch, length, vocabulary], the mean loss, and the states.
+        """Return logits [batch, length, vocabulary], the mean loss, and the states.
+
+        input_ids: [batch, length], tokens that `past_key_values` has not seen. attention_mask:
+        [batch, all], 0 for padding. labels: [batch, length], -100 where there is none.
         """
         states = past_key_values
         if states is None and use_cache and not self.training:
@@ -122,7 +123,7 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `forward` gets in each step of `generate`."""
+        """Return the arguments of `forward` in each step of `generate`."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         use_cache = kwargs.get("use_cache")
         return {
@@ -133,11 +134,11 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Modules draw their own weights when they are built."""
+        """Do nothing: modules draw their weights when they are built."""
 
 
 class States:
-    """What the layers' mixers remember, and of which tokens, [batch, seen]."""
+    """The states of the mixers, and the tokens [batch, seen] that they have seen."""
 
     def __init__(self, model: Transformer, tokens: Tensor) -> None:
         self.model, self.tokens = model, tokens
@@ -145,15 +146,15 @@ class States:
         self.capacity = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen."""
+        """Return the number of tokens seen."""
         return self.tokens.shape[1]
 
     def take(self, tokens: Tensor) -> tuple[Tensor, int]:
-        """What the model is to be fed for the next tokens, and how many the states have seen before
-        that.
+        """Return the tokens to pass to the model next, and how many the states have seen before
+        them.
 
-        Where the states are full, that is all tokens, from the start, into states for twice as
-        many: each is fed three times at most on average.
+        If the states are full, these are all tokens from the start, and the states get room for
+        twice as many: on average each token passes at most three times.
         """
         seen = self.tokens.shape[1]
         self.tokens = torch.cat((self.tokens, tokens), dim=1)
@@ -164,7 +165,7 @@ class States:
         return self.tokens, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row beam_idx[i] (beam search)."""
+        """Let row i be row beam_idx[i] from now on (beam search)."""
         self.tokens = self.tokens[beam_idx]
         self.layers = [
             block.mixer.reorder(state, beam_idx)
@@ -173,20 +174,20 @@ class States:
 
 
 def build(kind: Any, values: dict[str, Any]) -> Any:
-    """A configuration dataclass from nested dicts; lists become tuples."""
+    """Return a configuration dataclass from nested dicts; lists become tuples."""
     hints = get_type_hints(kind)
     known = {field.name for field in fields(kind)}
-    found = {}
+    arguments = {}
     for name, value in values.items():
         if name in known:
-            found[name] = (
+            arguments[name] = (
                 build(hints[name], value)
                 if is_dataclass(hints[name])
                 else tuple(value)
                 if isinstance(value, list)
                 else value
             )
-    return kind(**found)
+    return kind(**arguments)
 
 
 def _context(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Context:
@@ -198,12 +199,12 @@ def _context(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Con
 
 
 def _room(length: int) -> int:
-    """The power of two from 64 on that holds a length."""
+    """Return the smallest power of two from 64 on that is at least `length`."""
     return max(64, 1 << (length - 1).bit_length())
 
 
 def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Of tables that several layers read: later name -> first name."""
+    """Return later name -> first name of weights that occur several times."""
     first: dict[int, str] = {}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,6 +1,4 @@
-"""The tokenizer of an exported model, as transformers takes it: the sentencepiece model in
-tokenizer.model, lossless.
-"""
+"""The tokenizer of an exported model, for transformers: sentencepiece, without loss."""
 
 import os
 import shutil
@@ -10,7 +8,7 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 
 _SPACE_MARK = "\u2581"
-"""Stands for a space inside pieces, so a real one goes through its bytes."""
+"""Replaces a space inside pieces, so that character itself is encoded in bytes."""
 
 
 class MemshardTokenizer(PreTrainedTokenizer):
@@ -60,7 +58,7 @@ class MemshardTokenizer(PreTrainedTokenizer):
         return piece
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces."""
+        """Return the text of pieces."""
         text: str = self.pieces.decode([self.pieces.piece_to_id(token) for token in tokens])
         return text
 
@@ -82,7 +80,7 @@ class MemshardTokenizer(PreTrainedTokenizer):
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str]:
-        """Copies the sentencepiece model."""
+        """Copy the sentencepiece model, and return its path."""
         file = os.path.join(
             save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.model"
         )

@@ -1,0 +1,31 @@
+"""Sentences about an estimate that `memshard train` and `memshard plan` both print."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memshard.trainer.cost.estimate import Estimate
+
+
+def describe_ranks(cost: "Estimate") -> str:
+    """Return how the ranks share the work."""
+    if cost.tensor_ranks == 1:
+        return f"ranks: {cost.ranks}"
+    groups = cost.ranks // cost.tensor_ranks
+    shared = "matrices and sequences" if cost.parameters.split else "sequences"
+    return (
+        f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share {shared}; groups: "
+        f"{groups}"
+    )
+
+
+def describe_tables(cost: "Estimate") -> str:
+    """Return how the tables are split over ranks, and why."""
+    copies = cost.ranks // cost.memory_ranks
+    text = (
+        "whole on each rank"
+        if cost.memory_ranks == 1
+        else f"split by {cost.layout.name}, over {cost.memory_ranks} ranks"
+    )
+    if copies > 1:
+        text += f", {copies} copies whose row gradients are summed"
+    return text if cost.memory_ranks == 1 else f"{text} ({cost.layout.reason})"
