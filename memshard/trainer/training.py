@@ -117,6 +117,7 @@ def build_for_training(
     tables, train = tables or TableOptimizerConfig(), train or TrainConfig()
     device = torch.device(device)
     if isinstance(model, ModelConfig):
+        # On the meta device no rank ever allocates a whole table of which it stores a shard.
         with torch.device("meta"):
             model = build_model(model)
     empty = any(parameter.is_meta for parameter in model.parameters())
@@ -256,8 +257,10 @@ def training_step(
             with autocast(training.dtype, training.device):
                 share = loss(engine.model, batch)
             engine.backward(share, scale)
+        # Not in place: the sum has the dtype of the losses, which may be fp64.
         total = total + share.detach()
 
+    # Norm and checks stay on the device; the verdict below is the only wait before the update.
     norm = engine.gradient_norm(scale)
     tables = training.table_optimizer.tables if training.table_optimizer else ()
     finite = gradients_finite(norm, tables)

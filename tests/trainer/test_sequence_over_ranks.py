@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from memshard.launch.cli.train import arrangement
+from memshard.launch.cli.cost_text import describe_ranks
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.cost.estimate import estimate
 from memshard.trainer.step import train_step
@@ -110,4 +110,4 @@ def test_what_it_costs(recipe: Path) -> None:
         pieces.bytes.dense == one.bytes.dense > heads.bytes.dense and pieces.parameters.split == 0
     )
     assert pieces.bytes.activations == pytest.approx(one.bytes.activations / 2, rel=0.01)
-    assert arrangement(pieces) == "ranks: 2, in groups of 2 that share sequences; groups: 1"
+    assert describe_ranks(pieces) == "ranks: 2, in groups of 2 that share sequences; groups: 1"
