@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             return {"checkpoint": str(out), "step": step}
         if source.is_dir():
             raise ValueError(f"{source} is no folder that memshard export wrote")
-        found = import_memories(source, out, args.topk)
+        memories = import_memories(source, out, args.topk)
     if not args.json:
-        for memory in found:
+        for memory in memories:
             print(
                 f"{memory.path}: {memory.family} memory, "
                 f"{', '.join(f'{key} {value}' for key, value in memory.settings.items())}"
@@ -60,6 +60,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "memories": [
             {"path": str(memory.path), "family": memory.family, **memory.settings}
-            for memory in found
+            for memory in memories
         ]
     }
