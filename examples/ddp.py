@@ -121,10 +121,10 @@ def main() -> None:
         load_full_state_dict(model, optimizer, saved["model"], saved["optimizer"])
         first = saved["step"]
     losses = train(model, optimizer, first, args.steps)
-    whole = full_state_dict(model, optimizer)
-    if whole is not None:
+    full = full_state_dict(model, optimizer)
+    if full is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": whole[0], "optimizer": whole[1], "step": first + args.steps}, file)
+        torch.save({"model": full[0], "optimizer": full[1], "step": first + args.steps}, file)
         print(
             f"loss {losses[0]:.3f} at step {first + 1}, {losses[-1]:.3f} at step "
             f"{first + args.steps}; saved in {file}"
