@@ -1,6 +1,6 @@
-// Attention to predecessors in sorted groups on the CPU, forward and backward; lsh/banded.py calls it and has its twin in plain torch.
+// Attention to predecessors in sorted groups on the CPU, forward and backward, called by cpu_banded.py; lsh/banded.py is the reference.
 //
-// In the order of a round a token's keys are neighbouring places, so every inner loop is a weighted sum of neighbouring rows: of transposed
+// In the order of a round a token's keys are in neighbouring places, so every inner loop is a weighted sum of neighbouring rows: of transposed
 // keys for scores, of values for outputs. Sums run over keys from the oldest on, so later tokens change no bit.
 
 #include <algorithm>
@@ -19,7 +19,7 @@ inline int64_t padded(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
 
 struct Banded {
     const float *q, *k, *v, *d_out;           // [rows x length, dim], v and d_out of width
-    const int64_t* const* places;             // of each round, as in order.py
+    const int64_t* const* places;             // of each round, as in lsh/bucket_order.py
     const int32_t* const* groups;
     const int32_t* const* codes;
     float *out, *logs, *d_q, *d_k, *d_v;      // logs: [rows x length], binary logarithms of total weights
@@ -76,7 +76,7 @@ inline float power(float x) {
     return x < -126.0f ? 0.0f : y * scale;
 }
 
-// What a block of `chunk` places and the block before it need, in order; transposed rows have a column for each of the 2 chunk places.
+// The data of a block of `chunk` places and the block before it, in order; transposed rows have a column for each of the 2 chunk places.
 struct Blocks {
     const Banded& a;
     int64_t row, first, columns, dim, width;
@@ -125,7 +125,7 @@ struct Blocks {
         return begin;
     }
 
-    // Scores of what the token at j sees, in powers of 2; far below where an earlier round has shown it.
+    // Scores of the keys that the token at j sees, in powers of 2; very low for keys that an earlier round has counted.
     void score(int64_t round, int64_t j, int64_t begin, int64_t count, const float* query) {
         weigh(query, &keys_t[begin], columns, a.dim, scores.data(), padded(count));
         const int32_t near = a.itself ? 0 : 1, far = near + int32_t(a.window);
@@ -193,7 +193,7 @@ void backward_row(const Banded& a, int64_t row) {
     Blocks blocks(a, row);
     const int64_t chunk = a.chunk, dim = blocks.dim, width = blocks.width;
     std::vector<float> queries(chunk * dim), upstream(chunk * width), means(a.length), d_query(dim), products(blocks.columns);
-    // Columns are queries: what each place of the two blocks is to them.
+    // Columns are queries, rows the places of the two blocks.
     std::vector<float> weights(2 * chunk * chunk), d_scores(2 * chunk * chunk), gathered(std::max(dim, width));
     for (int64_t own = 0; own < a.length; ++own) {
         const float *d = a.d_out + (blocks.first + own) * a.width, *o = a.out + (blocks.first + own) * a.width;
@@ -238,7 +238,7 @@ void backward_row(const Banded& a, int64_t row) {
             for (int64_t j = 0; j < chunk + filled; ++j) {
                 const int64_t t = blocks.token[j];
                 if (t < 0) continue;
-                // Whom the places after it belong to.
+                // The queries that see the token at j.
                 const int64_t from = std::max<int64_t>(0, j - chunk), count = std::min<int64_t>(filled, j + a.window - chunk + 1) - from;
                 if (count <= 0) continue;
                 weigh(&d_scores[j * chunk + from], &queries[from * dim], dim, count, gathered.data(), dim);

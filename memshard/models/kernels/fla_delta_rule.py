@@ -76,7 +76,7 @@ def by_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Run `delta_rule` on a kernel that has batch, length, heads in this order.
 
-    Resets become packed sequences, each with a state of its own. state: [B, H, D, M] fp32. Returns
+    Resets become packed sequences with separate states. state: [B, H, D, M] fp32. Returns
     [B, H, L, M] in v's dtype and the state after the last token.
     """
     q, k, v, beta = (x.to(v.dtype).transpose(1, 2).contiguous() for x in (q, k, v, beta))

@@ -1,4 +1,4 @@
-// Product-key search on the CPU; search.py calls it, and memory/search.py is its twin in plain torch.
+// Product-key search on the CPU, called by cpu_topk.py; plain_topk.py is the reference.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t LANE = 16;
 
-// A whole number that orders as the score does; 0 and -0 are equal, NaN is above or below all others.
+// An integer that is ordered as the score is; 0 and -0 are equal, NaN is above or below all others.
 inline int32_t ordered(float score) {
     score += 0.0f;
     int32_t bits;
@@ -22,17 +22,17 @@ inline int32_t ordered(float score) {
 
 struct Scratch {
     std::vector<int32_t> scores, tops;
-    std::vector<uint64_t> found;  // score, highest first, then index: unique, so any sort gives the one order
+    std::vector<uint64_t> kept;  // score, highest first, then index: unique, so any sort gives the same order
     void reserve(int64_t n, int64_t k) {
         scores.resize(n + LANE);
         tops.resize(2 * k + LANE);
-        found.resize(n + LANE);
+        kept.resize(n + LANE);
     }
 };
 
 // Appends the scores of at least `lowest` in [first, last).
-inline void collect(const int32_t* scores, int64_t first, int64_t last, int32_t lowest, uint64_t* found, int64_t& count) {
-    const auto add = [&](int64_t i) { found[count++] = uint64_t(uint32_t(~scores[i]) ^ 0x80000000u) << 32 | uint64_t(i); };
+inline void collect(const int32_t* scores, int64_t first, int64_t last, int32_t lowest, uint64_t* kept, int64_t& count) {
+    const auto add = [&](int64_t i) { kept[count++] = uint64_t(uint32_t(~scores[i]) ^ 0x80000000u) << 32 | uint64_t(i); };
     int64_t i = first;
 #if defined(__AVX512F__)
     for (; i + LANE <= last; i += LANE) {
@@ -49,7 +49,7 @@ void best(const float* numbers, int64_t n, int64_t k, Scratch& scratch, int32_t*
     int32_t* const scores = scratch.scores.data();
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) scores[i] = ordered(numbers[i]);
-    // Of the highest of each of 2k groups or more, the k-th is at most the k-th of all: few numbers are above it.
+    // Take the maxima of 2k groups or more: the k-th largest of them is at most the k-th largest of all, and few numbers are above it.
     int32_t lowest = INT32_MIN;
     const int64_t groups = (2 * k + LANE - 1) / LANE * LANE;
     if (n >= 2 * groups) {
@@ -62,15 +62,15 @@ void best(const float* numbers, int64_t n, int64_t k, Scratch& scratch, int32_t*
         std::nth_element(tops, tops + k - 1, tops + groups, [](int32_t a, int32_t b) { return a > b; });
         lowest = tops[k - 1];
     }
-    uint64_t* const found = scratch.found.data();
+    uint64_t* const kept = scratch.kept.data();
     int64_t count = 0;
-    collect(scores, 0, n, lowest, found, count);
+    collect(scores, 0, n, lowest, kept, count);
     if (count > 2 * k) {
-        std::nth_element(found, found + k, found + count);
+        std::nth_element(kept, kept + k, kept + count);
         count = k;
     }
-    std::sort(found, found + count);
-    for (int64_t j = 0; j < k; ++j) indices[j] = int32_t(uint32_t(found[j]));
+    std::sort(kept, kept + count);
+    for (int64_t j = 0; j < k; ++j) indices[j] = int32_t(uint32_t(kept[j]));
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ class HideableTable(nn.Module):
 
     `weight` is an ordinary parameter until `hide`. Then it is a plain tensor that `parameters()`
     does not show, that `state_dict()`, `.to()` and `deepcopy` still carry, and whose gradient is
-    collected as `reads`; `anchor` [2] stands for it in optimizers.
+    collected as `reads`; `anchor` [2] represents it in optimizers.
     """
 
     weight: Tensor

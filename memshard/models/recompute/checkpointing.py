@@ -62,13 +62,13 @@ def run_block(
             )
         else:
             x, state = block.after_mixer(x, ctx, state)
-        pieces = zip(x.split(chunk, 1), ctx.split(chunk), strict=True)
+        parts = zip(x.split(chunk, 1), ctx.split(chunk), strict=True)
         fed = (
             partial(checkpointed, block.after_feedforward)
             if torch.is_grad_enabled()
             else block.after_feedforward
         )
-        return torch.cat([fed(part, facts) for part, (_, facts) in pieces], 1), state
+        return torch.cat([fed(part, facts) for part, (_, facts) in parts], 1), state
     whole: tuple[Tensor, MixerState | None]
     if kind == "none":
         whole = block(x, ctx, state, replay)

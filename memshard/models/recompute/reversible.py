@@ -112,8 +112,8 @@ def _fed(
 ) -> Tensor:
     """Return the second stream after feedforward and memory."""
     y2 = torch.empty_like(x2)
-    for piece, part in ctx.split(chunk):
-        y2[:, piece] = x2[:, piece] + feedforward_change(block, grid, y1[:, piece], part, replay)
+    for tokens, part in ctx.split(chunk):
+        y2[:, tokens] = x2[:, tokens] + feedforward_change(block, grid, y1[:, tokens], part, replay)
     return y2
 
 
@@ -209,18 +209,18 @@ class _Step:
         y1, y2 = y1.detach(), y2.detach()
         from_feedforward: list[Tensor | None] = [None] * len(trained)
         with self.replay.repeat():
-            for piece, part in self.ctx.split(self.chunk):
+            for tokens, part in self.ctx.split(self.chunk):
                 with torch.enable_grad(), self.autocast_context(self.cached):
-                    leaf = y1[:, piece].detach().requires_grad_()
+                    leaf = y1[:, tokens].detach().requires_grad_()
                     change = feedforward_change(self.block, self.grid, leaf, part, self.replay)
-                y2[:, piece] -= change.detach()
+                y2[:, tokens] -= change.detach()
                 # Tables hold on to `upstream` until the optimizer step, and d2 is modified in place
                 # below: clone.
-                upstream = d2[:, piece] if self.block.memory is None else d2[:, piece].clone()
+                upstream = d2[:, tokens] if self.block.memory is None else d2[:, tokens].clone()
                 to_y1, *gradients = torch.autograd.grad(
                     change, [leaf, *trained], upstream, allow_unused=True, retain_graph=keep_graph
                 )
-                d1[:, piece] += to_y1
+                d1[:, tokens] += to_y1
                 from_feedforward = [
                     _sum(*pair) for pair in zip(from_feedforward, gradients, strict=True)
                 ]

@@ -53,7 +53,7 @@ class ShardedTable(ValueTable):
 
     @property
     def spec_dim(self) -> int:
-        """Dim of the whole table that the ranks split, in pieces as `torch.chunk` cuts them."""
+        """The dim of the whole table that the ranks split, as `torch.chunk` cuts it."""
         return self.layout.split_dim
 
     def sum_over_shards(self, x: Tensor) -> Tensor:
