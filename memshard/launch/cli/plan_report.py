@@ -15,114 +15,13 @@ def report(
     args: argparse.Namespace, recipe: "Recipe", cost: "Estimate", result: dict[str, Any]
 ) -> str:
     """Return the plan as text. result: what --json prints."""
-    vocab_size, source, precision, available = (
-        result[key] for key in ("vocab_size", "vocab_source", "precision", "available")
-    )
-    memory, parameters, need = recipe.model.memory, cost.parameters, cost.bytes
     ranks = "1 rank" if cost.ranks == 1 else f"{cost.ranks} ranks"
-    slots = (
-        f"{parameters.tables} x {memory.slots:,} slots" if parameters.tables else "no memory layer"
-    )
-    batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
-    lines = [
-        f"{args.recipe} on {ranks}, {args.device}, {precision}",
-        "",
-        f"vocabulary      {vocab_size:,} ({source})",
-        f"parameters      dense {_short(parameters.dense)}, table {_short(parameters.table)} "
-        f"({slots})",
-        f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of "
-        f"{cost.micro_batch} x {recipe.data.length}",
-        f"operations      {_short(cost.flops_per_token)}FLOP a token, "
-        f"{_short(cost.flops_per_token * cost.tokens_per_step)}FLOP a step",
-    ]
+    lines = [f"{args.recipe} on {ranks}, {args.device}, {result['precision']}", ""]
+    lines += _work(recipe, cost, result)
     if cost.ranks > 1:
-        tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
-        looked_up = tokens / cost.lookup_ranks
-        if cost.tensor_ranks > 1:
-            lines.append(
-                f"tensor          {describe_ranks(cost)}; {_short(parameters.split)} of the dense "
-                "parameters are split"
-            )
-        if parameters.tables:
-            lines.append(f"tables          {describe_tables(cost)}")
-        tensor = (
-            f"; {_gb(cost.tensor_traffic * tokens)} for activations"
-            if cost.tensor_ranks > 1
-            else ""
-        )
-        replicas = (
-            f"; {_gb(cost.replica_traffic)} for row gradients between copies"
-            if cost.replica_traffic
-            else ""
-        )
-        lines.append(
-            f"a rank sends    {cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, "
-            f"{_gb(cost.lookup_traffic * looked_up)} a step; "
-            f"{_gb(cost.gradient_traffic)} a step for dense gradients{tensor}{replicas}"
-        )
-    notes = {
-        "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
-        "dense gradients": "fp32",
-        "dense moments": f"{DENSE_KINDS[recipe.optimizer.kind].title}, fp32",
-        "table rows": f"{cost.table_part[0]:,} x {cost.table_part[1]:,} of {memory.slots:,} rows, "
-        f"{recipe.tables.dtype}",
-        "table moments": "fp32, and an fp32 copy of the values"
-        if recipe.tables.state_bytes > 8
-        else "fp32",
-        "activations": f"of {cost.micro_batch} sequences",
-        "reads": "kept for the row update",
-        "workspace": "of backward or row update",
-    }
-
-    def sizes(of: "RankBytes") -> list[str]:
-        named = ((name, getattr(of, name.replace(" ", "_")), note) for name, note in notes.items())
-        return [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in named if size]
-
-    if cost.host.total:
-        lines += [
-            "",
-            "bytes of a rank in host memory",
-            *sizes(cost.host),
-            f"  {'total':<16}{_gb(cost.host.total):>11}",
-        ]
-    lines += ["", "bytes on a rank", *sizes(need)]
-    share = need.total / available
-    verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
-    usable = (
-        "are free a rank on this machine"
-        if args.device == "cpu"
-        else f"are usable on a {args.device}"
-    )
-    lines.append(
-        f"  {'total':<16}{_gb(need.total):>11}   {verdict} the {_gb(available)} that {usable}"
-    )
-    if share > 1:
-        advice = (
-            ", or ".join(result["remedies"])
-            or "no single change of ranks, batch, checkpointing or table is enough"
-        )
-        lines.append(f"what to change: {advice}")
-    seconds = result["seconds"]
-    spent = ", ".join(
-        f"{name} {seconds[name]:.2g}"
-        for name in ("products", "tables", "update", "network")
-        if seconds[name]
-    )
-    lines += [
-        "",
-        f"a step should take about {seconds['total']:.2g} s ({spent}): "
-        f"{cost.tokens_per_step / seconds['total']:,.0f} tokens/s",
-        f"largest batch that fits with micro-batches of {cost.micro_batch} or fewer: "
-        f"{result['largest_batch']:,}",
-        "",
-        f"{'kept for backward':<26}{'bytes':>11}{'step':>9}   largest micro-batch of this batch",
-    ]
-    for variant in result["variants"]:
-        lines.append(
-            f"  {variant['name']:<24}{_gb(variant['bytes']):>11}{variant['seconds']:>7.2g} s   "
-            f"{variant['largest'] or 'none fits'}"
-        )
-    lines += ["", _suggested(cost, result, recipe)]
+        lines += _sent(recipe, cost)
+    lines += ["", *_bytes(recipe, cost, result), "", *_time(cost, result), "", *_variants(result)]
+    lines += ["", _suggested(cost, result)]
     if cost.ranks > 1:
         part = result["dry_run"][-1]
         lines.append(
@@ -138,7 +37,117 @@ def report(
     return "\n".join(lines)
 
 
-def _suggested(cost: "Estimate", result: dict[str, Any], recipe: "Recipe") -> str:
+def _work(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[str]:
+    """What is trained, and what a step computes."""
+    tables = cost.parameters.tables
+    slots = f"{tables} x {recipe.model.memory.slots:,} slots" if tables else "no memory layer"
+    batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
+    return [
+        f"vocabulary      {result['vocab_size']:,} ({result['vocab_source']})",
+        f"parameters      dense {_short(cost.parameters.dense)}, "
+        f"table {_short(cost.parameters.table)} ({slots})",
+        f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of "
+        f"{cost.micro_batch} x {recipe.data.length}",
+        f"operations      {_short(cost.flops_per_token)}FLOP a token, "
+        f"{_short(cost.flops_per_token * cost.tokens_per_step)}FLOP a step",
+    ]
+
+
+def _sent(recipe: "Recipe", cost: "Estimate") -> list[str]:
+    """How ranks are arranged, and what one of them sends."""
+    lines = []
+    tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
+    sent = (
+        f"{cost.lookup_traffic / 1e3:,.1f} KB a token for lookups, "
+        f"{_gb(cost.lookup_traffic * tokens / cost.lookup_ranks)} a step; "
+        f"{_gb(cost.gradient_traffic)} a step for dense gradients"
+    )
+    if cost.tensor_ranks > 1:
+        lines.append(
+            f"tensor          {describe_ranks(cost)}; {_short(cost.parameters.split)} of the dense "
+            "parameters are split"
+        )
+        sent += f"; {_gb(cost.tensor_traffic * tokens)} for activations"
+    if cost.parameters.tables:
+        lines.append(f"tables          {describe_tables(cost)}")
+    if cost.replica_traffic:
+        sent += f"; {_gb(cost.replica_traffic)} for row gradients between copies"
+    return [*lines, f"a rank sends    {sent}"]
+
+
+def _bytes(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[str]:
+    """What a rank needs in host memory and on its device, whether that fits, and what to change."""
+    lines = []
+    if cost.host.total:
+        lines += [
+            "bytes of a rank in host memory",
+            *_sizes(recipe, cost, cost.host, result["precision"]),
+            f"  {'total':<16}{_gb(cost.host.total):>11}",
+            "",
+        ]
+    lines += ["bytes on a rank", *_sizes(recipe, cost, cost.bytes, result["precision"])]
+    device, available = result["device"], result["available"]
+    share = cost.bytes.total / available
+    verdict = f"fits: {share:.0%} of" if share <= 1 else f"does not fit: {share:.0%} of"
+    usable = "are free a rank on this machine" if device == "cpu" else f"are usable on a {device}"
+    lines.append(
+        f"  {'total':<16}{_gb(cost.bytes.total):>11}   {verdict} the {_gb(available)} that {usable}"
+    )
+    if share > 1:
+        advice = (
+            ", or ".join(result["remedies"])
+            or "no single change of ranks, batch, checkpointing or table is enough"
+        )
+        lines.append(f"what to change: {advice}")
+    return lines
+
+
+def _sizes(recipe: "Recipe", cost: "Estimate", sizes: "RankBytes", precision: str) -> list[str]:
+    """One line for each field that is not zero, with a note."""
+    rows, columns = cost.table_part
+    notes = {
+        "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
+        "dense gradients": "fp32",
+        "dense moments": f"{DENSE_KINDS[recipe.optimizer.kind].title}, fp32",
+        "table rows": f"{rows:,} x {columns:,} of {recipe.model.memory.slots:,} rows, "
+        f"{recipe.tables.dtype}",
+        "table moments": "fp32, and an fp32 copy of the values"
+        if recipe.tables.state_bytes > 8
+        else "fp32",
+        "activations": f"of {cost.micro_batch} sequences",
+        "reads": "kept for the row update",
+        "workspace": "of backward or row update",
+    }
+    named = ((name, getattr(sizes, name.replace(" ", "_")), note) for name, note in notes.items())
+    return [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in named if size]
+
+
+def _time(cost: "Estimate", result: dict[str, Any]) -> list[str]:
+    """How long a step should take, and the largest batch."""
+    seconds = result["seconds"]
+    parts = ("products", "tables", "update", "network")
+    spent = ", ".join(f"{name} {seconds[name]:.2g}" for name in parts if seconds[name])
+    return [
+        f"a step should take about {seconds['total']:.2g} s ({spent}): "
+        f"{cost.tokens_per_step / seconds['total']:,.0f} tokens/s",
+        f"largest batch that fits with micro-batches of {cost.micro_batch} or fewer: "
+        f"{result['largest_batch']:,}",
+    ]
+
+
+def _variants(result: dict[str, Any]) -> list[str]:
+    """The ways to keep activations, side by side."""
+    return [
+        f"{'kept for backward':<26}{'bytes':>11}{'step':>9}   largest micro-batch of this batch",
+        *(
+            f"  {variant['name']:<24}{_gb(variant['bytes']):>11}{variant['seconds']:>7.2g} s   "
+            f"{variant['largest'] or 'none fits'}"
+            for variant in result["variants"]
+        ),
+    ]
+
+
+def _suggested(cost: "Estimate", result: dict[str, Any]) -> str:
     where = f"on {cost.ranks} x {result['device']}"
     if result["suggestion"] is None:
         return (
