@@ -7,11 +7,11 @@ an attribute or a hook that the module leaves open, and this is the whole list:
                                     (`apply`)
     Transformer.share_sequence      cuts this rank's part from tokens and context (`segments.py`,
                                     `tensor.py`)
-    FastWeightMixer.neighbours,     the state, and the last rows, of the segment before this rank's
-    its convolutions' .neighbours   (`segments.py`)
+    Mixer.share_sequence            gives a mixer the state, and its convolutions the last rows, of
+                                    the segment before this rank's (`segments.py`)
     Mixer.heads, .kv_heads          become this rank's number of heads (`tensor.py`)
-    LSHMixer.first_head             number of this rank's first head: keys its random rotations
-                                    (`tensor.py`)
+    Mixer.first_head                number of this rank's first head, which keys what a mixer draws
+                                    for each head (`tensor.py`)
     linear maps, embedding, head,   are replaced by this rank's shard of them (`tensor.py`)
     convolutions
     ValueTable                      is replaced by a sharded one (`tables/shard_tables.py`)

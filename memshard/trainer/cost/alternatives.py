@@ -112,6 +112,53 @@ def suggestion(recipe: Recipe, site: Site) -> tuple[Settings, float] | None:
     return None
 
 
+def variants(recipe: Recipe, site: Site) -> Iterator[Variant]:
+    """Yield what can be kept for backward, side by side, without what the recipe's other settings
+    do not allow.
+    """
+    plain = "post" if recipe.model.residual == "post" else "pre"
+    ways: dict[str, Settings] = {
+        f"checkpointing {how}": {"model.residual": plain, "train.checkpointing": how}
+        for how in ("none", "selective", "full")
+    }
+    ways["reversible"] = {"model.residual": "reversible", "train.checkpointing": "none"}
+    for name, settings in ways.items():
+        try:
+            changed = changed_by(recipe, settings)
+        except ValueError:
+            continue
+        yield Variant(
+            name, site.bytes(changed), largest_micro_batch(changed, site), site.seconds(changed)
+        )
+
+
+def largest_micro_batch(recipe: Recipe, site: Site) -> int:
+    """Return the most sequences that a rank can process at once, of its share of the recipe's
+    batch; 0 if not even one fits.
+    """
+    share = site.estimate(changed_by(recipe, {"train.micro_batch": None})).micro_batch
+    return _largest(
+        lambda size: site.fits(changed_by(recipe, {"train.micro_batch": size})), up_to=share
+    )
+
+
+def largest_batch(recipe: Recipe, site: Site) -> int:
+    """Return the largest train.batch, the same for each data-parallel rank, that fits in
+    micro-batches of at most the recipe's; 0 if none.
+    """
+    data_ranks = site.ranks // recipe.parallel.tensor
+    micro_batch = site.estimate(recipe).micro_batch
+
+    def fits(share: int) -> bool:
+        settings = {
+            "train.batch": share * data_ranks,
+            "train.micro_batch": min(share, micro_batch),
+        }
+        return site.fits(changed_by(recipe, settings))
+
+    return _largest(fits, up_to=1 << 20) * data_ranks
+
+
 def _single_changes(recipe: Recipe, site: Site) -> Iterator[Settings]:
     """The smallest change of each key with which the recipe fits."""
     choices = _choices(recipe, site)
@@ -200,53 +247,6 @@ def _fits(recipe: Recipe, settings: Settings, site: Site) -> bool:
 
 def _has_wide_tables(recipe: Recipe) -> bool:
     return bool(recipe.model.memory.layers) and recipe.tables.dtype == "fp32"
-
-
-def variants(recipe: Recipe, site: Site) -> Iterator[Variant]:
-    """Yield what can be kept for backward, side by side, without what the recipe's other settings
-    do not allow.
-    """
-    plain = "post" if recipe.model.residual == "post" else "pre"
-    ways: dict[str, Settings] = {
-        f"checkpointing {how}": {"model.residual": plain, "train.checkpointing": how}
-        for how in ("none", "selective", "full")
-    }
-    ways["reversible"] = {"model.residual": "reversible", "train.checkpointing": "none"}
-    for name, settings in ways.items():
-        try:
-            changed = changed_by(recipe, settings)
-        except ValueError:
-            continue
-        yield Variant(
-            name, site.bytes(changed), largest_micro_batch(changed, site), site.seconds(changed)
-        )
-
-
-def largest_micro_batch(recipe: Recipe, site: Site) -> int:
-    """Return the most sequences that a rank can process at once, of its share of the recipe's
-    batch; 0 if not even one fits.
-    """
-    share = site.estimate(changed_by(recipe, {"train.micro_batch": None})).micro_batch
-    return _largest(
-        lambda size: site.fits(changed_by(recipe, {"train.micro_batch": size})), up_to=share
-    )
-
-
-def largest_batch(recipe: Recipe, site: Site) -> int:
-    """Return the largest train.batch, the same for each data-parallel rank, that fits in
-    micro-batches of at most the recipe's; 0 if none.
-    """
-    data_ranks = site.ranks // recipe.parallel.tensor
-    micro_batch = site.estimate(recipe).micro_batch
-
-    def fits(share: int) -> bool:
-        settings = {
-            "train.batch": share * data_ranks,
-            "train.micro_batch": min(share, micro_batch),
-        }
-        return site.fits(changed_by(recipe, settings))
-
-    return _largest(fits, up_to=1 << 20) * data_ranks
 
 
 def _largest(fits: Callable[[int], bool], up_to: int) -> int:
