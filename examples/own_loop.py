@@ -25,7 +25,8 @@ from memshard import (
 from memshard.parallel.mesh import build_mesh
 
 LENGTH, BATCH, MICRO_BATCH = 128, 16, 4
-MEMORY = MemoryConfig(layers=(1,), keys=64, heads=2, topk=16, key_dim=64)
+# With query_norm="batch", the default, losses would depend on who shares a micro-batch.
+MEMORY = MemoryConfig(layers=(1,), keys=64, heads=2, topk=16, key_dim=64, query_norm="layer")
 MODEL = ModelConfig(vocab_size=256, layers=3, dim=128, max_length=LENGTH, memory=MEMORY)
 
 
