@@ -1,3 +1,5 @@
+"""The package for pip; settings of the tools are in pyproject.toml."""
+
 import re
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Run the command line as `python -m memshard`."""
+
 import sys
 
 from memshard.launch.cli.main import main

@@ -8,7 +8,20 @@ import pytest
 from memshard.launch.cli.main import main
 from tests.trainer.conftest import data  # noqa: F401
 
-TINY = "--layers 2 --dim 16 --heads 2 --length 16 --batch 4 --rounds 1".split()
+TINY = [
+    "--layers",
+    "2",
+    "--dim",
+    "16",
+    "--heads",
+    "2",
+    "--length",
+    "16",
+    "--batch",
+    "4",
+    "--rounds",
+    "1",
+]
 
 
 def _in_order(spread: dict[str, float]) -> bool:

@@ -20,7 +20,7 @@ def write_corpus(folder: Path, documents: int = 300, seed: int = 0) -> None:
     draw = random.Random(seed)
     folder.mkdir(parents=True)
     for number in range(documents):
-        words = [f"document {number}"] + draw.choices(WORDS, k=draw.choice([3, 30, 300]))
+        words = [f"document {number}", *draw.choices(WORDS, k=draw.choice([3, 30, 300]))]
         (folder / f"{number:04d}.txt").write_text(" ".join(words) + ".\n", encoding="utf-8")
 
 

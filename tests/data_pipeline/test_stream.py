@@ -2,6 +2,7 @@
 change it.
 """
 
+import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -72,9 +73,7 @@ def test_an_epoch_holds_every_token_at_most_once_and_nearly_all(
     order = np.arange(len(reader.lengths))
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     corpus = reader.read(order, starts, np.array([0]), int(starts[-1]))[0][0]
-    documents = [
-        tuple(corpus[begin:end]) for begin, end in zip(starts[:-1], starts[1:], strict=True)
-    ]
+    documents = [tuple(corpus[begin:end]) for begin, end in itertools.pairwise(starts)]
     assert len(set(documents)) == len(documents)  # each text begins with its number
 
     epoch = stream.batch(0, stream.samples_per_epoch)
@@ -83,7 +82,7 @@ def test_an_epoch_holds_every_token_at_most_once_and_nearly_all(
     seen: Counter[tuple[int, ...]] = Counter()
     for lane in by_lane:
         ends = [place + 1 for place, token in enumerate(lane) if token == reader.index.eos_id]
-        seen.update(tuple(lane[begin:end]) for begin, end in zip(ends[:-1], ends[1:], strict=True))
+        seen.update(tuple(lane[begin:end]) for begin, end in itertools.pairwise(ends))
     assert set(seen) <= set(documents) and max(seen.values()) == 1
     assert sum(seen.values()) >= len(documents) - 2 * LANES  # all but those at the ends of lanes
 

@@ -29,8 +29,10 @@ def _naive(mixer: SoftmaxMixer, x: Tensor, ctx: Context) -> Tensor:
                 s
                 for s in range(t + 1)
                 if s == t
-                or (ctx.documents is None or ctx.documents[b, s] == ctx.documents[b, t])
-                and (ctx.padding is None or ctx.padding[b, s])
+                or (
+                    (ctx.documents is None or ctx.documents[b, s] == ctx.documents[b, t])
+                    and (ctx.padding is None or ctx.padding[b, s])
+                )
             ]
             for h in range(HEADS):
                 weights = (k[b, seen, h] @ q[b, t, h] / (DIM // HEADS) ** 0.5).softmax(0)

@@ -64,7 +64,7 @@ def _brute_force(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, chunk: int) -
     """One row: softmax over the union of what the rounds' chunks show of the own bucket's earlier
     tokens.
     """
-    rounds, length = buckets.shape
+    _rounds, length = buckets.shape
     out = []
     for i in range(length):
         seen = set()

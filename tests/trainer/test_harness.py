@@ -15,7 +15,7 @@ from tests.trainer.tiny_run import train_run
 
 pytest.importorskip("lm_eval")
 
-from memshard.trainer.evaluation.harness import HarnessModel  # noqa: E402
+from memshard.trainer.evaluation.harness import HarnessModel
 
 TASKS = {
     "choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: "

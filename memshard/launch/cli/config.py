@@ -10,6 +10,7 @@ from memshard.launch.cli.parser import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:
+    """Add the `config` command."""
     parser = subparsers.add_parser(
         "config", help="recipes: list, show all settings, explain a key, compare two"
     )
@@ -44,6 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run_list(args: argparse.Namespace) -> dict[str, Any]:
+    """Print name and first sentence of the bundled recipes."""
     from memshard.trainer.config.load import bundled, summary
 
     recipes = {name: summary(name) for name in bundled()}
@@ -54,6 +56,7 @@ def run_list(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_show(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the recipe as YAML."""
     with usage_errors():
         from memshard.trainer.config.load import dump, load_recipe, to_dict
 
@@ -63,6 +66,7 @@ def run_show(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_explain(args: argparse.Namespace) -> dict[str, Any]:
+    """Print type, default and meaning of the keys."""
     with usage_errors():
         from memshard.trainer.config.explain import explain, matching
 
@@ -79,6 +83,7 @@ def run_explain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_diff(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the keys that differ, with both values."""
     with usage_errors():
         from memshard.trainer.config.diff import diff
         from memshard.trainer.config.explain import show

@@ -20,6 +20,7 @@ _TIMEOUT = 600.0
 
 
 def add_parser(subparsers: Subparsers) -> None:
+    """Add the `generate` command."""
     parser = subparsers.add_parser("generate", help="continue prompts, or translate them")
     parser.add_argument(
         "checkpoint",
@@ -81,6 +82,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Continue or translate the prompts, in one process."""
     from memshard.launch.env import joined_ranks
 
     with joined_ranks(_TIMEOUT) as (device, _):

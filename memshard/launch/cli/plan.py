@@ -17,6 +17,7 @@ ASSUMED_VOCABULARY = 32_768
 
 
 def add_parser(subparsers: Subparsers) -> None:
+    """Add the `plan` command."""
     parser = subparsers.add_parser(
         "plan", help="what a recipe costs: bytes per rank, traffic, operations; allocates nothing"
     )
@@ -55,6 +56,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print what the recipe takes, and what would fit better."""
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
         from memshard.trainer.cost.alternatives import (

@@ -244,7 +244,7 @@ class MixerConfig:
                 "is 3), or 0 for none"
             )
         self._check_kv_heads()
-        if self.buckets < 0 or self.buckets > 1 and self.buckets % 2:
+        if self.buckets < 0 or (self.buckets > 1 and self.buckets % 2):
             raise ValueError(
                 f"model.mixer.buckets is {self.buckets}; rotations give pairs of buckets: use 0, "
                 "1 or an even number"

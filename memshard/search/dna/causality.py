@@ -79,11 +79,8 @@ def _above(node: Node, kinds: list[Scores | None]) -> Scores:
         return Scores.FUTURE
     if node.op == "MAT_MUL":
         return second or Scores.FUTURE
-    if (
-        node.op == "MULTIPLY"
-        and Scores.ZERO in kinds
-        or node.op == "DIVIDE"
-        and first is Scores.ZERO
+    if (node.op == "MULTIPLY" and Scores.ZERO in kinds) or (
+        node.op == "DIVIDE" and first is Scores.ZERO
     ):
         return Scores.ZERO
     if Scores.FUTURE in kinds:

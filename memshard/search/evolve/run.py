@@ -223,7 +223,7 @@ def _known(child: Child, event: Event) -> bool:
     """
     if event["event"] == LOST and event["do"] == "draw" and child.dna is not None:
         return True
-    return bool(child.status) or event["event"] == "rung" and event["rung"] < len(child.rungs)
+    return bool(child.status) or (event["event"] == "rung" and event["rung"] < len(child.rungs))
 
 
 def _check_start(history: History) -> None:

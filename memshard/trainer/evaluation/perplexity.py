@@ -91,7 +91,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    assert not carry or rows == ranks == 1 and not held_out.overlap
+    assert not carry or (rows == ranks == 1 and not held_out.overlap)
     carried = Carried(model, 1, lambda samples: samples > 0) if carry else None
     try:
         positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
