@@ -23,7 +23,7 @@ SMALLEST = {
     "fast-weights": "--rounds 1",
     "primer": "--rounds 1",
     "candidates": "--count 4 --seeds 1",
-    "export": "--slots 64 --dim 16",
+    "export": "--slots 1024 --dim 16",
 }
 
 
