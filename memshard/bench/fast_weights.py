@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.bench.common.side_by_side import Function, check_equal, measure, table
-from memshard.experiments.fast_weights.retrieval import Retriever, draw
+from memshard.experiments.fast_weights.retrieval import Retriever, sample_pairs
 from memshard.models.fast_weights.delta_rule import delta_rule
 from memshard.models.fast_weights.feature_maps import FeatureMap
 
@@ -98,7 +98,7 @@ def _retrieval(symbols: int) -> tuple[dict[str, Function], list[Tensor]]:
     """
     torch.manual_seed(0)
     model = Retriever(symbols, "dpfp-1", "delta")
-    keys, values = draw(
+    keys, values = sample_pairs(
         symbols, 2 * symbols, 32, replace=True, random=torch.Generator().manual_seed(0)
     )
     queries = keys[:, :1]

@@ -1,0 +1,1 @@
+"""The papers' experiments behind `memshard reproduce`, a folder for each paper."""

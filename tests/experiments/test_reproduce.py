@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from memshard.experiments.common import catalogue
 from memshard.experiments.common.run import RESULTS_FILE, reproduce
-from memshard.experiments.fast_weights.retrieval import Retriever, draw, train
+from memshard.experiments.fast_weights.retrieval import Retriever, sample_pairs, train
 from memshard.launch.cli.main import main
 from memshard.models.fast_weights.delta_rule import delta_rule
 
@@ -38,7 +38,7 @@ def test_retrieval_reads_what_the_delta_rule_has_written() -> None:
     """
     torch.manual_seed(0)
     model = Retriever(12, "dpfp-1", "delta").double()
-    keys, values = draw(12, 24, 3, True, torch.Generator().manual_seed(0))
+    keys, values = sample_pairs(12, 24, 3, True, torch.Generator().manual_seed(0))
     queries = keys[:, :5]
     k, q = model.keys_and_queries(keys, values, queries)
     beta = model.strengths(keys, values)
@@ -167,10 +167,10 @@ def test_the_duplication_task_and_its_attentions() -> None:
     """Full attention learns a short copy in seconds; trained with it, many rounds of LSH still do
     it.
     """
-    from memshard.experiments.reformer.duplication import draw
+    from memshard.experiments.reformer.duplication import sample_copies
     from memshard.experiments.reformer.duplication import train as train_copy
 
-    tokens = draw(5, 3, torch.Generator())
+    tokens = sample_copies(5, 3, torch.Generator())
     assert (
         tokens.shape == (3, 12)
         and torch.equal(tokens[:, :6], tokens[:, 6:])

@@ -1,0 +1,1 @@
+"""What all experiments share: the catalogue, running, training, clocks, tables and pictures."""

@@ -1,4 +1,4 @@
-"""The experiments that `memshard reproduce` knows, and what each has to offer."""
+"""The experiments that `memshard reproduce` knows. Importing this file does not load torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 Scale = Literal["smoke", "small", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 Point = dict[str, Any]
-"""Settings of one run, as JSON has them."""
+"""Settings of one run, as plain JSON values."""
 
-_HOMES = {
+_PATHS = {
     "fast_weights/capacity": "memshard.experiments.fast_weights.capacity",
     "fast_weights/language": "memshard.experiments.fast_weights.language",
     "fast_weights/translation": "memshard.experiments.fast_weights.translation",
@@ -35,11 +35,11 @@ _HOMES = {
 class Experiment:
     """One experiment of a paper.
 
-    what: one line. points: the runs of a scale: smoke (minutes), small (what the results in docs/
-    were measured with) or full (as published). run: one point's result, as JSON has it, on one
-    thread. report: a text in Markdown from all points with their results; pictures go to the
-    folder. hours: rough processor time of a scale on one core. alone: whether a point measures
-    time, and so runs by itself, after the others.
+    what: one line. points: returns the runs of a scale: smoke (minutes), small (what the results in
+    docs/ were measured with) or full (as published). run: runs one point on one thread and returns
+    its result as plain JSON values. report: returns a text in Markdown from all points with their
+    results, and writes pictures to the folder. hours: rough processor time of a scale on one core.
+    alone: whether a point measures time, and so has to run on its own, after the others.
     """
 
     what: str
@@ -51,14 +51,14 @@ class Experiment:
 
 
 def names() -> list[str]:
-    """Of all experiments."""
-    return list(_HOMES)
+    """Return the names of all experiments."""
+    return list(_PATHS)
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name. ValueError if there is none."""
-    if name not in _HOMES:
-        raise ValueError(f"there is no experiment {name}: choose one of {', '.join(_HOMES)}")
-    home = _HOMES[name]
-    experiment: Experiment = resolve_name(home if ":" in home else f"{home}:EXPERIMENT")
+    """Return the experiment of that name. ValueError if there is none."""
+    if name not in _PATHS:
+        raise ValueError(f"there is no experiment {name}: choose one of {', '.join(_PATHS)}")
+    path = _PATHS[name]
+    experiment: Experiment = resolve_name(path if ":" in path else f"{path}:EXPERIMENT")
     return experiment

@@ -9,7 +9,7 @@ from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 
 
 def lines(
-    found: Mapping[str, Mapping[int, Sequence[float]]],
+    measured: Mapping[str, Mapping[int, Sequence[float]]],
     published: Mapping[str, Mapping[int, float]],
     file: Path,
     x: str,
@@ -18,14 +18,16 @@ def lines(
     unfinished: Collection[tuple[str, int]] = (),
     solved: float | None = None,
 ) -> None:
-    """Curves label -> {x: ys}, their median as a line and their range as a band; one axis
-    logarithmic. published: label -> {x: y}, hollow dots of the same color. unfinished: (label,
-    x) of runs cut short, crossed out. solved: the y below which runs end, a dotted line.
+    """Draw curves, label -> {x: ys}: their median as a line and their range as a band.
+
+    published: label -> {x: y}, drawn as hollow dots of the same color. logarithmic: the axis that
+    is. unfinished: (label, x) of runs cut short, crossed out. solved: the y below which runs end,
+    a dotted line.
     """
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
-    for number, (label, curve) in enumerate(found.items()):
+    for number, (label, curve) in enumerate(measured.items()):
         color = COLORS[number % len(COLORS)]
         places = sorted(curve)
         values = [curve[place] for place in places]
@@ -83,14 +85,14 @@ def lines(
     figure.savefig(file)
 
 
-def bars(found: Mapping[str, tuple[float, float]], file: Path, x: str) -> None:
-    """label -> (value, half its interval)."""
-    figure = canvas(8, 0.6 + 0.5 * len(found))
+def bars(measured: Mapping[str, tuple[float, float]], file: Path, x: str) -> None:
+    """Draw a bar for each label -> (value, half its interval)."""
+    figure = canvas(8, 0.6 + 0.5 * len(measured))
     axes = figure.subplots()
     clean(axes)
-    values, margins = zip(*found.values(), strict=True)
+    values, margins = zip(*measured.values(), strict=True)
     axes.barh(
-        list(found), values, xerr=margins, color=COLORS[0], height=0.6, error_kw={"capsize": 3}
+        list(measured), values, xerr=margins, color=COLORS[0], height=0.6, error_kw={"capsize": 3}
     )
     axes.invert_yaxis()
     axes.set_xlabel(x)

@@ -1,9 +1,8 @@
-"""The gallery of experiments, from what was measured: python -m memshard.experiments.common.gallery
-docs
+"""The gallery of experiments, written from result files; `make gallery` runs this on docs/.
 
 Reads DIR/results/NAME.json, the result.json of `memshard reproduce NAME` with "_" for "/", and
-DIR/results/NAME.md, what its readers should know, where they are there; writes DIR/gallery.md and
-the pictures in DIR/pictures/NAME.
+DIR/results/NAME.md, what its readers should know, where those files exist; writes DIR/gallery.md
+and the pictures in DIR/pictures/NAME.
 """
 
 import json
@@ -20,7 +19,9 @@ _PAPERS = {
     "reformer": "Reformer (Kitaev et al. 2020)",
     "primer": "Primer (So et al. 2021)",
 }
-_OPENING = """# Gallery: the papers' experiments, measured here
+_OPENING = """<!-- `make gallery` generates this page from results/: change those, not this. -->
+
+# Gallery: the papers' experiments, measured here
 
 Every number comes from a result file in [results](results) that `memshard reproduce` wrote, with
 all settings, seeds and versions; `make gallery` writes this page from them.
@@ -32,7 +33,7 @@ another study had made before: studies of memories share their models.
 
 
 def write_gallery(folder: Path, pictures: Path) -> str:
-    """The page, from folder/results; draws the pictures there."""
+    """Return the page made of folder/results, and draw its pictures in the folder `pictures`."""
     parts = [_OPENING]
     for paper, title in _PAPERS.items():
         names = [name for name in catalogue.names() if name.startswith(f"{paper}/")]
@@ -47,17 +48,17 @@ def write_gallery(folder: Path, pictures: Path) -> str:
 def _entry(name: str, results: Path, pictures: Path) -> str:
     experiment, file = catalogue.find(name), name.replace("/", "_")
     text = f"### {name}\n\n{experiment.what[0].upper()}{experiment.what[1:]}.\n\n"
-    found, notes = results / f"{file}.json", results / f"{file}.md"
-    if found.exists():
-        summary = json.loads(found.read_text())
-        home = pictures / file
-        home.mkdir(parents=True, exist_ok=True)
+    result, notes = results / f"{file}.json", results / f"{file}.md"
+    if result.exists():
+        summary = json.loads(result.read_text())
+        drawn = pictures / file
+        drawn.mkdir(parents=True, exist_ok=True)
         text += (
             f"{_measured(summary)} [All "
-            f"numbers](results/{found.name}).\n\n```\n{_command(name, summary['scale'])}\n```\n\n"
+            f"numbers](results/{result.name}).\n\n```\n{_command(name, summary['scale'])}\n```\n\n"
         )
         report = experiment.report(
-            [(row["point"], row["result"]) for row in summary["points"]], home
+            [(row["point"], row["result"]) for row in summary["points"]], drawn
         )
         text += re.sub(r"(!\[[^]]*\]\()", rf"\1pictures/{file}/", report)
     else:

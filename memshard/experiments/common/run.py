@@ -1,4 +1,4 @@
-"""Runs the points of an experiment in processes side by side, keeps each result at once, and writes
+"""Runs the points of an experiment in parallel processes, stores each result at once, and writes
 the report.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from memshard.experiments.common import compact_json
 from memshard.experiments.common.catalogue import Point, Scale, find
-from memshard.experiments.common.training_runs import settings
+from memshard.experiments.common.training_runs import recipe_text
 from memshard.search.processes import end_with_parent
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report.md"
@@ -26,10 +27,10 @@ RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report
 def reproduce(
     name: str, scale: Scale, folder: Path, workers: int = 1, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Run what is missing of an experiment in `folder`, and write result.json, report.md and
-    pictures there; returns the summary.
+    """Run the missing points of an experiment, write result.json, report.md and pictures to
+    `folder`, and return the summary, which result.json holds.
 
-    Points that points.jsonl already holds are not run again, so an interrupted experiment goes on
+    Points that are in points.jsonl already are not run again, so an interrupted experiment goes on
     where it stopped; another scale only adds the points that it does not share.
     """
     experiment = find(name)
@@ -62,13 +63,13 @@ def reproduce(
         "seconds": sum(row["seconds"] for row in rows),
         "points": rows,
     }
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+    compact_json.write(summary, folder / SUMMARY_FILE)
     say(report)
     return summary
 
 
-def _results(name: str, points: list[Point], workers: int) -> Any:
-    """(point, result, seconds) of every point as it is done."""
+def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
+    """Yield (point, result, seconds) of every point as it is done."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
         waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {
@@ -95,8 +96,9 @@ def _run(name: str, point: Point) -> tuple[dict[str, Any], float]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What earlier calls have measured. A last line that a kill cut short is taken out of the
-    file.
+    """Return the rows that earlier calls wrote, by key.
+
+    A last line that a kill cut short is removed from the file.
     """
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
@@ -107,13 +109,13 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _key(point: Point) -> str:
-    """Of the point, of the recipes it names as they read now, and of their data."""
-    text = "".join(settings(recipe) for recipe in _recipes(point))
+    """Return a hash of the point, of the recipes it names as they read now, and of their data."""
+    text = "".join(recipe_text(recipe) for recipe in _recipes(point))
     return hashlib.sha256((json.dumps(point, sort_keys=True) + text).encode()).hexdigest()
 
 
 def _recipes(value: Any) -> Iterator[dict[str, Any]]:
-    """Every {recipe, overrides, ...} anywhere in a point."""
+    """Yield every {recipe, overrides, ...} anywhere in a point."""
     if isinstance(value, dict):
         if "recipe" in value:
             yield value

@@ -1,5 +1,5 @@
-"""Models that experiments train: runs of the trainer, which resume, in folders named after all that
-made them.
+"""Models that experiments train with the trainer: runs that resume, each in a folder named by a
+hash of all its settings.
 """
 
 import hashlib
@@ -19,29 +19,29 @@ from memshard.trainer.run import Run
 from memshard.trainer.set_up import set_up
 
 
-def settings(point: dict[str, Any]) -> str:
-    """All that a model is made of: the recipe named by `point` with its overrides, and its data."""
+def recipe_text(point: dict[str, Any]) -> str:
+    """Return all settings of a model as text: its recipe with overrides, and its data's index."""
     recipe = load_recipe(point["recipe"], point["overrides"])
     index = Path(recipe.data.path, INDEX_FILE)
     return dump(recipe) + (index.read_text() if index.exists() else "")
 
 
-def folder_of(point: dict[str, Any], runs: Path) -> Path:
-    """The run's folder under `runs`."""
-    text = settings(point) + point.get("builder", "")
+def run_folder(point: dict[str, Any], runs: Path) -> Path:
+    """Return the run's folder under `runs`. Equal models have one folder."""
+    text = recipe_text(point) + point.get("builder", "")
     return runs / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prepare(
+def set_up_run(
     point: dict[str, Any],
     folder: Path,
     build: str,
     builder: Callable[[ModelConfig], Transformer] = build_model,
 ) -> Run:
-    """A run of point["recipe"] with point["overrides"]. build: arguments of `memshard data build`,
-    for the error.
+    """Return a run of point["recipe"] with point["overrides"], at its last checkpoint if any.
 
-    FileNotFoundError, with the command that builds it, without the data.
+    build: arguments of `memshard data build` for the error message. FileNotFoundError, with the
+    command that builds the data, where there is none.
     """
     recipe = load_recipe(point["recipe"], point["overrides"])
     if not Path(recipe.data.path, INDEX_FILE).exists():
@@ -53,8 +53,8 @@ def prepare(
     return set_up(recipe, folder, device, builder)
 
 
-def finish(run: Run) -> None:
-    """Train to the end. RuntimeError if a signal stops it before."""
+def train_to_end(run: Run) -> None:
+    """Train to the last step. RuntimeError if a signal stops the run before."""
     if not train(run)["finished"]:
         raise RuntimeError(
             f"stopped at step {run.progress.step} of {run.recipe.train.steps}: the same command "

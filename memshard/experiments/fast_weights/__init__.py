@@ -1,0 +1,1 @@
+"""Fast weights (Schlag et al. 2021): linear attention as a memory, updated by the delta rule."""

@@ -1,5 +1,5 @@
-"""How many pairs fit: loss against their number, all keys different (Schlag et al. 2021, figure
-2).
+"""How many pairs fit into a memory: loss against the number of different keys (Schlag et al. 2021,
+figure 2).
 """
 
 from pathlib import Path
@@ -119,14 +119,14 @@ _STEPS: dict[Scale, dict[int, int]] = {
     "small": {120: 5000, 260: 2000, 600: 1000},
     "full": {600: 100_000},
 }
-"""By the most pairs they are for."""
+"""Steps, by the largest number of pairs that gets them."""
 _SEEDS: dict[Scale, int] = {"smoke": 1, "small": 2, "full": 1}
 _LONG: dict[Scale, list[tuple[int, str, int]]] = {
     "smoke": [],
     "small": [(240, "dpfp-2", 10_000)],
     "full": [],
 }
-"""Pairs, features and steps of what is solved so late."""
+"""Pairs, features and steps of a task that is solved only after that many steps."""
 
 
 def _points(scale: Scale) -> list[Point]:
@@ -145,26 +145,26 @@ def _points(scale: Scale) -> list[Point]:
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    found: dict[str, dict[int, list[float | None]]] = {}
+    losses_by: dict[str, dict[int, list[float | None]]] = {}
     stopped = {
         (point["features"], point["symbols"])
         for point, result in rows
         if _unfinished(point, result)
     }
     for point, result in rows:
-        found.setdefault(point["features"], {}).setdefault(point["symbols"], []).append(
+        losses_by.setdefault(point["features"], {}).setdefault(point["symbols"], []).append(
             result["loss"]
         )
-    found = {kind: dict(sorted(losses.items())) for kind, losses in found.items()}
+    losses_by = {kind: dict(sorted(losses.items())) for kind, losses in losses_by.items()}
     finite = {
         kind: {size: [loss for loss in of if loss is not None] for size, of in losses.items()}
-        for kind, losses in found.items()
+        for kind, losses in losses_by.items()
     }
     drawn = {
         kind: {size: of for size, of in losses.items() if of} for kind, losses in finite.items()
     }
     compared = {
-        kind: {size: loss for size, loss in of.items() if size in found.get(kind, ())}
+        kind: {size: loss for size, loss in of.items() if size in losses_by.get(kind, ())}
         for kind, of in _PUBLISHED.items()
     }
     lines(
@@ -176,15 +176,15 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         unfinished=stopped,
         solved=SOLVED,
     )
-    sizes = sorted({size for losses in found.values() for size in losses})
-    longer = (point for point, _ in rows if point["symbols"] not in found["softmax"])
+    sizes = sorted({size for losses in losses_by.values() for size in losses})
+    longer = (point for point, _ in rows if point["symbols"] not in losses_by["softmax"])
     long = dict.fromkeys(
         f"{point['steps']:,} with {point['features']} of {point['symbols']}" for point in longer
     )
     most = {
         point["steps"]: point["symbols"]
         for point, _ in rows
-        if point["symbols"] in found["softmax"]
+        if point["symbols"] in losses_by["softmax"]
     }  # the largest comes last
     text = (
         f"Best held-out loss, {ranges(rows)}, in brackets the published one. Attention over S "
@@ -199,7 +199,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     text += (
         f"| features | {' | '.join(str(size) for size in sizes)} |\n|---|{'---|' * len(sizes)}\n"
     )
-    for kind, losses in found.items():
+    for kind, losses in losses_by.items():
         cells = []
         for size in sizes:
             published = _PUBLISHED.get(kind, {}).get(size)
@@ -214,7 +214,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
 
 
 def _unfinished(point: Point, result: dict[str, Any]) -> bool:
-    """Whether the last step came before the task was solved."""
+    """Return whether the run came to its last step before the task was solved."""
     step, loss = result["curve"][-1]
     return step == point["steps"] and (loss is None or loss >= SOLVED)
 

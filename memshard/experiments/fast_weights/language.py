@@ -1,5 +1,5 @@
-"""Language models: sum rule against delta rule, truncated and endless contexts (Schlag et al. 2021,
-tables 2 and 4).
+"""Language models: the sum rule against the delta rule, with truncated and with endless contexts
+(Schlag et al. 2021, tables 2 and 4).
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import lines
 from memshard.experiments.common.repeated import mean_deviation, seeds
-from memshard.experiments.common.training_runs import finish, folder_of, prepare
+from memshard.experiments.common.training_runs import run_folder, set_up_run, train_to_end
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.run import Run
 
@@ -51,18 +51,19 @@ _SEEDS: dict[Scale, list[list[str]]] = {
     "small": [[], ["train.seed=1"]],
     "full": [[]],
 }
-"""Overrides; none is the recipe's own seed."""
+"""Overrides of a seed; none keeps the recipe's."""
 _FIRST_DRAWN = 64
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Train a model as a run of the trainer that resumes, then evaluate: windows that slide by
-    point["stride"] tokens, and, of models without positions, the held-out text as one.
+    """Train a model with the trainer, which can resume, and return its perplexities: over windows
+    that slide by point["stride"] tokens and, for models without positions, over the held-out text
+    as one sequence.
 
-    FileNotFoundError, with the command that builds it, without the data.
+    FileNotFoundError, with the command that builds the data, where there is none.
     """
-    run = prepare(point, folder_of(point, RUNS), "TEXT --vocab 4096 --held-out 40")
-    finish(run)
+    run = set_up_run(point, run_folder(point, RUNS), "TEXT --vocab 4096 --held-out 40")
+    train_to_end(run)
     sliding = _evaluated(run, point, endless=False)
     result: dict[str, Any] = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -91,10 +92,10 @@ def _evaluated(run: Run, point: dict[str, Any], endless: bool) -> Evaluation:
 
 def _perplexities(evaluation: Evaluation, run: Run, kind: str) -> dict[str, float]:
     text = HeldOutStream(run.recipe.data.path, run.recipe.data.length)
-    found = {f"{kind}perplexity": evaluation.perplexity}
+    perplexities = {f"{kind}perplexity": evaluation.perplexity}
     if text.words is not None and text.tokens == evaluation.tokens:
-        found[f"{kind}word_perplexity"] = evaluation.word_perplexity(text.words)
-    return found
+        perplexities[f"{kind}word_perplexity"] = evaluation.word_perplexity(text.words)
+    return perplexities
 
 
 def _points(scale: Scale) -> list[Point]:
@@ -107,12 +108,12 @@ def _points(scale: Scale) -> list[Point]:
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_model: dict[str, list[dict[str, Any]]] = {}
     curves: dict[str, dict[int, list[float]]] = {}
     for point, result in rows:
-        found.setdefault(point["model"], []).append(result)
+        by_model.setdefault(point["model"], []).append(result)
         for bucket in result.get("by_position", ()):
-            # Positions before hold a few tokens of one text.
+            # Buckets before that position have only a few tokens of a single text.
             if bucket["first"] >= _FIRST_DRAWN:
                 curves.setdefault(point["model"], {}).setdefault(bucket["first"], []).append(
                     bucket["loss"]
@@ -131,11 +132,11 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         "brackets a word's. Truncated: sliding windows,\n"
         f"by {point['stride']} tokens each; untruncated: the text as one, states carried from its "
         "first token on. "
-        f"Perplexities: {seeds(len(found['delta']))}.\n\n"
+        f"Perplexities: {seeds(len(by_model['delta']))}.\n\n"
         "| model | parameters | truncated | untruncated | published: truncated | untruncated "
         "|\n|---|---|---|---|---|---|\n"
     )
-    for model, results in found.items():
+    for model, results in by_model.items():
         published = _PUBLISHED.get(model, ("", ""))
         cells = [
             model,

@@ -1,9 +1,9 @@
-"""Associative retrieval (Schlag et al. 2021, section 6.1): write L pairs of a key and a value, read
-one key.
+"""Associative retrieval (Schlag et al. 2021, section 6.1): write L pairs of a key and a value into
+a memory, then read one key.
 
-S keys and S values. Values are one-hot vectors; keys are learned. A model has no output projection:
-what it reads from its memory is its answer, and its loss half the squared distance to the value
-last written under the key.
+There are S keys and S values. Values are one-hot vectors; keys are learned. A model has no output
+projection: what it reads from its memory is its answer, and its loss is half the squared distance
+to the value last written under the key.
 """
 
 import math
@@ -33,7 +33,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 class Retriever(nn.Module):
-    """A memory that is written and read once.
+    """A model that writes a sequence of pairs into a memory and reads it once.
 
     symbols: S. features: a name of FEATURES, "softmax", or "tanh" (for the rule fwm). rule: sum
     (attention), delta, or fwm (Schlag et al. 2021 b: tanh or DPFP features, the memory's norm kept
@@ -65,7 +65,7 @@ class Retriever(nn.Module):
         self.tanh = features == "tanh"
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """keys, values: [batch, L] int64; queries: [batch, n]. Returns readings [batch, n, S]."""
+        """Return readings [batch, n, S]. keys, values: [batch, L]; queries: [batch, n]; int64."""
         k, q = self.keys_and_queries(keys, values, queries)
         if self.features is None and not self.tanh:
             return self._weighted((q @ k.mT * _KEY_DIM**-0.5).softmax(-1), values)
@@ -76,8 +76,9 @@ class Retriever(nn.Module):
         if self.rule == "fwm":
             one_hot = F.one_hot(values, self.symbols).to(k.dtype)
             return F.layer_norm(q @ _bounded_delta_rule(k, one_hot, beta), (self.symbols,))
-        # Read once, the memory need not be built: with the letters of `delta_rule`, y = (q K^T (I +
-        # A)^-1) diag(beta) V.
+        # The memory is read only once, so it need not be built: with the letters of `delta_rule`,
+        # y = (q K^T (I + A)^-1) diag(beta) V, one triangular solve for the query instead of one for
+        # every value.
         weights = torch.linalg.solve_triangular(
             beta[..., None] * (k @ k.mT), q @ k.mT, upper=False, left=False, unitriangular=True
         )
@@ -86,8 +87,8 @@ class Retriever(nn.Module):
     def keys_and_queries(
         self, keys: Tensor, values: Tensor, queries: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What is written under and what reads: [batch, L, features] and [batch, n, features]."""
-        # Symbol by symbol: a matrix of S rows in place of one of batch x L.
+        """Return features of keys [batch, L, features] and of queries [batch, n, features]."""
+        # Project the S symbols, then gather: S rows through the matrix instead of batch x L.
         k = self.key_of_key(self.embedding.weight)[keys] + self.key_of_value.weight[values]
         q = self.query(self.embedding.weight)[queries]
         if self.tanh:
@@ -95,7 +96,7 @@ class Retriever(nn.Module):
         return (k, q) if self.features is None else (self.features(k), self.features(q))
 
     def strengths(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The delta rule's write strengths, [batch, L]."""
+        """Return the delta rule's write strengths, [batch, L]."""
         return (
             (
                 self.strength_of_key(self.embedding.weight)[keys]
@@ -106,14 +107,14 @@ class Retriever(nn.Module):
         )
 
     def _weighted(self, weights: Tensor, values: Tensor) -> Tensor:
-        """A reading of one-hot values: weights [batch, n, L] added up by value."""
+        """Return readings [batch, n, S] of one-hot values: weights [batch, n, L] added by value."""
         out = weights.new_zeros(*weights.shape[:2], self.symbols)
         return out.scatter_add(-1, values[:, None].expand_as(weights), weights)
 
 
 def _bounded_delta_rule(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """The memory after the delta rule step by step, divided by its norm whenever that exceeds 1.
-    [batch, D, S]
+    """Return the memory [batch, D, S] after the delta rule step by step, divided by its norm
+    whenever that exceeds 1.
     """
     memory = k.new_zeros(len(k), k.shape[-1], v.shape[-1])
     for key, value, strength in zip(k.unbind(1), v.unbind(1), beta.unbind(1), strict=True):
@@ -123,10 +124,10 @@ def _bounded_delta_rule(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     return memory
 
 
-def draw(
+def sample_pairs(
     symbols: int, length: int, batch: int, replace: bool, random: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [batch, length] int64, with or without replacement."""
+    """Draw keys and values, [batch, length] int64 each, with or without replacement."""
     if replace:
         keys, values = (torch.randint(symbols, (batch, length), generator=random) for _ in range(2))
     else:
@@ -137,21 +138,23 @@ def draw(
 
 
 def last_value(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-    """The value last written under each query. [batch, n]"""
+    """Return the value last written under each query, [batch, n]."""
     places = torch.arange(keys.shape[1])
     latest = torch.where(keys[:, None] == queries[..., None], places, -1).amax(-1)
     return values.gather(1, latest)
 
 
 def loss_of(readings: Tensor, values: Tensor) -> Tensor:
-    """Half the squared distance to one-hot values, mean over readings."""
+    """Return half the squared distance to one-hot values, the mean over readings."""
     return 0.5 * (readings - F.one_hot(values, readings.shape[-1])).square().sum(-1).mean()
 
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
-    """Train on a point {symbols, features, rule, replace, steps, seed} until solved (held-out loss
-    below 0.001), or without progress for more than 1,000 steps. Returns the best held-out loss,
-    when it was met, and the curve [[step, loss], ...]; losses of None diverged.
+    """Train on a point {symbols, features, rule, replace, steps, seed} until the task is solved
+    (held-out loss below 0.001) or there is no progress for more than 1,000 steps.
+
+    Return the best held-out loss, its step, and the curve [[step, loss], ...]; a loss of None
+    diverged.
     """
     symbols, replace = point["symbols"], point["replace"]
     torch.manual_seed(point["seed"])
@@ -164,7 +167,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
         train=TrainConfig(precision="fp32", clip=0.0),
     )
     length = 2 * symbols if replace else symbols
-    held_out = draw(
+    held_out = sample_pairs(
         symbols,
         symbols,
         _SEQUENCES,
@@ -174,15 +177,15 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     curve: list[tuple[int, float | None]] = []
     best, diverged = (float("inf"), 0), False
     for step in range(1, point["steps"] + 1):
-        keys, values = draw(symbols, length, 128 if tanh else 32, replace, random)
+        keys, values = sample_pairs(symbols, length, 128 if tanh else 32, replace, random)
         queries = keys.gather(1, torch.randint(length, (len(keys), 1), generator=random))
         # A step whose gradient is not finite is skipped; here it counts as divergence.
         diverged |= training_step(training, [(keys, values, queries)], _mean_loss, step - 1).skipped
         if step % _EVAL_EVERY == 0:
-            found = math.nan if diverged else evaluate(model, *held_out)
-            finite = math.isfinite(found)
-            curve.append((step, found if finite else None))
-            best = min(best, (found, step)) if finite else best
+            loss = math.nan if diverged else evaluate(model, *held_out)
+            finite = math.isfinite(loss)
+            curve.append((step, loss if finite else None))
+            best = min(best, (loss, step)) if finite else best
             if best[0] < SOLVED or step - best[1] > _PATIENCE * _EVAL_EVERY or not finite:
                 break
     return {"loss": best[0] if best[1] else None, "step": best[1], "curve": curve}
@@ -194,8 +197,8 @@ def _mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor
 
 @torch.no_grad()
 def evaluate(model: Retriever, keys: Tensor, values: Tensor) -> float:
-    """Loss over the keys that occur, at most 200 of each sequence, as the published figures have
-    it.
+    """Return the loss over the keys that occur, at most 200 of each sequence, as in the published
+    figures.
     """
     total, count = 0.0, 0
     for row in range(len(keys)):

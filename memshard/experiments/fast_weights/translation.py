@@ -9,7 +9,7 @@ from memshard.data_pipeline.prepare.inputs.files import read_lines
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import bars
-from memshard.experiments.common.training_runs import finish, folder_of, prepare
+from memshard.experiments.common.training_runs import run_folder, set_up_run, train_to_end
 from memshard.models.seq2seq import EncoderDecoder
 from memshard.trainer.evaluation.translation import bleu, translate
 from memshard.trainer.loop import evaluate_run
@@ -74,17 +74,18 @@ _SIZES: dict[Scale, dict[str, Any]] = {
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Train a model as a run of the trainer that resumes, then translate the test set.
+    """Train a model with the trainer, which can resume, and return the BLEU of its translations of
+    the test set.
 
-    FileNotFoundError, with what to do, without the data.
+    FileNotFoundError, with what to do, where the data are missing.
     """
-    run = prepare(
+    run = set_up_run(
         point,
-        folder_of(point, RUNS),
+        run_folder(point, RUNS),
         "train.en train.de --documents pairs --vocab 4096 --held-out 500",
     )
     source, reference = (read_lines(_file(name)) for name in point["test"])
-    finish(run)
+    train_to_end(run)
     assert isinstance(run.model, EncoderDecoder)
     translations = translate(run.model.eval(), Tokenizer(run.recipe.data.path), source, run.dtype)
     score, margin, signature = bleu(translations, reference)
@@ -103,12 +104,12 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file(name: str) -> Path:
-    found = next((Path(name + end) for end in ("", ".gz") if Path(name + end).exists()), None)
-    if found is None:
+    file = next((Path(name + end) for end in ("", ".gz") if Path(name + end).exists()), None)
+    if file is None:
         raise FileNotFoundError(
             f"there is no test set {name} (or {name}.gz): put a text there, a sentence a line"
         )
-    return found
+    return file
 
 
 def _points(scale: Scale) -> list[Point]:

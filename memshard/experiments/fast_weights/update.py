@@ -1,5 +1,5 @@
-"""Keys that are written again: loss of sum, delta and earlier fast weight rules (Schlag et al.
-2021, figure 3 and setting 2).
+"""Keys that are written again: losses of the sum rule, the delta rule and an earlier fast weight
+rule (Schlag et al. 2021, figure 3 and setting 2).
 """
 
 from pathlib import Path
@@ -55,9 +55,9 @@ def _points(scale: Scale) -> list[Point]:
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     curves: dict[str, list[dict[int, float]]] = {}
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for point, result in rows:
-        found.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
+        by_kind.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
         if point["symbols"] == 20:
             curves.setdefault(_name(point), []).append(
                 {step: loss for step, loss in result["curve"] if loss is not None}
@@ -76,7 +76,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         f"| rule, features | {' | '.join(f'S = {size}' for size in sizes)} "
         f"|\n|---|{'---|' * len(sizes)}\n"
     )
-    for kind, losses in found.items():
+    for kind, losses in by_kind.items():
         cells = []
         for size in sizes:
             published = _PUBLISHED[kind].get(size)
@@ -91,8 +91,8 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
 
 
 def _together(curves: list[dict[int, float]]) -> dict[int, list[float]]:
-    """step -> the losses of all seeds; one that has ended keeps its last, one that diverged before
-    its first has none.
+    """Return step -> the losses of all seeds. A seed that has ended keeps its last loss; one that
+    diverged before its first has none.
     """
     steps = sorted(set().union(*curves))
     return {

@@ -1,5 +1,5 @@
-"""What product keys are compared with: flat keys (Lample et al. 2019, table 5), and a mixture of
-experts.
+"""Layers that product-key memories are compared with: flat keys (Lample et al. 2019, table 5) and
+a mixture of experts.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,9 @@ _BIAS_STEP = 1e-3
 
 
 class FlatKeyMemory(ProductKeyMemory):
-    """A memory with a key of its own for every slot, all of which a query is compared with.
-    Arguments of `ProductKeyMemory`.
+    """A memory with a separate key for every slot: a query is compared with all of them.
+
+    Takes the arguments of `ProductKeyMemory`.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class FlatKeyMemory(ProductKeyMemory):
         self.flat_keys = _FlatKeys(heads, keys**2, key_dim)
 
     def lookup(self, tokens: Tensor, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
-        """As of `ProductKeyMemory`; a key's number is its row."""
+        """Return rows and weights as `ProductKeyMemory.lookup` does; a key's number is its row."""
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
         with torch.autocast(tokens.device.type, enabled=False):
             scores = torch.einsum("thd,hnd->thn", self.query_norm(z, replay), self.flat_keys.weight)
@@ -41,7 +42,7 @@ class FlatKeyMemory(ProductKeyMemory):
 
 
 class _FlatKeys(nn.Module):
-    """weight [heads, slots, key_dim], from U(-1/sqrt(key_dim), 1/sqrt(key_dim))."""
+    """Keys: weight [heads, slots, key_dim], from U(-1/sqrt(key_dim), 1/sqrt(key_dim))."""
 
     def __init__(self, heads: int, slots: int, key_dim: int) -> None:
         super().__init__()
@@ -55,12 +56,12 @@ class _FlatKeys(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the `active` experts, feedforwards of width 4 x dim, with the highest
-    sigmoid(router . x), which weighs them.
+    """Send each token to the `active` experts with the highest sigmoid(router . x), which also
+    weighs them. Experts are feedforwards of width 4 x dim.
 
-    No token is dropped. The load is balanced without a loss of its own: what an expert's score is
-    compared with falls by 0.001 a step for an expert with more than its share of the tokens and
-    rises for the others (Wang et al. 2024, arXiv 2408.15664).
+    No token is dropped. The load is balanced without an auxiliary loss: a bias, which only the
+    choice of experts sees, falls by 0.001 a step for an expert with more than its share of the
+    tokens and rises for the others (Wang et al. 2024, arXiv 2408.15664).
     """
 
     bias: Tensor
@@ -83,11 +84,11 @@ class MixtureOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Compare all experts alike."""
+        """Set all biases to zero."""
         self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., dim]; returns the same shape."""
+        """Return the experts' weighted sum. x: [..., dim], as the output."""
         tokens = x.reshape(-1, x.shape[-1])
         gates = self.router(tokens).float().sigmoid()
         chosen = (gates.detach() + self.bias).topk(self.active).indices
@@ -100,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         read = torch.cat(
             [expert(tokens[part]) for expert, part in zip(self.experts, parts, strict=True)]
         )
-        # Sigmoids begin at a half: so scaled, the active experts weigh as much as one feedforward.
+        # Sigmoids begin at 1/2: scaled like this, the active experts begin as one feedforward.
         weighted = read * (2 / self.active * gates.gather(1, chosen).flatten()[order, None])
         return (
             torch.zeros_like(tokens, dtype=weighted.dtype)
@@ -120,7 +121,7 @@ def _flat_keys(config: ModelConfig) -> Transformer:
 
 
 def _experts(config: ModelConfig, active: int) -> Transformer:
-    """Instead of a memory, as many experts as have the parameters of its table."""
+    """Replace each memory by as many experts as have the parameters of its table."""
     model, experts = Transformer(config), config.memory.slots // (8 * config.dim)
     for layer in config.memory.layers:
         model.blocks[layer].memory = None
@@ -132,8 +133,9 @@ def _experts(config: ModelConfig, active: int) -> Transformer:
 
 
 def _equal_operations(config: ModelConfig) -> Transformer:
-    """Instead of a memory, a feedforward of as many multiplications: of query, scores and reads,
-    against 2 dim hidden.
+    """Replace each memory by a feedforward with as many multiplications.
+
+    A memory multiplies for the query, the scores and the reads; a feedforward 2 dim hidden times.
     """
     model, memory = Transformer(config), config.memory
     hidden = (

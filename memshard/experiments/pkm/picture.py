@@ -1,4 +1,4 @@
-"""The picture of an experiment with memories. Needs matplotlib (extra `eval`)."""
+"""The picture of a study of memories. Needs matplotlib (extra `eval`)."""
 
 import re
 import statistics
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.experiments.common.catalogue import Point
+from memshard.experiments.common.repeated import ratios
 from memshard.trainer.evaluation.canvas import COLORS, canvas, clean
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ KINDS = ("training", "inference")
 def draw(
     learned: dict[str, list[dict[str, Any]]], clocks: list[tuple[Point, dict[str, Any]]], file: Path
 ) -> None:
-    """Perplexity against parameters and time; usage and KL, where models can be compared; further
-    comparisons of speed.
+    """Draw perplexity against parameters and against time, usage and KL where there are several
+    memories to compare, and further comparisons of speed.
     """
     memories = {label: results for label, results in learned.items() if "usage" in results[0]}
     further = clocks[1:]
@@ -95,8 +96,8 @@ def _draw_ratios(axes: "Axes", point: Point, result: dict[str, Any]) -> None:
 
 
 def _family(label: str, learned: Iterable[str]) -> str:
-    """Of "N slots, no norm" or "N layers + M" the last part, if others share it: they are drawn as
-    one line. Else the label.
+    """Return the last part of "N slots, no norm" or "N layers + M" if other labels share it, else
+    the label. A family is drawn as one line.
     """
     return (
         _parts(label)[1]
@@ -106,7 +107,7 @@ def _family(label: str, learned: Iterable[str]) -> str:
 
 
 def _parts(label: str) -> list[str]:
-    """[what varies, what a family shares], or the label alone."""
+    """Return [what varies, what a family shares], or the label alone."""
     return re.split(r"(?:, | \+ )(?!.*(?:, | \+ ))", label)
 
 
@@ -122,12 +123,12 @@ def _scatter(
         if label in places:
             families.setdefault(_family(label, learned), []).append(label)
     for number, labels in enumerate(families.values()):
-        found = [[result["perplexity"] for result in learned[label]] for label in labels]
+        perplexities = [[result["perplexity"] for result in learned[label]] for label in labels]
         x, y = (
             [statistics.median(places[label]) for label in labels],
-            [statistics.mean(perplexities) for perplexities in found],
+            [statistics.mean(of_seeds) for of_seeds in perplexities],
         )
-        across, up = _both_ends([places[label] for label in labels], x), _both_ends(found, y)
+        across, up = _both_ends([places[label] for label in labels], x), _both_ends(perplexities, y)
         begin = f"{_parts(labels[0])[0]} to " if len(labels) > 1 else ""
         marker = "osD^v"[number // len(COLORS) % 5]
         axes.errorbar(
@@ -145,9 +146,9 @@ def _scatter(
     axes.set_ylabel("perplexity (bars: range of seeds)")
 
 
-def _both_ends(found: list[list[float]], middles: list[float]) -> tuple[list[float], list[float]]:
-    """How far below and above their middles values reach."""
-    pairs = list(zip(found, middles, strict=True))
+def _both_ends(samples: list[list[float]], middles: list[float]) -> tuple[list[float], list[float]]:
+    """Return how far values reach below and above their middles."""
+    pairs = list(zip(samples, middles, strict=True))
     return [middle - min(values) for values, middle in pairs], [
         max(values) - middle for values, middle in pairs
     ]
@@ -156,15 +157,12 @@ def _both_ends(found: list[list[float]], middles: list[float]) -> tuple[list[flo
 def _ranges(
     learned: dict[str, list[dict[str, Any]]], key: str, factor: float = 1
 ) -> tuple[list[float], Any]:
-    """Means over seeds, and how far below and above them the seeds reach."""
-    found = [[factor * result[key] for result in results] for results in learned.values()]
-    means = [statistics.mean(values) for values in found]
-    return means, _both_ends(found, means)
+    """Return means over seeds, and how far the seeds reach below and above them."""
+    samples = [[factor * result[key] for result in results] for results in learned.values()]
+    means = [statistics.mean(values) for values in samples]
+    return means, _both_ends(samples, means)
 
 
 def ratios_to_first(times: dict[str, list[float]], first: str) -> dict[str, list[float]]:
-    """Of each model's times to the first one's in the same round."""
-    return {
-        label: [time / base for time, base in zip(of, times[first], strict=True)]
-        for label, of in times.items()
-    }
+    """Return the ratios of each model's times to the first one's in the same round."""
+    return {label: ratios(of, times[first]) for label, of in times.items()}

@@ -1,4 +1,4 @@
-"""The tables of an experiment with memories: perplexity, gain, usage and KL; times."""
+"""The tables of a study of memories: perplexity, gain, usage and KL; times."""
 
 import statistics
 from pathlib import Path
@@ -12,7 +12,7 @@ Rows = list[tuple[Point, dict[str, Any]]]
 
 
 def report(rows: Rows, folder: Path, name: str) -> str:
-    """Markdown; draws `name`.png."""
+    """Return the tables in Markdown, and draw `name`.png in the folder."""
     learned: dict[str, list[dict[str, Any]]] = {}
     published: dict[str, str] = {}
     for point, result in rows:
@@ -21,8 +21,8 @@ def report(rows: Rows, folder: Path, name: str) -> str:
             published[point["label"]] = point["published"]
     clocks = [(point, result) for point, result in rows if "clock" in point]
     first, *_ = learned
-    # The largest model without a table, of equally large ones the best: what else the parameters of
-    # memories could have been spent on.
+    # Compare with the largest model without a table as well, the best one of equally large ones:
+    # it is what the parameters of memories could have been spent on instead.
     plain = [label for label, results in learned.items() if not results[0]["table"]]
     largest = max(
         plain,
@@ -35,12 +35,12 @@ def report(rows: Rows, folder: Path, name: str) -> str:
     bases = list(dict.fromkeys((first, largest)))
     speed = clocks[0][1]["inference"] if clocks else {}
     made = learned[first][0]
-    own = [
+    other_rates = [
         f"; {label} {results[0]['table_lr']:g}"
         for label, results in learned.items()
         if results[0]["table_lr"] != made["table_lr"]
     ]
-    rates = f"{made['lr']:g} (dense) and {made['table_lr']:g} (tables{''.join(own)})"
+    rates = f"{made['lr']:g} (dense) and {made['table_lr']:g} (tables{''.join(other_rates)})"
     text = (
         f"{made['trained_tokens'] / 1e6:.1f} million tokens, learning rates {rates}; "
         f"{made['tokens']:,} held-out tokens.\n"
@@ -93,7 +93,7 @@ def report(rows: Rows, folder: Path, name: str) -> str:
 
 
 def _clock_table(point: Point, result: dict[str, Any]) -> str:
-    """Times and their ratios to the first model's, round by round."""
+    """Return a table of times and of their ratios to the first model's, round by round."""
     first, *_ = point["models"]
     text = (
         f"{point['title']}: us a token, medians of {point['clock']} interleaved rounds; "

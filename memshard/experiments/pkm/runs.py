@@ -1,4 +1,4 @@
-"""Runs of models with and without memory: what a model learns, and what a token costs."""
+"""Runs of models with and without memory: how well a model learns, and how long a token takes."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from memshard.experiments.common.clock import now
-from memshard.experiments.common.training_runs import finish, folder_of, prepare
+from memshard.experiments.common.training_runs import run_folder, set_up_run, train_to_end
 from memshard.experiments.pkm.layers import BUILDERS
 from memshard.io import atomic_write
 from memshard.models.memory.table import find_tables
@@ -26,28 +26,27 @@ _RESULT = "result.json"
 
 
 def run_point(point: dict[str, Any]) -> dict[str, Any]:
-    """A point with "clock" is a comparison of speed, any other a training run.
+    """Run a point: one with "clock" compares speeds, any other is a training run.
 
-    FileNotFoundError, with the command that builds it, without the data.
+    FileNotFoundError, with the command that builds the data, where there is none.
     """
     return time_models(point) if "clock" in point else learn(point)
 
 
 def learn(point: dict[str, Any]) -> dict[str, Any]:
-    """Train and evaluate a model, as a run of the trainer that resumes. Experiments that share it
-    run it once.
+    """Train a model with the trainer, which can resume, and return its evaluation.
 
-    point: recipe, a bundled name, with overrides; builder, one of BUILDERS. Of usage and KL the
-    mean over the tables.
+    Experiments that share a model train it once. point: recipe, a bundled name, with overrides;
+    builder, one of BUILDERS. Usage and KL are means over the tables.
     """
-    folder = folder_of(point, RUNS)
+    folder = run_folder(point, RUNS)
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / _RESULT
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             run = _set_up(point, folder)
-            finish(run)
+            train_to_end(run)
             with atomic_write(kept) as file:
                 file.write_text(json.dumps(_measured(run)))
             shutil.rmtree(folder / CHECKPOINTS)
@@ -75,14 +74,15 @@ def _measured(run: Run) -> dict[str, Any]:
 
 
 def time_models(point: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds a token of training steps and of inference, of all models in turn: kind -> model
-    -> one number a round.
+    """Time training steps and inference of all models in turn: return kind -> model ->
+    microseconds a token, a number a round.
 
     point: models, each as a point of `learn`; clock, the number of rounds; trained, which of them
-    also make training steps. As many rounds go before: the first builds kernels, and with seven
-    models the allocator took eight to settle (370 us a token, then 255). The models are fresh ones,
-    whose reads are spread over the whole table: no row is in a cache because it is popular.
-    Inference is a forward pass over a training micro-batch, in the precision of `memshard eval`.
+    also make training steps. As many rounds go before and do not count: the first builds kernels,
+    and with seven models the allocator took eight to settle (370 us a token, then 255). The models
+    are untrained, so that their reads are spread over the whole table: no row is in a cache because
+    it is popular. Inference is a forward pass over a training micro-batch, in the precision of
+    `memshard eval`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         runs = {
@@ -109,7 +109,7 @@ def time_models(point: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _inference(run: Run) -> float:
-    """Seconds a token."""
+    """Return the seconds a token takes in a forward pass."""
     rows = run.recipe.train.micro_batch or run.recipe.train.batch
     tokens = run.held_out.batch(0, min(rows, run.held_out.windows)).inputs.to(run.device)
     model = run.model.eval()
@@ -120,4 +120,6 @@ def _inference(run: Run) -> float:
 
 
 def _set_up(model: dict[str, Any], folder: Path) -> Run:
-    return prepare(model, folder, "TEXT --vocab 4096 --held-out 0.005", BUILDERS[model["builder"]])
+    return set_up_run(
+        model, folder, "TEXT --vocab 4096 --held-out 0.005", BUILDERS[model["builder"]]
+    )

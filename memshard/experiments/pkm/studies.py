@@ -14,11 +14,14 @@ from memshard.experiments.pkm.runs import run_point
 
 @dataclass(frozen=True)
 class Size:
-    """A scale. recipe, overrides: of a model of `layers` layers with one memory. depths: the
-    paper's 12, 16 and 24. keys: numbers of sub-keys compared; flat: those also compared with
-    flat keys; peer: overrides for PEER, whose two tables are then as large as the one. reads:
-    slots a token reads. steps: of training. seeds: of a study and of the headline. clock: rounds
-    of timing. wide: overrides of the headline's models for timing at the published width.
+    """The sizes of a scale.
+
+    recipe, overrides: a model of `layers` layers with one memory. depths: in place of the paper's
+    12, 16 and 24 layers. keys: numbers of sub-keys compared; flat: those also compared with flat
+    keys; peer: overrides for PEER, which make its two tables as large as the memory's one. reads:
+    slots a token reads. steps: training steps. seeds: number of seeds of a study and of the
+    headline. clock: rounds of timing. wide: overrides of the headline's models for timing at the
+    published width.
     """
 
     recipe: str
@@ -96,7 +99,7 @@ _SIZES: dict[Scale, Size] = {
 }
 
 Model = dict[str, Any]
-"""builder and overrides, on top of those of the scale; published, what the paper says of it."""
+"""builder and overrides, on top of those of the scale; published, the paper's figures for it."""
 
 
 def _model(*overrides: str, builder: str = "transformer", published: str = "") -> Model:
@@ -110,9 +113,9 @@ def _at(*layers: int) -> str:
     return f"model.memory.layers={list(layers)}"
 
 
-def _spread(layers: int, memories: int) -> str:
-    """Evenly, the last ones late: a single one of six layers in the fifth, the best place of the
-    paper.
+def _evenly(layers: int, memories: int) -> str:
+    """Spread memories evenly, with the last one late: a single one of six layers is in the fifth,
+    the paper's best place.
     """
     return _at(*(layers * (2 * number + 2) // (2 * memories + 1) for number in range(memories)))
 
@@ -148,7 +151,7 @@ def _headline(size: Size) -> dict[str, Model]:
 
 
 def _depth(size: Size) -> dict[str, Model]:
-    found = {}
+    models = {}
     for memories, published in enumerate(_BY_DEPTH):
         for number, layers in enumerate(size.depths):
             if memories < layers:
@@ -157,10 +160,10 @@ def _depth(size: Size) -> dict[str, Model]:
                     if number < len(published)
                     else ""
                 )
-                found[f"{layers} layers + {memories}"] = _model(
-                    f"model.layers={layers}", _spread(layers, memories), published=quoted
+                models[f"{layers} layers + {memories}"] = _model(
+                    f"model.layers={layers}", _evenly(layers, memories), published=quoted
                 )
-    return found
+    return models
 
 
 def _position(size: Size) -> dict[str, Model]:
@@ -206,7 +209,7 @@ def _flat(size: Size) -> dict[str, Model]:
 
 
 def _gates(size: Size) -> dict[str, Model]:
-    three = _spread(size.layers, 3)
+    three = _evenly(size.layers, 3)
     return {
         "none": _model(_NO_MEMORY),
         "softmax": _model(),
@@ -237,9 +240,9 @@ def _alternatives(size: Size) -> dict[str, Model]:
 def _points(
     models: Callable[[Size], dict[str, Model]], headline: bool, scale: Scale
 ) -> list[Point]:
-    """Training runs, seed by seed, and the comparisons of speed."""
+    """Return the training runs, seed by seed, and the comparisons of speed."""
     size = _SIZES[scale]
-    found = {
+    recipes = {
         label: {
             "recipe": size.recipe,
             "builder": model["builder"],
@@ -256,16 +259,21 @@ def _points(
             "published": published[label],
         }
         for seed in range(1, size.seeds[headline] + 1)
-        for label, model in found.items()
+        for label, model in recipes.items()
     ]
-    points.append({"clock": size.clock, "title": "Speed", "models": found, "trained": list(found)})
+    points.append(
+        {"clock": size.clock, "title": "Speed", "models": recipes, "trained": list(recipes)}
+    )
     if headline and size.wide:
         points.append(_wide_clock(size))
     return points
 
 
 def _wide_clock(size: Size) -> Point:
-    """Training steps of the deep model would take too much memory."""
+    """Return a comparison of speed at the published width.
+
+    Training steps of the deep model would take too much memory, so it only makes inferences.
+    """
     base = {"recipe": size.recipe, "builder": "transformer"}
     models = {
         "12 layers": {**base, "overrides": [*size.wide, _NO_MEMORY]},
@@ -289,7 +297,7 @@ def _study(
     hours: float,
     headline: bool = False,
 ) -> Experiment:
-    """hours: of scale small, if no other study has run models of it before."""
+    """Return a study. hours: processor time at scale small, if no other study shares its models."""
     return Experiment(
         what=what,
         points=partial(_points, models, headline),

@@ -1,8 +1,8 @@
 """Primer's parts one by one (So et al. 2021, section 4): which of them lower the loss of a small
 model of bytes, at equal parameters.
 
-The text is the source of Python's standard library, which lies on every machine; every tenth file
-is held out.
+The text is the source of Python's standard library, which every machine has; every tenth file is
+held out.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.clock import now
-from memshard.experiments.common.repeated import mean_deviation, median_range
+from memshard.experiments.common.repeated import mean_deviation, median_range, ratios
 from memshard.models.initialize import initialize
 from memshard.models.layers.linear import INIT_STD
 from memshard.models.transformer import Transformer
@@ -37,7 +37,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "Primer-EZ": ("primer-ez",),
     "Primer": ("primer",),
 }
-"""A recipe and what is changed in it."""
+"""The recipe of each model, and what is changed in it."""
 _CLAIMS = [
     ("vanilla", "GELU"),
     ("GELU", "squared ReLU"),
@@ -47,7 +47,7 @@ _CLAIMS = [
     ("MDHA", "Primer-EZ"),
     ("Transformer++", "Primer-EZ"),
 ]
-"""Worse, better."""
+"""Pairs (worse, better), as the paper orders them."""
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {
         "layers": 1,
@@ -88,13 +88,13 @@ _ROUNDS: dict[Scale, int] = {"smoke": 2, "small": 31, "full": 31}
 
 
 def run_point(point: dict[str, Any]) -> dict[str, Any]:
-    """A point with "clock" compares times, any other is a training."""
+    """Run a point: one with "clock" compares times, any other is a training run."""
     return time_arms(point) if "clock" in point else train(point)
 
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
-    """Train point["arm"]; returns the held-out loss in nats a byte, the number of parameters, and
-    the curve of (step, loss).
+    """Train the model point["arm"]; return its held-out loss in nats a byte, its number of
+    parameters, and the curve of (step, loss).
     """
     arm = _Arm(point, point["arm"])
     inside = torch.arange(point["length"] + 1)
@@ -115,8 +115,9 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def time_arms(point: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds a byte of training steps, of all arms in turn: arm -> one number a round, after
-    one that does not count.
+    """Time training steps of all arms in turn: return arm -> microseconds a byte, a number a round.
+
+    A round before the others does not count.
     """
     arms = {name: _Arm(point, name) for name in ARMS}
     spent: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -132,7 +133,7 @@ def time_arms(point: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Arm:
-    """A model in training. point: its sizes, steps and seed; name: of ARMS."""
+    """A model in training. point: its sizes, steps and seed; name: one of ARMS."""
 
     def __init__(self, point: dict[str, Any], name: str) -> None:
         dim = point["dim"]
@@ -159,8 +160,8 @@ class _Arm:
             for matrix in (
                 parameter for parameter in self.model.parameters() if parameter.ndim > 1
             ):
-                # N(0, 1 / inputs) as in the paper: at this width 0.02 leaves hidden layers so small
-                # that GELU is nearly linear.
+                # N(0, 1 / inputs) as in the paper: at this width a deviation of 0.02 leaves hidden
+                # activations so small that GELU is nearly linear.
                 matrix.mul_(matrix.shape[1] ** -0.5 / INIT_STD)
         train = TrainConfig(steps=point["steps"], precision="fp32", clip=1.0)
         self.training = build_for_training(
@@ -169,7 +170,7 @@ class _Arm:
         self.draw = torch.Generator().manual_seed(point["seed"])
 
     def step(self, number: int) -> None:
-        """Take a step on windows drawn at random."""
+        """Take a training step on windows drawn at random."""
         point, (text, _) = self.point, source_bytes()
         inside = torch.arange(point["length"] + 1)
         first = torch.randint(len(text) - len(inside), (point["batch"], 1), generator=self.draw)
@@ -184,8 +185,8 @@ class _Arm:
 
 @cache
 def source_bytes() -> tuple[Tensor, Tensor]:
-    """The bytes of the standard library's modules, packages left out, int64: to train on, and held
-    out.
+    """Return the bytes of the standard library's modules without its packages, int64: those to
+    train on, and those held out.
     """
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     held_out = files[::_HELD_OUT]
@@ -206,8 +207,8 @@ def _loss(model: Transformer, windows: Tensor) -> float:
 
 
 def reached(curve: list[Any], target: float) -> float | None:
-    """The step at which a curve of (step, loss), taken as its lowest loss so far, meets a loss;
-    None where it does not.
+    """Return the step at which a curve of (step, loss), taken as its lowest loss so far, reaches a
+    loss, interpolated between points; None where it does not.
     """
     place, lowest = 0.0, math.inf
     for step, loss in curve:
@@ -226,12 +227,12 @@ def _points(scale: Scale) -> list[Point]:
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_arm: dict[str, list[dict[str, Any]]] = {}
     for point, result in rows:
         if "clock" not in point:
-            found.setdefault(point["arm"], []).append(result)
+            by_arm.setdefault(point["arm"], []).append(result)
     clock, times = next(row for row in rows if "clock" in row[0])
-    seeds = len(found["vanilla"])
+    seeds = len(by_arm["vanilla"])
     text = (
         f"Bytes of Python's standard library, {clock['layers']} layers of width {clock['dim']}, "
         f"{clock['steps']:,} steps of "
@@ -243,39 +244,39 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         "| model | parameters | loss | gain | time of a step | faster, steps | faster, time "
         "|\n|---|---|---|---|---|---|---|\n"
     )
-    for arm, results in found.items():
+    for arm, results in by_arm.items():
         losses = [result["loss"] for result in results]
-        gains = [base["loss"] - loss for base, loss in zip(found["vanilla"], losses, strict=True)]
-        ratios = [time / base for time, base in zip(times[arm], times["vanilla"], strict=True)]
+        gains = [base["loss"] - loss for base, loss in zip(by_arm["vanilla"], losses, strict=True)]
+        slower = ratios(times[arm], times["vanilla"])
         cells = [
             arm,
             f"{results[0]['parameters']:,}",
             mean_deviation(losses, ".4f"),
             mean_deviation(gains, "+.4f") if arm != "vanilla" else "",
         ]
-        cells.append(median_range(ratios, ".2f"))
-        factor = _factor(found["vanilla"], results)
+        cells.append(median_range(slower, ".2f"))
+        factor = _factor(by_arm["vanilla"], results)
         cells += [
             f"{factor / ratio:.2f}" if factor else "not reached"
-            for ratio in (1.0, statistics.median(ratios))
+            for ratio in (1.0, statistics.median(slower))
         ]
         text += f"| {' | '.join(cells)} |\n"
     text += "\n| worse | better | seeds in which it is | mean difference |\n|---|---|---|---|\n"
     for worse, better in _CLAIMS:
         differences = [
-            a["loss"] - b["loss"] for a, b in zip(found[worse], found[better], strict=True)
+            a["loss"] - b["loss"] for a, b in zip(by_arm[worse], by_arm[better], strict=True)
         ]
         wins = sum(difference > 0 for difference in differences)
         text += (
             f"| {worse} | {better} | {wins} of {seeds} | {mean_deviation(differences, '+.4f')} |\n"
         )
-    _draw(found, folder / "parts.png")
+    _draw(by_arm, folder / "parts.png")
     return text + "\n![held-out loss by step](parts.png)\n"
 
 
 def _factor(vanilla: list[dict[str, Any]], results: list[dict[str, Any]]) -> float:
-    """How many times fewer steps reach the vanilla model's last loss, median of seeds; a seed that
-    does not reach it counts as 0.
+    """Return how many times fewer steps reach the vanilla model's last loss: the median over seeds,
+    where a seed that does not reach it counts as 0.
     """
     needed = [
         (base["curve"][-1][0], reached(result["curve"], base["loss"]))
@@ -284,29 +285,29 @@ def _factor(vanilla: list[dict[str, Any]], results: list[dict[str, Any]]) -> flo
     return statistics.median(total / taken if taken else 0.0 for total, taken in needed)
 
 
-def _draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
+def _draw(by_arm: dict[str, list[dict[str, Any]]], file: Path) -> None:
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
-    for color, (arm, results) in zip(COLORS, found.items(), strict=False):
+    for color, (arm, results) in zip(COLORS, by_arm.items(), strict=False):
         steps = [row[0] for row in results[0]["curve"]]
         losses = [[result["curve"][place][1] for result in results] for place in range(len(steps))]
         axes.plot(
             steps,
-            [statistics.mean(found) for found in losses],
+            [statistics.mean(of_seeds) for of_seeds in losses],
             color=color,
             linewidth=1.8,
             label=arm,
         )
         axes.fill_between(
             steps,
-            [min(found) for found in losses],
-            [max(found) for found in losses],
+            [min(of_seeds) for of_seeds in losses],
+            [max(of_seeds) for of_seeds in losses],
             color=color,
             alpha=0.12,
             linewidth=0,
         )
-    last = [result["loss"] for results in found.values() for result in results]
+    last = [result["loss"] for results in by_arm.values() for result in results]
     axes.set_ylim(min(last) - 0.05, max(last) + 0.6)
     axes.set_xlabel("steps")
     axes.set_ylabel("held-out loss, nats a byte (bands: range of seeds)")

@@ -1,0 +1,1 @@
+"""Reformer (Kitaev et al. 2020): attention by locality-sensitive hashing on long sequences."""

@@ -1,5 +1,5 @@
-"""Copying 0w0w (Kitaev et al. 2020, section 5 and table 2): what a model trained with some rounds
-of LSH does with others.
+"""Copying 0w0w (Kitaev et al. 2020, section 5 and table 2): how well a model trained with some
+rounds of LSH copies with other numbers of rounds.
 """
 
 from pathlib import Path
@@ -38,16 +38,16 @@ _SIZES: dict[Scale, dict[str, Any]] = {
 }
 
 
-def draw(words: int, batch: int, random: torch.Generator) -> Tensor:
-    """[batch, 2 words + 2] int64: 0w0w, w of the symbols 1 to 127."""
+def sample_copies(words: int, batch: int, random: torch.Generator) -> Tensor:
+    """Draw sequences 0w0w, [batch, 2 words + 2] int64, with w of the symbols 1 to 127."""
     w = torch.randint(1, _SYMBOLS + 1, (batch, words), generator=random)
     return F.pad(w, (1, 0)).repeat(1, 2)
 
 
 def train(point: dict[str, Any]) -> dict[str, Any]:
-    """Train one layer with the attention point["attention"]; returns the percentage of the second
-    half's symbols that it predicts with each kind of attention: "full", or LSH with as many
-    rounds.
+    """Train one layer with the attention point["attention"], and return the percentage of the
+    second half's symbols that it predicts with each kind of attention: "full", or LSH with that
+    many rounds.
     """
     words, heads = point["words"], point["heads"]
     config = ModelConfig(
@@ -63,8 +63,8 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     initialize(model, point["seed"])
     with torch.no_grad():
         for name in ("embedding", "positions"):
-            # What a token looks for depends on its position alone, which normalised input must
-            # show.
+            # What a token looks for depends on its position alone: positions start as large as
+            # the embedding, or they would hardly show in the normalised input.
             model.get_submodule(name).weight.normal_(  # type: ignore[operator]
                 generator=torch.Generator().manual_seed(point["seed"])
             )
@@ -85,7 +85,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     attend(model, point["attention"], point)
     curve = []
     for step in range(point["steps"]):
-        tokens = draw(words, point["batch"], random)
+        tokens = sample_copies(words, point["batch"], random)
         outcome = training_step(training, [tokens], loss, step)
         if (step + 1) % 100 == 0:
             curve.append((step + 1, outcome.loss))
@@ -93,8 +93,8 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def attend(model: Transformer, kind: str, point: dict[str, Any]) -> None:
-    """Set the attention: LSH with so many rounds, or "full": all earlier tokens, with the same
-    shared queries and keys.
+    """Set the model's attention: LSH with int(kind) rounds, or "full", all earlier tokens with the
+    same shared queries and keys.
     """
     mixer = model.blocks[0].mixer
     assert isinstance(mixer, LSHMixer)
@@ -107,7 +107,7 @@ def attend(model: Transformer, kind: str, point: dict[str, Any]) -> None:
 @torch.no_grad()
 def _accuracy(model: Transformer, kind: str, point: dict[str, Any]) -> float:
     attend(model.eval(), kind, point)
-    tokens = draw(point["words"], 256, torch.Generator().manual_seed(1_000_003))
+    tokens = sample_copies(point["words"], 256, torch.Generator().manual_seed(1_000_003))
     right = model(tokens[:, :-1])[0].argmax(-1) == tokens[:, 1:]
     model.train()
     return 100 * float(right[:, point["words"] + 1 :].double().mean())
@@ -126,19 +126,19 @@ def _points(scale: Scale) -> list[Point]:
 
 
 def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_training: dict[str, list[dict[str, Any]]] = {}
     for point, result in rows:
-        found.setdefault(point["attention"], []).append(result)
+        by_training.setdefault(point["attention"], []).append(result)
     steps = {point["attention"]: point["steps"] for point, _ in rows}
     text = (
         "Percentage of the second half predicted, in brackets the published one (length 1024, "
         "150,000 steps); here length "
     )
     text += f"{2 * point['words'] + 2}, batches of {point['batch']}, width {point['dim']}, "
-    text += f"chunk {point['chunk']}; {seeds(len(found['full']))}.\n\n"
+    text += f"chunk {point['chunk']}; {seeds(len(by_training['full']))}.\n\n"
     text += f"| trained with | steps | {' | '.join(map(_name, _EVALUATED))} |\n"
     text += f"|---|---|{'---|' * len(_EVALUATED)}\n"
-    for kind, results in found.items():
+    for kind, results in by_training.items():
         cells = [
             f"{mean_deviation([result[other] for result in results], '.1f')} ({published:g})"
             for other, published in zip(_EVALUATED, _PUBLISHED[kind], strict=True)
@@ -147,7 +147,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     rounds = [int(other) for other in reversed(_EVALUATED) if other != "full"]
     copied = {
         f"trained with {_name(kind)}": {n: [result[str(n)] for result in results] for n in rounds}
-        for kind, results in found.items()
+        for kind, results in by_training.items()
     }
     published = {
         f"trained with {_name(kind)}": dict(zip(reversed(rounds), of[1:], strict=True))

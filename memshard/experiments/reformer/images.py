@@ -15,7 +15,7 @@ from memshard.data_pipeline.stream.records import HeldOutRecords, RecordStream
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.clock import now
 from memshard.experiments.common.repeated import mean_deviation, median_range, seeds
-from memshard.experiments.common.training_runs import finish
+from memshard.experiments.common.training_runs import train_to_end
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.decode.generate import generate
 from memshard.models.transformer import Transformer
@@ -43,14 +43,14 @@ _SIZES: dict[Scale, dict[str, Any]] = {
 }
 _SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (1,), "small": (1, 2), "full": (1,)}
 _TURNS = 3
-"""Of decoding with cached states and without."""
+"""Turns of decoding with cached states and without."""
 
 
 def complete(point: dict[str, Any]) -> dict[str, Any]:
-    """Train on the data folder point["data"], as a run of the trainer in point["run"] that resumes;
+    """Train on the data folder point["data"] with the trainer, which can resume in point["run"];
     then measure and complete images.
 
-    FileNotFoundError, with the command that builds it, without the data.
+    FileNotFoundError, with the command that builds the data, where there is none.
     """
     if not Path(point["data"], INDEX_FILE).exists():
         raise FileNotFoundError(
@@ -64,37 +64,9 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
         )
     values = math.prod(index.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mixer = MixerConfig(
-        pattern=tuple(point["pattern"]),
-        heads=point["heads"],
-        window=point["window"],
-        chunk=point["chunk"],
-        rounds=point["rounds"],
-    )
-    steps = point["steps"]
-    recipe = Recipe(
-        data=DataConfig(path=point["data"], length=values),
-        model=ModelConfig(
-            layers=point["layers"],
-            dim=point["dim"],
-            mixer=mixer,
-            position="axial",
-            axial=index.shape,
-            residual="reversible",
-            tie_head=False,
-        ),
-        train=TrainConfig(
-            steps=steps,
-            batch=point["batch"],
-            seed=point["seed"],
-            eval_every=0,
-            log_every=50,
-            save_every=200,
-        ),
-        optimizer=OptimizerConfig(lr=point["lr"], warmup=min(200, steps // 2)),
-    )
-    run = set_up(recipe, Path(point["run"], f"seed-{point['seed']}"), device)
-    finish(run)
+    folder = Path(point["run"], f"seed-{point['seed']}")
+    run = set_up(_recipe(point, index.shape), folder, device)
+    train_to_end(run)
     evaluation = evaluate_run(run)
     held_out = HeldOutRecords(point["data"], values)
     shown = min(_SHOWN, held_out.windows)
@@ -130,9 +102,42 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _recipe(point: dict[str, Any], shape: tuple[int, int, int]) -> Recipe:
+    """Return the recipe of a point for images of [height, width, channels]."""
+    mixer = MixerConfig(
+        pattern=tuple(point["pattern"]),
+        heads=point["heads"],
+        window=point["window"],
+        chunk=point["chunk"],
+        rounds=point["rounds"],
+    )
+    steps = point["steps"]
+    return Recipe(
+        data=DataConfig(path=point["data"], length=math.prod(shape)),
+        model=ModelConfig(
+            layers=point["layers"],
+            dim=point["dim"],
+            mixer=mixer,
+            position="axial",
+            axial=shape,
+            residual="reversible",
+            tie_head=False,
+        ),
+        train=TrainConfig(
+            steps=steps,
+            batch=point["batch"],
+            seed=point["seed"],
+            eval_every=0,
+            log_every=50,
+            save_every=200,
+        ),
+        optimizer=OptimizerConfig(lr=point["lr"], warmup=min(200, steps // 2)),
+    )
+
+
 def channel_bits(data: str, shape: tuple[int, int, int]) -> float:
-    """Bits a value of the held-out images under the training images' frequencies of values in each
-    channel (add-one).
+    """Return the bits a value of the held-out images takes under the training images' frequencies
+    of values in each channel, with one added to each count.
     """
     values, channels = math.prod(shape), shape[2]
     stream = RecordStream(data, values, size=1, seed=0)
@@ -152,13 +157,13 @@ def channel_bits(data: str, shape: tuple[int, int, int]) -> float:
 
 
 def _images(batch: Any, values: int) -> np.ndarray:
-    found: np.ndarray = torch.cat((batch.inputs[:, :1], batch.targets), 1)[:, :values].numpy()
-    return found
+    images: np.ndarray = torch.cat((batch.inputs[:, :1], batch.targets), 1)[:, :values].numpy()
+    return images
 
 
 @torch.no_grad()
 def _uncached_rate(model: Transformer, images: Tensor, half: int, tokens: int = 4) -> float:
-    """Tokens/s where every new token takes a forward pass of all before it."""
+    """Return tokens/s where every new token takes a forward pass over all before it."""
     begun = now(images.device)
     for length in range(half, half + tokens):
         model(images[:, :length])
@@ -194,7 +199,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
 
 
 def draw_grid(result: dict[str, Any], file: Path) -> None:
-    """Held-out images in columns: whole, what was given, what the model made of it."""
+    """Draw held-out images in columns: whole, the given upper half, the model's completion."""
     shape = result["shape"]
     images, completed = (
         np.array(result[name], dtype=np.uint8).reshape(-1, *shape)

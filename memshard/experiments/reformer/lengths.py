@@ -26,11 +26,11 @@ _SIZES: dict[Scale, dict[str, Any]] = {
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of processor time of a layer's forward and backward: kind ("full" or "LSH-r") ->
-    length -> one number a round.
+    """Time a layer's forward and backward: return kind ("full" or "LSH-r") -> length -> seconds of
+    processor time (on a GPU, of the device), a number a round.
 
-    Every kind at every length in turn. One layer of two heads, width 128, chunks of 64. On a GPU
-    seconds of the device.
+    Every kind at every length takes its turn in a round. One layer of two heads, width 128, chunks
+    of 64.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers: dict[str, torch.nn.Module] = {"full": SoftmaxMixer(128, 2)}
