@@ -7,6 +7,7 @@ import pytest
 
 from memshard.experiments.common import catalogue
 from memshard.experiments.pkm import runs
+from memshard.experiments.pkm.picture import _family
 from memshard.experiments.pkm.report import report
 from tests.trainer.conftest import data  # noqa: F401
 
@@ -106,3 +107,25 @@ def test_the_report_pairs_seeds_and_rounds(tmp_path: Path) -> None:
         and "| memory |  |  | 3 | 1.50 (1.00 to 2.00) |" in text
     )
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_what_shares_the_last_part_of_its_name_is_one_line() -> None:
+    labels = [
+        "none",
+        "6 layers + 1",
+        "8 layers + 1",
+        "8 slots, no norm",
+        "16 slots, no norm",
+        "Memory+",
+        "3 layers, one table, Memory+",
+    ]
+    families = [_family(label, labels) for label in labels]
+    assert families == [
+        "none",
+        "1",
+        "1",
+        "no norm",
+        "no norm",
+        "Memory+",
+        "3 layers, one table, Memory+",
+    ]

@@ -6,7 +6,7 @@ from memshard.experiments.common import catalogue
 from memshard.experiments.common.gallery import write_gallery
 from memshard.experiments.common.run import SUMMARY_FILE, reproduce
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_the_page_is_what_the_results_make_it(tmp_path: Path) -> None:
