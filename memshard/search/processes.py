@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Worker processes that end with the process that started them."""
 
 import multiprocessing
 import os
@@ -6,8 +6,9 @@ import threading
 
 
 def end_with_parent() -> None:
-    """End this process, whatever it does, when its parent is gone: a killed parent cannot stop its
-    workers, which would go on for hours.
+    """Watch the parent from a thread, and end this process when the parent is gone.
+
+    A killed parent cannot stop its workers, which would go on for hours.
     """
     threading.Thread(target=_wait, daemon=True).start()
 

@@ -44,7 +44,7 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
     """
     draw = random.Random(f"{task.seed}/{task.id}")
     time.sleep(PAUSE * draw.random())
-    if task.do == "draw":
+    if task.do == "propose":
         number = 0.0 if task.dna is None else task.dna["number"] + draw.gauss(-1, 1)
         mutation = "" if task.dna is None else "move"
         if mutation and draw.random() < 0.1:

@@ -76,7 +76,7 @@ def test_strangers_among_the_states_are_removed(tmp_path: Path) -> None:
 
 def test_a_program_that_hangs_ends_as_timeout(tmp_path: Path) -> None:
     def work(task: Task) -> Iterable[Event]:
-        if task.do == "draw" or task.id < 4:
+        if task.do == "propose" or task.id < 4:
             return landscape.work(task)
         return [lost(task, "gone", silent=task.id % 2 == 0)]
 

@@ -1,4 +1,4 @@
-"""`memshard reproduce`: a paper's experiment, run again."""
+"""`memshard reproduce`: run a paper's experiment again."""
 
 import argparse
 import os
@@ -34,18 +34,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """List, or run what is missing and write the report."""
+    """List the experiments, or run what is missing of one and write its report."""
     if args.list:
-        found = {name: catalogue.find(name) for name in catalogue.names()}
+        experiments = {name: catalogue.find(name) for name in catalogue.names()}
         if not args.json:
-            for name, experiment in found.items():
+            for name, experiment in experiments.items():
                 hours = ", ".join(
                     f"{scale} {experiment.hours[scale]:g}" for scale in catalogue.SCALES
                 )
                 print(f"{name}\n    {experiment.what}\n    hours of one core: {hours}")
         return {
             name: {"what": experiment.what, "hours": experiment.hours}
-            for name, experiment in found.items()
+            for name, experiment in experiments.items()
         }
     if args.name is None:
         raise UsageError("name an experiment (memshard reproduce --list shows them)")

@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     run.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="workers of a Ray cluster that sees text and DIR, too; local starts one here",
+        help="workers of a Ray cluster that also sees text and DIR; local starts one here",
     )
     run.add_argument(
         "--explain", action="store_true", help="print all settings, their defaults and meaning"
@@ -64,13 +64,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="JSON file to write, for model.program",
     )
     compiled.add_argument(
-        "--source", type=Path, metavar="FILE", help="write the block as torch code, too"
+        "--source", type=Path, metavar="FILE", help="also write the block as torch code"
     )
     compiled.set_defaults(run=run_compile)
 
 
 def run_search(args: argparse.Namespace) -> dict[str, Any]:
-    """Run, then report."""
+    """Run a search, or go on with one, then report."""
     if args.explain:
         from memshard.search.evolve.settings import Settings
         from memshard.trainer.config.explain import walk
@@ -101,9 +101,9 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
         )
 
         def workers() -> Any:
-            found = _workers(args, settings)
-            setup.close()  # the work begins
-            return found
+            started = _workers(args, settings)
+            setup.close()  # errors from here on are not the user's
+            return started
 
         try:
             search(Path(args.folder), settings, workers)
@@ -130,7 +130,7 @@ def _workers(args: argparse.Namespace, settings: Any) -> Any:
 
 
 def run_report(args: argparse.Namespace) -> dict[str, Any]:
-    """Write and print."""
+    """Write and print the report."""
     with usage_errors():
         from memshard.search.evolve.report import REPORT_FILE, report
         from memshard.search.evolve.run import load
@@ -143,7 +143,7 @@ def run_report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_compile(args: argparse.Namespace) -> dict[str, Any]:
-    """Write a program, and say what it can do."""
+    """Write a program, and print what it can do."""
     with usage_errors():
         from memshard.search.dna.at_width import at_width
 

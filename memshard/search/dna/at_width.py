@@ -1,4 +1,4 @@
-"""A DNA as the block of a model of a given width, proved again at that width."""
+"""Compile a DNA to the block of a model of a given width, checking it again at that width."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,17 @@ from memshard.search.dna.graph import TooLong, graph
 from memshard.search.dna.shapes import WrongShape, lower
 from memshard.search.dna.source import source
 
-_HEADS = 8  # of golden programs
-_CHUNKS = [1, 4, 1, 1, 2]
+_HEADS = 8  # heads of golden programs
+_SEGMENTS = [1, 4, 1, 1, 2]
 _TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class Block:
-    """program: text for `model.program`. source: torch code. parameters: of a block. uncached: why
-    it cannot generate, None if it can.
+    """A block of a given width.
+
+    program: text for `model.program`. source: torch code. parameters: number of its parameters.
+    uncached: why it cannot generate, None if it can.
     """
 
     program: str
@@ -37,9 +39,9 @@ class Block:
 def at_width(path: Path | str, dim: int) -> Block:
     """Compile the DNA of a file, or a golden one by its name, to a stream of `dim` channels.
 
-    ValueError, with the file and the reason, where that cannot be, and where a program of this
-    width sees later tokens, depends on the length of its text, or generates otherwise than it
-    reads.
+    ValueError, with the file and the reason, where that is impossible, and where a program of this
+    width sees later tokens, depends on the length of its text, or computes something else with a
+    cache than without.
     """
     dna = golden(str(path), max(1, dim // _HEADS)) if path in NAMES else load(path)
     stream = dna["dims"][0]
@@ -68,20 +70,20 @@ def at_width(path: Path | str, dim: int) -> Block:
 
 @torch.no_grad()
 def _decoding_error(program: Program) -> float:
-    """Largest difference, relative above 1, between a text read at once and in pieces with a cache,
-    in fp64.
+    """Return the largest difference between reading a text at once and in segments with a cache, in
+    fp64, relative to the largest output if that is above 1.
     """
     mixer = ProgramMixer(program).double()
     x = torch.randn(
         1,
-        sum(_CHUNKS),
+        sum(_SEGMENTS),
         program.width,
         dtype=torch.float64,
         generator=torch.Generator().manual_seed(0),
     )
     whole, _ = mixer(x, Context.of(x[..., 0]))
     state, parts = mixer.init_state(1, x.shape[1]), []
-    for piece in x.split(_CHUNKS, dim=1):
-        part, state = mixer(piece, Context.of(piece[..., 0]), state)
+    for segment in x.split(_SEGMENTS, dim=1):
+        part, state = mixer(segment, Context.of(segment[..., 0]), state)
         parts.append(part)
     return float((torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max().clamp(min=1))

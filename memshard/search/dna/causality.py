@@ -1,5 +1,5 @@
-"""Does a program see the future? Rules that explain a leak, and a perturbation test that needs no
-rules.
+"""Check that a program does not see the future: by rules that explain a leak, and by a perturbation
+test that needs no rules.
 """
 
 from enum import Enum
@@ -18,7 +18,7 @@ _TOLERANCE = 1e-9
 
 
 class Scores(Enum):
-    """What stands above the diagonal of scores, where a row would see later positions."""
+    """What is above the diagonal of scores, where a row would see later positions."""
 
     FUTURE = "what depends on later positions"
     FILLED = "numbers that do not depend on later positions"
@@ -26,8 +26,10 @@ class Scores(Enum):
 
 
 def explained(program: Program) -> Rejected | None:
-    """The first call that lets a position depend on later ones, or on the length of the text. None
-    proves that there is none.
+    """Return the first call that lets a position depend on later ones, or on the length of the
+    text.
+
+    None proves that there is none.
     """
     scores: dict[int, Scores] = {}
     for number, node in program.values():
@@ -71,7 +73,7 @@ def _problem(node: Node, kinds: list[Scores | None]) -> tuple[str, str] | None:
 
 
 def _above(node: Node, kinds: list[Scores | None]) -> Scores:
-    """What a call that makes scores leaves above the diagonal."""
+    """Return what a call that makes scores leaves above the diagonal."""
     first, second = kinds[0], kinds[-1]
     if node.op == "MASK":
         return Scores.ZERO
@@ -113,19 +115,19 @@ def _keeps_zero(node: Node) -> bool:
 
 def perturbed(program: Program, seed: int = 0) -> Rejected | None:
     """Run the program on changed futures and on the beginning of a text, in fp64 with random
-    parameters.
+    parameters, and return what is wrong.
 
-    Gradients would not do: the sign of an unmasked score leaks with gradient 0. None where outputs
-    are finite, agree up to the first change to 1e-9 of their size, and those of 4 positions are the
-    first 4 of 9.
+    None where outputs are finite, agree up to the first change to 1e-9 of their size, and those of
+    4 positions are the first 4 of 9. Looking at gradients instead would miss leaks: the sign of an
+    unmasked score leaks with gradient 0.
     """
     random = torch.Generator().manual_seed(seed)
     mixer = ProgramMixer(program).double()
     with torch.no_grad():
         for weight in mixer.parameters():
-            spread = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5
+            deviation = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5
             weight.copy_(
-                torch.randn(weight.shape, generator=random, dtype=weight.dtype) * spread
+                torch.randn(weight.shape, generator=random, dtype=weight.dtype) * deviation
                 + (1.0 if weight.ndim == 1 else 0.0)
             )
         x = torch.randn(1, LENGTH, program.width, generator=random, dtype=torch.float64)

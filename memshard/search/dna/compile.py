@@ -1,4 +1,4 @@
-"""From a DNA to a model, or to the reason why there is none."""
+"""Compile a DNA to a model, or to the reason why it cannot be one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ _TRIAL_UNIT, _TRIAL_LENGTH, _TRIAL_VOCABULARY, _TRIAL_STEPS = 2, 12, 17, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a search gives all its candidates, whatever their program.
+    """The sizes that all candidates of a search share.
 
     vocab: tokens of the vocabulary. length: tokens of a sequence. parameters: fewest and most
-    numbers that a model may learn, its embedding (which is its head, too) included. layers: how
-    often the block is stacked. Positions enter as sinusoids.
+    parameters of a model, with its embedding (which is also its head). layers: how often the block
+    is stacked. Positions enter as sinusoids.
     """
 
     vocab: int
@@ -42,10 +42,10 @@ class Shape:
 class Compiled:
     """A DNA that may be trained.
 
-    hash: of its graph, equal for DNAs that compute the same. parameters: of the model. source: the
-    block as readable torch code. build: from a seed to the model, tokens int64 [batch, length] ->
-    logits [batch, length, vocabulary]. config: of the same model in a recipe. unit: channels of
-    relative width 1.
+    hash: hash of its graph, equal for DNAs that compute the same. parameters: number of parameters
+    of the model. source: the block as readable torch code. build: makes the model from a seed;
+    it maps tokens int64 [batch, length] to logits [batch, length, vocabulary]. config: the same
+    model in a recipe. unit: channels of relative width 1.
     """
 
     hash: str
@@ -64,29 +64,29 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [batch, length] int64; returns [batch, length, vocabulary]."""
+        """Return logits [batch, length, vocabulary]. tokens: [batch, length] int64."""
         logits: Tensor = self.model(tokens)[0]
         return logits
 
 
 def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
-    """Check a DNA step by step, from the cheapest to the dearest, and give it the unit that brings
-    it into the band of parameters.
+    """Check a DNA, the cheapest checks first, and choose the unit that brings it into the band of
+    parameters.
     """
     if problem := invalid(dna):
         return Rejected("invalid", problem)
     try:
-        drawn = graph(dna)
-        if not drawn.operations:
+        canonical = graph(dna)
+        if not canonical.operations:
             return Rejected("invalid", "the block does nothing: its output is its input")
-        trial = lower(drawn, _TRIAL_UNIT)
-        unit = unit_in_band(partial(_parameters, drawn, shape), shape.parameters)
+        trial = lower(canonical, _TRIAL_UNIT)
+        unit = unit_in_band(partial(_parameters, canonical, shape), shape.parameters)
         if unit is None:
             return Rejected(
                 "band",
                 f"no width has {shape.parameters[0]:,} to {shape.parameters[1]:,} parameters",
             )
-        program = lower(drawn, unit)
+        program = lower(canonical, unit)
     except TooLong:
         return Rejected("invalid", "its calls, inlined, are more than a block may have")
     except WrongShape as wrong:
@@ -106,11 +106,13 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
         return Rejected("band", f"{parameters:,} parameters at the nearest width; {allowed}")
     if rejected := explained(trial) or perturbed(narrow) or _diverges(narrow):
         return rejected
-    return Compiled(drawn.hash, parameters, source(fused), partial(_build, config), config, unit)
+    return Compiled(
+        canonical.hash, parameters, source(fused), partial(_build, config), config, unit
+    )
 
 
-def _parameters(drawn: Graph, shape: Shape, unit: int) -> int:
-    return _count(lower(drawn, unit), shape)
+def _parameters(canonical: Graph, shape: Shape, unit: int) -> int:
+    return _count(lower(canonical, unit), shape)
 
 
 def _count(program: Program, shape: Shape) -> int:
@@ -127,7 +129,7 @@ def _build(config: ModelConfig, seed: int) -> nn.Module:
 
 
 def _diverges(program: Program) -> Rejected | None:
-    """Three steps of a narrow model: a program that cannot take them will not train."""
+    """Take three steps of a narrow model: a program that cannot take them will not train."""
     config = ModelConfig(
         vocab_size=_TRIAL_VOCABULARY,
         layers=1,

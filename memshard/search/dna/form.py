@@ -1,16 +1,17 @@
 """The DNA of a decoder block, as plain JSON (So et al. 2021, "Primer").
 
     {"version": 1,
-     "subprograms": [[instruction, ...], ...],        subprogram 0 is the block; i may only call j >
-     i "constants": [0.0, 0.125],                       bank of constants "dims": [8, 1, 32, 4, 16,
-     2]}                    bank of relative widths; dims[0] is the residual stream's
+     "subprograms": [[instruction, ...], ...],  subprogram 0 is the block; i may only call j > i
+     "constants": [0.0, 0.125],                 bank of constants
+     "dims": [8, 1, 32, 4, 16, 2]}              bank of relative widths; dims[0]: residual stream
 
     {"op": "CONV_1X1" or {"sub": 3}, "in": [0, 1], "const": 0, "dim": 2, "branch": 8}
 
 A subprogram's inputs are its states 0 and 1, instruction k makes state k + 2, and the last state is
-its output. Constants and widths are numbers of bank entries, so many instructions change together.
-Every instruction has all fields; those its operation does not use change silently. `branch` runs
-the instruction so many times, each with parameters of its own, and sets the results side by side.
+its output. An instruction refers to constants and widths by their place in a bank, so that many
+instructions change together. Every instruction has all fields; those its operation does not use can
+change without effect. `branch` runs the instruction that many times, with separate parameters, and
+puts the results side by side.
 """
 
 import json
@@ -32,7 +33,7 @@ OPERATIONS = tuple(PRIMITIVES)
 
 
 def load(path: Path | str) -> Dna:
-    """Read a DNA from a JSON file. ValueError if it is none."""
+    """Read a DNA from a JSON file. ValueError if the file has none."""
     try:
         dna = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -55,7 +56,7 @@ def save(dna: Dna, path: Path | str) -> None:
 
 
 def invalid(dna: Any) -> str | None:
-    """What is wrong with the form of a DNA, or None."""
+    """Return what is wrong with the form of a DNA, or None."""
     if not isinstance(dna, dict) or set(dna) != {"version", "subprograms", "constants", "dims"}:
         return "expected an object with version, subprograms, constants and dims"
     if dna["version"] != VERSION:

@@ -1,5 +1,5 @@
-"""Finds in a program what has a faster form: softmax attention, exp(s) masked and divided by its
-sum, and the squared ReLU.
+"""Replace parts of a program that have a faster form: softmax attention, that is exp(s) masked and
+divided by its sum, and the squared ReLU.
 """
 
 from collections import Counter
@@ -8,12 +8,12 @@ from memshard.models.program.program import Node, Program
 
 
 def fuse(program: Program) -> Program:
-    """The same program with every (mask(exp(c q k^T)) / its row sums) v, and every max(x, 0)^2, as
-    one node.
+    """Return the same program with every (mask(exp(c q k^T)) / its row sums) v, and every
+    max(x, 0)^2, as one node.
     """
     uses = Counter(value for node in program.nodes for value in node.inputs)
     nodes: dict[int, Node] = dict(program.values())
-    found = {}
+    faster = {}
     for number, node in nodes.items():
         fused = (
             _attention(nodes, uses, node)
@@ -23,8 +23,8 @@ def fuse(program: Program) -> Program:
             else None
         )
         if fused is not None:
-            found[number] = fused
-    return _without_dead(program, {**nodes, **found}) if found else program
+            faster[number] = fused
+    return _without_dead(program, {**nodes, **faster}) if faster else program
 
 
 def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Node | None:

@@ -1,4 +1,4 @@
-"""The DNAs of known models: where a search starts, and what compiling is tested with."""
+"""The DNAs of known models: a search starts from one, and tests of compiling use them."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ _ZERO, _SCORE_SCALE = 0, 1
 
 
 def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
-    """The DNA of "transformer", "transformer-pp", "primer-ez" or "primer".
+    """Return the DNA of "transformer", "transformer-pp", "primer-ez" or "primer".
 
     Eight heads of relative width 1, a stream of 8 and a hidden layer of 32. head_width: channels of
-    a head once compiled, of which the scale of scores is the inverse root; other widths only start
-    from scores on another scale. Primer-EZ is two inserts from the Transformer. Transformer++ has
-    RMS norm and a SwiGLU of relative width 24, which is what the vocabulary of widths has nearest
-    to 8/3 of the stream. Primer computes a head's queries from its keys, has Primer's norm, and it
-    after the feedforward.
+    a head once compiled; scores are scaled by its inverse root, and at other widths they only start
+    on another scale. Primer-EZ is two inserts from the Transformer. Transformer++ has RMS norm and
+    a SwiGLU of relative width 24, the nearest width in the vocabulary to 8/3 of the stream. Primer
+    computes a head's queries from its keys, and has Primer's norm, which it puts after the
+    feedforward.
     """
     if name not in NAMES:
         raise ValueError(f"no DNA is called {name!r}; there are {', '.join(NAMES)}")
@@ -72,7 +72,7 @@ def _line(op: str, first: int, second: int = 0, **fields: Any) -> Instruction:
 
 
 def _transformer() -> dict[str, list[Instruction]]:
-    """Cut along concepts, as the paper does, so that a mutation changes all that share one."""
+    """Return subprograms cut along concepts, as in the paper: a mutation changes all uses of one."""
     return {
         "main": [
             _line("norm", 0),

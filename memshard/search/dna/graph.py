@@ -1,5 +1,5 @@
-"""From a DNA to its graph: calls inlined, dead code gone, one form for what computes the same, and
-its hash.
+"""The canonical graph of a DNA: calls inlined, dead code removed, one form for equal computations,
+and its hash.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ _IDEMPOTENT = frozenset({"ABS", "SIGN", "MASK", "MAX", "MIN"})
 
 @dataclass(frozen=True)
 class Operation:
-    """A primitive of a graph, or "JOIN" of the branches of a call. Value 0 is the block's input, k
-    + 1 what operation k makes.
+    """A primitive of a graph, or "JOIN" of the branches of a call.
 
-    argument: the constant of C_MUL, MAX and MIN, the relative width of convolutions, the number of
-    branches of JOIN. branches: the call that it is in runs in so many branches at once, outermost
-    first; what learns nothing and sees no branch is computed once for all.
+    inputs: value 0 is the block's input, value k + 1 the result of operation k. argument: the
+    constant of C_MUL, MAX and MIN, the relative width of convolutions, the number of branches of
+    JOIN. branches: numbers of branches in which the enclosing calls run, outermost first; an
+    operation without parameters whose inputs are in no branch is computed once for all.
     """
 
     op: str
@@ -32,20 +32,20 @@ class Operation:
 
 @dataclass(frozen=True)
 class Graph:
-    """Operations in order of need, the output last. stream: relative width of the input and the
+    """Operations, each after its inputs and the output last. stream: relative width of input and
     output.
     """
 
     stream: int
     operations: tuple[Operation, ...]
     digests: tuple[str, ...]
-    """Of each operation, what it computes as a hash: equal for equal computations, up to which
-    parameters they use.
+    """For each operation a hash of what it computes: equal for computations that differ at most in
+    which parameters they use.
     """
 
     @property
     def hash(self) -> str:
-        """Equal for DNAs that compute the same, however they are written."""
+        """A hash that is equal for DNAs that compute the same, however they are written."""
         entries = [
             [entry.op, entry.inputs, entry.argument, entry.branches] for entry in self.operations
         ]
@@ -53,18 +53,18 @@ class Graph:
 
 
 class TooLong(Exception):
-    """A DNA whose calls, inlined, pass MOST_NODES."""
+    """Raised for a DNA that has more than MOST_NODES operations once its calls are inlined."""
 
 
 def graph(dna: Dna) -> Graph:
-    """The canonical graph of a valid DNA. TooLong where it has no end worth waiting for."""
+    """Return the canonical graph of a valid DNA. TooLong where it is too large."""
     inliner = _Inliner(dna)
     output = inliner.call(0, (0, 0), ())
     return _ordered(dna["dims"][0], output, inliner.made)
 
 
 class _Inliner:
-    """Inlines calls, bottom up: a repeated computation without parameters is made once."""
+    """Inlines calls, bottom up. A repeated computation without parameters is made once."""
 
     def __init__(self, dna: Dna) -> None:
         self.dna = dna
@@ -148,8 +148,8 @@ class _Inliner:
 
 
 def _ordered(stream: int, output: int, made: list[Operation]) -> Graph:
-    """What the output needs, numbered in an order that does not depend on how the DNA is
-    written.
+    """Return the operations that the output needs, in an order that does not depend on how the DNA
+    is written.
     """
     digests = [""]
     for entry in made:

@@ -1,4 +1,4 @@
-"""The mutations of Primer's search: each makes one change whose effect on the graph is sure."""
+"""The mutations of Primer's search: each changes one thing in a way that affects the graph."""
 
 import copy
 import random
@@ -23,12 +23,12 @@ _TRIES = 50
 def mutate(
     dna: Dna, random: random.Random, weights: Mapping[str, float] | None = None
 ) -> tuple[Dna, str]:
-    """A child of a valid DNA, and the name of its mutation: delete, insert, replace, field, swap or
-    bank.
+    """Return a child of a valid DNA, and the name of its mutation: delete, insert, replace, field,
+    swap or bank.
 
-    Drawn again, up to 50 times, while the child computes what its parent does. weights: of the
-    mutations, by name; equal by default, as in AutoML-Zero (the paper gives none). The child is
-    valid in form; whether it is a candidate, compiling decides.
+    It tries again, up to 50 times, while the child computes the same as its parent. weights:
+    weights of the mutations, by name; equal by default, as in AutoML-Zero (the paper gives none).
+    The child is valid in form; whether it is a candidate is decided by compiling it.
     """
     weights = weights or dict.fromkeys(MUTATIONS, 1.0)
     if unknown := weights.keys() - MUTATIONS:
@@ -52,7 +52,7 @@ def _hash(dna: Dna) -> str | None:
 
 
 def _delete(dna: Dna, random: random.Random) -> bool:
-    """Take out an instruction; who read its state reads one of its inputs instead."""
+    """Remove an instruction; those that read its state read one of its inputs instead."""
     lines = random.choice(dna["subprograms"])
     if len(lines) == 1:
         return False
@@ -67,8 +67,8 @@ def _delete(dna: Dna, random: random.Random) -> bool:
 
 
 def _insert(dna: Dna, random: random.Random) -> bool:
-    """Put in a random instruction. Unless it comes last, half the time a later one reads it, or
-    else it would mostly be dead.
+    """Insert a random instruction. Unless it comes last, a later one is made to read it half of the
+    time: it would mostly be dead code otherwise.
     """
     number = random.randrange(len(dna["subprograms"]))
     lines = dna["subprograms"][number]
@@ -77,7 +77,7 @@ def _insert(dna: Dna, random: random.Random) -> bool:
     place = random.randrange(len(lines) + 1)
     for line in lines[place:]:
         line["in"] = [state + (state >= place + 2) for state in line["in"]]
-    lines.insert(place, _drawn(number, place, len(dna["subprograms"]), random))
+    lines.insert(place, _random_instruction(number, place, len(dna["subprograms"]), random))
     later = lines[place + 1 :]
     if later and random.random() < 0.5:
         reader = random.choice(later)
@@ -91,11 +91,11 @@ def _replace(dna: Dna, random: random.Random) -> bool:
 
 
 def _field(dna: Dna, random: random.Random) -> bool:
-    """Draw one field of an instruction again."""
+    """Replace one field of an instruction by a random one."""
     number = random.randrange(len(dna["subprograms"]))
     lines = dna["subprograms"][number]
     place = random.randrange(len(lines))
-    fresh = _drawn(number, place, len(dna["subprograms"]), random)
+    fresh = _random_instruction(number, place, len(dna["subprograms"]), random)
     field = random.choice(("op", "first", "second", "const", "dim", "branch"))
     if field in ("first", "second"):
         side = int(field == "second")
@@ -106,9 +106,7 @@ def _field(dna: Dna, random: random.Random) -> bool:
 
 
 def _swap(dna: Dna, random: random.Random) -> bool:
-    """Two instructions of a subprogram change places in the graph: what they do moves, the wires
-    stay.
-    """
+    """Swap what two instructions of a subprogram do, and leave their inputs where they are."""
     lines = random.choice(dna["subprograms"])
     if len(lines) == 1:
         return False
@@ -119,13 +117,13 @@ def _swap(dna: Dna, random: random.Random) -> bool:
 
 
 def _bank(dna: Dna, random: random.Random) -> bool:
-    """Change a shared value: a constant c to c 10^X + Y with X, Y ~ N(0, 1), a width to another of
-    the vocabulary.
+    """Change a shared value: a constant c to c 10^X + Y with X, Y ~ N(0, 1), or a width to another
+    of the vocabulary.
     """
     place = random.randrange(CONSTANTS + DIMS)
     if place < CONSTANTS:
-        drawn = dna["constants"][place] * 10 ** random.gauss(0, 1) + random.gauss(0, 1)
-        dna["constants"][place] = max(-1e30, min(1e30, drawn))
+        constant = dna["constants"][place] * 10 ** random.gauss(0, 1) + random.gauss(0, 1)
+        dna["constants"][place] = max(-1e30, min(1e30, constant))
     else:
         here = dna["dims"][place - CONSTANTS]
         dna["dims"][place - CONSTANTS] = random.choice(
@@ -134,9 +132,11 @@ def _bank(dna: Dna, random: random.Random) -> bool:
     return True
 
 
-def _drawn(number: int, place: int, subprograms: int, random: random.Random) -> Instruction:
-    """A random instruction for a place of a subprogram. Operations are equally likely, one branch
-    is as likely as more.
+def _random_instruction(
+    number: int, place: int, subprograms: int, random: random.Random
+) -> Instruction:
+    """Return a random instruction for a place of a subprogram. Operations are equally likely, and
+    one branch is as likely as several.
     """
     choice = random.randrange(len(OPERATIONS) + subprograms - number - 1)
     return {

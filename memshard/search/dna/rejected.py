@@ -1,12 +1,12 @@
-"""Why a DNA is no candidate."""
+"""The reason why a DNA is not a candidate."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """status: invalid, shape, band, leak, length or nonfinite, in the order in which they are
-    looked for. reason: one line.
+    """A DNA that failed a check. status: invalid, shape, band, leak, length or nonfinite, in the
+    order of the checks. reason: one line.
     """
 
     status: str

@@ -1,5 +1,5 @@
-"""Widths of a graph: relative ones times a unit, the unit from a band of parameters, and what fits
-operands that differ.
+"""Widths of a graph: relative widths times a unit, the unit chosen for a band of parameters, and
+operands made to fit where they differ.
 """
 
 import math
@@ -14,8 +14,8 @@ _SAMPLES = (8, 16, 24)
 
 
 class WrongShape(Exception):
-    """An operation that has no meaning for its operands. status: "shape", or "length" for
-    parameters of single positions.
+    """Raised for an operation that has no meaning for its operands. status: "shape", or "length"
+    for one that would learn parameters of single positions.
     """
 
     def __init__(self, status: str, reason: str) -> None:
@@ -24,7 +24,7 @@ class WrongShape(Exception):
 
 
 def lower(graph: Graph, unit: int) -> Program:
-    """The program whose relative widths are multiplied by `unit`. WrongShape where it has none."""
+    """Return the program with relative widths times `unit`. WrongShape where there is none."""
     maker = _Maker(graph.stream * unit, unit)
     for operation, digest in zip(graph.operations, graph.digests, strict=True):
         maker.made.append(maker.operation(operation, digest))
@@ -39,8 +39,10 @@ def lower(graph: Graph, unit: int) -> Program:
 
 
 def unit_in_band(parameters: Callable[[int], int], band: tuple[int, int]) -> int | None:
-    """The unit for which the number of parameters is in the band: the roundest in binary, and of
-    those the nearest to its middle.
+    """Return a unit for which the number of parameters is in the band, or None.
+
+    Of those that fit it is the roundest in binary, and of equally round ones the nearest to the
+    middle.
     """
     # Every parameter is a vector or a matrix of widths that grow with the unit: a polynomial of
     # degree 2, whatever the program.
@@ -68,7 +70,7 @@ def _root(square: float, linear: float, constant: float) -> float | None:
 
 
 class _Maker:
-    """Turns operations into nodes, one after another. made: value of the program for each value of
+    """Turns operations into nodes, one after another. made: the program's value for each value of
     the graph.
     """
 
@@ -168,8 +170,8 @@ class _Maker:
         )
 
     def agreed(self, op: str, inputs: Sequence[int], digest: str) -> list[int]:
-        """The operands, one made as wide as the other where they differ: which one is drawn from
-        the graph itself.
+        """Return the operands, one made as wide as the other where they differ. Which one is a hash
+        of the graph, so that equal DNAs compile to equal programs.
         """
         first, second = (self.shape(value)[0] for value in inputs)
         if op == "MAT_MUL":

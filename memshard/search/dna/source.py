@@ -1,4 +1,4 @@
-"""A program as a torch module that a person can read, run and take away."""
+"""Write a program as a torch module that a person can read, run and take away."""
 
 import inspect
 import math
@@ -26,12 +26,12 @@ def source(
     program: Program,
     title: str = "One block of a decoder found by search; x: [batch, length, {width}].",
 ) -> str:
-    """A Python file with the module `Block`: nothing but torch is needed to run it."""
+    """Return a Python file with the module `Block`, which needs nothing but torch."""
     used = dict.fromkeys(OPERATIONS[node.op].function for node in program.nodes)
     shown = [_PLAIN.get(function, function) for function in used if not _is_torchs(function)]
     if primitives.depthwise in used:
         shown.insert(0, causal_convolution)
-    own = "\n\n\n".join(inspect.getsource(function).rstrip() for function in shown)
+    functions = "\n\n\n".join(inspect.getsource(function).rstrip() for function in shown)
     names = _names(program)
     init = [
         f"        self.{names[number]}_weight = nn.Parameter({_start(node)})"
@@ -41,7 +41,7 @@ def source(
     lines = [_line(program, number, node, names) for number, node in program.values()]
     return (
         _HEAD.format(title=title.format(width=program.width))
-        + (f"{own}\n\n\n" if own else "")
+        + (f"{functions}\n\n\n" if functions else "")
         + "class Block(nn.Module):\n"
         + (
             "    def __init__(self) -> None:\n        super().__init__()\n"
@@ -76,7 +76,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 _PLAIN = {fast.squared_relu: squared_relu}
-"""What a person reads in place of code that is only faster."""
+"""Plain functions shown in place of ones that only are faster."""
 
 
 def _is_torchs(function: Callable[..., Tensor]) -> bool:

@@ -1,5 +1,5 @@
-"""One child in a worker: drawn from its parent, its step timed, trained from stop to stop. Tells by
-events what it does.
+"""One child in a worker: proposed by mutating its parent, its step timed, then trained from stop to
+stop. Reports progress as events.
 """
 
 import hashlib
@@ -42,17 +42,18 @@ CURVE = tuple(np.geomspace(0.05, 1, 13).tolist())
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to do with child `id`. draw: find its program; dna and parent_hash are its
-    parent's, None for the start.
+    """A worker's task for child `id`.
 
-    train: its program is `dna`. seed: of initial values. hurdles: loss to reach at each of the
-    first stops; None lets all pass. verdict: a training outside the search: other data, a curve,
-    and the loss on the part of the text that the search never sees. steps, cost: what an earlier
-    attempt measured; steps is 0 if none has. size: multiple of parameters and budget. state: file
-    that keeps the training from its last stop on, for the attempt after this one.
+    do: "propose" finds its program by mutating its parent's, where dna and parent_hash are the
+    parent's, None for the start; "train" trains the program `dna`. seed: seed of initial values.
+    hurdles: loss to reach at each of the first stops; None lets all pass. verdict: whether this is
+    a training outside the search, with other data, a curve, and the loss on the part of the text
+    that the search never sees. steps, cost: what an earlier attempt measured; steps is 0 if there
+    was none. size: multiple of parameters and budget. state: file with the training as it was at
+    its last stop, so that another attempt goes on from there.
     """
 
-    do: Literal["draw", "train"]
+    do: Literal["propose", "train"]
     id: int
     settings: Settings
     seed: int
@@ -67,13 +68,13 @@ class Task:
 
 
 def work(task: Task) -> Iterator[Event]:
-    """Events of a task; the last one of a training, and of a program that is rejected, is
+    """Do a task and yield its events. The last one of a training, and of a rejected program, is
     `done`.
     """
     torch.set_num_threads(1)
     yield {"event": "beat", "id": task.id, "step": 0, "steps": 1}
     try:
-        for event in draw(task) if task.do == "draw" else train(task):
+        for event in propose(task) if task.do == "propose" else train(task):
             yield {"event": event.pop("event"), "id": task.id, **event}
     except (MemoryError, torch.OutOfMemoryError) as error:
         yield _done(task, "oom", str(error) or "MemoryError")
@@ -83,7 +84,7 @@ def work(task: Task) -> Iterator[Event]:
 
 
 def shape(settings: Settings, size: float = 1.0) -> Shape:
-    """What programs are compiled for."""
+    """Return the vocabulary, length and parameter band that programs are compiled for."""
     low, high = settings.parameters
     vocabulary = _text(settings.text, settings.length).vocabulary
     return Shape(
@@ -96,20 +97,20 @@ def shape(settings: Settings, size: float = 1.0) -> Shape:
 
 @cache
 def start_dna(settings: Settings) -> dict[str, Any]:
-    """The start, its scores on the scale of its heads' width."""
+    """Return the start's DNA, with its attention scores scaled for the width of its heads."""
     program = compile_dna(golden(settings.start), shape(settings))
     if isinstance(program, Rejected):
         raise ValueError(f"the start, {settings.start}, does not compile: {program.reason}")
     return golden(settings.start, program.unit)
 
 
-def draw(task: Task) -> Iterator[Event]:
-    """Mutate the parent, and compile the child."""
+def propose(task: Task) -> Iterator[Event]:
+    """Mutate the parent and compile the child."""
     target = shape(task.settings)
-    draw = random.Random(f"{task.settings.seed}/{task.id}/mutation")
+    draws = random.Random(f"{task.settings.seed}/{task.id}/mutation")
     weights = dict(zip(MUTATIONS, task.settings.mutations, strict=True))
     dna, mutation = (
-        mutate(task.dna, draw, weights) if task.dna is not None else (start_dna(task.settings), "")
+        mutate(task.dna, draws, weights) if task.dna is not None else (start_dna(task.settings), "")
     )
     program = compile_dna(dna, target)
     if isinstance(program, Rejected):
@@ -201,7 +202,7 @@ def train(task: Task) -> Iterator[Event]:
         yield {
             "event": "rung",
             **rungs[number],
-        }  # a loaded one, too: the file may be ahead of the journal
+        }  # also one that was loaded: the file may be ahead of the journal
         loss, hurdle = (
             rungs[number]["loss"],
             task.hurdles[number] if number < len(task.hurdles) else None,
@@ -221,8 +222,10 @@ def train(task: Task) -> Iterator[Event]:
 
 
 class Training:
-    """A model in training and its place in the data: AdamW, a warm-up and then a learning rate that
-    falls with the root of steps, gradient norm at most 1.
+    """A model in training and its position in the data.
+
+    AdamW, a learning rate that warms up and then falls with the root of the steps, gradient norm at
+    most 1.
     """
 
     def __init__(
@@ -256,21 +259,21 @@ class Training:
         return outcome.norm if outcome.skipped else outcome.loss
 
     @torch.no_grad()
-    def loss(self, part: str) -> float:
-        """Of a held-out part, in nats a token."""
+    def loss(self, split: str) -> float:
+        """Return the loss on a held-out part, "valid" or "test", in nats a token."""
         settings = self._settings
-        windows = self._text.held_out(part, settings.eval_tokens, settings.length).to(
+        windows = self._text.held_out(split, settings.eval_tokens, settings.length).to(
             settings.device
         )
         total = sum(
-            _loss(self._model, piece).item() * len(piece)
-            for piece in windows.split(4 * settings.batch)
+            _loss(self._model, part).item() * len(part)
+            for part in windows.split(4 * settings.batch)
         )
         return total / len(windows)
 
     def save(self, path: Path, identity: str, rungs: list[Event]) -> None:
-        """Write weights, moments, step and what was measured so far; the file is whole or not
-        there. identity: of the training.
+        """Write weights, moments, step and the rungs so far, atomically. identity: says which
+        training this is.
         """
         tensors = {
             f"weight/{name}": weight.detach() for name, weight in self._model.named_parameters()
@@ -285,8 +288,9 @@ class Training:
             save_file({key: value.contiguous() for key, value in tensors.items()}, file, kept)
 
     def load(self, path: Path, identity: str) -> list[Event]:
-        """Go on from a saved file, bit for bit; returns its rungs. Without a whole file of this
-        training: none, and nothing changes.
+        """Restore a saved file, bit for bit, and return its rungs.
+
+        Where there is no whole file of this training, return none and change nothing.
         """
         try:
             with safe_open(path, "pt", device=self._settings.device) as file:
@@ -309,8 +313,9 @@ class Training:
 
 
 def _identity(task: Task, program: Compiled, text: Text, steps: int) -> str:
-    """Of a training: a folder may hold states of another search, or of steps that no journal
-    knows.
+    """Return a hash that says which training a state belongs to.
+
+    A folder may have states of another search, or of steps that no journal knows.
     """
     settings = to_dict(replace(task.settings, text=text.digest))
     return hashlib.sha256(
@@ -341,13 +346,13 @@ def _start_flops(settings: Settings) -> float:
 
 
 def _is_start(program: Compiled, settings: Settings) -> bool:
-    """Whether this is the start at its own size, whose step costs 1 by definition."""
+    """Return whether this is the start at its own size, whose step costs 1 by definition."""
     start = _start(settings)
     return (program.hash, program.parameters) == (start.hash, start.parameters)
 
 
 def flops(program: Compiled, settings: Settings, text: Text) -> float:
-    """Of a step's matrix products, forward and backward."""
+    """Return the floating-point operations of a step's matrix products, forward and backward."""
     aten = torch.ops.aten
     uncounted = {  # by torch 2.13: the fused attention of CPUs
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
@@ -365,8 +370,9 @@ def flops(program: Compiled, settings: Settings, text: Text) -> float:
 def _relative_time(
     program: Compiled, settings: Settings, slowest: float, rounds: int = 8
 ) -> Generator[Event, None, float]:
-    """Time of a step over the start's, fastest of interleaved steps: other work on the machine
-    meets both. Ends early above `slowest`.
+    """Return the time of a step over that of the start's, each the fastest of interleaved steps.
+
+    Interleaved, so that other work on the machine slows both. Stops early above `slowest`.
     """
     text = _text(settings.text, settings.length)
     pair = [Training(start, settings, text, 0, 0) for start in (_start(settings), program)]
@@ -384,7 +390,7 @@ def _relative_time(
 
 
 def _clock(settings: Settings) -> float:
-    """Seconds of this thread, or of the GPU."""
+    """Return seconds of processor time, or of the GPU."""
     if settings.device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()

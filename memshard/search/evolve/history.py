@@ -1,4 +1,4 @@
-"""What a search has seen: a pure function of its journal, which also says what comes next."""
+"""The history of a search: a pure function of its journal, which also says what comes next."""
 
 import hashlib
 import math
@@ -19,8 +19,8 @@ LOSSES = 3  # workers that a child may lose before it is to blame
 
 
 class Rung(NamedTuple):
-    """A measurement on the way: after `step` steps, held-out loss in nats a token, seconds since
-    the child's start.
+    """A measurement at a stop: after `step` steps, the held-out loss in nats a token and the
+    seconds since the child's start.
     """
 
     step: int
@@ -32,11 +32,11 @@ class Rung(NamedTuple):
 class Child:
     """One program from its birth on.
 
-    phase: search; or a training again of child `parent`'s program: final and lineage (verdict),
-    size (power law). size: multiple of parameters and budget. hurdles: loss to reach at each stop,
-    None where all pass. status: full, hurdle, dup, or why it was rejected; empty while it lives.
-    lost, silent: its workers that are gone, and those of them that hung. fitness: held-out loss
-    where it ended, infinite if it was rejected.
+    phase: search; or another training of child `parent`'s program: final and lineage (for the
+    verdict), size (for the power law). size: multiple of parameters and budget. hurdles: loss to
+    reach at each stop, None where all pass. status: full, hurdle, dup, or why it was rejected;
+    empty while it lives. lost, silent: number of its workers that died or hung, and of those that
+    hung. fitness: held-out loss where it ended, infinite if it was rejected.
     """
 
     id: int
@@ -62,7 +62,7 @@ class Child:
 
     @property
     def spent(self) -> float:
-        """Training it has had, in steps of the start program."""
+        """The cost of its training so far, in steps of the start program."""
         return self.rungs[-1].step * self.cost if self.rungs else 0.0
 
 
@@ -77,7 +77,7 @@ class History:
         self.ended: list[int] = []
 
     def apply(self, event: Event) -> None:
-        """Take in one event of the journal."""
+        """Apply one event of the journal."""
         kind = event["event"]
         if kind == "born":
             self.children.append(
@@ -104,16 +104,18 @@ class History:
                     child.fitness = twin.fitness if twin else math.inf
 
     def living(self) -> list[Child]:
-        """Children that are born and not done."""
+        """Return the children that are born and not done."""
         return [child for child in self.children if not child.status]
 
     def searched(self) -> list[Child]:
-        """Children of the search itself."""
+        """Return the children of the search itself, without trainings for the verdict."""
         return [child for child in self.children if child.phase == "search"]
 
     def visible(self, id: int) -> list[Child]:
-        """What child `id` is bred from: in order of birth up to `ahead` before it, or, if not
-        deterministic, in order of ending.
+        """Return the children that child `id` can be bred from.
+
+        In a deterministic search those born at least `ahead` before it, in order of birth;
+        otherwise those that have ended, in that order.
         """
         if self.settings.deterministic:
             return self.children[: max(1, id - self.settings.ahead + 1)]
@@ -121,7 +123,7 @@ class History:
         return [self.children[ended] for ended in before]
 
     def twin(self, child: Child) -> Child | None:
-        """An earlier child of the same canonical program that trained, if any."""
+        """Return an earlier child of the same canonical program that trained, if any."""
         earlier = (
             self.visible(child.id)
             if child.phase == "search" and child.id >= self.settings.copies
@@ -137,8 +139,8 @@ class History:
         )
 
     def next_births(self) -> list[Event]:
-        """Events of what can be born now: one child of the search, or what a phase after it has not
-        had yet; none if there is nothing.
+        """Return the births that are possible now: one child of the search, or the missing
+        trainings of a phase after it.
         """
         number = len(self.children)
         if number < self.settings.children:
@@ -155,8 +157,9 @@ class History:
         return []
 
     def _phases(self) -> Iterator[tuple[Phase, list[int], tuple[float, ...], int]]:
-        """Programs, sizes and seeds of what follows the search: each phase is a function of those
-        before it, so a kill loses none.
+        """Yield phase, programs, sizes and seeds of what follows the search.
+
+        Each phase is a function of those before it, so a kill loses none.
         """
         settings = self.settings
         yield (
@@ -169,18 +172,18 @@ class History:
         yield "size", sorted({0, self.winner()}), settings.sizes, settings.size_seeds
 
     def best(self, count: int) -> list[Child]:
-        """Distinct programs of the search that trained to the end, the lowest losses first; the
-        start is not among them.
+        """Return distinct programs of the search that trained to the end, the lowest losses first,
+        without the start.
         """
-        found: dict[str, Child] = {}
+        by_hash: dict[str, Child] = {}
         for child in sorted(self.searched(), key=lambda child: (child.fitness, child.id)):
             if child.status == "full" and child.hash != self.children[0].hash:
-                found.setdefault(child.hash, child)
-        return list(found.values())[:count]
+                by_hash.setdefault(child.hash, child)
+        return list(by_hash.values())[:count]
 
     def again(self, id: int) -> list[Child]:
-        """The trainings from fresh initial values of child `id`'s program at its own size that came
-        to their end.
+        """Return the completed trainings of child `id`'s program from fresh initial values, at its
+        own size.
         """
         return [
             c
@@ -189,8 +192,8 @@ class History:
         ]
 
     def winner(self) -> int:
-        """The finalist with the lowest mean loss on the text of the search; the start, 0, if none
-        is better.
+        """Return the id of the finalist with the lowest mean loss on the text of the search; 0, the
+        start, if none is better.
         """
         means = {}
         for id in dict.fromkeys(c.parent for c in self.children if c.phase == "final"):
@@ -204,7 +207,7 @@ class History:
         return min(means, key=lambda id: means[id], default=0)
 
     def lineage(self, id: int) -> list[Child]:
-        """From the start to child `id`, without steps that did not change the program."""
+        """Return the path from the start to child `id`, without steps that changed nothing."""
         path: list[Child] = []
         at: int | None = id
         while at is not None:
@@ -217,7 +220,7 @@ class History:
         return path[::-1]
 
     def _ancestors(self) -> list[int]:
-        """Nearest ancestors of the winner that are no finalists."""
+        """Return the winner's nearest ancestors that are not finalists."""
         known = {
             self.children[c.parent].hash
             for c in self.children
@@ -233,11 +236,11 @@ class History:
         visible = self.visible(number)
         if not visible or any(not child.status for child in visible):
             return []
-        draw = random.Random(f"{settings.seed}/{number}/tournament")
+        draws = random.Random(f"{settings.seed}/{number}/tournament")
         population = visible[-settings.population :]
         parent = 0
         for _ in range(100):
-            chosen = draw.sample(population, min(settings.tournament, len(population)))
+            chosen = draws.sample(population, min(settings.tournament, len(population)))
             best = min(chosen, key=lambda child: (child.fitness, child.id), default=None)
             if best is not None and best.fitness < math.inf:
                 parent = best.id
@@ -246,11 +249,11 @@ class History:
         return [self._birth(number, "search", parent, 1.0, hurdles)]
 
     def _hurdle(self, visible: list[Child], stop: int) -> float | None:
-        """Loss to reach at a stop so that half pass: the median of the latest there, or the
-        stricter, the more have passed so far.
+        """Return the loss to reach at a stop so that half of the programs pass.
 
-        The median alone lets 70 to 90 % pass while the population improves fast, and 30 % while it
-        does not.
+        It is a quantile of the latest losses there: the median, or stricter the more have passed so
+        far. The median alone lets 70 to 90 % pass while the population improves fast, and 30 %
+        while it does not.
         """
         window = self.settings.window
         arrived = [
@@ -288,17 +291,18 @@ class History:
 
 
 def stops(settings: Settings) -> list[float]:
-    """Where programs are measured in the search, as shares of their steps: hurdle i of N at
+    """Return where programs are measured in the search, as shares of their steps: hurdle i of N at
     (2^(i+1) - 1) / (2^(N+1) - 1), and the end.
 
-    Half of the programs pass each hurdle, so all bands cost the same: So et al. 2021, section 3.
+    Half of the programs pass each hurdle and the stretches double, so every stretch costs the same
+    (So et al. 2021, section 3).
     """
     whole = 2 ** (settings.hurdles + 1) - 1
     return [(2 ** (stop + 1) - 1) / whole for stop in range(settings.hurdles + 1)]
 
 
 def saving(hurdles: int) -> float:
-    """By what factor that many hurdles make the mean training cheaper if half pass each: (2^(N+1) -
-    1) / (N + 1).
+    """Return by what factor N hurdles make the mean training cheaper if half pass each:
+    (2^(N+1) - 1) / (N + 1).
     """
     return (2 ** (hurdles + 1) - 1) / (hurdles + 1)

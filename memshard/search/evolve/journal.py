@@ -1,4 +1,4 @@
-"""The journal of a search: one JSON line an event, on disk before anything follows from it."""
+"""The journal of a search: a JSON line for each event, on disk before anything follows from it."""
 
 import fcntl
 import json
@@ -12,8 +12,9 @@ Event = dict[str, Any]
 
 
 def read(folder: Path) -> list[Event]:
-    """All whole events of a folder's journal, none if there is no journal. ValueError names a
-    damaged line.
+    """Return all whole events of a folder's journal; none if there is no journal.
+
+    ValueError names a damaged line.
     """
     path = folder / JOURNAL_FILE
     data = path.read_bytes() if path.exists() else b""
@@ -30,8 +31,9 @@ def read(folder: Path) -> list[Event]:
 
 
 class Journal:
-    """A journal open for writing, by one process at a time: ValueError for a second one. A last
-    line that a kill cut short is taken out.
+    """A journal open for writing, by one process at a time: ValueError for a second one.
+
+    A last line that a kill cut short is removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +53,7 @@ class Journal:
         self.events = read(folder)
 
     def write(self, event: Event) -> None:
-        """Append an event; it is on disk when this returns."""
+        """Append an event. It is on disk when this returns."""
         self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

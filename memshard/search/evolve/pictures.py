@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def history(history: History, file: Path) -> None:
-    """Loss of every program in order of birth, the best so far, the start's noise band, and the
-    lineage of the best.
+    """Draw the loss of every program in order of birth, the best so far, the start's noise band,
+    and the lineage of the best.
     """
     figure = canvas(9, 4.5)
     axes = figure.subplots()
@@ -100,7 +100,7 @@ def history(history: History, file: Path) -> None:
 
 
 def _logarithmic(axes: "Axes") -> None:
-    """Both axes, with numbers that are written out."""
+    """Make both axes logarithmic, with numbers that are written out."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     axes.set_xscale("log")
@@ -111,14 +111,14 @@ def _logarithmic(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
-def curves(found: Mapping[str, Sequence[Curve]], file: Path) -> None:
-    """Loss against cost of programs trained again: thin lines are trainings, thick ones their
+def curves(trainings: Mapping[str, Sequence[Curve]], file: Path) -> None:
+    """Draw loss against cost of programs trained again: thin lines are trainings, thick ones their
     mean.
     """
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
-    for number, (label, runs) in enumerate(found.items()):
+    for number, (label, runs) in enumerate(trainings.items()):
         color = COLORS[number % len(COLORS)]
         for run in runs:
             axes.plot(*zip(*run, strict=True), color=color, linewidth=0.5, alpha=0.5)
@@ -130,12 +130,12 @@ def curves(found: Mapping[str, Sequence[Curve]], file: Path) -> None:
     figure.savefig(file)
 
 
-def frontiers(found: Mapping[str, tuple[Sizes, PowerLaw]], file: Path) -> None:
-    """Mean curves of all sizes, their lower hulls and the power laws."""
+def frontiers(fits: Mapping[str, tuple[Sizes, PowerLaw]], file: Path) -> None:
+    """Draw mean curves of all sizes, their lower hulls and the power laws."""
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)
-    for number, (label, (sizes, law)) in enumerate(found.items()):
+    for number, (label, (sizes, law)) in enumerate(fits.items()):
         color = COLORS[number]
         for runs in sizes.values():
             axes.plot(*mean_curve(runs).T, color=color, linewidth=0.6, alpha=0.6)

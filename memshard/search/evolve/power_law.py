@@ -1,4 +1,4 @@
-"""The frontier of loss against cost over several sizes, l = a c^-k, and what it says of savings (So
+"""The frontier of loss against cost over several sizes, l = a c^-k, and the savings it implies (So
 et al. 2021).
 """
 
@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from memshard.search.evolve.verdict import DRAWS, Curve, Interval, mean_curve, resample
 
 Sizes = Mapping[float, Sequence[Curve]]
-"""Trainings by size."""
+"""Curves of trainings, by size."""
 BEGINNING = 0.25
 """Share of a training that the frontier leaves out."""
 
 
 class PowerLaw(NamedTuple):
-    """l = a c^-k."""
+    """The fit l = a c^-k of loss l to cost c."""
 
     a: float
     k: float
 
 
 class Comparison(NamedTuple):
-    """Power laws of two programs with 95 % intervals of the bootstrap over trainings.
+    """Power laws of two programs, with 95 % intervals by the bootstrap over trainings.
 
-    difference: k of the second less k of the first; if 0 lies inside, they are equal as far as one
+    difference: k of the second less k of the first; if 0 is inside, they are equal as far as one
     can tell. factor: with one exponent for both, cost of the first over cost of the second at equal
     loss, b = (a1/a2)^(1/k); the second then saves 1 - 1/b of the cost.
     """
@@ -40,8 +40,8 @@ class Comparison(NamedTuple):
 
 
 def hull(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points (cost, loss) on the lower convex hull in log-log, as far as the loss falls: no size
-    and no time to stop does better.
+    """Return the points (cost, loss) on the lower convex hull in log-log, as far as the loss falls:
+    no size and no time to stop does better.
     """
     logs = np.log(points[np.lexsort((points[:, 1], points[:, 0]))])
     kept: list[NDArray[np.float64]] = []
@@ -56,40 +56,40 @@ def hull(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def fit(points: NDArray[np.float64]) -> PowerLaw:
-    """Least squares of log loss on log cost; points: [n, 2], n at least 2."""
+    """Fit log loss to log cost by least squares. points: [n, 2], n at least 2."""
     slope, offset = np.polyfit(np.log(points[:, 0]), np.log(points[:, 1]), 1)
     return PowerLaw(float(np.exp(offset)), float(-slope))
 
 
 def frontier(sizes: Sizes) -> NDArray[np.float64]:
-    """The hull of the mean curves of all sizes, without their beginnings, which follow no power
-    law.
+    """Return the hull of the mean curves of all sizes, without their beginnings, which follow no
+    power law.
     """
     means = [mean_curve(curves) for curves in sizes.values()]
     return hull(np.concatenate([mean[mean[:, 0] >= BEGINNING * mean[-1, 0]] for mean in means]))
 
 
 def compare(first: Sizes, second: Sizes, seed: int = 0) -> Comparison:
-    """Fit both frontiers. ValueError if one of them is a single point."""
+    """Compare the frontiers of two programs. ValueError if one of them is a single point."""
     best = _estimates(first, second)
-    draw = np.random.default_rng(seed)
-    drawn = []
+    random = np.random.default_rng(seed)
+    estimates = []
     for _ in range(DRAWS // 4):
-        drawn.append(
+        estimates.append(
             _estimates(
                 *(
-                    {size: resample(curves, draw) for size, curves in sizes.items()}
+                    {size: resample(curves, random) for size, curves in sizes.items()}
                     for sizes in (first, second)
                 )
             )
         )
-    low, high = np.percentile(np.asarray(drawn), [2.5, 97.5], axis=0)
+    low, high = np.percentile(np.asarray(estimates), [2.5, 97.5], axis=0)
     intervals = [Interval(float(best[i]), float(low[i]), float(high[i])) for i in range(4)]
     return Comparison(fit(frontier(first)), fit(frontier(second)), *intervals)
 
 
 def _estimates(first: Sizes, second: Sizes) -> tuple[float, float, float, float]:
-    """k of both, their difference, and b from a fit with one exponent."""
+    """Return k of both, their difference, and b from a fit with one exponent."""
     points = [frontier(first), frontier(second)]
     if min(map(len, points)) < 2:
         raise ValueError("a frontier is a single point; train at more sizes")
@@ -106,5 +106,5 @@ def _estimates(first: Sizes, second: Sizes) -> tuple[float, float, float, float]
 
 
 def _turn(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]) -> float:
-    """Positive where a, b, c turn left."""
+    """Return a number that is positive where a, b, c turn left."""
     return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))

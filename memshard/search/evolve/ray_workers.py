@@ -1,5 +1,5 @@
-"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which see text and
-folder under the same paths.
+"""Workers on a Ray cluster (extra `ray`): tasks go to any of its machines, which have to see text
+and folder under the same paths.
 """
 
 import time
@@ -11,11 +11,11 @@ from memshard.search.evolve.workers import Work, lost
 
 
 class RayWorkers:
-    """Up to `count` tasks at a time, one core and `gpus` GPUs each. address: of a cluster, or
-    `local` to start one here.
+    """Run up to `count` tasks at a time, with one core and `gpus` GPUs each.
 
-    ValueError without Ray. Memory is Ray's to guard: its processes outlive a task, and map more
-    than they use.
+    address: address of a cluster, or `local` to start one here. ValueError without Ray. There is no
+    memory limit here: Ray guards memory, and its processes outlive a task and map more than they
+    use.
     """
 
     def __init__(self, work: Work, count: int, timeout: float, address: str, gpus: int = 0) -> None:
@@ -36,9 +36,8 @@ class RayWorkers:
         )
         self._timeout = timeout
         self._waiting: deque[Any] = deque()
-        self._running: dict[
-            Any, tuple[Any, float]
-        ] = {}  # stream of events -> its task, when it was last heard, never before it starts
+        # stream of events -> its task and when it was last heard, 0.0 before its first event
+        self._running: dict[Any, tuple[Any, float]] = {}
 
     def submit(self, task: Any) -> None:
         """Queue a task."""
@@ -46,7 +45,7 @@ class RayWorkers:
         self._hand_out()
 
     def poll(self, seconds: float) -> list[Event]:
-        """Events that have come in, after at most `seconds`."""
+        """Return the events that have come in, after at most `seconds`."""
         events: list[Event] = []
         streams = list(self._running)
         ready = self._ray.wait(streams, num_returns=len(streams), timeout=0)[0] if streams else []

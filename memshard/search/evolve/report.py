@@ -1,5 +1,5 @@
-"""The report of a search: whether the winner is better and by how much, where it comes from, what
-the hurdles did.
+"""The report of a search: whether the winner is better and by how much, where it comes from, and
+what the hurdles saved.
 """
 
 import json
@@ -24,8 +24,8 @@ SOURCE_FILE, RECIPE_FILE = "winner.py", "winner.yaml"
 
 
 def report(history: History, folder: Path) -> dict[str, Any]:
-    """Write report, result, the winner's DNA and source, and pictures into `folder`, of what there
-    is so far; returns the result.
+    """Write report, result, the winner's DNA and source, and pictures to `folder`, as far as the
+    search has come; return the result.
     """
     settings = history.settings
     parts, result = (
@@ -47,16 +47,16 @@ def report(history: History, folder: Path) -> dict[str, Any]:
     pictures.history(history, folder / "search.png")
     parts.append("![all programs](search.png)\n")
     again = [child for child in history.children if child.phase in ("final", "lineage")]
-    found = {
+    trained = {
         id: runs
         for id in dict.fromkeys(child.parent for child in again)
         if id is not None and (runs := history.again(id))
     }
-    if 0 in found and all(child.status for child in again):
+    if 0 in trained and all(child.status for child in again):
         winner = history.winner()
-        parts.append(_verdict(history, winner, found, result))
+        parts.append(_verdict(history, winner, trained, result))
         pictures.curves(
-            {_name(history, id): [_curve(run) for run in runs] for id, runs in found.items()},
+            {_name(history, id): [_curve(run) for run in runs] for id, runs in trained.items()},
             folder / "curves.png",
         )
         parts.append("![losses against cost](curves.png)\n")
@@ -74,13 +74,13 @@ def report(history: History, folder: Path) -> dict[str, Any]:
 
 
 def _verdict(
-    history: History, winner: int, found: dict[int, list[Child]], result: dict[str, Any]
+    history: History, winner: int, trained: dict[int, list[Child]], result: dict[str, Any]
 ) -> str:
-    """Table of everything trained again, and what it says of the winner."""
-    start = found[0]
+    """Return a table of everything trained again, and what follows for the winner."""
+    start = trained[0]
     rows, result["again"] = [], {}
     for id, runs in sorted(
-        found.items(), key=lambda item: statistics.fmean(run.test for run in item[1])
+        trained.items(), key=lambda item: statistics.fmean(run.test for run in item[1])
     ):
         valid, test = noise([run.fitness for run in runs]), noise([run.test for run in runs])
         factor, in_flops = (
@@ -113,12 +113,12 @@ def _verdict(
         "(seeds) | speed-up | speed-up in FLOPs |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
-    text = "## Verdict\n\n" + _against(history, winner, 0, found, result, "start")
+    text = "## Verdict\n\n" + _against(history, winner, 0, trained, result, "start")
     path = history.lineage(winner)
     if len(path) > 1:
-        nearest = next((id for id in found if history.children[id].hash == path[-2].hash), None)
+        nearest = next((id for id in trained if history.children[id].hash == path[-2].hash), None)
         if nearest is not None and nearest != 0:
-            text += _against(history, winner, nearest, found, result, "parent")
+            text += _against(history, winner, nearest, trained, result, "parent")
     return (
         text + "\nTrained again from fresh initial values, on the training text in another order. "
         "The winner is chosen by the search's\n"
@@ -133,14 +133,14 @@ def _against(
     history: History,
     winner: int,
     other: int,
-    found: dict[int, list[Child]],
+    trained: dict[int, list[Child]],
     result: dict[str, Any],
     name: str,
 ) -> str:
     if winner == other:
         result["beats_start"] = False
         return "No program is better than the start.\n"
-    runs = [[run.test for run in found[id]] for id in (other, winner)]
+    runs = [[run.test for run in trained[id]] for id in (other, winner)]
     if min(map(len, runs)) < 2:
         return ""
     outcome = compare(runs[0], runs[1])
@@ -183,7 +183,7 @@ def _lineage(history: History, winner: int) -> str:
 
 
 def _power_law(history: History, winner: int, folder: Path, result: dict[str, Any]) -> str:
-    """Frontiers of start and winner, if they were trained at several sizes."""
+    """Return the frontiers of start and winner, if they were trained at several sizes."""
     sides: list[dict[float, list[Curve]]] = []
     for program in (0, winner):
         runs = [
@@ -240,7 +240,7 @@ def _power_law(history: History, winner: int, folder: Path, result: dict[str, An
 
 
 def _rungs(history: History, result: dict[str, Any]) -> str:
-    """What happened at each stop, among programs that met all hurdles."""
+    """Return what happened at each stop, among programs that met all hurdles."""
     settings = history.settings
     met = [
         c
@@ -285,7 +285,7 @@ def _rungs(history: History, result: dict[str, Any]) -> str:
 
 
 def _ends(history: History, result: dict[str, Any]) -> str:
-    """How children ended, mutation by mutation."""
+    """Return how children ended, mutation by mutation."""
     born = [c for c in history.searched() if c.id >= history.settings.copies and c.status]
     if not born:
         return ""

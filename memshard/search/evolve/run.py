@@ -1,5 +1,5 @@
-"""Runs a search: hands children to workers, writes what they tell into the journal, and from that
-alone decides what comes next.
+"""Runs a search: hands children to workers, writes their events into the journal, and decides from
+the journal alone what comes next.
 """
 
 import platform
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 class StartFailed(ValueError):
-    """The start does not train to its end with these settings."""
+    """Raised when the start does not train to its end with these settings."""
 
 
 def _print(line: str) -> None:
@@ -33,8 +33,9 @@ def _print(line: str) -> None:
 def search(
     folder: Path, settings: Settings, start_workers: Callable[[], Workers], say: Say = _print
 ) -> History:
-    """Run a search to its end, or go on with the one in `folder`. ValueError if that one has other
-    settings or another text.
+    """Run a search to its end, or go on with the one in `folder`.
+
+    ValueError if that one has other settings or another text.
     """
     digest = read_text(settings.text, settings.length).digest
     with Journal(folder) as journal:
@@ -51,7 +52,7 @@ def search(
             journal.write(journal.events[0])
         _same(folder, journal.events[0], settings, digest)
         history = replay(journal.events)
-        history.settings = settings  # the text may lie elsewhere now
+        history.settings = settings  # the text may be in another place now
         _check_start(history)
         states = folder.resolve() / "state"  # workers may run in another folder
         living = {_state(states, child.id) for child in history.living()}
@@ -75,7 +76,7 @@ def search(
 
 
 def load(folder: Path) -> History:
-    """The history of a folder's journal, finished or not."""
+    """Return the history of a folder's journal, finished or not."""
     events = read(folder)
     if not events:
         raise FileNotFoundError(
@@ -86,7 +87,7 @@ def load(folder: Path) -> History:
 
 
 def replay(events: list[Event]) -> History:
-    """The history that a journal's events make."""
+    """Return the history that a journal's events make."""
     history = History(from_dict(events[0]["settings"]))
     for event in events[1:]:
         history.apply(event)
@@ -100,7 +101,7 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
         journal.write(event)
         history.apply(event)
 
-    room = settings.ahead if settings.deterministic else workers.count
+    most = settings.ahead if settings.deterministic else workers.count
     in_work: dict[int, float] = {}  # share of its steps that each child in work has done
 
     def hand(child: Child) -> None:
@@ -117,7 +118,7 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
         smoothing=0.05,
     ) as bar:
         while True:
-            while len(in_work) < room or len(history.children) >= settings.children:
+            while len(in_work) < most or len(history.children) >= settings.children:
                 births = history.next_births()
                 for birth in births:
                     record(birth)
@@ -188,7 +189,7 @@ def _hand(
         )
     if child.dna is None:
         dna, hash = (parent.dna, parent.hash) if parent else (None, "")
-        workers.submit(Task("draw", child.id, settings, child.seed, dna=dna, parent_hash=hash))
+        workers.submit(Task("propose", child.id, settings, child.seed, dna=dna, parent_hash=hash))
     elif (twin := history.twin(child)) is not None:
         record(
             {
@@ -218,16 +219,16 @@ def _hand(
 
 
 def _known(child: Child, event: Event) -> bool:
-    """Whether an event changes nothing: an earlier worker of the child has told the same, or its
-    own died after its last word.
+    """Return whether an event changes nothing: an earlier worker of the child reported the same, or
+    its worker died after its last event.
     """
-    if event["event"] == LOST and event["do"] == "draw" and child.dna is not None:
+    if event["event"] == LOST and event["do"] == "propose" and child.dna is not None:
         return True
     return bool(child.status) or (event["event"] == "rung" and event["rung"] < len(child.rungs))
 
 
 def _check_start(history: History) -> None:
-    """StartFailed if a copy of the start came to no end."""
+    """Raise StartFailed if a copy of the start did not train to its end."""
     for child in history.children[: history.settings.copies]:
         if child.status not in ("", "full"):
             raise StartFailed(
@@ -237,7 +238,7 @@ def _check_start(history: History) -> None:
 
 
 def _line(child: Child) -> str:
-    """A finished child on one line."""
+    """Return a line about a finished child."""
     text = f"{time.strftime('%H:%M:%S')} program {child.id} ({child.phase})"
     if child.parent is not None:
         text += f" of {child.parent}" + (f", {child.mutation}" if child.mutation else "")
@@ -247,7 +248,7 @@ def _line(child: Child) -> str:
 
 
 def _same(folder: Path, first: Event, settings: Settings, digest: str) -> None:
-    """ValueError if the search in the folder is another one."""
+    """Raise ValueError if the search in the folder has other settings or another text."""
     then, now = to_dict(from_dict(first["settings"])), to_dict(settings)
     for key in now.keys() - {"text"}:
         if then[key] != now[key]:

@@ -1,6 +1,4 @@
-"""Settings of a search: what is trained on what, how programs are bred, and what training them may
-cost.
-"""
+"""Settings of a search: text and model, how programs are bred, and what training them may cost."""
 
 import difflib
 import json
@@ -32,8 +30,9 @@ _POSITIVE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """One search. The defaults take some 50 minutes of one core; the published search took 1,145.8
-    TPUv2-days.
+    """All settings of a search.
+
+    The defaults take some 50 minutes of one core; the published search took 1,145.8 TPUv2-days.
     """
 
     text: str
@@ -43,43 +42,43 @@ class Settings:
     start: Literal["transformer", "transformer-pp", "primer-ez", "primer"] = "transformer"
     """Program that the population starts with."""
     seed: int = 1
-    """Of the whole search: with the same settings it finds the same programs again, if step_costs
-    is not time.
+    """Seed of the whole search: the same settings find the same programs again, if step_costs is
+    not time.
     """
     children: int = 400
     """Programs born in the search, the copies of the start among them."""
     copies: int = 8
-    """Copies of the start that are trained from different initial values: the first population, and
-    the noise band.
+    """Copies of the start that are trained from different initial values: they are the first
+    population and give the noise band.
     """
     population: int = 48
     """Programs that can become parents: the latest born (published: 100)."""
     tournament: int = 8
-    """Programs drawn from the population, the best of which becomes the parent (published: 10)."""
+    """Programs sampled from the population; the best becomes the parent (published: 10)."""
     mutations: tuple[float, float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    """Weights of delete, insert, replace, field, swap and bank; all alike in AutoML-Zero, the paper
+    """Weights of delete, insert, replace, field, swap and bank; equal in AutoML-Zero, the paper
     gives none.
     """
     hurdles: int = 3
     """Stops on the way at which half of the programs end (published: 4)."""
     window: int = 16
-    """Latest losses at a hurdle that it is set by, so that half pass."""
+    """Number of the latest losses at a hurdle that set it, so that half pass."""
     free: int = 8
-    """Losses at a hurdle until it stops any program."""
+    """Number of losses at a hurdle before it stops any program."""
     deterministic: bool = True
-    """The same history with any number of workers; false: every finished program counts at once,
-    and no worker waits.
+    """true: the same history with any number of workers; false: every finished program counts at
+    once, and no worker waits.
     """
     ahead: int = 8
-    """Of deterministic searches: programs that may be in work at once. Program n is bred from those
-    up to n - ahead.
+    """For deterministic searches: programs that may be in work at once. Program n is bred from
+    those up to n - ahead.
     """
     budget: int = 900
     """Steps of a whole training, for the start program."""
     step_costs: Literal["time", "flops", "same"] = "time"
-    """What the budget buys of another program: time: a probe measures its step beside the start's,
-    and a step twice as slow counts two; flops: the same with floating-point operations of matrix
-    products; same: as many steps.
+    """How a step of another program is charged to the budget: time: a probe measures it beside the
+    start's, and a step twice as slow counts two; flops: the same with floating-point operations of
+    matrix products; same: every step counts one.
     """
     layers: int = 2
     """Blocks of the model: the program, repeated."""
@@ -98,7 +97,7 @@ class Settings:
     finalists: int = 3
     """Best programs that are trained again from fresh initial values on data in another order."""
     ancestors: int = 2
-    """Nearest ancestors of the winner that are trained again, too."""
+    """Nearest ancestors of the winner that are trained again as well."""
     final_seeds: int = 4
     """Trainings of each of them and of the start."""
     sizes: tuple[float, ...] = (0.5, 2.0)
@@ -114,8 +113,8 @@ class Settings:
     timeout: float = 300.0
     """Seconds without a sign of life until a worker is killed."""
     memory: float = 4.0
-    """GiB that a worker process on cpu may take beyond what it has at its start; Ray has limits of
-    its own.
+    """GiB that a worker process on cpu may take beyond what it has at its start; not for Ray, which
+    has its own limits.
     """
 
     def __post_init__(self) -> None:
@@ -147,8 +146,9 @@ class Settings:
 def load_settings(
     path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Settings of a YAML file, or `values`, with `key=value` overrides. ValueError names the key,
-    FileNotFoundError the file.
+    """Return the settings of a YAML file, or `values`, with `key=value` overrides.
+
+    ValueError names the wrong key, FileNotFoundError the missing file.
     """
     values = dict(values or {})
     if path is not None:
@@ -166,7 +166,7 @@ def load_settings(
 
 
 def from_dict(values: dict[str, Any]) -> Settings:
-    """Checked settings. ValueError names the first wrong key."""
+    """Return checked settings. ValueError names the first wrong key."""
     names = [item.name for item in fields(Settings)]
     for key in values:
         if key not in names:
@@ -182,8 +182,8 @@ def from_dict(values: dict[str, Any]) -> Settings:
     except ValidationError as error:
         problem = error.errors()[0]
         if problem["type"] == "value_error":
-            own: ValueError = problem["ctx"]["error"]
-            raise own from None
+            cause: ValueError = problem["ctx"]["error"]
+            raise cause from None
         key = str(problem["loc"][0])
         raise ValueError(
             f"{key} is {values[key]!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
@@ -191,6 +191,6 @@ def from_dict(values: dict[str, Any]) -> Settings:
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
-    """As JSON has them."""
+    """Return the settings as plain JSON values."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return values

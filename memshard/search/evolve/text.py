@@ -1,4 +1,4 @@
-"""Bytes of a text as tokens: a part to train on, and two held-out ones."""
+"""The bytes of a text as tokens: a part to train on, and two held-out parts."""
 
 import gzip
 import hashlib
@@ -15,7 +15,7 @@ HELD_OUT = 0.05
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens are numbers of the bytes that occur, in their order. train, valid, test: uint8 [n]."""
+    """A text as tokens, which number the byte values that occur. train, valid, test: uint8 [n]."""
 
     train: np.ndarray
     valid: np.ndarray
@@ -24,7 +24,7 @@ class Text:
     digest: str
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Tensor:
-        """Windows of the training part, int64 [batch, length + 1]: a pure function of its
+        """Return windows of the training part, int64 [batch, length + 1]: a pure function of the
         arguments.
         """
         starts = np.random.default_rng([seed, step]).integers(
@@ -35,8 +35,8 @@ class Text:
         )
 
     def held_out(self, part: str, tokens: int, length: int) -> Tensor:
-        """Evenly spaced windows of a held-out part that predict about `tokens` tokens, int64 [n,
-        length + 1].
+        """Return evenly spaced windows of a held-out part that predict about `tokens` tokens, int64
+        [n, length + 1].
         """
         data: np.ndarray = getattr(self, part)
         count = max(1, min(tokens, len(data) - 1) // length)
@@ -45,8 +45,8 @@ class Text:
 
 
 def read_text(path: str, length: int) -> Text:
-    """The text of a file, plain or .gz. ValueError if its held-out parts do not hold a sequence of
-    `length`.
+    """Return the text of a file, plain or .gz. ValueError if its held-out parts are shorter than a
+    sequence of `length`.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -58,7 +58,7 @@ def read_text(path: str, length: int) -> Text:
             f"{path}: {len(data):,} bytes are too few; sequences of {length} need "
             f"{int((length + 2) / HELD_OUT):,}"
         )
-    found, tokens = np.unique(np.frombuffer(data, dtype=np.uint8), return_inverse=True)
+    values, tokens = np.unique(np.frombuffer(data, dtype=np.uint8), return_inverse=True)
     tokens = tokens.astype(np.uint8)
     train, valid, test = tokens[: -2 * cut], tokens[-2 * cut : -cut], tokens[-cut:]
-    return Text(train, valid, test, len(found), hashlib.sha256(data).hexdigest())
+    return Text(train, valid, test, len(values), hashlib.sha256(data).hexdigest())

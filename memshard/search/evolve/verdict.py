@@ -1,5 +1,5 @@
-"""What trainings again, from fresh initial values, say: noise of a loss, whether one program beats
-another, and by what factor in cost.
+"""Statistics of programs trained again from fresh initial values: the noise of a loss, whether one
+program beats another, and by what factor in cost.
 """
 
 import math
@@ -17,8 +17,9 @@ DRAWS = 2000
 
 
 class Noise(NamedTuple):
-    """Mean and standard deviation of losses from several seeds; the band of no difference is the
-    mean give or take SIGMAS deviations.
+    """Mean and standard deviation of losses from several seeds.
+
+    A difference within SIGMAS deviations of the mean counts as none.
     """
 
     mean: float
@@ -27,9 +28,7 @@ class Noise(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % interval; None where it was not reached, which is a value and not
-    extrapolated.
-    """
+    """An estimate with its 95 % interval. None means "not reached": nothing is extrapolated."""
 
     value: float | None
     low: float | None
@@ -38,8 +37,8 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Loss of `before` less loss of `after`, and the deviation of a single training, pooled. beats:
-    outside the noise band.
+    """gain: loss of `before` less loss of `after`. deviation: that of a single training, pooled
+    over both.
     """
 
     gain: float
@@ -47,11 +46,12 @@ class Comparison:
 
     @property
     def beats(self) -> bool:
+        """Whether the gain is outside the noise band."""
         return self.gain > SIGMAS * self.deviation
 
 
 def noise(losses: Sequence[float]) -> Noise:
-    """Of at least one loss; the deviation of a single one is not known, nan."""
+    """Return the noise of at least one loss; the deviation of a single one is nan, not known."""
     return Noise(
         float(np.mean(losses)),
         float(np.std(losses, ddof=1)) if len(losses) > 1 else math.nan,
@@ -60,37 +60,37 @@ def noise(losses: Sequence[float]) -> Noise:
 
 
 def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Two programs by their losses from several seeds each, at least two."""
+    """Compare two programs by their losses, from at least two seeds each."""
     a, b = noise(before), noise(after)
     pooled = ((a.runs - 1) * a.deviation**2 + (b.runs - 1) * b.deviation**2) / (a.runs + b.runs - 2)
     return Comparison(a.mean - b.mean, math.sqrt(pooled))
 
 
 def speed_up(before: Sequence[Curve], after: Sequence[Curve], seed: int = 0) -> Interval:
-    """Cost of `before` over the cost at which `after` reaches the final loss of `before`; at least
-    one training each.
+    """Return the cost of `before` over the cost at which `after` reaches the final loss of
+    `before`, from at least one training of each.
 
-    Curves are averaged over trainings, never rise (running minimum) and are read between points in
-    log-log. The interval is the bootstrap's over trainings; its ends are None where the draws there
-    do not reach the loss.
+    Curves are averaged over trainings, never rise (running minimum), and are interpolated in
+    log-log. The interval is a bootstrap's over trainings; its ends are None where the resampled
+    trainings there do not reach the loss.
     """
-    draw = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     factors = []
     for _ in range(DRAWS):
-        factors.append(_factor(resample(before, draw), resample(after, draw)))
+        factors.append(_factor(resample(before, random), resample(after, random)))
     ordered = sorted(factors)  # not reached is 0, below all
     low, high = ordered[int(0.025 * DRAWS)], ordered[int(0.975 * DRAWS)]
     return Interval(*(value or None for value in (_factor(before, after), low, high)))
 
 
-def resample(curves: Sequence[Curve], draw: np.random.Generator) -> list[Curve]:
-    """As many trainings, drawn with replacement."""
-    return [curves[i] for i in draw.integers(0, len(curves), len(curves))]
+def resample(curves: Sequence[Curve], random: np.random.Generator) -> list[Curve]:
+    """Sample the same number of trainings, with replacement."""
+    return [curves[i] for i in random.integers(0, len(curves), len(curves))]
 
 
 def mean_curve(curves: Sequence[Curve]) -> NDArray[np.float64]:
-    """Geometric mean of costs and mean of losses, point by point: [points, 2]. The loss never
-    rises.
+    """Return the geometric mean of costs and the mean of losses, point by point: [points, 2]. The
+    loss never rises.
     """
     stacked = np.asarray([list(curve) for curve in curves], dtype=np.float64)
     costs, losses = (
@@ -101,7 +101,7 @@ def mean_curve(curves: Sequence[Curve]) -> NDArray[np.float64]:
 
 
 def _factor(before: Sequence[Curve], after: Sequence[Curve]) -> float:
-    """0 where the loss is not reached."""
+    """Return the speed-up, 0 where the loss is not reached."""
     first, second = mean_curve(before), mean_curve(after)
     target = np.log(first[-1, 1])
     costs, losses = np.log(second[:, 0]), np.log(second[:, 1])

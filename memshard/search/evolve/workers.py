@@ -1,4 +1,4 @@
-"""Worker processes: each takes one task at a time, is killed when it falls silent, and replaced
+"""Worker processes: each takes one task at a time, is killed when it falls silent, and is replaced
 when it dies.
 """
 
@@ -24,14 +24,14 @@ START = 300.0  # seconds that a worker may take to import what it needs
 
 
 def lost(task: Any, reason: str, silent: bool = False) -> Event:
-    """Of a task whose worker is gone, or was killed because it fell silent."""
+    """Return the event of a task whose worker died, or was killed because it fell silent."""
     return {"event": LOST, "id": task.id, "do": task.do, "reason": reason, "silent": silent}
 
 
 class Workers(Protocol):
-    """What runs tasks. A task is anything with `id` and `do`; its events carry that id.
+    """Something that runs tasks. A task is anything with `id` and `do`; its events carry that id.
 
-    A worker that dies or hangs sends `lost` in its place, with the task's `do`.
+    For a worker that dies or hangs there is an event `lost` with the task's `do`.
     """
 
     count: int
@@ -44,8 +44,10 @@ class Workers(Protocol):
 
 
 class Processes:
-    """Workers on this machine. timeout: seconds of silence until one is killed. memory: GiB one may
-    take beyond its start, None for any.
+    """Workers on this machine.
+
+    timeout: seconds of silence until one is killed. memory: GiB that one may take beyond what it
+    has at its start, None for no limit.
     """
 
     def __init__(self, work: Work, count: int, timeout: float, memory: float | None) -> None:
@@ -62,7 +64,7 @@ class Processes:
         self._hand_out()
 
     def poll(self, seconds: float) -> list[Event]:
-        """Events that have come in, after at most `seconds`."""
+        """Return the events that have come in, after at most `seconds`."""
         events: list[Event] = []
         by_connection = {slot.connection: number for number, slot in enumerate(self._slots)}
         for connection in wait(list(by_connection), timeout=seconds):
@@ -138,8 +140,8 @@ class _Slot:
 
 
 def _serve(connection: Connection, work: Work, memory: float | None) -> None:
-    """A worker's life: until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    """Serve tasks from the connection until its other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     end_with_parent()
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
