@@ -72,7 +72,7 @@ def _line(op: str, first: int, second: int = 0, **fields: Any) -> Instruction:
 
 
 def _transformer() -> dict[str, list[Instruction]]:
-    """Return subprograms cut along concepts, as in the paper: a mutation changes all uses of one."""
+    """Return subprograms cut along concepts, as in the paper: mutations change all uses of one."""
     return {
         "main": [
             _line("norm", 0),

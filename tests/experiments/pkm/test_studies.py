@@ -36,7 +36,7 @@ def test_equal_models_are_trained_once(
         and first["table"] == 32 * 32 * 32
         and 0 < first["usage"] <= 1
     )
-    monkeypatch.setattr(runs, "finish", pytest.fail)
+    monkeypatch.setattr(runs, "train_to_end", pytest.fail)
     assert runs.learn({**memory, "label": "another study's name"}) == first
 
 
