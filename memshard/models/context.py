@@ -1,4 +1,4 @@
-"""What a layer may know about the tokens it sees, besides their features."""
+"""What a layer may know about its tokens in addition to their features."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

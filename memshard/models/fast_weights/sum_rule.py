@@ -46,18 +46,6 @@ def sum_rule(
     return join(out, length).to(v.dtype), state
 
 
-def sum_everywhere(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
-    """Return linear attention to all keys, with its denominator, [B, H, L, M] in v's dtype; 0 where
-    no key is real.
-
-    q: [B, H, L, D]; k: [B, H, K, D] and v: [B, H, K, M] of any length K; real: [B, K] bool, False
-    for padding.
-    """
-    return read_sum(q, written_sum(k, v, real), eps).to(v.dtype)
-
-
 def written_sum(k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
     """Return the sum over all keys and values, [B, H, D, M + 1]; the last column is the sum of the
     keys. k: [B, H, K, D]; v: [B, H, K, M]; real: [B, K] bool, False for padding.

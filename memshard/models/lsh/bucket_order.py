@@ -43,7 +43,7 @@ def order_tokens(groups: Tensor, window: int, chunk: int) -> Order:
     codes = torch.zeros(rows * length + 1, dtype=torch.int32, device=device).index_copy_(
         0, places.flatten(), gapped.flatten()
     )
-    missing, nobody = -length % chunk, rows * length
-    places = F.pad(F.pad(places, (0, missing), value=nobody).flatten(), (chunk, 0), value=nobody)
+    missing, empty = -length % chunk, rows * length
+    places = F.pad(F.pad(places, (0, missing), value=empty).flatten(), (chunk, 0), value=empty)
     numbers = F.pad(F.pad(numbers, (0, missing), value=-1).flatten(), (chunk, 0), value=-1)
-    return Order(places, places.clamp(max=nobody - 1), numbers, codes)
+    return Order(places, places.clamp(max=empty - 1), numbers, codes)

@@ -116,13 +116,15 @@ class _ByHeads(torch.autograd.Function):
                     )
                     with torch.enable_grad():
                         part = F.linear(joined, weight)
-                    found, d_weight = torch.autograd.grad(part, (joined, weight), upstream[:, span])
-                    d_results[:, :, span] = found.unflatten(-1, (results.shape[1], -1)).transpose(
-                        1, 2
+                    d_joined, d_weight = torch.autograd.grad(
+                        part, (joined, weight), upstream[:, span]
                     )
+                    d_results[:, :, span] = d_joined.unflatten(
+                        -1, (results.shape[1], -1)
+                    ).transpose(1, 2)
                     d_output[:, rows] += d_weight
                 d_leaves = torch.autograd.grad(results, leaves, d_results)
-                del results, d_results, leaves, part, found
+                del results, d_results, leaves, part, d_joined
                 for span, wide, inner in _spans_after(x, plan.before):
                     sources = tuple(map(_leaf, (_normalised(norm, x[:, wide]), *weights)))
                     with torch.enable_grad():
@@ -130,10 +132,10 @@ class _ByHeads(torch.autograd.Function):
                             part[:, :, inner]
                             for part in plan.project(sources[0], sources[1:], wide)
                         ]
-                    found, *of_weights = torch.autograd.grad(
+                    d_input, *of_weights = torch.autograd.grad(
                         parts, sources, [d[:, :, span] for d in d_leaves]
                     )
-                    d_x[:, wide] += found
+                    d_x[:, wide] += d_input
                     for total, d in zip(d_parameters, of_weights, strict=False):
                         total[rows] += d
                 del d_leaves
@@ -141,8 +143,10 @@ class _ByHeads(torch.autograd.Function):
                 leaf = _leaf(x[:, span])
                 with torch.enable_grad():
                     h = _normalised(norm, leaf)
-                found, *of_norm = torch.autograd.grad(h, (leaf, *trained), d_x[:, span].to(h.dtype))
-                d_x[:, span] = found
+                d_input, *of_norm = torch.autograd.grad(
+                    h, (leaf, *trained), d_x[:, span].to(h.dtype)
+                )
+                d_x[:, span] = d_input
                 for total, d in zip(d_parameters[len(whole) :], of_norm, strict=True):
                     total += d
         return None, None, None, d_x.to(x.dtype), d_output, *d_parameters

@@ -16,7 +16,7 @@ _MOST_KEYS = 1_000_000
 
 @dataclass(frozen=True)
 class MemorySize:
-    """What the closed forms of a memory depend on.
+    """The sizes that the closed forms of a memory depend on.
 
     dim: of the model. value_bytes: of an activation, 4, or 2 under autocast. key_balance: whether
     train.key_balance is on.
@@ -34,8 +34,8 @@ class MemorySize:
 
 
 def product_keys_kept(size: MemorySize) -> float:
-    """Bytes of a token: the input, the 1 to 4 stages of query normalisation, all scores for key
-    balance, and 16 value_dim for a gate.
+    """Return the bytes kept of a token: the input, the 1 to 4 stages of query normalisation, all
+    scores for key balance, and 16 value_dim for a gate.
     """
     settings, a = size.settings, size.value_bytes
     kept = 4.0 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
@@ -47,18 +47,19 @@ def product_keys_kept(size: MemorySize) -> float:
 
 
 def product_keys_workspace(size: MemorySize) -> float:
-    """Bytes of a token: three arrays of both halves' scores, in fp32."""
+    """Return the workspace of a token in bytes: three arrays of both halves' scores, in fp32."""
     return 3 * 8.0 * size.settings.heads * size.settings.keys
 
 
 def weighted_sum_kept(size: MemorySize) -> float:
-    """Bytes of a token: an index (int64), a weight and a score (fp32) for each read."""
+    """Return the bytes kept of a token: index (int64), weight and score (fp32) of each read."""
     return 16.0 * size.settings.reads
 
 
 def experts_kept(size: MemorySize) -> float:
-    """Bytes of a token: those of `weighted_sum_kept`, and for each read the row again, the product,
-    its gelu and the product with the weight; under autocast also the token in fp32.
+    """Return the bytes kept of a token: those of `weighted_sum_kept`, and for each read the row
+    again, the product, its gelu and the product with the weight; under autocast also the token
+    in fp32.
     """
     return weighted_sum_kept(size) + (
         16 * size.settings.reads + (4 * size.dim if size.value_bytes == 2 else 0)

@@ -14,7 +14,7 @@ FeatureNorm = Literal["sum", "l2", "none"]
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What the closed forms of a mixer depend on.
+    """The sizes that the closed forms of a mixer depend on.
 
     value_bytes: of an activation, 4, or 2 under autocast. ranks: that share heads (or, for
     `sequence_bytes`, the tokens of a sequence). document_mask: whether attention stays inside
@@ -31,10 +31,10 @@ class LayerSize:
 
 
 def attention_kept(size: LayerSize) -> float:
-    """Bytes that attention keeps of a token for backward: for a bytes a value and width d, a d (5,
-    or 7 under autocast) and 4 heads; keys and values, two of the 5, take kv_heads / heads;
-    convolutions a d for each of their inputs; rotary positions a (d + 2 d / heads); an explicit
-    mask a length.
+    """Return the bytes that attention keeps of a token for backward: for a bytes a value and width
+    d, a d (5, or 7 under autocast) and 4 heads; keys and values, two of the 5, take kv_heads /
+    heads; convolutions a d for each of their inputs; rotary positions a (d + 2 d / heads); an
+    explicit mask a length.
     """
     settings, a, d = size.settings, size.value_bytes, size.dim
     # Under autocast each projection casts the input for itself, unless it was cast before ranks
@@ -58,13 +58,13 @@ def attention_kept(size: LayerSize) -> float:
 
 
 def attention_multiplications(size: LayerSize) -> float:
-    """Multiplications of causal attention for a token, half of the square, in scores and sums."""
+    """Return the multiplications of causal attention for a token, in scores and sums."""
     return size.length * size.dim
 
 
 def fast_weight_sequence_bytes(size: LayerSize) -> float:
-    """Bytes a rank sends for a token of a shared sequence: maps between fast weight matrices in
-    forward, their gradients in backward.
+    """Return the bytes a rank sends for a token of a shared sequence: maps between fast weight
+    matrices in forward, their gradients in backward.
     """
     settings, width = size.settings, size.dim // size.settings.heads
     features = feature_count(settings.features, width, settings.feature_width)
