@@ -54,7 +54,7 @@ def _branch(
 def test_heads_at_once(
     heads_at_once: int, convolution: int, kind: str, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_heads, "_PIECE", 5)
+    monkeypatch.setattr(by_heads, "SPAN", 5)
     torch.manual_seed(0)
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64)
     norm = (nn.LayerNorm(DIM) if kind == "layer" else nn.RMSNorm(DIM)).double()
@@ -102,7 +102,7 @@ def test_a_step_holds_both_streams_their_gradients_and_one_branch(
     """In arrays of [length, dim] fp32. Pieces and weights are small beside them, as at a million
     tokens.
     """
-    monkeypatch.setattr(by_heads, "_PIECE", 64)
+    monkeypatch.setattr(by_heads, "SPAN", 64)
     monkeypatch.setattr(hashing, "_HASH_BLOCK", 64)
     length, dim, heads = 2048, 128, 16
     config = ModelConfig(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_SPAN = 1 << 14  # tokens to normalise and project at a time
+SPAN = 1 << 14  # tokens to normalise and project at a time
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _normalised(norm: nn.Module | None, x: Tensor) -> Tensor:
 
 
 def _spans(x: Tensor) -> Iterator[slice]:
-    return (slice(first, first + _SPAN) for first in range(0, x.shape[1], _SPAN))
+    return (slice(first, first + SPAN) for first in range(0, x.shape[1], SPAN))
 
 
 def _spans_after(x: Tensor, before: int) -> Iterator[tuple[slice, slice, slice]]:
