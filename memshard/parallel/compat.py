@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def process_groups() -> Iterable[dist.ProcessGroup]:
@@ -16,6 +17,13 @@ def process_groups() -> Iterable[dist.ProcessGroup]:
     world = getattr(distributed_c10d, "_world", None)
     groups: Iterable[dist.ProcessGroup] = getattr(world, "pg_map", None) or [dist.group.WORLD]
     return groups
+
+
+def flatten(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the one-dimensional mesh over all axes of a mesh. RuntimeError without the name."""
+    if not hasattr(mesh, "_flatten"):
+        raise RuntimeError("this torch cannot join axes of a device mesh: use 2.13")
+    return mesh._flatten()
 
 
 def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:
@@ -40,12 +48,13 @@ def last_collectives() -> bytes:
     return record
 
 
-def init_fake_group(rank: int, ranks: int) -> None:
-    """Make this process believe that it is one rank of many; its collectives do nothing.
-    RuntimeError without the name.
+def init_fake_group(rank: int, ranks: int) -> bool:
+    """Make this process believe that it is one rank of many, whose collectives do nothing. Return
+    False, and do nothing, without the name.
     """
     try:
         from torch.testing._internal.distributed.fake_pg import FakeStore
-    except ImportError as error:
-        raise RuntimeError("this torch has no fake process group") from error
+    except ImportError:
+        return False
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    return True

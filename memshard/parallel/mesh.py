@@ -3,6 +3,8 @@
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from memshard.parallel import compat
+
 AXES = ("replica", "memory", "tensor")
 """Axes of the mesh; ranks along the last one are neighbours."""
 
@@ -32,7 +34,7 @@ def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> 
 def flat(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
     """Return the flat mesh of the ranks that differ from this one along some axes only."""
     used = tuple(axis for axis in axes if mesh[axis].size() > 1) or axes[:1]
-    return mesh[used[0]] if len(used) == 1 else mesh[used]._flatten()
+    return mesh[used[0]] if len(used) == 1 else compat.flatten(mesh[used])
 
 
 def group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup:

@@ -22,7 +22,7 @@ def report(
         lines += _sent(recipe, cost)
     lines += ["", *_bytes(recipe, cost, result), "", *_time(cost, result), "", *_variants(result)]
     lines += ["", _suggested(cost, result)]
-    if cost.ranks > 1:
+    if cost.ranks > 1 and result["dry_run"]:
         part = result["dry_run"][-1]
         lines.append(
             f"dry run as rank 0 and rank {part['rank']} of {cost.ranks}: sizes divide; "

@@ -30,7 +30,7 @@ class RankParameters:
 
 def dry_run(recipe: Recipe, ranks: int, vocab_size: int) -> list[RankParameters]:
     """Build mesh, model, tensor-parallel split and tables as in training, as the first and as the
-    last of `ranks` ranks, and return what the two would store.
+    last of `ranks` ranks, and return what the two would store; nothing if torch cannot fake ranks.
 
     ValueError that names the key where something does not divide. Must not be called in a process
     that has joined others.
@@ -41,13 +41,15 @@ def dry_run(recipe: Recipe, ranks: int, vocab_size: int) -> list[RankParameters]
     config = replace(
         recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=longest
     )
-    return [_as_rank(recipe, config, rank, ranks, layout) for rank in sorted({0, ranks - 1})]
+    parts = (_as_rank(recipe, config, rank, ranks, layout) for rank in sorted({0, ranks - 1}))
+    return [part for part in parts if part is not None]
 
 
 def _as_rank(
     recipe: Recipe, config: ModelConfig, rank: int, ranks: int, layout: LayoutName
-) -> RankParameters:
-    init_fake_group(rank, ranks)
+) -> RankParameters | None:
+    if not init_fake_group(rank, ranks):
+        return None
     try:
         mesh = build_mesh("cpu", recipe.parallel.memory, recipe.parallel.tensor)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
