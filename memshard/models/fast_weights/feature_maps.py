@@ -46,9 +46,7 @@ class FeatureMap(nn.Module):
     kind: elu; dpfp (`width` is nu, D = 2 d nu); favor (FAVOR+ of Choromanski et al. 2021 with
     `width` orthogonal random directions, positive and negative, D = 2 width). normalise: sum scales
     features to add up to 1, which keeps the delta rule stable; l2 to norm 1, so that a write at
-    strength 1 is read back exactly. paper_faithful: compute as published, without guards against
-    underflow and overflow. exp(-|x|^2 / 2) is then 0 in fp32 for the long keys of the retrieval
-    task, and the published curve shows that underflow.
+    strength 1 is read back exactly.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class FeatureMap(nn.Module):
         dim: int,
         width: int = 1,
         normalise: FeatureNorm = "sum",
-        paper_faithful: bool = False,
     ) -> None:
         super().__init__()
         if kind == "dpfp" and dim % 2:
@@ -65,13 +62,7 @@ class FeatureMap(nn.Module):
                 f"dpfp features of odd width {dim}: keys of alternating signs would have no "
                 "features; use an even width"
             )
-        self.kind, self.dim, self.width, self.normalise, self.paper_faithful = (
-            kind,
-            dim,
-            width,
-            normalise,
-            paper_faithful,
-        )
+        self.kind, self.dim, self.width, self.normalise = kind, dim, width, normalise
         self.features = feature_count(kind, dim, width)
         """The width D of phi(x)."""
         self.directions: Tensor | None
@@ -100,23 +91,14 @@ class FeatureMap(nn.Module):
             else:
                 # DPFP is of degree 2 in x, so a factor common to all features cancels in the
                 # normalisation. Scaling x by it keeps squares from vanishing and overflowing.
-                scaled = self.normalise != "none" and not self.paper_faithful
-                y = dpfp(
-                    x / x.abs().amax(-1, keepdim=True).detach().clamp(min=1e-30) if scaled else x,
-                    self.width,
-                )
+                if self.normalise != "none":
+                    x = x / x.abs().amax(-1, keepdim=True).detach().clamp(min=1e-30)
+                y = dpfp(x, self.width)
             return self._normalised(y)
 
     def _favor(self, x: Tensor) -> Tensor:
         assert self.directions is not None
         directions = self.directions.to(x.dtype)
-        if self.paper_faithful:
-            projected = x @ directions.mT
-            y = (
-                torch.cat((projected, -projected), -1).exp()
-                * (-x.square().sum(-1, keepdim=True) / 2).exp()
-            )
-            return self._normalised(y / self.features**0.5)
         x = x * self.dim**-0.25
         projected = x @ directions.mT
         both = torch.cat((projected, -projected), -1)
@@ -132,6 +114,4 @@ class FeatureMap(nn.Module):
             return y
         if self.normalise == "l2":
             return F.normalize(y, dim=-1)
-        return y / (
-            y.sum(-1, keepdim=True) + 1e-6 if not self.paper_faithful else y.sum(-1, keepdim=True)
-        )
+        return y / (y.sum(-1, keepdim=True) + 1e-6)

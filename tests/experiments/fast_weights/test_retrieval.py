@@ -4,9 +4,15 @@ import torch
 import torch.nn.functional as F
 
 from memshard.experiments.fast_weights.capacity import _unfinished
-from memshard.experiments.fast_weights.retrieval import Retriever, sample_pairs, train
+from memshard.experiments.fast_weights.retrieval import (
+    PublishedFavor,
+    Retriever,
+    sample_pairs,
+    train,
+)
 from memshard.experiments.fast_weights.update import _together
 from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.feature_maps import FeatureMap
 
 
 def test_retrieval_reads_what_the_delta_rule_has_written() -> None:
@@ -57,3 +63,16 @@ def test_a_run_is_cut_short_by_its_last_step_unless_that_solves_it() -> None:
     ends = {(200, 0.5): True, (200, 0.0005): False, (100, 0.5): False, (200, None): True}
     for end, cut in ends.items():
         assert _unfinished({"steps": 200}, {"curve": [(100, 0.6), end]}) is cut
+
+
+def test_favor_is_a_softmax_of_its_projections_and_the_published_form_underflows() -> None:
+    torch.manual_seed(0)
+    stable, paper = (
+        FeatureMap("favor", 64, width=64),
+        PublishedFavor(64, width=64, normalise="sum"),
+    )
+    paper.directions = stable.directions
+    x = torch.randn(10, 64, dtype=torch.float64)
+    torch.testing.assert_close(stable(x * 64**0.25), paper(x))
+    long = torch.randn(10, 64) * 2
+    assert stable(long).isfinite().all() and not paper(long).isfinite().all()
