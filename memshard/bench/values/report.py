@@ -30,12 +30,12 @@ def show(result: dict[str, Any]) -> None:
                 f"| {name} | {shown} | {ratio} | {line['bytes_per_s'] / 1e9:.1f} | "
                 f"{_gigabytes(table['peak_memory'][name])} |"
             )
-        own = lines[OURS]
-        over = table["read_bandwidth"] / own["forward_bytes_per_s"]
+        ours = lines[OURS]
+        over = table["read_bandwidth"] / ours["forward_bytes_per_s"]
         print(f"\nforward: {over:.2f} x (bytes of all reads) / (stream read bandwidth)")
         print(
-            f"distinct rows a step: {own['rows']:,.0f}; ours takes "
-            f"{own['total'] / own['rows'] * 1e6:.2f} us for each"
+            f"distinct rows a step: {ours['rows']:,.0f}; ours takes "
+            f"{ours['total'] / ours['rows'] * 1e6:.2f} us for each"
         )
     print(
         "\nGB/s: the bytes that a step cannot avoid (reads twice, distinct rows and two moments "
@@ -52,13 +52,13 @@ def show(result: dict[str, Any]) -> None:
         )
     for name, layer in result["layers"].items():
         for tokens, line in layer["tokens"].items():
-            (ours, own), (_, other) = line["seconds"].items()
+            (name_ours, ours), (_, theirs) = line["seconds"].items()
             print(
-                f"\nwhole layer, {tokens:,} tokens: {ours} {own * 1e3:.1f} ms, {name} "
-                f"{other * 1e3:.1f} ms: {_ratio(line)}"
+                f"\nwhole layer, {tokens:,} tokens: {name_ours} {ours * 1e3:.1f} ms, {name} "
+                f"{theirs * 1e3:.1f} ms: {_ratio(line)}"
             )
-        (_, own_peak), (_, other_peak) = layer["peak_memory"].items()
-        print(f"peak memory: {_gigabytes(own_peak)} against {_gigabytes(other_peak)} GB")
+        (_, our_peak), (_, their_peak) = layer["peak_memory"].items()
+        print(f"peak memory: {_gigabytes(our_peak)} against {_gigabytes(their_peak)} GB")
     for name, command in result["missing"].items():
         print(f"\nnot measured: {name} ({command})")
 

@@ -68,7 +68,7 @@ def measure(sizes: Sizes, names: list[str]) -> dict[str, Any]:
     for tokens in sizes.tokens:
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for number in range(sizes.rounds + 1):
-            reads = draw(sizes, tokens, seed=number)
+            reads = sample_reads(sizes, tokens, seed=number)
             rows = float(len(torch.unique(reads[0])))
             for name, step in steps.items():
                 begun, used = time.perf_counter(), time.process_time()
@@ -92,7 +92,7 @@ def take_steps(sizes: Sizes, name: str) -> None:
     """Take three steps of one competitor, whose memory is measured."""
     step = _BUILDERS[name](sizes)
     for seed in range(3):
-        step(*draw(sizes, max(sizes.tokens), seed))
+        step(*sample_reads(sizes, max(sizes.tokens), seed))
 
 
 def _summary(
@@ -123,7 +123,7 @@ def _summary(
     }
 
 
-def draw(sizes: Sizes, tokens: int, seed: int) -> Reads:
+def sample_reads(sizes: Sizes, tokens: int, seed: int) -> Reads:
     """Return log-uniform rows in a random order of slots and weights that sum to 1 for a token,
     both [tokens, reads], and an upstream gradient [tokens, dim].
     """
