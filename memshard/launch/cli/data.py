@@ -27,13 +27,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "build",
         help="WARC, text, jsonl (also .gz), folders or URLs of them -> shards, index, tokenizer",
     )
-    _add_common(build)
+    _add_common(
+        build,
+        "file, glob, folder, http(s)/s3 URL, pipe:COMMAND, or list file (*.paths); each also .gz",
+        web=True,
+    )
     _add_build(build)
     build.set_defaults(run=run_build)
     for kind in OWN_BUILDS.values():
         if kind.command:
             command = commands.add_parser(kind.command, help=kind.help)
-            _add_common(command)
+            _add_common(command, kind.takes)
             _add_options(command, kind.options)
             command.set_defaults(run=lambda args, kind=kind: run_own(kind, args))
     verify = commands.add_parser("verify", help="re-hash every shard and check every count")
@@ -41,14 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     verify.set_defaults(run=run_verify)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Add what every build asks for."""
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SRC",
-        help="file, glob or folder; also http(s)/s3 URL, pipe:COMMAND, or list file (*.paths)",
-    )
+def _add_common(parser: argparse.ArgumentParser, takes: str, web: bool = False) -> None:
+    """Add what every build asks for. takes: what its inputs are. web: they may be web archives."""
+    parser.add_argument("sources", nargs="+", metavar="SRC", help=takes)
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty"
     )
@@ -70,14 +69,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=float,
         metavar="AMOUNT",
-        help="kept for evaluation: share of the documents or a number (default 0.01; WARC 5000, "
-        "at most 1 %%)",
+        help="kept for evaluation: share of the documents or a number (default 0.01"
+        + ("; WARC 5000, at most 1 %%)" if web else ")"),
     )
     parser.add_argument(
         "--test",
         type=float,
         metavar="AMOUNT",
-        help="kept for a final test, likewise (default none; WARC: as --held-out)",
+        help="kept for a final test, likewise (default none"
+        + ("; WARC: as --held-out)" if web else ")"),
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="worker processes (default: one a core)"

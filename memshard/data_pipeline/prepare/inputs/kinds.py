@@ -56,7 +56,8 @@ class OwnBuild:
     """An input that is not documents of text.
 
     module: its file, with build(args) -> report and describe(report) -> str for people. command: a
-    command of its own under `memshard data`, with this help; None for `memshard data build --NAME`.
+    command of its own under `memshard data`, with this help, and `takes` as the help of its inputs;
+    None for `memshard data build --NAME`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class OwnBuild:
     options: Options
     command: str | None = None
     help: str = ""
+    takes: str = ""
 
 
 _TEXT = "memshard.data_pipeline.prepare.inputs.text"
@@ -153,6 +155,8 @@ OWN_BUILDS = {
             command="index",
             help="use existing WebDataset tars of text as they are; they are tokenised when they "
             "are read",
+            takes="uncompressed tar on this machine, or a folder of them; the data folder links to "
+            "it",
             options={
                 "--member": {
                     "default": "txt",
