@@ -16,22 +16,21 @@ def dense_bytes(
     dense, largest: values of all dense parameters, and of the largest. ranks: number of ranks that
     train on different sequences. half: the arithmetic is fp16 or bf16.
     """
+    part = updated_values(settings, dense, largest, ranks)
     if settings.engine == "torch":
-        moments = max(dense / ranks, largest) if settings.zero else dense
         return {
             "dense_weights": dense * (6 if half else 4),
             "dense_gradients": dense * 4,
-            "dense_moments": moments * kind.state_bytes,
+            "dense_moments": part * kind.state_bytes,
         }, {}
     item = 2 if half else 4
     if settings.zero == 0:
         return {
             "dense_weights": dense * 4,
             "dense_gradients": dense * 4,
-            "dense_moments": dense * kind.state_bytes,
+            "dense_moments": part * kind.state_bytes,
         }, {}
     # The masters, and the gradients that they are updated with, are fp32 and split.
-    part = dense / ranks
     sums = item * min(dense, BUCKET) * (1 if settings.offload else 2)
     gradients = item * (dense if settings.zero == 1 else part) + sums
     states = {
@@ -47,6 +46,14 @@ def dense_bytes(
         "dense_gradients": gradients + states["dense_gradients"],
         "dense_moments": states["dense_moments"],
     }, {}
+
+
+def updated_values(settings: TrainConfig, dense: float, largest: float, ranks: int) -> float:
+    """Return how many dense values a rank updates; it keeps their moments."""
+    if not settings.zero:
+        return dense
+    # Our ZeRO does not cut parameters.
+    return max(dense / ranks, largest) if settings.engine == "torch" else dense / ranks
 
 
 def dense_traffic(

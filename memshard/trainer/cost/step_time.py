@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.cost.dense_bytes import updated_values
 from memshard.trainer.cost.devices import Device
+from memshard.trainer.cost.division import divide
 from memshard.trainer.cost.estimate import Estimate
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
@@ -90,15 +92,17 @@ def step_time(
     tokens = cost.tokens_per_step / world * cost.tensor_ranks
     if in_host:
         tables += len(memory.layers) * tokens * 2 * 4 * width / _HOST_LINK
-    dense = DENSE_KINDS[recipe.optimizer.kind]
-    # A rank updates the values whose moments it keeps.
+    division = divide(recipe, world)
+    updated = updated_values(
+        recipe.train,
+        cost.parameters.dense_on_rank(division.tensor_ranks),
+        cost.parameters.largest / division.matrix_ranks,
+        division.data_ranks,
+    )
     update = (
-        dense.update_bytes
-        / dense.state_bytes
-        * (
-            cost.bytes.dense_moments / (device.bandwidth * BANDWIDTH)
-            + cost.host.dense_moments / _HOST_MEMORY
-        )
+        updated
+        * DENSE_KINDS[recipe.optimizer.kind].update_bytes
+        / (_HOST_MEMORY if recipe.train.offload else device.bandwidth * BANDWIDTH)
     )
 
     link, network = device.link * NETWORK, device.network * NETWORK

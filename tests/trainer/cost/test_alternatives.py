@@ -18,6 +18,7 @@ from memshard.trainer.cost.alternatives import (
 from memshard.trainer.cost.devices import CARDS
 from memshard.trainer.cost.estimate import estimate
 from memshard.trainer.cost.step_time import step_time
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 MODEL = ModelConfig(
     layers=4,
@@ -115,3 +116,16 @@ def test_time_of_a_step() -> None:
         ValueError, match="train.precision is bf16, which a v100-16g does not have: use fp32, fp16"
     ):
         seconds(RECIPE, 1, "bf16")
+
+
+def test_an_optimizer_without_states_also_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(settings: dict[str, Any]) -> float:
+        recipe = changed_by(RECIPE, settings)
+        return step_time(recipe, estimate(recipe, 4, 1000), CARD, "fp32", node=8).update
+
+    adam, kind = update({}), DENSE_KINDS["adamw"]
+    assert update({"train.zero": 1}) == pytest.approx(adam / 4, rel=0.2)
+    deepspeed = {"train.zero": 1, "train.engine": "deepspeed"}
+    assert update({**deepspeed, "train.offload": True}) > update(deepspeed)
+    monkeypatch.setitem(DENSE_KINDS, "adamw", replace(kind, state_bytes=0, update_bytes=12))
+    assert update({}) == pytest.approx(adam * 12 / kind.update_bytes)
