@@ -1,6 +1,7 @@
 """Mixers and memories describe themselves in registries, and nothing else names a kind."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from memshard.models.memory.kinds import MEMORIES
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.kinds import MIXERS, names
 from memshard.models.mixers.mixer import Mixer
+from memshard.parallel.tables.layouts import LAYOUTS
+from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 from tests.models.tiny import tiny_config, tiny_model
 
 PACKAGE = Path(memshard.__file__).parent
@@ -71,5 +74,20 @@ def test_no_other_file_names_a_kind() -> None:
         if not str(path.relative_to(PACKAGE)).startswith(HOMES)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in (MIXERS.keys() | MEMORIES.keys())
+    ]
+    assert not named
+
+
+def test_no_sentence_of_the_planner_or_the_commands_names_a_kind() -> None:
+    # The words that mean nothing else: `local` is also a launcher, `rows` also rows.
+    names = {*MIXERS, *MEMORIES, *LAYOUTS, *DENSE_KINDS} - {"local", "rows", "columns"}
+    word = re.compile(rf"\b({'|'.join(sorted(names, key=len, reverse=True))})\b", re.IGNORECASE)
+    rooms = ("launch/cli", "trainer/cost", "trainer/watch")
+    named = [
+        f"{path}:{node.lineno}: {found[0]}"
+        for path in (path for room in rooms for path in (PACKAGE / room).glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (found := word.search(node.value))
     ]
     assert not named

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import rank, usage_errors
 from memshard.launch.cli.parser import Subparsers
+from memshard.models.mixers.kinds import names
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ _TIMEOUT = 600.0
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
-        "eval", help="perplexity, bits per byte, BLEU, memory usage; tasks of lm-evaluation-harness"
+        "eval", help="perplexity, bits per byte, BLEU, slot usage; tasks of lm-evaluation-harness"
     )
     parser.add_argument(
         "checkpoint",
@@ -58,7 +59,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--untruncated",
         action="store_true",
-        help="read the text as one, with carried states (linear and delta mixers, no positions)",
+        help="read the text as one, with carried states "
+        f"({names(lambda kind: kind.constant_state)} mixers, no positions)",
     )
     parser.add_argument(
         "--precision",
