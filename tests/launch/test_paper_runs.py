@@ -1,4 +1,4 @@
-"""The paper's runs on 32 GPUs, as far as they go without one: planned, rehearsed, rendered."""
+"""The paper's runs on 32 GPUs, as far as they go without one: planned, dry-run, rendered."""
 
 import json
 import subprocess

@@ -79,7 +79,7 @@ def _train_all(rank: int, world: int, saved: list[Any], steps: range) -> list[An
     ]
 
 
-def test_whole_states_are_those_of_one_process_and_load_on_any_number() -> None:
+def test_full_states_are_those_of_one_process_and_load_on_any_number() -> None:
     nothing = [None] * len(_CASES)
     expected = _train_all(0, 1, nothing, range(3))
     half, *others = run_distributed(_train_all, 3, nothing, range(2))

@@ -1,4 +1,4 @@
-"""Held-out loss and memory usage against plain loops in fp64."""
+"""Held-out loss and slot usage against plain loops in fp64."""
 
 import json
 import math
@@ -153,7 +153,7 @@ def test_sliding_windows_predict_each_token_once_from_what_precedes_it(
     ]
 
 
-def test_memory_usage_of_a_plain_model() -> None:
+def test_slot_usage_of_a_plain_model() -> None:
     """Any model, its table an ordinary parameter, tensors or mappings as batches; dropout off
     meanwhile.
     """

@@ -299,6 +299,6 @@ def _check_states(recipe: Recipe) -> None:
             else "train.checkpointing"
         )
         raise ValueError(
-            "train.segments keeps one piece in memory and computes it again: leave out "
+            "train.segments keeps one segment in memory and computes it again: leave out "
             f"{other_key}, or train.segments"
         )
