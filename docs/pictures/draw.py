@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/how-memory-works.md.
+"""Draw the pictures of docs/how-memory-works.md, except memory.svg, which is written by hand.
 
 `python docs/pictures/draw.py` writes the SVG files beside this one.
 """
@@ -16,14 +16,14 @@ ARROW = (
 
 
 def box(x: float, y: float, width: float, height: float, fill: str) -> str:
-    """A filled rectangle."""
+    """Return a filled rectangle."""
     return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}"/>'
 
 
 def label(
     x: float, y: float, text: str, size: float = 13, anchor: str = "middle", fill: str = DARK
 ) -> str:
-    """A line of text."""
+    """Return a line of text."""
     return (
         f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{text}'
         "</text>"
@@ -31,12 +31,12 @@ def label(
 
 
 def arrow(path: str) -> str:
-    """An arrow along an SVG path."""
+    """Return an arrow along an SVG path."""
     return f'<path d="{path}" stroke="#666666" fill="none" marker-end="url(#arrow)"/>'
 
 
 def save(name: str, title: str, width: int, height: int, shapes: list[str]) -> None:
-    """Write one picture on a white ground."""
+    """Write one picture with a white background."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {FONT}>',
         f"<title>{title}</title>",
@@ -49,7 +49,7 @@ def save(name: str, title: str, width: int, height: int, shapes: list[str]) -> N
 
 
 def product_keys() -> None:
-    """The three best of 8 x 8 slots, from the three best scores of each half."""
+    """Draw the three best of 8 x 8 slots, from the three best scores of each half."""
     first = [0.3, 1.1, -0.4, 2.0, 0.1, 1.4, -0.9, 0.6]
     second = [0.9, -0.2, 1.7, 0.4, 1.2, -0.7, 0.2, 0.0]
     rows = sorted(range(8), key=lambda i: -first[i])[:3]
@@ -93,7 +93,7 @@ At the published size 512 + 512 scores decide among
 
 
 def row_update() -> None:
-    """From the reads of a batch to the updated rows."""
+    """Draw the way from the reads of a batch to the updated rows."""
     reads = [(3, 0.7, 0), (9, 0.3, 0), (3, 0.6, 1), (14, 0.4, 1), (9, 0.8, 2), (3, 0.2, 2)]
 
     def read(x: float, y: float, row: int, weight: float, token: int) -> list[str]:
@@ -138,7 +138,7 @@ def row_update() -> None:
 
 
 def layouts() -> None:
-    """A table split by rows and by columns."""
+    """Draw a table split by rows and by columns."""
     shapes = []
     for left, by_rows in [(40, True), (520, False)]:
         shapes.append(label(left + 200, 34, "by rows" if by_rows else "by columns", 16))
@@ -158,10 +158,10 @@ def layouts() -> None:
             label(left + 96, 110, "reads 3 rows", 12.5, "end", GREY),
         ]
     shapes += [
-        label(240, 285, "A rank owns a quarter of the rows. It sends each read to the"),
-        label(240, 303, "owner and gets back partial sums, or the rows themselves."),
-        label(720, 285, "A rank owns a quarter of every row. All ranks see all reads;"),
-        label(720, 303, "each sums its own columns, and slices of the sums travel."),
+        label(240, 285, "A rank stores a quarter of the rows. Others send it their reads"),
+        label(240, 303, "of these and get partial sums back, or the rows themselves."),
+        label(720, 285, "A rank stores a quarter of every row. All ranks see all reads;"),
+        label(720, 303, "each sums its columns, and slices of the sums are sent."),
     ]
     save("layouts", "Two ways to split a table over four ranks", 960, 320, shapes)
 

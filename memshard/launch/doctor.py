@@ -78,7 +78,8 @@ def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
     them. ValueError if the folder is no run.
     """
     if not (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
+        missing = "it holds no config.yaml" if folder.exists() else "it does not exist"
+        raise ValueError(f"{folder} is no run folder: {missing}")
     yield from _ranks(folder)
     yield from _collectives(folder)
     yield from stale_locks()

@@ -16,7 +16,9 @@ from memshard.trainer.config.fields import MAY_CHANGE
 from memshard.trainer.config.recipe import Recipe
 
 SECTION = "section"
-_INDENTED = textwrap.TextWrapper(width=100, initial_indent="    ", subsequent_indent="    ")
+_INDENTED = textwrap.TextWrapper(
+    width=100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+)
 
 
 class Key(NamedTuple):
