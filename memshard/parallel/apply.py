@@ -95,6 +95,8 @@ def apply(
     tokens = group(mesh, reading)
     for module in model.modules():
         if isinstance(module, QueryNorm):
+            # The sum's backward sums as well: a query's gradient goes through the statistics of
+            # every rank.
             module.reduce = lambda x: differentiable_sum(x, tokens)
     # `state_dict()` lists a shared table under the name of every reader.
     for name, module in model.named_modules(remove_duplicate=False):

@@ -15,13 +15,14 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_copies(
     tensors: Mapping[str, Tensor], placement: Mapping[str, ShardSpec], mesh: DeviceMesh | None
 ) -> None:
-    """RuntimeError, on every rank, if a tensor differs in any bit from its copies on other ranks.
+    """Raise RuntimeError, on every rank, if a tensor differs in any bit from its copies on others.
 
     tensors: this rank's, by the same names on all ranks; a tensor that `placement` splits over some
     mesh axes is compared along the others only. Costs one all-gather of 8 bytes a tensor.
     """
     if mesh is None:
         return
+    # Sorted: dicts of different ranks may list the same names in another order.
     names = sorted(tensors)
     # Tables may be in host memory.
     sums = torch.stack([_bit_sum(tensors[name]).to(mesh.device_type) for name in names])
@@ -47,8 +48,9 @@ def check_copies(
 
 
 def _bit_sum(x: Tensor) -> Tensor:
-    """The sum of the bit patterns of a tensor's elements as integers, modulo 2^64. Unlike a float
-    sum it does not depend on the order of addition.
+    """Return the sum of the bit patterns of a tensor's elements as integers, modulo 2^64.
+
+    Unlike a sum of floats it does not depend on the order of addition.
     """
     x = x.detach().contiguous()
     return x.view(_BITS[x.element_size()]).sum(dtype=torch.int64)

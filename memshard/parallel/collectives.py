@@ -42,6 +42,7 @@ def all_rows(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(ranks)]
     dist.all_gather(lengths, torch.tensor([len(x)], device=x.device), group=group)
     rows = [int(length) for length in lengths]
+    # all_gather wants equal shapes, so all send as many rows as the longest.
     padded = x.new_zeros(max(rows), *x.shape[1:])
     padded[: len(x)] = x
     gathered = [torch.empty_like(padded) for _ in range(ranks)]
@@ -59,7 +60,9 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def set_timeout(seconds: float, but: dist.ProcessGroup | None = None) -> None:
-    """How long collectives wait for a rank, from the next one on, in all process groups but one."""
+    """Let collectives of all process groups but one wait this long for a rank, from the next one
+    on.
+    """
     for group in compat.process_groups() if dist.is_initialized() else ():
         if group is not but:
             compat.set_timeout(group, seconds)
@@ -82,6 +85,7 @@ def exchange(
     x: [sum(send), ...]; returns [sum(receive), ...]. All ranks of the group must take part, in
     backward as well. traffic: counts the bytes sent.
     """
+    # Backward sends each row's gradient to where the row came from: send and receive change places.
     return _Exchange.apply(x, list(send), list(receive), group, traffic)
 
 
@@ -133,6 +137,7 @@ def _all_to_all(
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
     if traffic is not None:
         traffic.seconds += time.perf_counter() - begun
+        # What a rank sends to itself is a copy in its memory.
         to_others = sum(send) - send[dist.get_rank(group)]
         traffic.reads += to_others * math.prod(x.shape[1:]) * x.element_size()
     return out

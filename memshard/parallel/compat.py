@@ -43,7 +43,7 @@ def last_collectives() -> bytes:
 
     dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
     if dump is None:
-        raise RuntimeError("this torch does not tell its last collectives")
+        raise RuntimeError("this torch does not record its last collectives")
     record: bytes = dump()
     return record
 

@@ -49,6 +49,7 @@ def gradient_norm(
     gradients = [
         (name in placement, p.grad) for name, p in parameters.items() if p.grad is not None
     ]
+    # Copies are the same on all ranks, so this norm needs no exchange.
     copied = nn.utils.get_total_norm([gradient for is_split, gradient in gradients if not is_split])
     if tensor_size(mesh) == 1:
         return copied
@@ -56,4 +57,5 @@ def gradient_norm(
     local = nn.utils.get_total_norm([gradient for is_split, gradient in gradients if is_split])
     split = local.square()
     dist.all_reduce(split, group=mesh["tensor"].get_group())
+    # Norms of disjoint sets add by their squares; the all-reduce is of one number.
     return (copied.square() + split).sqrt()

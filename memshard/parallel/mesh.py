@@ -26,6 +26,7 @@ def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> 
         return None
     return init_device_mesh(
         device_type,
+        # Neighbours are most likely on one node: the axis that sends most, tensor, comes last.
         (ranks // memory, memory // tensor, tensor),
         mesh_dim_names=AXES,
     )
@@ -33,6 +34,8 @@ def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> 
 
 def flat(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
     """Return the flat mesh of the ranks that differ from this one along some axes only."""
+    # Axes of size 1 are left out, so that equal sets of ranks share a process group: each group
+    # costs NCCL buffers and a connection.
     used = tuple(axis for axis in axes if mesh[axis].size() > 1) or axes[:1]
     return mesh[used[0]] if len(used) == 1 else compat.flatten(mesh[used])
 

@@ -34,6 +34,8 @@ class RankNeighbours:
     def rows_before(self, x: Tensor, count: int) -> Tensor:
         """As `Neighbours.rows_before`; segments may be shorter than `count`."""
         last = x[:, -count:]
+        # A convolution of width 4 needs 3 rows, and segments may be shorter than that: rather than
+        # ask one neighbour, gather the last rows of all and take the last 3 before ours.
         all_last = gather(last, self.ranks) if x.is_floating_point() else gathered(last, self.ranks)
         before = all_last[:, : dist.get_rank(self.ranks) * last.shape[1]][:, -count:]
         return F.pad(before, [0, 0] * (x.ndim - 2) + [count - before.shape[1], 0])
@@ -65,6 +67,7 @@ class _States(torch.autograd.Function):
         maps = gathered(torch.cat((through, written), -1)[:, None], ranks).unbind(1)
         state = torch.zeros_like(written) if first is None else first.to(written.dtype, copy=True)
         states = [state]
+        # States add up over the whole sequence; half precision would lose what each segment adds.
         with torch.autocast(written.device.type, enabled=False):
             for segment in maps:
                 state = segment[..., :width] @ state + segment[..., width:]
@@ -87,6 +90,7 @@ class _States(torch.autograd.Function):
                 if segment == rank:
                     d_through, d_written = total @ before.mT, total
                 total = gradients[:, segment, ..., :width] + throughs[segment].mT @ total
+        # Other ranks return 0, because gradients along this axis are summed later.
         d_first = None if not ctx.has_first else total if rank == 0 else torch.zeros_like(total)
         return d_through, d_written, d_first, None
 
@@ -125,6 +129,7 @@ def segment_losses(logits: Tensor, targets: Tensor, ranks: dist.ProcessGroup) ->
     logits: of this rank's segment. targets: [batch, length] of the whole sequences.
     """
     length = targets.shape[1]
+    # As `fill_up` pads the tokens; IGNORE has no loss.
     targets = F.pad(targets, (0, -length % dist.get_world_size(ranks)), value=IGNORE)
     return _Joined.apply(token_losses(logits, local_segment(targets, ranks)), ranks)[:, :length]
 

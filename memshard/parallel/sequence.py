@@ -43,6 +43,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     segments = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     dist.all_gather_single(segments, x.contiguous(), group=group)
+    # all_gather puts ranks first; sequences have them inside, between batch and tokens.
     return segments.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A tensor whose dim `dim`, of `size` in all, is split over the ranks along some axes of the
-    mesh, into contiguous shards as `torch.chunk` cuts them.
+    """A tensor whose dim `dim`, of global size `size`, is split over the ranks along some axes of
+    the mesh, into contiguous shards as `torch.chunk` cuts them.
 
     axes: ranks along the last one have neighbouring shards.
     """

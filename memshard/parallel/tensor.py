@@ -62,6 +62,7 @@ def split_dense(model: Transformer, mesh: DeviceMesh) -> dict[str, ShardSpec]:
         setattr(model.get_submodule(owner), child, _shard_class(whole, spec, child)(whole, spec))
     for module in model.modules():
         if isinstance(module, Mixer):
+            # Only after split_matrices has checked that they divide.
             module.heads //= dist.get_world_size(ranks)
             module.first_head = dist.get_rank(ranks) * module.heads
         if isinstance(module, HeadProjections):
@@ -125,6 +126,7 @@ class _Shard(nn.Module):
         """Draw the whole weight as the unsplit layer would, and keep this rank's shard: the numbers
         do not depend on how many ranks there are.
         """
+        # The whole weight exists for a moment, one layer at a time.
         whole = deepcopy(self._like[0]).to_empty(device=self.weight.device)
         whole.reset_parameters()
         with torch.no_grad():
@@ -235,7 +237,7 @@ class _Channels(_Shard, CausalConvolution):
 
 
 def _shard_class(whole: nn.Module, spec: ShardSpec, name: str) -> Any:
-    """The class that takes a layer's place."""
+    """Return the class that takes a layer's place."""
     if isinstance(whole, CausalConvolution):
         return _Channels
     if isinstance(whole, nn.Embedding):

@@ -18,6 +18,7 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
     last rank then has fewer tokens.
     """
     vocabulary = model.embedding.num_embeddings
+    # The last rank would have no token at all: of 9 tokens over 4 ranks they get 3, 3, 3, 0.
     if vocabulary <= (ranks - 1) * -(-vocabulary // ranks):
         raise ValueError(
             f"model.vocab_size is {vocabulary}, too small to share between {ranks} ranks: set "
@@ -52,6 +53,8 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
             continue
         for child, matrix in module.named_children():
             if child in (*module.column_parallel, *module.row_parallel):
+                # A linear map's weight is [outputs, inputs]: column-parallel maps split the
+                # outputs.
                 dim = int(child in module.row_parallel)
                 placement[f"{name}.{child}.weight"] = _split(matrix.weight.shape[dim], dim)
     return placement

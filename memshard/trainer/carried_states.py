@@ -85,6 +85,7 @@ class Carried:
         return tensors
 
     def _rows(self, samples: Tensor) -> Tensor:
+        # Sample n continues lane n mod lanes. Filler rows read lane 0 and are reset.
         return torch.where(samples < 0, 0, samples % self.lanes - self.first)
 
 

@@ -74,6 +74,7 @@ def resume(run: Run) -> None:
     not fit.
     """
     damaged: dict[Path, DamagedCheckpoint] = {}
+    # All ranks must try the same folders in the same order, since loading is a collective.
     checkpoints = broadcast_from_rank0(committed(run.folder / CHECKPOINTS))
     for folder in reversed(checkpoints):
         try:
@@ -119,6 +120,7 @@ def rewind(run: Run) -> None:
             run.progress,
             spikes=before.spikes,
             rewinds=before.rewinds + 1,
+            # Batches stay passed over: training on the same data would meet the same spike.
             left_out=before.batch - step,
             rewound_to=step,
         )

@@ -73,6 +73,7 @@ class Run(Training):
         if not workers:
             return rank_share(self.stream, batch, *share)
         if self._prefetched is None:
+            # A rewind passes over batches, so the last step reads a later one.
             last = train.steps + self.progress.left_out
             self._prefetched = prefetched(self.stream, batch, last, *share, workers)
         return next(self._prefetched)

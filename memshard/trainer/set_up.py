@@ -55,6 +55,7 @@ def set_up(
     training = build_training(recipe, ranks, device, build)
     run = build_run(recipe, folder, training, stream, held_out, rank, ranks)
     resume(run)
+    # Ranks that began with different weights would train apart without an error.
     run.check_copies()
     if rank == 0:
         write_config(folder, recipe)

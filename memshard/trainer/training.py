@@ -253,6 +253,7 @@ def training_step(
     training.phase = "forward and backward"
     total = torch.zeros((), device=training.device)
     for number, batch in enumerate(batches, 1):
+        # Gradients add up locally, and are exchanged once a step, in the last backward.
         with engine.forward_context(last=number == len(batches)):
             with autocast(training.dtype, training.device):
                 share = loss(engine.model, batch)
@@ -308,6 +309,7 @@ def _update(training: Training, step: int, norm: Tensor, scale: float) -> float:
 
 def _skip(training: Training) -> None:
     """Drop the gradients and the query statistics of the step."""
+    # The verdict is shared, so no rank is left waiting for another one's update.
     training.engine.clear()
     if training.table_optimizer is not None:
         training.table_optimizer.zero_grad()

@@ -41,6 +41,7 @@ class ColumnShardedTable(ShardedTable):
         """As `ValueTable.weighted_sum`. Each rank passes its own tokens."""
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
+        # Ranks may have different numbers of tokens, so these are exchanged first.
         ours = [tokens] * ranks
         theirs = share_counts(ours, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
@@ -49,6 +50,8 @@ class ColumnShardedTable(ShardedTable):
         # Backward of `repeat` sums the ranks' gradients: each rank has those of its columns.
         all_weights = exchange(weights.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
         slices = self._local_sum(all_rows.flatten(), all_weights.flatten(), bag_offsets(all_rows))
+        # Sums of slices are slices of sums: no addition follows, each rank puts columns side by
+        # side.
         return self.join(slices, theirs, tokens)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def _join(table: ShardedTable, part: Tensor) -> Tensor:
     shape[table.spec_dim] = (table.slots, table.dim)[table.spec_dim]
     whole = part.new_empty(shape)
     _slice(table, whole, 0).copy_(part)
+    # One at a time: of the other ranks' parts, one is in memory.
     for rank in range(1, table.ranks):
         theirs = _slice(table, whole, rank)
         received = torch.empty_like(theirs, memory_format=torch.contiguous_format)

@@ -61,8 +61,8 @@ class Layout:
     """Bytes that a rank sends."""
 
     kept: Callable[[Lookup], float]
-    """Bytes that autograd keeps from forward to backward, beside the rank's own row numbers and
-    weights.
+    """Bytes that autograd keeps from forward to backward, not counting the row numbers and weights
+    of the rank's tokens.
     """
 
     collected_reads: Callable[[Lookup], float]
@@ -85,7 +85,7 @@ class Layout:
         return ("tensor",) if self.within_tensor_group else ("memory", "tensor")
 
     def local_shape(self, slots: int, value_dim: int, ranks: int) -> tuple[int, int]:
-        """Rows and columns of the largest shard."""
+        """Return the rows and columns of the largest shard."""
         shape = [slots, value_dim]
         shape[self.split_dim] = -(-shape[self.split_dim] // ranks)
         return shape[0], shape[1]
@@ -118,9 +118,11 @@ LAYOUTS = {
             description="a rank stores a range of rows; it sends each row that another rank reads "
             "once, and gets the row's summed gradient back.",
             split_dim=0,
+            # A row there, its gradient back, and its number, once for each distinct row.
             sent=lambda x: (
                 x.share * x.reads / x.duplicates * (x.value_dim * (x.row_bytes + _VALUE) + _ID)
             ),
+            # The fetched rows, as weights' gradients need them, and where each read finds its row.
             kept=lambda x: x.reads / x.duplicates * (4 * x.value_dim + 4),
             # An owner gets one bag, with its gradient, for each distinct row of each rank: as many
             # as a rank reads, if reads are evenly spread.
@@ -133,9 +135,12 @@ LAYOUTS = {
             description="a rank stores a slice of every row; reads go to all ranks, a slice of "
             "each token's sum comes back.",
             split_dim=1,
+            # Slices of a sum and of its gradient; (row, weight) and the weight's gradient for every
+            # rank.
             sent=lambda x: (
                 2 * x.share * x.value_dim * _VALUE + x.others * x.reads * (_ID + 2 * _VALUE)
             ),
+            # Row and weight of the other ranks' reads, 4 bytes each.
             kept=lambda x: 8 * x.reads * x.others,
             collected_reads=lambda x: x.reads * x.ranks,
             collected_bytes=lambda x: 4 * x.value_dim + 8.0 * x.ranks,
@@ -148,6 +153,7 @@ LAYOUTS = {
             description="the ranks of each parallel.tensor group, which look up the same tokens, "
             "store a slice of every row, and send no row numbers.",
             split_dim=1,
+            # An all-gather of the sum's slices, an all-reduce of the weights' gradients.
             sent=lambda x: x.share * (x.value_dim + 2 * x.reads) * _VALUE,
             kept=lambda x: 0,
             collected_reads=lambda x: x.reads,
@@ -158,6 +164,7 @@ LAYOUTS = {
 }
 
 if TYPE_CHECKING:
+    # mypy reads no computed Literal; at run time the recipe's check needs the names.
     LayoutName = str
 else:
     LayoutName = Literal[tuple(LAYOUTS)]

@@ -29,6 +29,7 @@ def add_replicas(
     time: 2 (R - 1) / R bytes sent for a byte of gradient, R ranks.
     """
     local_rows = like.new_empty(0, dtype=torch.int64) if merged is None else merged.rows
+    # The same sorted list on every rank, so position k of every block is the same row everywhere.
     rows = torch.unique(_gather_rows(local_rows, group, traffic))
     if not len(rows):
         return
@@ -46,6 +47,7 @@ def add_replicas(
         dist.all_reduce(sums, group=group)
         traffic.replicas += 2 * (ranks - 1) * sums.numel() * sums.element_size() // ranks
         numbers = torch.arange(len(part) + 1, device=rows.device)
+        # As one read of weight 1 for each row, so that the update need not know about replicas.
         yield SortedReads(
             part,
             starts=numbers,
@@ -59,6 +61,7 @@ def add_replicas(
 def _gather_rows(local: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
     """Return the row numbers of all ranks, one rank after another; sent in int32 if all fit."""
     ranks = dist.get_world_size(group)
+    # Rows are ascending, so the last one says whether int32 is enough.
     most = int(local[-1]) if len(local) else 0
     facts = [torch.empty(2, dtype=torch.int64, device=local.device) for _ in range(ranks)]
     dist.all_gather(facts, torch.tensor([len(local), most], device=local.device), group=group)

@@ -49,6 +49,7 @@ class RowShardedTable(ShardedTable):
         partial = self._local_sum(route.rows, their_weights, route.offsets)
         our_tokens = [len(rows)] * self.ranks
         sums = exchange(partial, route.their_tokens, our_tokens, self.group, self.traffic)
+        # In the order of ranks, so the result does not depend on which answer came first.
         return sums.view(self.ranks, len(rows), self.dim).sum(0)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -68,6 +69,7 @@ class RowShardedTable(ShardedTable):
         )
         products = self._local_dot(route.rows, their_x, route.offsets)
         ours = exchange(products, route.their_reads, route.our_reads, self.group, self.traffic)
+        # argsort of a permutation is its inverse: answers go back to the order of the reads.
         return ours[torch.argsort(route.order)].view(rows.shape)
 
     def gather_rows(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
@@ -92,6 +94,8 @@ class RowShardedTable(ShardedTable):
         """Send each read's row number to the row's owner."""
         tokens, ranks = len(rows), self.ranks
         owner = self._owner(rows)
+        # Stable: within an owner, reads stay in the order of tokens, so each token's reads are one
+        # bag.
         order = torch.sort(owner.flatten(), stable=True).indices
         # How many of each token's reads go to each owner, [ranks, tokens]: the lengths of the bags
         # that the owner sums.

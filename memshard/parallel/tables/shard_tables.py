@@ -29,7 +29,7 @@ def shard_tables(
     model; a table on the meta device stays there. average: divide row gradients by the number of
     ranks, to match DDP, where each rank's loss is a mean over its own tokens; False where the
     losses of the ranks add up to the total. layout: a name in `layouts.LAYOUTS`, ValueError for
-    any other. replicas: the ranks that hold the same shard in other groups.
+    any other. replicas: the ranks that store the same shard in other groups.
     """
     group = group or dist.group.WORLD
     assert group is not None
@@ -52,6 +52,7 @@ def _shard(
     group: dist.ProcessGroup,
     replicas: dist.ProcessGroup | None,
 ) -> ShardedTable:
+    # The constructor would draw values that the next lines replace.
     with torch.device("meta"):
         shard = table_class(table.slots, table.dim, group, replicas)
     rows = slice(shard.first_row, shard.first_row + len(shard.weight))

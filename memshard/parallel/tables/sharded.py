@@ -79,6 +79,7 @@ class ShardedTable(ValueTable):
     def _count(self, rows: Tensor) -> None:
         super()._count(rows)
         if self._calls % _SAMPLE_EVERY == 0 and rows.numel():
+            # `unique` sorts: in each call it would cost as much as the lookup's own bookkeeping.
             self.duplicates = rows.numel() / len(torch.unique(rows))
         self._calls += 1
 

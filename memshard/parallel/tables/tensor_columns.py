@@ -71,6 +71,7 @@ class _AllColumns(torch.autograd.Function):
     def forward(ctx, slices, table):  # type: ignore[no-untyped-def]
         ctx.columns = slice(table.local_columns.start, table.local_columns.stop)
         tokens = len(slices)
+        # Every rank wants this rank's columns of all tokens, which are the same for all ranks.
         return table.join(slices.repeat(table.ranks, 1), [tokens] * table.ranks, tokens)
 
     @staticmethod
@@ -90,4 +91,5 @@ class _SummedProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        # The sum passes the gradient on to each addend; it is already the same on all ranks.
         return gradient, None

@@ -20,6 +20,7 @@ class BackgroundSave:
     """
 
     def __init__(self) -> None:
+        # gloo, since NCCL's collectives from two threads would have to keep one order on all ranks.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.seconds: float | None = None
         """Duration of the last save until it was committed; None before the first."""
@@ -39,6 +40,7 @@ class BackgroundSave:
         Arguments are those of `save_checkpoint`.
         """
         self.wait()
+        # Training goes on changing its progress, such as the list of recent losses.
         free, state = threading.Event(), deepcopy(state)
         begun = time.perf_counter()
 
@@ -58,6 +60,7 @@ class BackgroundSave:
             except BaseException as error:  # raised again in the thread that waits
                 self._error = error
             finally:
+                # Also after an error before the copy, or training would wait for ever.
                 free.set()
 
         # A run that ends by an error must not wait for ranks that are gone.

@@ -34,6 +34,7 @@ from torch.futures import Future
 from memshard.trainer.checkpoint.hashed_pieces import read_pieces
 from memshard.trainer.checkpoint.index import Chunk, StoredTensor, write_index
 
+# Memory maps view a chunk in its dtype, which needs an aligned address; 64 is a cache line.
 _ALIGNMENT = 64
 
 
@@ -79,8 +80,10 @@ class PieceWriter(StorageWriter):
             results += [
                 _write(file, name, item, copy) for item, copy in zip(others, copies, strict=True)
             ]
+            # The commit marker must not reach the disk before the data it vouches for.
             file.flush()
             os.fsync(file.fileno())
+        # Already done: the whole save runs on a thread (background.py), so writing here may block.
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -210,6 +213,7 @@ class PieceReader(StorageReader):
             return
         first, last = begins[0], begins[0] + lengths[0]
         for rows, piece in read_pieces(self.folder, name, chunk, dtype, range(first, last)):
+            # Pieces cut the first dim only; in the others a layout with split columns wants a part.
             low, high = max(first, rows.start), min(last, rows.stop)
             part = piece[low - rows.start : high - rows.start]
             for dim in range(1, part.ndim):

@@ -67,6 +67,7 @@ def global_tensor(
     assert mesh is not None
     shape = [*local.shape]
     shape[spec.dim] = spec.size
+    # A meta tensor has the strides of the whole table without its memory.
     stride = torch.empty(shape, device="meta").stride()
     axis = flat(mesh, spec.axes)
     if local.device.type != axis.device_type:

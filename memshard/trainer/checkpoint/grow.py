@@ -34,6 +34,8 @@ def grow_table(
     old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     load_tensors(checkpoint, {source: old})
     keys, old_keys = math.isqrt(table.slots), math.isqrt(saved[0])
+    # As many rounds on every rank: gather_rows is a collective, and a rank with fewer rows joins
+    # with none.
     for first in range(0, table.max_local_rows, _BLOCK_ROWS):
         local = torch.arange(
             min(first, len(new)), min(first + _BLOCK_ROWS, len(new)), device=new.device

@@ -22,6 +22,7 @@ def read_pieces(
             if wanted is not None and (rows.stop <= wanted.start or rows.start >= wanted.stop):
                 continue
             file.seek(chunk.at + rows.start * row_bytes)
+            # Writable, so torch.frombuffer below needs no copy.
             data = bytearray(len(rows) * row_bytes)
             if file.readinto(data) < len(data) or hashlib.sha256(data).hexdigest() != expected:
                 raise ValueError(

@@ -120,7 +120,7 @@ def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
         end = chunk.at + rows * row_bytes
         if not _DATA_FILE.fullmatch(chunk.file):
             raise ValueError(
-                f"{INDEX_FILE}: {name} is said to lie in {chunk.file!r}, which is no data file of "
+                f"{INDEX_FILE}: {name} is said to be in {chunk.file!r}, which is no data file of "
                 "a checkpoint"
             )
         if end > file_sizes.get(chunk.file, -1):
@@ -142,6 +142,8 @@ def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
                 f"{len(chunk.pieces(dtype.itemsize))} pieces"
             )
     filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    # Boxes that do not meet and together have as many values as the shape cover it exactly once.
+    # The pairs are few, since a tensor has at most a chunk a rank: 2,016 for 64 ranks.
     overlap = any(_meet(a, b) for number, a in enumerate(filled) for b in filled[:number])
     if overlap or sum(math.prod(chunk.sizes) for chunk in filled) != math.prod(shape):
         raise ValueError(f"{INDEX_FILE}: the pieces of {name} do not cover its shape {shape} once")
@@ -156,6 +158,7 @@ def _meet(a: Chunk, b: Chunk) -> bool:
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
+    # `type(...) is int` refuses true and false, which Python also counts as integers.
     if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         raise ValueError(f"{str(values)[:60]} are not sizes")
     return tuple(values)

@@ -74,8 +74,11 @@ def init_from(
     load_tensors(checkpoint, same)
     for name, module in convolutions.items():
         kernel = local_part(tensors[f"model.{name}.weight"]).view(-1, module.width)
+        # Kernel (1, 0, 0, ...) passes the current token on unchanged.
         kernel.zero_()
         kernel[:, 0] = 1
+    # Only these tables become 0. PEER's other table keeps its draw: each one's gradient has the
+    # other as a factor, so two tables of zeros would never leave 0.
     outputs = {id(memory.values) for _, memory in model.memories()}
     for source, target in grown:
         table = tables.get(_parameter(target))
@@ -106,6 +109,7 @@ def init_from(
                 state.get("master", table.weight).zero_()
             continue
         state["step"] = steps[name.removesuffix(".weight")]
+        # The fp32 copy was loaded; the table itself is its rounding.
         if "master" in state:
             table.weight.copy_(state["master"])
         if "row_step" in state and f"row_step.{name}" not in saved:

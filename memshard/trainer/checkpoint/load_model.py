@@ -72,6 +72,7 @@ def load_model(
     _fill(model, stored)
     if not memmap:
         for name, table in tables.items():
+            # Block by block, so that the table is in memory once and not twice.
             for first in range(0, table.slots, _BLOCK_ROWS):
                 rows = torch.arange(first, min(first + _BLOCK_ROWS, table.slots))
                 table.weight[rows[0] : rows[-1] + 1] = stored.tables[name](rows)

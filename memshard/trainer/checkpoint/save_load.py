@@ -106,6 +106,8 @@ def _commit(temporary: Path, folder: Path) -> None:
     _to_disk(temporary / COMMIT)
     _to_disk(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier save may have left one without marker
+    # Atomic: a reader sees the whole checkpoint or none. The entry in the parent folder is on disk
+    # only once that is flushed as well.
     os.replace(temporary, folder)
     _to_disk(folder.parent)
 
@@ -201,6 +203,7 @@ def _same_outcome(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
     except OSError as error:
         problem = f"{what} ({error})"
     if dist.is_initialized():
+        # Without this, ranks that had no error would wait in the next collective for rank 0.
         box = [problem]
         dist.broadcast_object_list(box, group_src=0, group=group)
         problem = box[0]

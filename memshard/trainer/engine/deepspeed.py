@@ -67,6 +67,8 @@ class DeepSpeedEngine:
         self._prepare_tensor_parallel()
         exact = []
         if dtype != torch.float32:
+            # Before DeepSpeed rounds them to 16 bits; on the host, where they cost no device
+            # memory.
             exact = [p.detach().cpu() for p in self.parameters]
             _compute_in(dtype, model, device)
         self.optimizer: Any = build_dense_optimizer(self.parameters, config)
@@ -182,6 +184,8 @@ class DeepSpeedEngine:
             arrays = {
                 f"{key or 'model'}.{name}": p.get_full_hp_param(key) for key in self._arrays(p)
             }
+            # One rank writes a parameter and its moments; which one changes from parameter to
+            # parameter, so that all ranks write about as much.
             like = tensors.pop(f"model.{name}")
             if everywhere or owner == dist.get_rank(self.data):
                 tensors |= {key: _like(like, value) for key, value in arrays.items()}
@@ -231,12 +235,12 @@ class DeepSpeedEngine:
         (folder / "deepspeed.json").write_text(json.dumps(self.json, indent=1) + "\n")
 
 
-def _like(whole: Tensor, piece: Tensor) -> Tensor:
-    """Return the local shard `piece` as a tensor spread over ranks as `whole` is."""
+def _like(whole: Tensor, local: Tensor) -> Tensor:
+    """Return the shard `local` as a tensor spread over ranks as `whole` is."""
     if not isinstance(whole, DTensor):
-        return piece
+        return local
     return DTensor.from_local(
-        piece,
+        local,
         whole.device_mesh,
         whole.placements,
         run_check=False,

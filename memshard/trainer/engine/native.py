@@ -99,6 +99,7 @@ class NativeEngine:
         if scale != 1 and gradients:
             torch._foreach_mul_(gradients, 1 / scale)
         if clip:
+            # The norm is that of all parameters, so each rank scales its share by the same factor.
             nn.utils.clip_grads_with_norm_(self.local, clip, norm)
         self.optimizer.step()
         if self.shares_updates:

@@ -140,6 +140,8 @@ class HarnessModel(TemplateLM):
     def _batches(self, requests: list[Any], key: Any) -> Iterator[list[int]]:
         """Iterate over numbers of requests with equal settings, longest first."""
         keys = [key(request) for request in requests]
+        # Longest first: if memory runs out, it does so in the first batch, and similar lengths
+        # share a batch, so little is padding.
         order = sorted(range(len(requests)), key=lambda n: (keys[n][0], -keys[n][1]))
         while order:
             same = [n for n in order[: self.batch] if keys[n][0] == keys[order[0]][0]]

@@ -101,12 +101,15 @@ def evaluate(
             for first in range(0, held_out.windows, rows * ranks):
                 batch = held_out.batch(first + rank * rows, rows)
                 counts = task.counted(batch)
+                # With a stride the first tokens of a window are only context: the window before
+                # counted them.
                 counts[batch.samples > 0, : held_out.overlap] = False
                 with autocast(dtype, task.device):
                     losses = task.each_loss(model, batch, carried=carried, wanted=counts)
                 if carried is not None:
                     carried.commit()
                 counts = counts.to(task.device)
+                # fp64: beside a sum of a million losses, fp32 keeps one digit of the next.
                 sums = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
                 positions = (
                     torch.cat((positions, sums))
@@ -115,6 +118,7 @@ def evaluate(
                 )
     finally:
         model.train(training)
+    # Tensor-parallel ranks have summed the same losses: divide by how many they are.
     same = dist.get_world_size() // ranks if dist.is_initialized() else 1
     positions = all_sum(positions).cpu() / same
     tokens = round(float(positions[:, 1].sum()))

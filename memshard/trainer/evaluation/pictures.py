@@ -128,6 +128,7 @@ def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
     if total > 0:
         share = np.concatenate([[0], np.cumsum(np.sort(reads)[::-1]) / total * 100])
         slots = np.linspace(0, 100, len(share))
+        # A line of a million points would make a large and slow file; 1,000 look the same.
         points = np.unique(np.linspace(0, len(share) - 1, 1000).astype(int))
         axes.plot(slots[points], share[points], color=COLORS[0], linewidth=2, label="this table")
         half = slots[int(np.searchsorted(share, 50))]
@@ -177,6 +178,7 @@ def _span(curves: Any) -> tuple[float | None, float | None]:
     losses = losses[np.isfinite(losses)]
     if len(losses) < 10:
         return None, None
+    # The first losses, near ln(vocabulary), would squeeze the rest of the curve into a strip.
     low, high = losses.min(), np.quantile(losses, 0.98)
     margin = 0.05 * (high - low) or 0.1
     return float(low - margin), float(high + margin)

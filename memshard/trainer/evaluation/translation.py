@@ -38,6 +38,7 @@ def translate(
         raise ValueError(f"text {empty} of {len(texts)} is empty: there is nothing to translate")
     device = model.embedding.weight.device
     limit = model.config.max_length if model.config.position in ("learned", "axial") else None
+    # Similar lengths share a batch, so little of it is padding.
     order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
     translations = [""] * len(sources)
     for first in range(0, len(order), batch):

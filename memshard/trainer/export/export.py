@@ -145,6 +145,7 @@ def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows as int8 [n, dim] and scales [n] fp32; the largest value of a row is 127."""
     values = values.float()
     scale = values.abs().amax(1) / 127
+    # A row of zeros has scale 0: the smallest normal number keeps 0 / 0 from becoming NaN.
     return (values / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(
         torch.int8
     ), scale
@@ -176,6 +177,8 @@ def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> floa
         (2, length),
         generator=torch.Generator().manual_seed(fold(stored.step)),
     )
+    # Rounding changes logits by an amount that no bound knows. So the source's weights are rounded
+    # in the same way: then source and export must agree to the order of sums.
     before, after = _logits(source, tokens), _logits(exported, tokens)
     _round(source, stored, dtype, tables)
     rounded = _logits(source, tokens)

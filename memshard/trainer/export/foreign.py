@@ -119,6 +119,7 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
         if layer is not None and any(
             name.endswith(".bias") and name.startswith(("gate", "output")) for name in tensors
         ):
+            # Our gate and output have no bias; those of Meta's code may.
             layer.bias = nn.Parameter(torch.empty(layer.out_features, device="meta"))
     memory.load_state_dict(tensors, assign=True)
     return memory.requires_grad_().eval()

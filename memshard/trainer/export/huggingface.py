@@ -54,9 +54,7 @@ def kernel() -> None:
 
 
 def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Write the modules that the model needs and tokenizer settings; return keys for
-    config.json.
-    """
+    """Write the modules that the model needs and tokenizer settings; return keys of config.json."""
     replaced = {**_REPLACED, "memshard.models.load_class": _class_loader(model)}
     pending, done = [f"{_HOME}.{name}" for name in _ENTRIES], set()
     while pending:
@@ -116,6 +114,8 @@ def _flat(module: str, replaced: dict[str, str]) -> tuple[str, list[str]]:
     """Return the module's source with relative imports, and the modules it imports."""
     source = replaced.get(module) or _file(module).read_text(encoding="utf-8")
     lines, needed = source.splitlines(keepends=True), []
+    # From the last import to the first: a rewritten one may have more lines, which moves those
+    # below.
     for node in reversed(list(ast.walk(ast.parse(source)))):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("memshard"):
             continue

@@ -58,6 +58,7 @@ def write_safetensors(file: Path, entries: list[Entry]) -> str:
             for data in _bytes(entry):
                 out.write(data)
                 digest.update(data)
+            # Offsets were promised in the header before the values were known.
             assert out.tell() - start == math.prod(entry.shape) * entry.dtype.itemsize, entry.name
         out.flush()
         os.fsync(out.fileno())

@@ -66,6 +66,7 @@ class CombinedOptimizer(Optimizer):
         first = 0
         for optimizer in self.optimizers:
             count = len(optimizer.param_groups)
+            # The same dicts, so a scheduler that changes a learning rate here changes it there.
             optimizer.param_groups = self.param_groups[first : first + count]
             optimizer.state = self.state
             first += count

@@ -84,6 +84,9 @@ class MaskedTokenTask:
     def counted(self, batch: Batch, step: int | None = None) -> Tensor:
         """Return which tokens are targets, [batch, length] bool: the share of each row, or one."""
         real = batch.targets != IGNORE
+        # Take the n tokens with the smallest draws, an exact share where a coin for each token
+        # would vary. The argsort of an argsort is each token's rank; padding draws 2^31, above all
+        # others.
         drawn = self._bits(batch, step, _WHICH).masked_fill(~real, 1 << 31)
         return (
             drawn.argsort(dim=1, stable=True).argsort(dim=1) < self._numbers(batch)[:, None]
@@ -103,5 +106,7 @@ class MaskedTokenTask:
 
     def _bits(self, batch: Batch, step: int | None, purpose: int) -> Tensor:
         """Return 31 random bits for each token, int64."""
+        # A function of seed, step, sample and position only: the same on any number of ranks, in
+        # any micro-batch, and after a resume.
         keys = fold_tensor(fold(self.seed, -1 if step is None else step, purpose), batch.samples)
         return random_bits(keys[:, None], batch.positions.int()).long() & 0x7FFFFFFF

@@ -85,6 +85,8 @@ def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     length = batch.inputs.shape[1]
     places = torch.arange(length)[: int(ends.max()) + 1]
     target_places = torch.arange(length)[: max(1, int(answers.max()))]
+    # Targets begin at a different place in each row: gather moves them to column 0. The first input
+    # is the source's <eos>, at `ends`, whose target is the first target token.
     shifted = (ends[:, None] + target_places).clamp(max=length - 1)
     targets = batch.targets.gather(1, shifted).masked_fill(
         target_places >= answers[:, None], IGNORE

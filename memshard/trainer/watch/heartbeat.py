@@ -100,6 +100,7 @@ class Heartbeat:
             )
 
     def _keep_writing(self) -> None:
+        # wait() returns as soon as the run ends, so leaving costs no interval.
         while not self._over.wait(self.beat.interval):
             self._write()
 
@@ -107,6 +108,7 @@ class Heartbeat:
         now = time.time()
         step, phase = self._current()
         if ended in ("done", "stopped"):
+            # The phase before the end says more than "done" a second time.
             phase = self.beat.phase
         since = self.beat.since if (step, phase) == (self.beat.step, self.beat.phase) else now
         self.beat = replace(
@@ -130,6 +132,7 @@ def read_beats(folder: Path) -> list[Beat]:
 
 def silent(beat: Beat, now: float) -> bool:
     """Return whether a rank that should be alive has missed two beats."""
+    # Two intervals, and a second for a slow write or clocks that differ between nodes.
     return beat.ended is None and now - beat.time > 2 * beat.interval + 1
 
 
@@ -155,6 +158,9 @@ def describe_stragglers(beats: list[Beat], now: float) -> list[str]:
         first = [] if lines else [min(failed, key=lambda beat: beat.time)]
         return lines + [f"{_name(beat)} failed first: {beat.error}" for beat in first]
     alive = [beat for beat in beats if beat.ended is None]
+    # No rank passes a collective before all have come, so those that wait are ahead of those they
+    # wait for: of 8 ranks "agreeing on a verdict" and one in "forward and backward", the one is to
+    # blame.
     places = {beat.rank: (beat.step, PHASES.index(beat.phase)) for beat in alive}
     behind = [beat for beat in alive if places[beat.rank] < max(places.values())]
     return [

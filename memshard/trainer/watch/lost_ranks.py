@@ -14,6 +14,7 @@ FLIGHT = "flight"
 def is_collective_error(error: BaseException) -> bool:
     """Return whether an error came from a collective."""
     # gloo raises plain RuntimeErrors that name its source files.
+    # The first error may be wrapped by the code that called the collective.
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, dist.DistError) or "gloo" in str(chain):
@@ -28,6 +29,8 @@ def describe_lost_ranks(folder: Path, rank: int) -> str:
     """
     _write_flight_record(folder / FLIGHT, rank)
     mine = next((beat for beat in read_beats(folder) if beat.rank == rank), None)
+    # A rank killed right after a beat counts as silent 2 intervals + 1 s later; a third interval
+    # covers a file that appears late.
     deadline = time.time() + 3 * mine.interval + 1.5 if mine else 0.0
     while True:
         beats, now = read_beats(folder), time.time()

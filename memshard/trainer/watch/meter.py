@@ -45,6 +45,7 @@ class Meter:
         begun = time.perf_counter()
         before = {name: replace(table.traffic) for name, table in self._sharded()}
         yield
+        # Moving the start leaves the pause out of every figure that divides by the time since then.
         self.begun += time.perf_counter() - begun
         for name, table in self._sharded():
             table.traffic.reads, table.traffic.seconds = before[name].reads, before[name].seconds
@@ -83,6 +84,8 @@ class Meter:
         }
         sharded = [table.traffic for _, table in self._sharded()]
         exchanging = sum(traffic.seconds for traffic in sharded)
+        # On a GPU collectives are queued: the host's clock would measure the queueing, not the
+        # exchange.
         if sharded and training.device.type == "cpu":
             values["speed/exchange"] = exchanging / seconds
         data = f"{self.data_wait / self.steps:.3f} s waiting for data"
@@ -111,6 +114,7 @@ class Meter:
         values: dict[str, float] = {}
         if optimizer.norm is not None:
             values["train/table_norm"] = optimizer.norm
+        # One all-reduce for all tables; fp64 counts exactly up to 2^53.
         touched = all_sum(
             torch.tensor(optimizer.touched, dtype=torch.float64, device=training.device)
         ).tolist()

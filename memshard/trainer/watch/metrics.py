@@ -56,6 +56,7 @@ class Metrics:
         # JSON has no NaN: what is not a finite number is null.
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
+        # A run that is killed must not lose the lines that explain why.
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -6,9 +6,7 @@ from transformers import PreTrainedConfig
 
 
 class MemshardConfig(PreTrainedConfig):
-    """model: section `model` of the recipe. memshard: the export's training step and table
-    dtype.
-    """
+    """model: section `model` of the recipe. memshard: training step and dtype of the tables."""
 
     model_type = "memshard"
 

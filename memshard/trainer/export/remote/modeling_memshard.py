@@ -1,5 +1,5 @@
-"""An exported model as transformers loads it: AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True).
+"""An exported model for transformers: AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True) loads it.
 """
 
 from dataclasses import fields, is_dataclass
@@ -106,6 +106,8 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
             logits, states.layers = self.model(
                 fed, _context(fed, attention_mask, seen), states.layers
             )
+            # When the states got more room, all tokens passed again; the caller asked about the
+            # last ones.
             logits = logits[:, -input_ids.shape[1] :]
         loss = None
         if labels is not None:
@@ -160,6 +162,8 @@ class States:
         self.tokens = torch.cat((self.tokens, tokens), dim=1)
         if self.tokens.shape[1] <= self.capacity:
             return tokens, seen
+        # Doubling: n tokens pass n + n/2 + n/4 + ... < 2 n times in restarts, and once when they
+        # come.
         self.capacity = _room(self.tokens.shape[1])
         self.layers = self.model.init_states(len(self.tokens), self.capacity)
         return self.tokens, 0
@@ -194,6 +198,7 @@ def _context(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Con
     if attention_mask is None or bool(attention_mask.all()):
         return Context.of(input_ids, seen)
     real = attention_mask.bool()
+    # With padding on the left, positions count from the first real token.
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     return Context(positions=positions[:, seen:], padding=real[:, seen:])
 

@@ -42,6 +42,7 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """
     loads = [0] * ranks
     owner_of = [0] * len(sizes)
+    # Largest first to the least loaded is at most 4/3 of the best balance (Graham 1969).
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         owner_of[number] = loads.index(min(loads))
         loads[owner_of[number]] += sizes[number]

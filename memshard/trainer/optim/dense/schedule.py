@@ -1,4 +1,4 @@
-"""The learning rate of the dense parameters, step by step."""
+"""Schedule the learning rate of the dense parameters."""
 
 import math
 
@@ -6,8 +6,8 @@ from memshard.trainer.config.optimizers import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the rate of `step`, counted from 0, in a run of `steps`: a linear warm-up, then the
-    schedule.
+    """Return the learning rate of a step, counted from 0, in a run of `steps`: a linear warm-up,
+    then what optimizer.schedule says.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup

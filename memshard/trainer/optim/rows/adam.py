@@ -135,8 +135,10 @@ class RowAdam(Optimizer):
             for part in table.gradients(_scale(table)):
                 for first, last in part.blocks():
                     total += part.sums(first, last).double().square().sum()
+            # The rows of a table's shards are different rows: their squares add up.
             squares += float(table.sum_over_shards(total))
         self.norm = math.sqrt(squares)
+        # With the 1e-6 of torch's clip_grad_norm_, to the same result.
         return min(1.0, self.clip / (self.norm + 1e-6))
 
     def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
@@ -165,6 +167,8 @@ def _scale(table: ValueTable) -> float:
     """
     if table.anchor.grad is None:
         return 1.0
+    # Each read added ANCHOR_UNIT, so after n reads the gradient is n units times whatever a loss
+    # scaler or clipping has multiplied it by since; dividing by n units leaves that factor.
     return float(table.anchor.grad[0]) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
 
 
@@ -179,6 +183,8 @@ def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[
     for part in parts:
         stop = int(part.rows[-1]) + 1
         yield part.of(torch.arange(start, stop, device=device))
+        # Rows between those that were read belong to the part before, so each row comes exactly
+        # once.
         start = stop
     if start < end:
         rows = torch.arange(start, end, device=device)

@@ -19,7 +19,7 @@ _BLOCK_ROWS = 4096
 def revive(
     memories: Iterable[ProductKeyMemory], optimizer: RowAdam, dead_after: int, seed: int
 ) -> None:
-    """Every `dead_after` steps of a table, revive the rows that none of these steps read.
+    """Revive, every `dead_after` steps of a table, the rows that none of these steps read.
 
     All ranks call it after each step. A row is dead because its sub-keys are never selected, so a
     new value alone would not help it. In each head and half, dead sub-keys (lowest number first)
@@ -79,9 +79,11 @@ def _split_hot_keys(
             * sub_keys[hot].square().mean(1, keepdim=True).sqrt()
         )
         sub_keys[dead] = sub_keys[hot] + _KEY_NOISE * noise.to(sub_keys.dtype)
+        # From now on the two share the hot one's readers.
         share[hot] /= 2
         share[dead] = share[hot]
         last[dead] = step
+        # A sub-key that an earlier reader of the table has moved keeps that source.
         first = sources[half, dead] == dead
         sources[half, dead[first]] = hot[first]
 
@@ -96,6 +98,7 @@ def _copy_rows(
     state, keys = optimizer.state[table.anchor], sources.shape[1]
     last, values = state["last_step"], state.get("master", table.weight)
     columns = slice(table.local_columns.start, table.local_columns.stop)
+    # As many rounds on every rank, since gather_rows is a collective.
     for first in range(0, table.max_local_rows, _BLOCK_ROWS):
         here = torch.arange(
             min(first, len(last)), min(first + _BLOCK_ROWS, len(last)), device=last.device
@@ -106,6 +109,7 @@ def _copy_rows(
         here, wanted = here[dead], wanted[dead]
         alive = table.gather_rows(last, wanted) > horizon
         here, wanted = here[alive], wanted[alive]
+        # The whole row is drawn and then cut, so the split of columns does not change the draw.
         noise = normal_at(seed, here + table.first_row, table.dim)[:, columns] * (
             _VALUE_NOISE * table.dim**-0.5
         )

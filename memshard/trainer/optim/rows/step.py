@@ -61,10 +61,13 @@ class Step:
         dtype = state["exp_avg"].dtype
         if self.semantics == "row-step":
             state["row_step"][rows] += 1
+            # fp64: 1 - 0.999^1 in fp32 would be right to four digits only.
             numbers = state["row_step"][rows].double()
             sizes = self.lr * (1 - self.beta2**numbers).sqrt() / (1 - self.beta1**numbers)
             return Factors(size, eps, step_sizes=sizes.to(dtype))
         if self.semantics == "catch-up":
+            # Steps that did not read the row: read in step 3 and now in step 7, it has missed 4, 5
+            # and 6.
             missed = self.number - 1 - state["last_step"][rows].double()
             decay1, decay2 = (self.beta1**missed).to(dtype), (self.beta2**missed).to(dtype)
             return Factors(size, eps, decay1=decay1, decay2=decay2)
