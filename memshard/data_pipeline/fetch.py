@@ -28,8 +28,9 @@ def is_url(name: str) -> bool:
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Copy what `url` names into a file in `folder` and return its path. OSError after RETRIES
-    tries.
+    """Copy what `url` names into a file in `folder` and return its path.
+
+    OSError after RETRIES tries.
     """
     target = folder / re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-100:].lstrip(".-")
     target.unlink(missing_ok=True)
@@ -64,10 +65,12 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
     """Return the result of `action`, which is tried again after failures, with doubling waits,
     unless the server says that it has no such thing.
     """
+    # 5 tries wait 1 + 2 + 4 + 8 = 15 seconds.
     for attempt in range(RETRIES):
         try:
             return action()
         except (OSError, http.client.HTTPException) as error:
+            # Asking again does not help against these.
             gone = isinstance(error, urllib.error.HTTPError) and error.code in (
                 400,
                 401,
@@ -92,6 +95,7 @@ def _download(url: str, target: Path) -> None:
         if response.status != 206:
             done = 0
         length = response.headers.get("Content-Length")
+        # A server without range requests sends everything, so the file begins anew.
         with target.open("r+b" if done else "wb") as stream:
             stream.seek(done)
             shutil.copyfileobj(response, stream, 1 << 20)
@@ -112,7 +116,10 @@ def _run(command: str, target: Path) -> None:
     """
     with target.open("wb") as stream:
         done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command], stdout=stream, stderr=subprocess.PIPE
+            # pipefail, or `curl ... | gunzip` would succeed when curl fails.
+            ["bash", "-o", "pipefail", "-c", command],
+            stdout=stream,
+            stderr=subprocess.PIPE,
         )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()

@@ -121,6 +121,7 @@ class Tokenizer:
         for count in map(len, parts):
             text_ids = next(encoded)
             for _ in range(count - 1):
+                # A real U+2581 stood between the parts, so its three bytes do.
                 text_ids += self._space_mark + next(encoded)
             ids.append(text_ids)
         return ids

@@ -1,7 +1,7 @@
 """The settings of a model: of its blocks, mixers, feedforwards and memories.
 
 Plain frozen dataclasses that load no torch. Each field's docstring is what `memshard config
-explain` prints. Mixers and memories keep their settings beside their registries of kinds.
+explain` prints. The settings of mixers and memories are with the registries of their kinds.
 """
 
 import math
@@ -76,8 +76,8 @@ class ModelConfig:
     """Product-key memory layers."""
 
     program: str | None = None
-    """Replaces mixer, feedforward and residual by a block of primitives that `memshard search`
-    found: the JSON file of a compiled program. Runs and checkpoints hold its text.
+    """Replaces mixer, feedforward and residual by a block of primitives from `memshard search`: the
+    JSON file of a compiled program. Runs and checkpoints keep a copy of its text.
     """
 
     residual: Literal["pre", "post", "reversible"] = "pre"
@@ -133,7 +133,7 @@ class ModelConfig:
 
     @property
     def translates(self) -> bool:
-        """Whether the model has both an encoder and a decoder."""
+        """True if the model has both an encoder and a decoder."""
         return 0 < self.encoder_layers < self.layers
 
     @property

@@ -1,4 +1,4 @@
-"""What a layer may know about its tokens in addition to their features."""
+"""The context of a batch: what layers may know about tokens besides their features."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Context:
     tokens.
 
     Where ranks share the tokens of a sequence, mixers see all of them and other layers only this
-    rank's: local_part holds the facts of those. padding_tokens: how many tokens at the end of the
-    sequence only make the ranks' parts equally long.
+    rank's: local_part has the facts of those. padding_tokens: how many tokens at the end of the
+    sequence only make the ranks' segments equally long.
     """
 
     positions: Tensor
@@ -62,8 +62,8 @@ class Context:
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
-        """[batch, 1, length, length] bool, True where a query (row) may see a key (column); None
-        when merely causal.
+        """Mask, [batch, 1, length, length] bool, True where a query (row) may see a key (column);
+        None when merely causal.
         """
         if self.documents is None and self.padding is None:
             return None

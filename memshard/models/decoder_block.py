@@ -30,7 +30,7 @@ class DecoderState:
 
 
 class DecoderBlock(Block):
-    """A block with a third branch, `cross`, which has a residual to itself."""
+    """A block with a third branch, `cross`, which has a separate residual."""
 
     def __init__(self, cross: BidirectionalMixer, cross_residual: Residual, *block: Any) -> None:
         super().__init__(*block)

@@ -31,6 +31,8 @@ def fold(*numbers: int) -> int:
     """Mix numbers into one 64-bit key by splitmix64 steps, and return it as a signed integer."""
     key = 0
     for number in numbers:
+        # The constants of splitmix64 (Steele et al. 2014). Python's integers do not wrap around:
+        # mask.
         key = (key ^ (number & _MASK_64)) + 0x9E3779B97F4A7C15 & _MASK_64
         key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
         key = (key ^ key >> 27) * 0x94D049BB133111EB & _MASK_64
@@ -83,6 +85,7 @@ def dropout(
     """
     keys = fold_tensor(fold(key.seed, key.step, layer, branch), key.samples.to(x.device))
     channels = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
+    # Numbers of (position, channel) wrap around after 2^32 of them, far beyond any sequence.
     counters = (positions * x.shape[-1]).to(torch.int32)[..., None] + channels
     keep = random_bits(keys[:, None, None], counters) & 0x7FFFFFFF >= int(rate * (1 << 31))
     return torch.where(keep, x / (1 - rate), 0)
@@ -105,6 +108,7 @@ def normal_at(seed: int, rows: Tensor, dim: int) -> Tensor:
     keys = fold_tensor(fold(seed), rows)
     pairs = torch.arange((dim + 1) // 2, device=rows.device, dtype=torch.int32)
     bits = random_bits(keys[:, None], pairs)
+    # 32 bits are two values of 16, each an index into the table.
     halves = torch.stack((bits & 0xFFFF, bits >> 16 & 0xFFFF), dim=-1).flatten(1)[:, :dim]
     return _normal_quantiles().to(rows.device)[halves.long()]
 

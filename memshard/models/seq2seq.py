@@ -45,6 +45,7 @@ class EncoderDecoder(Transformer):
 
     def encode(self, tokens: Tensor, ctx: Context) -> Tensor:
         """Return the encoder's output, [batch, source length, dim]."""
+        # Another branch, so that source and target draw different dropout masks.
         x = self._embed(tokens, ctx, branch=1)
         checkpointing = self.recompute.checkpointing if torch.is_grad_enabled() else "none"
         for block in self.blocks[: self.config.encoder_layers]:

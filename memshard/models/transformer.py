@@ -162,7 +162,9 @@ class Transformer(nn.Module):
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
     def _losses(self, *inputs: Tensor) -> Tensor:
-        """inputs: streams and targets."""
+        """Return the losses, [batch, length], 0 where the target is IGNORE. inputs: streams and
+        targets.
+        """
         predicted = inputs[-1] != IGNORE
         # Sliding windows and masked tokens ask for few losses, and the head is most of a small
         # model's work: compute only those.
@@ -265,6 +267,7 @@ def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> B
             (Residual("whole", config.norm, config.dim), added),
             config.dropout,
         )
+    # Two branches a layer write to the stream: their variances then add up to that of one.
     output_scale = (2 * config.layers) ** -0.5
     mixer = build_mixer(config, layer, output_scale)
     feedforward = None

@@ -64,7 +64,7 @@ class Index:
 
     @property
     def records(self) -> RecordKind:
-        """What the records are."""
+        """The kind of the records."""
         return RECORD_KINDS[self.kind]
 
     @property
@@ -104,6 +104,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
         for name in (shard.file, shard.sidecar)
     ]
     for name in names:
+        # An index may come from a stranger: "../../x" must not be opened or removed.
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
             raise ValueError(
                 f"{file} names the file {name!r}: only plain names inside the folder are allowed; "
@@ -126,7 +127,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
 
 
 def read_index(folder: Path) -> Index:
-    """Return the index of a local folder, without a look at the files it names. ValueError if it is
+    """Return the index of a local folder without looking at the files it names. ValueError if
     damaged.
     """
     file = folder / INDEX_FILE
@@ -174,9 +175,9 @@ def _check(index: Index) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex, reading it in pieces."""
+    """Return the SHA-256 of a file in hex, reading 1 MB at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What the records of a data folder are, as its index says."""
+"""The kinds of records that a data folder can have, as its index says."""
 
 from typing import NamedTuple
 

@@ -41,6 +41,7 @@ def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = Non
             file = fetch(file_url(str(path), name), Path(scratch))
             if sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
                 raise OSError(f"{name} has another content than index.json says")
+            # Atomic, so that ranks that fetch the same file at once leave a whole one.
             file.replace(target)
 
     retry(str(path), copy)
@@ -96,9 +97,12 @@ class BlockCache:
         file = self._folder / key
         try:
             content = file.read_bytes()
+            # The time of modification serves as that of the last use; many file systems do not
+            # record reads.
             os.utime(file)
         except FileNotFoundError:
             content = b""
+        # Absent, or cut by a full disk: fetch it.
         if len(content) != end - begin:
             content = self._fetch(name, begin, end)
             with atomic_write(file) as partial:

@@ -102,6 +102,7 @@ class ShardWriter:
         member.size = content.tell()
         member.mode = 0o644
         content.seek(0)
+        # A member is a 512-byte header and its content; the array is the end of the .npy.
         data_start = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(member, content)
         return data_start + member.size - array.nbytes

@@ -63,6 +63,7 @@ def _file_problems(file: Path, size: int | None, sha256: str) -> list[str]:
 def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
     sidecar = _file_problems(folder / shard.sidecar, None, shard.sidecar_sha256)
     tar = _file_problems(folder / shard.file, shard.bytes, shard.sha256)
+    # A sound sidecar says which documents of a damaged tar are lost.
     if tar and not sidecar and tar[0].endswith("hash"):
         tar = [f"{tar[0]} ({_bad_documents(folder, index, shard) or 'no document of it'})"]
     if tar or sidecar:
@@ -98,7 +99,9 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
 
 
 def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
-    """Name the documents that fail their checksum, the first ten of them; "" if none does."""
+    """Return the numbers of the documents that fail their checksum as text, the first ten; "" if
+    none.
+    """
     size = np.dtype(index.dtype).itemsize
     bad = []
     with (folder / shard.file).open("rb") as stream:

@@ -119,6 +119,7 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
             texts.write(content)
             row = (len(content), len(text.split()), exact_hash(text))
             rows.append((*row, band_keys(text)) if filters.near else row)
+            # A row with bands is a tuple of Python numbers, some 10 times as large as in the file.
             if len(rows) == ROWS_IN_MEMORY:
                 table.write(np.array(rows, dtype=dtype).tobytes())
                 rows.clear()
@@ -130,6 +131,8 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
         json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"
     )
     try:
+        # Renamed when whole: a folder under its name is finished. Another worker may have been as
+        # quick.
         partial.rename(unit.folder)
     except OSError:
         if not unit.folder.is_dir():
@@ -143,8 +146,9 @@ def read_rows(unit: Unit, filters: Filters) -> np.ndarray:
 
 
 def read_texts(unit: Unit, sizes: np.ndarray, wanted: np.ndarray) -> Iterator[str]:
-    """Yield the wanted documents of a finished unit. sizes: bytes of all [documents]; wanted: bool
-    [documents].
+    """Yield the wanted documents of a finished unit.
+
+    sizes: bytes of all [documents]; wanted: bool [documents].
     """
     ends = np.cumsum(sizes, dtype=np.int64)
     with (unit.folder / TEXTS).open("rb") as texts:
@@ -163,8 +167,8 @@ def _documents(
     skipped: list[str],
     scratch: Path,
 ) -> Iterator[str]:
-    """Yield the documents of a unit that pass the filters; files that are no text go to
-    `skipped`.
+    """Yield the documents of a unit that pass the filters; add files that are not text to
+    `skipped`, which the report lists.
     """
     options = {**sources.settings, "language": filters.language}
     together = sources.source_of(unit.files[0]).unit or 1
@@ -191,7 +195,7 @@ def _filtered(
     for number, text in enumerate(documents):
         size = len(text.encode())
         count(counts, "text", size)
-        item = 1 << 40 | number  # not the number of a page, which is an item of its own
+        item = 1 << 40 | number  # never the number of a page, which is another item
         try:
             with watch.item(item):
                 reason = "timeout" if item in watch.skip else _reason(text, filters)

@@ -33,12 +33,15 @@ def band_keys(text: str) -> np.ndarray:
         [zlib.crc32(word.encode()) for word in WORD.findall(text.casefold())], dtype=np.uint64
     )
     if len(words) < SHINGLE:
+        # A text of fewer than 5 words is one shingle.
         words = np.concatenate([words, np.zeros(SHINGLE - len(words), dtype=np.uint64)])
     count = len(words) - SHINGLE + 1
     shingles = np.zeros(count, dtype=np.uint64)
     for place, factor in enumerate(_IN_SHINGLE):
         shingles += words[place : place + count] * factor
+    # Sums of products keep low bits apart from high ones; folding mixes them before the hashes.
     shingles ^= shingles >> np.uint64(29)
+    # 112 hashes of the form a x + b modulo 2^64, of which the upper half is well mixed.
     least = (shingles * _FACTORS + _OFFSETS).min(axis=1) >> np.uint64(32)
     keys: np.ndarray = (least.reshape(BANDS, ROWS) * _IN_BAND).sum(axis=1, dtype=np.uint64)
     return keys ^ keys >> np.uint64(31)
@@ -63,6 +66,10 @@ def join(labels: np.ndarray, keys: np.ndarray) -> None:
         roots, others = labels[one], labels[other]
         differ = roots != others
         one, other, roots, others = one[differ], other[differ], roots[differ], others[differ]
+        # Union by smallest number, for all pairs at once: link the larger root to the smaller
+        # one...
         np.minimum.at(labels, np.maximum(roots, others), np.minimum(roots, others))
+        # ... and halve every path to its root, until all are roots. Pairs that still differ,
+        # because several had linked the same root, get another round.
         while not np.array_equal(labels, roots := labels[labels]):
             labels[:] = roots

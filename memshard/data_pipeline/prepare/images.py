@@ -77,6 +77,7 @@ def build_images(
         np.uint64,
     )
     keep = np.zeros(len(files), dtype=bool)
+    # Before reading any image: files with equal bytes cost a hash each.
     keep[np.unique(hashes, return_index=True)[1]] = True
     sides = choose_sides(hashes, keep, held_out, test)
     channels = 1 if gray else 3

@@ -134,6 +134,7 @@ def index_tars(
                     final, split, list(zip(names, totals, tables, strict=True)), sides == side
                 )
         for tar in tars:
+            # Links: the tars may be terabytes, and nothing here changes them.
             (final / tar.name).symlink_to(tar.resolve())
             (final / f"{tar.name}.all.npy").unlink()
         used = Tokenizer(final)
@@ -175,6 +176,8 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
             for (offset, content), text, ids in zip(
                 batch, texts, tokenizer.encode_batch(texts, threads=1), strict=True
             ):
+                # The table is int64, so the hash's 64 bits are stored as a signed number and viewed
+                # back.
                 signed = int(np.uint64(exact_hash(text)).view(np.int64))
                 rows.append((offset, len(ids) + 1, zlib.crc32(content), len(content), signed))
                 words.append(len(text.split()))

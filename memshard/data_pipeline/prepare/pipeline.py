@@ -1,9 +1,9 @@
 """Build a data folder: documents, duplicates, held-out split, tokenizer, token shards, index and
 report.
 
-Every stage keeps what it has finished in a work folder beside the output, under names that say what
-went in. A build that was killed resumes there; other settings redo what they change. The result is
-the same, byte for byte.
+Every stage keeps what it has finished in a work folder next to the output, under names that say
+what went in. A build that was killed resumes there; other settings redo what they change. The
+result is the same, byte for byte.
 """
 
 import fcntl
@@ -107,6 +107,7 @@ def build_data(
             else _trained(units, splits, work, vocab_size, model, seed)
         )
         names = [unit.folder.name for unit in units]
+        # The name says what goes in, so another tokenizer or split begins new shards.
         final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *names)}"
         final.mkdir(exist_ok=True)
         (final / TOKENIZER_FILE).write_bytes(proto)
@@ -143,6 +144,7 @@ def publish(final: Path, target: Path, index: Index, report: dict) -> None:
             leftover.unlink()
     if target.exists():
         target.rmdir()  # it is empty: check_target refuses others
+    # Until here `target` did not exist, so no reader ever sees half a data set.
     final.rename(target)
 
 
@@ -191,6 +193,7 @@ def alone(work: Path) -> Iterator[None]:
     (work / "units").mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
+            # The kernel drops the lock when the process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(

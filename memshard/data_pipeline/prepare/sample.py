@@ -20,6 +20,7 @@ def sample_lines(texts: Iterable[str], seed: int) -> list[str]:
             seen += 1
             if len(lines) < SAMPLE_LINES:
                 lines.append(line)
+            # random() * seen instead of randrange: Python promises the sequence of random() only.
             elif (place := int(draw.random() * seen)) < SAMPLE_LINES:
                 lines[place] = line
     return lines

@@ -53,6 +53,7 @@ def split_documents(
     counts: Counter[str] = Counter()
     keep = np.ones(len(exact), dtype=bool)
     if deduplicate:
+        # A cluster's label is its first document, the one that stays.
         labels = clusters(len(exact))
         join(labels, exact)
         keep = labels == np.arange(len(labels))
@@ -76,6 +77,8 @@ def choose_sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: fl
 
     ValueError with the fix if nothing would be left to train on.
     """
+    # By rank of the hash and not by document: copies of a text have one hash, so none is trained on
+    # while another is held out.
     kept = np.unique(hashes[keep])
     if not len(kept):
         return np.full(len(hashes), DROPPED)

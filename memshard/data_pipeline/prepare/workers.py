@@ -46,7 +46,7 @@ class Watch:
         depend on other work on the machine.
         """
         if self.parent is not None and os.getppid() != self.parent:
-            os._exit(1)  # the build was killed: do not write beside the one that resumes it
+            os._exit(1)  # the build was killed: do not interfere with the one that resumes it
         # The time first, so that the parent never takes an older item's start for this one's.
         self.state[1] = time.time()
         self.state[0] = float(number)
@@ -100,6 +100,7 @@ def run_tasks(
                         if job.done:
                             progress.update()
                         else:
+                            # First, since the rest of its work is done only when it is.
                             waiting.appendleft(job)
         finally:
             for job in active:
@@ -117,17 +118,19 @@ class _Job:
         self.process: BaseProcess | None = None
 
     def start(self) -> None:
+        # Not fork: a fork copies locks that other threads (tqdm's, a tokenizer's) may hold.
         context = multiprocessing.get_context("spawn")
         self._state = context.Array("d", [float(NO_ITEM), 0.0], lock=False)
         self._reader, writer = context.Pipe(duplex=False)
         arguments = (*self._call, self._seconds, self._skip, self._state, os.getpid(), writer)
         self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
+        # Else the pipe would stay open here and never report the end of the child.
         writer.close()
 
     def finished(self) -> bool:
-        """Tell whether the process has ended, or was killed here because it hung. Raises the task's
-        error.
+        """Return whether the process has ended, or was killed here because it hung. Raise the
+        task's error.
         """
         assert self.process is not None
         item, since = int(self._state[0]), self._state[1]
@@ -145,6 +148,7 @@ class _Job:
             raise error
         if code == 0:
             self.done = True
+        # Between items: no single one is to blame, so a retry would only die again.
         elif item == NO_ITEM:
             raise RuntimeError(
                 f"a worker process died with code {code}: the machine may be out of memory; run "

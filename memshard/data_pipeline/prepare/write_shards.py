@@ -67,6 +67,7 @@ def write_shards(
                         folder,
                     )
                 )
+    # Several shards: a process each, with one thread. One shard: all threads on it.
     processes = min(workers, len(todo))
     run_tasks(
         write_shard,
@@ -109,9 +110,7 @@ def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
 def _tokens(
     tokenizer: Tokenizer, batch: list[str], separator: str | None, threads: int
 ) -> Iterator[list[int]]:
-    """Yield the tokens of every document, with <eos> after it and between the sentences of a
-    pair.
-    """
+    """Yield each document's tokens, with <eos> after it and between the sentences of a pair."""
     sides = [text.split(separator) if separator else [text] for text in batch]
     encoded = iter(tokenizer.encode_batch([side for pair in sides for side in pair], threads))
     for pair in sides:

@@ -30,6 +30,7 @@ def epoch_order(documents: int, lanes: int, seed: int, epoch: int) -> np.ndarray
     windows = -(-documents // window)
     padding = windows * window - documents
     keys = random.random_raw(windows * window)
+    # Padding sorts last in the last window, where the final slice drops it.
     keys[documents:] = np.iinfo(np.uint64).max
     order = np.concatenate([order, np.full(padding, -1)]).reshape(windows, window)
     order = np.take_along_axis(

@@ -15,7 +15,7 @@ class HeldOutStream:
 
     stride: tokens from one window to the next, by default length. With a smaller one windows
     overlap: the first `overlap` tokens of every later window are only context, since the window
-    before predicts them. windows: their number; the last one is padded. tokens: predicted in all
+    before predicts them. windows: their number; the last one is padded. tokens: predicted over all
     windows. text_bytes and words: of the held-out text that these tokens cover, for bits per byte
     and perplexity per word; None if max_tokens cuts the text, since a cut may be inside a word.
     """
@@ -45,7 +45,7 @@ class HeldOutStream:
         split = self._reader.index.splits[HELD_OUT]
         if split.tokens < 2:
             raise ValueError(
-                f"{path} holds no held-out text: build the data set again with a larger --held-out"
+                f"{path} has no held-out text: build the data set again with a larger --held-out"
             )
         self.tokens = split.tokens - 1 if max_tokens is None else min(split.tokens - 1, max_tokens)
         self.windows = 1 + -(-max(self.tokens - length, 0) // self._stride)

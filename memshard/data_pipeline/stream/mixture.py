@@ -64,6 +64,7 @@ class MixtureStream:
             if len(of_stream):
                 batches.append(stream.batch(int(begin[number]), len(of_stream)))
                 rows.append(of_stream)
+        # Rows come grouped by corpus; the argsort of their places puts them back in order.
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))
         mixed = Batch(*(torch.cat(fields)[back] for fields in zip(*batches, strict=True)))
         return mixed._replace(samples=torch.arange(first, first + count))
@@ -88,6 +89,7 @@ class MixtureStream:
 
     def _period(self, period: int) -> np.ndarray:
         """Return the corpus of each sample of a period, int64 [PERIOD]."""
+        # Keys from 2^40 on, apart from those of epochs (epoch_order.py) for the same seed.
         keys = np.random.Philox(
             key=np.array([self._seed, (1 << 40) + period], dtype=np.uint64)
         ).random_raw(PERIOD)

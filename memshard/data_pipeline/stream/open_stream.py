@@ -1,4 +1,4 @@
-"""Opening the stream that fits what a data folder holds."""
+"""Open the stream that fits the records of a data folder."""
 
 from collections.abc import Mapping
 

@@ -19,6 +19,7 @@ def rank_share(
     share = -(-batch // ranks)
     first = min(rank * share, batch)
     real = min(share, batch - first)
+    # A rank without rows of the batch reads one, to fill it up in the right shape.
     rows = stream.batch(step * batch + min(first, batch - 1), max(real, 1))
     if real < share:
         rows = _fill(rows, real, share)

@@ -66,36 +66,39 @@ class SplitReader:
         of each one's document in `order`, both int64 [n, count], and which tokens are masked, bool
         [n, count]. Past the stream's end tokens are <eos>.
         """
+        # All rows at once: numpy finds the documents under each row, and the loop below runs over
+        # (row, document) parts only, not over tokens.
         ends = np.minimum(begins + count, starts[-1])
         first = np.searchsorted(starts, begins, side="right") - 1
-        pieces = np.searchsorted(starts, ends, side="left") - first  # documents that a row touches
-        rows = np.repeat(np.arange(len(begins)), pieces)
-        number = np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        counts = np.searchsorted(starts, ends, side="left") - first  # documents that a row touches
+        rows = np.repeat(np.arange(len(begins)), counts)
+        number = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         slots = first[rows] + number
-        piece_begin = np.maximum(starts[slots], begins[rows])
-        sizes = np.minimum(starts[slots + 1], ends[rows]) - piece_begin
-        target = rows * count + piece_begin - begins[rows]
+        part_begin = np.maximum(starts[slots], begins[rows])
+        sizes = np.minimum(starts[slots + 1], ends[rows]) - part_begin
+        target = rows * count + part_begin - begins[rows]
         chosen = order[slots]
         for document in chosen[~self._checked[chosen]].tolist():
             self._check(document)
 
-        source = piece_begin - starts[slots]
+        source = part_begin - starts[slots]
         tokens = np.full(len(begins) * count, self.index.eos_id, dtype=np.int64)
         masked = np.zeros(len(tokens), dtype=bool)
         for document, at, to, size in zip(
             chosen.tolist(), source.tolist(), target.tolist(), sizes.tolist(), strict=True
         ):
-            piece = None if self.damaged[document] else self._piece(document, at, size)
-            if piece is None:
+            part = None if self.damaged[document] else self._token_range(document, at, size)
+            if part is None:
                 masked[to : to + size] = True
             else:
-                tokens[to : to + size] = piece
+                tokens[to : to + size] = part
         if tokens.max(initial=0) >= self.index.vocab_size:
             raise ValueError(
                 f"a shard of {self._path} holds tokens outside the vocabulary: "
                 f"find it with `memshard data verify {self._path}` and copy it again"
             )
         documents = np.zeros_like(tokens)
+        # A 1 where a row enters its next document; the running sum counts documents within the row.
         documents[target[number > 0]] = 1
         return (
             tokens.reshape(-1, count),
@@ -113,7 +116,7 @@ class SplitReader:
         if content is not None and zlib.crc32(content) != self._checksums[document]:
             self._mask(document, "its content differs from its checksum")
 
-    def _piece(self, document: int, begin: int, size: int) -> np.ndarray | None:
+    def _token_range(self, document: int, begin: int, size: int) -> np.ndarray | None:
         """Return tokens begin to begin + size - 1 of a document, or None if they are damaged."""
         if self._tokenizer is not None:
             tokens = self._tokens(document, self._tokenizer)
@@ -192,6 +195,7 @@ class _ShardFiles:
             )
         if shard not in self._open:
             self._open[shard] = os.open(self._folder / self.shards[shard].file, os.O_RDONLY)
+        # pread has no file position, so threads can share the descriptor.
         return os.pread(self._open[shard], size, begin)
 
     def __getstate__(self) -> dict:

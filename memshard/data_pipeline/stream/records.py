@@ -99,6 +99,8 @@ class RecordStream:
             order[begin : begin + bucket] = part[
                 np.argsort(self._reader.lengths[part], kind="stable")
             ]
+        # Batches are shuffled again, or an epoch would go from short records to long ones. Keys
+        # from 2^41 on, apart from those of epoch_order.py and mixture.py.
         keys = np.random.Philox(
             key=np.array([self._seed, (1 << 41) + epoch], dtype=np.uint64)
         ).random_raw(self._steps)
@@ -178,8 +180,8 @@ def _rows(
     samples: np.ndarray,
     real: np.ndarray | None = None,
 ) -> Batch:
-    """Return a batch of one record a row, padded with <eos> that is neither predicted nor predicted
-    from.
+    """Return a batch of one record a row, padded with <eos>, which is neither predicted nor
+    predicted from.
     """
     lengths = reader.lengths[records]
     starts = np.concatenate([[0], np.cumsum(lengths)])

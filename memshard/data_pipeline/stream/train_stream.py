@@ -43,6 +43,7 @@ class TrainStream:
         self.tokenizer = self._reader.index.tokenizer_sha256
         tokens = int(self._reader.lengths.sum())
         self._lane_tokens = tokens // text_lanes
+        # A sequence needs a token more than it has inputs, and shares it with the next one.
         positions = (self._lane_tokens - 1) // length
         if positions < 1:
             raise ValueError(

@@ -13,8 +13,8 @@ _pages = 0
 
 
 def decode(body: bytes) -> str:
-    """Return an HTML body as text, by the encoding that it declares or else by statistics. Never
-    fails.
+    """Return an HTML body as text, in the encoding it declares or that statistics suggest; never
+    fail.
     """
     return bytes_to_str(
         body,

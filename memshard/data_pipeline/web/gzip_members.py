@@ -59,13 +59,15 @@ def read_members(
 def _read_member(
     stream: BinaryIO, place: int
 ) -> Generator[tuple[Event, bytes], None, tuple[int, str | None]]:
-    """Yield the data of the member at `place`; return where it ends, and what is wrong with it or
-    None.
+    """Yield the data of the member at `place`; return where it ends, and None or what is wrong with
+    it.
     """
     stream.seek(place)
     member = zlib.decompressobj(wbits=31)
     try:
         while not member.eof:
+            # Output is limited, so that 1 MB of zeros in 1 KB cannot fill the memory; input that
+            # was not consumed comes first.
             raw = member.unconsumed_tail or stream.read(READ_BYTES)
             if not raw:
                 return place, "cut"
@@ -93,6 +95,7 @@ def _next_member(stream: BinaryIO, place: int, begins: bytes) -> int | None:
             except zlib.error:
                 pass
             offset = block.find(MAGIC, offset + 1)
+        # Blocks overlap by two bytes, in case a MAGIC of three is cut.
         place += max(len(block) - len(MAGIC) + 1, 1) if len(block) == READ_BYTES else len(block)
     return None
 

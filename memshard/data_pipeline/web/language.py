@@ -9,8 +9,8 @@ OPINION_CHARACTERS = 1000
 
 
 def detect_language(text: str) -> str:
-    """Return an ISO 639-1 code: of resiliparse's linear-time detector where it is certain, else of
-    py3langid.
+    """Return an ISO 639-1 code, from resiliparse's linear-time detector where that is certain, else
+    from py3langid.
     """
     language, rank = detect_fast(text)
     if rank <= CERTAIN_RANK and len(text) >= CERTAIN_CHARACTERS:
@@ -21,5 +21,6 @@ def detect_language(text: str) -> str:
 
 
 def may_be(text: str, language: str) -> bool:
-    """Tell quickly whether a text may be in a language: False only if it surely is not."""
+    """Return quickly whether a text may be in a language; False only with near certainty."""
+    # The fast detector may confirm; only the slower one may deny.
     return detect_fast(text, n_results=1)[0] == language or detect_language(text) == language

@@ -1,5 +1,5 @@
-"""Whether a document is prose, by rules of Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel
-et al. 2020, section 2.2).
+"""Decide whether a document is prose, by rules of Gopher (Rae et al. 2021, appendix A.1.1) and C4
+(Raffel et al. 2020, section 2.2).
 
 Code, menus and lists of products fail. The name of the first rule that fails is returned, so that
 each can be counted.
@@ -56,7 +56,7 @@ def _repeated_share(lines: Sequence[str]) -> float:
 
 
 def _most_frequent_share(words: Sequence[str], count: int) -> float:
-    """Return the share of characters in the most frequent n-gram of `count` words, 0 if it occurs
+    """Return the share of characters in the most frequent n-gram of `count` words, 0 if all occur
     once.
     """
     ngrams = Counter(zip(*(words[start:] for start in range(count)), strict=False))

@@ -18,7 +18,7 @@ from fastwarc.warc import ArchiveIterator, WarcRecordType
 from memshard.data_pipeline.web.gzip_members import PIECE_BYTES, Event, read_members
 
 MAX_HEADER = 1 << 16
-MAX_RECORD = 1 << 26  # bytes; larger ones are videos and archives, which hold no article
+MAX_RECORD = 1 << 26  # bytes; larger ones are videos and archives, which contain no article
 LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 NEWLINES = re.compile(rb"[\r\n]*")
 HEADER = re.compile(rb"WARC/[01]\.\d")
@@ -114,9 +114,7 @@ def read_records(stream: BinaryIO, counts: Counter[str]) -> Iterator[bytes]:
 
 
 class _Framer:
-    """Cuts a byte stream into records. A record is yielded once what follows it is as it should
-    be.
-    """
+    """Cuts a byte stream into records; yields a record once what follows it is as it should be."""
 
     def __init__(self, counts: Counter[str], cut: str) -> None:
         self._counts = counts
@@ -193,12 +191,14 @@ class _Framer:
             self._counts["too_large"] += 1
             self._skip = max(end - known, 0)
             return None, min(end, known)
+        # 16 bytes beyond the payload show whether the next header is where the length says.
         if known < end + 16 and not ended:
             return None, 0
         rest = buffer[end : end + 16].lstrip(b"\r\n")
         if end <= known and (not rest or rest.startswith(b"WARC/")):
             with memoryview(buffer) as view:
                 return bytes(view[start:end]), end
+        # The length is wrong: the record goes as far as the next header, and is given that length.
         following = RECORD.search(buffer, begin)
         if following is None and not ended and known - start <= MAX_RECORD:
             return None, 0
@@ -221,6 +221,7 @@ class _Framer:
             if following
             else len(self._buffer)
             if ended
+            # The last 8 bytes may be the beginning of a header that the next block completes.
             else max(len(self._buffer) - 8, start)
         )
         self._counts["fault_bad_header"] += not self._lost

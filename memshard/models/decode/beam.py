@@ -52,6 +52,7 @@ def beam_search(
     # Living hypotheses of the rows that are not done: tokens [rows, hypotheses, length] and
     # log-probabilities [rows, hypotheses].
     numbers = list(range(rows))
+    # One hypothesis a row at first: `beam` equal ones would all be continued in the same way.
     tokens = torch.full((rows, 1, 1), eos, device=device)
     scores = torch.zeros(rows, 1, device=device)
     for length in range(1, max_tokens + 1):
@@ -95,6 +96,7 @@ def beam_search(
             x[alive].gather(1, going[alive]) for x in (parents, words, best_scores.values)
         )
         tokens = torch.cat((tokens[alive[:, None], parents], words[..., None]), -1)
+        # Rows that are done leave the batch, and each hypothesis takes its parent's states.
         states = model.reorder(advanced, (alive[:, None] * hypotheses + parents).flatten())
     for row, number in enumerate(numbers):
         if best[number] is None:

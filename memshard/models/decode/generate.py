@@ -40,6 +40,7 @@ def generate(
     prompt = prompt.to(model.embedding.weight.device)
     batch, length = prompt.shape
     real = torch.ones_like(prompt, dtype=torch.bool) if real is None else real.to(prompt.device)
+    # Padding comes first, so positions count from a row's first real token.
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     ctx = Context(positions=positions, padding=None if bool(real.all()) else real)
     random = torch.Generator(prompt.device).manual_seed(seed)
@@ -87,7 +88,9 @@ def check_request(
     topk: int | None = None,
     topp: float | None = None,
 ) -> None:
-    """ValueError, with the fix, for requests that `generate` cannot serve; arguments as there."""
+    """Raise ValueError, with the fix, for requests that `generate` cannot serve; arguments as
+    there.
+    """
     if model.training:
         raise ValueError(
             "the model is in training mode, where memories normalise queries over the batch: call "
@@ -109,7 +112,7 @@ def check_request(
     vocabulary = model.embedding.num_embeddings
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocabulary:
         raise ValueError(
-            f"the prompt holds tokens outside the model's vocabulary of {vocabulary}: encode it "
+            f"the prompt has tokens outside the model's vocabulary of {vocabulary}: encode it "
             "with the model's tokenizer"
         )
     if max_tokens < 1:

@@ -103,6 +103,8 @@ def _backward(
     d_state: Tensor,
 ) -> tuple[Tensor | None, ...]:
     k_carried, k_kept = _carried(k, faded), _kept(k, faded)
+    # Writes are computed again, from the inverses and the states that chunks began with: for 2,048
+    # tokens and chunks of 32 the states are 64 matrices, not 2,048.
     errors = v - k_carried @ states
     writes = inverse @ (beta * errors)
     key_writes = inverse @ (beta * k_carried)
@@ -110,6 +112,7 @@ def _backward(
     d_starts = _carried(q, faded).mT @ d_out - key_writes.mT @ d_writes
     d_ends, passed, d_state = _scan(d_state, d_starts, key_writes.mT, k_kept, faded, backward=True)
     d_writes = d_writes + passed
+    # U = (I + A)^-1 R, so dR = (I + A)^-T dU, and dA = -dR U^T below the diagonal.
     d_right = inverse.mT @ d_writes
     d_system = -(d_right @ writes.mT).tril(-1)
     d_attention = (d_out @ writes.mT).tril()
@@ -153,6 +156,7 @@ def _scan(
         zip(*(x.flatten(0, 1).unbind(1) for x in (added, left, right)), whole, strict=True)
     )
     states, products = [], []
+    # One batch dimension: bmm and baddbmm take no more, and each step is two calls.
     heads, state = state.shape[:2], state.flatten(0, 1)
     for add, to_state, from_state, kept in reversed(parts) if backward else parts:
         product = torch.bmm(from_state, state)
@@ -171,6 +175,7 @@ def _inverse(k: Tensor, beta: Tensor, faded: Fading | None) -> Tensor:
     """Return (I + A)^-1 by forward substitution, which stays exact for repeated keys, where
     products of powers of A overflow.
     """
+    # Explicit, since four products per chunk, forward and backward, use it.
     identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
     return torch.linalg.solve_triangular(
         _faded(beta * (k @ k.mT), faded), identity, upper=False, unitriangular=True

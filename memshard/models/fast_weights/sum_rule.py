@@ -37,6 +37,7 @@ def sum_rule(
         added = (keys if faded is None else keys * faded.kept).mT @ values
         whole = [None] * added.shape[2] if faded is None else list(faded.whole.unbind(2))
         starts = []
+        # The only serial part; everything else is one product over all chunks.
         for new, kept in zip(added.unbind(2), whole, strict=True):
             starts.append(state)
             state = (state if kept is None else kept * state) + new

@@ -1,4 +1,4 @@
-"""How positions enter the model."""
+"""Position embeddings and features, and rotary positions."""
 
 import math
 from collections.abc import Sequence
@@ -56,6 +56,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     x: [batch, heads, length, dim], dim even; positions: [batch, length] int64. Angles in fp32.
     """
     half = x.shape[-1] // 2
+    # In bf16, positions above 256 would be rounded.
     angles = positions[:, None, :, None].float() * _frequencies(half, x.device)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]

@@ -1,4 +1,4 @@
-"""How a branch joins the residual stream."""
+"""Join the branches of a block to the residual stream."""
 
 from torch import Tensor, nn
 

@@ -101,6 +101,9 @@ def _forward(
     # One row more than there are tokens: places without a token write there.
     exact = _exact(v)
     q = q * _LOG2_E
+    # Online softmax: each tile updates a token's largest score, total weight and weighted sum,
+    # which also joins the rounds. The first largest score is above unseen ones, so a tile of unseen
+    # pairs adds weights of exactly 0.
     highest = q.new_full((rows * length + 1, 1), _LOWEST, dtype=exact)
     weight = torch.zeros_like(highest)
     total = v.new_zeros(rows * length + 1, dim, dtype=exact)
@@ -133,6 +136,7 @@ def _forward(
                 old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1),
             )
     weight, highest, total = weight[:-1], highest[:-1], total[:-1]
+    # A token without predecessors in its groups has weight 0.
     seen = weight > 0
     out = torch.where(seen, total.div_(weight), v.flatten(0, 1).to(exact))
     return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log2(), torch.inf).view(
@@ -155,6 +159,8 @@ def _backward(
     logs = total[..., None]
     exact = _exact(v)
     q = q * _LOG2_E
+    # Softmax's backward: d score = weight (d weight - mean), where mean = sum of weight x d weight
+    # over keys = d_out . out, as in FlashAttention (Dao et al. 2022, appendix B).
     mean = (d_out.to(exact) * out.to(exact)).sum(-1, keepdim=True)
     # Sums over rounds, with one row more for places without a token.
     d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
@@ -166,6 +172,8 @@ def _backward(
                 tiles.keys(k),
                 tiles.keys(v),
             )
+            # From the saved logarithm of the total weight, so no second pass looks for the largest
+            # score. It is infinite for tokens that saw no other: weights 0.
             weights = (
                 torch.bmm(queries, keys.mT)
                 .to(exact)
@@ -207,6 +215,8 @@ def _kernel_agrees() -> bool:
     if cpu_banded.kernel() is None:
         return False
     random = torch.Generator().manual_seed(0)
+    # Odd sizes on purpose: 45 tokens leave a part of a chunk of 8, and 20 channels part of a
+    # vector.
     q, k, v, d_out = torch.randn(4, 2, 45, 20, generator=random)
     orders = [
         order_tokens(groups, 5, 8) for groups in torch.randint(3, (3, 2, 45), generator=random)
@@ -233,6 +243,7 @@ def _exact(x: Tensor) -> torch.dtype:
 
 def _row_groups(q: Tensor) -> Iterator[slice]:
     """Yield slices of rows to sort together: several short ones, or one long one."""
+    # Some 65,000 tokens at once keep the sort's arrays in a core's cache.
     step = max(1, (1 << 16) // max(1, q.shape[1])) if q.device.type == "cpu" else len(q)
     return (slice(first, first + step) for first in range(0, len(q), step))
 
@@ -264,6 +275,8 @@ class _Tiles:
             x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]),
             x.shape[-1],
         )
+        # Neighbouring tiles share a chunk: a view of overlapping tiles instead of a copy twice as
+        # large.
         return rows.as_strided(
             (len(rows) // self.chunk - 1, 2 * self.chunk, dim), (self.chunk * dim, dim, 1)
         )
@@ -312,6 +325,7 @@ def _overlapped(x: Tensor) -> Tensor:
     total = x.new_empty(len(x) + 1, chunk, x.shape[2])
     total[:-1] = x[:, :chunk]
     total[-1] = 0
+    # Each chunk of keys is in two tiles: as the own chunk, and as the one before.
     total[1:] += x[:, chunk:]
     return total.flatten(0, 1)
 

@@ -47,6 +47,7 @@ def attend_newest(q: Tensor, state: BucketState, chunk: int) -> Tensor:
     bucket = (group % state.counts.shape[-1])[..., None]
     count = state.counts.gather(-1, bucket)
     back = count - 1 - torch.arange(chunk, device=q.device)
+    # The newest `chunk` entries of the ring, going back from the last.
     places = (
         state.newest.gather(3, bucket[..., None].expand(-1, -1, -1, 1, ring))
         .squeeze(3)
@@ -58,6 +59,7 @@ def attend_newest(q: Tensor, state: BucketState, chunk: int) -> Tensor:
         .sort(-1)
         .values
     )
+    # Sorted, a token that was met in several rounds is next to itself: only the first counts.
     legal = (places >= 0) & F.pad(places[..., 1:] != places[..., :-1], (1, 0), value=True)
     index = places.clamp(min=0)[..., None].expand(-1, -1, -1, q.shape[-1])
     scores = (
@@ -65,6 +67,7 @@ def attend_newest(q: Tensor, state: BucketState, chunk: int) -> Tensor:
         .to(torch.promote_types(q.dtype, torch.float32))
         .masked_fill(~legal[..., None], -torch.inf)
     )
+    # Without a legal key the softmax is NaN; such tokens get their own value below.
     weights = scores.softmax(2).nan_to_num().to(q.dtype)
     own_value = state.values[:, :, state.length - 1, None]
     return torch.where(
@@ -79,6 +82,7 @@ def file_newest(state: BucketState) -> BucketState:
     bucket, real = (group % buckets)[..., None], (group != PADDING)[..., None]
     flat = bucket * ring + state.counts.gather(-1, bucket) % ring
     newest = state.newest.flatten(-2)
+    # Padding has no place in a bucket, but scatter needs an index: it writes back what is there.
     newest.scatter_(-1, flat, torch.where(real, state.length - 1, newest.gather(-1, flat)))
     return replace(state, counts=state.counts.scatter_add(-1, bucket, real.long()))
 
@@ -98,6 +102,8 @@ def file_all(state: BucketState) -> BucketState:
     index = torch.arange(state.length, device=groups.device) - (counts.cumsum(-1) - counts).gather(
         -1, ordered
     )
+    # Several tokens would share a place of the ring, and the order of scatter's writes is
+    # undefined: the older ones go to a place that is cut off.
     old = index < counts.gather(-1, ordered) - ring
     flat = torch.where(old, buckets * ring, ordered * ring + index % ring)
     newest = counts.new_zeros(*bucket.shape[:-1], (buckets + 1) * ring).scatter_(-1, flat, places)

@@ -88,6 +88,7 @@ class _ByHeads(torch.autograd.Function):
                         dtype=torch.promote_types(part.dtype, torch.float32),
                     )
                 total[:, span] += part
+            # Before the next heads are projected, or two sets would be in memory.
             del results
         assert total is not None
         return total.to(part.dtype)
@@ -105,6 +106,8 @@ class _ByHeads(torch.autograd.Function):
         with torch.autocast(**ctx.autocast, cache_enabled=False):
             for heads, rows in plan.spans(output):
                 weights = [weight[rows] for weight in whole]
+                # Cut off from the graph: backward goes from the results to here at once, and from
+                # here to the input span by span.
                 leaves = tuple(map(_leaf, _projected(plan, norm, x, weights)))
                 with torch.enable_grad():
                     results = plan.attend(leaves, heads)
@@ -139,6 +142,8 @@ class _ByHeads(torch.autograd.Function):
                     for total, d in zip(d_parameters, of_weights, strict=False):
                         total[rows] += d
                 del d_leaves
+            # So far d_x is the gradient of the normalised input, summed over heads. The norm's
+            # backward turns it into that of the input, in place.
             for span in _spans(x) if norm is not None else ():
                 leaf = _leaf(x[:, span])
                 with torch.enable_grad():
@@ -185,7 +190,7 @@ def _spans_after(x: Tensor, before: int) -> Iterator[tuple[slice, slice, slice]]
 
 
 def _joined(results: Tensor) -> Tensor:
-    """[batch, heads, tokens, head dim] to [batch, tokens, head dims]."""
+    """Reshape [batch, heads, tokens, head dim] to [batch, tokens, head dims]."""
     return results.transpose(1, 2).flatten(2)
 
 

@@ -71,6 +71,8 @@ def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Te
             part = (x[first : first + _HASH_BLOCK].float() @ directions.mT).unflatten(
                 -1, (rounds, half)
             )
+            # Each direction gives two buckets, itself and its opposite: half the products of an
+            # argmax over [x R, -x R].
             highest, lowest = part.max(-1), part.min(-1)
             index = torch.where(
                 highest.values >= -lowest.values, highest.indices, lowest.indices + half

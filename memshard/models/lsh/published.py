@@ -40,15 +40,16 @@ def published_attention(
         buckets + torch.arange(rounds, device=q.device)[:, None] * (buckets.max() + 1)
     ).flatten(1)
     order = codes.argsort(dim=1, stable=True)
+    # The argsort of a permutation is its inverse: where each token went.
     places = order.argsort(dim=1)
     tokens = (order % length).unflatten(1, (-1, chunk))
 
     def look(x: Tensor) -> Tensor:
-        """[N, T, C, ...] to [N, T, 2C, ...]: the chunk before (or the last), and the own."""
+        """Extend [N, T, C, ...] to [N, T, 2C, ...]: the chunk before (or the last), then itself."""
         return x if length == chunk and rounds == 1 else torch.cat((x.roll(1, 1), x), 2)
 
     def tiles(x: Tensor) -> Tensor:
-        """[N, L, ...] to [N, T, C, ...]."""
+        """Gather [N, L, ...] into [N, T, C, ...]."""
         return x[torch.arange(rows, device=x.device)[:, None, None], tokens]
 
     scores = (tiles(q) @ look(tiles(k)).mT).to(torch.promote_types(q.dtype, torch.float32))
@@ -63,6 +64,7 @@ def published_attention(
             met += (code[..., None] == look(code)[..., None, :]) & ((apart == 0) | (apart == 1))
         sorted_codes = codes.gather(1, order).view_as(tokens)
         legal &= sorted_codes[..., None] == look(sorted_codes)[..., None, :]
+        # Minus log n is a weight of 1/n.
         scores = scores - met.clamp(min=1).to(scores.dtype).log()
     scores = torch.where(legal, scores, _HIDDEN)
     scores = torch.where(query != seen, scores, _ITSELF)

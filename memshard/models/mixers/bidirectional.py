@@ -19,7 +19,7 @@ from memshard.models.mixers.mixer import Mixer
 
 @dataclass(frozen=True)
 class SourceState:
-    """What a decoder's layer keeps of a source; None before its first call.
+    """The part of a source that a decoder's layer keeps; None before its first call.
 
     keys, values: [batch, heads, source length, head dim]; padding: as `Context.source_padding`. For
     linear attention only keys is set: the [batch, heads, features, head dim + 1] of `written_sum`,

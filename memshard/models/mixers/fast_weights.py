@@ -32,7 +32,7 @@ RuleKind = Literal["sum", "delta"]
 
 @dataclass(frozen=True)
 class _Writes:
-    """What the latest call wrote, for `rollback`: the state before it, tensors [batch, heads,
+    """The writes of the latest call, for `rollback`: the state before them, tensors [batch, heads,
     tokens, ...], documents [batch, tokens].
     """
 
@@ -181,6 +181,7 @@ class FastWeightMixer(HeadProjections):
             return latest.before
         k, v, beta = (x[:, :, :kept] for x in (latest.keys, latest.values, latest.strengths))
         documents = None if latest.documents is None else latest.documents[:, :kept]
+        # Subtracting the writes would leave rounding errors, so those that stay are written again.
         _, memory = self._read(k, k, v, beta, latest.before, documents)
         last = state.documents if documents is None else documents[:, -1]
         return FastWeightState(

@@ -156,7 +156,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig:
-    """How tokens exchange information."""
+    """The mixers: how tokens exchange information."""
 
     kind: MixerName = field(default="softmax", metadata={"choices": MIXERS})
     """The kind of mixer."""

@@ -96,7 +96,7 @@ class LSHMixer(Mixer):
 
     @property
     def applies_norm(self) -> bool:
-        """Whether heads are processed a few at a time; see `Mixer`."""
+        """True if heads are processed a few at a time; see `Mixer`."""
         return self.heads_at_once > 0
 
     def forward(
@@ -186,6 +186,8 @@ class LSHMixer(Mixer):
                 f"an LSH state takes back at most its chunk of {self.chunk} tokens, not {tokens}; "
                 "keep the earlier state"
             )
+        # Only the counts go back. The rings are twice as long as a token looks, so of `chunk`
+        # tokens at most none has overwritten what the earlier tokens still see.
         last = state.groups[..., state.length - tokens : state.length]
         taken = torch.zeros_like(state.counts).scatter_add_(
             -1, last % state.counts.shape[-1], (last != PADDING).long()
@@ -198,6 +200,7 @@ class LSHMixer(Mixer):
     @staticmethod
     def reset(state: BucketState, rows: Tensor) -> BucketState:
         """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
+        # Empty buckets, and a new document number, which no earlier token's group has.
         counts, recent = (
             state.counts * ~rows[:, None, None, None],
             state.recent and state.recent.reset(rows),

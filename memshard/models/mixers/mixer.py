@@ -15,7 +15,7 @@ from memshard.models.mixers.kinds import names
 
 
 class MixerState(Protocol):
-    """What a mixer remembers between calls. Only the mixer knows more of it than this."""
+    """The memory of a mixer between calls. Only the mixer knows more of it than this."""
 
     @property
     def length(self) -> int:
@@ -25,9 +25,9 @@ class MixerState(Protocol):
 class Mixer(nn.Module):
     """One layer's exchange of information between tokens, by heads.
 
-    A subclass that is a kind of its own also has a classmethod `from_config(config, layer,
-    output_scale)`, which makes the layer of a `ModelConfig`; output_scale is that of
-    `layers.linear.Projection` for its output matrix.
+    A subclass in the registry also has a classmethod `from_config(config, layer, output_scale)`,
+    which makes the layer of a `ModelConfig`; output_scale is that of `layers.linear.Projection` for
+    its output matrix.
     """
 
     column_parallel: tuple[str, ...] = ("query", "key", "value")
@@ -73,7 +73,7 @@ class Mixer(nn.Module):
 
     @property
     def applies_norm(self) -> bool:
-        """Whether `forward` without a state takes the block's norm as `norm` and applies it itself,
+        """True if `forward` without a state takes the block's norm as `norm` and applies it itself,
         a part of the work at a time.
         """
         return False

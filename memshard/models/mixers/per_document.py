@@ -20,6 +20,7 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor
     neighbouring query heads. Padding counts as a separate document, so tokens after padding do not
     see those before it.
     """
+    # A call for each document: no mask, and no work on pairs of different documents.
     rows = []
     for row, sizes in enumerate(ctx.document_sizes):
         queries, keys, values = (tensor[row : row + 1].split(sizes, dim=2) for tensor in (q, k, v))

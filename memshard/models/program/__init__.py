@@ -1,1 +1,1 @@
-"""Blocks that run a program of primitives, as Primer's search finds them."""
+"""Blocks that run a program of primitives, such as Primer's search finds."""

@@ -52,6 +52,7 @@ def call_cached(
     seen = [buffer[..., : length + new, :] for buffer in kept]
     extra = [] if node.argument is None else [node.argument]
     if node.op == "MASK":
+        # Row i of the new tokens is row length + i of the text.
         return torch.tril(inputs[0], diagonal=length)
     if node.op in ("CUM_SUM", "CUM_PROD"):
         return operation.function(seen[0], **operation.options)[..., length:, :]
@@ -62,6 +63,7 @@ def call_cached(
         )
         return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ seen[1]
     if operation.kernel > 1:
+        # A filter of width k looks back k - 1 rows before the first new one.
         recent = seen[0][..., max(0, length + 1 - operation.kernel) :, :]
         return operation.function(recent, *weights, *extra)[..., recent.shape[-2] - new :, :]
     if node.op in ("T_MAT_MUL", "MAT_MUL"):

@@ -42,6 +42,8 @@ class ProgramMixer(Mixer):
         last: dict[int, int] = {}
         for number, node in program.values():
             last.update(dict.fromkeys(node.inputs, number))
+        # Each value is dropped after the last node that reads it, as in a function with local
+        # variables; a list of all of them would keep the activations of some 40 nodes.
         self._free = {
             number: [value for value in set(node.inputs) if last[value] == number]
             for number, node in program.values()

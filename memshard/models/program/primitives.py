@@ -46,6 +46,7 @@ def log_abs(x: Tensor) -> Tensor:
 
 def reciprocal(x: Tensor) -> Tensor:
     """Return 1 / x, and 0 at 0; gradients stay finite."""
+    # Twice where: with 1 / 0 in the branch not taken, its gradient would be 0 x inf = NaN.
     zero = x == 0
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x))
 

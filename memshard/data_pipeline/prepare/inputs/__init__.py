@@ -1,4 +1,4 @@
-"""What a data folder is built from: which files, and how each kind of file becomes documents."""
+"""The inputs of a data folder: which files, and how each kind of file becomes documents."""
 
 from memshard.data_pipeline.prepare.inputs.files import Sources, find_files
 

@@ -39,7 +39,7 @@ class Sources:
 
     @property
     def web(self) -> bool:
-        """Whether any file is raw text of the web."""
+        """True if any file is raw text of the web."""
         return any(self.source_of(file).web for file in self.files)
 
     @property
@@ -95,6 +95,7 @@ def find_files(
                     f"{source}: no such file or folder; check the path of the source"
                 )
         for file in files:
+            # By its resolved path: a file named twice, or by a link, is read once.
             by_path.setdefault(file.resolve(), file)
     return tuple(by_path.values())
 
@@ -116,7 +117,7 @@ def open_text(file: Path) -> TextIO:
 
 
 def is_utf8(file: Path) -> bool:
-    """Tell whether a whole file is UTF-8 text, reading it in pieces."""
+    """Return whether a whole file is UTF-8 text. ValueError for a damaged gzip file."""
     try:
         with open_text(file) as stream:
             while stream.read(READ_CHARACTERS):
@@ -156,6 +157,7 @@ def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
 
 def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
+        # In place, which is how os.walk learns what to enter and in which order.
         folders[:] = sorted(
             name for name in folders if name not in excluded and not name.startswith(".")
         )

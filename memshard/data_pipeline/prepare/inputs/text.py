@@ -81,9 +81,8 @@ def documents(streams: Iterable[TextIO], counts: Counter[str]) -> Iterator[str]:
 
 
 def _cut(document: TextIO) -> Iterator[str]:
-    """Yield stretches of at most MAX_DOCUMENT characters, cut after a line end where there is
-    one.
-    """
+    """Yield parts of at most MAX_DOCUMENT characters, cut after a line end where there is one."""
+    # One character more than fits tells whether the document goes on.
     text = document.read(MAX_DOCUMENT + 1)
     while len(text) > MAX_DOCUMENT:
         end = text.rfind("\n", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
@@ -94,7 +93,9 @@ def _cut(document: TextIO) -> Iterator[str]:
 
 
 def _is_valid(text: str) -> bool:
-    """Tell half surrogate pairs, which JSON escapes can spell but UTF-8 cannot write."""
+    """Return whether a text is free of half surrogate pairs, which JSON escapes can spell but UTF-8
+    cannot write.
+    """
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 

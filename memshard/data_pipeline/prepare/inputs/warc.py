@@ -19,7 +19,7 @@ def read(
 ) -> Iterator[str]:
     """Yield the articles of a WARC file's HTML pages, in order.
 
-    A page that is surely in another language by a quick look at its text is not extracted. Counts
+    A page whose text is in another language at first glance is not extracted. Counts
     documents and bytes of all `pages`, and of those without a text: `page_large`, `page_timeout`,
     `page_failed`, `page_language`, `page_empty`.
     """
@@ -37,6 +37,7 @@ def read(
                     reason, text = _article(page.body, extractor, language)
         except ItemTimeout:
             reason = "page_timeout"
+        # Parsers meet every kind of broken HTML; one page must not end a build of millions.
         except (
             ValueError,
             RuntimeError,
@@ -57,6 +58,8 @@ def read(
 def _article(body: bytes, extractor: Extractor, language: str | None) -> tuple[str, str]:
     """Return (why there is no text, or "", and the text)."""
     html = decode(body)
+    # A seventh of the slow extractor's time; for pages in other languages, often most of them, it
+    # is all that is spent.
     quick = main_text(html, "resiliparse")
     if language is not None and quick and not may_be(quick, language):
         return "page_language", ""
