@@ -22,6 +22,7 @@ from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, si
 from memshard.trainer.watch.lost_ranks import FLIGHT
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 
+# Seconds; DeepSpeed's longest extension compiles in a few minutes.
 _STALE_LOCK = 600
 _STALLED = 0.2
 
@@ -165,6 +166,8 @@ def _collectives(folder: Path) -> Iterator[Finding]:
             last.setdefault(str(entry["process_group"][1]), {})[int(path.stem[4:])] = entry
     for group, by_rank in sorted(last.items()):
         numbers = {rank: int(str(entry["collective_seq_id"])) for rank, entry in by_rank.items()}
+        # Every rank counts a group's collectives alike, so the lowest count is the rank that did
+        # not come.
         if len(set(numbers.values())) > 1:
             behind = min(numbers, key=lambda rank: numbers[rank])
             ahead = by_rank[max(numbers, key=lambda rank: numbers[rank])]

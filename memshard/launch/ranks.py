@@ -1,4 +1,4 @@
-"""Which process of how many this is, from the environment variables that launchers set.
+"""Read which process of how many this is from the environment variables that launchers set.
 
 Loads nothing heavy.
 """
@@ -40,9 +40,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 
 
 def from_variables(env: Mapping[str, str], launcher: str) -> Ranks | None:
-    """Return what RANK, WORLD_SIZE and their kin say, torch's own names; None if they are not
-    set.
-    """
+    """Return what torch's names (RANK, WORLD_SIZE and so on) say; None if they are not set."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
     return Ranks(
@@ -71,6 +69,7 @@ def _openmpi(env: Mapping[str, str]) -> Ranks | None:
         return None
     address, port = listening(env)
     ranks = int(env["OMPI_COMM_WORLD_SIZE"])
+    # All ranks are on this host, so no one has to say where rank 0 is.
     if address is None and ranks == int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)):
         address = "127.0.0.1"
     return Ranks(

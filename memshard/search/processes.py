@@ -10,6 +10,7 @@ def end_with_parent() -> None:
 
     A killed parent cannot stop its workers, which would go on for hours.
     """
+    # A thread, because the main one may be busy for minutes in a training step.
     threading.Thread(target=_wait, daemon=True).start()
 
 

@@ -1,6 +1,4 @@
-"""`memshard config`: the bundled recipes, what a recipe resolves to, what a key means, how two runs
-differ.
-"""
+"""`memshard config`: list bundled recipes, resolve a recipe, explain a key, compare two runs."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""`memshard import`: turn foreign memories, and our own exports, into our formats."""
+"""`memshard import`: turn foreign memories, and memshard's exports, into memshard's formats."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=int,
         default=32,
         metavar="K",
-        help="slots that a head reads, which weights do not tell (default 32)",
+        help="slots that a head reads, which the weights do not show (default 32)",
     )
     parser.set_defaults(run=run)
 

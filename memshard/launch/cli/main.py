@@ -128,7 +128,7 @@ def _stdout_to_stderr() -> Iterator[TextIO]:
 
 
 def _plain(value: Any) -> Any:
-    """A result as JSON has it: infinities and NaN become null, which strict readers accept."""
+    """Return a result as strict JSON readers accept it: infinities and NaN become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
-"""How a command ends, other than by returning its result: exit code 2 for the user's mistakes, 75
-for stopping early.
+"""The ends of a command besides its result: exit code 2 for the user's mistakes, 75 for stopping
+early.
 """
 
 import os
@@ -28,8 +28,10 @@ class Stopped(Exception):
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Wraps a command's set-up: a ValueError or OSError in here is the user's to mend. Later ones,
-    from inside the work, are bugs.
+    """Turn a ValueError or OSError of a command's set-up into a UsageError, which is the user's to
+    mend.
+
+    Later ones, from inside the work, are bugs. A context manager.
     """
     try:
         yield
@@ -38,12 +40,12 @@ def usage_errors() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """The error's message on one line."""
+    """Return the error's message on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def rank() -> int:
-    """This process's number in the run that torchrun, srun or nothing has set up."""
+    """Return this process's number in the run that torchrun, srun or nothing has set up."""
     return read_ranks(os.environ).rank

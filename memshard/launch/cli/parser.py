@@ -18,7 +18,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-        # SUPPRESS: a command's parser must not reset what stood before the command.
+        # SUPPRESS: a command's parser must not reset what was given before the command.
         self.add_argument(
             "--json",
             action="store_true",

@@ -38,7 +38,7 @@ def report(
 
 
 def _work(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[str]:
-    """What is trained, and what a step computes."""
+    """Return lines on what is trained and what a step computes."""
     tables = cost.parameters.tables
     slots = f"{tables} x {recipe.model.memory.slots:,} slots" if tables else "no memory layer"
     batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
@@ -54,7 +54,7 @@ def _work(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[st
 
 
 def _sent(recipe: "Recipe", cost: "Estimate") -> list[str]:
-    """How ranks are arranged, and what one of them sends."""
+    """Return lines on how ranks are arranged and what one of them sends."""
     lines = []
     tokens = cost.micro_batch * cost.micro_batches * recipe.data.length
     sent = (
@@ -76,7 +76,7 @@ def _sent(recipe: "Recipe", cost: "Estimate") -> list[str]:
 
 
 def _bytes(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[str]:
-    """What a rank needs in host memory and on its device, whether that fits, and what to change."""
+    """Return lines on what a rank needs, whether that fits, and what to change."""
     lines = []
     if cost.host.total:
         lines += [
@@ -103,7 +103,7 @@ def _bytes(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[s
 
 
 def _sizes(recipe: "Recipe", cost: "Estimate", sizes: "RankBytes", precision: str) -> list[str]:
-    """One line for each field that is not zero, with a note."""
+    """Return a line for each field that is not zero, with a note."""
     rows, columns = cost.table_part
     notes = {
         "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
@@ -123,7 +123,7 @@ def _sizes(recipe: "Recipe", cost: "Estimate", sizes: "RankBytes", precision: st
 
 
 def _time(cost: "Estimate", result: dict[str, Any]) -> list[str]:
-    """How long a step should take, and the largest batch."""
+    """Return lines on how long a step should take, and the largest batch."""
     seconds = result["seconds"]
     parts = ("products", "tables", "update", "network")
     spent = ", ".join(f"{name} {seconds[name]:.2g}" for name in parts if seconds[name])
@@ -136,7 +136,7 @@ def _time(cost: "Estimate", result: dict[str, Any]) -> list[str]:
 
 
 def _variants(result: dict[str, Any]) -> list[str]:
-    """The ways to keep activations, side by side."""
+    """Return lines that compare the ways to keep activations."""
     return [
         f"{'kept for backward':<26}{'bytes':>11}{'step':>9}   largest micro-batch of this batch",
         *(

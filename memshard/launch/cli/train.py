@@ -157,7 +157,7 @@ def _arithmetic(prepared: "Run") -> str:
 
 
 def _path(prepared: "Run") -> str:
-    """What sums and updates rows, and why."""
+    """Return what sums and updates rows, and why."""
     from memshard.models.kernels.backend import backend_for
 
     assert prepared.table_optimizer is not None

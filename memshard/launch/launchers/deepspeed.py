@@ -52,6 +52,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
     environment = _environment(start, cluster)
     if args.dry_run:
         return foreground.show(args, command, environment)
+    # DeepSpeed's launcher passes the variables of this file on to the remote hosts.
     file = Path(start.folder).resolve() / "deepspeed_env"
     file.write_text(environment)
     return foreground.run(command, environment + f"DS_ENV_FILE={file}\n", start)

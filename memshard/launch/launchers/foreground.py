@@ -1,4 +1,4 @@
-"""Running a launcher until the training ends: torchrun on this machine, DeepSpeed's over hosts."""
+"""Run a launcher until the training ends: torchrun on this machine, DeepSpeed's over hosts."""
 
 import argparse
 import os

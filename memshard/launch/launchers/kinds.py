@@ -1,8 +1,8 @@
 """The launchers of `memshard launch`, one row each.
 
-Adding one takes a file beside this one and a row here. The file has three functions:
+Adding one takes a file in this folder and a row here. The file has three functions:
 
-    add_arguments(parser)   the options of `memshard launch NAME`, beside those that all have
+    add_arguments(parser)   the options of `memshard launch NAME`, besides those that all have
     launch(args) -> dict    start the run, or with args.dry_run print what would; returns the
                             command's result
     detect(env) -> Ranks    this process's place among those that it started, or None if the

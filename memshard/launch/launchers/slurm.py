@@ -108,6 +108,7 @@ def detect(env: Mapping[str, str]) -> Ranks | None:
     )
 
 
+# Parsed here, since `scontrol show hostnames` is often missing inside a container.
 def first_host(nodes: str) -> str:
     """Return the first of a SLURM node list, such as gpu[03-05,9]-ib,login1."""
     parts = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodes)
@@ -198,8 +199,10 @@ def _options(job: Job) -> list[str]:
     if job.workdir:
         options.append(f"chdir={job.workdir}")
     if job.turns > 1:
+        # %1: one turn at a time, since all of them continue one run.
         options.append(f"array=1-{job.turns}%1")
     number = "%A_%a" if job.turns > 1 else "%j"
+    # %A and %a are the array's job and turn; append, because a requeued job keeps its number.
     options += [f"output={job.start.folder}/{LOGS}/slurm-{number}.out", "open-mode=append"]
     # Without it, a preempted job or one whose node failed would not come back.
     options.append("requeue")
@@ -264,7 +267,7 @@ _WAIT = """\
 # {notice} s before the time limit the shell gets SIGUSR2; the ranks then save, all at the same
 # step, and leave with exit code 75.
 trap 'scancel --signal=USR2 "$SLURM_JOB_ID"' USR2
-trap : TERM  # SLURM tells the ranks itself
+trap : TERM  # SLURM signals the ranks itself
 {command} &
 step=$!
 wait $step

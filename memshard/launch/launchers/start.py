@@ -1,4 +1,4 @@
-"""What every launcher starts: `memshard train` with a recipe and a run folder."""
+"""The command that every launcher starts: `memshard train` with a recipe and a run folder."""
 
 import argparse
 import shlex
@@ -16,8 +16,8 @@ RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 @dataclass(frozen=True)
 class Start:
-    """What to run: a recipe, its overrides, and the run's folder. code: a folder for PYTHONPATH, or
-    None for the installed package.
+    """A command to start: a recipe, its overrides, and the run's folder. code: a folder for
+    PYTHONPATH, or None for the installed package.
     """
 
     recipe: str

@@ -1,3 +1,3 @@
-"""Decoder programs as data: what they are, how they change, and how they become models (So et al.
+"""Decoder programs as data: their form, their mutations, and how they become models (So et al.
 2021).
 """

@@ -73,6 +73,7 @@ def _decoding_error(program: Program) -> float:
     """Return the largest difference between reading a text at once and in segments with a cache, in
     fp64, relative to the largest output if that is above 1.
     """
+    # fp64, so that a real difference is far above rounding: 1e-9 of the output's size.
     mixer = ProgramMixer(program).double()
     x = torch.randn(
         1,

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-9
 
 
 class Scores(Enum):
-    """What is above the diagonal of scores, where a row would see later positions."""
+    """The content above the diagonal of scores, where a row would see later positions."""
 
     FUTURE = "what depends on later positions"
     FILLED = "numbers that do not depend on later positions"
@@ -122,6 +122,7 @@ def perturbed(program: Program, seed: int = 0) -> Rejected | None:
     unmasked score leaks with gradient 0.
     """
     random = torch.Generator().manual_seed(seed)
+    # fp64: in fp32 rounding would hide leaks of 1e-7.
     mixer = ProgramMixer(program).double()
     with torch.no_grad():
         for weight in mixer.parameters():
@@ -132,6 +133,7 @@ def perturbed(program: Program, seed: int = 0) -> Rejected | None:
             )
         x = torch.randn(1, LENGTH, program.width, generator=random, dtype=torch.float64)
         texts = x.repeat(1 + len(_CUTS), 1, 1)
+        # One batch: the text, and copies that differ after position 0, 3 and 7.
         for row, cut in enumerate(_CUTS, start=1):
             texts[row, cut + 1 :] = torch.randn(
                 LENGTH - cut - 1, program.width, generator=random, dtype=x.dtype

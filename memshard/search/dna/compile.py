@@ -70,12 +70,14 @@ class Logits(nn.Module):
 
 
 def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
-    """Check a DNA, the cheapest checks first, and choose the unit that brings it into the band of
-    parameters.
+    """Return a DNA compiled, or why it is rejected; the cheapest checks come first.
+
+    The unit is chosen that brings the model into the band of parameters.
     """
     if problem := invalid(dna):
         return Rejected("invalid", problem)
     try:
+        # One form for equal computations: its hash tells duplicates before they cost a training.
         canonical = graph(dna)
         if not canonical.operations:
             return Rejected("invalid", "the block does nothing: its output is its input")
@@ -104,6 +106,8 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
     if not shape.parameters[0] <= parameters <= shape.parameters[1]:
         allowed = f"{shape.parameters[0]:,} to {shape.parameters[1]:,} are allowed"
         return Rejected("band", f"{parameters:,} parameters at the nearest width; {allowed}")
+    # Checks run at 2 channels a unit: causality does not depend on width, and they cost
+    # milliseconds.
     if rejected := explained(trial) or perturbed(narrow) or _diverges(narrow):
         return rejected
     return Compiled(

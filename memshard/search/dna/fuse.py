@@ -29,6 +29,7 @@ def fuse(program: Program) -> Program:
 
 def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Node | None:
     division, v = product.inputs
+    # A value that others read as well must stay, and then nothing is saved.
     if not _is(nodes, division, "DIVIDE") or uses[division] > 1:
         return None
     masked, total = nodes[division].inputs
@@ -67,6 +68,7 @@ def _is(nodes: dict[int, Node], value: int, op: str) -> bool:
 
 
 def _without_dead(program: Program, nodes: dict[int, Node]) -> Program:
+    # Nodes are in order, so one pass from the output back marks all that it needs.
     needed = {len(nodes)}
     for number in reversed(nodes):
         if number in needed:

@@ -32,8 +32,8 @@ class Operation:
 
 @dataclass(frozen=True)
 class Graph:
-    """Operations, each after its inputs and the output last. stream: relative width of input and
-    output.
+    """Operations, each after its inputs and the output last. stream: relative width of the block's
+    input and output.
     """
 
     stream: int
@@ -128,6 +128,7 @@ class _Inliner:
             return self.add(Operation("SQUARE", inputs[:1], None, made.branches))
         if op == "ADD" and inputs[0] == inputs[1]:
             return self.add(Operation("C_MUL", inputs[:1], 2.0, made.branches))
+        # Two equal operations with parameters are two: they learn different values.
         learns = op != "JOIN" and PRIMITIVES[op].parameter
         if not learns:
             seen = max((self.branches(value) for value in inputs), key=len)
@@ -175,10 +176,13 @@ def _ordered(stream: int, output: int, made: list[Operation]) -> Graph:
             continue
         entry = made[value - 1]
         inputs = (
+            # a + b and b + a get one order, that of their digests.
             sorted(entry.inputs, key=lambda one: digests[one])
             if entry.op in COMMUTATIVE
             else list(entry.inputs)
         )
+        # Depth first from the output, with a list as the stack: 1,024 calls would exceed Python's
+        # limit.
         if waiting := [one for one in inputs if one not in numbers]:
             stack.append(waiting[0])
             continue

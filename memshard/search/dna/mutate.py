@@ -122,6 +122,7 @@ def _bank(dna: Dna, random: random.Random) -> bool:
     """
     place = random.randrange(CONSTANTS + DIMS)
     if place < CONSTANTS:
+        # The factor changes the size of a constant, the addend lets it leave 0 and change its sign.
         constant = dna["constants"][place] * 10 ** random.gauss(0, 1) + random.gauss(0, 1)
         dna["constants"][place] = max(-1e30, min(1e30, constant))
     else:

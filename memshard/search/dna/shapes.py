@@ -55,6 +55,7 @@ def unit_in_band(parameters: Callable[[int], int], band: tuple[int, int]) -> int
     if low is None or high is None:
         return None
     units = range(max(1, math.ceil(low - 1e-6)), min(_MOST_UNITS, math.floor(high + 1e-6)) + 1)
+    # Parameters grow with the square of the unit, so the geometric mean is in the middle.
     middle = math.sqrt(max(low, 1) * max(high, 1))
     for multiple in (8, 4, 2, 1):
         if fitting := [unit for unit in units if unit % multiple == 0]:
@@ -190,6 +191,7 @@ class _Maker:
                 f"{op} of scores, as wide as the text is long, and of a value {first or second} "
                 "wide",
             )
+        # A coin that is the same for every way to write the DNA.
         chosen = int(digest, 16) % 2
         fitted = list(inputs)
         fitted[chosen] = self.fit(inputs[chosen], second if chosen == 0 else first)

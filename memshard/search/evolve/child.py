@@ -68,9 +68,10 @@ class Task:
 
 
 def work(task: Task) -> Iterator[Event]:
-    """Do a task and yield its events. The last one of a training, and of a rejected program, is
+    """Do a task and yield its events; the last one of a training or of a rejected program is
     `done`.
     """
+    # One core a worker: times of steps then do not depend on how many workers there are.
     torch.set_num_threads(1)
     yield {"event": "beat", "id": task.id, "step": 0, "steps": 1}
     try:
@@ -107,6 +108,7 @@ def start_dna(settings: Settings) -> dict[str, Any]:
 def propose(task: Task) -> Iterator[Event]:
     """Mutate the parent and compile the child."""
     target = shape(task.settings)
+    # A function of seed and child: a child that is proposed again, after a kill, is the same.
     draws = random.Random(f"{task.settings.seed}/{task.id}/mutation")
     weights = dict(zip(MUTATIONS, task.settings.mutations, strict=True))
     dna, mutation = (
@@ -144,6 +146,7 @@ def train(task: Task) -> Iterator[Event]:
     program = _compiled(task.dna, settings, task.size)
     steps = task.steps
     if not steps:
+        # Counted, not estimated: programs have operations for which no formula is known.
         operations = flops(program, settings, text)
         cost = 1.0
         if settings.step_costs == "flops":
@@ -166,6 +169,7 @@ def train(task: Task) -> Iterator[Event]:
     )
     identity = _identity(task, program, text, steps)
     rungs = training.load(task.state, identity) if task.state is not None else []
+    # Processor time goes on from where an earlier attempt stopped.
     begun, beat = time.process_time() - (rungs[-1]["seconds"] if rungs else 0.0), time.monotonic()
     for number, share in enumerate(shares):
         if number == len(rungs):

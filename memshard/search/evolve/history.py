@@ -119,6 +119,7 @@ class History:
         """
         if self.settings.deterministic:
             return self.children[: max(1, id - self.settings.ahead + 1)]
+        # In order of ending, so that a fast worker is not held back by a slow one.
         before = [ended for ended in self.ended if ended < id]
         return [self.children[ended] for ended in before]
 
@@ -234,8 +235,10 @@ class History:
         if number < settings.copies:
             return [self._birth(number, "search", None, 1.0, [None] * settings.hurdles)]
         visible = self.visible(number)
+        # Deterministic searches wait here for a straggler; `ahead` children are in work meanwhile.
         if not visible or any(not child.status for child in visible):
             return []
+        # A generator for each child: a search that goes on draws what it would have drawn.
         draws = random.Random(f"{settings.seed}/{number}/tournament")
         population = visible[-settings.population :]
         parent = 0
@@ -263,6 +266,7 @@ class History:
             return None
         met = [child for child in arrived if child.hurdles[stop] is not None]
         passed = sum(len(child.rungs) > stop + 1 for child in met)
+        # A controller: each program too many that passed lowers the quantile by 1 / window.
         share = 0.5 - (passed - len(met) / 2) / window
         return float(
             np.quantile(

@@ -40,6 +40,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / JOURNAL_FILE).open("ab+")
         try:
+            # Released by the kernel when the process ends, so no stale lock stays behind.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
@@ -56,6 +57,8 @@ class Journal:
         """Append an event. It is on disk when this returns."""
         self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
+        # A child must not be handed out before its birth is on disk: a kill would breed another
+        # one.
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Journal":

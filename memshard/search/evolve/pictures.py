@@ -92,6 +92,7 @@ def history(history: History, file: Path) -> None:
                 color=color,
             )
         low, high = min(c.fitness for c in full), max(c.fitness for c in full)
+        # Programs that hurdles stopped, far above, would squeeze the others into a strip.
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.6 * (high - low) + 1e-3)
     axes.set_xlabel("program, in order of birth")
     axes.set_ylabel("held-out loss, nats a byte")
@@ -112,9 +113,7 @@ def _logarithmic(axes: "Axes") -> None:
 
 
 def curves(trainings: Mapping[str, Sequence[Curve]], file: Path) -> None:
-    """Draw loss against cost of programs trained again: thin lines are trainings, thick ones their
-    mean.
-    """
+    """Draw loss against cost of programs trained again: thin for single trainings, thick for means."""
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)

@@ -49,6 +49,7 @@ class RayWorkers:
         events: list[Event] = []
         streams = list(self._running)
         ready = self._ray.wait(streams, num_returns=len(streams), timeout=0)[0] if streams else []
+        # First all that is ready; only if nothing is, wait for the next event.
         ready = ready or (
             self._ray.wait(streams, num_returns=1, timeout=seconds)[0] if streams else []
         )
@@ -64,6 +65,7 @@ class RayWorkers:
                 events.append(
                     lost(task, f"its Ray worker died: {str(error).splitlines()[0][:200]}")
                 )
+        # A task that has not begun (heard 0.0) waits for a free machine, which may take hours.
         for stream, (task, heard) in list(self._running.items()):
             if heard and time.monotonic() - heard > self._timeout:
                 self._ray.cancel(stream, force=True)

@@ -1,5 +1,5 @@
-"""Runs a search: hands children to workers, writes their events into the journal, and decides from
-the journal alone what comes next.
+"""Run a search: hand children to workers, write their events into the journal, and decide from the
+journal alone what comes next.
 """
 
 import platform
@@ -127,7 +127,11 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
                     break
             if not in_work:
                 return
+            # An event is on disk before anything follows from it, so a killed search goes on from
+            # there.
             for event in workers.poll(1.0):
+                # A worker that was taken for lost may still report: what is known already changes
+                # nothing.
                 child = history.children[event["id"]]
                 if _known(child, event):
                     continue

@@ -76,7 +76,7 @@ class Settings:
     budget: int = 900
     """Steps of a whole training, for the start program."""
     step_costs: Literal["time", "flops", "same"] = "time"
-    """How a step of another program is charged to the budget: time: a probe measures it beside the
+    """How a step of another program is charged to the budget: time: a probe compares it with the
     start's, and a step twice as slow counts two; flops: the same with floating-point operations of
     matrix products; same: every step counts one.
     """
@@ -107,14 +107,14 @@ class Settings:
     size_seeds: int = 2
     """Trainings at each of these sizes."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where programs are trained; on cuda worker processes share the GPU, and each of Ray's has its
-    own.
+    """Where programs are trained; on cuda worker processes share the GPU, and each of Ray's has one
+    to itself.
     """
     timeout: float = 300.0
     """Seconds without a sign of life until a worker is killed."""
     memory: float = 4.0
     """GiB that a worker process on cpu may take beyond what it has at its start; not for Ray, which
-    has its own limits.
+    sets limits itself.
     """
 
     def __post_init__(self) -> None:

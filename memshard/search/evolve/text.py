@@ -24,8 +24,8 @@ class Text:
     digest: str
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Tensor:
-        """Return windows of the training part, int64 [batch, length + 1]: a pure function of the
-        arguments.
+        """Return windows of the training part, int64 [batch, length + 1], a function of the
+        arguments only.
         """
         starts = np.random.default_rng([seed, step]).integers(
             0, len(self.train) - length, size=batch

@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def beats(self) -> bool:
-        """Whether the gain is outside the noise band."""
+        """True if the gain is outside the noise band."""
         return self.gain > SIGMAS * self.deviation
 
 
@@ -62,6 +62,7 @@ def noise(losses: Sequence[float]) -> Noise:
 def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
     """Compare two programs by their losses, from at least two seeds each."""
     a, b = noise(before), noise(after)
+    # The pooled estimate: with four seeds a side it has 6 degrees of freedom instead of 3.
     pooled = ((a.runs - 1) * a.deviation**2 + (b.runs - 1) * b.deviation**2) / (a.runs + b.runs - 2)
     return Comparison(a.mean - b.mean, math.sqrt(pooled))
 

@@ -72,6 +72,7 @@ class Processes:
             number = by_connection[connection]
             slot = self._slots[number]
             try:
+                # All that has come in: one event a turn would let a busy worker's queue grow.
                 while connection.poll():
                     event = connection.recv()
                     slot.heard = time.monotonic()
@@ -101,6 +102,7 @@ class Processes:
         slot = self._slots[number]
         slot.kill()
         code = slot.process.exitcode
+        # Replacing workers for ever would hide a fault that every one of them has.
         self._failed_starts += not slot.ready
         if self._failed_starts > 2 * self.count:
             raise RuntimeError(f"worker processes die or hang at their start, with code {code}")
@@ -145,6 +147,7 @@ def _serve(connection: Connection, work: Work, memory: float | None) -> None:
     end_with_parent()
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
+        # A limit on address space, of which torch maps several GB at import: count from there.
         limit = pages * os.sysconf("SC_PAGESIZE") + int(memory * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
@@ -154,4 +157,5 @@ def _serve(connection: Connection, work: Work, memory: float | None) -> None:
                 connection.send(event)
             connection.send(None)
     except (EOFError, OSError):
+        # Without cleaning up: the parent is gone, and torch's threads may hold locks.
         os._exit(0)
