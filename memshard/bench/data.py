@@ -1,7 +1,7 @@
-"""Rates of the data pipeline on one core: web pages by stage, tokenisers, token stream; each beside
-its peer where there is one.
+"""Rates of the data pipeline on one core: web pages by stage, tokenisers, token stream; compared
+with other packages where there are any.
 
-    memshard bench data DIR --warc news_pages-00000.warc.gz
+  memshard bench data DIR --warc news_pages-00000.warc.gz
 
 All are rates in CPU time of this process, the median of interleaved rounds.
 """
@@ -237,8 +237,8 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
 def model_rate(
     layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, length: int = 256
 ) -> float:
-    """Return tokens a second of forward and backward of a dense transformer, on this process's
-    threads.
+    """Return tokens a second of forward and backward of a dense transformer, on all threads of the
+    process.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""What spreading costs: training steps at every (tensor, data) split of some ranks and on each
-engine, and a block beside DTensor's.
+"""Measure what spreading costs: training steps at every (tensor, data) split of some ranks and on
+each engine, and a block compared with DTensor's.
 
     memshard bench parallel --ranks 2 --layers 4 --dim 512 --heads 8 --keys 128
 """

@@ -1,5 +1,5 @@
-"""How well `memshard plan` predicts memory: the estimate of a training step's largest memory beside
-what a fresh process really grows by.
+"""Measure how well `memshard plan` predicts memory: its estimate of a training step's largest memory
+against the growth of a new process.
 
     OMP_NUM_THREADS=1 memshard bench plan-memory
 

@@ -1,4 +1,4 @@
-"""The memory that one piece of work takes, measured in a process of its own."""
+"""Measure the memory that some work takes, in a new process."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ import torch
 
 def peak_memory(work: Callable[..., Any], *args: Any, packages: tuple[str, ...] = ()) -> int | None:
     """Return the largest resident memory in bytes while `work(*args)` runs, above what its process
-    had before; None where the system does not tell.
+    had before; None where the system does not report it.
 
     work: a function at the top of a module. packages: imported before, so that they do not count.
     """

@@ -1,1 +1,1 @@
-"""What all experiments share: the catalogue, running, training, clocks, tables and pictures."""
+"""Parts that all experiments share: catalogue, running, training, clocks, tables and pictures."""

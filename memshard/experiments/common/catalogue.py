@@ -39,7 +39,7 @@ class Experiment:
     docs/ were measured with) or full (as published). run: runs one point on one thread and returns
     its result as plain JSON values. report: returns a text in Markdown from all points with their
     results, and writes pictures to the folder. hours: rough processor time of a scale on one core.
-    alone: whether a point measures time, and so has to run on its own, after the others.
+    alone: whether a point measures time, and so has to run after all others, one at a time.
     """
 
     what: str

@@ -29,6 +29,7 @@ def interleave(
     the others does not count: it builds kernels and warms caches and the allocator.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
+    # As round after round, not action after action: a ratio within a round cancels a slow minute.
     for _ in range(rounds + 1):
         for name, action in actions.items():
             begun = clock()

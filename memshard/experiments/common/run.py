@@ -1,5 +1,5 @@
-"""Runs the points of an experiment in parallel processes, stores each result at once, and writes
-the report.
+"""Run the points of an experiment in parallel processes, store each result at once, and write the
+report.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def reproduce(
     name: str, scale: Scale, folder: Path, workers: int = 1, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Run the missing points of an experiment, write result.json, report.md and pictures to
-    `folder`, and return the summary, which result.json holds.
+    `folder`, and return the summary, the content of result.json.
 
     Points that are in points.jsonl already are not run again, so an interrupted experiment goes on
     where it stopped; another scale only adds the points that it does not share.
@@ -45,6 +45,7 @@ def reproduce(
     )
     timed = [point for point in missing if experiment.alone(point)]
     others = [point for point in missing if point not in timed]
+    # Timed points last and one at a time: other processes would slow them by an unknown amount.
     for point, result, seconds in chain(_results(name, others, workers), _results(name, timed, 1)):
         line = json.dumps(
             {"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)}
@@ -70,6 +71,7 @@ def reproduce(
 
 def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
     """Yield (point, result, seconds) of every point as it is done."""
+    # A forked process would inherit torch's thread pool in an undefined state.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
         waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {
@@ -110,6 +112,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _key(point: Point) -> str:
     """Return a hash of the point, of the recipes it names as they read now, and of their data."""
+    # A recipe is named in a point; if its file or its data change, the result is another one.
     text = "".join(recipe_text(recipe) for recipe in _recipes(point))
     return hashlib.sha256((json.dumps(point, sort_keys=True) + text).encode()).hexdigest()
 

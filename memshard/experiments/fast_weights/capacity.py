@@ -1,5 +1,5 @@
-"""How many pairs fit into a memory: loss against the number of different keys (Schlag et al. 2021,
-figure 2).
+"""Measure how many pairs fit into a memory: loss against the number of different keys (Schlag et
+al. 2021, figure 2).
 """
 
 from pathlib import Path

@@ -80,6 +80,7 @@ def _evaluated(run: Run, point: dict[str, Any], endless: bool) -> Evaluation:
     data, rows = run.recipe.data, run.recipe.train.batch
     if endless:
         stream = HeldOutStream(data.path, rows * data.length, point["tokens"])
+        # As many tokens at a time as a batch of training has, in one row that goes on.
         return evaluate(run.model, run.task, stream, 1, run.dtype, carry=True)
     return evaluate(
         run.model,
@@ -148,7 +149,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         text += f"| {' | '.join(cells)} |\n"
     text += (
         "\nPublished: words of WikiText-103, small / medium model, ELU features; there sum "
-        "and the small delta have positions, too.\n"
+        "and the small delta also have positions.\n"
     )
     return text + "\n![loss by position in the text](language.png)\n"
 

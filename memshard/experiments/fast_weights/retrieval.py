@@ -160,6 +160,7 @@ def sample_pairs(
 def last_value(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
     """Return the value last written under each query, [batch, n]."""
     places = torch.arange(keys.shape[1])
+    # The highest place at which the key was written.
     latest = torch.where(keys[:, None] == queries[..., None], places, -1).amax(-1)
     return values.gather(1, latest)
 
@@ -192,6 +193,8 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
         symbols,
         _SEQUENCES,
         replace,
+        # Another generator than that of training, so held-out sequences do not depend on its
+        # length.
         torch.Generator().manual_seed(1_000_003 + point["seed"]),
     )
     curve: list[tuple[int, float | None]] = []
@@ -217,9 +220,7 @@ def _mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor
 
 @torch.no_grad()
 def evaluate(model: Retriever, keys: Tensor, values: Tensor) -> float:
-    """Return the loss over the keys that occur, at most 200 of each sequence, as in the published
-    figures.
-    """
+    """Return the loss over the keys that occur, as published at most 200 of each sequence."""
     total, count = 0.0, 0
     for row in range(len(keys)):
         queries = keys[row].unique()[None, :_MOST_QUERIES]

@@ -94,8 +94,11 @@ class MixtureOfExperts(nn.Module):
         chosen = (gates.detach() + self.bias).topk(self.active).indices
         load = chosen.flatten().bincount(minlength=len(self.experts))
         if self.training:
+            # A sign, not a share: an overloaded expert becomes less attractive by the same small
+            # amount in each step, whatever the load.
             self.bias += _BIAS_STEP * (load.float().mean() - load).sign()
         order = chosen.flatten().argsort()
+        # Sorted by expert, each expert's tokens are one slice: one matrix product an expert.
         places = order // self.active
         parts = places.split(load.tolist())
         read = torch.cat(

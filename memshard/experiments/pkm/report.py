@@ -21,8 +21,8 @@ def report(rows: Rows, folder: Path, name: str) -> str:
             published[point["label"]] = point["published"]
     clocks = [(point, result) for point, result in rows if "clock" in point]
     first, *_ = learned
-    # Compare with the largest model without a table as well, the best one of equally large ones:
-    # it is what the parameters of memories could have been spent on instead.
+    # Also compare with the largest model without a table, the best one of equally large ones: it is
+    # what the parameters of memories could have been spent on instead.
     plain = [label for label, results in learned.items() if not results[0]["table"]]
     largest = max(
         plain,

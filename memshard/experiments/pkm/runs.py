@@ -43,12 +43,15 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / _RESULT
     with (folder / "lock").open("w") as lock:
+        # Another study may train the same model at this moment: wait for it and take its result.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             run = _set_up(point, folder)
             train_to_end(run)
             with atomic_write(kept) as file:
                 file.write_text(json.dumps(_measured(run)))
+            # Only now is the result on disk; checkpoints of all studies together would take tens of
+            # GB.
             shutil.rmtree(folder / CHECKPOINTS)
         result: dict[str, Any] = json.loads(kept.read_text())
         return result

@@ -79,6 +79,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
         positions = torch.arange(tokens.shape[1] - 1).expand(len(tokens), -1)
         ctx = Context(positions, random=RandomKey(point["seed"], step, torch.arange(len(tokens))))
         losses: Tensor = model(tokens[:, :-1], ctx, targets=tokens[:, 1:])[0]
+        # Only the second half can be predicted; the first is random.
         return losses[:, words + 1 :].mean()
 
     random = torch.Generator().manual_seed(point["seed"])

@@ -74,6 +74,7 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
     originals = torch.cat((batch.inputs[:, :1], batch.targets[:, :-1]), 1)[:, :values]
     model, half = run.model.eval(), values // 2
     rates = []
+    # In turns, so that other work on the machine slows both ways of decoding.
     for _ in range(_TURNS):
         begun = now(device)
         lower = generate(
@@ -141,6 +142,7 @@ def channel_bits(data: str, shape: tuple[int, int, int]) -> float:
     """
     values, channels = math.prod(shape), shape[2]
     stream = RecordStream(data, values, size=1, seed=0)
+    # One added to each count (Laplace): a value that training never saw costs finite bits.
     counts = np.ones((channels, 256))
     for first in range(0, min(stream.samples_per_epoch, 5000), 500):
         images = _images(stream.batch(first, min(500, stream.samples_per_epoch - first)), values)
