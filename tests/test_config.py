@@ -145,7 +145,7 @@ def test_a_wrong_override_is_one_clear_line(write, override: str, message: str) 
         (f"{MINIMAL}train:\n\tsteps: 1\n", "run.yaml, line 3: not valid YAML"),
         (
             f"{MINIMAL}train: {{steps: 1}}\ntrain: {{batch: 2}}\n",
-            "run.yaml, line 3: not valid YAML: 'train' stands twice",
+            "run.yaml, line 3: not valid YAML: 'train' is given twice",
         ),
         (f"{MINIMAL}1: 2\n", "run.yaml, line 2: not valid YAML: 1 is not a key"),
         ("- data\n- model\n", "run.yaml: not a recipe"),

@@ -1,5 +1,5 @@
-"""Measure how well `memshard plan` predicts memory: its estimate of a training step's largest memory
-against the growth of a new process.
+"""Measure how well `memshard plan` predicts memory: its estimate for a training step against the
+growth of a new process.
 
     OMP_NUM_THREADS=1 memshard bench plan-memory
 

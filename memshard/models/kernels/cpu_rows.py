@@ -68,6 +68,7 @@ class CpuRows:
             out.data_ptr(),
             torch.get_num_threads(),
         )
+        # The kernel checks as it reads, and skips such rows instead of reading foreign memory.
         if outside:
             raise IndexError(f"a row number is outside the table's {len(values)} rows")
         return out

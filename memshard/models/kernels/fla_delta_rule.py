@@ -36,7 +36,7 @@ def choose_kernel(
     """Return the kernel for such shapes, or None for the reference, and in words why.
 
     The kernel is tested against `reference` at the first call for each shape: every shape is a
-    program of its own, and compilers have got single ones wrong.
+    separate program, and compilers have got single ones wrong.
     """
     if device.type != "cuda" or dtype not in _HALF or features > _MOST_FEATURES:
         return (
@@ -85,6 +85,7 @@ def by_kernel(
         return out.transpose(1, 2), state
     batch, length = resets.shape
     begins = resets.clone()
+    # Rows are joined to one packed sequence, so each row's first token begins a segment as well.
     begins[:, 0] = True
     firsts = begins.flatten().nonzero().squeeze(1)
     # The first and the last sequence of each row.
@@ -121,6 +122,7 @@ def difference(
         return torch.randn(batch, heads, *shape, generator=random).to(device)
 
     q, k = F.normalize(draw(length, features), dim=-1), F.normalize(draw(length, features), dim=-1)
+    # A repeated key is where approximations of the chunk's triangular system differ most.
     k[:, :, 7] = k[:, :, 3]
     v, beta, state = draw(length, width), draw(length).sigmoid(), draw(features, width)
     q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))

@@ -46,6 +46,8 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
         return weights.new_zeros(len(offsets), 0)
     if values.dtype == weights.dtype:
         return F.embedding_bag(rows.long(), values, offsets, mode="sum", per_sample_weights=weights)
+    # embedding_bag wants one dtype, and widening all rows read at once would take reads x dim x 4
+    # bytes: 128 reads of 1,024 values are 512 KB a token.
     sums = weights.new_zeros(len(offsets), values.shape[1])
     bags = bag_of_each_read(offsets, len(rows))
     for start in range(0, len(rows), _BLOCK_READS):
@@ -195,9 +197,11 @@ def _adam(
     if update.decay1 is not None and update.decay2 is not None:
         exp_avg.mul_(update.decay1[:, None])
         exp_avg_sq.mul_(update.decay2[:, None])
+    # m + (1 - beta1) (g - m), as in torch.optim.Adam, bit for bit.
     exp_avg.lerp_(gradient, 1 - update.beta1)
     exp_avg_sq.mul_(update.beta2).addcmul_(gradient, gradient, value=1 - update.beta2)
     size = update.step_size if update.step_sizes is None else update.step_sizes[:, None]
+    # The gradient is spent: its memory takes the result.
     change = torch.sqrt(exp_avg_sq, out=gradient).add_(update.eps)
     torch.div(exp_avg, change, out=change).mul_(size)
     if master is not None:

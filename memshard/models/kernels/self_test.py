@@ -40,6 +40,7 @@ def row_backend_fault(backend: "RowBackend", device: torch.device) -> str | None
 def search_agrees(search: CpuSearch) -> bool:
     """Return whether a search finds the same slots, of scores with and without ties."""
     generator = torch.Generator(device="cpu").manual_seed(0)
+    # Few levels make ties of most scores; a million make none.
     for keys, levels in ((5, 2), (90, 3), (90, 1_000_000)):
         first, second = torch.randint(
             -levels, levels + 1, (2, 20, keys), generator=generator, device="cpu"
@@ -73,7 +74,9 @@ class _Draws:
 
 
 def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device) -> bool:
-    """Uneven and empty bags, repeated rows, a dim that fills no vector and one that does."""
+    """Return whether sums agree: uneven and empty bags, repeated rows, a dim that fills no vector
+    and one that does.
+    """
     draw = _Draws(device)
     for dim in (37, 48):
         values, rows = draw.normal(29, dim).to(dtype), draw.rows(29, 50)
@@ -97,7 +100,9 @@ def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device)
 def _updates_agree(
     backend: "RowBackend", dtype: torch.dtype, with_master: bool, device: torch.device
 ) -> bool:
-    """A step with an fp32 master and numbers that differ by row, or with neither."""
+    """Return whether a step agrees, with an fp32 master and numbers that differ by row, or with
+    neither.
+    """
     draw, slots = _Draws(device), 23
     dim = 48 if with_master else 37
     values = (draw.uniform(slots, dim) - 0.5).to(dtype)

@@ -68,6 +68,7 @@ def adam_rows(
     size = step_size
     if step_sizes is not None:
         size = tl.load(step_sizes + segment)
+    # Rounded to nearest, as in torch: Triton's own division and root are approximations.
     value -= tl.div_rn(m, tl.sqrt_rn(v) + eps) * size
 
     tl.store(exp_avg + place, m, mask=mask)
@@ -94,6 +95,7 @@ def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
 @triton.jit
 def _random(key, row, columns):
     """Return the counter-based bits of models/random.py."""
+    # Unsigned: shifts of negative numbers would copy the sign.
     x = (row ^ key).to(tl.uint64) + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

@@ -25,6 +25,7 @@ def add_rows(
         asked = reads < last
         row = tl.load(rows + reads, mask=asked, other=0).to(tl.int64)
         inside = (row >= 0) & (row < slots)
+        # NaN and not an error: a GPU kernel cannot raise, and the guard on gradients sees NaN.
         weight = tl.where(inside, tl.load(weights + reads, mask=asked, other=0.0), float("nan"))
         mask = (asked & inside)[:, None] & (columns < dim)[None, :]
         sums += weight[:, None] * tl.load(
@@ -110,6 +111,8 @@ def add_segment(
     WIDTH: tl.constexpr,
 ):
     """As `add_rows`, with the sums of whole windows taken from `windows` [reads // WINDOW, dim]."""
+    # Reads up to the first whole window, whole windows from `windows`, and the reads after the
+    # last.
     head = tl.minimum((first + WINDOW - 1) // WINDOW * WINDOW, last)
     tail = tl.maximum(last // WINDOW * WINDOW, head)
     sums = add_rows(values, rows, weights, first, head, slots, dim, columns, TILE, WIDTH)

@@ -14,7 +14,9 @@ from memshard.models.kernels.plain import AdamUpdate
 
 device_type = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
+# Columns of a program; wider rows take several.
 _WIDEST = 1024
+# Reads whose rows are loaded together; with fewer, memory would wait for arithmetic.
 _TILE = 8
 _UPDATE_TILE = 4
 _WINDOW = 256
@@ -185,6 +187,7 @@ def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> T
 
     Windows that cross a border get zeros, which nobody reads.
     """
+    # As many windows as reads allow, without asking the device how many there are.
     firsts = torch.arange(len(rows) // _WINDOW, device=starts.device) * _WINDOW
     segment = torch.searchsorted(starts, firsts, right=True)
     whole = (

@@ -47,6 +47,8 @@ class WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (values, rows, weights, offsets), table = ctx.saved_tensors, ctx.table
+        # Contiguous: a sum's gradient may be one number expanded to all rows, and kernels read
+        # rows.
         (upstream,) = table.to_table_device(upstream.contiguous())
         table.collect(Read(rows, weights, offsets, upstream))
         if not ctx.needs_input_grad[0]:
@@ -88,6 +90,8 @@ class Dot(torch.autograd.Function):
             table.collect(read)
         else:
             to_weight = torch.zeros_like(values)
+            # A visible table gets the dense gradient that autograd expects, 4,096 rows at a time:
+            # 16 MB of 1,024 values on top of it.
             for distinct, gradients in row_gradients([read], _BLOCK_ROWS, table.backend):
                 to_weight[distinct] = gradients.to(values.dtype)
         if not ctx.needs_input_grad[0]:

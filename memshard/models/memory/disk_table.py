@@ -20,6 +20,7 @@ class MappedTable(ValueTable):
     """
 
     def __init__(self, slots: int, dim: int, read_rows: Callable[[Tensor], Tensor]) -> None:
+        # No values in memory; `read_rows` has them.
         super().__init__(slots, dim, local_rows=range(0))
         self.read_rows = read_rows
         self.hide()
@@ -67,6 +68,7 @@ class MappedTable(ValueTable):
         if self.observer is not None:
             self.observer.on_read(rows.flatten(), weights.flatten())
         distinct, inverse = torch.unique(rows.flatten(), return_inverse=True)
+        # Ascending and distinct, so a file is read forwards and no page twice.
         return self.read_rows(distinct.cpu()).to(rows.device), inverse
 
 

@@ -80,6 +80,7 @@ class _Balanced(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         scores, load = ctx.saved_tensors
+        # L = sum_i load_i p_i with p = softmax(s), so dL/ds_j = p_j (load_j - sum_i load_i p_i).
         chosen = scores.softmax(-1)
         return (
             gradient + ctx.weight * chosen * (load - (chosen * load).sum(-1, keepdim=True)),

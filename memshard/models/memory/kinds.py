@@ -69,7 +69,7 @@ def experts_kept(size: MemorySize) -> float:
 def check_product_keys(
     keys: int, heads: int, topk: int, key_dim: int, weighting: str, prefix: str = ""
 ) -> None:
-    """ValueError on sizes that do not fit. prefix: before the names, for the message."""
+    """Raise ValueError on sizes that do not fit. prefix: before the names, for the message."""
     sizes = {"keys": keys, "heads": heads, "topk": topk, "key_dim": key_dim}
     for name, value in sizes.items():
         if value < 1:
@@ -96,8 +96,8 @@ def check_product_keys(
 
 
 def check_value_dim(value_dim: int | None, dim: int, gate: bool, prefix: str = "") -> None:
-    """ValueError unless values of this width can be added to the stream. prefix: before the names,
-    for the message.
+    """Raise ValueError unless values of this width can be added to the stream. prefix: before the
+    names, for the message.
     """
     if value_dim not in (None, dim) and not gate:
         raise ValueError(
@@ -208,13 +208,13 @@ class MemoryConfig:
     """
 
     query_norm: QueryNormKind = "batch"
-    """Normalisation of queries: batch (the paper's best), layer, layer-half (each half on its own),
+    """Normalisation of queries: batch (the paper's best), layer, layer-half (each half separately),
     rms, lagged (running statistics of earlier steps: causal) or none.
     """
 
     weighting: WeightingKind = "softmax"
     """How the scores of the slots that a head reads become weights: softmax over them, or each
-    score on its own: sigmoid(score) / topk or relu(score) / topk.
+    score separately: sigmoid(score) / topk or relu(score) / topk.
     """
 
     gate: bool = False

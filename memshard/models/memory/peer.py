@@ -74,8 +74,10 @@ class Peer(ProductKeyMemory):
         return self.values, self.down
 
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
-        """The experts' sum. tokens: [n, dim]; returns [n, dim]."""
+        """Return the sum of the experts, [n, dim]. tokens: [n, dim]."""
         rows, weights = self.lookup(tokens, replay)
+        # One neuron an expert: its hidden layer is a single number, the product of a row and the
+        # token.
         hidden = F.gelu(
             run_once(
                 replay,

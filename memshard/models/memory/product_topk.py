@@ -46,6 +46,7 @@ class _PickedSums(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        # scatter_add_, since one sub-key may take part in many of the k pairs.
         scattered = (
             gradient.new_zeros(ctx.shape).scatter_add_(-1, i.long(), gradient)
             for i in ctx.saved_tensors

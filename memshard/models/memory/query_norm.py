@@ -125,9 +125,12 @@ class QueryNorm(nn.Module):
         """
         count = run_once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
         mean = run_once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
+        # Mean first, then squares of differences: E[z^2] - mean^2 would cancel where means are
+        # large.
         centred = z + -mean  # the gradient of z - mean would be negated before it is summed
         var = run_once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
         if collect and count > 0:
+            # As in BatchNorm: normalise by the biased variance, keep the unbiased one.
             unbiased = var.detach() * (count / (count - 1).clamp(min=1))
             self._collected.append((mean.detach(), unbiased))
             if not self.deferred:

@@ -59,6 +59,7 @@ class SortedReads:
 
         New rows have no reads.
         """
+        # A new row's segment begins where the next old one does, so it is empty.
         last = torch.searchsorted(self.rows, rows[-1:], right=True)
         return replace(
             self,

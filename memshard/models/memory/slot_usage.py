@@ -1,4 +1,4 @@
-"""How much of a table is used, and how evenly (Lample et al. 2019, section 4.3)."""
+"""Measure how much of a table is used, and how evenly (Lample et al. 2019, section 4.3)."""
 
 import math
 from collections.abc import Callable
@@ -124,6 +124,7 @@ def _concentration(histogram: Tensor) -> dict[str, Any]:
     top = {}
     for percent in (50, 90, 99):
         wanted = total * percent / 100
+        # The margins keep rounding in fp64 from adding a slot to an exact share.
         group = int((taken < wanted * (1 - 1e-12)).sum())
         left = wanted - float(taken[group] - reads[group])
         top[f"top{percent}"] = int(slots[:group].sum()) + math.ceil(

@@ -83,6 +83,7 @@ class ValueTable(HideableTable):
         Each row depends on its number and one draw of torch's generator, so parts of a table are
         drawn as in the whole.
         """
+        # Also where nothing is stored, so that later draws of the generator stay the same.
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if self.weight.is_meta:
             return
@@ -169,6 +170,8 @@ class ValueTable(HideableTable):
             return None
         distinct, inverse = torch.unique(rows, return_inverse=True)
         dim = self.weight.shape[1]
+        # Fetching: each distinct row and its number, and an fp32 gradient back. Pooling: number,
+        # weight and its gradient for each read, a sum and its gradient for each bag.
         fetched = len(distinct) * (dim * (self.weight.itemsize + 4) + rows.itemsize)
         pooled = len(offsets) * dim * 8 + len(rows) * (rows.itemsize + 8)
         if fetched >= pooled:

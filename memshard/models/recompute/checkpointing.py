@@ -22,7 +22,8 @@ Checkpointing = Literal["none", "full", "selective"]
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a model's backward computes again to save memory; losses and gradients stay the same.
+    """The parts of a model that backward computes again to save memory; losses and gradients stay
+    the same.
 
     checkpointing: what ordinary blocks recompute, see `run_block`; reversible blocks recompute
     everything as they are. chunk: tokens of a sequence that feedforwards, memories and the head
@@ -62,6 +63,7 @@ def run_block(
             )
         else:
             x, state = block.after_mixer(x, ctx, state)
+        # A checkpoint for each chunk, so that backward has the activations of one at a time.
         parts = zip(x.split(chunk, 1), ctx.split(chunk), strict=True)
         fed = (
             partial(checkpointed, block.after_feedforward)

@@ -84,9 +84,11 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ctx.dtype = x.dtype
+        # Scaling by powers of two is exact, so only round_ changes bits.
         rounded = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
         return rounded.round_().mul_(1 / scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Rounding itself has gradient 0 wherever it has one; on average it is the identity.
         return gradient.to(ctx.dtype), None

@@ -17,7 +17,7 @@ go through `run_once`:
 
 The first run is often under `no_grad`, as in checkpointing and reversible blocks. The graph inside
 `run_once` is built all the same, since backward needs exactly this one. What it keeps is small
-beside the block: indices, weights and row numbers.
+compared with the block: indices, weights and row numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ from memshard.models import compat
 
 
 class Replay:
-    """What one pass keeps for its repetition: result and autograd graph of each `run_once`."""
+    """The calls that one pass keeps for its repetition: result and autograd graph of each."""
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
@@ -40,7 +40,7 @@ class Replay:
 
     @property
     def repeating(self) -> bool:
-        """Whether this is the repetition."""
+        """True in the repetition."""
         return self._next is not None
 
     @contextmanager
@@ -111,6 +111,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kept, keep_graph = ctx.kept, compat.backward_keeps_graph()
         sources = [*kept.inputs, *ctx.extra_inputs]
+        # autograd.grad refuses inputs that need no gradient, such as integer row numbers.
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         gradients: list[Tensor | None] = [None] * len(sources)
         computed = torch.autograd.grad(

@@ -213,6 +213,7 @@ class _Step:
                 with torch.enable_grad(), self.autocast_context(self.cached):
                     leaf = y1[:, tokens].detach().requires_grad_()
                     change = feedforward_change(self.block, self.grid, leaf, part, self.replay)
+                # y2 turns into x2 in place, chunk by chunk: exact, since both are on the grid.
                 y2[:, tokens] -= change.detach()
                 # Tables hold on to `upstream` until the optimizer step, and d2 is modified in place
                 # below: clone.
@@ -240,6 +241,8 @@ class _Step:
                 "block is not deterministic, "
                 f"or its streams left the grid's range of {float(self.grid.limit):g}"
             )
+        # The block before takes its output from here; nobody else refers to it, so it may be
+        # overwritten.
         self.rebuilt[:] = () if self.first else (x1, x2)
         return (
             d1,
@@ -304,4 +307,6 @@ def _checksum(*streams: Tensor) -> Tensor:
     """Return 64 bits that depend on every bit of the streams and its position."""
     whole = torch.cat([stream.flatten() for stream in streams])
     bits = whole.view(torch.int64 if whole.dtype == torch.float64 else torch.int32).long()
+    # Odd factors are invertible modulo 2^64: any change of one number changes the sum, and so does
+    # swapping two different ones.
     return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()

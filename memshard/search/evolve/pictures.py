@@ -113,7 +113,7 @@ def _logarithmic(axes: "Axes") -> None:
 
 
 def curves(trainings: Mapping[str, Sequence[Curve]], file: Path) -> None:
-    """Draw loss against cost of programs trained again: thin for trainings, thick for their means."""
+    """Draw loss against cost of programs trained again: each training thin, their mean thick."""
     figure = canvas(8, 4.5)
     axes = figure.subplots()
     clean(axes)

@@ -120,6 +120,8 @@ def _type_name(hint: Any) -> str:
         return f"one of {', '.join(show(arg) for arg in args)}"
     if origin in (Union, UnionType):
         return " or ".join(_type_name(arg) for arg in args)
+    if origin is dict:
+        return f"mapping {{{': '.join(_type_name(arg) for arg in args)}}}"
     if origin is tuple:
         return f"list [{', '.join('...' if arg is Ellipsis else _type_name(arg) for arg in args)}]"
     return {

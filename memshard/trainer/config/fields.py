@@ -1,4 +1,4 @@
-"""What a recipe's dataclasses say about a key beside its type, default and docstring."""
+"""Mark the keys of a recipe that may change when a run is resumed."""
 
 from dataclasses import MISSING, field
 from typing import Any

@@ -45,6 +45,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     try:
         settings: dict[str, Setting] = {}
         for path, values in reversed(_lineage(_find(str(name_or_path), Path()))):
+            # The file's ancestors come first, so what it says itself wins.
             settings.update(_flatten(values, "", str(path)))
         for override in overrides:
             settings.update(_override(override))

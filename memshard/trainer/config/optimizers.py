@@ -1,6 +1,4 @@
-"""The optimizers' part of a recipe: one for the dense parameters, row-sparse Adam for the value
-tables.
-"""
+"""The optimizers' part of a recipe: one for dense parameters, row-sparse Adam for value tables."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -55,8 +53,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
-    """The value tables and their row-sparse Adam: constant learning rate, no decay (Lample et al.
-    2019).
+    """The value tables and their row-sparse Adam (Lample et al. 2019): constant learning rate, no
+    decay.
     """
 
     lr: float = 1e-3
@@ -70,7 +68,7 @@ class TableOptimizerConfig:
 
     semantics: Literal["lazy", "row-step", "catch-up", "dense"] = "lazy"
     """Rows that a step does not read: lazy lets their moments wait, catch-up decays them later,
-    row-step counts each row's own steps, dense moves every row in every step.
+    row-step counts the steps of each row separately, dense moves every row in every step.
     """
 
     clip: float = 0.0
@@ -113,7 +111,7 @@ class TableOptimizerConfig:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes kept for a value beside it: two moments, and the fp32 copy where there is one."""
+        """Bytes kept for each value: two moments, and the fp32 copy where there is one."""
         return 12 if self.dtype != "fp32" and self.rounding == "master" else 8
 
 

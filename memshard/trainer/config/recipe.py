@@ -55,7 +55,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over ranks; nothing here changes what is trained."""
+    """The spread of a run over ranks; nothing here changes what is trained."""
 
     tensor: int = may_change(1)
     """Number of neighbouring ranks that share the large matrices and the tokens of a sequence
@@ -100,7 +100,7 @@ class ParallelConfig:
 
 
 def _check_layout_of_tensor_groups(settings: ParallelConfig) -> None:
-    """ValueError unless ranks along the tensor axis look up the same tokens."""
+    """Raise ValueError unless ranks along the tensor axis look up the same tokens."""
     if settings.tensor == 1:
         raise ValueError(
             f"parallel.layout is {settings.layout}, which needs parallel.tensor of at least 2: "
@@ -115,13 +115,13 @@ def _check_layout_of_tensor_groups(settings: ParallelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """What to do about a loss that jumps, and how long ranks wait for each other. A step whose
-    gradient is not finite is always skipped.
+    """Responses to a loss that jumps, and how long ranks wait for each other. A step whose gradient
+    is not finite is always skipped.
     """
 
     loss_spike: Literal["warn", "skip", "rewind"] = may_change("warn")
-    """What to do when a step's loss stands out: warn, skip its update, or rewind to the last
-    checkpoint and continue with the data after the step. With rewind, exceeding
+    """Response to a spike, a loss far above recent ones: warn, skip its update, or rewind to the
+    last checkpoint and continue with the data after the step. With rewind, exceeding
     train.max_skipped consecutive skips also triggers a rewind.
     """
 
@@ -238,7 +238,7 @@ def _check_label_smoothing(recipe: Recipe) -> None:
 def _check_engine(recipe: Recipe) -> None:
     if recipe.tables.revive and recipe.train.engine == "deepspeed" and recipe.train.zero:
         raise ValueError(
-            "tables.revive moves sub-keys, and DeepSpeed keeps copies of its own: set "
+            "tables.revive moves sub-keys, of which DeepSpeed keeps copies: set "
             "train.engine=torch, or train.zero=0"
         )
 

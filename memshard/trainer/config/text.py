@@ -13,6 +13,7 @@ FLOAT = re.compile(
 )
 
 
+# A separate table of resolvers: PyYAML's is shared by all loaders of the process.
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
 
@@ -26,7 +27,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice in one section", key_node.start_mark
+                    None, None, f"{key!r} is given twice in one section", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""What a run will take, in closed form, before anything is allocated.
+"""Compute what a run will take, in closed form, before anything is allocated.
 
     division         how a recipe's work is divided over ranks
     parameters       how many parameters, of which kind
@@ -7,11 +7,12 @@
     traffic          what a rank sends
     operations       what a token computes
     estimate         all of it together: what `memshard plan` and the opening screen show
+
     step_time        seconds of a step on one of `devices`, or on `this_machine`
     alternatives     other settings that fit, and the fastest of them
     dry_run          one rank of many, built in this process on meta tensors
 
-Kinds say their own part: a table layout in `parallel/tables/layouts.py`, a mixer in
+Each kind describes its part: a table layout in `parallel/tables/layouts.py`, a mixer in
 `models/mixers/kinds.py`, a memory in `models/memory/kinds.py`, a dense optimizer in
 `trainer/optim/dense/kinds.py`.
 """

@@ -1,4 +1,4 @@
-"""How many bytes a forward pass keeps for its backward pass, in closed form."""
+"""Compute how many bytes a forward pass keeps for its backward pass, in closed form."""
 
 from memshard.models.config import ModelConfig
 from memshard.models.memory.kinds import MEMORIES, MemorySize
@@ -38,8 +38,8 @@ def activation_bytes(
     checkpointing: Checkpointing = "none",
     chunk: int = 0,
 ) -> tuple[float, float]:
-    """Return the bytes kept for each token of a micro-batch, loss included, and the bytes that
-    backward recomputes and holds at once. Weights and their copies in half precision do not count.
+    """Return the bytes kept for each token of a micro-batch, loss included, and the most bytes that
+    backward recomputes at once. Weights and their copies in half precision do not count.
 
     layout: of the tables, if ranks split them. tensor: ranks that share each sequence and the large
     matrices.
@@ -51,13 +51,14 @@ def activation_bytes(
         memory      what its kind says (models/memory/kinds.py), and what the layout adds
         dropout     d for each mask
     and 4 vocabulary + (a + 4) d for the head. Checkpointing keeps 4 d for each block or half block
-    that is recomputed, reversible blocks 8 d in all; both keep a memory's reads and 4 value_dim of
-    sums. Where feedforward halves and head are computed for `chunk` tokens of a sequence at a time,
+    that is recomputed, all reversible blocks together 8 d; both keep a memory's reads and 4
+    value_dim of sums. Where feedforward halves and head are computed for `chunk` tokens of a sequence at a time,
     only one chunk counts. Tensor-parallel ranks keep 1 / tensor of everything except what mixers,
     feedforwards and head gather, a d each. The test compares it with what is in memory.
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if half else (4, config.dim)
+    # The 8 bytes are a norm's mean and inverse deviation, in fp32.
     norm = (4 * d * _NORM_COPIES[config.norm] + 8) / tensor
     mask = d / tensor if config.dropout else 0
     mixers = _mixers(config, length, a, tensor, document_mask)
@@ -79,6 +80,7 @@ def activation_bytes(
         memory = (kind.search_kept(size) + kept_by_reads) / readers
         reads = (kept_by_reads + 4 * size.value_dim) / readers
     beside = feedforward if config.memory.mode == "add" else 0
+    # What backward computes again at once: the larger of a feedforward and a memory, with its norm.
     largest = (
         norm
         + mask
@@ -92,6 +94,7 @@ def activation_bytes(
         + sides * (a * d + (0 if config.residual == "post" else norm))
         + 4 * config.logits_per_token / tensor
     )
+    # Recomputed chunk by chunk, activations of one chunk are in memory.
     share = min(1.0, chunk / length) if chunk else 1.0
     if chunk and tensor == 1:
         # Nothing but its input, which reversible blocks have anyway.
@@ -100,7 +103,7 @@ def activation_bytes(
             mask + 8 + (0 if config.residual == "reversible" else stream),
         )
     if config.residual == "reversible":
-        # Backward holds both streams of a block's input, and their gradients.
+        # Backward needs both streams of a block's input, and their gradients.
         return head + 2 * stream + memories * reads, max(*mixers, largest) + 4 * stream
     blocks = config.layers * stream + memories * reads
     if chunk:
@@ -130,7 +133,7 @@ def _mixers(
 
 def _program(text: str, a: int, length: int) -> float:
     """Return what the calls of a program keep: their inputs, their result, or neither. Under
-    autocast each product keeps a copy of its own.
+    autocast each product keeps a separate copy.
     """
     program = Program.from_json(text)
     kept = {

@@ -1,4 +1,4 @@
-"""Other settings for a recipe on the same devices: what they need, which of them fit, and which is
+"""Find other settings for a recipe on the same devices: what they need, which fit, which is
 fastest.
 """
 
@@ -37,7 +37,7 @@ class Site:
         return self.estimate(recipe).bytes.total
 
     def fits(self, recipe: Recipe) -> bool:
-        """Whether a rank's device has that much."""
+        """Return whether a rank's device has that much memory."""
         return self.bytes(recipe) <= self.device.memory
 
     def seconds(self, recipe: Recipe) -> float:
@@ -49,9 +49,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Variant:
-    """The recipe with other activations kept. largest: the largest micro-batch that fits, 0 for
-    none.
-    """
+    """The recipe with other activations kept. largest: the largest micro-batch that fits, or 0."""
 
     name: str
     bytes: float
@@ -79,18 +77,18 @@ def remedies(recipe: Recipe, site: Site) -> list[str]:
     """Return, in words, all single changes after which a recipe that does not fit does: more ranks,
     one other setting, or fewer keys.
     """
-    found = []
+    changes = []
     if site.device.name != "cpu":  # there, more ranks share the same memory
         more = (site.ranks << doublings for doublings in range(1, 11))
         ranks = next((ranks for ranks in more if replace(site, ranks=ranks).fits(recipe)), None)
-        found += [f"use {ranks} ranks"] * (ranks is not None)
+        changes += [f"use {ranks} ranks"] * (ranks is not None)
     for settings in _single_changes(recipe, site):
         text = f"set {' '.join(f'{key}={value}' for key, value in settings.items())}"
         if settings.get("tables.place") == "host":
             size = site.estimate(changed_by(recipe, settings)).host.total
             text += f" ({size / 1e9:,.1f} GB a rank in host memory)"
-        found.append(text)
-    return found
+        changes.append(text)
+    return changes
 
 
 def suggestion(recipe: Recipe, site: Site) -> tuple[Settings, float] | None:
@@ -100,12 +98,12 @@ def suggestion(recipe: Recipe, site: Site) -> tuple[Settings, float] | None:
     They leave what is trained as it is, except for tables in fp16 where nothing else fits.
     """
     for fixed in ({}, _HALF_TABLES) if _has_wide_tables(recipe) else ({},):
-        found = list(_fitting(recipe, site, fixed))
-        if found:
+        fitting = list(_fitting(recipe, site, fixed))
+        if fitting:
             # Below a tenth the model of time knows no better than chance: then the fewest changes,
             # and best none that needs fairscale.
-            fastest = min(seconds for _, seconds in found)
-            equal = (entry for entry in found if entry[1] <= 1.1 * fastest)
+            fastest = min(seconds for _, seconds in fitting)
+            equal = (entry for entry in fitting if entry[1] <= 1.1 * fastest)
             return min(
                 equal, key=lambda entry: (len(entry[0]), "parallel.tensor" in entry[0], entry[1])
             )
@@ -160,7 +158,7 @@ def largest_batch(recipe: Recipe, site: Site) -> int:
 
 
 def _single_changes(recipe: Recipe, site: Site) -> Iterator[Settings]:
-    """The smallest change of each key with which the recipe fits."""
+    """Yield the smallest change of each key with which the recipe fits."""
     choices = _choices(recipe, site)
     del choices["parallel.tensor"]  # needs fairscale: left to `suggestion`
     options = [
@@ -179,11 +177,12 @@ def _single_changes(recipe: Recipe, site: Site) -> Iterator[Settings]:
 
 
 def _fitting(recipe: Recipe, site: Site, fixed: Settings) -> Iterator[tuple[Settings, float]]:
-    """All combinations of choices that fit together with `fixed`, each with the largest micro-batch
-    that fits: what they change, and the seconds of a step.
+    """Yield all combinations of choices that fit together with `fixed`, each with the largest
+    micro-batch that fits: what they change, and the seconds of a step.
     """
     choices = _choices(recipe, site)
     micro_batches = choices.pop("train.micro_batch")
+    # At most 2 x 3 x 2 x 4 = 48 combinations, each of which costs a closed form and no allocation.
     for values in product(*choices.values()):
         settings = dict(zip(choices, values, strict=True)) | fixed
         if recipe.model.mixer.heads % settings["parallel.tensor"]:
@@ -193,6 +192,7 @@ def _fitting(recipe: Recipe, site: Site, fixed: Settings) -> Iterator[tuple[Sett
             for size in micro_batches
             if _fits(recipe, settings | {"train.micro_batch": size}, site)
         )
+        # From large to small: the first that fits is the fastest.
         size = next(sizes, None)
         if size is not None:
             seconds = site.seconds(changed_by(recipe, settings))
@@ -208,8 +208,8 @@ def _fitting(recipe: Recipe, site: Site, fixed: Settings) -> Iterator[tuple[Sett
 
 
 def _choices(recipe: Recipe, site: Site) -> dict[str, tuple[Any, ...]]:
-    """The keys that change memory and time but not what is trained, with their values, from the
-    most memory to the least.
+    """Return the keys that change memory and time but not what is trained, with their values, from
+    the most memory to the least.
     """
     reversible = recipe.model.residual == "reversible"
     has_host = bool(recipe.model.memory.layers) and site.device.name != "cpu"
@@ -229,7 +229,7 @@ def _choices(recipe: Recipe, site: Site) -> dict[str, tuple[Any, ...]]:
 
 
 def _current(recipe: Recipe, site: Site, key: str) -> Any:
-    """The value of a key; of a micro-batch that is not set, its size."""
+    """Return the value of a key; for a micro-batch that is not set, its size."""
     if key == "train.micro_batch":
         return site.estimate(recipe).micro_batch
     value: Any = recipe
@@ -250,7 +250,7 @@ def _has_wide_tables(recipe: Recipe) -> bool:
 
 
 def _largest(fits: Callable[[int], bool], up_to: int) -> int:
-    """The largest number that fits, by bisection, where all smaller ones fit as well."""
+    """Return the largest number that fits, by bisection, where all smaller ones fit as well."""
     low, high = 0, up_to + 1
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""How many bytes a rank needs, in closed form."""
+"""Compute how many bytes a rank needs, in closed form."""
 
 from dataclasses import dataclass, fields
 
@@ -78,6 +78,7 @@ def rank_bytes(
         division.data_ranks,
         half,
     )
+    # Reads are collected over all micro-batches of a step, activations over one.
     looked_up = division.sequences * recipe.data.length / division.lookup_ranks
     reads, update = _read_bytes(model, layout)
     update *= looked_up
@@ -107,7 +108,7 @@ def _activations_and_workspace(
     layout: LayoutChoice,
     half: bool,
 ) -> tuple[float, float]:
-    """What forward keeps of a micro-batch, and what backward needs besides."""
+    """Return what forward keeps of a micro-batch, and what backward needs besides."""
     train, memory, length = recipe.train, recipe.model.memory, recipe.data.length
     tokens = division.micro_batch * length / division.sequence_ranks
     kept, again = activation_bytes(
@@ -128,6 +129,7 @@ def _activations_and_workspace(
     if has_tables:
         search = MEMORIES[memory.kind].search_workspace(MemorySize(memory, model.dim))
         scores = search / division.lookup_ranks * division.sequence_ranks
+    # Logits and their gradient, fp32.
     logits = 2 * 4 * model.logits_per_token / division.matrix_ranks
     chunk = min(1, train.chunk / length) if train.chunk else 1
     logits *= chunk if division.tensor_ranks == 1 else 1
@@ -140,8 +142,8 @@ def _activations_and_workspace(
 
 
 def _read_bytes(model: ModelConfig, layout: LayoutChoice) -> tuple[float, float]:
-    """For each token of the step: bytes collected by all tables' reads, and bytes that the update
-    of one table needs besides.
+    """Return, for each token of the step, the bytes collected by all tables' reads, and the bytes
+    that the update of one table needs besides.
     """
     memory = model.memory
     reads, gradients = layout.collected

@@ -19,6 +19,7 @@ def dense_bytes(
     part = updated_values(settings, dense, largest, ranks)
     if settings.engine == "torch":
         return {
+            # fp32, and under autocast the copies of 16 bits that its cache keeps.
             "dense_weights": dense * (6 if half else 4),
             "dense_gradients": dense * 4,
             "dense_moments": part * kind.state_bytes,
@@ -66,6 +67,7 @@ def dense_traffic(
     if settings.zero == 0:
         passes = 2  # an all-reduce is a reduce-scatter and an all-gather
     elif settings.engine == "torch":
+        # The all-reduce, and a broadcast of each parameter by the rank that updated it.
         passes = 3
     else:
         passes = 1 + (micro_batches if settings.zero == 2 else 1)

@@ -1,4 +1,4 @@
-"""How the work and the weights of a recipe are divided over ranks."""
+"""Divide the work and the weights of a recipe over ranks."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Division:
 
 
 def divide(recipe: Recipe, ranks: int) -> Division:
-    """Divide a recipe over ranks. ValueError where parallel.tensor or parallel.memory do not
+    """Divide a recipe over ranks. ValueError where parallel.tensor or parallel.memory does not
     divide.
     """
     if ranks < 1:

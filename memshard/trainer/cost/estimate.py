@@ -1,5 +1,6 @@
-"""What a run costs, in closed form: parameters, bytes on a rank, bytes sent, operations. Nothing is
-allocated.
+"""Estimate what a run costs, in closed form: parameters, bytes on a rank, bytes sent, operations.
+
+Nothing is allocated.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from memshard.trainer.cost.traffic import gradient_traffic, replica_traffic, ten
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run on `ranks` ranks costs.
+    """The costs of a run on `ranks` ranks.
 
     tensor_ranks, memory_ranks, lookup_ranks: how many ranks train on the same sequences, split a
     table, and share the lookups of a sequence. table_part: rows and columns of each table on a
@@ -65,6 +66,7 @@ def estimate(
     )
     parameters = count_parameters(model)
     if division.sequence_ranks > 1:
+        # Ranks that share sequences have whole matrices.
         parameters = replace(parameters, split=0)
     layout = layout_choice(recipe, world, duplicates)
     shard = layout.layout.local_shape(
@@ -94,10 +96,11 @@ def estimate(
 
 
 def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:
-    """ValueError if a rank's part of the tables does not fit, beside the dense model, into the
-    memory that is available where the tables are.
+    """Raise ValueError if a rank's part of the tables does not fit, together with the dense model,
+    into the memory that is available where the tables are.
     """
     cost = estimate(recipe, world, vocab_size)
+    # Only what does not depend on the batch: activations may still be made to fit.
     needed = cost.bytes.table + cost.host.table
     place = torch.device("cpu") if recipe.tables.place == "host" else device
     available = available_memory(place) - (cost.bytes.dense if place.type == device.type else 0)

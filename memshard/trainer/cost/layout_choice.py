@@ -1,4 +1,4 @@
-"""Which table layout a recipe uses, and why."""
+"""Choose the table layout that a recipe uses, and say why."""
 
 import math
 from dataclasses import dataclass
@@ -78,6 +78,7 @@ def choose_layout(asked: str, lookup: Lookup) -> LayoutChoice:
     narrow = [
         layout.name for layout in allowed if width * lookup.row_bytes < layout.narrowest_slice
     ]
+    # Fewest bytes sent; a slice below two cache lines would waste the memory's bandwidth instead.
     best = min((name for name in by_name if name not in narrow), key=lambda name: by_name[name])
     listed = ", ".join(f"{name} {size / 1e3:,.1f}" for name, size in by_name.items())
     reason = f"sends least; KB a token: {listed}, at {lookup.duplicates:.1f} reads of a row"
@@ -92,5 +93,7 @@ def uniform_duplicates(reads: float, slots: int) -> float:
     With batch-normalised queries 131k, 524k and 1,049k reads of 262k slots had 1.3, 2.5 and 4.3
     (this: 1.3, 2.3, 4.1).
     """
+    # n reads of N slots leave a slot unread with probability e^(-n/N), so N (1 - e^(-n/N)) are
+    # read.
     density = max(reads, 1) / slots
     return density / -math.expm1(-density)

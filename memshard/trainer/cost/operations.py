@@ -1,4 +1,4 @@
-"""How many arithmetic operations a token costs, in closed form."""
+"""Count the arithmetic operations of a token, in closed form."""
 
 from memshard.models.config import ModelConfig
 from memshard.models.mixers.kinds import LayerSize

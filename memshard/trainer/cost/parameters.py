@@ -1,4 +1,4 @@
-"""How many parameters a model has, counted on a model without memory."""
+"""Count the parameters of a model, on a model without memory."""
 
 import math
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     tables = [table for _, table in find_tables(model)]
     table = sum(table.weight.numel() for table in tables)
     dense = sum(parameter.numel() for parameter in model.parameters()) - table
+    # A row that is looked up costs no multiplication; a tied embedding multiplies as the head.
     looked_up = [] if config.tie_head else list(model.embedding.parameters())
     if isinstance(model.head, AdaptiveHead):
         looked_up += model.head.tail.parameters()  # each multiplies the few tokens of its cluster

@@ -1,4 +1,4 @@
-"""How long a step should take, if arithmetic, memory and network work one after the other."""
+"""Estimate how long a step takes, if arithmetic, memory and network work one after the other."""
 
 import math
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class StepTime:
     """Seconds of a step: matrix products, reads and updates of table rows, the update of dense
     parameters, and all that ranks send.
 
-    Nothing overlaps here, so a real step should be a little faster; it is much slower where data or
-    a slow rank holds it up.
+    Nothing overlaps here, so a real step should be a little faster; it is much slower where it
+    waits for data or for a slow rank.
     """
 
     products: float
@@ -75,6 +75,7 @@ def step_time(
     reads = cost.tokens_per_step * memory.reads * memory.tables  # of one layer
     layers_of_a_table = len(memory.layers) if memory.share else 1
     touched = (
+        # The share of rows that at least one of so many even reads hits.
         -math.expm1(-reads / memory.tables * layers_of_a_table / memory.slots)
         if memory.layers
         else 0.0
@@ -109,6 +110,7 @@ def step_time(
     sums = cost.gradient_traffic + cost.replica_traffic
     sending = sums / link if world <= node else max(sums / link, sums / (network * node))
     holders, lookups = cost.memory_ranks, cost.lookup_traffic * cost.tokens_per_step / world
+    # The share of lookups that leave the node; those inside go over NVLink at the same time.
     outside = max(0, holders - node) / max(1, holders - 1)
     sending += lookups * max(outside / network, (1 - outside) / link)
     sending += cost.tensor_traffic * tokens / (link if cost.tensor_ranks <= node else network)

@@ -1,4 +1,4 @@
-"""What the machine that this process runs on has: free memory, arithmetic, memory bandwidth."""
+"""Measure the machine that this process runs on: free memory, arithmetic, memory bandwidth."""
 
 import os
 import time
@@ -74,7 +74,7 @@ def _machine_memory() -> float:
 
 
 def _cgroup_limits() -> list[float]:
-    """Memory limits of this process's cgroup and of those above it, versions 1 and 2."""
+    """Return the memory limits of this process's cgroup and of those above it, versions 1 and 2."""
     limits = [float("inf")]
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -89,6 +89,7 @@ def _cgroup_limits() -> list[float]:
         else:
             continue
         group = root / path.lstrip("/")
+        # A limit of any parent also counts; SLURM sets it on the job, not on the task.
         for folder in (group, *group.parents):
             file = folder / name
             if folder.is_relative_to(root) and file.is_file():
@@ -99,12 +100,13 @@ def _cgroup_limits() -> list[float]:
 
 @cache
 def _measured_cpu() -> tuple[dict[str, float], float]:
-    """Operations a second by precision, and bytes a second."""
+    """Return operations a second by precision, and bytes a second."""
     cpu = torch.device("cpu")
     flops = {name: peak_flops(cpu, dtype) for name, dtype in DTYPES.items() if name != "fp16"}
     flops["fp16"] = flops["bf16"]  # not a choice on CPU; the trainer's figure for MFU
     x = torch.ones(1 << 24)
     y = torch.empty_like(x)
+    # Once before the clock starts: the system gives memory when it is first written.
     y.copy_(x)
     begun = time.perf_counter()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What a rank sends besides lookups, in closed form."""
+"""Compute what a rank sends besides lookups, in closed form."""
 
 import math
 
@@ -11,9 +11,7 @@ from memshard.trainer.cost.parameters import Parameters
 
 
 def tensor_traffic(model: ModelConfig, division: Division, length: int, half: bool) -> float:
-    """Return the bytes that a rank sends to its tensor-parallel group for one token of its
-    sequences.
-    """
+    """Return the bytes that a rank sends within its tensor group for one token of its sequences."""
     if division.sequence_ranks > 1:
         return _state_traffic(model, division.tensor_ranks, length)
     return _matrix_traffic(model, division.tensor_ranks, 2 if half else 4)
@@ -23,7 +21,7 @@ def gradient_traffic(
     recipe: Recipe, division: Division, parameters: Parameters, half: bool
 ) -> float:
     """Return the bytes that a rank sends in a step to sum dense gradients and, with ZeRO, to gather
-    parameters.
+    parameters afterwards.
     """
     tensor = division.tensor_ranks
     # Gradients of what the tensor axis does not split are summed along it, in fp32.
@@ -57,8 +55,8 @@ def sent_share(ranks: int) -> float:
 
 
 def _matrix_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
-    """Gathers and sums around each mixer and feedforward, forward and backward, and around head and
-    embedding (whose sum is fp32).
+    """Return the bytes of gathers and sums around each mixer and feedforward, forward and backward,
+    and around head and embedding (whose sum is fp32).
     """
     memories = len(model.memory.layers) if model.memory.mode == "replace" else 0
     return (
@@ -67,7 +65,7 @@ def _matrix_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
 
 
 def _state_traffic(model: ModelConfig, ranks: int, length: int) -> float:
-    """What the mixers send of their states (see `parallel/segments.py`)."""
+    """Return the bytes of states that the mixers send (see `parallel/segments.py`)."""
     size = LayerSize(model.mixer, model.dim, length, ranks=ranks)
     forms = [model.mixer.kind_of(layer).sequence_bytes for layer in range(model.layers)]
     return sum(form(size) for form in forms if form is not None)
