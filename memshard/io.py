@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yield the name of a temporary file beside `path`; it becomes `path` if the block succeeds and
+    """Yield a temporary file's name next to `path`; it becomes `path` if the block succeeds and
     is removed if it raises.
 
     durable: also wait until the content is on the disk, so that the new name cannot outlive a power
@@ -28,7 +28,7 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """Return a new name beside `path` for a file or folder that is not whole yet.
+    """Return a new name next to `path` for a file or folder that is not whole yet.
 
     Random, because process numbers of two containers that share a disk are often the same.
     """

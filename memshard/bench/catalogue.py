@@ -25,7 +25,7 @@ BENCHMARKS = {
     for benchmark in (
         _benchmark(
             "values",
-            "a training step of the value table and of whole memory layers, beside torch, FBGEMM, "
+            "a training step of the value table and of whole memory layers, against torch, FBGEMM, "
             "product-key-memory and PEER-pytorch",
             "values.run",
         ),
@@ -35,18 +35,20 @@ BENCHMARKS = {
             "values.gpu",
         ),
         _benchmark("product-topk", "product-key search: what tie order costs and pruning saves"),
-        _benchmark("lsh", "LSH attention on long sequences: time and memory, beside its peers"),
+        _benchmark("lsh", "LSH attention on long sequences: time and memory, against its peers"),
         _benchmark("million-tokens", "one training step on a million tokens: time and memory"),
         _benchmark("reversible", "plain, checkpointed and reversible blocks: time and memory"),
-        _benchmark("fast-weights", "the delta rule beside transformers, fla and a loop over steps"),
-        _benchmark("primer", "Primer's convolution and squared ReLU beside torch's own operations"),
-        _benchmark("plan-memory", "the memory that `memshard plan` predicts beside what is taken"),
+        _benchmark(
+            "fast-weights", "the delta rule against transformers, fla and a loop over steps"
+        ),
+        _benchmark("primer", "Primer's convolution and squared ReLU against torch's operations"),
+        _benchmark("plan-memory", "the memory that `memshard plan` predicts against what is taken"),
         _benchmark(
             "parallel",
             "training steps at every (tensor, data) split of some ranks and on each engine, and a "
-            "block beside DTensor's",
+            "block against DTensor's",
         ),
-        _benchmark("plain-loop", "`memshard train` beside a plain training loop, on one process"),
+        _benchmark("plain-loop", "`memshard train` against a plain training loop, on one process"),
         _benchmark("data", "web pages a second by stage, tokenizers, tokens a second of a stream"),
         _benchmark("extraction", "main-text extraction against gold article bodies: F1 and speed"),
         _benchmark("export", "memory and speed of exporting and evaluating a large table on disk"),

@@ -237,9 +237,7 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
 def model_rate(
     layers: int = 12, dim: int = 1024, vocabulary: int = 16_384, length: int = 256
 ) -> float:
-    """Return tokens a second of forward and backward of a dense transformer, on all threads of the
-    process.
-    """
+    """Return tokens a second of forward and backward of a dense transformer, on all threads."""
     import torch
 
     from memshard.models.config import ModelConfig

@@ -1,4 +1,4 @@
-"""The delta rule, forward and backward, beside the chunked torch code of transformers and of
+"""The delta rule, forward and backward, against the chunked torch code of transformers and of
 flash-linear-attention and a loop over steps.
 
     OMP_NUM_THREADS=1 memshard bench fast-weights

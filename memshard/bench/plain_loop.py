@@ -1,4 +1,4 @@
-"""`memshard train` beside a plain training loop of the same dense model on the same tokens, in one
+"""`memshard train` against a plain training loop of the same dense model on the same tokens, in one
 process.
 
     OMP_NUM_THREADS=1 memshard bench plain-loop data/pkm --dim 384 --heads 6

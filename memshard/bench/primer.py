@@ -1,4 +1,4 @@
-"""Primer's parts, forward and backward, beside what one would write without them: grouped conv1d,
+"""Primer's parts, forward and backward, against what one would write without them: grouped conv1d,
 relu(x).square().
 
     OMP_NUM_THREADS=1 memshard bench primer

@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
     def _losses(self, *inputs: Tensor) -> Tensor:
-        """Return the losses, [batch, length], 0 where the target is IGNORE. inputs: streams and
+        """Return the losses, [batch, length], 0 where a target is IGNORE. inputs: streams, then
         targets.
         """
         predicted = inputs[-1] != IGNORE

@@ -60,8 +60,8 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def set_timeout(seconds: float, but: dist.ProcessGroup | None = None) -> None:
-    """Let collectives of all process groups but one wait this long for a rank, from the next one
-    on.
+    """Let collectives in all process groups but one wait this long for a rank, starting with the
+    next.
     """
     for group in compat.process_groups() if dist.is_initialized() else ():
         if group is not but:

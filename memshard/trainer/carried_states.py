@@ -20,7 +20,7 @@ class Carried:
     committed, so that a skipped step leaves no trace.
 
     lanes: rows of the global batch; a lane's sequence continues where its last one ended.
-    continues: tells which sample numbers do; the others begin with empty states. rank, ranks: which
+    continues: says which sample numbers do; the others begin with empty states. rank, ranks: which
     lanes are local, divided as by `rank_share`.
     """
 

@@ -20,7 +20,7 @@ def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> Tensor:
 
 def all_reduce_verdict(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
     """Sum the loss and OR the flags over all ranks, with one all-reduce and one device sync."""
-    # Python values are filled in: copying them to the device would wait for it once more.
+    # Python values are filled in: copying them to the device would wait for it a second time.
     # fp64 for all: a flag is 0 or 1, and a sum of losses must not depend on the number of ranks.
     values = (
         value.double()

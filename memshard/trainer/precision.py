@@ -66,7 +66,7 @@ class LossScale:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the scale is below the smallest that is allowed."""
+        """True once the scale is below the smallest that is allowed."""
         return self.dynamic and self.value < self.config.minimum
 
     def state(self) -> dict[str, float]:

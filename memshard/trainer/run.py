@@ -1,4 +1,4 @@
-"""What a training run consists of, and how far it is."""
+"""The parts of a training run, and how far it is."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from memshard.trainer.training import Training
 
 @dataclass
 class Progress:
-    """What changes from step to step besides tensors; checkpoints keep it.
+    """The numbers that change from step to step; checkpoints keep them.
 
     step: finished steps. skipped: steps without an update; in_a_row: how many of the latest steps.
     losses: of the latest updates, at most guards.window. spikes, rewinds: how often they happened.

@@ -18,7 +18,7 @@ class RunStep(StepOutcome):
     """The outcome of a run's step; `loss` is the mean over the tokens of the batch.
 
     data_wait: seconds spent on reading. tokens: read over all ranks, padding of pairs not counted.
-    spiked: whether the loss stands out. rewind: whether to go back to a checkpoint.
+    spiked: whether the loss is a spike. rewind: whether to go back to a checkpoint.
     """
 
     data_wait: float
@@ -79,8 +79,9 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
 def _balance_keys(run: Run, tokens: float) -> None:
     """Set the weight of the loss that evens out which sub-keys are read, if the recipe has one.
 
-    It is a mean over the batch's tokens and over heads and halves, scaled like the loss beside it.
-    Where several ranks search for the same tokens, the table's gradient_scale says how many.
+    It is a mean over the batch's tokens and over heads and halves, scaled like the loss that it is
+    added to. Where several ranks search for the same tokens, the table's gradient_scale says how
+    many.
     """
     for memory, use in run.watched:
         use.balance = (

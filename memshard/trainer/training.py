@@ -56,7 +56,7 @@ MicroBatch = TypeVar("MicroBatch")
 
 @dataclass(kw_only=True)
 class Training:
-    """What a training step needs. `engine.model` is what to call in training: `model`, wrapped
+    """All that a training step needs. `engine.model` is what to call in training: `model`, wrapped
     where ranks exchange gradients.
 
     table_optimizer: None for a model without memory layers. placement: how tensors are split over
@@ -235,7 +235,7 @@ def training_step(
     accept: Callable[[float], bool] | None = None,
     stop: StopSignal | None = None,
 ) -> StepOutcome:
-    """Train on this rank's micro-batches, or skip the update on all ranks if any of them found a
+    """Train on this rank's micro-batches, or skip the update on all ranks if any of them has a
     gradient that is not finite or a reversible stream beyond its grid. All ranks call it.
 
     loss: called with the model and a micro-batch; its values must add up, over micro-batches and

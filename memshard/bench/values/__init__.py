@@ -1,1 +1,1 @@
-"""The value table and whole memory layers beside their peers, on a CPU and on a GPU."""
+"""The value table and whole memory layers against their peers, on a CPU and on a GPU."""

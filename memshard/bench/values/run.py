@@ -1,4 +1,4 @@
-"""A training step of the value table alone and of whole memory layers, beside their peers.
+"""A training step of the value table alone and of whole memory layers, against their peers.
 
     memshard bench values --threads 2 --rounds 5
 

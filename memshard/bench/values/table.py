@@ -1,4 +1,4 @@
-"""A training step of the value table alone, beside what others offer for the same reads.
+"""A training step of the value table alone, against what others offer for the same reads.
 
 A step is the weighted sums of all tokens' reads, their backward pass (to the weights and the table)
 and the update, on log-uniform row numbers. All competitors take turns, round by round; figures are

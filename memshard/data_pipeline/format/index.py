@@ -127,9 +127,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
 
 
 def read_index(folder: Path) -> Index:
-    """Return the index of a local folder without looking at the files it names. ValueError if
-    damaged.
-    """
+    """Return the index of a local folder, without a look at its files. ValueError if damaged."""
     file = folder / INDEX_FILE
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

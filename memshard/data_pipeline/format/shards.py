@@ -1,4 +1,4 @@
-"""Token shards: standard WebDataset tars with several documents a sample, and beside each a sidecar
+"""Token shards: standard WebDataset tars with several documents a sample, each with a sidecar file
 that says where each document is.
 """
 

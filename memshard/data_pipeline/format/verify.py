@@ -99,7 +99,7 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
 
 
 def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
-    """Return the numbers of the documents that fail their checksum as text, the first ten; "" if
+    """Return, as text, the numbers of the documents that fail their checksum, at most ten; "" if
     none.
     """
     size = np.dtype(index.dtype).itemsize

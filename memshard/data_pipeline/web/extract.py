@@ -13,9 +13,7 @@ _pages = 0
 
 
 def decode(body: bytes) -> str:
-    """Return an HTML body as text, in the encoding it declares or that statistics suggest; never
-    fail.
-    """
+    """Return an HTML body as text, in the encoding it declares or that statistics suggest."""
     return bytes_to_str(
         body,
         detect_encoding(body, from_html_meta=True, html5_compatible=True) or "utf-8",

@@ -59,8 +59,8 @@ def read_members(
 def _read_member(
     stream: BinaryIO, place: int
 ) -> Generator[tuple[Event, bytes], None, tuple[int, str | None]]:
-    """Yield the data of the member at `place`; return where it ends, and None or what is wrong with
-    it.
+    """Yield the data of the member at `place`; return where it ends, and what is wrong with it, if
+    anything.
     """
     stream.seek(place)
     member = zlib.decompressobj(wbits=31)

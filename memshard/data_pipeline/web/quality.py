@@ -56,8 +56,8 @@ def _repeated_share(lines: Sequence[str]) -> float:
 
 
 def _most_frequent_share(words: Sequence[str], count: int) -> float:
-    """Return the share of characters in the most frequent n-gram of `count` words, 0 if all occur
-    once.
+    """Return the share of characters in the most frequent n-gram of `count` words; 0 if none
+    repeats.
     """
     ngrams = Counter(zip(*(words[start:] for start in range(count)), strict=False))
     ngram, times = ngrams.most_common(1)[0]

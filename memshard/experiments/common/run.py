@@ -1,6 +1,4 @@
-"""Run the points of an experiment in parallel processes, store each result at once, and write the
-report.
-"""
+"""Run the points of an experiment in parallel processes, store each result, write the report."""
 
 import hashlib
 import json

@@ -31,7 +31,7 @@ class _BenchmarkParser(CommandParser):
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `bench` command."""
-    bench = subparsers.add_parser("bench", help="measure parts of memshard beside their peers")
+    bench = subparsers.add_parser("bench", help="measure parts of memshard against their peers")
     bench.add_argument("--list", action="store_true", help="what can be measured")
     bench.set_defaults(run=run_list)
     commands = bench.add_subparsers(dest="benchmark", metavar="NAME", parser_class=_BenchmarkParser)

@@ -19,9 +19,9 @@ from memshard.launch.cli.outcome import usage_errors
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `data` command with its subcommands."""
     data = subparsers.add_parser("data", help="turn text into token shards, or check them")
-    own = [build.command for build in OWN_BUILDS.values() if build.command]
+    names = [build.command for build in OWN_BUILDS.values() if build.command]
     commands = data.add_subparsers(
-        dest="data_command", required=True, metavar="|".join(["build", *own, "verify"])
+        dest="data_command", required=True, metavar="|".join(["build", *names, "verify"])
     )
     build = commands.add_parser(
         "build",

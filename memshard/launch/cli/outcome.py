@@ -1,6 +1,4 @@
-"""The ends of a command besides its result: exit code 2 for the user's mistakes, 75 for stopping
-early.
-"""
+"""The ends of a command besides its result: exit code 2 for mistakes, 75 for stopping early."""
 
 import os
 from collections.abc import Iterator

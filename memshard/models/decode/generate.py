@@ -88,8 +88,8 @@ def check_request(
     topk: int | None = None,
     topp: float | None = None,
 ) -> None:
-    """Raise ValueError, with the fix, for requests that `generate` cannot serve; arguments as
-    there.
+    """Raise ValueError, with the fix, for requests that `generate`, with these arguments, cannot
+    serve.
     """
     if model.training:
         raise ValueError(

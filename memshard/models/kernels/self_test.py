@@ -100,9 +100,7 @@ def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device)
 def _updates_agree(
     backend: "RowBackend", dtype: torch.dtype, with_master: bool, device: torch.device
 ) -> bool:
-    """Return whether a step agrees, with an fp32 master and numbers that differ by row, or with
-    neither.
-    """
+    """Return whether a step agrees, with an fp32 master and factors for each row, or without."""
     draw, slots = _Draws(device), 23
     dim = 48 if with_master else 37
     values = (draw.uniform(slots, dim) - 0.5).to(dtype)

@@ -1,5 +1,4 @@
-"""The way in which a table is hidden from dense optimizers and wrappers: the anchor and the
-collected reads.
+"""Hide a table from dense optimizers and wrappers: the anchor and the collected reads.
 
 A hidden table is not a parameter, because DDP and DeepSpeed broadcast, cast and all-reduce every
 parameter, and optimizers want a dense gradient of it: for a table of 10^9 values, 4 GB, of which a
@@ -14,15 +13,15 @@ step fills a thousandth. So its gradient is collected read by read, for a row-sp
 The anchor. GradScaler, clip_grad_norm_ and optimizers see only tensors with a `.grad`. In their
 `param_groups` a hidden table is represented by its *anchor*, a tensor of two numbers whose gradient
 we write ourselves. Each read adds 2^-40 (`ANCHOR_UNIT`) to the first number. Suppose three
-micro-batches have each read the table once under a loss scale of 1024: the first number is 3 x
-2^-40, while the row gradients are 1024 times too large. GradScaler.unscale_ now divides all
+micro-batches have each read the table once under a loss scale of 1024: the first number is
+3 x 2^-40, while the row gradients are 1024 times too large. GradScaler.unscale_ now divides all
 gradients by 1024, and what is left in the anchor is 3 x 2^-50. Divided by the 3 x 2^-40 that three
 reads give, that is 1/1024: exactly the factor the collected row gradients still need, whoever
 applied it, a scaler or clipping or both. 2^-40 is too small to change a gradient norm in which the
-anchor takes part, and as a power of two it makes scaling exact. The second number is 0, or NaN if a
-read had a gradient that is not finite: GradScaler then skips the step, as it should. A skipped step
-leaves its reads behind, with a count that someone has scaled or cleared; when backward runs again
-and the count does not fit the reads, they are thrown away.
+anchor takes part, and as a power of two it makes scaling exact. The second number is 0, or NaN if
+a read had a gradient that is not finite: GradScaler then skips the step, as it should. A skipped
+step leaves its reads behind, with a count that someone has scaled or cleared; when backward runs
+again and the count does not fit the reads, they are thrown away.
 """
 
 from typing import Any
@@ -69,7 +68,7 @@ class HideableTable(nn.Module):
 
     @property
     def hidden(self) -> bool:
-        """Whether the table is out of `parameters()`."""
+        """True once the table is out of `parameters()`."""
         return "weight" not in self._parameters
 
     @property

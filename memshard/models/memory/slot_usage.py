@@ -13,7 +13,7 @@ from memshard.models.memory.table import ValueTable
 
 @dataclass(frozen=True)
 class UsageReport:
-    """How a table's slots were read.
+    """Statistics of the reads of a table's slots.
 
     usage: share of slots read at all; kl_weighted, kl_count: KL divergence of the distribution of
     reads from the uniform one, in nats, by softmax weight and by count; reads_per_slot: to judge

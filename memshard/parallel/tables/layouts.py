@@ -15,7 +15,7 @@ _VALUE, _ID = 4, 4
 
 @dataclass(frozen=True)
 class Lookup:
-    """How a token reads a split table: what the closed forms of a layout depend on.
+    """A token's lookup in a split table: what the closed forms of a layout depend on.
 
     ranks: that split the table. value_dim: values in a row. reads: rows a token reads (heads x
     topk). duplicates: how often a rank reads a row in a micro-batch, of the rows it reads at all.

@@ -1,3 +1,1 @@
-"""Decoder programs as data: their form, their mutations, and how they become models (So et al.
-2021).
-"""
+"""Decoder programs as data: their form, mutations and compilation to models (So et al. 2021)."""

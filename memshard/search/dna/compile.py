@@ -77,7 +77,7 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
     if problem := invalid(dna):
         return Rejected("invalid", problem)
     try:
-        # One form for equal computations: its hash tells duplicates before they cost a training.
+        # One form for equal computations: its hash shows duplicates before they cost a training.
         canonical = graph(dna)
         if not canonical.operations:
             return Rejected("invalid", "the block does nothing: its output is its input")

@@ -68,9 +68,7 @@ class Task:
 
 
 def work(task: Task) -> Iterator[Event]:
-    """Do a task and yield its events; the last one of a training or of a rejected program is
-    `done`.
-    """
+    """Do a task and yield its events; a training and a rejected program end with `done`."""
     # One core a worker: times of steps then do not depend on how many workers there are.
     torch.set_num_threads(1)
     yield {"event": "beat", "id": task.id, "step": 0, "steps": 1}

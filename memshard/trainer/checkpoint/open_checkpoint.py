@@ -24,7 +24,7 @@ CONFIG_JSON = "config.json"
 WEIGHTS = "model.safetensors"
 PREFIX = "model."
 SCALE = "scale"
-"""Name of the factors, one a row, beside the `weight` of a table in int8."""
+"""Name of the factors, one a row, that go with the `weight` of a table in int8."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
-    """The value tables and their row-sparse Adam (Lample et al. 2019): constant learning rate, no
-    decay.
+    """The value tables and their row-sparse Adam (Lample et al. 2019), with a constant learning
+    rate and without decay.
     """
 
     lr: float = 1e-3

@@ -52,9 +52,10 @@ def activation_bytes(
         dropout     d for each mask
     and 4 vocabulary + (a + 4) d for the head. Checkpointing keeps 4 d for each block or half block
     that is recomputed, all reversible blocks together 8 d; both keep a memory's reads and 4
-    value_dim of sums. Where feedforward halves and head are computed for `chunk` tokens of a sequence at a time,
-    only one chunk counts. Tensor-parallel ranks keep 1 / tensor of everything except what mixers,
-    feedforwards and head gather, a d each. The test compares it with what is in memory.
+    value_dim of sums. Where feedforward halves and head are computed for `chunk` tokens of a
+    sequence at a time, only one chunk counts. Tensor-parallel ranks keep 1 / tensor of everything
+    except what mixers, feedforwards and head gather, a d each. The test compares it with what is in
+    memory.
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if half else (4, config.dim)

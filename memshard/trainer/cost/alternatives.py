@@ -1,6 +1,4 @@
-"""Find other settings for a recipe on the same devices: what they need, which fit, which is
-fastest.
-"""
+"""Find other settings for a recipe on the same devices: what they need, which fit and are fast."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

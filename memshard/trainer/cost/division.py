@@ -39,9 +39,7 @@ class Division:
 
 
 def divide(recipe: Recipe, ranks: int) -> Division:
-    """Divide a recipe over ranks. ValueError where parallel.tensor or parallel.memory does not
-    divide.
-    """
+    """Divide a recipe over ranks. ValueError if parallel.tensor or .memory does not divide them."""
     if ranks < 1:
         raise ValueError(f"the number of ranks is {ranks}; it must be at least 1")
     settings = recipe.parallel

@@ -109,7 +109,7 @@ def evaluate(
                 if carried is not None:
                     carried.commit()
                 counts = counts.to(task.device)
-                # fp64: beside a sum of a million losses, fp32 keeps one digit of the next.
+                # fp64: added to a sum of a million losses, fp32 keeps one digit of the next.
                 sums = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
                 positions = (
                     torch.cat((positions, sums))

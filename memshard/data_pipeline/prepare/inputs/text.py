@@ -82,7 +82,7 @@ def documents(streams: Iterable[TextIO], counts: Counter[str]) -> Iterator[str]:
 
 def _cut(document: TextIO) -> Iterator[str]:
     """Yield parts of at most MAX_DOCUMENT characters, cut after a line end where there is one."""
-    # One character more than fits tells whether the document goes on.
+    # One character more than fits shows whether the document goes on.
     text = document.read(MAX_DOCUMENT + 1)
     while len(text) > MAX_DOCUMENT:
         end = text.rfind("\n", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT

@@ -1,6 +1,6 @@
 """The dense optimizers, one row each: all that the rest of the trainer needs to know about them.
 
-Adding one takes a file beside this one and a row here. Checkpoints, ZeRO, DeepSpeed, exports and
+Adding one takes a file in this folder and a row here. Checkpoints, ZeRO, DeepSpeed, exports and
 the planner read the row; none of them names an optimizer or its states. No torch here, because
 `memshard config` and `memshard plan` answer without it.
 """
@@ -19,7 +19,7 @@ class DenseKind:
     groups whose weight decay is set.
 
     moments: for a parameter of this shape, names and shapes of the arrays that the optimizer keeps
-    for it, as in its `state`; all begin as zeros. counts: names of the numbers it keeps beside
+    for it, as in its `state`; all begin as zeros. counts: names of the numbers it keeps besides
     them, fp32 scalars that begin at 0. Under DeepSpeed's ZeRO, parameters are flattened and cut,
     which only moments of the parameter's own shape survive.
 
