@@ -1,4 +1,4 @@
-"""A training loop of your own around memshard's step: no recipe, run folder or data shards. On
+"""Your own training loop around memshard's step: no recipe, run folder or data shards. On
 several processes the table is split over them, and the losses stay the same.
 
     python examples/own_loop.py
