@@ -61,6 +61,7 @@ def fill_up(
         real = F.pad(
             torch.ones_like(tokens, dtype=torch.bool) if real is None else real, (0, missing)
         )
+        # Token 0 at position 0 is always in the vocabulary and in the table of positions.
         tokens, positions = F.pad(tokens, (0, missing)), F.pad(ctx.positions, (0, missing))
         documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
         ctx = replace(
@@ -75,6 +76,7 @@ def fill_up(
 
 def _summed_segment(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
+    # reduce_scatter deals out the first dim, so the segments go before the batch.
     segments = x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
     segment = torch.empty_like(segments[0])
     dist.reduce_scatter_single(segment, segments.flatten(0, 1), group=group)
@@ -112,4 +114,5 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         whole = gathered(gradient, ctx.group)
+        # The copy is saved where nothing is to be scaled.
         return (whole if ctx.scale == 1 else whole * ctx.scale), None, None

@@ -23,6 +23,7 @@ from memshard.data_pipeline.format.shards import read_sidecar
 def verify_data(path: str | os.PathLike[str]) -> dict:
     """Re-hash everything, compare counts, and return totals. ValueError names every bad file."""
     folder = Path(path)
+    # `load_index` refuses a folder without an index in words that say what to do.
     index = read_index(folder) if (folder / INDEX_FILE).is_file() else load_index(folder)
     shards = [shard for split in index.splits.values() for shard in split.shards]
     problems = (
@@ -80,6 +81,8 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
         for tokens, lengths in zip(members[::2], members[1::2], strict=True):
             ids, counts = _array(archive, tokens), _array(archive, lengths)
             begins = (
+                # The .npy header is shorter than the member, so the array starts at its end minus
+                # its bytes.
                 tokens.offset_data
                 + tokens.size
                 - ids.nbytes
@@ -87,6 +90,7 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
             )
             documents.append(np.stack([begins, counts], axis=1))
             largest = max(largest, int(ids.max()))
+    # Files may match their hashes and still disagree, if the builder was interrupted or wrong.
     if not np.array_equal(np.concatenate(documents), entries[:, :2]) or _bad_documents(
         folder, index, shard
     ):

@@ -42,6 +42,7 @@ class TrainStream:
         self._length, self.text_lanes, self._seed = length, text_lanes, seed
         self.tokenizer = self._reader.index.tokenizer_sha256
         tokens = int(self._reader.lengths.sum())
+        # The remainder, fewer tokens than lanes, is left out; each epoch's order leaves out others.
         self._lane_tokens = tokens // text_lanes
         # A sequence needs a token more than it has inputs, and shares it with the next one.
         positions = (self._lane_tokens - 1) // length
@@ -53,6 +54,8 @@ class TrainStream:
             )
         self.samples_per_epoch = positions * text_lanes
         identity = (
+            # "lanes 1" is the version of this rule: another rule would need another, so that no run
+            # resumes on another order.
             f"lanes 1, index {self._reader.index.fingerprint}, seed {seed}, length "
             f"{length}, lanes {text_lanes}"
         )
@@ -98,6 +101,8 @@ class TrainStream:
         """
         if epoch not in self._orders:
             while len(self._orders) > 1:
+                # Two, since a batch may span the end of an epoch; an order of 10 million documents
+                # has 160 MB.
                 del self._orders[next(iter(self._orders))]
             order = epoch_order(len(self._reader.lengths), self.text_lanes, self._seed, epoch)
             self._orders[epoch] = (

@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ranks = dist.get_world_size() if dist.is_initialized() else 1
             if args.batch < 1:
                 raise ValueError(f"--batch is {args.batch}; it must be at least 1")
+            # Memory-mapped on several processes: they share the pages of one machine's cache.
             loaded = load_model(args.checkpoint, args.memmap or ranks > 1, device)
             if loaded.recipe.model.translates and ranks > 1:
                 raise ValueError(
@@ -153,6 +154,7 @@ def _read_held_out(
         data, length = args.data or loaded.recipe.data.path, _length(args, loaded)
         if args.untruncated:
             _check_untruncated(args, loaded, ranks)
+            # One row of batch x length tokens does in a call what batch rows do otherwise.
             length *= args.batch
         held_out, task = open_for_evaluation(
             loaded, data, device, length, args.max_tokens, args.stride, args.untruncated
@@ -170,6 +172,7 @@ def _read_held_out(
     }
     if isinstance(task, TranslationTask) and isinstance(held_out, HeldOutRecords):
         result |= _scores(args, loaded, dtype, *held_out_texts(held_out, loaded.tokenizer))
+    # All ranks took part in the evaluation; one writes and prints.
     if rank() != 0:
         return result
     if args.dead_rows:

@@ -29,6 +29,8 @@ def row_backend_fault(backend: "RowBackend", device: torch.device) -> str | None
                 _updates_agree(backend, dtype, with_master, device)
                 for with_master in {False, dtype != torch.float32}
             )
+        # Any exception: a compiler or a driver may raise its own types, and plain torch is always
+        # there.
         except Exception as problem:
             return f"fail in {dtype}: {' '.join(str(problem).split())[:200]}"
         if not right:
@@ -78,6 +80,7 @@ def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device)
     and one that does.
     """
     draw = _Draws(device)
+    # 37 fills no vector of 4, 8 or 16 values; 48 fills them all.
     for dim in (37, 48):
         values, rows = draw.normal(29, dim).to(dtype), draw.rows(29, 50)
         weights, upstream = draw.normal(50), draw.normal(6, dim)
@@ -135,6 +138,8 @@ def _updates_agree(
         twin = replace(twin, master=values.float())
     backend.adam_rows(update)
     plain.adam_rows(twin)
+    # The same random bits round half values in both, but a sum that differs in its last bit may
+    # round to the neighbour, 2^-8 away in bf16.
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     return all(
         torch.allclose(

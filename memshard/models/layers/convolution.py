@@ -158,6 +158,7 @@ class Convolutions(nn.ModuleDict):
         neighbours: Neighbours, inputs: Sequence[Tensor], ctx: Context, needed: int
     ) -> RecentRows:
         """Return the state before this rank's segment of a text."""
+        # One message for all projections.
         rows = neighbours.rows_before(torch.cat([x[:, -needed:] for x in inputs], -1), needed)
         if ctx.documents is None:
             return RecentRows(
@@ -194,6 +195,7 @@ def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = Non
         if documents is None
         else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1])]
     )
+    # torch.compile would break the graph at the function's slices and in-place sums.
     if torch.compiler.is_compiling():
         return plain_convolution(x, kernel, same)
     return _CausalConvolution.apply(x, kernel, *same)
@@ -219,6 +221,7 @@ class _CausalConvolution(torch.autograd.Function):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in _blocks(x):
             read = x[rows].to(dtype)
+            # Written into the result where dtypes agree, which saves a copy of x.
             total = torch.mul(read, lags[0], out=out[rows] if x.dtype == dtype else None)
             for lag in range(1, len(lags)):
                 total[:, lag:].addcmul_(_seen(read[:, :-lag], same, lag, rows), lags[lag])
@@ -242,6 +245,8 @@ class _CausalConvolution(torch.autograd.Function):
             products = given * read
             to_lags[0] += products.sum((0, 1))
             for lag in range(1, len(lags)):
+                # What y[t] = kernel[lag] x[t - lag] sends back: to x the gradient of `lag` tokens
+                # later.
                 late = _seen(given[:, lag:], same, lag, rows)
                 total[:, :-lag].addcmul_(late, lags[lag])
                 torch.mul(late, read[:, :-lag], out=products[:, lag:])

@@ -120,6 +120,7 @@ class LSHMixer(Mixer):
         )
         weights, attend = self._weights(), partial(self._attend_heads, numbers=numbers, ctx=ctx)
         if self.heads_at_once:
+            # The convolutions of a part of the tokens read K - 1 tokens before it.
             before = weights[-1].shape[1] - 1 if self.convolutions else 0
             by_heads = ByHeads(
                 self.heads,
@@ -227,6 +228,8 @@ class LSHMixer(Mixer):
             if self.resample and ctx.random is not None
             else self.seed
         )
+        # Of the real length, so that padding for tensor ranks leaves the buckets as they are on one
+        # rank.
         buckets = self.buckets or bucket_count(q.shape[2] - ctx.padding_tokens, self.chunk)
         return self._attend(q, k, v, self._groups(q, heads, buckets, numbers, ctx.padding, seed))
 
@@ -277,11 +280,15 @@ class LSHMixer(Mixer):
         """Return the group of each token, [batch, heads, rounds, length] int64. numbers: [batch,
         length], of documents.
         """
+        # No gradient through the argmax of hashing. Rotations differ by head: the number of the
+        # first head counts over all ranks, so that tensor-parallel ranks draw what one rank would.
         hashed = hash_buckets(
             q.detach().transpose(0, 1), buckets, self.rounds, seed, self.first_head + heads.start
         )
         groups = hashed.permute(2, 0, 1, 3)
         if numbers is not None:
+            # Each document has its own range of groups, so that no bucket reaches into another
+            # document.
             groups = groups + total_buckets(buckets) * numbers[:, None, None]
         return groups if padding is None else groups.masked_fill(~padding[:, None, None], PADDING)
 
@@ -297,6 +304,7 @@ class LSHMixer(Mixer):
         numbers, documents = state.number[:, None].expand(-1, x.shape[1]), state.documents
         if ctx.documents is not None:
             changed = _changes(ctx.documents, state.documents)
+            # -1 is the state before any token: nothing ended there.
             changed[:, 0] &= state.documents >= 0
             numbers, documents = numbers + changed.cumsum(1), ctx.documents[:, -1]
         buckets = self.buckets or bucket_count(capacity, self.chunk)
@@ -314,6 +322,8 @@ class LSHMixer(Mixer):
             length=end,
             recent=recent,
         )
+        # Decoding: one query against its buckets' rings costs rounds x chunk keys, whatever the
+        # length.
         if x.shape[1] == 1:
             return attend_newest(q, state, self.chunk).transpose(1, 2).flatten(2), file_newest(
                 state
@@ -331,6 +341,7 @@ class LSHMixer(Mixer):
 
 
 def _unit(q: Tensor) -> Tensor:
+    # In fp32 at least: eps would be 0 in fp16, and a query of zeros NaN.
     return F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1, eps=1e-6).to(
         q.dtype
     )

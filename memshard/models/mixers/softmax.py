@@ -120,6 +120,8 @@ class SoftmaxMixer(HeadProjections):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         masked = ctx.documents is not None or ctx.padding is not None
+        # A dense mask has length^2 bools a row, so longer packed texts are attended document by
+        # document.
         if masked and q.shape[2] > DENSE_LENGTH:
             return attend_per_document(q, k, v, ctx)
         mask = ctx.attention_mask
@@ -143,6 +145,8 @@ def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValu
             f"the attention state holds {capacity} tokens and {end} are needed: give init_state a "
             "larger capacity"
         )
+    # In place: copies of the cache at each token would cost more than the attention. States share
+    # buffers, and `rollback` only shortens the filled part.
     state.keys[:, :, start:end] = k
     state.values[:, :, start:end] = v
     state.visible[:, start:end] = True if ctx.padding is None else ctx.padding
@@ -160,6 +164,8 @@ def cached_mask(
     """
     length = state.length
     seen = slice(0 if window is None else max(0, length - queries + 1 - window), length)
+    # By place in the cache, not by position: rows padded on the left differ in positions, but all
+    # their tokens are in order.
     slots = torch.arange(seen.start, length, device=state.keys.device)
     newest = torch.arange(length - queries, length, device=slots.device)[:, None]
     mask = (slots <= newest) & state.visible[:, None, seen]

@@ -53,6 +53,7 @@ def reciprocal(x: Tensor) -> Tensor:
 
 def at_least(x: Tensor, bound: float) -> Tensor:
     """Return x, or the bound where x is less."""
+    # relu's backward reads its result, which is kept anyway; clamp's would keep x as well.
     return torch.relu(x) if bound == 0 else torch.clamp_min(x, bound)
 
 

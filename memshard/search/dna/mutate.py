@@ -39,6 +39,8 @@ def mutate(
     for _ in range(_TRIES):
         name = random.choices(list(weights), list(weights.values()))[0]
         child = copy.deepcopy(dna)
+        # Without this most mutations hit dead code and a training would be spent on the parent
+        # again.
         if MUTATIONS[name](child, random) and _hash(child) != parent:
             return child, name
     return child, name
@@ -58,6 +60,7 @@ def _delete(dna: Dna, random: random.Random) -> bool:
         return False
     place = random.randrange(len(lines))
     taken = lines.pop(place)
+    # Readers fall back on an input, so that deleting an instruction keeps the path it was on.
     instead = random.choice(taken["in"][: _inputs(taken)])
     for line in lines[place:]:
         line["in"] = [
@@ -97,6 +100,7 @@ def _field(dna: Dna, random: random.Random) -> bool:
     place = random.randrange(len(lines))
     fresh = _random_instruction(number, place, len(dna["subprograms"]), random)
     field = random.choice(("op", "first", "second", "const", "dim", "branch"))
+    # Inputs are one list in the DNA and two fields in the paper, each as likely as the others.
     if field in ("first", "second"):
         side = int(field == "second")
         lines[place]["in"][side] = fresh["in"][side]
@@ -124,6 +128,7 @@ def _bank(dna: Dna, random: random.Random) -> bool:
     if place < CONSTANTS:
         # The factor changes the size of a constant, the addend lets it leave 0 and change its sign.
         constant = dna["constants"][place] * 10 ** random.gauss(0, 1) + random.gauss(0, 1)
+        # Within fp32's range: an infinite constant would make every descendant NaN.
         dna["constants"][place] = max(-1e30, min(1e30, constant))
     else:
         here = dna["dims"][place - CONSTANTS]

@@ -35,6 +35,7 @@ class Chunk:
     def pieces(self, itemsize: int) -> list[range]:
         """Return the rows (of the first dim) of each piece; a box without dims is one row."""
         rows, row_bytes = self.rows(itemsize)
+        # A row longer than 16 MB is one piece, since pieces are of whole rows.
         step = max(1, PIECE_BYTES // max(1, row_bytes))
         return (
             [range(first, min(first + step, rows)) for first in range(0, rows, step)]
@@ -68,6 +69,7 @@ def write_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
         }
         for name, tensor in tensors.items()
     }
+    # Not synced here: save_load.py flushes every file before it writes the marker.
     (folder / INDEX_FILE).write_text(json.dumps({"version": _VERSION, "tensors": listed}))
 
 
@@ -85,6 +87,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             f"there is no {INDEX_FILE}"
             + (f", and pickled files such as {old.name} are never read" if old else "")
         ) from None
+    # Deeply nested lists in a file raise RecursionError in the parser.
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{INDEX_FILE} is not JSON: {error}") from error
     if (
@@ -118,6 +121,8 @@ def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
     for chunk in chunks:
         rows, row_bytes = chunk.rows(dtype.itemsize)
         end = chunk.at + rows * row_bytes
+        # Only names such as rank0.bin: "../x" or an absolute path would read files outside the
+        # folder.
         if not _DATA_FILE.fullmatch(chunk.file):
             raise ValueError(
                 f"{INDEX_FILE}: {name} is said to be in {chunk.file!r}, which is no data file of "

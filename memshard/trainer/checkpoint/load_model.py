@@ -65,6 +65,7 @@ def load_model(
         map_tables(model, stored.tables)
     tables = dict(find_tables(model))
     for table in externalize_tables(model):
+        # Before `to(device)` below, which leaves tables in host memory where they are.
         table.host = stored.recipe.tables.place == "host"
     for table in tables.values():
         table.to(stored.table_dtype)
@@ -95,6 +96,8 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
     if is_export(path):
         return open_export(path, check)
     folders = find_checkpoints(path)
+    # An older checkpoint costs some steps; a damaged one would cost the evaluation. The oldest is
+    # opened outside the loop, so that its error, not a warning, ends the command.
     for folder in folders[:-1]:
         try:
             return open_checkpoint(folder, check)
@@ -121,4 +124,5 @@ def _fill(model: nn.Module, stored: StoredModel) -> None:
                 f"{stored.folder} does not fit its recipe: {name} is {list(values.shape)} there "
                 f"and {list(tensor.shape)} here"
             )
+        # Through .data, so that parameters stay leaves and no gradient is recorded.
         tensor.data.copy_(values)

@@ -57,6 +57,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
     recipe = load_recipe(str(folder / "config.yaml"), [])
     index = {
         name.removeprefix(PREFIX): tensor
+        # The optimizer's tensors have other prefixes and are not read.
         for name, tensor in index_of(folder).items()
         if name.startswith(PREFIX)
     }
@@ -73,6 +74,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
         step=state["progress"]["step"],
         dense={name: tensor.whole for name, tensor in stored.items()},
         tables={name: tensor.rows for name, tensor in tables.items()},
+        # All tables of a model have one dtype.
         table_dtype=next((tensor.dtype for tensor in tables.values()), torch.float32),
     )
 
@@ -117,9 +119,11 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
 
 def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -> Tensor:
     slots = row_slots(rows, keys)
+    # Exports are in slot order, i1 * keys + i2, and training's rows in Morton order.
     return values[slots] if scale is None else values[slots].float() * scale[slots, None]
 
 
 def _table_names(recipe: Recipe) -> list[str]:
+    # Only names are wanted; on meta a model of any size takes no memory.
     with torch.device("meta"):
         return [name for name, _ in find_tables(build_model(recipe.model))]

@@ -72,6 +72,7 @@ def choose_layout(asked: str, lookup: Lookup) -> LayoutChoice:
     if asked != "auto":
         sent = layout_named(asked).sent(lookup)
         return LayoutChoice(asked, lookup, {asked: sent}, "as the recipe says")
+    # The listed order breaks ties, so the choice is the same on all ranks and versions.
     allowed = [layout for layout in LAYOUTS.values() if not layout.within_tensor_group]
     by_name = {layout.name: layout.sent(lookup) for layout in allowed}
     width = lookup.value_dim // lookup.ranks

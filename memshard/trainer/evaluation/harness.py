@@ -88,7 +88,10 @@ class HarnessModel(TemplateLM):
                 for number in numbers
             ]
             prompt, real = left_padded(
-                [tokens[-(self.length - limit) :] for tokens in prompts], self.eot_token_id
+                # The end of a long prompt is kept: it has the question, and the examples come
+                # before it.
+                [tokens[-(self.length - limit) :] for tokens in prompts],
+                self.eot_token_id,
             )
             with autocast(self.dtype, self._device):
                 new = generate(
@@ -128,8 +131,10 @@ class HarnessModel(TemplateLM):
                 device=self._device,
             )
             with autocast(self.dtype, self._device):
+                # One pass for all continuations: log-likelihoods need no decoding.
                 logits = self.model(inputs)[0]
             for n, row, scores in zip(numbers, rows, logits, strict=True):
+                # A continuation longer than the window keeps its last tokens only.
                 count = min(len(requests[n][2]), len(row) - 1)
                 scored[n] = _score(
                     scores[len(row) - 1 - count : len(row) - 1],
@@ -177,6 +182,7 @@ def run_tasks(
         tasks=tasks,
         limit=limit,
         task_manager=manager,
+        # No bootstrap: its standard errors take minutes for some tasks, and are not reported.
         bootstrap_iters=0,
         log_samples=False,
     )
