@@ -64,6 +64,7 @@ def stale_locks() -> Iterator[Finding]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     for lock in sorted(root.glob("**/lock")):
         age = time.time() - lock.stat().st_mtime
+        # A younger lock may belong to a compilation that is going on.
         if age > _STALE_LOCK:
             yield Finding(
                 f"{lock} is {age / 60:.0f} minutes old: if nothing is compiling, delete it",
@@ -160,6 +161,7 @@ def _collectives(folder: Path) -> Iterator[Finding]:
     for path in (folder / FLIGHT).glob("rank*.json"):
         try:
             entries = json.loads(path.read_text())["entries"]
+        # A record may be cut short: its rank was killed while it wrote.
         except (OSError, ValueError, KeyError):
             continue
         for entry in entries:

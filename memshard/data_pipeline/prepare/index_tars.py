@@ -106,6 +106,8 @@ def index_tars(
             if tokenizer
             else train_tokenizer(sample_lines(_texts(tars, suffix), seed), vocab_size, model)
         )
+        # Sizes and times, not hashes, to know a tar again: hashing terabytes just to resume takes
+        # hours.
         facts = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
         final = work / f"data-{digest(proto, facts, suffix, held_out, test)}"
         final.mkdir(exist_ok=True)
@@ -160,6 +162,7 @@ def index_tars(
 
 def raw_text(content: bytes) -> str:
     """Return the text of a member."""
+    # "-sig" drops a byte order mark, which Windows programs write.
     return content.decode("utf-8-sig")
 
 
@@ -179,6 +182,7 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
                 # The table is int64, so the hash's 64 bits are stored as a signed number and viewed
                 # back.
                 signed = int(np.uint64(exact_hash(text)).view(np.int64))
+                # + 1 for the <eos> after each document.
                 rows.append((offset, len(ids) + 1, zlib.crc32(content), len(content), signed))
                 words.append(len(text.split()))
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
@@ -192,12 +196,14 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
 def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
     """Yield offset and content of every member that is a document and not blank."""
     try:
+        # "r:" refuses compressed tars: a document in one cannot be read by its offset.
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 if member.isfile() and member.name.endswith(f".{suffix}"):
                     stream = archive.extractfile(member)
                     assert stream is not None
                     content = stream.read()
+                    # tarfile returns what there is of a truncated member, without an error.
                     if len(content) != member.size:
                         raise ValueError(
                             f"{tar} ends inside {member.name}: fetch it again or leave it out"

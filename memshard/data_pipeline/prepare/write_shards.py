@@ -58,6 +58,7 @@ def write_shards(
         for begin, end in _cuts(splits, side, shard_bytes):
             name = f"{split}-{len(names[split]):05d}"
             names[split].append(name)
+            # A shard's entry is written last, so a shard without one is written anew.
             if not (folder / f"{name}.json").exists():
                 todo.append(
                     (
@@ -80,6 +81,7 @@ def write_shards(
             folder, names[split], int(splits.sizes[of].sum()), int(splits.words[of].sum())
         )
         for split, of in ((split, splits.sides == side) for split, side in NAMES.items())
+        # Without a share for it there is no test split; train and held-out are always listed.
         if names[split] or split != TEST
     }
 
@@ -123,6 +125,8 @@ def _cuts(splits: Splits, side: int, shard_bytes: int) -> Iterator[tuple[int, in
     ends = np.cumsum(splits.sizes[numbers], dtype=np.int64)
     first, done = 0, 0
     while first < len(numbers):
+        # By the sizes of texts alone, so cuts depend neither on the tokenizer nor on the number of
+        # workers.
         last = min(int(np.searchsorted(ends, done + shard_bytes)), len(numbers) - 1)
         yield int(numbers[first]), int(numbers[last]) + 1
         first, done = last + 1, int(ends[last])

@@ -51,10 +51,13 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     """
     if os.environ.get(SWITCH) == "plain":
         return plain, f"plain torch ({SWITCH}=plain)"
+    # Triton's interpreter runs GPU kernels on a CPU, slowly: for tests.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     kernels, name = _triton(device) if device.type == "cuda" or interpreted else _compiled(device)
     if kernels is None:
         return plain, f"plain torch ({name})"
+    # A wrong kernel would train on silently, so it is tested once in every process, and never
+    # trusted.
     if fault := row_backend_fault(kernels, device):
         return plain, f"plain torch ({name} {fault})"
     return kernels, f"{name} (they agree with plain torch)"
@@ -62,6 +65,8 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
 
 def search_for(scores: Tensor) -> ProductSearch:
     """Return the search for the best product scores that serves such scores."""
+    # Other devices and dtypes take torch's own top-k; a compiled graph cannot enter C++ code it
+    # does not know.
     if not scores.is_cpu or scores.dtype != torch.float32 or torch.compiler.is_compiling():
         return product_search
     return _cpu_search()
@@ -97,6 +102,7 @@ def _triton(device: torch.device) -> tuple[RowBackend | None, str]:
         )
     try:
         from memshard.models.kernels import triton_rows
+    # Triton is not installed with torch on every platform.
     except ImportError as problem:
         return None, f"no Triton kernels: {problem}"
     name = "Triton kernels" if device.type == "cuda" else "Triton kernels in the interpreter"

@@ -139,6 +139,7 @@ class FetchedSum(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
+        # Before the early return: in a split table the other ranks wait in this exchange.
         fetch.return_gradients(_row_gradients(fetch, weights, upstream))
         if not ctx.needs_input_grad[0]:
             return None, None, None

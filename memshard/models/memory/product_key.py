@@ -169,6 +169,7 @@ class SubKeys(nn.Module):
         """
         halves, keys = (
             queries.unflatten(-1, (2, -1)).unbind(-2),
+            # In the queries' dtype, fp32 at least: see `lookup`.
             self.weight.to(queries.dtype).unbind(1),
         )
         first, second = (

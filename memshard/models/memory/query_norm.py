@@ -79,6 +79,7 @@ class QueryNorm(nn.Module):
         if self.kind == "layer":
             z = nn.functional.layer_norm(z, z.shape[-1:], eps=_EPS)
         elif self.kind == "layer-half":
+            # Each half is scored against its own sub-keys, so each is brought to one scale.
             halves = z.unflatten(-1, (2, -1))
             z = nn.functional.layer_norm(halves, halves.shape[-1:], eps=_EPS).flatten(-2)
         elif self.kind == "rms":
@@ -93,6 +94,8 @@ class QueryNorm(nn.Module):
         """
         if self._collected:
             means, variances = zip(*self._collected, strict=True)
+            # One update a step, however many micro-batches it has: 0.1 then means the same for all
+            # of them.
             self.running_mean.lerp_(torch.stack(means).mean(0), _MOMENTUM)
             self.running_var.lerp_(torch.stack(variances).mean(0), _MOMENTUM)
         self._collected.clear()
@@ -129,6 +132,7 @@ class QueryNorm(nn.Module):
         # large.
         centred = z + -mean  # the gradient of z - mean would be negated before it is summed
         var = run_once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
+        # No tokens anywhere, as in a batch of padding: the variance 0 is no measurement.
         if collect and count > 0:
             # As in BatchNorm: normalise by the biased variance, keep the unbiased one.
             unbiased = var.detach() * (count / (count - 1).clamp(min=1))

@@ -89,6 +89,8 @@ class ValueTable(HideableTable):
             return
         columns = slice(self.local_columns.start, self.local_columns.stop)
         with torch.no_grad():
+            # In blocks: all rows of the whole width at once would need more memory than the table's
+            # part.
             for start in range(0, len(self.weight), _INIT_ROWS):
                 block = self.weight[start : start + _INIT_ROWS]
                 rows = normal_rows(
@@ -117,6 +119,7 @@ class ValueTable(HideableTable):
 
     def _count(self, rows: Tensor) -> None:
         if self.hidden and torch.is_grad_enabled():
+            # Counted where they are asked for: a split table's ranks serve one another's reads.
             self.reads_asked += rows.numel()
 
     def _local_sum(self, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -185,6 +188,7 @@ class ValueTable(HideableTable):
         Gradients of micro-batches, of layers that share the table and of replicas are summed.
         """
         merged = sort_reads(self.reads, self.backend)
+        # None where nothing was read since the last step: no row is updated.
         if merged is not None:
             yield merged.scaled(scale)
 

@@ -44,6 +44,7 @@ def explained(program: Program) -> Rejected | None:
 
 def _problem(node: Node, kinds: list[Scores | None]) -> tuple[str, str] | None:
     first = kinds[0]
+    # Reductions over a row of scores see all of it, the part above the diagonal as well.
     if node.op.startswith("RED_"):
         if first is Scores.FUTURE:
             return "leak", "over scores of later positions, which no MASK has hidden"
@@ -54,6 +55,7 @@ def _problem(node: Node, kinds: list[Scores | None]) -> tuple[str, str] | None:
             )
         if first is Scores.ZERO and node.op != "RED_SUM":
             return "length", "over masked scores counts the zeros of later positions"
+    # Scores times values weigh every position, later ones by what is above the diagonal.
     if node.op == "MAT_MUL" and first is not Scores.ZERO:
         weights = (
             "scores that no MASK has hidden"
@@ -126,6 +128,7 @@ def perturbed(program: Program, seed: int = 0) -> Rejected | None:
     mixer = ProgramMixer(program).double()
     with torch.no_grad():
         for weight in mixer.parameters():
+            # Random: a weight that starts at 0 would hide a leak behind it.
             deviation = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5
             weight.copy_(
                 torch.randn(weight.shape, generator=random, dtype=weight.dtype) * deviation

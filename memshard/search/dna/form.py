@@ -90,6 +90,7 @@ def _numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == count
+        # `type`, since true is an int to isinstance; NaN is not equal to itself.
         and all(type(value) in (int, float) and value == value for value in values)
     )
 

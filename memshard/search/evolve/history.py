@@ -88,6 +88,8 @@ class History:
             return
         child = self.children[event["id"]]
         if kind == "rung":
+            # A child whose worker was lost starts again: a rung measured twice replaces what
+            # followed the first.
             child.rungs[event["rung"] :] = [Rung(event["step"], event["loss"], event["seconds"])]
         elif kind == "lost":
             child.lost += 1
@@ -118,6 +120,8 @@ class History:
         otherwise those that have ended, in that order.
         """
         if self.settings.deterministic:
+            # Whether the last `ahead` children have ended depends on the workers' speed, so none of
+            # them is a parent.
             return self.children[: max(1, id - self.settings.ahead + 1)]
         # In order of ending, so that a fast worker is not held back by a slow one.
         before = [ended for ended in self.ended if ended < id]
@@ -244,7 +248,10 @@ class History:
         parent = 0
         for _ in range(100):
             chosen = draws.sample(population, min(settings.tournament, len(population)))
+            # The id breaks ties, so that a resumed search chooses alike.
             best = min(chosen, key=lambda child: (child.fitness, child.id), default=None)
+            # A tournament of rejected programs only is drawn again; after 100 of them the start is
+            # the parent.
             if best is not None and best.fitness < math.inf:
                 parent = best.id
                 break
@@ -278,6 +285,7 @@ class History:
         self, id: int, phase: Phase, parent: int | None, size: float, hurdles: list[float | None]
     ) -> Event:
         seed = (
+            # Shifted to 31 bits, a seed that every generator takes.
             int.from_bytes(
                 hashlib.sha256(f"{self.settings.seed}/{id}".encode()).digest()[:4], "big"
             )

@@ -75,6 +75,8 @@ class PieceWriter(StorageWriter):
         others = [item for item in plan.items if item.index.fqn not in self.in_place]
         with (self.folder / name).open("wb") as file:
             results = [_write(file, name, item, _local(item, planner)) for item in in_place]
+            # Dense parameters and moments are small next to the tables and copied, so that training
+            # goes on while they are written.
             copies = [_local(item, planner).to("cpu", copy=True) for item in others]
             self.free()
             results += [
@@ -115,11 +117,13 @@ def _local(item: WriteItem, planner: SavePlanner) -> Tensor:
 
 def _write(file: BinaryIO, name: str, item: WriteItem, tensor: Tensor) -> WriteResult:
     assert item.tensor_data is not None
+    # Zeros up to the next multiple of 64.
     file.write(bytes(-file.tell() % _ALIGNMENT))
     box = item.tensor_data.chunk
     chunk = Chunk(name, file.tell(), tuple(box.offsets), tuple(box.sizes), ())
     rows = tensor if tensor.ndim else tensor.reshape(1)
     hashes = []
+    # Piece by piece, so that a table on a GPU needs 16 MB of host memory, not its size.
     for piece in chunk.pieces(tensor.itemsize):
         data = (
             rows[piece.start : piece.stop]
@@ -209,6 +213,7 @@ class PieceReader(StorageReader):
         """Copy the box of size `lengths` at `begins`, counted in the chunk, into target."""
         dtype = self.index[name].dtype
         if not chunk.sizes:
+            # A number without dims, such as a step count, is stored as one row.
             target.copy_(next(read_pieces(self.folder, name, chunk, dtype))[1][0])
             return
         first, last = begins[0], begins[0] + lengths[0]

@@ -58,6 +58,7 @@ def save_checkpoint(
     at the end.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
+    # Next to the final folder: a rename is atomic only within one file system.
     temporary = folder.with_name(folder.name + ".tmp")
     with _same_outcome(group, f"{temporary} could not be written"):
         if first:
@@ -102,6 +103,7 @@ def _commit(temporary: Path, folder: Path) -> None:
         if file.suffix != ".bin":
             hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
             _to_disk(file)
+    # After all others: the marker on disk proves that everything it lists is.
     (temporary / COMMIT).write_text(json.dumps(hashes))
     _to_disk(temporary / COMMIT)
     _to_disk(temporary)
@@ -164,6 +166,7 @@ def check_files(folder: Path) -> None:
     try:
         hashes = json.loads((folder / COMMIT).read_text())
         for name in hashes:
+            # A name such as "../x" would have a file outside the folder read.
             if Path(name).name != name:
                 raise ValueError(f"{COMMIT} names {name!r}, which is no file of a checkpoint")
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != hashes[name]:

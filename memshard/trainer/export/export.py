@@ -76,6 +76,7 @@ def export(
             "--huggingface is for language models, and this one has an encoder "
             "(model.encoder_layers): leave it out"
         )
+    # Renamed at the end: what has the name `out` is complete and compared.
     temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -87,6 +88,7 @@ def export(
         config |= write_code(temporary, stored.recipe.model)
     (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2))
     difference = _compare(stored, temporary, dtype, tables)
+    # An empty folder, as checked above.
     if out.exists():
         out.rmdir()
     os.replace(temporary, out)
@@ -111,6 +113,7 @@ def _entries(stored: StoredModel, dtype: str, tables: str) -> Iterator[Entry]:
                 (table.slots, table.dim),
                 _quantised(blocks, scales),
             )
+            # After the table: its list of scales is filled while the table is written.
             yield Entry(f"{PREFIX}{name}.{SCALE}", torch.float32, (table.slots,), scales)
         else:
             narrow = DTYPES[tables]
@@ -127,6 +130,7 @@ def _dense(read: Any, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _in_slot_order(stored: StoredModel, name: str, keys: int, dim: int) -> Iterator[Tensor]:
+    # 16 MB at a time, whatever the size of the table.
     step = max(1, _BLOCK_BYTES // (4 * dim))
     for first in range(0, keys * keys, step):
         slots = torch.arange(first, min(first + step, keys * keys))
@@ -203,6 +207,7 @@ def _round(source: LoadedModel, stored: StoredModel, dtype: str, tables: str) ->
         tensor.data.copy_(tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor)
     for name, table in find_tables(source.model):
         assert hasattr(table, "read_rows")
+        # Rounded as they are read: the mapped table is never in memory as a whole.
         table.read_rows = _rounded(stored, name, tables)
 
 

@@ -121,6 +121,7 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
         ):
             # Our gate and output have no bias; those of Meta's code may.
             layer.bias = nn.Parameter(torch.empty(layer.out_features, device="meta"))
+    # `assign`, since parameters on meta have no memory to copy into.
     memory.load_state_dict(tensors, assign=True)
     return memory.requires_grad_().eval()
 
@@ -152,6 +153,7 @@ def _convert(
         )
     heads, dim = query.shape[0] // (2 * half), query.shape[1]
     gate = "swilu_projection.weight" in tensors
+    # Meta's keys are flat, [2 heads n, half]; with a gate they are Meta's in any case.
     family = "lucid" if lucid else "meta" if gate or foreign_keys.ndim == 2 else "xlm"
     sub_keys = _sub_keys(what, foreign_keys, lucid, heads, n, half)
     dense = {
@@ -161,11 +163,13 @@ def _convert(
     }
     norm = "none"
     if lucid:
+        # Rows by half and head there, by head and half here.
         dense["query.weight"] = query.view(2, heads, half, dim).transpose(0, 1).reshape(-1, dim)
         norm = "layer-half"
         for part in ("weight", "bias"):
             if f"norm.{part}" not in tensors:
                 raise ValueError(f"{what} has a norm that is no layer norm of each half of a query")
+            # One norm for all heads and halves there; a copy for each here computes the same.
             dense[f"query_norm.{part}"] = tensors[f"norm.{part}"].repeat(heads, 2)
     else:
         place = (
