@@ -64,6 +64,7 @@ class Carried:
             real = samples >= 0
             for mine, new in zip(self._states, states, strict=True):
                 for name, kept in state_tensors(mine).items():
+                    # In place: checkpoints keep references to these tensors.
                     kept[self._rows(samples[real]).to(kept.device)] = state_tensors(new)[name][
                         real.to(kept.device)
                     ]
@@ -80,7 +81,12 @@ class Carried:
             for key, value in state_tensors(state).items():
                 name = f"carried.blocks.{layer}.{key}"
                 tensors[name] = global_tensor(
-                    name, value[: self.real], {} if mesh is None else {name: placement}, mesh
+                    # By lane, so that a run on another number of ranks finds the states of its own
+                    # rows.
+                    name,
+                    value[: self.real],
+                    {} if mesh is None else {name: placement},
+                    mesh,
                 )
         return tensors
 

@@ -72,6 +72,7 @@ class Run(Training):
         share = train.batch, self.data_rank, self.data_ranks, train.micro_batch
         if not workers:
             return rank_share(self.stream, batch, *share)
+        # Started here and not with the run: a resumed run knows its place only now.
         if self._prefetched is None:
             # A rewind passes over batches, so the last step reads a later one.
             last = train.steps + self.progress.left_out
@@ -80,6 +81,7 @@ class Run(Training):
 
     def continue_from(self, progress: Progress) -> None:
         """Go on from another place in the data; batches read ahead are forgotten."""
+        # Dropped with its workers: what they have read belongs to other steps.
         self.progress, self._prefetched = progress, None
 
     @property

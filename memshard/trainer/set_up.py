@@ -47,16 +47,19 @@ def set_up(
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     recipe = resolve(recipe)
     check_identity(folder, recipe)
+    # Now, not at the first log: a missing package would end the run after the set-up.
     if recipe.train.wandb:
         check_installed()
     stream, held_out = open_data(recipe, ranks)
     assert recipe.model.vocab_size is not None
+    # Before anything is allocated: a process killed for memory says nothing.
     check_fits(recipe, ranks, recipe.model.vocab_size, device)
     training = build_training(recipe, ranks, device, build)
     run = build_run(recipe, folder, training, stream, held_out, rank, ranks)
     resume(run)
     # Ranks that began with different weights would train apart without an error.
     run.check_copies()
+    # Last, so that a recipe with a mistake leaves no run folder to resume.
     if rank == 0:
         write_config(folder, recipe)
         run.engine.write_settings(folder)
@@ -94,6 +97,7 @@ def build_training(
     """Build the model and its optimizers as the recipe says, spread over all ranks."""
     mesh = build_mesh(device.type, recipe.parallel.memory, recipe.parallel.tensor)
     layout = layout_choice(recipe, ranks)
+    # Built without memory; each rank then allocates and draws its part only.
     with torch.device("meta"):
         model = build(recipe.model)
     training = build_for_training(

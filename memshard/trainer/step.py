@@ -53,6 +53,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
         spiked = len(progress.losses) == guards.window and is_spike(
             batch_loss, progress.losses, guards.threshold
         )
+        # Judged before the update: a spike's gradients must not reach the weights.
         return not spiked or guards.loss_spike == "warn"
 
     outcome = training_step(run, batches, loss, progress.step, accept, stop)
@@ -70,6 +71,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
             f"{hopeless} (norm {outcome.norm}, loss {outcome.loss}): begin another run (init_from) "
             "at an earlier checkpoint, with a lower optimizer.lr or tables.lr"
         )
+    # After the update, which is where copies drift apart.
     every = run.recipe.parallel.checksum_every
     if every and progress.step % every == 0:
         run.check_copies()

@@ -9,7 +9,7 @@ from memshard.launch.cli.parser import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "doctor",
         help="check the installation; or who is late, what is stale, which checkpoint is good",
@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the findings, bad ones marked."""
+    """Print the findings, bad ones marked."""
     with usage_errors():
         from memshard.launch.doctor import check_installation, check_run
 

@@ -202,6 +202,8 @@ class GrowingText:
     def add(self, token: int) -> str:
         """Return the text that this token adds."""
         self.ids.append(token)
+        # All ids anew: a space or a character may depend on its neighbours. Trailing U+FFFD are
+        # bytes of a character that is not complete.
         certain = self.tokenizer.decode(self.ids).rstrip("\ufffd")
         new = certain[len(self.shown) :]
         self.shown += new

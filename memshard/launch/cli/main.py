@@ -51,7 +51,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns the exit code."""
+    """Run one command line and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if "--json" not in argv:
         return _run(argv)[0]
@@ -70,6 +70,7 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
         return 0, result
     except Stopped as stop:
         return _fail(argv, 75, "stopped", str(stop), stop.result)
+    # 75 as well: a run that is interrupted goes on from its last checkpoint.
     except KeyboardInterrupt:
         return _fail(argv, 75, "stopped", "interrupted; run the same command again to resume", {})
     except UsageError as error:
@@ -84,7 +85,7 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
 def _fail(
     argv: list[str], code: int, kind: str, message: str, result: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
-    """Says why, and returns what JSON says. The user's mistakes and stops are the same on all
+    """Say why, and return what JSON says. The user's mistakes and stops are the same on all
     ranks, so only rank 0 speaks of them.
     """
     if "--debug" in argv:
@@ -112,10 +113,11 @@ def command_parser() -> CommandParser:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[TextIO]:
-    """Yields the real standard output; everything else, child processes and C libraries included,
+    """Yield the real standard output; everything else, child processes and C libraries included,
     reaches standard error.
     """
     sys.stdout.flush()
+    # By file descriptor: redirecting sys.stdout alone would miss C libraries and child processes.
     real = os.dup(1)
     os.dup2(2, 1)
     try:

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with usage_errors():
             prepared = set_up(recipe, folder, device)
         if prepared.ranks > 1:
+            # torchrun sends SIGTERM to the other ranks when the first one ends.
             stop.ignore_sigterm_on_exit = True
         rank = prepared.rank
         heartbeat = Heartbeat(
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 result = train(prepared, args.stop_at, stop)
             except Exception as error:
                 if is_collective_error(error):
+                    # The collective's own error names no rank; the heartbeats do.
                     lost = describe_lost_ranks(folder, rank)
                     raise RuntimeError(f"{lost}. {error}") from error
                 raise

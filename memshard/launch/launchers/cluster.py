@@ -108,6 +108,7 @@ def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
             close = difflib.get_close_matches(str(key), types, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(types)}"
             raise ValueError(f"{path}: unknown key '{key}'; {hint}")
+        # YAML reads 24:00:00 without quotes as the number 86400, and true is an int to Python.
         if not isinstance(value, types[key]) or isinstance(value, bool):
             hint = ", quoted, such as time: '24:00:00'" if key == "time" else ""
             raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}{hint}")

@@ -53,6 +53,7 @@ def snapshot(args: argparse.Namespace) -> Start:
     resolved = dump(load_recipe(args.recipe, args.overrides))
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(resolved)
+    # The code as well: a queued job would otherwise run whatever the checkout has hours later.
     code = folder / CODE
     shutil.rmtree(code, ignore_errors=True)
     shutil.copytree(

@@ -62,6 +62,7 @@ def fading(
         return None
     causal = None
     if resets is not None:
+        # Documents numbered within the chunk; 0 continues the one before it.
         document = cut(resets[:, None].long(), chunk).cumsum(-1)
         pair = document[..., :, None] == document[..., None, :]
         carried, kept = document == 0, document == document[..., -1:]
@@ -74,6 +75,7 @@ def fading(
                 for x in (causal, carried[..., None], kept[..., None], carried[..., -1, None, None])
             )
         )
+    # Differences of sums of logarithms: quotients of products would be 0 / 0 after a long fade.
     total = cut(log_decay.to(dtype), chunk).cumsum(-1)
     if causal is None:
         causal = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).tril()

@@ -72,6 +72,7 @@ def backward(
     itself: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `banded._backward`."""
+    # fp32 and zero: the kernel adds one contribution a round.
     d_q, d_k, d_v = (torch.zeros(x.shape) for x in (q, k, v))
     tensors = {
         "q": q,

@@ -98,11 +98,13 @@ class CpuRows:
 
     def segment_sums(self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
         """As `plain.segment_sums`."""
+        # A segment is a bag of consecutive reads, so the same kernel sums both.
         span = slice(int(starts[0]), int(starts[-1]))
         return self.gather_sum(values, rows[span], weights[span], starts[:-1] - starts[0])
 
     def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `plain.sort_reads`; the order is int32."""
+        # The kernel is a stable radix sort of 32-bit row numbers.
         if rows.dtype != torch.int32 or not rows.is_cpu or torch.compiler.is_compiling():
             return plain.sort_reads(rows)
         rows, slots = rows.contiguous(), int(rows.max()) + 1 if len(rows) else 0
@@ -151,6 +153,7 @@ class CpuRows:
 def build() -> CpuRows:
     """Compile and load the kernels; raises as `load_library`."""
     library = load_library(_SOURCE)
+    # ctypes takes results for 32-bit integers unless told.
     library.memshard_sort_reads.restype = _SIZE
     for name, types in _ARGUMENTS.items():
         getattr(library, name).argtypes = types

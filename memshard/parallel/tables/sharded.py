@@ -98,6 +98,7 @@ def shard_range(size: int, group: dist.ProcessGroup, rank: int | None = None) ->
 
     Cut as `torch.chunk` does; the last ranks may have none.
     """
+    # Rounded up, as torch.chunk does, so that checkpoints can describe the shards as DTensors.
     width = -(-size // dist.get_world_size(group))
     first = min((dist.get_rank(group) if rank is None else rank) * width, size)
     return range(first, min(first + width, size))

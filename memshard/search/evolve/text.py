@@ -60,5 +60,6 @@ def read_text(path: str, length: int) -> Text:
         )
     values, tokens = np.unique(np.frombuffer(data, dtype=np.uint8), return_inverse=True)
     tokens = tokens.astype(np.uint8)
+    # The search sees `valid` only; `test` is for the verdict, which must not be chosen by.
     train, valid, test = tokens[: -2 * cut], tokens[-2 * cut : -cut], tokens[-cut:]
     return Text(train, valid, test, len(values), hashlib.sha256(data).hexdigest())

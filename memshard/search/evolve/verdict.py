@@ -78,6 +78,7 @@ def speed_up(before: Sequence[Curve], after: Sequence[Curve], seed: int = 0) -> 
     random = np.random.default_rng(seed)
     factors = []
     for _ in range(DRAWS):
+        # Whole trainings are drawn, not points: those of one training depend on each other.
         factors.append(_factor(resample(before, random), resample(after, random)))
     ordered = sorted(factors)  # not reached is 0, below all
     low, high = ordered[int(0.025 * DRAWS)], ordered[int(0.975 * DRAWS)]
@@ -95,6 +96,7 @@ def mean_curve(curves: Sequence[Curve]) -> NDArray[np.float64]:
     """
     stacked = np.asarray([list(curve) for curve in curves], dtype=np.float64)
     costs, losses = (
+        # Costs are factors, so they are averaged as logarithms.
         np.exp(np.log(stacked[..., 0]).mean(0)),
         np.minimum.accumulate(stacked[..., 1].mean(0)),
     )

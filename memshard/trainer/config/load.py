@@ -56,6 +56,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as nested dicts, lists and scalars, as YAML and JSON have them."""
+    # Through JSON, which turns tuples into lists, as YAML has them.
     values: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     return values
 
@@ -187,6 +188,7 @@ def _with_program(recipe: Recipe) -> Recipe:
     checkpoints need no other file.
     """
     name = recipe.model.program
+    # A run's own config.yaml has the text already.
     if name is None or name.lstrip().startswith("{"):
         return recipe
     path = Path(name).expanduser()

@@ -44,8 +44,10 @@ def replica_traffic(recipe: Recipe, division: Division, local_values: int) -> fl
     """
     memory = recipe.model.memory
     reads = recipe.train.batch * recipe.data.length * memory.reads
+    # Share of rows that a step reads: e^(-n/N) of N slots stay unread after n reads.
     touched = -math.expm1(-reads / memory.slots)
     copies = division.ranks // division.table_ranks
+    # fp32, once to the rank that sums a part and once back.
     return 8 * sent_share(copies) * touched * local_values
 
 

@@ -52,6 +52,7 @@ class TranslationTask:
         random = None if step is None else RandomKey(self.seed, step, samples)
         source_ctx = Context(
             _positions(source),
+            # None lets attention run without a mask, on its fused kernels.
             padding=None if bool(real.all()) else real.to(self.device),
             random=random,
         )
@@ -106,6 +107,7 @@ def _ends(batch: Batch, eos: int) -> Tensor:
 
 def _answers(batch: Batch, eos: int) -> Tensor:
     """Return the number of target tokens of each row, with <eos>."""
+    # Filler rows have inputs but no targets: the difference would be negative.
     return ((batch.targets != IGNORE).sum(1) - _ends(batch, eos)).clamp(min=0)
 
 
