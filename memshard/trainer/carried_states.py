@@ -80,13 +80,9 @@ class Carried:
         for layer, state in enumerate(self._states):
             for key, value in state_tensors(state).items():
                 name = f"carried.blocks.{layer}.{key}"
+                # By lane, so that a run on another number of ranks finds the states of its rows.
                 tensors[name] = global_tensor(
-                    # By lane, so that a run on another number of ranks finds the states of its own
-                    # rows.
-                    name,
-                    value[: self.real],
-                    {} if mesh is None else {name: placement},
-                    mesh,
+                    name, value[: self.real], {} if mesh is None else {name: placement}, mesh
                 )
         return tensors
 
