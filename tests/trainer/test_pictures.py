@@ -112,4 +112,4 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
-    assert "pip install memshard[eval]" in done.stdout, done.stderr
+    assert "pip install 'memshard[eval]'" in done.stdout, done.stderr

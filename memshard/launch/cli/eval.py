@@ -271,7 +271,7 @@ def _run_tasks(
             from memshard.trainer.evaluation.harness import HarnessModel, run_tasks
         except ModuleNotFoundError as error:
             raise ValueError(
-                "--tasks needs lm-evaluation-harness: pip install memshard[eval]"
+                "--tasks needs lm-evaluation-harness: pip install 'memshard[eval]'"
             ) from error
         dtype = compute_dtype(args.precision, device)
         model = HarnessModel(

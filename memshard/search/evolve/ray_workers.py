@@ -22,7 +22,7 @@ class RayWorkers:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise ValueError("--ray needs Ray: pip install memshard[ray]") from error
+            raise ValueError("--ray needs Ray: pip install 'memshard[ray]'") from error
         place: dict[str, Any] = (
             {"num_cpus": count, "include_dashboard": False}
             if address == "local"

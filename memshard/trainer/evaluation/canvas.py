@@ -26,7 +26,7 @@ def canvas(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ValueError("pictures need matplotlib: pip install memshard[eval]") from error
+        raise ValueError("pictures need matplotlib: pip install 'memshard[eval]'") from error
     return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
 
 
