@@ -80,7 +80,11 @@ def choose_layout(asked: str, lookup: Lookup) -> LayoutChoice:
         layout.name for layout in allowed if width * lookup.row_bytes < layout.narrowest_slice
     ]
     # Fewest bytes sent; a slice below two cache lines would waste the memory's bandwidth instead.
-    best = min((name for name in by_name if name not in narrow), key=lambda name: by_name[name])
+    # On one rank all send nothing, and a table split by columns sorts no reads by their owner.
+    best = min(
+        (layout for layout in allowed if layout.name not in narrow),
+        key=lambda layout: (by_name[layout.name], -layout.split_dim),
+    ).name
     listed = ", ".join(f"{name} {size / 1e3:,.1f}" for name, size in by_name.items())
     reason = f"sends least; KB a token: {listed}, at {lookup.duplicates:.1f} reads of a row"
     if narrow:

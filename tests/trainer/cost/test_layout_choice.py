@@ -86,6 +86,12 @@ def test_the_layout_that_sends_least_is_chosen(
 def test_a_recipe_can_ask_for_a_layout(name: str) -> None:
     choice = choose_layout(name, WIDE)
     assert choice.name == name and choice.reason == "as the recipe says"
+    assert choose_layout(name, Lookup(64, 64, 128)).name == name  # however narrow the slices
+
+
+def test_a_whole_table_takes_the_layout_that_sorts_nothing() -> None:
+    assert choose_layout("auto", replace(WIDE, ranks=1)).name == "columns"
+    assert choose_layout("auto", replace(WIDE, ranks=1, value_dim=16)).name == "rows"
 
 
 def test_an_unknown_layout_is_named() -> None:
