@@ -40,6 +40,7 @@ class EncoderDecoder(Transformer):
         """
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         if source is not None:
+            # Once a text: later calls have keys and values in their states.
             ctx = replace(ctx, source=self.encode(*source), source_padding=source[1].padding)
         return super().forward(tokens, ctx, states, targets)
 

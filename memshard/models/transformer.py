@@ -162,9 +162,7 @@ class Transformer(nn.Module):
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
     def _losses(self, *inputs: Tensor) -> Tensor:
-        """Return the losses, [batch, length], 0 where a target is IGNORE. inputs: streams, then
-        targets.
-        """
+        """Return losses, [batch, length], 0 where a target is IGNORE. inputs: streams, targets."""
         predicted = inputs[-1] != IGNORE
         # Sliding windows and masked tokens ask for few losses, and the head is most of a small
         # model's work: compute only those.

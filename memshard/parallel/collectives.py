@@ -60,9 +60,7 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def set_timeout(seconds: float, but: dist.ProcessGroup | None = None) -> None:
-    """Let collectives in all process groups but one wait this long for a rank, starting with the
-    next.
-    """
+    """From the next collective on, let each wait this long for a rank. but: a group left out."""
     for group in compat.process_groups() if dist.is_initialized() else ():
         if group is not but:
             compat.set_timeout(group, seconds)

@@ -72,9 +72,7 @@ def check_equal(
 
 
 def _kept(function: Function, inputs: Sequence[Tensor], parameters: int) -> list[int]:
-    """Return the bytes of each distinct storage that autograd keeps for backward, without
-    parameters.
-    """
+    """Return the bytes of each storage that autograd keeps for backward, without parameters."""
     # By the address of storage: views of one array are counted once.
     left_out = {
         parameter.untyped_storage().data_ptr() for parameter in inputs[len(inputs) - parameters :]

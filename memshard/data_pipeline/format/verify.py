@@ -103,9 +103,7 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
 
 
 def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
-    """Return, as text, the numbers of the documents that fail their checksum, at most ten; "" if
-    none.
-    """
+    """Return the numbers of the first ten documents that fail their checksum, as text, or ""."""
     size = np.dtype(index.dtype).itemsize
     bad = []
     with (folder / shard.file).open("rb") as stream:

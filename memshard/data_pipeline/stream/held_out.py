@@ -48,6 +48,7 @@ class HeldOutStream:
                 f"{path} has no held-out text: build the data set again with a larger --held-out"
             )
         self.tokens = split.tokens - 1 if max_tokens is None else min(split.tokens - 1, max_tokens)
+        # The first window predicts `length` tokens, every later one `stride` more.
         self.windows = 1 + -(-max(self.tokens - length, 0) // self._stride)
         whole = self.tokens == split.tokens - 1
         self.text_bytes: int | None = split.text_bytes if whole else None
@@ -60,6 +61,7 @@ class HeldOutStream:
         IGNORE, samples -1).
         """
         windows = first + np.arange(count)
+        # Windows past the end start at the last token, to have the right shape.
         begins = np.minimum(windows * self._stride, self._starts[-1] - 1)
         tokens, documents, masked = self._reader.read(
             self._order, self._starts, begins, self._length + 1

@@ -59,9 +59,7 @@ def read_members(
 def _read_member(
     stream: BinaryIO, place: int
 ) -> Generator[tuple[Event, bytes], None, tuple[int, str | None]]:
-    """Yield the data of the member at `place`; return where it ends, and what is wrong with it, if
-    anything.
-    """
+    """Yield the data of the member at `place`; return its end and what is wrong with it."""
     stream.seek(place)
     member = zlib.decompressobj(wbits=31)
     try:

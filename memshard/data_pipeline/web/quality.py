@@ -42,6 +42,7 @@ def failed_rule(text: str, english: bool = True) -> str | None:
         return "repeated_lines"
     if any(_most_frequent_share(lower, count) > share for count, share in REPEATED_NGRAMS):
         return "repeated_ngrams"
+    # Stops at the third: a long document need not be searched to its end.
     if sum(1 for _ in islice(SENTENCE_END.finditer(text), 3)) < 3:
         return "sentences"
     folded = text.casefold()
@@ -56,9 +57,7 @@ def _repeated_share(lines: Sequence[str]) -> float:
 
 
 def _most_frequent_share(words: Sequence[str], count: int) -> float:
-    """Return the share of characters in the most frequent n-gram of `count` words; 0 if none
-    repeats.
-    """
+    """Return the most frequent repeated n-gram's share of the characters. count: words of one."""
     ngrams = Counter(zip(*(words[start:] for start in range(count)), strict=False))
     ngram, times = ngrams.most_common(1)[0]
     return times * sum(map(len, ngram)) / sum(map(len, words)) if times > 1 else 0.0

@@ -32,6 +32,7 @@ def lines(
         places = sorted(curve)
         values = [curve[place] for place in places]
         middles = [statistics.median(ys) for ys in values]
+        # The range: a deviation of two or three seeds says little.
         axes.fill_between(
             places,
             [min(ys) for ys in values],

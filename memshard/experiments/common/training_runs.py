@@ -23,6 +23,7 @@ def recipe_text(point: dict[str, Any]) -> str:
     """Return all settings of a model as text: its recipe with overrides, and its data's index."""
     recipe = load_recipe(point["recipe"], point["overrides"])
     index = Path(recipe.data.path, INDEX_FILE)
+    # The data's index has the hashes of all its shards: other data make another run.
     return dump(recipe) + (index.read_text() if index.exists() else "")
 
 

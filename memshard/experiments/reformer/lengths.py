@@ -40,6 +40,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     seconds: dict[str, dict[str, list[float]]] = {
         kind: {str(length): [] for length in point["lengths"]} for kind in layers
     }
+    # In turns, so that whatever slows the machine slows all kinds alike.
     for turn in range(point["repeats"] + 1):
         for length in point["lengths"]:
             x = (

@@ -88,9 +88,7 @@ def check_request(
     topk: int | None = None,
     topp: float | None = None,
 ) -> None:
-    """Raise ValueError, with the fix, for requests that `generate`, with these arguments, cannot
-    serve.
-    """
+    """Raise ValueError, with the fix, for arguments that `generate` cannot serve."""
     if model.training:
         raise ValueError(
             "the model is in training mode, where memories normalise queries over the batch: call "

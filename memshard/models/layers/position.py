@@ -46,6 +46,7 @@ def sinusoids(positions: Tensor, dim: int) -> Tensor:
     """
     frequencies = _frequencies((dim + 1) // 2, positions.device)
     angles = positions[..., None].float() * frequencies
+    # Cut at the end: an odd width has a sine more than cosines.
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :dim]
 
 

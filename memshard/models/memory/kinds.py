@@ -74,6 +74,7 @@ def check_product_keys(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{prefix}{name} is {value}; it must be at least 1")
+    # Before anything is allocated: keys is easily mistaken for the number of slots.
     if keys > _MOST_KEYS:
         raise ValueError(
             f"{prefix}keys is {keys}; the limit is {_MOST_KEYS:,} (a trillion slots): check the "

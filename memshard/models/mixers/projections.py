@@ -30,6 +30,7 @@ class HeadProjections(Mixer):
         super().__init__()
         self.heads, self.kv_heads, self.share_qk = heads, kv_heads or heads, share_qk
         width = dim // heads * self.kv_heads
+        # Queries are made from keys, whose width is smaller where several heads share one.
         self.query = Projection(width if share_qk else dim, dim)
         self.key = Projection(dim, width)
         self.value = Projection(dim, width)

@@ -78,6 +78,8 @@ class Program:
                 f"model.program: not a compiled program ({error!r}): write one with `memshard "
                 "search compile`"
             ) from None
+        # A program comes with a checkpoint or an export, so it is checked as data from elsewhere:
+        # only known operations, and only values that are already computed.
         for number, node in program.values():
             operation = OPERATIONS.get(node.op)
             if (

@@ -112,6 +112,7 @@ class TableOptimizerConfig:
     @property
     def state_bytes(self) -> int:
         """Bytes kept for each value: two moments, and the fp32 copy where there is one."""
+        # 4 bytes a moment, and 4 for the copy.
         return 12 if self.dtype != "fp32" and self.rounding == "master" else 8
 
 

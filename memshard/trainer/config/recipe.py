@@ -199,6 +199,7 @@ def _check_recomputation(train: TrainConfig, model: ModelConfig) -> None:
             f"{model.residual} here: leave it out"
         )
     memory = model.memory
+    # A chunk's statistics would differ from the batch's, and results would depend on the chunk.
     if train.chunk and memory.layers and memory.query_norm == "batch":
         raise ValueError(
             f"train.chunk is {train.chunk}, but model.memory.query_norm=batch normalises "
@@ -236,6 +237,7 @@ def _check_label_smoothing(recipe: Recipe) -> None:
 
 
 def _check_engine(recipe: Recipe) -> None:
+    # Its fp32 copies would put the old sub-keys back at the next update.
     if recipe.tables.revive and recipe.train.engine == "deepspeed" and recipe.train.zero:
         raise ValueError(
             "tables.revive moves sub-keys, of which DeepSpeed keeps copies: set "

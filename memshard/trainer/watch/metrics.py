@@ -78,7 +78,7 @@ class Metrics:
 
     @property
     def shows_bar(self) -> bool:
-        """Whether the terminal has a progress bar, which plain lines would only repeat."""
+        """True if the terminal has a progress bar, which plain lines would only repeat."""
         return self.enabled and not self._bar.disable
 
     def close(self) -> None:
