@@ -36,7 +36,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         ranks: Ranks | None = import_module(launcher.module).detect(env)
         if ranks is not None:
             return ranks
-    return from_variables(env, "RANK and WORLD_SIZE") or _openmpi(env) or Ranks("no launcher")
+    return from_variables(env, "RANK and WORLD_SIZE") or _openmpi(env) or Ranks("none")
 
 
 def from_variables(env: Mapping[str, str], launcher: str) -> Ranks | None:

@@ -67,14 +67,14 @@ OPENMPI = {
             {**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "5000"},
             Ranks("SLURM", 3, 4, 1, "head", 5000),
         ),
-        (BATCH_SCRIPT, Ranks("no launcher")),
+        (BATCH_SCRIPT, Ranks("none")),
         (OPENMPI, Ranks("OpenMPI", 1, 2, 1, "127.0.0.1", 21147)),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, Ranks("OpenMPI", 1, 2, 1, None, 21147)),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"},
             Ranks("RANK and WORLD_SIZE", 0, 2, 0, "a", None),
         ),
-        ({}, Ranks("no launcher")),
+        ({}, Ranks("none")),
     ],
 )
 def test_each_launcher(env: dict[str, str], expected: Ranks) -> None:
