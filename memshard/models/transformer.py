@@ -103,6 +103,7 @@ class Transformer(nn.Module):
         """
         states, losses = states or self.init_states(len(tokens), tokens.shape[1]), []
         for segment, facts in ctx.split(-(-tokens.shape[1] // self.recompute.segments)):
+            # The states carry gradients from one segment to the one before.
             some, states = checkpointed(
                 self._pass, tokens[:, segment], facts, states, targets[:, segment]
             )
@@ -159,6 +160,7 @@ class Transformer(nn.Module):
             assert self.share_sequence is None
             return self._losses(*streams, targets), advanced or None
         logits = self._logits(*streams)
+        # Without what `share_sequence` appended.
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
     def _losses(self, *inputs: Tensor) -> Tensor:

@@ -247,6 +247,7 @@ def training_step(
     model, engine, grid = training.model, training.engine, training.grid
     scale = training.loss_scale.value
     if not model.training:
+        # After an evaluation. Not in every step: it walks through all modules.
         model.train()
     if grid is not None:
         grid.clear()
@@ -255,6 +256,7 @@ def training_step(
     for number, batch in enumerate(batches, 1):
         # Gradients add up locally, and are exchanged once a step, in the last backward.
         with engine.forward_context(last=number == len(batches)):
+            # Forward only: autograd runs each backward in the dtype of its forward.
             with autocast(training.dtype, training.device):
                 share = loss(engine.model, batch)
             engine.backward(share, scale)

@@ -80,6 +80,7 @@ def _groups(sources: Sources) -> list[list[str]]:
         size = 0 if is_url(name) else Path(name).stat().st_size
         if not groups or alone or size > room:
             groups.append([])
+            # -1: nothing is added to a unit of one large file.
             room = -1 if alone else UNIT_BYTES
         groups[-1].append(name)
         room -= size
@@ -183,6 +184,7 @@ def _documents(
         yield from _filtered(watch, documents, filters, counts)
         for name, file in zip(names, files, strict=True):
             if is_url(name):
+                # At once: the files of a crawl together may not fit on the disk.
                 file.unlink()
 
 

@@ -91,6 +91,7 @@ def build_data(
             "reading",
             limit,
         )
+        # Over all units at once: a document is a duplicate wherever the other one is.
         splits = split_documents(
             units, filters, deduplicate, *(_amounts(held_out, test, web, units))
         )
@@ -255,6 +256,7 @@ def _trained(
         train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
     documents = (slice(first, last) for first, last in pairwise(splits.first.tolist()))
     texts = (
+        # Both sentences of a pair are lines of their own to the tokenizer.
         text.replace(PAIR, "\n")
         for unit, of_unit in zip(units, documents, strict=True)
         for text in read_texts(unit, splits.sizes[of_unit], train[of_unit])
@@ -269,5 +271,6 @@ def digest(*facts: object) -> str:
     """Return a name for what is made of these facts: a hash of them."""
     total = hashlib.blake2b(digest_size=8)
     for fact in facts:
+        # ";" keeps apart what would read alike when joined: 1, 23 and 12, 3.
         total.update(fact if isinstance(fact, bytes) else f"{fact};".encode())
     return total.hexdigest()

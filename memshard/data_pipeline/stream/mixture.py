@@ -98,6 +98,7 @@ class MixtureStream:
     def _taken(self, first: int) -> np.ndarray:
         """Return how many samples of each corpus come before sample `first`."""
         period, within = divmod(first, PERIOD)
+        # Periods have exact quotas, so only the last one is counted: any sample is reached at once.
         return period * self.quotas + np.bincount(
             self._period(period)[:within], minlength=len(self.quotas)
         )

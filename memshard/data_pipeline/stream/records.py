@@ -72,6 +72,7 @@ class RecordStream:
         samples = first + np.arange(count)
         steps = range(first // self._size, (first + count - 1) // self._size + 1)
         records = np.concatenate([self._step(step) for step in steps])
+        # Over whole steps, so that all ranks and micro-batches of a step have rows of one width.
         width = _width(self._reader.lengths[records].max() - 1, self._length)
         start = first - steps[0] * self._size
         return _rows(self._reader, records[start : start + count], width, samples)
@@ -158,6 +159,7 @@ class HeldOutRecords:
 
 def _short_enough(reader: SplitReader, length: int, path: str | os.PathLike[str]) -> np.ndarray:
     """Return the records of 2 to length + 1 tokens, in order."""
+    # A single token predicts nothing.
     records = np.flatnonzero((reader.lengths <= length + 1) & (reader.lengths > 1))
     if len(records) < len(reader.lengths):
         log.warning(

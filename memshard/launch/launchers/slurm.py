@@ -80,6 +80,8 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
         path.write_text(script)
         jobs: list[str] = []
         for _ in range(args.chain):
+            # afterany, whatever the end of the job before: a job that ran out of time is what a
+            # chain is for.
             jobs.append(submit(path, jobs[-1] if jobs else args.after))
     logs = f"{start.folder}/log/slurm-*.out, rank*.log"
     if not args.json:
@@ -223,6 +225,8 @@ def _environment(job: Job) -> list[str]:
     values |= cluster.variables
     lines += [f"export {name}={shell([value])}" for name, value in values.items()]
     lines.append('export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
+    # By the job's number, so that two jobs on a node rarely meet; known to all nodes without a
+    # message.
     lines.append(f"export MASTER_PORT=$((20000 + SLURM_JOB_ID % {PORTS}))")
     if job.flavour == "deepspeed":
         hosts = shell([f"{job.start.folder}/hostfile"])

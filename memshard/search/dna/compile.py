@@ -81,6 +81,7 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
         canonical = graph(dna)
         if not canonical.operations:
             return Rejected("invalid", "the block does nothing: its output is its input")
+        # Before the unit is sought: a program without meaning costs no more than this.
         trial = lower(canonical, _TRIAL_UNIT)
         unit = unit_in_band(partial(_parameters, canonical, shape), shape.parameters)
         if unit is None:
@@ -145,6 +146,7 @@ def _diverges(program: Program) -> Rejected | None:
     tokens = torch.randint(
         _TRIAL_VOCABULARY, (2, _TRIAL_LENGTH + 1), generator=torch.Generator().manual_seed(0)
     )
+    # Plain SGD: its steps grow with the gradient, so what diverges does so within a few.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(1, _TRIAL_STEPS + 1):
         optimizer.zero_grad()

@@ -64,6 +64,7 @@ def unit_in_band(parameters: Callable[[int], int], band: tuple[int, int]) -> int
 
 
 def _root(square: float, linear: float, constant: float) -> float | None:
+    # Without matrices the number of parameters grows linearly with the unit.
     if square < 1e-9:
         return -constant / linear if linear > 1e-9 else None
     inside = linear * linear - 4 * square * constant

@@ -78,6 +78,7 @@ def work(task: Task) -> Iterator[Event]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         yield _done(task, "oom", str(error) or "MemoryError")
     except Exception as error:
+        # torch's CPU allocator raises a plain RuntimeError.
         status = "oom" if "can't allocate memory" in str(error) else "crash"
         yield _done(task, status, f"{type(error).__name__}: {error}"[:500])
 
@@ -246,6 +247,8 @@ class Training:
 
     def _learning_rate(self, step: int) -> float:
         done, warmup = step + 1, max(1, self._settings.warmup)
+        # No end is built into the schedule: losses at a hurdle compare programs of any number of
+        # steps.
         return self._settings.lr * min(done / warmup, math.sqrt(warmup / done))
 
     def advance(self) -> float:
@@ -298,6 +301,7 @@ class Training:
             with safe_open(path, "pt", device=self._settings.device) as file:
                 kept = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+        # No file, or one of a worker that was killed: the training starts anew.
         except (OSError, SafetensorError):
             return []
         if kept.get("identity") != identity:

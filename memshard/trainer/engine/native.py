@@ -60,6 +60,7 @@ class NativeEngine:
             if shard_states:
                 self.owners = owners([p.numel() for p in self.parameters], copies)
                 pairs = zip(self.parameters, self.owners, strict=True)
+                # Whole parameters, by a deal that balances their sizes.
                 self.local = [p for p, owner in pairs if owner == dist.get_rank(self.data)]
         self.shares_updates = copies > 1 and shard_states
         if isinstance(config, OptimizerConfig):
@@ -97,6 +98,7 @@ class NativeEngine:
             parameters["lr"] = rate
         gradients = [p.grad for p in self.local if p.grad is not None]
         if scale != 1 and gradients:
+            # On a GPU one kernel for many tensors, where a loop would launch one for each.
             torch._foreach_mul_(gradients, 1 / scale)
         if clip:
             # The norm is that of all parameters, so each rank scales its share by the same factor.

@@ -38,6 +38,7 @@ class Metrics:
         with atomic_write(path) as file:  # a kill must not cost the lines that are kept
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
+        # purge_step hides what an earlier start wrote after this step.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self._wandb = weights_and_biases.begin(folder, recipe, kept) if train.wandb else None
         terminal = sys.stderr.isatty()
