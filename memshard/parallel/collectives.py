@@ -31,6 +31,7 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the sum of x over the ranks of a group (default: all), without gradient."""
     if not dist.is_initialized():
         return x
+    # A copy: all_reduce writes into its argument, and takes only contiguous ones.
     total = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total

@@ -76,6 +76,7 @@ class Index:
 def dump_index(index: Index) -> str:
     """Return the text of index.json, without fields that have their defaults."""
     fields = dataclasses.asdict(index)
+    # So a field that is added later changes neither text nor fingerprint of older folders.
     for item in dataclasses.fields(Index):
         if fields[item.name] == item.default:
             del fields[item.name]

@@ -106,6 +106,7 @@ def build_images(
             for split, (shards, images) in names.items()
             if shards or split != TEST
         }
+        # No tokenizer: a token is a byte, and 256 the <eos> after each image, which needs 16 bits.
         index = Index("uint16", EOS + 1, EOS, "", "", splits, "images", (size, size, channels))
         report = {
             "files": len(files),

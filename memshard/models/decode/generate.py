@@ -146,6 +146,7 @@ def possible_tokens(model: Transformer, prompt_length: int) -> int | None:
     assert model.config.max_length is not None
     if prompt_length > model.config.max_length:
         return 0
+    # One more than positions are left: the last new token is never an input.
     return model.config.max_length - prompt_length + 1
 
 

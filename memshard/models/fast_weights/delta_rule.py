@@ -117,6 +117,7 @@ def _backward(
     d_system = -(d_right @ writes.mT).tril(-1)
     d_attention = (d_out @ writes.mT).tril()
     d_values = beta * d_right
+    # K K^T has the keys on both sides, so its gradient enters d_k with its transpose.
     d_gram = _faded(beta * d_system, faded)
     d_scores = _faded(d_attention, faded)
     reads, late, early = d_out @ states.mT, writes @ d_ends.mT, d_values @ states.mT

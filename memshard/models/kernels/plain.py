@@ -180,6 +180,7 @@ def _update_block(update: AdamUpdate) -> None:
     picked = [tensor.index_select(0, update.rows) for tensor in stored]
     _adam(update, gradient, *picked)
     for tensor, new in zip(stored, picked, strict=True):
+        # Rows are distinct, so no row is written twice and the result has no order to depend on.
         tensor.index_copy_(0, update.rows, new)
 
 
@@ -232,6 +233,7 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     # scaling is exact.
     quantum = (exponent - (mantissa << 23)).view(torch.float32)
     inverse = ((254 << 23) - (exponent - (mantissa << 23))).view(torch.float32)
+    # 24 bits, which fp32 represents exactly: the number is below 1 and never rounded up to it.
     uniform = (bits >> 8 & 0xFFFFFF).float() * 2.0**-24
     return ((x * inverse + uniform).floor() * quantum).to(dtype)
 

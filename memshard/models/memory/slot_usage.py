@@ -87,6 +87,7 @@ class UsageCounter:
     def _local_parts(sums: Tensor) -> Tensor:
         """Return sum c, sum c log c and the number of non-zero c, which ranks can add up."""
         return torch.stack(
+            # xlogy: 0 log 0 is 0, not NaN.
             (sums.sum(), torch.special.xlogy(sums, sums).sum(), (sums > 0).sum().double())
         )
 

@@ -55,6 +55,7 @@ def search(
         history.settings = settings  # the text may be in another place now
         _check_start(history)
         states = folder.resolve() / "state"  # workers may run in another folder
+        # A kill between the end of a child and the removal of its state leaves a file behind.
         living = {_state(states, child.id) for child in history.living()}
         for path in set(states.glob("*")) - living:
             path.unlink()
