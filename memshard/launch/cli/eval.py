@@ -108,7 +108,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAMES",
         help="tasks of lm-evaluation-harness, comma-separated, instead of held-out text",
     )
-    parser.add_argument("--task-dir", metavar="DIR", help="folder of task files of your own")
+    parser.add_argument("--task-dir", metavar="DIR", help="folder of your own task files")
     parser.add_argument(
         "--limit", type=int, metavar="N", help="examples of a task to read at most (default all)"
     )
