@@ -166,7 +166,7 @@ def _texts(path: str) -> Iterator[str]:
     tokenizer, reader = Tokenizer(path), SplitReader(path, TRAIN)
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     order = np.arange(len(reader.lengths))
-    for document in range(int(np.searchsorted(starts, SAMPLE_TOKENS))):
+    for document in range(int(np.searchsorted(starts[:-1], SAMPLE_TOKENS))):
         tokens = reader.read(
             order, starts, starts[document : document + 1], int(reader.lengths[document])
         )[0][0]

@@ -102,8 +102,9 @@ def test_damaged_raw_text_is_masked_and_found(tars: list[Path], data: Path, tmp_
 
 
 def test_bad_tars_are_named(tars: list[Path], data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ends in .text: name the text's ending with --member"):
-        index_tars(tars, tmp_path / "data", suffix="text", tokenizer=data, workers=1)
+    for tokenizer in (data, None):
+        with pytest.raises(ValueError, match="ends in .text: name the text's ending with --member"):
+            index_tars(tars, tmp_path / "data", suffix="text", tokenizer=tokenizer, workers=1)
     (tmp_path / "cut.tar").write_bytes(tars[0].read_bytes()[:5000])
     with pytest.raises(ValueError, match="cut.tar"):
         index_tars([tmp_path / "cut.tar"], tmp_path / "data", tokenizer=data, workers=1)

@@ -101,11 +101,16 @@ def index_tars(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
     with alone(work):
-        proto = (
-            Tokenizer(tokenizer).proto
-            if tokenizer
-            else train_tokenizer(sample_lines(_texts(tars, suffix), seed), vocab_size, model)
+        no_text = ValueError(
+            f"no member of {names[0]} and the other tars ends in .{suffix}: name the text's ending "
+            "with --member"
         )
+        if tokenizer:
+            proto = Tokenizer(tokenizer).proto
+        elif lines := sample_lines(_texts(tars, suffix), seed):
+            proto = train_tokenizer(lines, vocab_size, model)
+        else:
+            raise no_text
         # Sizes and times, not hashes, to know a tar again: hashing terabytes just to resume takes
         # hours.
         facts = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
@@ -124,10 +129,7 @@ def index_tars(
         tables = [np.load(final / f"{name}.all.npy") for name in names]
         hashes = np.concatenate([table[:, 4] for table in tables]).view(np.uint64)
         if not len(hashes):
-            raise ValueError(
-                f"no member of {names[0]} and the other tars ends in .{suffix}: name the text's "
-                "ending with --member"
-            )
+            raise no_text
         sides = choose_sides(hashes, np.ones(len(hashes), dtype=bool), held_out, test)
         splits = {}
         for split, side in ((TRAIN, TRAIN_SIDE), (HELD_OUT, HELD_OUT_SIDE), (TEST, TEST_SIDE)):
