@@ -17,7 +17,7 @@ import torch.distributed as dist
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120
 ) -> list[Any]:
-    """What `fn(rank, world_size, *args)` returns on each rank, each rank a fresh process in one
+    """Return what `fn(rank, world_size, *args)` returns on each rank, a fresh process each, in one
     process group.
 
     `fn` is a function at the top of a module; arguments and results are pickled, tensors by value.

@@ -122,7 +122,9 @@ class SlurmCluster:
         return done.stdout
 
     def state(self, job: str) -> str:
-        """Of a job: PENDING, RUNNING, COMPLETING, ...; empty once it is gone from the queue."""
+        """Return the state of a job: PENDING, RUNNING, COMPLETING, ...; empty once it is gone from
+        the queue.
+        """
         return self.run("squeue", "-h", "-j", job, "-o", "%T", check=False).strip()
 
     def wait_for_end(self, job: str, timeout: float = 180) -> None:
@@ -156,7 +158,7 @@ class SlurmCluster:
 
 
 def missing_programs() -> list[str]:
-    """What has to be installed first."""
+    """Return what has to be installed first."""
     return [
         name
         for name in PROGRAMS

@@ -28,7 +28,7 @@ ADDRESSES = {"n1": "10.99.0.1", "n2": "10.99.0.2"}
 
 
 def _possible() -> bool:
-    """Whether namespaces can be made here."""
+    """Return whether namespaces can be made here."""
     if os.getuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         return False
     return (

@@ -16,7 +16,7 @@ LENGTH = 9
 
 
 def tiny_context(which: str = "plain") -> Context:
-    """Of three texts. which: plain, documents or padding."""
+    """Return a context of three texts. which: plain, documents or padding."""
     positions = torch.arange(LENGTH).expand(3, -1)
     return Context(
         positions,
@@ -34,8 +34,8 @@ def two_passes(
     ctx: Context,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Of two micro-batches: outputs, gradients of all parameters, buffers, reads kept for tables.
-    dtype: of autocast.
+    """Return, of two micro-batches, outputs, gradients of all parameters, buffers, reads kept for
+    tables. dtype: of autocast.
     """
     found = {}
     for seed in range(2):

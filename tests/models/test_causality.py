@@ -16,8 +16,8 @@ _QUERY_NORMS = ["batch", "layer", "rms", "lagged", "none"]
 
 
 def _past_is_bit_equal(model: Transformer, deferred: bool = False) -> bool:
-    """Whether logits before CHANGED keep their bits when the tokens from there on change. Each pass
-    starts from the same model.
+    """Return whether logits before CHANGED keep their bits when the tokens from there on change.
+    Each pass starts from the same model.
     """
     tokens, other = tiny_tokens(2, LENGTH), tiny_tokens(2, LENGTH, seed=5)
     other[:, :CHANGED] = tokens[:, :CHANGED]

@@ -53,7 +53,7 @@ def _bytes(
     layers: int = 12,
     memory: tuple[int, ...] = (),
 ) -> tuple[int, int]:
-    """What a forward pass of 256 tokens keeps, and the most that forward and backward hold;
+    """Return the bytes that a forward pass of 256 tokens keeps, and the peak of both passes;
     parameters and their gradients aside.
     """
     config = ModelConfig(
@@ -117,8 +117,8 @@ def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) 
 
 
 def test_what_segments_save() -> None:
-    """Of 1,024 tokens in 16 pieces: what a forward pass keeps is the losses and some states, and
-    backward holds one piece.
+    """A forward pass of 1,024 tokens in 16 segments keeps the losses and some states, and
+    backward holds one segment.
     """
 
     def measure(segments: int) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def test_a_long_stream_stays_bounded() -> None:
 
 
 def test_memory_grows_with_the_length() -> None:
-    """What autograd keeps for four times the tokens is four times as much, and no [length, dim,
+    """Autograd keeps four times as much for four times the tokens, and no [length, dim,
     dim] tensor.
     """
 

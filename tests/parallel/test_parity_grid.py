@@ -348,7 +348,7 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sequences_over_ranks(world: int) -> None:
-    """Of fast weights; with four ranks, also pieces shorter than the convolutions."""
+    """Fast weights; with four ranks, also segments shorter than the convolutions."""
     check(
         world,
         SEQUENCES

@@ -23,7 +23,7 @@ def _model(attention: str) -> EncoderDecoder:
 def _log_probabilities(
     model: EncoderDecoder, source: list[int], targets: list[list[int]]
 ) -> torch.Tensor:
-    """Of every next token after every prefix of targets of one length: uncached."""
+    """Return log-probabilities of each next token after every prefix of one length, uncached."""
     whole = torch.tensor([source]).expand(len(targets), -1)
     return model(
         torch.tensor([[EOS, *tokens] for tokens in targets]), source=(whole, Context.of(whole))

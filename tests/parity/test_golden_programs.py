@@ -103,9 +103,9 @@ def _norm(name: str, which: str) -> list[str]:
 
 
 def _own_head(name: str, parameter: str, theirs: Tensor) -> Tensor:
-    """What of a parameter written by hand a program has. Its branches do not see each other:
-    Primer's map from keys to queries, which goes over all heads at once, is one for each head
-    there.
+    """Return the part of a parameter written by hand that a program has. Its branches do not see
+    each other: Primer's map from keys to queries, which goes over all heads at once, is one for
+    each head there.
     """
     if name == "primer" and parameter == "mixer.query.weight":
         return (
@@ -179,7 +179,7 @@ def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
 def test_norms_in_half_precision_are_computed_in_fp32(
     name: str, norm: type[nn.Module], dtype: torch.dtype
 ) -> None:
-    """Of channels far from 0, whose mean half precision rounds, and of large ones, whose squares
+    """Channels far from 0, whose mean half precision rounds, and large ones, whose squares
     fp16 does not hold.
     """
     mixer = ProgramMixer(

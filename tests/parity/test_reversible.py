@@ -95,7 +95,7 @@ def _compare(model: Transformer, dtype: torch.dtype, which: str = "plain") -> No
 
 @pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_a_state_from_before(kind: Any) -> None:
-    """Of which nothing has a gradient."""
+    """Nothing of the state has a gradient."""
     model = _model(hidden=True, mixer=MixerConfig(heads=2, kind=kind))
     with torch.no_grad():
         states = model(

@@ -30,7 +30,7 @@ def test_one_tensor_is_kept() -> None:
 
 
 def test_fp16_does_not_overflow() -> None:
-    """Where the square does not fit, value and gradient are those of the largest input whose square
+    """If the square does not fit, value and gradient are those of the largest input whose square
     does.
     """
     x = torch.tensor(

@@ -21,7 +21,7 @@ PAUSE = 0.002
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    """Of a short search on a text that is written into the folder."""
+    """Return settings of a short search on a text that is written into the folder."""
     text = folder / "text"
     if not text.exists():
         text.write_bytes(bytes(range(97, 107)) * 1000)

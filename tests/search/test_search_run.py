@@ -87,7 +87,7 @@ def misbehave(job: Job) -> Iterator[dict]:
 
 
 def _events(workers: Workers, jobs: list[Job]) -> dict[int, list[str]]:
-    """Of each job, until all have ended."""
+    """Return the events of each job, until all have ended."""
     found: dict[int, list[str]] = {job.id: [] for job in jobs}
     try:
         for job in jobs:
@@ -382,7 +382,7 @@ def test_only_mistakes_are_told_as_such(
 
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
 def test_floating_point_operations_are_those_of_the_matrix_products() -> None:
-    """Of the Transformer: forward 2 a token and weight, 4 a pair and channel of attention, which
+    """The Transformer's: forward 2 a token and weight, 4 a pair and channel of attention, which
     the fused kernel must not hide.
     """
     settings = load_settings(None, [f"text={TEXT}", *TINY])

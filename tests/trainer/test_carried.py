@@ -34,7 +34,7 @@ FROZEN = ("optimizer.lr=0", "tables.lr=0", "model.dropout=0")
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of short documents."""
+    """Return a recipe for short documents."""
     folder = tmp_path_factory.mktemp("carried")
     write_corpus(folder / "text", documents=40, seed=2)
     build(folder / "text", folder / "data", vocab_size=300)
@@ -52,8 +52,8 @@ def _loud(run: Run) -> Run:
 
 
 def _loss(recipe: Path, folder: Path, steps: int, *settings: str) -> float:
-    """Of a tiny model that does not learn, over steps that cover the same 48 tokens of every
-    lane.
+    """Return the loss of a tiny model that does not learn, over steps that cover the same 48 tokens
+    of every lane.
     """
     run = _loud(
         prepare(
@@ -228,7 +228,7 @@ def _evaluated(run: Path, capfd: pytest.CaptureFixture[str], *options: str) -> d
 def test_untruncated_evaluation_is_one_pass(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of training with carried states, and of the command on whatever model can."""
+    """In training with carried states, and in the command on any model that can."""
     trained = train_run(recipe, tmp_path / "run", *CARRY, "data.length=16", "train.steps=5")
     loaded = load_model(tmp_path / "run")
     windows = held_out_windows(Path(loaded.recipe.data.path))

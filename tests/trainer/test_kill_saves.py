@@ -63,7 +63,7 @@ def _finish(processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
 
 
 def _phase(checkpoints: Path) -> str:
-    """What a kill has interrupted, by what it left."""
+    """Return what a kill has interrupted, by what it left."""
     if list(checkpoints.glob("*.tmp/COMMITTED")):
         return "before the rename"
     if list(checkpoints.glob("*.tmp/index.json")):

@@ -29,7 +29,7 @@ TORCHRUN = (
 
 
 def _beats(folder: Path) -> list[Beat]:
-    """Of all three ranks, once they train."""
+    """Return the heartbeats of all three ranks, once they train."""
     beats = [beat for beat in read_beats(folder) if beat.step > 2]
     return beats if len(beats) == 3 else []
 

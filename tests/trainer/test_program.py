@@ -26,7 +26,9 @@ from tests.trainer.tiny_run import assert_same, checkpoint_state, train_run
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Of a recipe: Primer-EZ with heads of two channels, and a memory behind the first block."""
+    """Return settings of a recipe: Primer-EZ with heads of two channels, and a memory behind the
+    first block.
+    """
     found = compile_dna(
         golden("primer-ez", 2), Shape(vocab=1, length=32, parameters=(6_000, 8_000), layers=2)
     )

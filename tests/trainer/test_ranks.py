@@ -49,7 +49,9 @@ def _whole(run: Run) -> dict[str, Any]:
 
 
 def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
-    """What a checkpoint saved on two ranks becomes on these: whole tensors, and its evaluation."""
+    """Return what a checkpoint saved on two ranks becomes on these: whole tensors, and its
+    evaluation.
+    """
     run = prepare(recipe, folder, *LONG, *layout)
     evaluation = evaluate_run(run)
     return {

@@ -103,7 +103,7 @@ def _refusals(recipe: Path, folder: Path) -> list[str]:
 
 
 def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
-    """Of some models in fp32 and in bf16, the bytes that a rank keeps for backward, and the
+    """Return, for some models in fp32 and bf16, the bytes that a rank keeps for backward, and the
     estimate.
     """
     batch, length, found = 16, 64, []

@@ -27,7 +27,7 @@ rm -f runs/lample2019/heartbeat/rank*.json
 # 180 s before the time limit the shell gets SIGUSR2; the ranks then save, all at the same
 # step, and leave with exit code 75.
 trap 'scancel --signal=USR2 "$SLURM_JOB_ID"' USR2
-trap : TERM  # SLURM tells the ranks itself
+trap : TERM  # SLURM signals the ranks itself
 srun --kill-on-bad-exit=1 --cpus-per-task=$SLURM_CPUS_PER_TASK python -m memshard train lample2019 --run runs/lample2019 &
 step=$!
 wait $step

@@ -42,7 +42,7 @@ def test_equal_models_are_trained_once(
 
 @pytest.mark.parametrize("name", [*STUDIES, "fast_weights/language", "fast_weights/translation"])
 def test_every_scale_is_made_of_recipes(name: str) -> None:
-    """Of every model: keys that exist, sizes that fit, and none that stands twice under two
+    """Every model has keys that exist and sizes that fit, and none is listed twice under two
     names.
     """
     from memshard.trainer.config.load import load_recipe

@@ -132,7 +132,7 @@ def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
 
 
 def _gradient(step: int) -> Tensor:
-    """Of a table of 50 rows: all of them, or every third."""
+    """Return a gradient of a table of 50 rows: of all of them, or every third."""
     gradient = torch.randn(
         50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
     )
