@@ -12,7 +12,7 @@ endif
 
 .PHONY: help .venv demo format check docs test test-all test-cluster reproduce-smoke gallery bench clean
 
-.DEFAULT_GOAL := .venv
+.DEFAULT_GOAL := help
 
 help:  ## this list
 	@sed -nE 's/^([a-z.-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 18
