@@ -21,13 +21,13 @@ from memshard.launch.cli.main import main
 from memshard.search.dna.compile import Compiled, compile_dna
 from memshard.search.evolve.child import (
     Task,
-    Training,
     _relative_time,
     flops,
     shape,
     start_dna,
     work,
 )
+from memshard.search.evolve.child_training import ChildTraining
 from memshard.search.evolve.journal import read
 from memshard.search.evolve.run import StartFailed, load
 from memshard.search.evolve.settings import Settings, load_settings
@@ -181,7 +181,7 @@ def test_the_probe_of_a_slow_step_ends_early_and_shows_signs_of_life(
             clock[0] += self.seconds
 
     for name, value in {
-        "Training": Steps,
+        "ChildTraining": Steps,
         "_start": lambda settings: 1.0,
         "_clock": lambda settings: clock[0],
     }.items():
@@ -300,7 +300,7 @@ def test_a_training_goes_on_from_a_stop_bit_for_bit(tmp_path: Path) -> None:
     program = compile_dna(start_dna(settings), shape(settings))
     assert isinstance(program, Compiled)
     whole, half, again = (
-        Training(program, settings, read_text(str(TEXT), 16), 1, 2) for _ in range(3)
+        ChildTraining(program, settings, read_text(str(TEXT), 16), 1, 2) for _ in range(3)
     )
     for _ in range(3):
         half.advance()

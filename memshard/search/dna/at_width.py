@@ -23,7 +23,7 @@ _TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockAtWidth:
     """A block of a given width.
 
     program: text for `model.program`. source: torch code. parameters: number of its parameters.
@@ -36,7 +36,7 @@ class Block:
     uncached: str | None
 
 
-def at_width(path: Path | str, dim: int) -> Block:
+def at_width(path: Path | str, dim: int) -> BlockAtWidth:
     """Compile the DNA of a file, or a golden one by its name, to a stream of `dim` channels.
 
     ValueError, with the file and the reason, where that is impossible, and where a program of this
@@ -65,7 +65,7 @@ def at_width(path: Path | str, dim: int) -> Block:
             f"{path}: decoding with a cache differs by {worst:.2g}: this is a fault of the cache, "
             "please report it"
         )
-    return Block(program.to_json(), source(program), program.parameters, uncached)
+    return BlockAtWidth(program.to_json(), source(program), program.parameters, uncached)
 
 
 @torch.no_grad()
