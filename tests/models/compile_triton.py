@@ -12,7 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from memshard.models.kernels import triton_rows
-from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels.plain_rows import AdamUpdate
 
 _launch = JITFunction.run
 compiled: set[str] = set()

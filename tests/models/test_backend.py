@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.kernels import plain
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import SWITCH, backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
@@ -26,7 +26,7 @@ DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
 BACKEND, WHY = backend_for(DEVICE)
 TRITON = "Triton" in WHY
 INTERPRETED = TRITON and DEVICE.type == "cpu"
-needs_kernels = pytest.mark.skipif(BACKEND is plain, reason=WHY)
+needs_kernels = pytest.mark.skipif(BACKEND is plain_rows, reason=WHY)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or "KERNELS_ON" in os.environ,
     reason="needs triton: pip install --no-deps triton==3.7.1; not repeated in its own process",
@@ -59,8 +59,8 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
         BACKEND.score_gradients(values, rows, offsets, upstream),
     )
     theirs = (
-        plain.gather_sum(values, rows, weights, offsets),
-        plain.score_gradients(values, rows, offsets, upstream),
+        plain_rows.gather_sum(values, rows, weights, offsets),
+        plain_rows.score_gradients(values, rows, offsets, upstream),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -79,8 +79,8 @@ def test_sums_of_wide_rows() -> None:
         BACKEND.score_gradients(values, rows, offsets, upstream),
     )
     theirs = (
-        plain.gather_sum(values, rows, weights, offsets),
-        plain.score_gradients(values, rows, offsets, upstream),
+        plain_rows.gather_sum(values, rows, weights, offsets),
+        plain_rows.score_gradients(values, rows, offsets, upstream),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_segment_sums(lengths: tuple[int, ...], part: slice) -> None:
     )
     ours, theirs = (
         BACKEND.segment_sums(values, rows, weights, starts),
-        plain.segment_sums(values, rows, weights, starts),
+        plain_rows.segment_sums(values, rows, weights, starts),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
@@ -129,7 +129,7 @@ def _train(dtype: torch.dtype, options: dict[str, Any], plainly: bool = False) -
     table.hide()
     assert table.backend is BACKEND
     if plainly:
-        table.backend = plain
+        table.backend = plain_rows
     optimizer = RowAdam([table], lr=0.05, **options)
     scores = []
     for step in range(steps):
@@ -168,7 +168,7 @@ def test_steps(dtype: torch.dtype, rounding: str, semantics: str) -> None:
 
 def test_the_switch_keeps_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "plain")
-    assert backend_for.__wrapped__(DEVICE) == (plain, f"plain torch ({SWITCH}=plain)")
+    assert backend_for.__wrapped__(DEVICE) == (plain_rows, f"plain torch ({SWITCH}=plain)")
 
 
 @needs_kernels
@@ -181,11 +181,11 @@ def test_what_kernels_do_not_serve_goes_to_plain_torch() -> None:
         (torch.randn(3, 5), torch.float64),
     ):
         reads = values.to(DEVICE), rows, torch.randn(3, dtype=dtype, device=DEVICE)
-        ours, theirs = BACKEND.gather_sum(*reads, offsets), plain.gather_sum(*reads, offsets)
+        ours, theirs = BACKEND.gather_sum(*reads, offsets), plain_rows.gather_sum(*reads, offsets)
         assert ours.dtype == dtype and torch.equal(ours, theirs)
         upstream = torch.randn(2, values.shape[1], dtype=dtype, device=DEVICE)
         ours = BACKEND.score_gradients(reads[0], rows, offsets, upstream)
-        assert torch.equal(ours, plain.score_gradients(reads[0], rows, offsets, upstream))
+        assert torch.equal(ours, plain_rows.score_gradients(reads[0], rows, offsets, upstream))
 
 
 @needs_kernels

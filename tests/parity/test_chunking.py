@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
-from memshard.models.kernels.plain import bag_of_each_read
+from memshard.models.kernels.plain_rows import bag_of_each_read
 from memshard.models.loss import IGNORE, chunked, token_losses
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.random import RandomKey

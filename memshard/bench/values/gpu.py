@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from memshard.models.kernels import plain
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
@@ -128,9 +128,9 @@ def updates(
     result = {}
     table.drop_reads()
     with torch.no_grad():
-        if table.backend is not plain:
+        if table.backend is not plain_rows:
             result["row Adam"] = seconds(lambda: table.backend.adam_rows(update)), size
-        result["row Adam, plain torch"] = seconds(lambda: plain.adam_rows(update)), size
+        result["row Adam, plain torch"] = seconds(lambda: plain_rows.adam_rows(update)), size
     result["optimizer step"] = seconds(whole), size
     return result
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memshard.bench.common.peak_memory import peak_memory
 from memshard.bench.values.report import FBGEMM, OURS, PARTS
 from memshard.experiments.common.repeated import ratios
-from memshard.models.kernels import plain
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
@@ -144,7 +144,7 @@ def _ours(sizes: Sizes, plainly: bool = False) -> Step:
     table.to(_DTYPES[sizes.dtype]).to_empty(device="cpu")
     table.weight.fill_(0.01)
     if plainly:
-        table.backend = plain
+        table.backend = plain_rows
     optimizer = RowAdam([table], rounding="stochastic", clip=sizes.clip)
 
     def step(rows: Tensor, weights: Tensor, upstream: Tensor) -> dict[str, float]:

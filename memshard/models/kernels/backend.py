@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memshard.models.kernels import cpu_rows, cpu_topk, plain
+from memshard.models.kernels import cpu_rows, cpu_topk, plain_rows
 from memshard.models.kernels.compile_cpp import CompileError
-from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels.plain_rows import AdamUpdate
 from memshard.models.kernels.plain_topk import product_search
 from memshard.models.kernels.self_test import row_backend_fault, search_agrees
 
@@ -27,7 +27,7 @@ ProductSearch = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class RowBackend(Protocol):
-    """Everything done to the rows of a table; plain.py documents it and is the reference."""
+    """Everything done to the rows of a table; plain_rows.py documents it and is the reference."""
 
     def gather_sum(
         self, values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor
@@ -50,16 +50,16 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     torch.
     """
     if os.environ.get(SWITCH) == "plain":
-        return plain, f"plain torch ({SWITCH}=plain)"
+        return plain_rows, f"plain torch ({SWITCH}=plain)"
     # Triton's interpreter runs GPU kernels on a CPU, slowly: for tests.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     kernels, name = _triton(device) if device.type == "cuda" or interpreted else _compiled(device)
     if kernels is None:
-        return plain, f"plain torch ({name})"
+        return plain_rows, f"plain torch ({name})"
     # A wrong kernel would train on silently, so it is tested once in every process, and never
     # trusted.
     if fault := row_backend_fault(kernels, device):
-        return plain, f"plain torch ({name} {fault})"
+        return plain_rows, f"plain torch ({name} {fault})"
     return kernels, f"{name} (they agree with plain torch)"
 
 

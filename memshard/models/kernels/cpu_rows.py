@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memshard.models.kernels import plain
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.compile_cpp import load_library
-from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels.plain_rows import AdamUpdate
 
 _SOURCE = Path(__file__).with_name("rows.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -50,9 +50,9 @@ class CpuRows:
     library: ctypes.CDLL
 
     def gather_sum(self, values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        """As `plain.gather_sum`. IndexError if a row is not in the table."""
-        if plain.needed_for(values, weights, "cpu"):
-            return plain.gather_sum(values, rows, weights, offsets)
+        """As `plain_rows.gather_sum`. IndexError if a row is not in the table."""
+        if plain_rows.needed_for(values, weights, "cpu"):
+            return plain_rows.gather_sum(values, rows, weights, offsets)
         values, rows = values.contiguous(), _int32(rows)
         weights, offsets = weights.contiguous(), offsets.contiguous()
         out = weights.new_empty(len(offsets), values.shape[1])
@@ -76,9 +76,9 @@ class CpuRows:
     def score_gradients(
         self, values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor
     ) -> Tensor:
-        """As `plain.score_gradients`; `gather_sum` has checked that the rows are in the table."""
-        if plain.needed_for(values, upstream, "cpu"):
-            return plain.score_gradients(values, rows, offsets, upstream)
+        """As `plain_rows.score_gradients`; `gather_sum` has checked the row numbers."""
+        if plain_rows.needed_for(values, upstream, "cpu"):
+            return plain_rows.score_gradients(values, rows, offsets, upstream)
         values, rows = values.contiguous(), _int32(rows)
         upstream, offsets = upstream.contiguous(), offsets.contiguous()
         out = upstream.new_empty(len(rows))
@@ -97,16 +97,16 @@ class CpuRows:
         return out
 
     def segment_sums(self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-        """As `plain.segment_sums`."""
+        """As `plain_rows.segment_sums`."""
         # A segment is a bag of consecutive reads, so the same kernel sums both.
         span = slice(int(starts[0]), int(starts[-1]))
         return self.gather_sum(values, rows[span], weights[span], starts[:-1] - starts[0])
 
     def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `plain.sort_reads`; the order is int32."""
+        """As `plain_rows.sort_reads`; the order is int32."""
         # The kernel is a stable radix sort of 32-bit row numbers.
         if rows.dtype != torch.int32 or not rows.is_cpu or torch.compiler.is_compiling():
-            return plain.sort_reads(rows)
+            return plain_rows.sort_reads(rows)
         rows, slots = rows.contiguous(), int(rows.max()) + 1 if len(rows) else 0
         order = torch.empty_like(rows)
         distinct = torch.empty_like(rows, dtype=torch.int64)
@@ -122,9 +122,9 @@ class CpuRows:
         return order, distinct[:count], starts[: count + 1]
 
     def adam_rows(self, update: AdamUpdate) -> None:
-        """As `plain.adam_rows`, in one pass: a row is updated while its gradient is in cache."""
-        if plain.needed_for_update(update, "cpu"):
-            return plain.adam_rows(update)
+        """As `plain_rows.adam_rows`, in one pass: a row is updated while its gradient is cached."""
+        if plain_rows.needed_for_update(update, "cpu"):
+            return plain_rows.adam_rows(update)
         tensors = {name: getattr(update, name) for name in _STORED}
         # Named until the call is over: a temporary's memory could be given away before.
         reads = {name: getattr(update, name) for name in (*_READS, *_BY_ROW)}

@@ -1,4 +1,4 @@
-// Table reads and row updates on the CPU, compiled by compile_cpp.py and called by cpu_rows.py; plain.py is the reference.
+// Table reads and row updates on the CPU, compiled by compile_cpp.py and called by cpu_rows.py; plain_rows.py is the reference.
 //
 // All matrices are row-major and contiguous. Rows are random accesses of some KB, so each loop prefetches the next rows while it works on
 // the current ones: without that it waits for memory most of the time.

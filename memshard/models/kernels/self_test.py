@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memshard.models.kernels import plain
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.cpu_topk import CpuSearch
-from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels.plain_rows import AdamUpdate
 from memshard.models.kernels.plain_topk import product_search
 
 if TYPE_CHECKING:
@@ -87,13 +87,16 @@ def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device)
         offsets = torch.tensor([0, 0, 7, 8, 30, 50], device=device)
         reads = (values, rows, weights)
         pairs = (
-            (backend.gather_sum(*reads, offsets), plain.gather_sum(*reads, offsets)),
+            (backend.gather_sum(*reads, offsets), plain_rows.gather_sum(*reads, offsets)),
             (
                 backend.score_gradients(values, rows, offsets, upstream),
-                plain.score_gradients(values, rows, offsets, upstream),
+                plain_rows.score_gradients(values, rows, offsets, upstream),
             ),
-            (backend.segment_sums(*reads, offsets[2:]), plain.segment_sums(*reads, offsets[2:])),
-            (backend.sort_reads(rows)[0].long(), plain.sort_reads(rows)[0]),
+            (
+                backend.segment_sums(*reads, offsets[2:]),
+                plain_rows.segment_sums(*reads, offsets[2:]),
+            ),
+            (backend.sort_reads(rows)[0].long(), plain_rows.sort_reads(rows)[0]),
         )
         if not all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs):
             return False
@@ -109,7 +112,7 @@ def _updates_agree(
     values = (draw.uniform(slots, dim) - 0.5).to(dtype)
     rows, weights = draw.rows(slots, 40), draw.uniform(40)
     offsets = torch.tensor([0, 9, 9, 31], device=device)
-    order, distinct, starts = plain.sort_reads(rows)
+    order, distinct, starts = plain_rows.sort_reads(rows)
     step_sizes, decay1, decay2 = (draw.uniform(len(distinct)) for _ in range(3))
     update = AdamUpdate(
         values=values,
@@ -118,7 +121,7 @@ def _updates_agree(
         master=values.float() if with_master else None,
         rows=distinct.long(),
         starts=starts,
-        bags=plain.bag_of_each_read(offsets, len(rows))[order],
+        bags=plain_rows.bag_of_each_read(offsets, len(rows))[order],
         weights=weights[order],
         upstream=draw.uniform(4, dim) - 0.5,
         step_sizes=step_sizes if with_master else None,
@@ -137,7 +140,7 @@ def _updates_agree(
     if with_master:
         twin = replace(twin, master=values.float())
     backend.adam_rows(update)
-    plain.adam_rows(twin)
+    plain_rows.adam_rows(twin)
     # The same random bits round half values in both, but a sum that differs in its last bit may
     # round to the neighbour, 2^-8 away in bf16.
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2

@@ -1,6 +1,6 @@
 """Weighted sums of rows and their gradients to the weights, in Triton, launched by triton_rows.py.
 
-plain.py is the reference of everything here. A program works on WIDTH columns, TILE reads at a
+plain_rows.py is the reference of everything here. A program works on WIDTH columns, TILE reads at a
 time, so that their loads are under way together. Row numbers become int64 before they are
 multiplied, since a table may have more than 2^31 values; values become fp32 right after each load.
 Numbers that change from call to call are not specialised: Triton would compile the kernel anew for

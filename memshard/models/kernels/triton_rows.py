@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from memshard.models.kernels import plain, triton_adam, triton_reads
-from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels import plain_rows, triton_adam, triton_reads
+from memshard.models.kernels.plain_rows import AdamUpdate
 
 device_type = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
@@ -24,13 +24,13 @@ _WINDOW = 256
 such window is a program.
 """
 
-sort_reads = plain.sort_reads
+sort_reads = plain_rows.sort_reads
 
 
 def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """As `plain.gather_sum`; a row that is not in the table makes its bag NaN."""
-    if plain.needed_for(values, weights, device_type):
-        return plain.gather_sum(values, rows, weights, offsets)
+    """As `plain_rows.gather_sum`; a row that is not in the table makes its bag NaN."""
+    if plain_rows.needed_for(values, weights, device_type):
+        return plain_rows.gather_sum(values, rows, weights, offsets)
     lasts = offsets[1:]
     return _bag_sums(
         values.contiguous(),
@@ -42,9 +42,9 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
 
 
 def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor:
-    """As `plain.score_gradients`."""
-    if plain.needed_for(values, upstream, device_type):
-        return plain.score_gradients(values, rows, offsets, upstream)
+    """As `plain_rows.score_gradients`."""
+    if plain_rows.needed_for(values, upstream, device_type):
+        return plain_rows.score_gradients(values, rows, offsets, upstream)
     values, rows, offsets, upstream = (
         values.contiguous(),
         rows.contiguous(),
@@ -74,9 +74,9 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
 
 
 def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """As `plain.segment_sums`."""
-    if plain.needed_for(values, weights, device_type):
-        return plain.segment_sums(values, rows, weights, starts)
+    """As `plain_rows.segment_sums`."""
+    if plain_rows.needed_for(values, weights, device_type):
+        return plain_rows.segment_sums(values, rows, weights, starts)
     values, rows, weights, starts = (
         values.contiguous(),
         rows.contiguous(),
@@ -109,9 +109,9 @@ def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) 
 
 
 def adam_rows(update: AdamUpdate) -> None:
-    """As `plain.adam_rows`, in one pass: a program sums a row's gradient and updates the row."""
-    if plain.needed_for_update(update, device_type):
-        return plain.adam_rows(update)
+    """As `plain_rows.adam_rows`, in one pass: a program sums a gradient and updates its row."""
+    if plain_rows.needed_for_update(update, device_type):
+        return plain_rows.adam_rows(update)
     values, upstream = update.values, update.upstream.contiguous()
     bags, weights = update.bags.to(torch.int32).contiguous(), update.weights.contiguous()
     starts = update.starts.contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels.backend import RowBackend
-from memshard.models.kernels.plain import bag_of_each_read, row_blocks
+from memshard.models.kernels.plain_rows import bag_of_each_read, row_blocks
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ _REPLACED = {
 
 from typing import Any
 
-from memshard.models.kernels import plain
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.plain_topk import product_search
 
 RowBackend = Any
@@ -25,7 +25,7 @@ RowBackend = Any
 
 def backend_for(device: Any) -> Any:
     """Return plain torch, and why."""
-    return plain, "plain torch (exports come without a compiler)"
+    return plain_rows, "plain torch (exports come without a compiler)"
 
 
 def search_for(scores: Any) -> Any:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models.kernels.plain import round_stochastically
+from memshard.models.kernels.plain_rows import round_stochastically
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.row_gradient import row_gradients
 from memshard.models.memory.table import ValueTable, externalize_tables

@@ -16,7 +16,7 @@ From backward to the updated row, in one direction:
                                   values and moments, in one pass
       table.drop_reads()          the reads are spent
 
-plain.py says what `adam_rows` computes; cpu_rows.py and triton_rows.py compute the same, faster.
+plain_rows.py says what `adam_rows` computes; cpu_rows.py and triton_rows.py do the same, faster.
 """
 
 import math

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memshard.models.kernels.plain import AdamUpdate
+from memshard.models.kernels.plain_rows import AdamUpdate
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ValueTable
 from memshard.models.random import fold
