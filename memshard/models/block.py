@@ -9,6 +9,7 @@ from memshard.models.mixers.mixer import Mixer, MixerState
 from memshard.models.random import dropout
 from memshard.models.recompute.replay import Replay
 
+# Parts of the keys of dropout masks: other numbers would draw other masks.
 _MIXER_BRANCH, _FEEDFORWARD_BRANCH = 0, 1
 
 
@@ -39,6 +40,7 @@ class Block(nn.Module):
 
         x: [batch, length, dim]. replay: of a pass that backward repeats.
         """
+        # Two methods, because selective checkpointing repeats the second half alone.
         x, state = self.after_mixer(x, ctx, state)
         return self.after_feedforward(x, ctx, replay), state
 
@@ -73,6 +75,7 @@ class Block(nn.Module):
         outputs = [] if self.feedforward is None else [self.feedforward(h)]
         if self.memory is not None:
             outputs.append(self.memory(h, ctx.local.padding, replay))
+        # From outputs[0] and not from sum's 0, which would cost another pass over the activations.
         y = self.feedforward_residual.after(sum(outputs[1:], outputs[0]))
         return self._dropout(y, ctx, _FEEDFORWARD_BRANCH)
 

@@ -44,6 +44,7 @@ class Context:
         """Yield spans of at most `size` local tokens (0: all at once), each with its context."""
         local = self.local
         length = local.positions.shape[1]
+        # An empty sequence would be a step of 0, which range refuses.
         for first in range(0, length, size or max(1, length)):
             span = slice(first, first + (size or length))
             documents, padding = (
@@ -65,6 +66,8 @@ class Context:
         """Mask, [batch, 1, length, length] bool, True where a query (row) may see a key (column);
         None when merely causal.
         """
+        # Computed once and used by all layers; cached_property writes to __dict__, which a frozen
+        # dataclass does not guard.
         if self.documents is None and self.padding is None:
             return None
         length = self.positions.shape[1]
@@ -73,6 +76,7 @@ class Context:
         if self.documents is not None:
             mask = mask & (self.documents[:, :, None] == self.documents[:, None, :])
         if self.padding is not None:
+            # Only keys: what a padded query returns, the loss ignores.
             mask = mask & self.padding[:, None, :]
         # A padded query sees itself: a row of the mask without a key would give NaN.
         return (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]

@@ -13,6 +13,7 @@ from memshard.models.layers.residual import Residual
 from memshard.models.mixers.bidirectional import BidirectionalMixer, SourceState
 from memshard.models.mixers.mixer import MixerState
 
+# After the mixer's 0 and the feedforward's 1 (block.py): part of the key of a dropout mask.
 _CROSS_BRANCH = 2
 
 

@@ -18,6 +18,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     for name, module in model.named_modules():
         if hasattr(module, "reset_parameters"):
+            # The caller's generator stays where it was.
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(fold(seed, zlib.crc32(name.encode())) & (1 << 62) - 1)
                 module.reset_parameters()

@@ -44,6 +44,8 @@ def fold_tensor(key: int, numbers: Tensor) -> Tensor:
     """Mix a key with each of many numbers, in the manner of `fold`. numbers: int64 of any shape;
     returns int64 of that shape.
     """
+    # torch has no unsigned 64-bit arithmetic: the same constants as negative numbers of
+    # the same bits.
     mixed = (numbers ^ key) + (0x9E3779B97F4A7C15 - (1 << 64))
     mixed = (mixed ^ _shift(mixed, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     mixed = (mixed ^ _shift(mixed, 27)) * (0x94D049BB133111EB - (1 << 64))
@@ -87,6 +89,7 @@ def dropout(
     channels = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
     # Numbers of (position, channel) wrap around after 2^32 of them, far beyond any sequence.
     counters = (positions * x.shape[-1]).to(torch.int32)[..., None] + channels
+    # 31 of the bits, because comparisons of int32 are signed.
     keep = random_bits(keys[:, None, None], counters) & 0x7FFFFFFF >= int(rate * (1 << 31))
     return torch.where(keep, x / (1 - rate), 0)
 

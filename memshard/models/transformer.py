@@ -32,6 +32,7 @@ from memshard.models.recompute.grid import Grid
 from memshard.models.recompute.replay import Replay
 from memshard.models.recompute.reversible import reversible_blocks
 
+# The number of no block, for the key of the embedding's dropout mask.
 _EMBEDDING_LAYER = -1
 
 
@@ -55,7 +56,9 @@ class Transformer(nn.Module):
         )
         self.blocks = cast("list[Block]", blocks)
         self.grid = Grid() if config.residual == "reversible" else None
+        # A tied head has the embedding's width and so reads the mean of two streams.
         width = 2 * config.dim if self.grid is not None and not config.tie_head else config.dim
+        # Post-norm blocks end with a norm.
         self.norm = nn.Identity() if config.residual == "post" else build_norm(config.norm, width)
         self.head: Projection | AdaptiveHead | None = (
             None if config.tie_head else Projection(width, config.vocab_size)
@@ -168,6 +171,8 @@ class Transformer(nn.Module):
         predicted = inputs[-1] != IGNORE
         # Sliding windows and masked tokens ask for few losses, and the head is most of a small
         # model's work: compute only those.
+        # A language model in training predicts nearly everywhere, and asking would wait
+        # for the device.
         if (self.config.encoder_layers or not torch.is_grad_enabled()) and not predicted.all():
             losses = self._losses(*(x[predicted][None] for x in inputs))
             return losses.new_zeros(predicted.shape).masked_scatter(predicted, losses)

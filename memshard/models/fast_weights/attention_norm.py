@@ -65,6 +65,7 @@ def normalised_delta_rule(
         # the token's key is subtracted for z_(t-1) . k_t.
         both, total = sums(
             torch.cat((q, k), 1),
+            # Heads 0 to H - 1 are read by the queries, H to 2 H - 1 by the keys.
             k.repeat(1, 2, 1, 1),
             ones.repeat(1, 2, 1, 1),
             _twice(total),
@@ -72,9 +73,14 @@ def normalised_delta_rule(
         )
         reads, olds = both.squeeze(-1).chunk(2, dim=1)
         olds = olds - (k * k).sum(-1)
+        # 0, or by rounding just below, means that nothing was written along this key: features are
+        # not negative, so the memory reads 0 as well, and any divisor but 0 will do.
         olds = torch.where(olds > 0, olds, 1.0)
+        # The rule writes beta k (v - S^T k). With k / olds for k and beta olds for beta, the read
+        # inside is divided by olds, and the factors cancel in the write.
         out, memory = delta(q, k / olds[..., None], v.to(dtype), beta * olds, memory, resets=resets)
         out = out / (reads[..., None] + eps)
+    # The two halves of `total` are equal: both add up the same keys.
     return out.to(v.dtype), torch.cat((memory, total.chunk(2, dim=1)[0]), -1)
 
 

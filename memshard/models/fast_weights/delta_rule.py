@@ -65,6 +65,9 @@ class _DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         faded = None if fade[0] is None else Fading(*fade)  # type: ignore[arg-type]
         inverse = _inverse(k, beta, faded)
+        # U = (I + A)^-1 diag(beta) (V - K S) is linear in S: U = writes - key_writes S. Both
+        # factors are formed for all chunks at once, before any S is known; the scan adds `read`
+        # = key_writes S.
         key_writes, writes = inverse @ (beta * _carried(k, faded)), inverse @ (beta * v)
         ends = _kept(k, faded).mT
         states, read, state = _scan(state, ends @ writes, ends, key_writes, faded)
@@ -110,6 +113,8 @@ def _backward(
     key_writes = inverse @ (beta * k_carried)
     d_writes = _pairs(q @ k.mT, faded).mT @ d_out
     d_starts = _carried(q, faded).mT @ d_out - key_writes.mT @ d_writes
+    # The state's gradient obeys the same recursion from the last chunk to the first, with the two
+    # factors transposed and exchanged.
     d_ends, passed, d_state = _scan(d_state, d_starts, key_writes.mT, k_kept, faded, backward=True)
     d_writes = d_writes + passed
     # U = (I + A)^-1 R, so dR = (I + A)^-T dU, and dA = -dR U^T below the diagonal.

@@ -27,6 +27,7 @@ class _EluPlusOne(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
+        # The derivative is 1 above zero, where y > 1, and exp(x) = y below.
         return gradient * y.clamp(max=1)
 
 
@@ -76,6 +77,8 @@ class FeatureMap(nn.Module):
         if self.directions is None or self.directions.is_meta:
             return
         blocks = -(-self.width // self.dim)
+        # LAPACK chooses the signs of the columns; features have both signs of each direction, so
+        # that does not matter.
         orthogonal, _ = torch.linalg.qr(torch.randn(blocks, self.dim, self.dim))
         norms = torch.randn(self.width, self.dim).norm(dim=-1, keepdim=True)
         self.directions.copy_(orthogonal.mT.flatten(0, 1)[: self.width] * norms)
@@ -99,6 +102,8 @@ class FeatureMap(nn.Module):
     def _favor(self, x: Tensor) -> Tensor:
         assert self.directions is not None
         directions = self.directions.to(x.dtype)
+        # Of queries and keys alike, which makes their product the q . k / sqrt(dim)
+        # of softmax attention.
         x = x * self.dim**-0.25
         projected = x @ directions.mT
         both = torch.cat((projected, -projected), -1)

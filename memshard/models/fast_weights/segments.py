@@ -60,6 +60,8 @@ def delta_rule_of_segment(neighbours: Neighbours) -> Rule:
             q, k, F.pad(v.to(dtype), (0, q.shape[-1])), beta, start, resets=resets
         )
         before, after = neighbours.states(end[..., width:], end[..., :width], state)
+        # Reads of the extra columns are q^T times the map so far, so that times the true state
+        # before the segment is what was missing from the reads.
         return _joined(read[..., :width], read[..., width:], before).to(v.dtype), after
 
     return rule
@@ -73,11 +75,14 @@ def sum_rule_of_segment(neighbours: Neighbours) -> Rule:
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(v.dtype, torch.float32)
         read, written = sum_rule(q, k, v.to(dtype), resets=resets)
+        # The sum rule leaves the state as it is: the map is the identity, and a query
+        # reads it directly.
         carried, through = (
             q.to(dtype),
             torch.eye(q.shape[-1], dtype=dtype, device=q.device).expand(*q.shape[:2], -1, -1),
         )
         if resets is not None:
+            # From a segment's first reset on, nothing of the state before it is left.
             kept = resets.cumsum(1) == 0
             carried, through = (
                 carried * kept[:, None, :, None],
@@ -90,5 +95,6 @@ def sum_rule_of_segment(neighbours: Neighbours) -> Rule:
 
 
 def _joined(read: Tensor, carried: Tensor, before: Tensor) -> Tensor:
+    # States are fp32; autocast would round them to half precision for the product.
     with torch.autocast(read.device.type, enabled=False):
         return read + carried @ before

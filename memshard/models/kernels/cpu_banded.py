@@ -47,6 +47,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool
 ) -> tuple[Tensor, Tensor]:
     """As `banded._forward`. Tensors in fp32, fp16 or bf16, on the CPU; fp32 inside."""
+    # In fp32 whatever v is: the kernel writes to them directly.
     out, logs = torch.empty(v.shape), torch.empty(v.shape[:2])
     _call(
         "memshard_banded_forward",
@@ -100,9 +101,12 @@ def _call(
     library = kernel()
     assert library is not None
     # Named until the call is over: a temporary's memory could be given away before.
+    # Results pass through here as well. They are fp32 and contiguous, so they are not copied; a
+    # copy would be filled instead of the tensor that the caller returns.
     inputs = {key: tensor.float().contiguous() for key, tensor in tensors.items()}
     rows, length, dim = tensors["q"].shape
     sizes = rows, length, dim, tensors["v"].shape[-1], len(orders), window, chunk
+    # One pointer for each round's order.
     lists = {
         field: (ctypes.c_void_p * len(orders))(
             *(getattr(order, field).data_ptr() for order in orders)

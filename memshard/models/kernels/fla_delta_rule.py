@@ -81,6 +81,7 @@ def by_kernel(
     """
     q, k, v, beta = (x.to(v.dtype).transpose(1, 2).contiguous() for x in (q, k, v, beta))
     if resets is None:
+        # Queries are not scaled here; the library's default would divide them by sqrt(features).
         out, state = kernel(q, k, v, beta, scale=1.0, initial_state=state, output_final_state=True)
         return out.transpose(1, 2), state
     batch, length = resets.shape
@@ -91,6 +92,8 @@ def by_kernel(
     # The first and the last sequence of each row.
     first = torch.searchsorted(firsts, torch.arange(batch, device=firsts.device) * length)
     last = F.pad(first[1:], (0, 1), value=len(firsts)) - 1
+    # A row begins with its state, unless its first token resets it; documents inside a
+    # row begin empty.
     initial = state.new_zeros(len(firsts), *state.shape[1:]).index_copy(
         0, first, state * ~resets[:, :1, None, None]
     )

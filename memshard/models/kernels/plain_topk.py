@@ -13,6 +13,7 @@ def product_search(first: Tensor, second: Tensor, k: int) -> Tensor:
     """
     i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
     x, y = (ranks.to(first.device) for ranks in candidate_pairs(k))
+    # Pairs number ranks, not sub-keys: 119 sums at k = 32, whatever the number of keys.
     sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)
     chosen = ranked_topk(sums, k)
     return torch.stack((i1.gather(-1, x[chosen]), i2.gather(-1, y[chosen]))).int()
@@ -25,6 +26,8 @@ def candidate_pairs(k: int) -> tuple[Tensor, Tensor]:
     A pair is beaten by the (x + 1)(y + 1) - 1 pairs of lower or equal ranks, so (x + 1)(y + 1) <= k
     for all that count: 119 of 1,024 pairs at k = 32. In lexicographic order, which is that of ties.
     """
+    # Named, since the cache serves all devices: made under torch.device("meta"), it would keep
+    # numbers without values.
     ranks = torch.arange(1, k + 1, device="cpu")
     x, y = torch.nonzero(ranks[:, None] * ranks <= k, as_tuple=True)
     return x, y

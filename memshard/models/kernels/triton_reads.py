@@ -19,6 +19,7 @@ def add_rows(
 
     A row outside the table makes it NaN.
     """
+    # One sum for each place in a tile, joined at the end: the order of additions is fixed.
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(first, last, TILE):
         reads = start + tl.arange(0, TILE)
@@ -84,6 +85,8 @@ def score_gradients(
         row = tl.load(rows + read, mask=asked, other=0).to(tl.int64)
         inside = (row >= 0) & (row < slots)
         products = tl.zeros((TILE,), tl.float32)
+        # One program for all columns, unlike in `gather_sum`: programs that share a product would
+        # have to add by atomics, in no fixed order.
         for column in range(0, dim, WIDTH):
             columns = column + tl.arange(0, WIDTH)
             mask = (asked & inside)[:, None] & (columns < dim)[None, :]
@@ -116,6 +119,8 @@ def add_segment(
     head = tl.minimum((first + WINDOW - 1) // WINDOW * WINDOW, last)
     tail = tl.maximum(last // WINDOW * WINDOW, head)
     sums = add_rows(values, rows, weights, first, head, slots, dim, columns, TILE, WIDTH)
+    # With windows of 256, a row read 10,000 times takes at most 39 of these sums and
+    # 510 single reads.
     for window in range(head // WINDOW, tail // WINDOW):
         sums += tl.load(windows + window * dim + columns, mask=columns < dim, other=0.0)
     return sums + add_rows(values, rows, weights, tail, last, slots, dim, columns, TILE, WIDTH)

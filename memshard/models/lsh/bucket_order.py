@@ -33,6 +33,8 @@ def order_tokens(groups: Tensor, window: int, chunk: int) -> Order:
     ordered, order = groups.sort(dim=1, stable=True)
     row = torch.arange(rows, device=device)[:, None]
     changes = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    # Counted on from row to row, so that groups of different rows, which are
+    # neighbours here, differ.
     numbers = changes.flatten().cumsum(0, dtype=torch.int32).view(rows, length)
     # With gaps of `window` between groups, one subtraction compares group and distance.
     gapped = (
@@ -43,6 +45,7 @@ def order_tokens(groups: Tensor, window: int, chunk: int) -> Order:
     codes = torch.zeros(rows * length + 1, dtype=torch.int32, device=device).index_copy_(
         0, places.flatten(), gapped.flatten()
     )
+    # The empty chunk in front gives the first real one a predecessor to look back at.
     missing, empty = -length % chunk, rows * length
     places = F.pad(F.pad(places, (0, missing), value=empty).flatten(), (chunk, 0), value=empty)
     numbers = F.pad(F.pad(numbers, (0, missing), value=-1).flatten(), (chunk, 0), value=-1)

@@ -23,6 +23,7 @@ class MappedTable(ValueTable):
         # No values in memory; `read_rows` has them.
         super().__init__(slots, dim, local_rows=range(0))
         self.read_rows = read_rows
+        # Nobody trains it, and `parameters()` would show 0 rows.
         self.hide()
 
     @property
@@ -48,6 +49,7 @@ class MappedTable(ValueTable):
         """As `ValueTable.dot`."""
         products = [x.new_zeros(0, rows.shape[1])]
         for rows_here, x_here in self._blocks(rows, x):
+            # Only an observer looks at these weights; a product has none, so every read counts 1.
             values, inverse = self._read(
                 rows_here, rows_here.new_ones(rows_here.shape, dtype=torch.float32)
             )
@@ -60,6 +62,7 @@ class MappedTable(ValueTable):
     def _blocks(self, rows: Tensor, of_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         tokens = max(1, _BLOCK_READS // max(1, rows.shape[1]))
         return (
+            # split() of no rows would yield one empty part, for which no file should be asked.
             list(zip(rows.split(tokens), of_tokens.split(tokens), strict=True)) if len(rows) else []
         )
 
@@ -74,6 +77,7 @@ class MappedTable(ValueTable):
 
 def replace_tables(model: nn.Module, new: dict[str, ValueTable]) -> None:
     """Replace tables, by the names that `find_tables` yields, in all layers that read them."""
+    # By identity: a shared table has one name here and is an attribute of several layers.
     replaced = {model.get_submodule(name): table for name, table in new.items()}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

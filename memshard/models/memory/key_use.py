@@ -28,6 +28,7 @@ class KeyUse:
         device: torch.device | str = "cpu",
         reduce: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
+        # Even at first, which gives L no gradient: until reads are counted, nothing is pushed.
         self.share = torch.full((heads, 2, keys), 1 / keys, device=device)
         self.last_read = torch.zeros_like(self.share)
         self.balance = 0.0
@@ -46,6 +47,7 @@ class KeyUse:
     def count_reads(self, i1: Tensor, i2: Tensor) -> None:
         """Count the sub-keys of the slots that are read. i1, i2: [tokens, heads, topk]."""
         for half, selected in enumerate((i1, i2)):
+            # [tokens, heads, topk] to [heads, tokens * topk]: a sub-key is counted in its own head.
             by_head = selected.transpose(0, 1).flatten(1)
             self._reads[:, half].scatter_add_(1, by_head, torch.ones_like(by_head))
 
@@ -53,6 +55,8 @@ class KeyUse:
         """Count the reads since the last commit as those of a step; all ranks call it."""
         reads = self.reduce(self._reads)
         totals = reads.sum(-1, keepdim=True)
+        # After a step without reads (a batch of padding) the shares stay; reads / 1 would draw
+        # them to 0.
         if bool(totals.any()):
             self.share.lerp_(reads / totals.clamp(min=1), _MOMENTUM)
         self.last_read.masked_fill_(reads > 0, step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 QueryNormKind = Literal["batch", "layer", "layer-half", "rms", "lagged", "none"]
 WeightingKind = Literal["softmax", "sigmoid", "relu"]
+# fp32 arrays of [heads, key_dim] that a query's way from projection to scores keeps for backward.
 _QUERY_COPIES = {"batch": 2, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 _MOST_KEYS = 1_000_000
 
@@ -34,12 +35,14 @@ class MemorySize:
 
 
 def product_keys_kept(size: MemorySize) -> float:
-    """Return the bytes kept of a token: the input, the 1 to 4 stages of query normalisation, all
+    """Return the bytes kept of a token: the input, the 1 to 3 stages of query normalisation, all
     scores for key balance, and 16 value_dim for a gate.
     """
     settings, a = size.settings, size.value_bytes
     kept = 4.0 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
     if settings.gate:
+        # The fp32 reading, and in the activations' dtype the gate, its silu and their product.
+        # Autocast casts the input for the gate's matrix once more.
         kept += (4 + 3 * a) * size.value_dim + (a * size.dim if a == 2 else 0)
     if size.key_balance:
         kept += 8 * settings.heads * settings.keys

@@ -82,6 +82,8 @@ class Peer(ProductKeyMemory):
             run_once(
                 replay,
                 partial(self.down.dot, rows),
+                # fp32 at least: bf16 tokens with a bf16 table would ask for bf16 sums, which
+                # kernels do not form.
                 tokens.to(weights.dtype),
                 extra_inputs=[self.down.autograd_handle],
             )
@@ -89,6 +91,9 @@ class Peer(ProductKeyMemory):
         return run_once(
             replay,
             partial(self.values.weighted_sum, rows),
+            # An expert's output is its value times a number, so it is read like any value,
+            # with that number as weight; the weight's gradient leads on to the search and to
+            # the down table.
             weights * hidden,
             extra_inputs=[self.values.autograd_handle],
         )

@@ -119,6 +119,7 @@ class ProductKeyMemory(nn.Module):
 
         tokens: [n, dim].
         """
+        # [tokens, heads, key_dim]
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
         # multiplications a token.
@@ -128,6 +129,7 @@ class ProductKeyMemory(nn.Module):
             if watch is not None:
                 first, second = watch.balanced(first, second)
             scores, i1, i2 = product_topk(first, second, self.topk, replay)
+            # The repetition in backward would count each read twice.
             if watch is not None and not (replay and replay.repeating):
                 watch.count_reads(i1, i2)
             weights = weigh(scores, self.weighting)
@@ -159,6 +161,8 @@ class SubKeys(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the sub-keys."""
+        # Scores of queries of variance 1 then have variance half * bound^2 / 3 = 1 / 3
+        # at any width.
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -172,6 +176,8 @@ class SubKeys(nn.Module):
             # In the queries' dtype, fp32 at least: see `lookup`.
             self.weight.to(queries.dtype).unbind(1),
         )
+        # Tokens t, heads h, sub-keys n, channels d of a half. One einsum over both halves would
+        # have to stack the gradients of their scores, [tokens, heads, 2, keys], in backward.
         first, second = (
             torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True)
         )

@@ -42,6 +42,8 @@ class SortedReads:
 
     def scaled(self, scale: float) -> "SortedReads":
         """Return the same reads with a gradient `scale` times as large."""
+        # One factor a read in place of one for each of its dim values: a gradient is
+        # linear in weights.
         return self if scale == 1 else replace(self, weights=self.weights * scale)
 
     def sums(self, first: int, last: int) -> Tensor:
@@ -78,17 +80,20 @@ def sort_reads(reads: Sequence[Read], backend: RowBackend) -> SortedReads | None
     dtype = torch.promote_types(reads[0].weights.dtype, torch.float32)
     rows = _cat([read.rows for read in reads])
     upstream = _cat([read.upstream for read in reads]).to(dtype)
+    # Each read numbers its bags from 0; in the joined `upstream` they follow one another.
     firsts = [0]
     for read in reads:
         firsts.append(firsts[-1] + len(read.offsets))
     bags = _cat(
         [
             bag_of_each_read(read.offsets, len(read.rows)) + first
+            # `firsts` has one entry more, the number of all bags.
             for read, first in zip(reads, firsts, strict=False)
         ]
     )
     order, distinct, starts = backend.sort_reads(rows)
     weights = _cat([read.weights for read in reads])[order].to(dtype)
+    # Numbers of bags as narrow as those of rows, int32 for tables below 2^31: 4 bytes a read.
     return SortedReads(
         distinct.long(), starts, bags.to(rows.dtype)[order], weights, upstream, backend
     )

@@ -119,6 +119,7 @@ def _concentration(histogram: Tensor) -> dict[str, Any]:
     # 1 to before + slots
     before = slots.cumsum(0) - slots
     ranked = float((value * slots * (before + (slots + 1) / 2)).sum())
+    # G = 2 sum_i i x_i / (n sum_i x_i) - (n + 1) / n, over the counts x in ascending order.
     gini = 2 * ranked / (all_slots * total) - (all_slots + 1) / all_slots
     value, slots, reads = value.flip(0), slots.flip(0), reads.flip(0)
     taken = reads.cumsum(0)

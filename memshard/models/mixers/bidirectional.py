@@ -93,6 +93,7 @@ class BidirectionalMixer(Mixer):
             y = read_sum(q, source.keys).to(x.dtype)
         else:
             assert source.values is not None
+            # [batch, 1, 1, source length]: the same for all heads and queries.
             mask = None if source.padding is None else source.padding[:, None, None]
             y = F.scaled_dot_product_attention(q, source.keys, source.values, attn_mask=mask)
         return self.output(y.transpose(1, 2).flatten(2)), None if state is None else source

@@ -126,6 +126,7 @@ class FastWeightMixer(HeadProjections):
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
         q, k = self.features(q), self.features(k)
         beta = (
+            # The sum rule knows no strength; ones let both rules share padding and rollback.
             torch.ones_like(k[..., 0])
             if self.strength is None
             else self.strength(x).mT.sigmoid().to(k.dtype)
@@ -149,6 +150,7 @@ class FastWeightMixer(HeadProjections):
         """Return an empty state for `batch` rows of any length; `capacity` does not matter."""
         weight = self.value.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        # One column more for the sum of keys.
         width = weight.shape[0] // self.heads + self.attention_norm
         memory = weight.new_zeros(batch, self.heads, self.features.features, width, dtype=dtype)
         return FastWeightState(

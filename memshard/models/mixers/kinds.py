@@ -59,6 +59,8 @@ def attention_kept(size: LayerSize) -> float:
 
 def attention_multiplications(size: LayerSize) -> float:
     """Return the multiplications of causal attention for a token, in scores and sums."""
+    # A token sees length / 2 others in the mean, with dim multiplications for scores and
+    # dim for sums.
     return size.length * size.dim
 
 
@@ -68,11 +70,15 @@ def fast_weight_sequence_bytes(size: LayerSize) -> float:
     """
     settings, width = size.settings, size.dim // size.settings.heads
     features = feature_count(settings.features, width, settings.feature_width)
+    # fp32. A head's map is [features, features + width], the gradients of both its
+    # states [features, width].
     return 4.0 * (size.ranks - 1) / size.length * settings.heads * features * (features + 3 * width)
 
 
 def feature_count(kind: FeatureKind, width: int, feature_width: int) -> int:
     """Return how many features a map makes of a head's `width` channels."""
+    # DPFP doubles channels to relu(x), relu(-x), for each of nu shifts; FAVOR+ has exp of either
+    # sign of a direction.
     return {"elu": width, "dpfp": 2 * width * feature_width, "favor": 2 * feature_width}[kind]
 
 

@@ -91,6 +91,7 @@ class Program:
                     f"model.program: node {number} ({node.op} of {list(node.inputs)}) is no call "
                     "of an earlier value"
                 )
+            # Maps and convolutions take the number of branches, depthwise filters their size.
             if bool(
                 operation.takes or operation.parameter in ("matrix", "depthwise")
             ) != isinstance(node.argument, int | float):

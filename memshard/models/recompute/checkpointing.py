@@ -58,6 +58,7 @@ def run_block(
     """
     if chunk and chunk < ctx.local.positions.shape[1]:
         if kind == "full":
+            # No replay: all that must happen once is in memories, so in the other half.
             x, state = checkpoint(
                 block.after_mixer, x, ctx, state, use_reentrant=False, preserve_rng_state=False
             )

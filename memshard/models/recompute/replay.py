@@ -90,6 +90,8 @@ class _Kept:
             else nullcontext()
         )
         with torch.enable_grad(), shield:
+            # Leaves of a graph of its own: `_Once.backward` takes gradients up to here and hands
+            # them to the graph of the pass that is alive.
             self.inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
             self.output = function(*self.inputs)
 
@@ -104,6 +106,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kept: _Kept, inputs: int, *tensors: Tensor) -> Tensor:
         ctx.kept, ctx.extra_inputs = kept, tensors[inputs:]
+        # Another tensor of the same memory: autograd hangs this pass's node on what is returned.
         return kept.output.detach()
 
     @staticmethod
