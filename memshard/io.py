@@ -1,5 +1,6 @@
 """Writing files so that a reader, or the next start after a kill, never meets half of one."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -25,6 +26,26 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give an OSError of the block the name of the file it concerns, where it has none: those of
+    reads and writes do not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def is_absence(error: OSError) -> bool:
+    """Tell whether an error says that a file is not there, and not that it cannot be read (no
+    permission, a failing disk, a stale mount).
+    """
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def partial_path(path: Path) -> Path:

@@ -196,6 +196,8 @@ def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
                 else DamagedCheckpoint(path, str(error))
             )
             yield Finding(str(damage), bad=True)
+        except OSError as error:
+            yield Finding(f"{path} cannot be read ({error})", bad=True)
         else:
             yield Finding(
                 f"{path} is "

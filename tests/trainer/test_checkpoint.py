@@ -1,13 +1,17 @@
 """What a checkpoint holds is what was trained, or the loader says so and takes the one before."""
 
+import functools
 import json
 import logging
+import os
 import pickle
 import resource
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.checkpoint.save_load import (
     DamagedCheckpoint,
     load_state,
+    load_state_together,
     load_tensors,
     save_checkpoint,
 )
@@ -75,6 +80,57 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert [path.name for path in (run / "checkpoints").iterdir() if "damaged" in path.name] == [
         "damaged-step-00000004"
     ]
+
+
+@pytest.mark.parametrize("name", [*FILES, "COMMITTED", ".", ".."])
+def test_a_checkpoint_that_cannot_be_read_ends_the_command_and_stays(
+    name: str, saved_twice: Path
+) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        run = Path(shutil.copytree(saved_twice, Path(folder) / "run"))
+        newest = run / "checkpoints/step-00000004"
+        load_model(run)  # imports what another user may not read
+        closed = newest if name == "." else newest.parent if name == ".." else newest / name
+        closed.chmod(0)
+        with _bound_by_modes():
+            for read in (load_model, functools.partial(load_model, memmap=True), _restore):
+                with pytest.raises(PermissionError, match=str(closed)):
+                    read(run)
+        closed.chmod(0o755)
+        assert [path.name for path in committed(newest.parent)] == [
+            "step-00000002",
+            "step-00000004",
+        ]
+
+
+@contextmanager
+def _bound_by_modes() -> Iterator[None]:
+    """Be an ordinary user, also where root runs the tests."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def _restore(run: Path) -> None:
+    """Read a run's newest checkpoint as a resume does."""
+    newest = committed(run / "checkpoints")[-1]
+    load_state_together(newest)
+    load_tensors(newest, {"model.norm.weight": torch.empty(16)})
+
+
+def test_a_disk_error_is_no_damage(saved_twice: Path, recipe: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(saved_twice, tmp_path / "run"))
+    state = run / "checkpoints/step-00000004/state.json"
+    state.unlink()
+    state.symlink_to("/proc/self/mem")  # a read at 0 is an input/output error
+    with pytest.raises(OSError, match=f"Input/output error: '{state}'"):
+        prepare(recipe, run)
+    assert len(committed(run / "checkpoints")) == 2
 
 
 def test_a_run_that_fell_back_ends_like_one_that_did_not(recipe: Path, tmp_path: Path) -> None:

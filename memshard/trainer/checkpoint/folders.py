@@ -1,7 +1,10 @@
 """The checkpoint folders of a run: which are committed, which is newest, which to remove."""
 
+import os
 import shutil
 from pathlib import Path
+
+from memshard.io import is_absence
 
 COMMIT = "COMMITTED"
 _PREFIX = "step-"
@@ -13,11 +16,18 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 
 def committed(root: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first. OSError if the folder cannot be read."""
+    try:
+        # Not by glob, which passes over folders that cannot be read: a run would begin anew.
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
     return sorted(
-        path.parent
-        for path in root.glob(f"{_PREFIX}*/{COMMIT}")
-        if path.parent.name[len(_PREFIX) :].isdigit()
+        root / name
+        for name in names
+        if name.startswith(_PREFIX)
+        and name[len(_PREFIX) :].isdigit()
+        and _is_committed(root / name)
     )
 
 
@@ -25,7 +35,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints that a path stands for, newest first: the path itself, or the
     committed ones of a run folder. ValueError if there is none.
     """
-    if (path / COMMIT).exists():
+    if _is_committed(path):
         return [path]
     folders = committed(path / "checkpoints")
     if not folders:
@@ -51,8 +61,18 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
         if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every:
             remove(path)
     for path in root.glob(f"{_PREFIX}*"):
-        if path.suffix == ".tmp" or not (path / COMMIT).exists():
+        if path.suffix == ".tmp" or not _is_committed(path):
             shutil.rmtree(path)
+
+
+def _is_committed(path: Path) -> bool:
+    try:
+        (path / COMMIT).stat()
+    except OSError as error:
+        if not is_absence(error):
+            raise
+        return False
+    return True
 
 
 def set_aside(path: Path) -> Path:

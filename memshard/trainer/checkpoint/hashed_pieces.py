@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memshard.io import named
 from memshard.trainer.checkpoint.index import Chunk, StoredTensor
 
 
@@ -17,14 +18,17 @@ def read_pieces(
     rows are counted within the chunk. ValueError if a piece does not match its hash.
     """
     _, row_bytes = chunk.rows(dtype.itemsize)
-    with (folder / chunk.file).open("rb") as file:
+    path = folder / chunk.file
+    with path.open("rb") as file:
         for rows, expected in zip(chunk.pieces(dtype.itemsize), chunk.sha256, strict=True):
             if wanted is not None and (rows.stop <= wanted.start or rows.start >= wanted.stop):
                 continue
             file.seek(chunk.at + rows.start * row_bytes)
             # Writable, so torch.frombuffer below needs no copy.
             data = bytearray(len(rows) * row_bytes)
-            if file.readinto(data) < len(data) or hashlib.sha256(data).hexdigest() != expected:
+            with named(path):
+                whole = file.readinto(data) == len(data)
+            if not whole or hashlib.sha256(data).hexdigest() != expected:
                 raise ValueError(
                     f"{name}: rows {rows.start} to {rows.stop - 1} in {chunk.file} do not match "
                     "their hash"

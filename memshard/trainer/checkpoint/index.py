@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from memshard.io import named
+
 INDEX_FILE = "index.json"
 PIECE_BYTES = 1 << 24
 """Most bytes that are written, hashed and read at once."""
@@ -80,7 +82,8 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """
     file = folder / INDEX_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with named(file):
+            content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         old = next(folder.glob("*.distcp"), None)
         raise ValueError(
@@ -88,7 +91,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             + (f", and pickled files such as {old.name} are never read" if old else "")
         ) from None
     # Deeply nested lists in a file raise RecursionError in the parser.
-    except (OSError, ValueError, RecursionError) as error:
+    except (IsADirectoryError, ValueError, RecursionError) as error:
         raise ValueError(f"{INDEX_FILE} is not JSON: {error}") from error
     if (
         not isinstance(content, dict)

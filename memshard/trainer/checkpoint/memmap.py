@@ -17,6 +17,8 @@ class MappedTensor:
         self._parts: list[tuple[tuple[slice, ...], Tensor]] = []
         for chunk in stored.chunks:
             size = math.prod(chunk.sizes) * stored.dtype.itemsize
+            # torch names neither the file nor the reason as an OSError does.
+            (folder / chunk.file).open("rb").close()
             # Private and never written, so its pages are those of the file.
             data = torch.from_file(
                 str(folder / chunk.file), shared=False, size=chunk.at + size, dtype=torch.uint8

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from memshard.io import is_absence, named
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
 from memshard.trainer.checkpoint.folders import COMMIT
@@ -127,7 +128,7 @@ def _to_disk(path: Path) -> None:
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
     """Fill tensors in place from a checkpoint saved on any number of ranks. DamagedCheckpoint, on
-    all ranks, if it is damaged.
+    all ranks, if it is damaged; OSError, on all ranks, if a file cannot be read.
 
     alone: only this process reads.
     """
@@ -137,6 +138,9 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) 
     try:
         dcp.load(tensors, storage_reader=PieceReader(folder, index), no_dist=alone)
     except CheckpointException as error:
+        for problem, _ in error.failures.values():
+            if isinstance(problem, OSError) and not is_absence(problem):
+                raise problem from error
         raise DamagedCheckpoint(folder, _reason(error)) from error
 
 
@@ -162,19 +166,29 @@ def index_of(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise DamagedCheckpoint unless state, recipe, tokenizer and index are what was saved."""
+    """Raise DamagedCheckpoint unless state, recipe, tokenizer and index are what was saved; OSError
+    if one cannot be read.
+    """
     try:
-        hashes = json.loads((folder / COMMIT).read_text())
+        hashes = json.loads(_read(folder / COMMIT))
         for name in hashes:
             # A name such as "../x" would have a file outside the folder read.
             if Path(name).name != name:
                 raise ValueError(f"{COMMIT} names {name!r}, which is no file of a checkpoint")
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != hashes[name]:
+            if hashlib.sha256(_read(folder / name)).hexdigest() != hashes[name]:
                 raise ValueError(f"{name} does not match its hash")
         if _STATE not in hashes:
             raise ValueError(f"{COMMIT} lists no {_STATE}")
     except (OSError, ValueError, TypeError) as error:
+        # Set aside as damaged, a sound checkpoint would be lost to a mount that comes back.
+        if isinstance(error, OSError) and not is_absence(error):
+            raise
         raise DamagedCheckpoint(folder, str(error)) from error
+
+
+def _read(file: Path) -> bytes:
+    with named(file):
+        return file.read_bytes()
 
 
 def _reason(error: CheckpointException) -> str:
@@ -184,15 +198,17 @@ def _reason(error: CheckpointException) -> str:
 
 
 def _read_on_rank0(read: Callable[[], Any]) -> Any:
-    """Return what rank 0 reads on every rank; raise its DamagedCheckpoint on every rank."""
+    """Return what rank 0 reads on every rank; raise its DamagedCheckpoint or OSError on every
+    rank.
+    """
     value = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             value = read()
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, OSError) as error:
             value = error
     value = broadcast_from_rank0(value)
-    if isinstance(value, DamagedCheckpoint):
+    if isinstance(value, DamagedCheckpoint | OSError):
         raise value
     return value
 
