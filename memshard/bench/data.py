@@ -102,6 +102,7 @@ def _stream(path: str, length: int) -> Action:
         nonlocal place
         tokens = 0
         while tokens < 5 * SAMPLE_TOKENS:
+            # The place only grows, as in training: beyond the first epoch, in a new order.
             tokens += stream.batch(place, LANES).inputs.numel()
             place += LANES
         return tokens
@@ -124,6 +125,7 @@ def _webdataset(path: str) -> float:
 def first_pass_rate(path: str, length: int) -> float:
     """Return tokens a second of a fresh stream, which tests every document's checksum."""
     stream = TrainStream(path, length, LANES, 0)
+    # The first batch puts the whole epoch in order, which is not what is timed here.
     stream.batch(0, 1)
     begun = time.process_time()
     tokens = sum(
@@ -146,6 +148,7 @@ def tokenizer_rates(path: str, rounds: int) -> dict[str, float]:
 
     actions: dict[str, Action] = {"sentencepiece": ours}
     try:
+        # One thread as for ours; by default it would take every core, and CPU time counts them all.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         from tokenizers import ByteLevelBPETokenizer
 
@@ -153,6 +156,8 @@ def tokenizer_rates(path: str, rounds: int) -> dict[str, float]:
         peer.train_from_iterator(texts, vocab_size=tokenizer.vocab_size, show_progress=False)
 
         def theirs() -> float:
+            # The wrapper has no name for the fast path, which leaves out the offsets that training
+            # does not need: the peer at its best.
             peer._tokenizer.encode_batch_fast(texts)
             return size
 
@@ -170,6 +175,7 @@ def _texts(path: str) -> Iterator[str]:
         tokens = reader.read(
             order, starts, starts[document : document + 1], int(reader.lengths[document])
         )[0][0]
+        # Without the <eos> that ends each document and stands for no text.
         yield tokenizer.decode(tokens[:-1])
 
 
@@ -184,9 +190,12 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
     from memshard.data_pipeline.web.warc import read_pages
 
     bodies = [page.body for warc in warcs for page in read_pages(warc, Counter())]
+    # Every n-th page rather than the first ones, so that all files are in the sample.
     sample = bodies[:: max(len(bodies) // pages, 1)]
     html = [decode(body) for body in sample]
     texts = [text for page in html if (text := main_text(page, "resiliparse"))]
+    # Stages up to the main text count the bytes of raw pages, those after it the bytes of text:
+    # each what it takes in.
     raw, kept = float(sum(map(len, sample))), float(sum(len(text.encode()) for text in texts))
 
     def over(function: Callable[[str], object], items: list[str]) -> Action:
@@ -220,6 +229,7 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
                 with warc.open("rb") as stream:
                     for record in ArchiveIterator(stream):
                         if record.rec_type == "response":
+                            # Our reader returns whole bodies, so the peer has to read them as well.
                             record.content_stream().read()
                             count += 1
             return float(count)
@@ -255,6 +265,7 @@ def model_rate(
         begun = time.perf_counter()
         token_losses(model(tokens)[0], tokens).mean().backward()
         times.append(time.perf_counter() - begun)
+    # The first pass allocates gradients and starts threads.
     return tokens.numel() / median(times[1:])
 
 

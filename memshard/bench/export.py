@@ -90,6 +90,8 @@ class AnonymousPeak:
 def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
     """Write a checkpoint with a table of that size, whose random rows repeat every 65,536 rows."""
     lines = [
+        # Squares modulo a prime: 411 different words, enough for sentencepiece to fill a vocabulary
+        # of 512.
         " ".join(f"w{number * number % 977}" for number in range(line, line + 12))
         for line in range(400)
     ]
@@ -101,6 +103,8 @@ def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
     (folder / "config.yaml").write_text(
         dump(Recipe(data=DataConfig(path="none", length=256), model=model))
     )
+    # The table leaves the model while it holds no memory: `to_empty` then allocates the dense part
+    # alone, and the 2 GB exist once, in `tensors`.
     with torch.device("meta"):
         built = Transformer(model)
     map_tables(built, {"blocks.1.memory.values": lambda rows: rows})
@@ -111,8 +115,10 @@ def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
         for name, tensor in (*built.named_parameters(), *built.named_buffers())
     }
     rows = memory.slots
+    # Drawn once and repeated, since neither an export nor a lookup looks for equal rows.
     block = torch.randn(min(rows, 1 << 16), dim)
     tensors["model.blocks.1.memory.values.weight"] = block.repeat(-(-rows // len(block)), 1)[:rows]
+    # The least that a run's checkpoint holds: no stream to go on with, and no moments.
     state = {"progress": {"step": 1}, "table_steps": {}, "stream": None}
     save_checkpoint(
         folder / "checkpoints/step-00000001",
@@ -139,6 +145,8 @@ def run_evaluation(folder: Path, memmap: bool) -> dict[str, float]:
     ]
     with AnonymousPeak() as peak, torch.no_grad():
         loaded = load_model(folder / "export", memmap)
+        # Not timed: it allocates, and touches the weights' pages for the first time. Later batches
+        # still meet pages of the table that have not been read.
         loaded.model(batches[0])
         begun = time.perf_counter()
         for batch in batches[1:]:

@@ -83,6 +83,7 @@ def gold_pages(warcs: Iterable[Path], truth: Path, gold: Path) -> list[tuple[byt
     ids = {}
     for line in truth.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
+        # Gold bodies are named after the files that the pages once were, up to the first dot.
         ids[record["url"]] = Path(record["path"]).name.partition(".")[0]
     bodies = {}
     for warc in warcs:
@@ -100,10 +101,14 @@ def score(texts: Iterable[tuple[str, str]]) -> tuple[float, float, float]:
     hits, extracted_shares, gold_shares = [], [], []
     for extracted, gold in texts:
         a, b = ngrams(extracted), ngrams(gold)
+        # Of multisets: & takes the smaller count of each n-gram, the hits; | the larger, which
+        # makes hits + misses + false ones. At least 1, where both texts are empty.
         true, total = (a & b).total(), max((a | b).total(), 1)
         hits.append(true / total)
         extracted_shares.append(a.total() / total)
         gold_shares.append(b.total() / total)
+    # The mean of the shares first, then one ratio, as the benchmark's own script has it: a page
+    # without extracted text has no precision of its own.
     precision = mean(hits) / max(mean(extracted_shares), 1e-9)
     recall = mean(hits) / max(mean(gold_shares), 1e-9)
     return precision, recall, 2 * precision * recall / (precision + recall)
@@ -112,6 +117,7 @@ def score(texts: Iterable[tuple[str, str]]) -> tuple[float, float, float]:
 def ngrams(text: str) -> Counter[tuple[str, ...]]:
     """Return the 4-grams of words of a text; a shorter text is one n-gram."""
     words = re.findall(r"\w+", text)
+    # n - 3 of n words; 1 of one to three words (a slice beyond the end is shorter), 0 of none.
     return Counter(
         tuple(words[place : place + 4]) for place in range(max(len(words) - 3, min(len(words), 1)))
     )

@@ -92,7 +92,10 @@ def transformers(length: int) -> tuple[nn.Module, Loss]:
     """Build Hugging Face's ReformerModelWithLMHead."""
     from transformers import ReformerConfig, ReformerModelWithLMHead
 
+    # Chunks of twice the mean bucket, as in the paper (m = 2 l / n_buckets, section 2).
     buckets = 2 * length // CHUNK
+    # Two factors near the root: the random rotations are then as wide as their sum, not as their
+    # product.
     first = 1 << buckets.bit_length() // 2
     settings = ReformerConfig(
         attn_layers=["lsh"] * LAYERS,
@@ -110,10 +113,12 @@ def transformers(length: int) -> tuple[nn.Module, Loss]:
         is_decoder=True,
         chunk_size_feed_forward=TOKENS_AT_ONCE,
         chunk_size_lm_head=TOKENS_AT_ONCE,
+        # Its default is 0.05; no other variant has dropout.
         hidden_dropout_prob=0.0,
         lsh_attention_probs_dropout_prob=0.0,
     )
     model = ReformerModelWithLMHead(settings)
+    # It shifts labels by one itself, so they are the inputs, not the targets.
     return model, lambda tokens: model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
 
 
@@ -151,6 +156,7 @@ def take_steps(name: str, length: int) -> None:
 
 def peak(name: str, length: int) -> float | None:
     """Return the MiB of resident memory that two steps need at most, in a process of their own."""
+    # A peer's imports, hundreds of MB with transformers, are no part of its model.
     packages = (NEEDS[name],) if name in NEEDS else ()
     with freed_at_once():
         taken = peak_memory(take_steps, name, length, packages=packages)
@@ -170,6 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = [name for name in args.only or VARIANTS if name not in NEEDS or find_spec(NEEDS[name])]
     result: dict[int, dict[str, Any]] = {}
     for length in args.lengths:
+        # All models stay in memory for the rounds of a length; their peaks are measured elsewhere.
         seconds = interleave({name: stepper(name, length) for name in names}, args.rounds)
         result[length] = {
             name: {"seconds": seconds[name], "peak_mb": peak(name, length)} for name in names

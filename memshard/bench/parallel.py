@@ -147,11 +147,15 @@ def show(result: dict[str, Any]) -> None:
 def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
     cuda = torch.cuda.device_count() >= ranks
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    # What torchrun would set; DeepSpeed looks for the first of them.
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    # By default every rank would start a thread a core, and ranks would time each other's threads.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if cuda:
         torch.cuda.set_device(device)
+    # A file needs no port that another program could hold.
     store = dist.FileStore(f"{folder}/store", ranks)
+    # gloo beside NCCL: `interleaved` reduces times that are on the CPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks
     )
@@ -164,6 +168,7 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
     if rank == 0:
         (Path(folder) / _RESULT).write_text(json.dumps(result))
     dist.barrier()
+    # Here, since that file imports fairscale, and --help and --list should not.
     from memshard.parallel.tensor import leave
 
     leave()
@@ -175,6 +180,7 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
     interleaved rounds), and the bytes of a rank's weights and of what it sends.
     """
     ranks = dist.get_world_size()
+    # Only divisors of the ranks, and only as many as the heads can be divided by.
     splits = [
         tensor for tensor in range(1, ranks + 1) if ranks % tensor == 0 and size.heads % tensor == 0
     ]
@@ -192,6 +198,8 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
         )
         cost = estimate(recipe, ranks, size.vocabulary)
         tokens = cost.micro_batch * cost.micro_batches * size.length
+        # The ranks of a tensor group share the lookups of its sequences, so that each looks up 1 /
+        # tensor of the tokens. The other terms count a group's tokens, or a step.
         sent = (
             cost.tensor_traffic * tokens
             + cost.gradient_traffic
@@ -214,8 +222,10 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
     }
     if find_spec("deepspeed"):
         engines["DeepSpeed, ZeRO-1"] = ("deepspeed", 1)
+    # Without tensor parallelism: engines differ in what data ranks do with dense gradients.
     forms = {name: _step(size, 1, device, *settings)[0] for name, settings in engines.items()}
     result["engines_s"] = interleaved(forms, rounds, device)
+    # Neither block can be split over all ranks then.
     if size.heads % ranks:
         return result
     blocks = {
@@ -223,6 +233,7 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
         "DTensor, Colwise and Rowwise": _dtensor_block(size, device),
     }
     ours, theirs = (block() for block in blocks.values())
+    # Before timing: a ratio of two blocks that compute different things says nothing.
     result["blocks_difference"] = float((ours - theirs).norm() / theirs.norm())
     return result | {"blocks_s": interleaved(blocks, rounds, device)}
 
@@ -241,6 +252,7 @@ def interleaved(
             action()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            # The others wait for the slowest rank at the next barrier, so its time is the step's.
             taken = torch.tensor(time.perf_counter() - begun)
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             times[name].append(float(taken))
@@ -268,6 +280,8 @@ def _step(
     training = build_for_training(size.model, train=train, device=device, mesh=mesh)
     weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
     losses = losses_on(mesh)
+    # Sequences of a data rank: ranks / tensor groups share the batch, and all ranks of one group
+    # get the same. Rounded up, so that no rank has nothing to do.
     share = math.ceil(size.batch * tensor / dist.get_world_size())
     tokens = torch.randint(
         size.vocabulary, (share, size.length + 1), generator=torch.Generator().manual_seed(0)
@@ -275,6 +289,7 @@ def _step(
 
     def loss(model: nn.Module, tokens: Tensor) -> Tensor:
         logits = model(tokens[:, :-1])[0]
+        # Over the tokens of all ranks, not of this one: gradients are summed, not averaged.
         return losses(logits, tokens[:, 1:]).sum() / (size.batch * size.length)
 
     return lambda: training_step(training, [tokens], loss, 0), weights
@@ -314,8 +329,12 @@ def _dtensor_block(size: Size, device: torch.device) -> Callable[[], Tensor]:
     model = _plain_block(size).to(device)
     mixer = model.blocks[0].mixer
     assert isinstance(mixer, SoftmaxMixer)
+    # Column-parallel projections return this rank's heads only, and the mixer reshapes by its own
+    # number. `parallelize_module` knows nothing of it.
     mixer.heads //= ranks
     mixer.kv_heads //= ranks
+    # Outputs split along the sequence (dimension 1): a reduce-scatter where the default would
+    # all-reduce, as in ours, so that the two are compared at equal traffic.
     by_inputs = RowwiseParallel(output_layouts=Shard(1))
     plan: dict[str, Any] = {
         "mixer_residual.norm": SequenceParallel(),
@@ -350,6 +369,7 @@ def _forward_and_backward(
         group,
     ).to(device)
     x.requires_grad_()
+    # Only the shape is read: positions of the whole length, while x is this rank's segment.
     ctx = Context.of(torch.empty(size.batch, size.length, dtype=torch.int64, device=device))
 
     def forward_and_backward() -> Tensor:

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     rows = {}
     for name, recipe in list(RECIPES.items())[: args.recipes]:
         recipe = changed_by(recipe, {"train.batch": args.batch})
+        # --precision has no "auto": whatever is not fp32 is a half precision.
         estimated = estimate(recipe, 1, VOCABULARY, args.precision != "fp32").bytes.total
         with freed_at_once():
             measured = in_new_process(measure, recipe, args.device, args.precision)
@@ -88,6 +89,8 @@ def show(result: dict[str, dict[str, float]]) -> None:
 def measure(recipe: Recipe, device: str, precision: str) -> float:
     """Return the bytes that setting up and three steps take at most."""
     torch.set_num_threads(1)
+    # Three layers, since the memory is in layer 2, and 48 channels, since 6 heads divide them: as
+    # small as the recipe allows, with all its kinds of layers.
     small = {
         "train.batch": 1,
         "train.micro_batch": None,
@@ -97,6 +100,8 @@ def measure(recipe: Recipe, device: str, precision: str) -> float:
     }
     _train(changed_by(recipe, small), device, precision)
     if device != "cpu":
+        # torch counts tensors: neither CUDA's context nor the allocator's unused blocks, which the
+        # plan leaves out as well.
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         _train(recipe, device, precision)
@@ -104,6 +109,7 @@ def measure(recipe: Recipe, device: str, precision: str) -> float:
     before = peak = resident("VmRSS") or 0
     over = threading.Event()
 
+    # Sampled: VmHWM cannot be used, since the small training and the imports may have set it.
     def watch() -> None:
         nonlocal peak
         while not over.wait(0.002):
@@ -124,6 +130,7 @@ def _train(recipe: Recipe, device: str, precision: str) -> None:
         {
             "model.vocab_size": VOCABULARY,
             "model.max_length": length,
+            # More than the three steps taken, so that the schedule does not end.
             "train.steps": 100,
             "train.precision": precision,
         },
@@ -133,11 +140,14 @@ def _train(recipe: Recipe, device: str, precision: str) -> None:
     )
 
     def loss(model: nn.Module, numbers: Tensor) -> Tensor:
+        # Made here: neither a data set nor a stream takes memory.
         tokens = torch.randint(VOCABULARY, (len(numbers), length), device=device)
         positions = torch.arange(length, device=device).expand(len(numbers), -1)
         ctx = Context(positions, random=RandomKey(0, step, numbers))
         return token_losses(model(tokens, ctx)[0], tokens).sum() / (batch * length)
 
     for step in range(3):
+        # A micro-batch is the numbers of its samples: `loss` makes the tokens, and dropout's keys
+        # are drawn by sample number.
         samples = torch.arange(batch, device=device)
         training_step(training, samples.split(recipe.train.micro_batch or batch), loss, step)

@@ -36,12 +36,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for shape in ((8, 256, 512), (8, 128, 128), (2, 2048, 512)):
         x = torch.randn(shape, requires_grad=True)
         kernel = torch.randn(shape[2], _WIDTH, requires_grad=True)
+        # Documents of 100 tokens: a boundary inside every row, and none where one ends.
         documents = (torch.arange(shape[1]) // 100).expand(shape[:2])
         equal: dict[str, Function] = {
             "ours": causal_convolution,
             "grouped conv1d": _grouped,
             "padded slices": _slices,
         }
+        # Not bit-equal: three products are added in another order.
         check_equal(equal, [x, kernel], 1e-4, 1e-4)
         packed = {"ours, packed documents": partial(causal_convolution, documents=documents)}
         tables[f"convolution of {_WIDTH}, {shape}"] = measure(
@@ -69,6 +71,8 @@ def show(result: dict[str, Any]) -> None:
 
 def _grouped(x: Tensor, kernel: Tensor) -> Tensor:
     lags = kernel.shape[1]
+    # conv1d correlates and pads both ends: the filter is turned round so that lag 0 comes last, and
+    # what the padding at the right adds is cut off.
     return F.conv1d(x.mT, kernel.flip(1)[:, None], padding=lags - 1, groups=len(kernel))[
         ..., : x.shape[1]
     ].mT
@@ -76,6 +80,7 @@ def _grouped(x: Tensor, kernel: Tensor) -> Tensor:
 
 def _slices(x: Tensor, kernel: Tensor) -> Tensor:
     lags, length = kernel.shape[1], x.shape[1]
+    # Zeros before the first token only: no output sees a later one.
     padded = F.pad(x, (0, 0, lags - 1, 0))
     shifted = [
         padded[:, lags - 1 - lag : lags - 1 - lag + length] * kernel[:, lag] for lag in range(lags)

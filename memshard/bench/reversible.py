@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "plain": ("pre", "none"),
     "selective": ("pre", "selective"),
     "full": ("pre", "full"),
+    # The same model as "full"; only `set_checkpoint_early_stop` differs.
     "full, to the end": ("pre", "full"),
     "reversible": ("reversible", "none"),
 }
@@ -122,6 +123,8 @@ class Pass:
         torch.manual_seed(0)
         self.model = Transformer(config).to(args.device).train()
         self.model.configure(Recompute(checkpointing))
+        # As in training: a table's gradient is the rows that were read, not an array of its size,
+        # which would be most of the peak.
         externalize_tables(self.model)
         for parameter in self.model.parameters():
             # Not zeros_like: the system would give the memory only when backward writes to it.
@@ -139,10 +142,13 @@ class Pass:
 
     def run(self) -> None:
         """Run forward and backward, and forget the tables' gradients."""
+        # Around forward alone: checkpoints remember both for when they compute again, and backward
+        # itself belongs outside autocast.
         with self.arithmetic(), set_checkpoint_early_stop(self.early_stop):
             loss: Tensor = token_losses(self.model(self.tokens, self.ctx)[0], self.tokens).mean()
         loss.backward()
         for _, table in find_tables(self.model):
+            # There is no optimizer to take them; kept, they would grow with every pass.
             table.drop_reads()
 
 
@@ -160,6 +166,7 @@ def peak(options: dict[str, Any], kind: str, layers: int) -> float:
     Pass({**options, "batch": 1, "length": 8, "dim": 32}, kind, 1).run()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     measured.run()
+    # Linux counts in KiB.
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
 
 

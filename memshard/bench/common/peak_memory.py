@@ -18,12 +18,16 @@ def peak_memory(work: Callable[..., Any], *args: Any, packages: tuple[str, ...] 
 
     work: a function at the top of a module. packages: imported before, so that they do not count.
     """
+    # Not fork: a forked child begins with this process's memory, freed blocks included, and torch's
+    # threads do not survive in it.
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(
         target=_run, args=(writer, torch.get_num_threads(), packages, work, args)
     )
     process.start()
+    # The child has its own end. Were this one left open, `recv` would wait for ever on a child that
+    # died instead of raising EOFError.
     writer.close()
     try:
         return reader.recv()
@@ -47,6 +51,8 @@ def _run(
         import_module(package)
     before = resident("VmRSS")
     work(*args)
+    # The most since the process began, imports included: work that takes less than the imports did
+    # at their worst would be overstated.
     peak = resident("VmHWM")
     writer.send(peak - before if before is not None and peak is not None else None)
 
@@ -66,6 +72,8 @@ def freed_at_once() -> Iterator[None]:
     """
     names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     before = {name: os.environ.get(name) for name in names}
+    # glibc's own threshold for blocks that go straight back is 128 KiB and rises, as such blocks
+    # are freed, to 32 MiB. Set by hand it stays, at 64 KiB here.
     os.environ.update(dict.fromkeys(names, "65536"))
     try:
         yield
@@ -85,6 +93,7 @@ def resident(field: str) -> int | None:
     if not status.exists():
         return None
     return next(
+        # The kernel writes "kB" and means KiB.
         int(line.split()[1]) * 1024
         for line in status.read_text().splitlines()
         if line.startswith(f"{field}:")

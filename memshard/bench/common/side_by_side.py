@@ -25,9 +25,13 @@ def measure(
 
     parameters: how many of the last inputs are parameters, which are in memory anyway.
     """
+    # As a layer above would send it. The gradient of `sum()` would be one number, expanded with
+    # stride 0, for which torch takes other paths.
     upstream = torch.randn_like(next(iter(functions.values()))(*inputs))
 
     def forward_and_backward(function: Function) -> None:
+        # Not `backward`, which would add to .grad from the second round on: a pass over memory that
+        # is none of the function's.
         torch.autograd.grad(function(*inputs), inputs, upstream)
 
     seconds = interleave(

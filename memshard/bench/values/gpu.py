@@ -75,6 +75,7 @@ def show(result: dict[str, Any]) -> None:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Return bytes a second, read and written, of copying 1 GiB."""
+    # 1 GiB, some twenty times the cache of an H200 (50 MB).
     source = torch.zeros(1 << 28, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.itemsize / seconds(lambda: target.copy_(source))
@@ -92,11 +93,13 @@ def reads(
     gathered, sums = rows.numel() * args.dim * dtype.itemsize, args.tokens * args.dim
     flat = rows.flatten()
     with torch.no_grad():
+        # EmbeddingBag takes weights of the table's dtype only; ours takes fp32 beside any.
         half = weights.to(dtype)
         bag = seconds(
             lambda: F.embedding_bag(rows, table.weight, mode="sum", per_sample_weights=half)
         )
         return {
+            # Our sums are fp32 whatever the table's dtype, EmbeddingBag's have its dtype.
             "memshard": (seconds(lambda: table.weighted_sum(rows, weights)), gathered + 4 * sums),
             "EmbeddingBag": (bag, gathered + dtype.itemsize * sums),
             "gather": (seconds(lambda: table.weight[flat]), 2 * gathered),
@@ -115,9 +118,11 @@ def updates(
     rows = torch.randint(args.slots, (args.tokens, args.reads), device=device)
     weights = torch.rand(args.tokens, args.reads, device=device).requires_grad_()
     table.weighted_sum(rows, weights).backward(torch.randn(args.tokens, args.dim, device=device))
+    # A step forgets the reads it has used; `whole` hands them back before each repetition.
     kept, (part,) = list(table.reads), table.gradients(1.0)
     step = Step("lazy", 1, 1e-3, 0.9, 0.98, 1e-8)
     update = step.update(table, state, part)
+    # Read and written: a value, and two moments of 4 bytes each.
     size = 2 * len(part.rows) * args.dim * (dtype.itemsize + 8)
 
     def whole() -> None:
@@ -126,8 +131,10 @@ def updates(
         optimizer.step()
 
     result = {}
+    # The passes below update from `part`, which holds the summed gradients already.
     table.drop_reads()
     with torch.no_grad():
+        # Otherwise both lines would be one.
         if table.backend is not plain_rows:
             result["row Adam"] = seconds(lambda: table.backend.adam_rows(update)), size
         result["row Adam, plain torch"] = seconds(lambda: plain_rows.adam_rows(update)), size
@@ -139,6 +146,8 @@ def new_table(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     """Return a hidden table on the device."""
     with torch.device("meta"):
         table = ValueTable(args.slots, args.dim)
+    # On the meta device until the dtype is set, so no fp32 table is ever allocated; hidden, so its
+    # gradient is collected as reads, not as 4 GB.
     table.hide()
     table.to(dtype).to_empty(device=device)
     table.weight.fill_(0.01)
@@ -149,4 +158,5 @@ def seconds(run: Callable[[], object]) -> float:
     """Return the median time of a call."""
     from triton.testing import do_bench
 
+    # It returns milliseconds, and overwrites the cache before each call.
     return do_bench(run, return_mode="median") / 1e3

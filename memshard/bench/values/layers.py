@@ -24,6 +24,7 @@ from memshard.trainer.optim.rows.adam import RowAdam
 
 PKM, PEER = "product-key-memory, fused Adam", "PEER-pytorch, fused Adam"
 PAIRS = {PKM: "ProductKeyMemory, RowAdam", PEER: "Peer, RowAdam"}
+# The heads are the packages' own defaults; ours get as many, and as many reads.
 _HEADS, _KEY_DIM = {PKM: 4, PEER: 8}, 256
 
 
@@ -51,6 +52,7 @@ def measure(sizes: Sizes, peer: str) -> dict[str, Any]:
             "ratio_low": min(faster),
             "ratio_high": max(faster),
         }
+    # Frees models of several GB each before processes that measure memory start.
     steps.clear()
     return result | {
         "peak_memory": {
@@ -116,6 +118,7 @@ def _pkm(sizes: Sizes) -> Callable[[Tensor], None]:
             heads=heads,
             num_keys=isqrt(sizes.slots),
             topk=sizes.reads // heads,
+            # Of half a query there, of a whole one here.
             dim_head=_KEY_DIM // 2,
         )
     )
@@ -131,6 +134,7 @@ def _peer(sizes: Sizes) -> Callable[[Tensor], None]:
             heads=heads,
             num_experts=slots,
             num_experts_per_head=sizes.reads // heads,
+            # Likewise of half a query.
             dim_key=_KEY_DIM // 2,
         )
     )
@@ -146,5 +150,6 @@ _BUILDERS: dict[str, Callable[[Sizes], Callable[[Tensor], None]]] = {
 
 def _train(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.zero_grad()
+    # A loss that costs next to nothing and has a gradient that differs from token to token.
     layer(x).square().mean().backward()
     optimizer.step()

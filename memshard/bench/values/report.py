@@ -31,6 +31,8 @@ def show(result: dict[str, Any]) -> None:
                 f"{_gigabytes(table['peak_memory'][name])} |"
             )
         ours = lines[OURS]
+        # How many times as long as streaming the same bytes: below 1 where hot rows come from the
+        # cache.
         over = table["read_bandwidth"] / ours["forward_bytes_per_s"]
         print(f"\nforward: {over:.2f} x (bytes of all reads) / (stream read bandwidth)")
         print(
@@ -52,6 +54,7 @@ def show(result: dict[str, Any]) -> None:
         )
     for name, layer in result["layers"].items():
         for tokens, line in layer["tokens"].items():
+            # Ours was put first in `layers.measure`, and JSON keeps the order.
             (name_ours, ours), (_, theirs) = line["seconds"].items()
             print(
                 f"\nwhole layer, {tokens:,} tokens: {name_ours} {ours * 1e3:.1f} ms, {name} "

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every competitor that is installed; the others are listed as missing."""
+    # Before torch is loaded; processes that measure memory inherit it.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.thp:
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
@@ -70,9 +71,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.slots, args.dim, args.reads, tuple(args.tokens), args.rounds, args.dtype, args.clip
     )
     if args.quick:
+        # 8 MB of fp32: it may stay in a cache, where no table of use would.
         sizes = table.Sizes(16_384, 128, 32, (256,), 3, args.dtype, args.clip)
     competitors = {} if args.only_ours else {**table.competitors(), **layers.competitors()}
     missing = {name: command for name, command in competitors.items() if command}
+    # Ours among the competitors: it is first, and ratios are taken to the first.
     tables = [table.OURS] if args.only_ours else table.competitors()
     peers = [] if args.only_ours else layers.competitors()
     return {

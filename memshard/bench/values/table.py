@@ -83,6 +83,7 @@ def measure(sizes: Sizes, names: list[str]) -> dict[str, Any]:
         result["tokens"][tokens] = {
             name: _summary(sizes, tokens, times, rounds[names[0]]) for name, times in rounds.items()
         }
+    # Frees tables of several GB before processes that measure memory start.
     steps.clear()
     result["peak_memory"] = {name: peak_memory(take_steps, sizes, name) for name in names}
     return result
@@ -128,7 +129,9 @@ def sample_reads(sizes: Sizes, tokens: int, seed: int) -> Reads:
     both [tokens, reads], and an upstream gradient [tokens, dim].
     """
     generator = torch.Generator().manual_seed(seed)
+    # fp64: fp32 has 2^24 numbers in [0, 1), too few to reach each row of a table of many millions.
     uniform = torch.rand(tokens, sizes.reads, generator=generator, dtype=torch.float64)
+    # slots^u is log-uniform: the hottest of 262,144 rows gets 1 read in 18, log 2 / log slots.
     ranks = (sizes.slots**uniform).long().clamp(max=sizes.slots) - 1
     # An odd multiplier permutes a power of two of slots: hot rows are spread over the table.
     rows = ranks * 0x9E3779B1 % sizes.slots
@@ -177,6 +180,8 @@ def _torchs(sizes: Sizes, sparse: bool) -> Step:
             )
 
         parts = _timed(read, weights, upstream, optimizer)
+        # Sets the gradient to None, so that backward writes it anew instead of adding: the dense
+        # one has the table's size.
         bag.zero_grad()
         return parts
 
@@ -205,6 +210,7 @@ def _fbgemm(sizes: Sizes) -> Step:
         )
 
     def step(rows: Tensor, weights: Tensor, upstream: Tensor) -> dict[str, float]:
+        # Its bags are ranges of one list of rows, and it wants the end of the last one as well.
         offsets = torch.arange(len(rows) + 1) * rows.shape[1]
         return _timed(
             lambda weights: table(rows.flatten(), offsets, per_sample_weights=weights.flatten()),
@@ -239,6 +245,8 @@ def _timed(
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, float]:
     """Return seconds of forward, backward and update; without an optimizer backward updates."""
+    # A leaf of its own for each step: all competitors get the same weights, and none the gradient
+    # of another.
     weights = weights.clone().requires_grad_()
     times = [time.perf_counter()]
     y = read(weights)
@@ -248,6 +256,7 @@ def _timed(
     if optimizer is not None:
         optimizer.step()
     times.append(time.perf_counter())
+    # The last part, total, is timed around the whole step: hence not strict.
     return {name: end - start for name, start, end in zip(PARTS, times, times[1:], strict=False)}
 
 
@@ -259,4 +268,5 @@ def read_bandwidth() -> float:
         begun = time.perf_counter()
         x.sum()
         times.append(time.perf_counter() - begun)
+    # The best: whatever else runs on the machine only makes it slower.
     return x.numel() * 4 / min(times)
