@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -69,7 +70,7 @@ def test_turns_do_not_requeue_themselves() -> None:
     script = render(Job(start=START, cluster=cluster, turns=5, workdir="/home/a b"))
     for line in (
         "#SBATCH --array=1-5%1",
-        "#SBATCH --chdir=/home/a b",
+        '#SBATCH --chdir="/home/a b"',
         "#SBATCH --output=runs/lample2019/log/slurm-%A_%a.out",
     ):
         assert f"\n{line}\n" in script
@@ -97,6 +98,9 @@ def test_facts_of_a_cluster(tmp_path: Path) -> None:
         ("gpus: many\n", "gpus is 'many'; expected int"),
         ("- a\n", "expected `key: value` lines"),
         ("nodes: 0\n", "nodes is 0; it must be at least 1"),
+        ("env: {A-B: 1}\n", "env: 'A-B' is not a name that a shell can export"),
+        ("env: {'A;touch x;B': 1}\n", "env: 'A;touch x;B' is not a name that a shell can export"),
+        ('env: {A: "1\\n2"}\n', "env: A is '1\\\\n2'; it must be one line"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
@@ -171,6 +175,40 @@ def test_mistakes_are_one_line(
     assert main(["launch", *argv, "--dry-run"]) == 2
     err = capfd.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("bad", ["a\nb", "a\rb", "a\\b", "a\tb"])
+def test_values_that_no_sbatch_line_holds_are_refused(bad: str) -> None:
+    """A line feed would make shell of the rest."""
+    for job in (
+        Job(start=replace(START, folder=f"runs/{bad}"), cluster=V100),
+        Job(start=START, cluster=replace(V100, account=bad)),
+        Job(start=START, cluster=replace(V100, constraint=bad)),
+        Job(start=START, cluster=V100, workdir=f"/home/{bad}"),
+    ):
+        with pytest.raises(ValueError, match="an sbatch script cannot hold"):
+            render(job)
+
+
+@pytest.mark.parametrize("name", ["a$(touch x)", "a;b", "a`b`", "50%n", 'a"b', "a&b"])
+def test_deepspeed_refuses_words_that_other_hosts_would_read_as_something_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("n1 slots=2\n")
+    command = ["launch", "deepspeed", "quickstart", "--hostfile", "hosts", "--dry-run"]
+    assert main([*command, "--run", f"runs/{name}"]) == 2
+    err = capfd.readouterr().err
+    assert f"the run's folder is {f'runs/{name}'!r}" in err and "memshard launch slurm" in err
+    Path("cluster.yaml").write_text(f"env: {{A: {json.dumps(name)}}}\n")
+    assert main(command) == 2
+    assert f"A is {name!r}" in capfd.readouterr().err
+    Path("cluster.yaml").unlink()
+    Path(name).mkdir()
+    Path("hosts").rename(Path(name) / "hosts")
+    monkeypatch.chdir(name)
+    assert main(command) == 2
+    assert "the working directory is" in capfd.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from memshard.launch.launchers.cluster import Cluster
+from memshard.launch.launchers.slurm import Job, render
+from memshard.launch.launchers.start import Start
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.watch.heartbeat import read_beats
@@ -180,3 +183,38 @@ def test_turns_of_an_array_and_a_chain(
         assert len(list((folder / "log").glob("slurm-*.out"))) == 2
         assert_same(checkpoint_state(folder), checkpoint_state(undisturbed / "short"))
         assert "(resumes at step 20, to step 20)" in _output(folder)
+
+
+def test_hostile_names_reach_sbatch_as_they_are(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """bash parses each script, and sbatch's jobs get the name, working directory and log that were
+    meant.
+    """
+    names = [
+        "my runs",
+        "it's",
+        'say "x"',
+        "a#b",
+        "100%j",
+        "50%",
+        "x;y$(z)`w`",
+        "[1]*?",
+        "-n",
+        "ünï",
+    ]
+    jobs = {}
+    for name in names:
+        folder = tmp_path / name
+        (folder / "log").mkdir(parents=True)
+        start = Start(str(folder / "recipe.yaml"), (), str(folder), str(folder / "code"))
+        script = render(Job(start=start, cluster=Cluster(), workdir=str(folder)))
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0, name
+        path = folder / "whole.sh"
+        path.write_text(script)
+        cluster.run("sbatch", "--test-only", str(path))
+        header = script[: script.index("\n\n")]
+        path.write_text(f'{header}\necho "$SLURM_JOB_NAME"; pwd\n')
+        jobs[name] = cluster.run("sbatch", "--parsable", str(path)).strip()
+    for name, job in jobs.items():
+        cluster.wait_for_end(job)
+        log = tmp_path / name / "log" / f"slurm-{job}.out"
+        assert log.read_text() == f"memshard-{name}\n{tmp_path / name}\n"

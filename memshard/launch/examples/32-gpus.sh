@@ -10,8 +10,8 @@
 #SBATCH --constraint=v100-32g
 #SBATCH --output=runs/lample2019/log/slurm-%j.out
 #SBATCH --open-mode=append
-#SBATCH --requeue
 #SBATCH --signal=B:USR2@180
+#SBATCH --requeue
 
 set -uo pipefail
 source .venv/bin/activate

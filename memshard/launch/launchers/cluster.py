@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -54,6 +55,12 @@ class Cluster:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.gpus < 0:
             raise ValueError(f"gpus is {self.gpus}; it must be at least 0")
+        for name, value in self.env.items():
+            # Scripts export these names as they are, and a file for other hosts has one a line.
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"env: {name!r} is not a name that a shell can export")
+            if not value.isprintable():
+                raise ValueError(f"env: {name} is {value!r}; it must be one line of plain text")
 
     @property
     def ranks_per_node(self) -> int:

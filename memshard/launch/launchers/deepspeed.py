@@ -50,6 +50,12 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
         *("--module", *start.train),
     ]
     environment = _environment(start, cluster)
+    with usage_errors():
+        _check_words({"the working directory": os.getcwd()}, r"[\w@+=:,./-]*")
+        _check_words(
+            {"the run's folder": start.folder, "the recipe": start.recipe}
+            | dict(line.split("=", 1) for line in environment.splitlines())
+        )
     if args.dry_run:
         return foreground.show(args, command, environment)
     # DeepSpeed's launcher passes the variables of this file on to the remote hosts.
@@ -61,6 +67,20 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
 def detect(env: Mapping[str, str]) -> Ranks | None:
     """Return this process's place if DeepSpeed's launcher started it."""
     return from_variables(env, "DeepSpeed") if "CROSS_RANK" in env else None
+
+
+def _check_words(words: Mapping[str, str], plain: str = r"[\w@+=:,./ -]*") -> None:
+    """Raise ValueError if a word would not reach the other hosts as it is. DeepSpeed joins them to
+    one line for their shells, with double quotes around a word with spaces and none around the
+    working directory; pdsh replaces %n and %h in it.
+    """
+    for name, word in words.items():
+        if not re.fullmatch(plain, word):
+            raise ValueError(
+                f"{name} is {word!r}: DeepSpeed's launcher passes it through the other hosts' "
+                "shells, which would read it as something else; give it a name of letters, digits "
+                "and _@+=:,./- alone, or use `memshard launch slurm`"
+            )
 
 
 def _environment(start: Start, cluster: Cluster) -> str:

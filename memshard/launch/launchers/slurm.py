@@ -140,8 +140,11 @@ class Job:
 def render(job: Job) -> str:
     """Return the script."""
     cluster, folder = job.cluster, job.start.folder
+    options = [f"#SBATCH --{name}={_quoted(name, value)}" for name, value in _options(job)]
+    # Without it, a preempted job or one whose node failed would not come back.
+    options.append("#SBATCH --requeue")
     blocks = [
-        "#!/bin/bash\n" + "\n".join(f"#SBATCH --{option}" for option in _options(job)),
+        "\n".join(["#!/bin/bash", *options]),
         "set -uo pipefail\n" + "\n".join(_environment(job)),
         f"# What the last start said of its end.\nrm -f {shell([folder])}/heartbeat/rank*.json",
         _WAIT.format(command=" \\\n    ".join(_command(job)), notice=cluster.notice),
@@ -180,35 +183,58 @@ def _absolute(start: Start) -> Start:
     return replace(start, recipe=recipe, folder=folder, code=code)
 
 
-def _options(job: Job) -> list[str]:
+def _options(job: Job) -> list[tuple[str, str]]:
+    """Return the names and values of the #SBATCH lines."""
     cluster, ranks = job.cluster, job.cluster.ranks_per_node
     tasks = ranks if job.flavour == "srun" else 1
     options = [
-        f"job-name=memshard-{Path(job.start.folder).name}",
-        f"nodes={cluster.nodes}",
-        f"ntasks-per-node={tasks}",
+        ("job-name", f"memshard-{Path(job.start.folder).name}"),
+        ("nodes", str(cluster.nodes)),
+        ("ntasks-per-node", str(tasks)),
     ]
     if cluster.gpus:
-        options.append(f"gpus-per-node={cluster.gpus}")
+        options.append(("gpus-per-node", str(cluster.gpus)))
     if cluster.cpus:
-        options.append(f"cpus-per-task={cluster.cpus * ranks // tasks}")
-    options.append(f"time={cluster.time}")
+        options.append(("cpus-per-task", str(cluster.cpus * ranks // tasks)))
+    options.append(("time", cluster.time))
     options += [
-        f"{name}={value}"
+        (name, value)
         for name in ("partition", "account", "qos", "constraint")
         if (value := getattr(cluster, name))
     ]
     if job.workdir:
-        options.append(f"chdir={job.workdir}")
+        options.append(("chdir", job.workdir))
     if job.turns > 1:
         # %1: one turn at a time, since all of them continue one run.
-        options.append(f"array=1-{job.turns}%1")
+        options.append(("array", f"1-{job.turns}%1"))
     number = "%A_%a" if job.turns > 1 else "%j"
-    # %A and %a are the array's job and turn; append, because a requeued job keeps its number.
-    options += [f"output={job.start.folder}/{LOGS}/slurm-{number}.out", "open-mode=append"]
-    # Without it, a preempted job or one whose node failed would not come back.
-    options.append("requeue")
-    return [*options, f"signal=B:USR2@{cluster.notice}"]
+    # %A and %a are the array's job and turn; append, because a requeued job keeps its number. A
+    # percent sign of the folder is doubled, or SLURM would read %j in it.
+    logs = f"{job.start.folder}/{LOGS}".replace("%", "%%")
+    return [
+        *options,
+        ("output", f"{logs}/slurm-{number}.out"),
+        ("open-mode", "append"),
+        ("signal", f"B:USR2@{cluster.notice}"),
+    ]
+
+
+def _quoted(option: str, value: str) -> str:
+    """Return a value as an #SBATCH line takes it: in double quotes, where it holds anything that
+    sbatch would split or read as a comment. ValueError for what no line can hold.
+    """
+    # A line feed would make a line of shell of the rest; a backslash in a path of a log tells SLURM
+    # to replace no %j.
+    if bad := [
+        character for character in value if not character.isprintable() or character == "\\"
+    ]:
+        raise ValueError(
+            f"--{option} would be {value!r}, and an sbatch script cannot hold {bad[0]!r} there: "
+            "choose another name"
+        )
+    if re.fullmatch(r"[\w@%+=:,./-]+", value):
+        return value
+    return '"' + value.replace('"', '\\"') + '"'
 
 
 def _environment(job: Job) -> list[str]:
