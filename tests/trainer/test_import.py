@@ -1,7 +1,18 @@
-"""Memories trained elsewhere give the same outputs here."""
+"""Memories trained elsewhere give the same outputs here.
+
+The modules below have the parts, under the names, that the other projects' classes have in their
+source; outputs are computed from the formula. Read were
+
+    facebookresearch/XLM     xlm/model/memory/memory.py `HashingMemory`, query.py `QueryMLP`, whose
+                             `query_mlps` is one nn.Sequential for one layer and for grouped
+                             networks, and an nn.ModuleList of them otherwise; PKM-layer.ipynb
+    facebookresearch/memory  lingua/product_key/memory.py `HashingMemory` and `QueryMLP`
+"""
 
 import json
 import pickle
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import memshard
 from memshard.launch.cli.main import main
@@ -18,6 +29,7 @@ from memshard.trainer.export.export import export
 from tests.trainer.tiny_run import train_run
 
 DIM, KEYS, HEADS, HALF, TOPK = 10, 7, 3, 4, 5
+_WIDTH = HEADS * 2 * HALF
 
 
 def _random(*shape: int) -> Tensor:
@@ -36,56 +48,69 @@ def _read(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
     return (best.values.softmax(-1)[..., None] * values[best.indices]).sum((1, 2))
 
 
-def _xlm(norm: bool, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Queries by one linear map and, perhaps, batch norm with running statistics."""
-    width, place = HEADS * 2 * HALF, "transformer.memories.4.query_proj.query_mlps.0"
-    tensors = {
-        "transformer.memories.4.keys": _random(HEADS, 2, KEYS, HALF),
-        "transformer.memories.4.values.weight": _random(KEYS**2, DIM),
-        f"{place}.0.weight": _random(width, DIM),
-        f"{place}.0.bias": _random(width),
-        "transformer.embeddings.weight": _random(3, 3),
-    }
-    queries = F.linear(x, tensors[f"{place}.0.weight"], tensors[f"{place}.0.bias"])
-    if norm:
-        parts = {
-            "weight": _random(width),
-            "bias": _random(width),
-            "running_mean": _random(width),
-            "running_var": torch.rand(width) + 0.5,
-        }
-        tensors |= {f"{place}.1.{name}": tensor for name, tensor in parts.items()} | {
-            f"{place}.1.num_batches_tracked": torch.tensor(3)
-        }
-        queries = F.batch_norm(
-            queries, parts["running_mean"], parts["running_var"], parts["weight"], parts["bias"]
+class _Theirs(nn.Module):
+    """A memory of XLM's or Meta's code: `keys`, `values` and `query_proj`."""
+
+    def __init__(self, query: nn.Module, keys: Tensor, value_dim: int = DIM) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(keys)
+        self.values = nn.EmbeddingBag(KEYS**2, value_dim, mode="sum")
+        self.query_proj = query
+
+    def reading(self, x: Tensor, network: nn.Module) -> Tensor:
+        # XLM without different keys has one codebook for all heads and halves.
+        shared = self.keys.shape == (KEYS, HALF)
+        keys = (
+            self.keys.expand(HEADS, 2, KEYS, HALF)
+            if shared
+            else self.keys.view(HEADS, 2, KEYS, HALF)
         )
-    values = tensors["transformer.memories.4.values.weight"]
-    return tensors, _read(
-        tensors["transformer.memories.4.keys"], values, queries.view(-1, HEADS, 2 * HALF)
+        return _read(keys, self.values.weight, network(x).view(-1, HEADS, 2 * HALF))
+
+
+def _within(name: str, network: nn.Module) -> nn.Module:
+    module = nn.Module()
+    module.add_module(name, network)
+    return module
+
+
+def _network(*widths: int, norm: bool, bias: bool = True) -> nn.Sequential:
+    """Linear layers, each with batch norm if wanted, and ReLU between them."""
+    layers: list[nn.Module] = []
+    for ins, outs in pairwise(widths):
+        layers += [nn.ReLU()] * bool(layers) + [nn.Linear(ins, outs, bias=bias)]
+        layers += [nn.BatchNorm1d(outs)] * norm
+    return nn.Sequential(*layers)
+
+
+def _grouped() -> nn.Sequential:
+    """XLM's grouped network: a linear layer, then convolutions in a module of their own."""
+    convolution = nn.Conv1d(2 * HEADS * 3, _WIDTH, kernel_size=1, groups=2 * HEADS)
+    return nn.Sequential(nn.Linear(DIM, 2 * HEADS * 3), nn.ReLU(), _within("layer", convolution))
+
+
+def _several() -> nn.ModuleList:
+    """XLM's network for each head and half."""
+    return nn.ModuleList(_network(DIM, 3, HALF, norm=False) for _ in range(2 * HEADS))
+
+
+def _randomised(module: nn.Module) -> Any:
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point():
+                tensor.normal_()
+    return module.eval()
+
+
+def _import(tensors: dict[str, Tensor], folder: Path, *flags: str) -> int:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "theirs.safetensors",
     )
-
-
-def _meta(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Flat keys; output value_proj(reading * silu(swilu_projection(x))), both with biases."""
-    value_dim = 6
-    tensors = {
-        "layers.2.feed_forward.keys": _random(2 * HEADS * KEYS, HALF),
-        "layers.2.feed_forward.values.weight": _random(KEYS**2, value_dim),
-        "layers.2.feed_forward.query_proj.query_mlps.0.0.weight": _random(HEADS * 2 * HALF, DIM),
-        "layers.2.feed_forward.query_proj.query_mlps.0.0.bias": _random(HEADS * 2 * HALF),
-        "layers.2.feed_forward.swilu_projection.weight": _random(value_dim, DIM),
-        "layers.2.feed_forward.swilu_projection.bias": _random(value_dim),
-        "layers.2.feed_forward.value_proj.weight": _random(DIM, value_dim),
-        "layers.2.feed_forward.value_proj.bias": _random(DIM),
-    }
-    own = {name.removeprefix("layers.2.feed_forward."): tensor for name, tensor in tensors.items()}
-    queries = F.linear(
-        x, own["query_proj.query_mlps.0.0.weight"], own["query_proj.query_mlps.0.0.bias"]
-    ).view(-1, HEADS, 2 * HALF)
-    y = _read(own["keys"].view(HEADS, 2, KEYS, HALF), own["values.weight"], queries)
-    gated = y * F.silu(F.linear(x, own["swilu_projection.weight"], own["swilu_projection.bias"]))
-    return tensors, F.linear(gated, own["value_proj.weight"], own["value_proj.bias"])
+    source, out = str(folder / "theirs.safetensors"), str(folder / "ours")
+    return main(["import", source, out, "--topk", str(TOPK), "--json", *flags])
 
 
 def _check(
@@ -94,65 +119,153 @@ def _check(
     expected: Tensor,
     folder: Path,
     capfd: pytest.CaptureFixture[str],
+    *flags: str,
 ) -> dict[str, Any]:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "theirs.safetensors",
-    )
     capfd.readouterr()
-    assert (
-        main(
-            [
-                "import",
-                str(folder / "theirs.safetensors"),
-                str(folder / "ours"),
-                "--topk",
-                str(TOPK),
-                "--json",
-            ]
-        )
-        == 0
-    )
-    (found,) = json.loads(capfd.readouterr().out)["memories"]
-    memory = memshard.load_memory(found["path"])
+    assert _import(tensors, folder, *flags) == 0
+    (report,) = json.loads(capfd.readouterr().out)["memories"]
+    memory = memshard.load_memory(report["path"])
     torch.testing.assert_close(memory(x), expected, rtol=1e-4, atol=1e-4)
     assert memory.values.weight.requires_grad and not memory.training
-    return found
+    return report
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_xlm(norm: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("keys", [(HEADS, 2, KEYS, HALF), (KEYS, HALF)])
+@pytest.mark.parametrize("place", ["query_mlps", "notebook"])
+def test_xlm(
+    norm: bool,
+    bias: bool,
+    keys: tuple[int, ...],
+    place: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     torch.manual_seed(0)
-    x = _random(20, DIM)
-    tensors, expected = _xlm(norm, x)
-    found = _check(tensors, x, expected, tmp_path, capfd)
-    assert found["family"] == "xlm" and found["path"].endswith("transformer.memories.4")
-    assert found["query_norm"] == ("batch" if norm else "none")
-
-
-def test_meta(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    x = _random(20, DIM)
-    tensors, expected = _meta(x)
-    assert _check(tensors, x, expected, tmp_path, capfd)["family"] == "meta"
-
-
-def test_lucidrains_own_layer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    theirs = (
-        pytest.importorskip("product_key_memory")
-        .PKM(DIM, heads=HEADS, num_keys=KEYS, topk=TOPK, dim_head=HALF)
-        .eval()
-    )
-    torch.manual_seed(0)
+    x, network = _random(20, DIM), _network(DIM, _WIDTH, norm=norm, bias=bias)
+    query = network if place == "notebook" else _within(place, network)
+    theirs = _randomised(_Theirs(query, _random(*keys)))
+    tensors = {f"memories.4_in.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    assert "memories.4_in.query_proj.query_mlps.0.weight" in tensors or place == "notebook"
     with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-        x = _random(2, 9, DIM)
-        expected = theirs(x)
-    assert (
-        _check(dict(theirs.state_dict()), x, expected, tmp_path, capfd)["query_norm"]
-        == "layer-half"
+        expected = theirs.reading(x, network)
+    tensors["embeddings.weight"] = _random(3, 3)
+    report = _check(tensors, x, expected, tmp_path, capfd)
+    assert report["family"] == "xlm" and report["path"].endswith("memories.4_in")
+    assert report["query_norm"] == ("batch" if norm else "none")
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("value_dim", [None, 6, DIM])
+@pytest.mark.parametrize("bias", [False, True])
+def test_meta(
+    gate: bool,
+    value_dim: int | None,
+    bias: bool,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its output is value_proj(reading * silu(swilu_projection(x))); without `swilu_projection`
+    value_proj(reading), and without `mem_v_dim` either the reading itself.
+    """
+    torch.manual_seed(0)
+    x, network = _random(20, DIM), _network(DIM, _WIDTH, norm=False, bias=bias)
+    width = value_dim or DIM
+    theirs = _Theirs(_within("query_mlps", network), _random(2 * HEADS * KEYS, HALF), width)
+    theirs.value_proj = nn.Linear(width, DIM) if gate or value_dim else None
+    theirs.swilu_projection = nn.Linear(DIM, width) if gate else None
+    _randomised(theirs)
+    with torch.no_grad():
+        expected = theirs.reading(x, network)
+        if theirs.swilu_projection is not None:
+            expected = expected * F.silu(theirs.swilu_projection(x))
+        if theirs.value_proj is not None:
+            expected = theirs.value_proj(expected)
+    tensors = {f"layers.2.feed_forward.{name}": x for name, x in theirs.state_dict().items()}
+    report = _check(tensors, x, expected, tmp_path, capfd)
+    assert report["family"] == "meta" and report["gate"] == gate
+
+
+def test_meta_memories_that_share_values(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Only the first layer of Meta's model that reads the values stores them."""
+    torch.manual_seed(0)
+    x, networks = _random(20, DIM), [_network(DIM, _WIDTH, norm=False) for _ in range(2)]
+    first, second = (
+        _Theirs(_within("query_mlps", network), _random(2 * HEADS * KEYS, HALF))
+        for network in networks
     )
+    second.values = _randomised(first).values
+    tensors = {f"layers.2.feed_forward.{name}": x for name, x in first.state_dict().items()}
+    tensors |= {f"layers.5.feed_forward.{name}": x for name, x in second.state_dict().items()}
+    del tensors["layers.5.feed_forward.values.weight"]
+    capfd.readouterr()
+    assert _import(tensors, tmp_path) == 0
+    reports = json.loads(capfd.readouterr().out)["memories"]
+    for theirs, network, report in zip((first, second), networks, reports, strict=True):
+        with torch.no_grad():
+            expected = theirs.reading(x, network)
+        torch.testing.assert_close(memshard.load_memory(report["path"])(x), expected)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_lucidrains_own_layer(
+    relu: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """relu: its `non_competitive_gates`, which the weights do not show."""
+    torch.manual_seed(0)
+    theirs = _lucidrains(non_competitive_gates=relu)
+    x = _random(2, 9, DIM)
+    with torch.no_grad():
+        expected = theirs(x)
+    flags = ("--weighting", "relu") if relu else ()
+    report = _check(dict(theirs.state_dict()), x, expected, tmp_path, capfd, *flags)
+    assert report["query_norm"] == "layer-half"
+
+
+def _lucidrains(**options: bool) -> nn.Module:
+    package = pytest.importorskip("product_key_memory")
+    layer = package.PKM(DIM, heads=HEADS, num_keys=KEYS, topk=TOPK, dim_head=HALF, **options)
+    return _randomised(layer)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("pre_layernorm", "a norm before the query"),
+        ("norm_output", "a norm of its output"),
+        ("concat_values_and_combine", "values for each head, joined by a matrix"),
+    ],
+)
+def test_lucidrains_variants_that_ours_lacks_are_refused(
+    option: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _import(dict(_lucidrains(**{option: True}).state_dict()), tmp_path) == 2
+    assert message in capfd.readouterr().err and not (tmp_path / "ours").exists()
+
+
+_LAYERS = "a query network of several layers"
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda: nn.ModuleList([_network(DIM, 6, _WIDTH, norm=False)]), _LAYERS),
+        (lambda: nn.ModuleList([_network(DIM, 6, _WIDTH, norm=True, bias=False)]), _LAYERS),
+        (_several, _LAYERS),
+        (_grouped, _LAYERS),
+        (lambda: nn.Sequential(nn.Conv2d(DIM, _WIDTH, 1)), "no query network that fits"),
+    ],
+)
+def test_xlm_query_networks_that_ours_lacks_are_refused(
+    network: Callable[[], nn.Module],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    theirs = _Theirs(_within("query_mlps", network()), _random(HEADS, 2, KEYS, HALF))
+    assert _import(theirs.state_dict(), tmp_path) == 2
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,24 +273,33 @@ def test_lucidrains_own_layer(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     [
         ({"keys": (5, 5)}, "no query network that fits"),
         ({"values.weight": (48, DIM)}, "48 values, which is no square"),
-        ({"values_u.weight": (2, 2)}, "an expert memory"),
-        ({"query_proj.query_mlps.0.2.weight": (2, 2)}, "a query network of several layers"),
+        ({"values.weight": (36, DIM)}, "fit no layout of 3 heads, 6 keys"),
+        ({"values.weight": (49, 6)}, "values of width 6, the model has 10"),
+        ({"values_u.weight": (2, 2)}, "experts (Meta's PEER variant)"),
+        ({"gating.weight": (1, DIM)}, "a scalar gate"),
+        ({"swilu_projection.weight": (DIM, DIM)}, "fits no memory of ours: gate.weight"),
+        ({"head_permutations": (HEADS, 49)}, "shuffled indices"),
         ({"keys": (HEADS, 3, KEYS, HALF)}, "fit no layout"),
+        ({"something.new": (2, 2)}, "a part (something.new), which ours lacks"),
     ],
 )
 def test_what_is_not_known_is_refused(
     change: dict[str, Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tensors, _ = _xlm(False, _random(2, DIM))
-    tensors = {
-        name.removeprefix("transformer.memories.4."): tensor for name, tensor in tensors.items()
-    }
-    save_file(
-        tensors | {name: _random(*shape) for name, shape in change.items()},
-        tmp_path / "theirs.safetensors",
-    )
-    assert main(["import", str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours")]) == 2
-    assert message in capfd.readouterr().err
+    network = _network(DIM, _WIDTH, norm=False)
+    theirs = _Theirs(_within("query_mlps", network), _random(HEADS, 2, KEYS, HALF))
+    changes = {name: _random(*shape) for name, shape in change.items()}
+    assert _import(theirs.state_dict() | changes, tmp_path) == 2
+    assert message in capfd.readouterr().err and not (tmp_path / "ours").exists()
+
+
+def test_relu_is_refused_where_weights_are_a_softmax(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = _network(DIM, _WIDTH, norm=False)
+    theirs = _Theirs(_within("query_mlps", network), _random(HEADS, 2, KEYS, HALF))
+    assert _import(theirs.state_dict(), tmp_path, "--weighting", "relu") == 2
+    assert "leave out --weighting" in capfd.readouterr().err
 
 
 def test_a_pickle_is_refused_unread(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

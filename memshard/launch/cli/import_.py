@@ -26,6 +26,13 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="K",
         help="slots that a head reads, which the weights do not show (default 32)",
     )
+    parser.add_argument(
+        "--weighting",
+        choices=("softmax", "relu"),
+        default="softmax",
+        help="how scores become weights, which the weights do not show either (default softmax; "
+        "relu for lucidrains' non_competitive_gates)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -49,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             return {"checkpoint": str(out), "step": step}
         if source.is_dir():
             raise ValueError(f"{source} is no folder that memshard export wrote")
-        memories = import_memories(source, out, args.topk)
+        memories = import_memories(source, out, args.topk, args.weighting)
     if not args.json:
         for memory in memories:
             print(

@@ -100,8 +100,9 @@ class ProductKeyMemory(nn.Module):
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
         y = self.read(tokens, replay).to(x.dtype)
-        if self.gate is not None and self.output is not None:
-            y = self.output(y * F.silu(self.gate(tokens)))
+        if self.output is not None:
+            # Imported memories may have an output projection alone.
+            y = self.output(y if self.gate is None else y * F.silu(self.gate(tokens)))
         return y.view(x.shape)
 
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:

@@ -2,17 +2,19 @@
 
 Three families of names and orders, all with slot = i1 * keys + i2, as their code specifies:
 
-    XLM     `keys` [heads, 2, n, half], `query_proj.query_mlps.0.0`, batch norm in
-            `query_proj.query_mlps.0.1`, `values.weight`
-    Meta    `keys` [2 heads n, half] in the same order; gated by `swilu_projection` and `value_proj`
+    XLM     `keys` [heads, 2, n, half] or [n, half]; `query_proj.query_mlps.0`, batch norm in
+            `query_proj.query_mlps.1` (facebookresearch/XLM, xlm/model/memory; its notebook has
+            `query_proj.0` and `query_proj.1`)
+    Meta    `keys` [2 heads n, half] in the same order; `swilu_projection` and `value_proj`, or
+            `value_proj` alone (facebookresearch/memory, lingua/product_key/memory.py)
     lucid   `keys` [heads, n, 2, half], `to_queries` [2 heads half, dim] by half and then head,
-            `norm` over each half
+            `norm` over each half (lucidrains/product-key-memory)
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +31,17 @@ MEMORY_JSON = "memory.json"
 _WEIGHTS = "memory.safetensors"
 _VALUES = "values.weight"
 _BLOCK_ROWS = 1 << 12
+# Beginnings of names, from the rarest to the commonest.
 _UNKNOWN = {
-    "values_u.weight": "an expert memory (PEER variant)",
-    "gating.weight": "a scalar gate",
+    "values_u.": "experts (Meta's PEER variant)",
+    "gating.": "a scalar gate",
     "head_permutations": "shuffled indices",
-    "pre_layernorm.weight": "a norm before the query",
-    "output_norm.weight": "a norm of its output",
-    "query_proj.query_mlps.1.0.weight": "a query network for each head",
-    "query_proj.query_mlps.0.2.weight": "a query network of several layers",
-    "query_proj.query_mlps.0.3.weight": "a query network of several layers",
+    "pre_layernorm.": "a norm before the query",
+    "output_norm.": "a norm of its output",
+    "maybe_concat_combine.": "values for each head, joined by a matrix",
+    "norm.": "a norm that is no layer norm of each half of a query",
+    "query_proj.query_convs.": "a convolutional query network",
+    "query_proj.": "a query network of several layers",
 }
 
 
@@ -50,13 +54,15 @@ class Imported:
     settings: dict[str, Any]
 
 
-def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
+def import_memories(
+    source: Path, out: Path, topk: int, weighting: str = "softmax"
+) -> list[Imported]:
     """Write every memory of a safetensors file into its folder under `out`, named as in the foreign
     model.
 
-    topk: slots read per head, which the weights do not show. Values are read through a memory map
-    and written block by block. ValueError, with the reason, if there is no such memory, or one with
-    parts that ours lacks.
+    topk: slots read per head; weighting: softmax, or relu for lucidrains' `non_competitive_gates`.
+    The weights show neither. Values are read through a memory map and written block by block.
+    ValueError, with the reason, if there is no such memory, or one with parts that ours lacks.
     """
     if source.suffix != ".safetensors":
         raise ValueError(
@@ -77,7 +83,7 @@ def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
         raise ValueError(
             f"{source} holds no memory: expected tensors <name>.keys and <name>.{_VALUES}"
         )
-    imported = []
+    converted = []
     for place in places:
         memory = {
             name.removeprefix(place): tensor
@@ -89,7 +95,10 @@ def import_memories(source: Path, out: Path, topk: int) -> list[Imported]:
             shared = [f"{other}{_VALUES}" for other in places if f"{other}{_VALUES}" in tensors]
             if len(shared) == 1:
                 memory[_VALUES] = tensors[shared[0]]
-        family, settings, entries = _convert(f"{source}: {place or 'memory'}", memory, topk)
+        what = f"{source}: {place.rstrip('.') or 'memory'}"
+        converted.append((place, *_convert(what, memory, topk, weighting)))
+    imported = []
+    for place, family, settings, entries in converted:
         folder = out / place.rstrip(".").replace("/", "_") if place else out
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / _WEIGHTS, entries)
@@ -106,88 +115,102 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
     try:
         settings = json.loads((folder / MEMORY_JSON).read_text())
         settings.pop("family")
-        with torch.device("meta"):
-            memory = ProductKeyMemory(**settings)
         with safe_open(folder / _WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        memory = _empty(settings, tensors)
+        # `assign`, since parameters on meta have no memory to copy into.
+        memory.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{folder} holds no imported memory ({type(error).__name__}: {error}): run memshard "
             "import again"
         ) from error
-    for layer in (memory.gate, memory.output):
-        if layer is not None and any(
-            name.endswith(".bias") and name.startswith(("gate", "output")) for name in tensors
-        ):
-            # Our gate and output have no bias; those of Meta's code may.
-            layer.bias = nn.Parameter(torch.empty(layer.out_features, device="meta"))
-    # `assign`, since parameters on meta have no memory to copy into.
-    memory.load_state_dict(tensors, assign=True)
     return memory.requires_grad_().eval()
 
 
+def _empty(settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> ProductKeyMemory:
+    """Return a memory on meta with the parts that the tensors are for."""
+    arguments = dict(settings)
+    gate = arguments.pop("gate")
+    with torch.device("meta"):
+        memory = ProductKeyMemory(**arguments, gate="output.weight" in tensors)
+    if not gate:
+        memory.gate = None
+    for name, layer in (("gate", memory.gate), ("output", memory.output)):
+        if layer is not None and f"{name}.bias" in tensors:
+            # Ours have no bias; those of Meta's code do.
+            layer.bias = nn.Parameter(torch.empty(layer.out_features, device="meta"))
+    return memory
+
+
 def _convert(
-    what: str, tensors: dict[str, Tensor], topk: int
+    what: str, tensors: dict[str, Tensor], topk: int, weighting: str
 ) -> tuple[str, dict[str, Any], list[Entry]]:
-    for name, part in _UNKNOWN.items():
-        if name in tensors:
-            raise ValueError(f"{what} has {part} ({name}), which ours lacks")
-    if _VALUES not in tensors:
+    rest = dict(tensors)  # what no line below has taken is refused
+    values, foreign_keys = rest.pop(_VALUES, None), rest.pop("keys")
+    lucid = "to_queries.weight" in rest
+    # `query_mlps` is one nn.Sequential where the network has one layer; the notebook's has no name.
+    place = "query_proj.query_mlps" if "query_proj.query_mlps.0.weight" in rest else "query_proj"
+    query = rest.pop("to_queries.weight" if lucid else f"{place}.0.weight", None)
+    gate = "swilu_projection.weight" in rest
+    dense: dict[str, Tensor] = {}
+    for ours, theirs in (("gate", "swilu_projection"), ("output", "value_proj")):
+        for part in ("weight", "bias"):
+            if f"{theirs}.{part}" in rest:
+                dense[f"{ours}.{part}"] = rest.pop(f"{theirs}.{part}")
+    norm = {
+        part: rest.pop(name)
+        for part in ("weight", "bias", "running_mean", "running_var")
+        if (name := f"norm.{part}" if lucid else f"{place}.1.{part}") in rest
+    }
+    rest.pop(f"{place}.1.num_batches_tracked", None)
+    bias = rest.pop(f"{place}.0.bias", None)
+    for beginning, part in (*_UNKNOWN.items(), ("", "a part")):
+        for name in rest:
+            if name.startswith(beginning):
+                raise ValueError(f"{what} has {part} ({name}), which ours lacks")
+    if values is None:
         raise ValueError(f"{what} has no {_VALUES}")
-    values, foreign_keys = tensors[_VALUES], tensors["keys"]
     n, half = math.isqrt(len(values)), foreign_keys.shape[-1]
     if n * n != len(values):
         raise ValueError(
             f"{what} has {len(values):,} values, which is no square: its indices wrapped around, "
             "or its keys are flat"
         )
-    lucid = "to_queries.weight" in tensors
-    query = tensors.get(
-        "to_queries.weight" if lucid else "query_proj.query_mlps.0.0.weight",
-        tensors.get("query_proj.0.weight"),
-    )
-    if query is None or query.shape[0] % (2 * half):
+    if query is None or query.ndim != 2 or query.shape[0] % (2 * half):
         raise ValueError(
             f"{what} has no query network that fits its keys: expected one linear map to heads x "
             f"{2 * half}"
         )
     heads, dim = query.shape[0] // (2 * half), query.shape[1]
-    gate = "swilu_projection.weight" in tensors
+    if values.shape[1] != dim and "output.weight" not in dense:
+        raise ValueError(
+            f"{what} has values of width {values.shape[1]}, the model has {dim}, and nothing maps "
+            "one to the other"
+        )
     # Meta's keys are flat, [2 heads n, half]; with a gate they are Meta's in any case.
-    family = "lucid" if lucid else "meta" if gate or foreign_keys.ndim == 2 else "xlm"
-    sub_keys = _sub_keys(what, foreign_keys, lucid, heads, n, half)
-    dense = {
-        "sub_keys.weight": sub_keys,
+    flat = foreign_keys.ndim == 2 and len(foreign_keys) != n
+    family = "lucid" if lucid else "meta" if gate or flat else "xlm"
+    if weighting != "softmax" and not lucid:
+        raise ValueError(
+            f"{what} is a memory of {family}, whose weights are a softmax: leave out --weighting"
+        )
+    dense |= {
+        "sub_keys.weight": _sub_keys(what, foreign_keys, lucid, heads, n, half),
         "query.weight": query,
-        "query.bias": query.new_zeros(len(query)),
+        "query.bias": query.new_zeros(len(query)) if bias is None else bias,
     }
-    norm = "none"
     if lucid:
         # Rows by half and head there, by head and half here.
         dense["query.weight"] = query.view(2, heads, half, dim).transpose(0, 1).reshape(-1, dim)
-        norm = "layer-half"
-        for part in ("weight", "bias"):
-            if f"norm.{part}" not in tensors:
-                raise ValueError(f"{what} has a norm that is no layer norm of each half of a query")
-            # One norm for all heads and halves there; a copy for each here computes the same.
-            dense[f"query_norm.{part}"] = tensors[f"norm.{part}"].repeat(heads, 2)
+        if norm.keys() != {"weight", "bias"} or norm["weight"].shape != (half,):
+            raise ValueError(f"{what} has no layer norm of each half of a query")
+        # One norm for all heads and halves there; a copy for each here computes the same.
+        dense |= {f"query_norm.{part}": tensor.repeat(heads, 2) for part, tensor in norm.items()}
     else:
-        place = (
-            "query_proj.query_mlps.0"
-            if "query_proj.query_mlps.0.0.weight" in tensors
-            else "query_proj"
-        )
-        dense["query.bias"] = tensors.get(f"{place}.0.bias", dense["query.bias"])
-        if f"{place}.1.running_mean" in tensors:
-            norm = "batch"
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                dense[f"query_norm.{part}"] = tensors[f"{place}.1.{part}"].view(heads, 2 * half)
-    if gate:
-        for ours, theirs in (("gate", "swilu_projection"), ("output", "value_proj")):
-            dense[f"{ours}.weight"] = tensors[f"{theirs}.weight"]
-            dense[f"{ours}.bias"] = tensors.get(
-                f"{theirs}.bias", torch.zeros(len(tensors[f"{theirs}.weight"]))
-            )
+        dense |= {
+            f"query_norm.{part}": tensor.view(heads, 2 * half) for part, tensor in norm.items()
+        }
     settings = {
         "dim": dim,
         "keys": n,
@@ -195,21 +218,47 @@ def _convert(
         "topk": topk,
         "key_dim": 2 * half,
         "value_dim": values.shape[1],
+        "query_norm": "layer-half" if lucid else "batch" if norm else "none",
+        "weighting": weighting,
+        "gate": gate,
     }
+    _check(what, settings, {**dense, _VALUES: values})
+    # lucidrains' relu is not divided by topk, as ours is.
+    scale = 1 if weighting == "softmax" else topk
     entries = [
         Entry(name, torch.float32, tuple(tensor.shape), [tensor.float()])
         for name, tensor in dense.items()
     ]
     entries.append(
-        Entry(_VALUES, torch.float32, tuple(values.shape), _rows(partial(_take, values), n))
+        Entry(_VALUES, torch.float32, tuple(values.shape), _rows(partial(_take, values, scale), n))
     )
-    return family, {**settings, "query_norm": norm, "gate": gate}, entries
+    return family, settings, entries
+
+
+def _check(what: str, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `load_memory` will be able to load the tensors."""
+    try:
+        expected = _empty(settings, tensors).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in group.items()}
+        for group in (expected, tensors)
+    )
+    if wrong := sorted(
+        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+    ):
+        name = wrong[0]
+        raise ValueError(
+            f"{what} fits no memory of ours: {name} is {theirs.get(name, 'missing')} there and "
+            f"{ours.get(name, 'unknown')} here"
+        )
 
 
 def _sub_keys(what: str, keys: Tensor, lucid: bool, heads: int, n: int, half: int) -> Tensor:
     if lucid and keys.shape == (heads, n, 2, half):
         return keys.transpose(1, 2)
-    if not lucid and keys.numel() == heads * 2 * n * half:
+    if not lucid and keys.shape in ((heads, 2, n, half), (2 * heads * n, half)):
         return keys.reshape(heads, 2, n, half)
     if not lucid and keys.shape == (n, half):
         return keys.expand(heads, 2, n, half)  # the same for all heads and both halves
@@ -219,8 +268,8 @@ def _sub_keys(what: str, keys: Tensor, lucid: bool, heads: int, n: int, half: in
     )
 
 
-def _take(values: Tensor, slots: Tensor) -> Tensor:
-    return values[slots].float()
+def _take(values: Tensor, scale: int, slots: Tensor) -> Tensor:
+    return values[slots].float() * scale
 
 
 def _rows(take: Callable[[Tensor], Tensor], keys: int) -> Iterator[Tensor]:
