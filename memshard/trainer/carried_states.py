@@ -38,6 +38,7 @@ class Carried:
         self._mixers = [block.mixer for block in model.blocks]
         self._continues = continues
         # Ranks with only filler rows also have states, which are never stored.
+        # Capacity 0: these mixers' states have a constant size.
         self._states = model.init_states(share, 0)
         self._advanced: list[tuple[Tensor, Sequence[MixerState]]] = []
 

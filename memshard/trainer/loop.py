@@ -83,9 +83,13 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 if step % settings.save_every == 0:
                     begun = perf_counter()
                     with meter.paused(), _long_timeout(run):
+                        # Returns once tables are written and all else is copied; the copies are
+                        # written while the next steps run.
                         save(run, wait=False)
                     metrics.write(step, {"speed/save_s": perf_counter() - begun})
             with _long_timeout(run):
+                # A save of this step may still be under way: this waits for it, and
+                # writes none twice.
                 checkpoint = save(run)
     finally:
         metrics.close()
@@ -110,6 +114,7 @@ def _metrics(run: Run) -> Metrics:
 @contextmanager
 def _long_timeout(run: Run) -> Iterator[None]:
     """Let collectives wait long during an evaluation or save, when a rank may be busy alone."""
+    # Not undone after an error: the run then ends.
     set_timeout(run.recipe.guards.first_timeout)
     yield
     _set_step_timeout(run)

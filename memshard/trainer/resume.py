@@ -41,6 +41,7 @@ def save(run: Run, wait: bool = True) -> Path:
     what went wrong with this one.
     """
     run.phase = "saving"
+    # One save at a time. This raises what went wrong with the one before.
     run.saving.wait()
     root = run.folder / CHECKPOINTS
     folder = checkpoint_folder(root, run.progress.step)
@@ -83,6 +84,7 @@ def resume(run: Run) -> None:
         except DamagedCheckpoint as error:
             damaged[folder] = error
     if checkpoints and len(damaged) == len(checkpoints):
+        # Not a fresh start, which would lose the run without a word.
         raise damaged[checkpoints[-1]]
     if run.rank == 0:
         for folder, problem in damaged.items():
@@ -162,6 +164,8 @@ def _rewind_target(run: Run, root: Path) -> Path:
     checkpoints = committed(root)
     last = checkpoint_folder(root, run.progress.rewound_to or 0)
     if len(checkpoints) > 1 and checkpoints[-1] == last:
+        # The run has been back there and met a spike on other data as well, so the weights
+        # lead to it.
         remove(checkpoints.pop())
     return checkpoints[-1]
 

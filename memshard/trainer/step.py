@@ -39,6 +39,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     begun = time.perf_counter()
     batches = run.next_batches()
     data_wait = time.perf_counter() - begun
+    # Of the whole batch: the losses of all ranks and micro-batches then add up to its mean.
     tokens = run.task.loss_tokens(run.stream, progress.batch, batches)
     read = run.stream.tokens_read(progress.batch)
     _balance_keys(run, tokens)
@@ -61,7 +62,10 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
         _left_out(run)
     else:
         _done(run)
+        # A loss that was left out is not remembered, so several spikes in a row are all measured by
+        # the losses before them.
         progress.losses = [*progress.losses, outcome.loss][-guards.window :]
+    # Skipped or not: the data and the learning rate's schedule go on.
     progress.step += 1
     progress.spikes += spiked
     hopeless = _hopeless(run, outcome)
@@ -100,6 +104,8 @@ def _done(run: Run) -> None:
     rows, tables = run.table_optimizer, run.recipe.tables
     if rows is not None:
         for memory, use in run.watched:
+            # The table's own count, by which `revive` tells who is dead; skipped steps are
+            # not in it.
             use.commit(rows.state[memory.values.anchor]["step"])
         if tables.revive:
             memories = (memory for memory, _ in run.watched)

@@ -124,8 +124,10 @@ def build_for_training(
     placement = apply(model, mesh, layout, share)
     hidden = [table for _, table in find_tables(model)]
     if empty:
+        # Still on the meta device, where converting allocates nothing.
         store_tables(model, tables.dtype)
     for table in hidden:
+        # Before the model moves: such a table must not follow it.
         table.host = tables.place == "host"
     if empty:
         model.to_empty(device=device)
@@ -302,6 +304,7 @@ def _update(training: Training, step: int, norm: Tensor, scale: float) -> float:
     rate = training.learning_rate(step)
     training.engine.step(rate, norm, training.clip, scale)
     if training.table_optimizer is not None:
+        # As `engine.step` does with the gradients of its parameters, which anchors are not among.
         training.table_optimizer.unscale(scale)
         training.table_optimizer.step()
     for query_norm in training.query_norms:

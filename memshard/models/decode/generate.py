@@ -58,6 +58,7 @@ def generate(
         )
         if stop is not None:
             tokens = tokens.masked_fill(ended, stop)
+            # Rows that ended before have just been filled with `stop`, so they stay ended.
             ended = tokens == stop
         columns.append(tokens)
         if on_token is not None:

@@ -19,6 +19,7 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return tensor
     start, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    # Whole pages inside the tensor; madvise refuses an address within a page.
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
     whole = (start + size - first) // _HUGE_PAGE * _HUGE_PAGE
     if whole > _HUGE_PAGE:

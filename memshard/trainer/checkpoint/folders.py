@@ -77,6 +77,7 @@ def _is_committed(path: Path) -> bool:
 
 def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint so that no reader finds it; return its new path."""
+    # Without the prefix, by which all others look for checkpoints.
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)

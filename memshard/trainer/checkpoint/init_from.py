@@ -88,6 +88,7 @@ def init_from(
                 source,
                 saved[source],
                 tensors[target],
+                # Not their moments, which are 0 and have no length to scale.
                 shorten=target.startswith("model."),
             )
         else:
@@ -119,6 +120,7 @@ def init_from(
 
 def _parameter(name: str) -> str:
     """Return the parameter that a tensor of a checkpoint belongs to."""
+    # "exp_avg.blocks.0.mixer.query.weight" without its first word.
     return name.partition(".")[2]
 
 
@@ -174,6 +176,7 @@ def _check_all_used(
 
 def _check_growth(checkpoint: Path, name: str, saved: Size, here: Size, is_table: bool) -> None:
     """Raise ValueError unless only the number of keys differs, and has grown."""
+    # [slots, dim], or [heads, 2, keys, half]
     keys_at = 0 if is_table else 2
     others = [[size for dim, size in enumerate(shape) if dim != keys_at] for shape in (saved, here)]
     if others[0] != others[1] or not (is_table or name.endswith(".sub_keys.weight")):

@@ -16,6 +16,8 @@ class MappedTensor:
         self.shape, self.dtype = stored.shape, stored.dtype
         self._parts: list[tuple[tuple[slice, ...], Tensor]] = []
         for chunk in stored.chunks:
+            # from_file knows no offset, so a map begins at the file's start; bytes that nobody
+            # reads cost nothing.
             size = math.prod(chunk.sizes) * stored.dtype.itemsize
             # torch names neither the file nor the reason as an OSError does.
             (folder / chunk.file).open("rb").close()

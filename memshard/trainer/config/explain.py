@@ -77,6 +77,7 @@ def suggestion(key: str) -> str:
     }
     close = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1)]
     elsewhere = [name for name in names if name.rpartition(".")[2] == last]
+    # A typo within the section first, then the right name in a wrong section, then anything alike.
     guesses = close or elsewhere or difflib.get_close_matches(key, names, n=1)
     return f"; did you mean '{guesses[0]}'?" if guesses else ""
 
@@ -98,6 +99,7 @@ def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
     for item in dataclass_fields(cls):
         name, hint, doc = prefix + item.name, hints[item.name], docs.get(item.name, "")
         if is_dataclass(hint):
+            # A section without a text of its own is explained by its class.
             yield Key(name, SECTION, "", doc or " ".join((hint.__doc__ or "").split()))
             yield from walk(hint, f"{name}.")
         else:
@@ -135,6 +137,7 @@ def _type_name(hint: Any) -> str:
 
 def _docstrings(cls: type) -> dict[str, str]:
     """Return the string literal under each field, which Python itself does not keep."""
+    # From the source: a string below a field is an expression that Python evaluates and drops.
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs = {}

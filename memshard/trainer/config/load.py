@@ -203,6 +203,7 @@ def _with_program(recipe: Recipe) -> Recipe:
 
 def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:
     """Return the first problem in one line; wrong types and missing keys come first."""
+    # False sorts before True: the first error that is not about a value's range or combination.
     problem = min(error.errors(), key=lambda entry: entry["type"] == "value_error")
     if problem["type"] == "value_error":
         raised: ValueError = problem["ctx"]["error"]

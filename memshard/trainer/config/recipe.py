@@ -16,6 +16,7 @@ from memshard.trainer.config.training import TrainConfig
 if TYPE_CHECKING:
     LayoutSetting = str
 else:
+    # The registry's names, which mypy cannot read.
     LayoutSetting = Literal[("auto", *LAYOUTS)]
 
 
@@ -145,8 +146,10 @@ class GuardsConfig:
     """The same for later steps: a dead or hanging rank is noticed within this time."""
 
     def __post_init__(self) -> None:
+        # Written so that it also refuses NaN.
         if not self.threshold > 0:
             raise ValueError(f"guards.threshold is {self.threshold}; it must be above 0")
+        # Of a single loss the median distance from the median is 0.
         if self.window < 2:
             raise ValueError(f"guards.window is {self.window}; it must be at least 2")
         for name in ("first_timeout", "timeout"):

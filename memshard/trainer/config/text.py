@@ -25,6 +25,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key!r} is not a key: keys are words", key_node.start_mark
                 )
+            # SafeLoader itself would silently keep the last of two equal keys.
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key!r} is given twice in one section", key_node.start_mark

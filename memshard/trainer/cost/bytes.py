@@ -149,6 +149,7 @@ def _read_bytes(model: ModelConfig, layout: LayoutChoice) -> tuple[float, float]
     reads, gradients = layout.collected
     layers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)
     return (
+        # For each read a row number in int32 and an fp32 weight.
         len(memory.layers) * memory.tables * (8 * reads + gradients),
         layers_of_a_table * (_SORTED_READ * reads + gradients),
     )

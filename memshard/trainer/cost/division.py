@@ -48,6 +48,7 @@ def divide(recipe: Recipe, ranks: int) -> Division:
     lookup_ranks = settings.tensor
     layout = LAYOUTS.get(settings.layout)
     if layout is not None and layout.within_tensor_group:
+        # Columns are split, so each rank of a tensor group needs the reads of all its tokens.
         table_ranks, lookup_ranks = settings.tensor, 1
     by_sequence = settings.share == "sequence"
     sequences = math.ceil(recipe.train.batch / groups)

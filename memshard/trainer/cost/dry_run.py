@@ -41,6 +41,7 @@ def dry_run(recipe: Recipe, ranks: int, vocab_size: int) -> list[RankParameters]
     config = replace(
         recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=longest
     )
+    # Only the last ranks' shards may be smaller: the first and the last rank are the extremes.
     parts = (_as_rank(recipe, config, rank, ranks, layout) for rank in sorted({0, ranks - 1}))
     return [part for part in parts if part is not None]
 
@@ -52,6 +53,7 @@ def _as_rank(
         return None
     try:
         mesh = build_mesh("cpu", recipe.parallel.memory, recipe.parallel.tensor)
+        # Tables draw a seed even on the meta device; the caller's generator must not notice.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(config)
         apply(model, mesh, layout, recipe.parallel.share)
@@ -60,6 +62,8 @@ def _as_rank(
             rank, dense, sum(table.weight.numel() for _, table in find_tables(model))
         )
     finally:
+        # Imported only where parallel.tensor is used, as it needs fairscale, whose
+        # groups are globals.
         if tensor := sys.modules.get("memshard.parallel.tensor"):
             tensor.leave()
         dist.destroy_process_group()

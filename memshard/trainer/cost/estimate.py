@@ -102,6 +102,7 @@ def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device
     cost = estimate(recipe, world, vocab_size)
     # Only what does not depend on the batch: activations may still be made to fit.
     needed = cost.bytes.table + cost.host.table
+    # The dense model takes from the same memory only where the tables are on its device.
     place = torch.device("cpu") if recipe.tables.place == "host" else device
     available = available_memory(place) - (cost.bytes.dense if place.type == device.type else 0)
     if needed > available:

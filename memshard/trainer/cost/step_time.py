@@ -15,6 +15,8 @@ PRODUCTS, BANDWIDTH, NETWORK = 0.4, 0.5, 0.6
 memory bandwidth (rows are read in random order), links.
 """
 
+# Backward costs two forward passes, so a third one is 1/3 more. The feedforward's first matrix has
+# 4 of the 12 d^2 weights of a block: 1/9.
 _AGAIN = {"none": 1.0, "selective": 10 / 9, "full": 4 / 3}
 _HOST_MEMORY, _HOST_LINK = 25e9, 12e9
 """Assumed bytes a second for a rank: its share of the memory of a node of 8, and of PCIe 3.0."""

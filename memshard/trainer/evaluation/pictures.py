@@ -82,6 +82,7 @@ def usage_map(counts: npt.ArrayLike, keys: int, out_png: str | Path, title: str 
     high = max(high, 10 * low)
     left.set_facecolor(_UNREAD)
     shown = left.imshow(
+        # log 0 has no colour: the white of the axes shows through.
         np.ma.masked_equal(image, 0),
         norm=LogNorm(low, high),
         cmap="viridis",
@@ -126,6 +127,7 @@ def _share_curve(axes: "Axes", reads: npt.NDArray[np.float64]) -> None:
         label="all slots alike",
     )
     if total > 0:
+        # A Lorenz curve, but from the most read slot on, in percent.
         share = np.concatenate([[0], np.cumsum(np.sort(reads)[::-1]) / total * 100])
         slots = np.linspace(0, 100, len(share))
         # A line of a million points would make a large and slow file; 1,000 look the same.

@@ -31,6 +31,7 @@ def translate(
     ValueError for an empty text, or one too long for the model's positions.
     """
     sources = [
+        # As in training, where a record is source <eos> target <eos>.
         [*ids, tokenizer.eos_id]
         for ids in tokenizer.encode_batch([text.strip() for text in texts], threads=1)
     ]
@@ -88,5 +89,6 @@ def held_out_texts(held_out: HeldOutRecords, tokenizer: Tokenizer) -> tuple[list
         sources += [
             tokenizer.decode(row[keep].tolist()) for row, keep in zip(source, real, strict=True)
         ]
+        # Padding after a target is IGNORE, -100.
         references += [tokenizer.decode(row[row >= 0].tolist()) for row in targets]
     return sources, references

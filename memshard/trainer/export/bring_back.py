@@ -45,6 +45,7 @@ def bring_back(source: Path, out: Path) -> int:
     state = {
         "progress": {"step": loaded.step},
         "table_steps": dict.fromkeys(tables, 0),
+        # No data: only init_from takes it, a resume refuses.
         "stream": None,
     }
     with TemporaryDirectory() as folder:

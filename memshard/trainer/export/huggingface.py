@@ -68,6 +68,7 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
         "AutoConfig": "configuration_memshard.MemshardConfig",
         "AutoModelForCausalLM": "modeling_memshard.MemshardForCausalLM",
     }
+    # None: there is no fast tokenizer.
     tokenizer_map = {"AutoTokenizer": ["tokenization_memshard.MemshardTokenizer", None]}
     tokenizer: dict[str, Any] = {"tokenizer_class": "MemshardTokenizer", "auto_map": tokenizer_map}
     if model.position in ("learned", "axial"):

@@ -23,6 +23,7 @@ class CombinedOptimizer(Optimizer):
             [group for optimizer in optimizers for group in optimizer.param_groups], defaults
         )
         for optimizer in optimizers:
+            # Optimizer.__init__ starts with no state, and RowAdam has its moments from the start.
             self.state.update(optimizer.state)
         self.optimizers = optimizers
         self._share()
@@ -46,6 +47,7 @@ class CombinedOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
+                # Here, once; each optimizer would run the model again.
                 loss = closure()
         for optimizer in self.optimizers:
             optimizer.step()

@@ -62,9 +62,11 @@ class LanguageModelTask:
         step, carried: as for `loss`. wanted: [batch, length] bool, where to compute losses; they
         are 0 elsewhere.
         """
+        # Still on the CPU, where carried states are looked up.
         samples = batch.samples
         predicts = batch.targets != IGNORE
         padded = not bool(predicts.all())  # on the CPU, where asking does not wait for the device
+        # After `predicts`: what is not wanted is context, and must not become padding.
         if wanted is not None:
             batch = batch._replace(targets=torch.where(wanted, batch.targets, IGNORE))
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
@@ -78,6 +80,8 @@ class LanguageModelTask:
             losses, states = model(batch.inputs, ctx, carried.begin(samples), batch.targets)
             carried.advance(samples, states)
             return losses
+        # The model computes these itself, a chunk of tokens at a time where it is told to, so that
+        # not all logits are in memory together. Other losses take them whole.
         if self.losses is token_losses:
             return model(batch.inputs, ctx, targets=batch.targets)[0]
         return self.losses(model(batch.inputs, ctx)[0], batch.targets)

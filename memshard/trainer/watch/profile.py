@@ -17,6 +17,7 @@ class StepProfiler:
 
     def __init__(self, folder: Path, rank: int, steps: tuple[int, int] | None) -> None:
         self.path = folder / FOLDER / f"rank{rank}.pt.trace.json"
+        # Steps count from 1, so 0 never comes.
         self.first, self.last = steps or (0, 0)
         self._profile: profile | None = None
 

@@ -57,6 +57,7 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = MemshardConfig
     main_input_name = "input_ids"
+    # A row's scale in half precision would add its own error to that of int8.
     _keep_in_fp32_modules_strict = ["scale"]
 
     def __init__(self, config: MemshardConfig) -> None:

@@ -24,6 +24,8 @@ class MemshardTokenizer(PreTrainedTokenizer):
             "eos_token": "<eos>",
             "pad_token": "<eos>",
             "unk_token": "<unk>",
+            # The newest token of each row is then in the last column, where `generate`
+            # looks for it.
             "padding_side": "left",
             **kwargs,
         }
@@ -69,6 +71,7 @@ class MemshardTokenizer(PreTrainedTokenizer):
         text: str = self.pieces.decode(numbers)
         if skip_special_tokens:
             return text
+        # sentencepiece decodes <eos> to nothing: decode what is between, and put it back.
         eos, parts = self.eos_token_id, [[]]  # type: ignore[var-annotated]
         for number in numbers:
             if number == eos:

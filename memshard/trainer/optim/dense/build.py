@@ -21,6 +21,8 @@ def build_dense_optimizer(parameters: Sequence[Tensor], config: OptimizerConfig)
     ]
     filled = [group for group in groups if group["params"]]
     module, _, function = DENSE_KINDS[config.kind].build.partition(":")
+    # torch refuses an empty list of groups, but not groups without parameters: a ZeRO rank
+    # may own none.
     optimizer: Optimizer = getattr(import_module(module), function)(filled or groups, config)
     return optimizer
 

@@ -10,8 +10,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     then what optimizer.schedule says.
     """
     if step < config.warmup:
+        # Step 0 already learns, and the last step of the warm-up has the whole rate.
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "inverse_sqrt":
+        # At step + 1 = warmup this is lr, so the two parts meet.
         return config.lr * math.sqrt(max(config.warmup, 1) / (step + 1))
     if config.schedule == "cosine":
         progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))

@@ -10,7 +10,10 @@ from memshard.models.memory.table import ValueTable
 from memshard.models.random import fold, normal_at
 from memshard.trainer.optim.rows.adam import RowAdam
 
+# Share of a sub-key's length. Of 1,024 slots a memory read 69 % with 0.1 and with 0.25, 66 % with
+# 0.5, 48 % with 1, and 52 % without revival.
 _KEY_NOISE = 0.25
+# Share of an initial value: outputs hardly change, and two equal rows can part.
 _VALUE_NOISE = 0.02
 _BLOCK_ROWS = 4096
 
@@ -50,6 +53,7 @@ def revive(
                 table,
                 optimizer,
                 step - dead_after,
+                # Negative, apart from the readers' keys, which count from 0.
                 fold(key, -1 - part),
                 sources.to(table.weight.device),
             )
