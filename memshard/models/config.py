@@ -62,8 +62,8 @@ class ModelConfig:
     """Width of the residual stream."""
 
     max_length: int | None = None
-    """Longest sequence with learned or axial positions. Default: data.length, or the product of
-    model.axial.
+    """Longest sequence with learned or axial positions. Default: data.length, or
+    the product of model.axial.
     """
 
     mixer: MixerConfig = field(default_factory=MixerConfig)
@@ -106,8 +106,8 @@ class ModelConfig:
 
     adaptive_cutoffs: tuple[int, ...] = ()
     """Adaptive softmax for large vocabularies: the token numbers at which clusters of rarer tokens
-    begin, such as [20000, 40000, 200000]; empty for one softmax over all tokens. Needs
-    model.tie_head=false.
+    begin, such as [20000, 40000, 200000]; empty for one softmax over
+    all tokens. Needs model.tie_head=false.
     """
 
     adaptive_division: float = 4.0

@@ -18,8 +18,8 @@ class Context:
     length] int64, the document of each token; attention stays inside a document. padding: [batch,
     length] bool, True for real tokens. random: key of this pass's draws; None draws nothing
     (evaluation, or a model without dropout). source: [batch, source length, dim], the encoder's
-    output that a decoder reads; source_padding: [batch, source length] bool, True for its real
-    tokens.
+    output that a decoder reads; source_padding: [batch, source length] bool, True
+    for its real tokens.
 
     Where ranks share the tokens of a sequence, mixers see all of them and other layers only this
     rank's: local_part has the facts of those. padding_tokens: how many tokens at the end of the

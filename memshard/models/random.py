@@ -31,8 +31,8 @@ def fold(*numbers: int) -> int:
     """Mix numbers into one 64-bit key by splitmix64 steps, and return it as a signed integer."""
     key = 0
     for number in numbers:
-        # The constants of splitmix64 (Steele et al. 2014). Python's integers do not wrap around:
-        # mask.
+        # The constants of splitmix64 (Steele et al. 2014). Python's integers do
+        # not wrap around: mask.
         key = (key ^ (number & _MASK_64)) + 0x9E3779B97F4A7C15 & _MASK_64
         key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
         key = (key ^ key >> 27) * 0x94D049BB133111EB & _MASK_64
@@ -97,8 +97,8 @@ def dropout(
 def normal_rows(
     seed: int, first: int, count: int, dim: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return rows first .. first + count - 1 of an endless standard normal matrix, [count, dim]
-    fp32.
+    """Return rows first .. first + count - 1 of an endless standard normal
+    matrix, [count, dim] fp32.
 
     A row depends on (seed, row number) alone. Values are quantiles at 2^16 points: the same bits on
     every device, and at most 4.3.

@@ -130,8 +130,8 @@ class Transformer(nn.Module):
                 )
             tokens, ctx = self.share_sequence(tokens, ctx)
         if self.grid is not None:
-            # Pass the embedding directly: a local variable would keep it alive through the whole
-            # pass.
+            # Pass the embedding directly: a local variable would keep it alive
+            # through the whole pass.
             x1, x2, advanced = reversible_blocks(
                 self.stack,
                 self.grid,

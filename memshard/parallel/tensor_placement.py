@@ -53,8 +53,8 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
             continue
         for child, matrix in module.named_children():
             if child in (*module.column_parallel, *module.row_parallel):
-                # A linear map's weight is [outputs, inputs]: column-parallel maps split the
-                # outputs.
+                # A linear map's weight is [outputs, inputs]: column-parallel
+                # maps split the outputs.
                 dim = int(child in module.row_parallel)
                 placement[f"{name}.{child}.weight"] = _split(matrix.weight.shape[dim], dim)
     return placement

@@ -36,8 +36,8 @@ def all_reduce_verdict(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list
 
 
 def is_spike(loss: float, recent: Sequence[float], threshold: float) -> bool:
-    """Return whether a loss exceeds the recent ones by more than `threshold` robust standard
-    deviations.
+    """Return whether a loss exceeds the recent ones by more than
+    `threshold` robust standard deviations.
 
     The deviation is 1.4826 times the median distance from the median (equal to the standard
     deviation of a normal distribution), so that earlier spikes do not hide the next. It counts as

@@ -51,8 +51,8 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 if outcome.rewind:
                     with _long_timeout(run):
                         rewind(run)
-                    # A new Metrics drops the lines of the steps that are trained again, as after a
-                    # resume.
+                    # A new Metrics drops the lines of the steps that are trained again,
+                    # as after a resume.
                     metrics.close()
                     metrics = _metrics(run)
                     metrics.say(
@@ -65,8 +65,8 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 metrics.advance()
                 if step % settings.log_every == 0 or step == last or stopping:
                     values = meter.read(run.progress)
-                    # A save in the background ends some steps later: its time goes to the next
-                    # line.
+                    # A save in the background ends some steps later: its time goes
+                    # to the next line.
                     if run.saving.seconds is not None:
                         values["speed/save_total_s"], run.saving.seconds = run.saving.seconds, None
                     log.info("%s", meter.rank_report)

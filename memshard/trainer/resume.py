@@ -132,8 +132,8 @@ def rewind(run: Run) -> None:
 def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
     """Return everything that a checkpoint keeps as tensors, by name. All ranks call it.
 
-    They share memory with the run, except those that `engine.restore` must take over once they are
-    loaded.
+    They share memory with the run, except those that `engine.restore` must take over
+    once they are loaded.
     """
     tensors = run.engine.state(_learned(run))
     for layer, memory in run.model.memories():

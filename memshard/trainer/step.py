@@ -86,8 +86,8 @@ def _balance_keys(run: Run, tokens: float) -> None:
     """Set the weight of the loss that evens out which sub-keys are read, if the recipe has one.
 
     It is a mean over the batch's tokens and over heads and halves, scaled like the loss that it is
-    added to. Where several ranks search for the same tokens, the table's gradient_scale says how
-    many.
+    added to. Where several ranks search for the same tokens, the table's
+    gradient_scale says how many.
     """
     for memory, use in run.watched:
         use.balance = (

@@ -77,8 +77,8 @@ def beam_search(
             score = float(best_scores.values[row, place_in_row]) / penalty
             finished[numbers[row]] += 1
             _keep(best, numbers[row], tokens[row, parents[row, place_in_row]], score)
-        # At most one continuation of a hypothesis ends, so at least `beam` of the best 2 beam go
-        # on.
+        # At most one continuation of a hypothesis ends, so at least `beam` of the best
+        # 2 beam go on.
         going = (
             ends.int()
             .sort(dim=-1, stable=True)

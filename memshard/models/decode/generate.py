@@ -33,8 +33,8 @@ def generate(
     earlier are filled with it. temperature: divides the logits; 0 takes the best token. topk: draw
     among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
     temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds
-    give equal draws on one device. on_token: called with each new column, [batch]. ValueError as in
-    `check_request`.
+    give equal draws on one device. on_token: called with each new column, [batch].
+    ValueError as in `check_request`.
     """
     check_request(model, prompt, max_tokens, temperature=temperature, topk=topk, topp=topp)
     prompt = prompt.to(model.embedding.weight.device)

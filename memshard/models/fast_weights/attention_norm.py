@@ -53,8 +53,8 @@ def normalised_delta_rule(
     z_(t-1) . k_t and z_t . q_t + eps.
 
     The first divisor is 1 where nothing has been written. It grows with the number of tokens, so
-    this is not for endless streams. delta, sums: `delta_rule` and `sum_rule`, or those of a segment
-    (`segments.py`).
+    this is not for endless streams. delta, sums: `delta_rule` and `sum_rule`, or those
+    of a segment (`segments.py`).
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     memory, total = (None, None) if state is None else (state[..., :-1], state[..., -1:])

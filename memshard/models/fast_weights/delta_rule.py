@@ -1,5 +1,5 @@
-"""The delta rule (Schlag et al. 2021, equations 23 to 25), chunk by chunk, with an explicit
-backward.
+"""The delta rule (Schlag et al. 2021, equations 23 to 25), chunk by chunk,
+with an explicit backward.
 
 S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,  y_t = S_t^T q_t.
 

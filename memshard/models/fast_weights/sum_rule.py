@@ -1,5 +1,5 @@
-"""The sum rule of linear attention (Katharopoulos et al. 2020; Schlag et al. 2021, equations 17 and
-18).
+"""The sum rule of linear attention (Katharopoulos et al. 2020; Schlag et al. 2021,
+equations 17 and 18).
 
 S_t = S_(t-1) + k_t v_t^T,  y_t = S_t^T q_t. Chunk by chunk, Y = Q S + tril(Q K^T) V, and S becomes
 S + K^T V. Letters as in `chunks`.

@@ -46,8 +46,8 @@ class RowBackend(Protocol):
 def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     """Return the backend for tables on a device, and in words which it is and why.
 
-    The first call for a device compiles the kernels, if need be, and tests them against plain
-    torch.
+    The first call for a device compiles the kernels, if need be, and tests
+    them against plain torch.
     """
     if os.environ.get(SWITCH) == "plain":
         return plain_rows, f"plain torch ({SWITCH}=plain)"
@@ -56,8 +56,8 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     kernels, name = _triton(device) if device.type == "cuda" or interpreted else _compiled(device)
     if kernels is None:
         return plain_rows, f"plain torch ({name})"
-    # A wrong kernel would train on silently, so it is tested once in every process, and never
-    # trusted.
+    # A wrong kernel would train on silently, so it is tested once in every
+    # process, and never trusted.
     if fault := row_backend_fault(kernels, device):
         return plain_rows, f"plain torch ({name} {fault})"
     return kernels, f"{name} (they agree with plain torch)"

@@ -29,8 +29,8 @@ def row_backend_fault(backend: "RowBackend", device: torch.device) -> str | None
                 _updates_agree(backend, dtype, with_master, device)
                 for with_master in {False, dtype != torch.float32}
             )
-        # Any exception: a compiler or a driver may raise its own types, and plain torch is always
-        # there.
+        # Any exception: a compiler or a driver may raise its own types, and plain
+        # torch is always there.
         except Exception as problem:
             return f"fail in {dtype}: {' '.join(str(problem).split())[:200]}"
         if not right:

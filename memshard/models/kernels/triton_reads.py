@@ -114,8 +114,8 @@ def add_segment(
     WIDTH: tl.constexpr,
 ):
     """As `add_rows`, with the sums of whole windows taken from `windows` [reads // WINDOW, dim]."""
-    # Reads up to the first whole window, whole windows from `windows`, and the reads after the
-    # last.
+    # Reads up to the first whole window, whole windows from `windows`, and the
+    # reads after the last.
     head = tl.minimum((first + WINDOW - 1) // WINDOW * WINDOW, last)
     tail = tl.maximum(last // WINDOW * WINDOW, head)
     sums = add_rows(values, rows, weights, first, head, slots, dim, columns, TILE, WIDTH)

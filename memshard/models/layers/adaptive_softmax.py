@@ -38,8 +38,8 @@ class AdaptiveHead(nn.AdaptiveLogSoftmaxWithLoss):
         """Return the cross-entropy in nats, [...], 0 where the target is IGNORE. x: [..., dim];
         targets: [...] int64.
         """
-        # The module wants valid targets everywhere; what token 0 costs there is replaced by 0
-        # below.
+        # The module wants valid targets everywhere; what token 0 costs there is
+        # replaced by 0 below.
         rows, predicted = _exact(None, None, x.flatten(0, -2)), targets != IGNORE
         losses = -self(rows, torch.where(predicted, targets, 0).flatten()).output
         losses = losses.view(targets.shape)

@@ -247,8 +247,8 @@ class _CausalConvolution(torch.autograd.Function):
             products = given * read
             to_lags[0] += products.sum((0, 1))
             for lag in range(1, len(lags)):
-                # What y[t] = kernel[lag] x[t - lag] sends back: to x the gradient of `lag` tokens
-                # later.
+                # What y[t] = kernel[lag] x[t - lag] sends back: to x the gradient
+                # of `lag` tokens later.
                 late = _seen(given[:, lag:], same, lag, rows)
                 total[:, :-lag].addcmul_(late, lags[lag])
                 torch.mul(late, read[:, :-lag], out=products[:, lag:])

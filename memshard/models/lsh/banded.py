@@ -4,8 +4,8 @@ Once tokens are sorted by group, all keys that a token sees are in its own chunk
 Attention is then a batch of products of [C, d] by [2C, d] tiles, in time and memory proportional to
 the length (Kitaev et al. 2020, section 2).
 
-N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows, C places a
-chunk.
+N rows (batch x heads), L length, d head dim, R rounds (groupings), T chunks in all rows,
+C places a chunk.
 """
 
 import math
@@ -215,8 +215,8 @@ def _kernel_agrees() -> bool:
     if cpu_banded.kernel() is None:
         return False
     random = torch.Generator().manual_seed(0)
-    # Odd sizes on purpose: 45 tokens leave a part of a chunk of 8, and 20 channels part of a
-    # vector.
+    # Odd sizes on purpose: 45 tokens leave a part of a chunk of 8, and 20 channels
+    # part of a vector.
     q, k, v, d_out = torch.randn(4, 2, 45, 20, generator=random)
     orders = [
         order_tokens(groups, 5, 8) for groups in torch.randint(3, (3, 2, 45), generator=random)
@@ -275,8 +275,8 @@ class _Tiles:
             x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]),
             x.shape[-1],
         )
-        # Neighbouring tiles share a chunk: a view of overlapping tiles instead of a copy twice as
-        # large.
+        # Neighbouring tiles share a chunk: a view of overlapping tiles instead of a
+        # copy twice as large.
         return rows.as_strided(
             (len(rows) // self.chunk - 1, 2 * self.chunk, dim), (self.chunk * dim, dim, 1)
         )

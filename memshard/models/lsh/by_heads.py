@@ -2,8 +2,8 @@
 and results of all heads are never in memory together.
 
 Backward keeps only the input. For each head it normalises, projects and attends again, span by span
-wherever tokens do not interact; the only array of the input's size that it allocates is the input's
-gradient.
+wherever tokens do not interact; the only array of the input's size that it allocates
+is the input's gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -47,8 +47,8 @@ class WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (values, rows, weights, offsets), table = ctx.saved_tensors, ctx.table
-        # Contiguous: a sum's gradient may be one number expanded to all rows, and kernels read
-        # rows.
+        # Contiguous: a sum's gradient may be one number expanded to all rows,
+        # and kernels read rows.
         (upstream,) = table.to_table_device(upstream.contiguous())
         table.collect(Read(rows, weights, offsets, upstream))
         if not ctx.needs_input_grad[0]:

@@ -80,8 +80,8 @@ class HideableTable(nn.Module):
         """Take the table out of `parameters()`."""
         if not self.hidden:
             values = self.weight.data
-            # torch refuses a plain tensor under the name of a parameter, so the parameter goes
-            # first.
+            # torch refuses a plain tensor under the name of a parameter, so
+            # the parameter goes first.
             del self.weight
             self.set_values(values)
 

@@ -76,8 +76,8 @@ class Peer(ProductKeyMemory):
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """Return the sum of the experts, [n, dim]. tokens: [n, dim]."""
         rows, weights = self.lookup(tokens, replay)
-        # One neuron an expert: its hidden layer is a single number, the product of a row and the
-        # token.
+        # One neuron an expert: its hidden layer is a single number, the product of a
+        # row and the token.
         hidden = F.gelu(
             run_once(
                 replay,

@@ -128,8 +128,8 @@ class QueryNorm(nn.Module):
         """
         count = run_once(replay, self.reduce, z.new_tensor(float(z.shape[0])))
         mean = run_once(replay, self.reduce, z.sum(0)) / count.clamp(min=1)
-        # Mean first, then squares of differences: E[z^2] - mean^2 would cancel where means are
-        # large.
+        # Mean first, then squares of differences: E[z^2] - mean^2 would cancel
+        # where means are large.
         centred = z + -mean  # the gradient of z - mean would be negated before it is summed
         var = run_once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
         # No tokens anywhere, as in a batch of padding: the variance 0 is no measurement.

@@ -89,8 +89,8 @@ class ValueTable(HideableTable):
             return
         columns = slice(self.local_columns.start, self.local_columns.stop)
         with torch.no_grad():
-            # In blocks: all rows of the whole width at once would need more memory than the table's
-            # part.
+            # In blocks: all rows of the whole width at once would need more memory
+            # than the table's part.
             for start in range(0, len(self.weight), _INIT_ROWS):
                 block = self.weight[start : start + _INIT_ROWS]
                 rows = normal_rows(

@@ -136,8 +136,8 @@ class BidirectionalMixer(Mixer):
         if self.rotary:
             k = rotate(k, ctx.positions)
         if self.features is not None:
-            # All of the source in one matrix: decoding a token costs the same whatever the source's
-            # length.
+            # All of the source in one matrix: decoding a token costs the same
+            # whatever the source's length.
             return SourceState(written_sum(self.features(k), v, padding))
         if padding is not None:
             # A row without any real token would be all NaN.

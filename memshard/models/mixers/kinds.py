@@ -17,8 +17,8 @@ class LayerSize:
     """The sizes that the closed forms of a mixer depend on.
 
     value_bytes: of an activation, 4, or 2 under autocast. ranks: that share heads (or, for
-    `sequence_bytes`, the tokens of a sequence). document_mask: whether attention stays inside
-    documents.
+    `sequence_bytes`, the tokens of a sequence). document_mask: whether
+    attention stays inside documents.
     """
 
     settings: "MixerConfig"

@@ -46,8 +46,8 @@ class LocalMixer(SoftmaxMixer):
         groups = torch.zeros_like(ctx.positions) if ctx.documents is None else ctx.documents
         if ctx.padding is not None:
             groups = groups.masked_fill(~ctx.padding, -1)
-        # Heads become rows of their own; a window over all tokens is one group, and padding
-        # another.
+        # Heads become rows of their own; a window over all tokens is one
+        # group, and padding another.
         rows = groups[:, None].expand(-1, q.shape[1], -1).reshape(-1, 1, q.shape[2])
         # `banded_attention` takes scores as they are.
         q = q * q.shape[-1] ** -0.5

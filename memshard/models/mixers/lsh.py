@@ -228,8 +228,8 @@ class LSHMixer(Mixer):
             if self.resample and ctx.random is not None
             else self.seed
         )
-        # Of the real length, so that padding for tensor ranks leaves the buckets as they are on one
-        # rank.
+        # Of the real length, so that padding for tensor ranks leaves the buckets as they
+        # are on one rank.
         buckets = self.buckets or bucket_count(q.shape[2] - ctx.padding_tokens, self.chunk)
         return self._attend(q, k, v, self._groups(q, heads, buckets, numbers, ctx.padding, seed))
 
@@ -287,8 +287,8 @@ class LSHMixer(Mixer):
         )
         groups = hashed.permute(2, 0, 1, 3)
         if numbers is not None:
-            # Each document has its own range of groups, so that no bucket reaches into another
-            # document.
+            # Each document has its own range of groups, so that no bucket
+            # reaches into another document.
             groups = groups + total_buckets(buckets) * numbers[:, None, None]
         return groups if padding is None else groups.masked_fill(~padding[:, None, None], PADDING)
 
@@ -322,8 +322,8 @@ class LSHMixer(Mixer):
             length=end,
             recent=recent,
         )
-        # Decoding: one query against its buckets' rings costs rounds x chunk keys, whatever the
-        # length.
+        # Decoding: one query against its buckets' rings costs rounds x chunk
+        # keys, whatever the length.
         if x.shape[1] == 1:
             return attend_newest(q, state, self.chunk).transpose(1, 2).flatten(2), file_newest(
                 state

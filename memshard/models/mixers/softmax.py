@@ -35,8 +35,8 @@ class KeyValueState:
 class SoftmaxMixer(HeadProjections):
     """Causal multi-head attention by torch's fused scaled dot-product kernels.
 
-    rotary: rotate queries and keys by their positions, after convolutions. parts: arguments of
-    `HeadProjections`.
+    rotary: rotate queries and keys by their positions, after convolutions.
+    parts: arguments of `HeadProjections`.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class SoftmaxMixer(HeadProjections):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         masked = ctx.documents is not None or ctx.padding is not None
-        # A dense mask has length^2 bools a row, so longer packed texts are attended document by
-        # document.
+        # A dense mask has length^2 bools a row, so longer packed texts are
+        # attended document by document.
         if masked and q.shape[2] > DENSE_LENGTH:
             return attend_per_document(q, k, v, ctx)
         mask = ctx.attention_mask

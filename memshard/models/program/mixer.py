@@ -71,8 +71,8 @@ class ProgramMixer(Mixer):
                 "model.program is made of primitives and sees all earlier tokens: set "
                 "data.document_mask=false"
             )
-        # Padding after all real tokens changes nothing, unless a state would put it before later
-        # ones.
+        # Padding after all real tokens changes nothing, unless a state would put
+        # it before later ones.
         if ctx.padding is not None and bool(
             (~ctx.padding if state else ctx.padding[:, 1:] & ~ctx.padding[:, :-1]).any()
         ):

@@ -27,8 +27,8 @@ class Grid(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.empty(()))
         self.largest: dict[int, Tensor] = {}
-        """For each layer, the largest absolute value of its streams since `clear`, a device
-        scalar.
+        """For each layer, the largest absolute value of its streams since
+        `clear`, a device scalar.
         """
         self.reset_parameters()
 

@@ -1,7 +1,7 @@
 """Reversible blocks (Gomez et al. 2017; Reformer, Kitaev et al. 2020).
 
-Backward reconstructs each block's input from its output, bit for bit, so forward keeps no
-activations:
+Backward reconstructs each block's input from its output, bit for bit, so
+forward keeps no activations:
 
     y1 = x1 + r(f(x2))    y2 = x2 + r(g(y1))    and back    x2 = y2 - r(g(y1))    x1 = y1 - r(f(x2))
 
@@ -241,8 +241,8 @@ class _Step:
                 "block is not deterministic, "
                 f"or its streams left the grid's range of {float(self.grid.limit):g}"
             )
-        # The block before takes its output from here; nobody else refers to it, so it may be
-        # overwritten.
+        # The block before takes its output from here; nobody else refers to it, so
+        # it may be overwritten.
         self.rebuilt[:] = () if self.first else (x1, x2)
         return (
             d1,

@@ -50,8 +50,8 @@ class ColumnShardedTable(ShardedTable):
         # Backward of `repeat` sums the ranks' gradients: each rank has those of its columns.
         all_weights = exchange(weights.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
         slices = self._local_sum(all_rows.flatten(), all_weights.flatten(), bag_offsets(all_rows))
-        # Sums of slices are slices of sums: no addition follows, each rank puts columns side by
-        # side.
+        # Sums of slices are slices of sums: no addition follows, each rank puts
+        # columns side by side.
         return self.join(slices, theirs, tokens)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:

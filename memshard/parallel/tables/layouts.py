@@ -135,8 +135,8 @@ LAYOUTS = {
             description="a rank stores a slice of every row; reads go to all ranks, a slice of "
             "each token's sum comes back.",
             split_dim=1,
-            # Slices of a sum and of its gradient; (row, weight) and the weight's gradient for every
-            # rank.
+            # Slices of a sum and of its gradient; (row, weight) and the weight's
+            # gradient for every rank.
             sent=lambda x: (
                 2 * x.share * x.value_dim * _VALUE + x.others * x.reads * (_ID + 2 * _VALUE)
             ),

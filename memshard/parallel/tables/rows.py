@@ -94,8 +94,8 @@ class RowShardedTable(ShardedTable):
         """Send each read's row number to the row's owner."""
         tokens, ranks = len(rows), self.ranks
         owner = self._owner(rows)
-        # Stable: within an owner, reads stay in the order of tokens, so each token's reads are one
-        # bag.
+        # Stable: within an owner, reads stay in the order of tokens, so each token's
+        # reads are one bag.
         order = torch.sort(owner.flatten(), stable=True).indices
         # How many of each token's reads go to each owner, [ranks, tokens]: the lengths of the bags
         # that the owner sums.

@@ -51,8 +51,8 @@ class UniqueRowTable(RowShardedTable):
             exchange(self._wire(distinct), ours, theirs, self.group, self.traffic) - self.first_row
         )
         if self.observer is not None:
-            # Owners see distinct rows only, so what usage counts (reads and summed weights) is sent
-            # extra.
+            # Owners see distinct rows only, so what usage counts (reads and summed
+            # weights) is sent extra.
             flat = weights.flatten().double().abs()
             sums = torch.zeros(len(distinct), 2, dtype=torch.float64, device=rows.device)
             sums.index_add_(0, inverse, torch.stack((flat, torch.ones_like(flat)), dim=1))

@@ -28,8 +28,8 @@ def grow_table(
     on the diagonal of the larger table. All ranks call it.
 
     tensor: [slots, ...], of global shape. saved: the shape of `source` in the checkpoint. zero_new:
-    set the other slots to 0; otherwise they stay. This rank's shard of the source is in memory
-    meanwhile.
+    set the other slots to 0; otherwise they stay. This rank's shard of the source
+    is in memory meanwhile.
     """
     old, new = _empty_like_saved(tensor, saved), local_part(tensor)
     load_tensors(checkpoint, {source: old})

@@ -77,8 +77,8 @@ def write_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor by name. ValueError, with the reason, unless names of data files are
-    plain, boxes are inside their tensors and cover them once, and their bytes are inside their
-    files.
+    plain, boxes are inside their tensors and cover them once, and their bytes
+    are inside their files.
     """
     file = folder / INDEX_FILE
     try:
@@ -124,8 +124,8 @@ def _tensor(name: str, entry: Any, file_sizes: dict[str, int]) -> StoredTensor:
     for chunk in chunks:
         rows, row_bytes = chunk.rows(dtype.itemsize)
         end = chunk.at + rows * row_bytes
-        # Only names such as rank0.bin: "../x" or an absolute path would read files outside the
-        # folder.
+        # Only names such as rank0.bin: "../x" or an absolute path would read
+        # files outside the folder.
         if not _DATA_FILE.fullmatch(chunk.file):
             raise ValueError(
                 f"{INDEX_FILE}: {name} is said to be in {chunk.file!r}, which is no data file of "

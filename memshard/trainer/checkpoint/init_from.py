@@ -22,8 +22,8 @@ def init_from(
     tensors: of the model and its optimizers, by their names in checkpoints; moments and step counts
     are loaded as well. New parts leave the outputs as they were: values of new tables and of new
     slots are 0, new sub-keys are short, new convolutions see only the current token. A feedforward
-    that a new memory replaces is dropped. ValueError, naming the parameter, for any other
-    difference.
+    that a new memory replaces is dropped. ValueError, naming the parameter,
+    for any other difference.
     """
     steps = load_state_together(checkpoint)["table_steps"]
     saved = {name: Size(stored.shape) for name, stored in index_of(checkpoint).items()}

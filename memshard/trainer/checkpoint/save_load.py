@@ -198,8 +198,8 @@ def _reason(error: CheckpointException) -> str:
 
 
 def _read_on_rank0(read: Callable[[], Any]) -> Any:
-    """Return what rank 0 reads on every rank; raise its DamagedCheckpoint or OSError on every
-    rank.
+    """Return what rank 0 reads on every rank; raise its DamagedCheckpoint or
+    OSError on every rank.
     """
     value = None
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -43,8 +43,8 @@ def activation_bytes(
     """Return the bytes kept for each token of a micro-batch, loss included, and the most bytes that
     backward recomputes at once. Weights and their copies in half precision do not count.
 
-    layout: of the tables, if ranks split them. tensor: ranks that share each sequence and the large
-    matrices.
+    layout: of the tables, if ranks split them. tensor: ranks that share each sequence
+    and the large matrices.
 
     The sum, for values of a bytes (4, or 2 under bf16 or fp16 autocast) and width d, per block:
         mixer       what its kind says (models/mixers/kinds.py)
@@ -56,8 +56,8 @@ def activation_bytes(
     that is recomputed, all reversible blocks together 8 d; both keep a memory's reads and 4
     value_dim of sums. Where feedforward halves and head are computed for `chunk` tokens of a
     sequence at a time, only one chunk counts. Tensor-parallel ranks keep 1 / tensor of everything
-    except what mixers, feedforwards and head gather, a d each. The test compares it with what is in
-    memory.
+    except what mixers, feedforwards and head gather, a d each. The test compares it with
+    what is in memory.
     """
     assert config.vocab_size is not None
     a, d = (2, config.dim) if half else (4, config.dim)

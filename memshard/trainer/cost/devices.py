@@ -5,8 +5,8 @@
 from dataclasses import dataclass
 
 USABLE = 0.92
-"""Share of a card that a run can fill: the CUDA context, NCCL's buffers and fragmentation take the
-rest.
+"""Share of a card that a run can fill: the CUDA context, NCCL's buffers and
+fragmentation take the rest.
 """
 
 

@@ -98,7 +98,7 @@ def uniform_duplicates(reads: float, slots: int) -> float:
     With batch-normalised queries 131k, 524k and 1,049k reads of 262k slots had 1.3, 2.5 and 4.3
     (this: 1.3, 2.3, 4.1).
     """
-    # n reads of N slots leave a slot unread with probability e^(-n/N), so N (1 - e^(-n/N)) are
-    # read.
+    # n reads of N slots leave a slot unread with probability e^(-n/N), so N (1
+    # - e^(-n/N)) are read.
     density = max(reads, 1) / slots
     return density / -math.expm1(-density)

@@ -18,8 +18,8 @@ from memshard.trainer.carried_states import state_tensors
 class Parameters:
     """Numbers of parameters. dense: all but the tables'. active: the dense ones that a token
     multiplies, so without embeddings that are looked up. largest: of the largest dense parameter.
-    split: the dense ones that tensor-parallel ranks split. table: of all tables, whose number is
-    `tables`.
+    split: the dense ones that tensor-parallel ranks split. table: of all tables,
+    whose number is `tables`.
     """
 
     dense: int

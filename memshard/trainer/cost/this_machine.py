@@ -38,8 +38,8 @@ def device_named(name: str, ranks: int) -> Device:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second that a device's matrix units can do at best: the measure of
-    MFU.
+    """Return the operations a second that a device's matrix units can do at best:
+    the measure of MFU.
 
     From the data sheet for known cards, else the best of some matrix products now, with the current
     number of threads, in under 0.3 s.

@@ -67,8 +67,8 @@ class DeepSpeedEngine:
         self._prepare_tensor_parallel()
         exact = []
         if dtype != torch.float32:
-            # Before DeepSpeed rounds them to 16 bits; on the host, where they cost no device
-            # memory.
+            # Before DeepSpeed rounds them to 16 bits; on the host, where they
+            # cost no device memory.
             exact = [p.detach().cpu() for p in self.parameters]
             _compute_in(dtype, model, device)
         self.optimizer: Any = build_dense_optimizer(self.parameters, config)

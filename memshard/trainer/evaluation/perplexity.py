@@ -61,8 +61,8 @@ class Evaluation:
     def word_perplexity(self, words: int) -> float:
         """Return exp(total loss / words), with the words of the same text split at white space.
 
-        The loss includes <eos> and white space, the count of words does not. Comparable between
-        tokenizers.
+        The loss includes <eos> and white space, the count of words does
+        not. Comparable between tokenizers.
         """
         return math.exp(self.loss * self.tokens / words)
 

@@ -57,8 +57,8 @@ class Imported:
 def import_memories(
     source: Path, out: Path, topk: int, weighting: str = "softmax"
 ) -> list[Imported]:
-    """Write every memory of a safetensors file into its folder under `out`, named as in the foreign
-    model.
+    """Write every memory of a safetensors file into its folder under `out`, named as
+    in the foreign model.
 
     topk: slots read per head; weighting: softmax, or relu for lucidrains' `non_competitive_gates`.
     The weights show neither. Values are read through a memory map and written block by block.

@@ -115,8 +115,8 @@ def _flat(module: str, replaced: dict[str, str]) -> tuple[str, list[str]]:
     """Return the module's source with relative imports, and the modules it imports."""
     source = replaced.get(module) or _file(module).read_text(encoding="utf-8")
     lines, needed = source.splitlines(keepends=True), []
-    # From the last import to the first: a rewritten one may have more lines, which moves those
-    # below.
+    # From the last import to the first: a rewritten one may have more lines,
+    # which moves those below.
     for node in reversed(list(ast.walk(ast.parse(source)))):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("memshard"):
             continue

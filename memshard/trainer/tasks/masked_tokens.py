@@ -85,8 +85,8 @@ class MaskedTokenTask:
         """Return which tokens are targets, [batch, length] bool: the share of each row, or one."""
         real = batch.targets != IGNORE
         # Take the n tokens with the smallest draws, an exact share where a coin for each token
-        # would vary. The argsort of an argsort is each token's rank; padding draws 2^31, above all
-        # others.
+        # would vary. The argsort of an argsort is each token's rank; padding draws
+        # 2^31, above all others.
         drawn = self._bits(batch, step, _WHICH).masked_fill(~real, 1 << 31)
         return (
             drawn.argsort(dim=1, stable=True).argsort(dim=1) < self._numbers(batch)[:, None]

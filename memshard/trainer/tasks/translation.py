@@ -79,8 +79,8 @@ def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """Return sources with their <eos>, which of their tokens are real, the decoder's inputs, and
     its targets.
 
-    Shapes: int64 [rows, longest source] twice (the second bool), int64 [rows, longest target]
-    twice.
+    Shapes: int64 [rows, longest source] twice (the second bool), int64
+    [rows, longest target] twice.
     """
     answers, ends = _answers(batch, eos), _ends(batch, eos)
     length = batch.inputs.shape[1]

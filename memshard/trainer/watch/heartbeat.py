@@ -1,5 +1,5 @@
-"""One small file a rank says what the rank is doing; read together, they say why a run hangs or
-failed.
+"""One small file a rank says what the rank is doing; read together, they say why a
+run hangs or failed.
 
 The thread that writes lives while the main thread waits for other ranks, so a file that stays old
 means a process that was killed, stopped or cut off, and a fresh one with an old phase means one
@@ -159,8 +159,8 @@ def describe_stragglers(beats: list[Beat], now: float) -> list[str]:
         return lines + [f"{_name(beat)} failed first: {beat.error}" for beat in first]
     alive = [beat for beat in beats if beat.ended is None]
     # No rank passes a collective before all have come, so those that wait are ahead of those they
-    # wait for: of 8 ranks "agreeing on a verdict" and one in "forward and backward", the one is to
-    # blame.
+    # wait for: of 8 ranks "agreeing on a verdict" and one in "forward and backward", the
+    # one is to blame.
     places = {beat.rank: (beat.step, PHASES.index(beat.phase)) for beat in alive}
     behind = [beat for beat in alive if places[beat.rank] < max(places.values())]
     return [

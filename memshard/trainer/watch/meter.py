@@ -84,8 +84,8 @@ class Meter:
         }
         sharded = [table.traffic for _, table in self._sharded()]
         exchanging = sum(traffic.seconds for traffic in sharded)
-        # On a GPU collectives are queued: the host's clock would measure the queueing, not the
-        # exchange.
+        # On a GPU collectives are queued: the host's clock would measure the
+        # queueing, not the exchange.
         if sharded and training.device.type == "cpu":
             values["speed/exchange"] = exchanging / seconds
         data = f"{self.data_wait / self.steps:.3f} s waiting for data"

@@ -153,8 +153,8 @@ class States:
         return self.tokens.shape[1]
 
     def take(self, tokens: Tensor) -> tuple[Tensor, int]:
-        """Return the tokens to pass to the model next, and how many the states have seen before
-        them.
+        """Return the tokens to pass to the model next, and how many the states
+        have seen before them.
 
         If the states are full, these are all tokens from the start, and the states get room for
         twice as many: on average each token passes at most three times.
@@ -163,8 +163,8 @@ class States:
         self.tokens = torch.cat((self.tokens, tokens), dim=1)
         if self.tokens.shape[1] <= self.capacity:
             return tokens, seen
-        # Doubling: n tokens pass n + n/2 + n/4 + ... < 2 n times in restarts, and once when they
-        # come.
+        # Doubling: n tokens pass n + n/2 + n/4 + ... < 2 n times in restarts, and
+        # once when they come.
         self.capacity = _room(self.tokens.shape[1])
         self.layers = self.model.init_states(len(self.tokens), self.capacity)
         return self.tokens, 0

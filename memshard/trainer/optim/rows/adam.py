@@ -87,8 +87,8 @@ class RowAdam(Optimizer):
         self.semantics = semantics
         self.clip = clip
         self.touched = [(0, 0) for _ in self.tables]
-        """For every table, the reads by this rank's tokens and the local rows updated, in the last
-        step.
+        """For every table, the reads by this rank's tokens and the local rows updated,
+        in the last step.
         """
         self.norm: float | None = None
         """Norm of all tables' gradients in the last step before clipping; None without clipping."""
@@ -183,8 +183,8 @@ def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[
     for part in parts:
         stop = int(part.rows[-1]) + 1
         yield part.of(torch.arange(start, stop, device=device))
-        # Rows between those that were read belong to the part before, so each row comes exactly
-        # once.
+        # Rows between those that were read belong to the part before, so each
+        # row comes exactly once.
         start = stop
     if start < end:
         rows = torch.arange(start, end, device=device)
