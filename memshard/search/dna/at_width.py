@@ -18,6 +18,7 @@ from memshard.search.dna.shapes import WrongShape, lower
 from memshard.search.dna.source import source
 
 _HEADS = 8  # heads of golden programs
+# Single tokens and several at once, both into an empty cache and into a filled one.
 _SEGMENTS = [1, 4, 1, 1, 2]
 _TOLERANCE = 1e-9
 
@@ -43,6 +44,9 @@ def at_width(path: Path | str, dim: int) -> BlockAtWidth:
     width sees later tokens, depends on the length of its text, or computes something else with a
     cache than without.
     """
+    # A golden DNA holds the scale of its attention scores, the inverse root of a head's width; one
+    # of a file keeps the constants that it was trained with. At least 1, so that a width below 8
+    # meets the error below.
     dna = golden(str(path), max(1, dim // _HEADS)) if path in NAMES else load(path)
     stream = dna["dims"][0]
     if dim < 1 or dim % stream:
@@ -57,6 +61,8 @@ def at_width(path: Path | str, dim: int) -> BlockAtWidth:
     except WrongShape as wrong:
         raise ValueError(f"{path}: {wrong.reason} ({wrong.status})") from None
     program = fuse(whole)
+    # The rules are those of primitives, so they judge the program before fusing; what runs is the
+    # fused one, so that is perturbed.
     if rejected := explained(whole) or perturbed(program):
         raise ValueError(f"{path}: {rejected.reason} ({rejected.status})")
     uncached = refusal(program)

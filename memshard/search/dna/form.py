@@ -61,6 +61,7 @@ def invalid(dna: Any) -> str | None:
         return "expected an object with version, subprograms, constants and dims"
     if dna["version"] != VERSION:
         return f"version {dna['version']!r}; this program reads {VERSION}"
+    # The bound is for infinities, which Python's JSON reads and writes.
     if not _numbers(dna["constants"], CONSTANTS) or any(
         abs(constant) > 1e30 for constant in dna["constants"]
     ):
@@ -106,6 +107,7 @@ def _wrong(instruction: Any, number: int, place: int, subprograms: int) -> str |
         return "expected op, in, const, dim and branch"
     op = instruction["op"]
     if isinstance(op, dict):
+        # Calls go to later subprograms only: no recursion, so inlining ends.
         if set(op) != {"sub"} or type(op["sub"]) is not int or not number < op["sub"] < subprograms:
             return f"calls {op!r}; it may call subprograms {number + 1} to {subprograms - 1}"
     elif op not in PRIMITIVES:
@@ -120,6 +122,7 @@ def _wrong(instruction: Any, number: int, place: int, subprograms: int) -> str |
     for field, size in (("const", CONSTANTS), ("dim", DIMS)):
         if type(instruction[field]) is not int or not 0 <= instruction[field] < size:
             return f"{field} is {instruction[field]!r}; expected a bank's entry, 0 to {size - 1}"
+    # The type as well, since True and 1.0 are in BRANCHES to Python.
     if instruction["branch"] not in BRANCHES or type(instruction["branch"]) is not int:
         return f"branch is {instruction['branch']!r}; expected one of {BRANCHES}"
     return None

@@ -32,6 +32,8 @@ def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Nod
     # A value that others read as well must stay, and then nothing is saved.
     if not _is(nodes, division, "DIVIDE") or uses[division] > 1:
         return None
+    # Two readers of the masked exponentials, the row sums and the division: a third would need
+    # them.
     masked, total = nodes[division].inputs
     if not (
         _is(nodes, total, "RED_SUM")
@@ -43,12 +45,15 @@ def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Nod
     weights = nodes[masked].inputs[0]
     if not _is(nodes, weights, "EXP") or uses[weights] > 1 or uses[total] > 1:
         return None
+    # A search may have lost the scale, or never had one.
     scores, factor = nodes[weights].inputs[0], 1.0
     if _is(nodes, scores, "C_MUL") and uses[scores] == 1:
         factor, scores = float(nodes[scores].argument or 0), nodes[scores].inputs[0]
     if not _is(nodes, scores, "T_MAT_MUL") or uses[scores] > 1:
         return None
     q, k = nodes[scores].inputs
+    # Value 0 is the block's input, which has no node. Torch's fused attention needs equal branches,
+    # its heads, and no operand that is scores itself (width None).
     branches = {nodes[value].branches if value else 1 for value in (q, k, v)}
     widths = [nodes[value].width if value else 1 for value in (q, k, v)]
     if len(branches) > 1 or None in widths:

@@ -25,6 +25,8 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
     lines = {key: [dict(line) for line in body] for key, body in _transformer().items()}
     dims = [8, 1, 32, 4, 16, 2]
     if name in ("primer", "primer-ez"):
+        # Primer's two inserts: a depthwise convolution after each head's projection
+        # (multi-DConv-head attention), and the square after ReLU.
         lines["head"].append(_line("DCONV_3X1", 2))
         lines["relu"].append(_line("SQUARE", 2))
     if name == "primer":
@@ -35,6 +37,8 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
         lines["z-score"][2] = _line("MULTIPLY", 0, 3)
         lines["main"][4:6] = [_line("feedforward", 5), _line("norm", 6)]
     if name == "transformer-pp":
+        # SwiGLU has three matrices for two: equal parameters at 2/3 of 32, 21.3. 24 is the nearest
+        # width that there is.
         dims[_HIDDEN] = 24
         lines["z-score"] = [
             _line("SQUARE", 0),
@@ -43,6 +47,7 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
             _line("DIVIDE", 0, 4),
         ]
         lines["norm"] = [_line("z-score", 0), _line("SCALE", 2)]
+        # Left unused, it would only take draws of the mutations.
         del lines["scale and shift"]
         lines["feedforward"][1:] = [
             _line("SIGMOID", 2),
@@ -52,6 +57,7 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
             _line("CONV_1X1", 6, dim=_STREAM),
         ]
         del lines["relu"]
+    # Names become numbers. The order above matters: a subprogram may only call later ones.
     order = list(lines)
     for body in lines.values():
         for line in body:
@@ -83,6 +89,7 @@ def _transformer() -> dict[str, list[Instruction]]:
             _line("feedforward", 6),
             _line("residual", 5, 7),
         ],
+        # Values 2, 3 and 4 are query, key and value.
         "attention": [
             _line("head", 0),
             _line("head", 0),

@@ -10,6 +10,7 @@ from memshard.models.program.program import Node, Program
 from memshard.search.dna.graph import Graph, Operation
 
 _MOST_UNITS = 1 << 14
+# Equally spaced, as second differences need it.
 _SAMPLES = (8, 16, 24)
 
 
@@ -54,6 +55,7 @@ def unit_in_band(parameters: Callable[[int], int], band: tuple[int, int]) -> int
     low, high = (_root(square, linear, constant - bound) for bound in band)
     if low is None or high is None:
         return None
+    # 1e-6 of slack: a bound that a whole unit meets exactly comes out of the root with rounding.
     units = range(max(1, math.ceil(low - 1e-6)), min(_MOST_UNITS, math.floor(high + 1e-6)) + 1)
     # Parameters grow with the square of the unit, so the geometric mean is in the middle.
     middle = math.sqrt(max(low, 1) * max(high, 1))
@@ -156,6 +158,8 @@ class _Maker:
                 "text alone",
             )
         if primitive.parameter == "matrix":
+            # A value that all branches share is multiplied once, by the branches' matrices below
+            # each other: one product, and no copy for each branch.
             if here > 1:
                 value = self.lifted(value, branches)
             outputs = int(entry.argument or 0) * self.unit
@@ -184,6 +188,7 @@ class _Maker:
                     f"value {first} wide",
                 )
             return list(inputs)
+        # A width of 1 is broadcast, except in q k^T, which sums over it.
         if first == second or (op != "T_MAT_MUL" and 1 in (first, second)):
             return list(inputs)
         if first is None or second is None:

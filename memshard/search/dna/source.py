@@ -27,10 +27,14 @@ def source(
     title: str = "One block of a decoder found by search; x: [batch, length, {width}].",
 ) -> str:
     """Return a Python file with the module `Block`, which needs nothing but torch."""
+    # A dict, not a set: the functions are written in the order of their first use, the same every
+    # time.
     used = dict.fromkeys(OPERATIONS[node.op].function for node in program.nodes)
     shown = [_PLAIN.get(function, function) for function in used if not _is_torchs(function)]
     if primitives.depthwise in used:
+        # `depthwise` calls it by this name, which there is the fast one.
         shown.insert(0, causal_convolution)
+    # Their own text rather than a copy of it, which could fall behind.
     functions = "\n\n\n".join(inspect.getsource(function).rstrip() for function in shown)
     names = _names(program)
     init = [
@@ -92,6 +96,7 @@ def _line(program: Program, number: int, node: Node, names: dict[int, str]) -> s
     module = "torch." if _is_torchs(operation.function) else ""
     arguments = [names[value] for value in node.inputs]
     arguments += [f"self.{names[number]}_weight"] if node.shape else []
+    # repr: a float is read back with the same bits.
     arguments += [] if node.argument is None else [repr(node.argument)]
     arguments += [f"{key}={value!r}" for key, value in operation.options.items()]
     width = "length" if node.width is None else node.width

@@ -68,6 +68,8 @@ class ChildTraining:
         )
         total = sum(
             _loss(self._model, part).item() * len(part)
+            # Four times a training batch: without gradients nothing is kept, and larger calls are
+            # faster.
             for part in windows.split(4 * settings.batch)
         )
         return total / len(windows)
@@ -85,6 +87,8 @@ class ChildTraining:
             }
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {"identity": identity, "step": str(self.step), "rungs": json.dumps(rungs)}
+        # Whole or not at all: the worker may be killed at any time, and the next attempt reads the
+        # file.
         with atomic_write(path, durable=True) as file:
             save_file({key: value.contiguous() for key, value in tensors.items()}, file, kept)
 
@@ -96,6 +100,8 @@ class ChildTraining:
         try:
             with safe_open(path, "pt", device=self._settings.device) as file:
                 kept = file.metadata() or {}
+                # Read whole before anything is changed: a file that was cut must not leave half of
+                # its weights.
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         # No file, or one of a worker that was killed: the training starts anew.
         except (OSError, SafetensorError):
@@ -109,6 +115,7 @@ class ChildTraining:
             if kind == "weight":
                 weight.data.copy_(value)
             else:
+                # AdamW's state is empty until its first step, so there is nothing to copy into.
                 self._optimizer.state[weight][kind] = value
         rungs: list[Event] = json.loads(kept["rungs"])
         return rungs

@@ -38,6 +38,7 @@ def history(history: History, file: Path) -> None:
             label=label,
             zorder=1,
         )
+    # The first programs are all the start, from different initial values: their spread is chance.
     copies = [child.fitness for child in born[: history.settings.copies] if child.status == "full"]
     if len(copies) > 1:
         band = noise(copies)
@@ -55,12 +56,15 @@ def history(history: History, file: Path) -> None:
         axes.step(
             [child.id for child in full],
             best,
+            # A loss is the lowest from its program's birth on, not from the birth before.
             where="post",
             color=INK,
             linewidth=1,
             label="lowest so far",
         )
         finals = [child for child in history.children if child.phase == "final"]
+        # Before the last of them has ended the winner may still change, so the line is named after
+        # what it is, the lowest so far.
         decided = finals and all(child.status for child in finals)
         chosen, name = (
             (history.winner(), "winner")
@@ -70,6 +74,7 @@ def history(history: History, file: Path) -> None:
         path = [
             (child.id, child.fitness, child.mutation)
             for child in history.lineage(chosen)
+            # A duplicate whose twin has not ended has no loss yet.
             if math.isfinite(child.fitness)
         ]
         color = COLORS[4]
@@ -109,6 +114,7 @@ def _logarithmic(axes: "Axes") -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    # Minor ones as well: losses from 1.9 to 3 have no power of ten between them.
     axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 

@@ -35,6 +35,8 @@ def report(history: History, folder: Path) -> dict[str, Any]:
     copies = [
         child.fitness for child in history.children[: settings.copies] if child.status == "full"
     ]
+    # The copies are the start from different initial values: their spread is what chance alone
+    # does.
     if len(copies) > 1:
         band = noise(copies)
         result["noise"] = band._asdict()
@@ -48,10 +50,12 @@ def report(history: History, folder: Path) -> dict[str, Any]:
     parts.append("![all programs](search.png)\n")
     again = [child for child in history.children if child.phase in ("final", "lineage")]
     trained = {
+        # A training for the verdict names as its parent the program that it trains again.
         id: runs
         for id in dict.fromkeys(child.parent for child in again)
         if id is not None and (runs := history.again(id))
     }
+    # Only when all have ended: quick trainings would come first, and they are no fair sample.
     if 0 in trained and all(child.status for child in again):
         winner = history.winner()
         parts.append(_verdict(history, winner, trained, result))
@@ -84,6 +88,7 @@ def _verdict(
     ):
         valid, test = noise([run.fitness for run in runs]), noise([run.test for run in runs])
         factor, in_flops = (
+            # Against itself the start would get an interval too, from the draws, around 1.
             Interval(1.0, 1.0, 1.0)
             if id == 0
             else speed_up(
@@ -116,6 +121,7 @@ def _verdict(
     text = "## Verdict\n\n" + _against(history, winner, 0, trained, result, "start")
     path = history.lineage(winner)
     if len(path) > 1:
+        # By hash: the parent may have been trained again under the number of a program equal to it.
         nearest = next((id for id in trained if history.children[id].hash == path[-2].hash), None)
         if nearest is not None and nearest != 0:
             text += _against(history, winner, nearest, trained, result, "parent")
@@ -141,6 +147,7 @@ def _against(
         result["beats_start"] = False
         return "No program is better than the start.\n"
     runs = [[run.test for run in trained[id]] for id in (other, winner)]
+    # One training has no deviation, and without it nothing is shown.
     if min(map(len, runs)) < 2:
         return ""
     outcome = compare(runs[0], runs[1])
@@ -159,6 +166,7 @@ def _against(
 
 def _lineage(history: History, winner: int) -> str:
     rows = []
+    # By hash again: children that compute the same share their trainings.
     again = {
         c.id: history.children[c.parent].hash
         for c in history.children
@@ -197,8 +205,10 @@ def _power_law(history: History, winner: int, folder: Path, result: dict[str, An
                 for size in sorted({run.size for run in runs})
             }
         )
+    # Nothing to compare the start with, or at a single size, through which no exponent goes.
     if winner == 0 or not history.settings.sizes:
         return ""
+    # Frontiers of different sizes would compare the sizes.
     if len(sides[0]) < 2 or sides[0].keys() != sides[1].keys():
         failed = [c for c in history.children if c.phase == "size" and c.status not in ("", "full")]
         ends = "; ".join(
@@ -219,6 +229,7 @@ def _power_law(history: History, winner: int, folder: Path, result: dict[str, An
         folder / "frontier.png",
     )
     result["power_law"] = {key: value._asdict() for key, value in law._asdict().items()}
+    # An end that is None was not reached, so nothing is known on that side.
     equal = (
         law.difference.low is not None
         and law.difference.high is not None
@@ -245,6 +256,8 @@ def _rungs(history: History, result: dict[str, Any]) -> str:
     met = [
         c
         for c in history.searched()
+        # The first programs meet no hurdles, since those are set by the losses of others, and would
+        # raise the shares that pass.
         if c.status in ("full", STOPPED) and None not in c.hurdles and c.id >= settings.copies
     ]
     if not met or not settings.hurdles:
@@ -252,6 +265,7 @@ def _rungs(history: History, result: dict[str, Any]) -> str:
     rows = []
     for stop, share in enumerate(stops(settings)):
         arrived = [c for c in met if len(c.rungs) > stop]
+        # Whoever passes a stop is measured at the next one.
         passed = [c for c in met if len(c.rungs) > stop + 1]
         hurdle = (
             next((c.hurdles[stop] for c in reversed(met)), None)
@@ -266,6 +280,8 @@ def _rungs(history: History, result: dict[str, Any]) -> str:
             f"| {'' if hurdle is None else f'{hurdle:.4f}'} | {min(losses):.4f} | "
             f"{statistics.median(losses):.4f} |"
         )
+    # Settings.budget is in steps of the start, and so is what a program has spent, whatever its
+    # step costs.
     factor, theory = (
         settings.budget / statistics.fmean(c.spent for c in met),
         saving(settings.hurdles),
@@ -329,10 +345,13 @@ def _source(history: History, winner: int, folder: Path) -> str:
     (folder / SOURCE_FILE).write_text(program.source, encoding="utf-8")
     model = program.config
     try:
+        # From the file, as its reader will do it: this proves causality at full width, where the
+        # search has checked a narrow program.
         uncached = at_width(folder / WINNER_FILE, model.dim).uncached
         proof = "generates with a cache" if uncached is None else f"cannot generate: {uncached}"
     except ValueError as problem:
         proof = f"**does not hold at full width**: {problem}"
+    # Only what a recipe needs for this block; everything else is the reader's choice.
     keys = {
         "layers": model.layers,
         "dim": model.dim,
@@ -348,6 +367,8 @@ def _source(history: History, winner: int, folder: Path) -> str:
 
 
 def _curve(run: Child, flops: bool = False) -> Curve:
+    # A step costs more or less than one of the start's: losses are compared at equal cost, not at
+    # equal steps.
     return [(rung.step * (run.flops if flops else run.cost), rung.loss) for rung in run.rungs]
 
 

@@ -119,6 +119,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
+            # Not `<= 0`, which NaN would pass.
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if not all(size > 0 for size in self.sizes):
@@ -161,6 +162,7 @@ def load_settings(
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override '{override}': expected key=value, such as children=100")
+        # As YAML, like a value in the file: children=100 is a number, sizes=[] an empty list.
         values[key] = parse(text, f"override '{override}'")
     return from_dict(values)
 
@@ -178,10 +180,13 @@ def from_dict(values: dict[str, Any]) -> Settings:
     if "text" not in values:
         raise ValueError("text is required: a file of text to train on; add text=FILE")
     try:
+        # Through JSON: there strict takes a list for a tuple and an integer for a float, but
+        # neither "8" for a number nor 1 for true.
         return TypeAdapter(Settings).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         if problem["type"] == "value_error":
+            # `__post_init__` has named key and bound already; pydantic's wording adds nothing.
             cause: ValueError = problem["ctx"]["error"]
             raise cause from None
         key = str(problem["loc"][0])
@@ -192,5 +197,6 @@ def from_dict(values: dict[str, Any]) -> Settings:
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain JSON values."""
+    # Tuples become lists, so that settings read back from a journal are equal to these.
     values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return values
