@@ -87,6 +87,7 @@ def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
     yield from stale_locks()
     yield from _checkpoints(folder / "checkpoints", deep)
     lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
+    # The last ten lines: a slow start, with cold caches, says nothing about now.
     waits = [line["speed/data_wait"] for line in lines if line.get("speed/data_wait") is not None][
         -10:
     ]
@@ -165,6 +166,7 @@ def _collectives(folder: Path) -> Iterator[Finding]:
         except (OSError, ValueError, KeyError):
             continue
         for entry in entries:
+            # Entries are in order, so the last one of a group stays.
             last.setdefault(str(entry["process_group"][1]), {})[int(path.stem[4:])] = entry
     for group, by_rank in sorted(last.items()):
         numbers = {rank: int(str(entry["collective_seq_id"])) for rank, entry in by_rank.items()}
@@ -183,6 +185,7 @@ def _collectives(folder: Path) -> Iterator[Finding]:
 
 def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
     checkpoints = committed(root)
+    # The newest first: it is the one a run goes on from.
     for path in reversed(checkpoints):
         try:
             check_files(path)

@@ -97,6 +97,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
             f"SRC --out {folder}`"
         )
     index = read_index(file.parent)
+    # Times a bool: images have no tokenizer to look for.
     names = [index.tokenizer] * index.records.tokenizer
     names += [
         name
@@ -117,6 +118,8 @@ def load_index(path: str | os.PathLike[str]) -> Index:
             )
     for split in () if remote else index.splits.values():
         for shard in split.shards:
+            # Sizes cost nothing at each start and catch what was cut; hashes are for `memshard data
+            # verify`.
             size = (folder / shard.file).stat().st_size
             if size != shard.bytes:
                 raise ValueError(
@@ -146,6 +149,7 @@ def read_index(folder: Path) -> Index:
             )
             _check(index)
             return index
+    # Whatever JSON can hold: a list instead of an object, a missing field, one too many.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({error}): copy it again, or build the data set again"

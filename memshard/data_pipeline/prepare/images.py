@@ -98,6 +98,8 @@ def build_images(
                 (name, part, final, size, gray)
                 for name, part in zip(names[split][0], parts, strict=True)
             ]
+        # A shard's JSON is written last, so those that have one are whole, from a build that was
+        # interrupted.
         todo = [task for task in tasks if not (final / f"{task[0]}.json").exists()]
         run_tasks(write_image_shard, todo, min(workers or cores(), len(todo)), "reading images")
         values = size * size * channels
@@ -133,12 +135,14 @@ def write_image_shard(
         for number, file in enumerate(files):
             with watch.item(number):
                 try:
+                    # Converted before it is scaled: means of a palette's numbers are no colours.
                     with Image.open(file) as image:
                         square = ImageOps.fit(
                             image.convert("L" if gray else "RGB"),
                             (size, size),
                             Image.Resampling.BICUBIC,
                         )
+                # Pillow raises SyntaxError for a damaged PNG.
                 except (OSError, SyntaxError) as error:
                     raise ValueError(
                         f"{file} is no image that can be read ({error}): leave it out"

@@ -32,6 +32,7 @@ def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: In
             for key in sorted(counts, key=_place)
             if key.endswith(".documents")
         )
+        # What was kept is in the splits already.
         if name != "kept"
     }
     return {
@@ -68,6 +69,7 @@ def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: In
 
 def _place(key: str) -> tuple[int, str]:
     name = key.rpartition(".")[0]
+    # A stage may name a rule after a dot, as in quality.RULE; it is sorted under its stage.
     order = (
         STAGES.index(name.partition(".")[0]) if name.partition(".")[0] in STAGES else len(STAGES)
     )

@@ -57,15 +57,18 @@ def _entry(name: str, results: Path, pictures: Path) -> str:
             f"{_measured(summary)} [All "
             f"numbers](results/{result.name}).\n\n```\n{_command(name, summary['scale'])}\n```\n\n"
         )
+        # Written anew from the stored points, so a better table needs no new run.
         report = experiment.report(
             [(row["point"], row["result"]) for row in summary["points"]], drawn
         )
+        # A report names its pictures as if it lay beside them; this page lies above them.
         text += re.sub(r"(!\[[^]]*\]\()", rf"\1pictures/{file}/", report)
     else:
         text += (
             f"**Not measured yet.** About {experiment.hours['small']:g} hours of one "
             f"core:\n\n```\n{_command(name, 'small')}\n```\n"
         )
+    # Links of the notes lead out of results/, where they lie; this page is outside already.
     return text + (f"\n{notes.read_text().replace('](../', '](')}" if notes.exists() else "")
 
 

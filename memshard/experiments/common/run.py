@@ -48,7 +48,10 @@ def reproduce(
         line = json.dumps(
             {"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)}
         )
+        # Read back from the line: tuples are lists and keys are text, as in points of an earlier
+        # call.
         done[_key(point)] = json.loads(line)
+        # A line as soon as a point is done: an interruption loses the points in work and no others.
         with (folder / RESULTS_FILE).open("a") as file:
             file.write(line + "\n")
         say(f"{_text(point)}: {_text(result)} ({seconds:.0f} s)")
@@ -71,6 +74,7 @@ def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
     """Yield (point, result, seconds) of every point as it is done."""
     # A forked process would inherit torch's thread pool in an undefined state.
     context = multiprocessing.get_context("spawn")
+    # At least one worker, since a pool refuses to have none, even for no points.
     with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
         waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {
             pool.submit(_run, name, point): point for point in points
@@ -81,6 +85,8 @@ def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
                     point = waiting.pop(future)
                     yield point, *future.result()
         finally:
+            # Otherwise an error or Ctrl-C would wait for all points that have not begun, which may
+            # be hours.
             pool.shutdown(cancel_futures=True)
 
 
@@ -90,6 +96,7 @@ def _prepare_worker() -> None:
 
 
 def _run(name: str, point: Point) -> tuple[dict[str, Any], float]:
+    # Processor time, since other points run beside this one.
     begun = time.process_time()
     result = find(name).run(point)
     return result, time.process_time() - begun

@@ -11,6 +11,7 @@ from memshard.experiments.common.repeated import low_high, ranges
 from memshard.experiments.fast_weights.retrieval import SOLVED, train
 
 # Best held-out loss, read from the authors' published logs.
+# 0.5 is what an empty memory gives: half the squared distance from zeros to a one-hot value.
 _PUBLISHED = {
     "softmax": {
         20: 6e-4,
@@ -130,9 +131,11 @@ _LONG: dict[Scale, list[tuple[int, str, int]]] = {
 
 
 def _points(scale: Scale) -> list[Point]:
+    # FAVOR+ also without a guard against underflow, as the authors had it.
     kinds = ["softmax", "dpfp-1"] if scale == "smoke" else [*_PUBLISHED, "favor-64-published"]
     common = {"rule": "sum", "replace": False}
     sizes = [
+        # The first bound that a size meets counts, so they are written in ascending order.
         (size, next(steps for most, steps in _STEPS[scale].items() if size <= most))
         for size in _SIZES[scale]
     ]
@@ -156,6 +159,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
             result["loss"]
         )
     losses_by = {kind: dict(sorted(losses.items())) for kind, losses in losses_by.items()}
+    # A loss of None diverged: it stands in the table and cannot be drawn.
     finite = {
         kind: {size: [loss for loss in of if loss is not None] for size, of in losses.items()}
         for kind, losses in losses_by.items()
@@ -163,6 +167,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     drawn = {
         kind: {size: of for size, of in losses.items() if of} for kind, losses in finite.items()
     }
+    # Published sizes that were not measured at this scale would be rings without a curve.
     compared = {
         kind: {size: loss for size, loss in of.items() if size in losses_by.get(kind, ())}
         for kind, of in _PUBLISHED.items()
@@ -177,6 +182,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         solved=SOLVED,
     )
     sizes = sorted({size for losses in losses_by.values() for size in losses})
+    # Softmax has all common sizes, so a size that it lacks is one of _LONG.
     longer = (point for point, _ in rows if point["symbols"] not in losses_by["softmax"])
     long = dict.fromkeys(
         f"{point['steps']:,} with {point['features']} of {point['symbols']}" for point in longer

@@ -84,6 +84,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         run_folder(point, RUNS),
         "train.en train.de --documents pairs --vocab 4096 --held-out 500",
     )
+    # Before training: a missing test set should not come to light hours later.
     source, reference = (read_lines(_file(name)) for name in point["test"])
     train_to_end(run)
     assert isinstance(run.model, EncoderDecoder)

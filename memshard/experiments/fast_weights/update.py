@@ -58,10 +58,12 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for point, result in rows:
         by_kind.setdefault(_name(point), {}).setdefault(point["symbols"], []).append(result)
+        # The paper's setting 2 has 20 keys; larger numbers are in the table alone.
         if point["symbols"] == 20:
             curves.setdefault(_name(point), []).append(
                 {step: loss for step, loss in result["curve"] if loss is not None}
             )
+    # Seeds end at different steps, where they are solved or stand still.
     drawn = {kind: _together(of) for kind, of in curves.items()}
     lines(drawn, _CURVES, folder / "update.png", "steps", "held-out loss, S = 20", solved=SOLVED)
     sizes = sorted({point["symbols"] for point, _ in rows})

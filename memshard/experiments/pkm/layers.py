@@ -34,8 +34,11 @@ class FlatKeyMemory(ProductKeyMemory):
     def lookup(self, tokens: Tensor, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
         """Return rows and weights as `ProductKeyMemory.lookup` does; a key's number is its row."""
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
+        # fp32: rounded to 8 bits, neighbours among thousands of scores would be equal and the order
+        # of ties would choose.
         with torch.autocast(tokens.device.type, enabled=False):
             scores = torch.einsum("thd,hnd->thn", self.query_norm(z, replay), self.flat_keys.weight)
+            # Ties by the lowest number, on every device alike: torch.topk leaves their order open.
             rows = ranked_topk(scores.detach(), self.topk)
             weights = scores.gather(-1, rows).softmax(-1)
         return rows.flatten(1), weights.flatten(1)
@@ -90,6 +93,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the experts' weighted sum. x: [..., dim], as the output."""
         tokens = x.reshape(-1, x.shape[-1])
+        # Sigmoids, not a softmax: over 32 experts that would begin with a thirtieth of each one's
+        # output.
         gates = self.router(tokens).float().sigmoid()
         chosen = (gates.detach() + self.bias).topk(self.active).indices
         load = chosen.flatten().bincount(minlength=len(self.experts))
@@ -125,9 +130,11 @@ def _flat_keys(config: ModelConfig) -> Transformer:
 
 def _experts(config: ModelConfig, active: int) -> Transformer:
     """Replace each memory by as many experts as have the parameters of its table."""
+    # A table has slots x dim values, an expert two matrices of dim x 4 dim.
     model, experts = Transformer(config), config.memory.slots // (8 * config.dim)
     for layer in config.memory.layers:
         model.blocks[layer].memory = None
+        # Scaled like every residual branch of the model, by 1 / sqrt(2 layers).
         mixture = MixtureOfExperts(
             config.dim, experts, active, config.feedforward.activation, (2 * config.layers) ** -0.5
         )

@@ -34,6 +34,7 @@ def draw(
     _scatter(parameters, sizes, learned, "million parameters (logarithmic)")
     parameters.set_xscale("log", subs=[2, 3, 4, 6, 8])
     parameters.xaxis.set_major_formatter("{x:g}")
+    # Sizes span less than a decade or two: without minor numbers the axis would have one or two.
     parameters.xaxis.set_minor_formatter("{x:g}")
     _scatter(
         speed,
@@ -64,6 +65,7 @@ def _draw_usage(axes: "Axes", memories: dict[str, list[dict[str, Any]]]) -> None
     axes.set_xlabel("slots used, % (bars)")
     axes.tick_params(axis="y", labelsize=8)
     axes.invert_yaxis()
+    # An axis of its own at the top: per cent and nats have no common scale.
     divergence = axes.twiny()
     middle, low_high = _ranges(memories, "kl_weighted")
     divergence.errorbar(middle, list(memories), xerr=low_high, fmt="o", color=COLORS[1], capsize=3)
@@ -78,6 +80,7 @@ def _draw_ratios(axes: "Axes", point: Point, result: dict[str, Any]) -> None:
     for number, kind in enumerate(KINDS):
         ratios = ratios_to_first(result[kind], first)
         middles = [statistics.median(of) for of in ratios.values()]
+        # By label, not by place in the list: models that are not trained leave a gap.
         places = [labels.index(label) - 0.2 + 0.4 * number for label in ratios]
         axes.barh(
             places,
@@ -108,6 +111,7 @@ def _family(label: str, learned: Iterable[str]) -> str:
 
 def _parts(label: str) -> list[str]:
     """Return [what varies, what a family shares], or the label alone."""
+    # At the last separator only, so that "3 layers, one table, Memory+" shares "Memory+".
     return re.split(r"(?:, | \+ )(?!.*(?:, | \+ ))", label)
 
 
@@ -130,6 +134,7 @@ def _scatter(
         )
         across, up = _both_ends([places[label] for label in labels], x), _both_ends(perplexities, y)
         begin = f"{_parts(labels[0])[0]} to " if len(labels) > 1 else ""
+        # Colours come again after some families, with another marker.
         marker = "osD^v"[number // len(COLORS) % 5]
         axes.errorbar(
             x,

@@ -64,6 +64,7 @@ def report(rows: Rows, folder: Path, name: str) -> str:
     for label, results in learned.items():
         cells = [label, mean_deviation([result["perplexity"] for result in results], ".2f")]
         for base in bases:
+            # Seed by seed: both had the data in the same order, and its part of the loss cancels.
             gains = [
                 other["loss"] - result["loss"]
                 for other, result in zip(learned[base], results, strict=True)
@@ -81,6 +82,7 @@ def report(rows: Rows, folder: Path, name: str) -> str:
             mean_deviation([result["kl_weighted"] for result in results], ".2f") if used else ""
         )
         table.append([*cells, published[label]])
+    # Columns that no row fills, such as usage in a study without memories, are left out.
     shown = [column for column in zip(titles, *table, strict=True) if any(column[1:])]
     head, *lines = zip(*shown, strict=True)
     text += f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n" + "".join(

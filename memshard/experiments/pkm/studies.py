@@ -76,6 +76,7 @@ _SIZES: dict[Scale, Size] = {
         (6, 8, 12),
         (64, 128, 256, 512),
         (32, 64, 128),
+        # PEER has two tables: 2 x 181^2 rows are as many as the memory's 256^2, within 0.03 %.
         ("model.memory.keys=181", "tables.lr=4e-3"),  # of 1e-3, 4e-3, 1e-2 and 3e-2 the best
         32,
         600,
@@ -117,6 +118,7 @@ def _evenly(layers: int, memories: int) -> str:
     """Spread memories evenly, with the last one late: a single one of six layers is in the fifth,
     the paper's best place.
     """
+    # Layer numbers from 0: one memory in six layers gives 4.
     return _at(*(layers * (2 * number + 2) // (2 * memories + 1) for number in range(memories)))
 
 
@@ -174,6 +176,7 @@ def _position(size: Size) -> dict[str, Model]:
 
 
 def _heads(size: Size) -> dict[str, Model]:
+    # The reads of a token stay the same, so that only how they are divided differs.
     pairs = [(heads, size.reads // heads) for heads in (1, 2, 4, 8)]
     return {"none": _model(_NO_MEMORY)} | {
         f"{heads} x {topk}": _model(
@@ -190,6 +193,7 @@ def _keys(size: Size) -> dict[str, Model]:
         f"{keys**2:,} slots, {'batch norm' if norm == 'batch' else 'no norm'}": _model(
             f"model.memory.keys={keys}",
             f"model.memory.query_norm={norm}",
+            # False is 0: the first entry is without batch norm.
             published=_BY_KEYS.get(keys, ("", ""))[norm == "batch"],
         )
         for norm in ("none", "batch")
@@ -258,6 +262,7 @@ def _points(
             "overrides": [*model["overrides"], f"train.seed={seed}"],
             "published": published[label],
         }
+        # Seeds in the outer loop: an interrupted study has all its models with fewer seeds.
         for seed in range(1, size.seeds[headline] + 1)
         for label, model in recipes.items()
     ]

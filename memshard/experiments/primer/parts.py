@@ -99,6 +99,7 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
     arm = _Arm(point, point["arm"])
     inside = torch.arange(point["length"] + 1)
     _, held_out = source_bytes()
+    # Spread evenly over the held-out text: the first ones would be of one module.
     windows = held_out[
         torch.linspace(0, len(held_out) - len(inside), point["windows"]).long()[:, None] + inside
     ].to(arm.device)
@@ -144,6 +145,8 @@ class _Arm:
         ]
         sizes += [
             f"model.vocab_size={_BYTES}",
+            # SwiGLU has three matrices where the others have two: 8/3 of the width gives equal
+            # parameters.
             f"model.feedforward.hidden={dim * 8 // 3 if name == 'Transformer++' else dim * 4}",
         ]
         schedule = [
@@ -167,6 +170,7 @@ class _Arm:
         self.training = build_for_training(
             self.model, self.recipe.optimizer, train=train, device=self.device
         )
+        # Of the seed alone: all models of a seed train on the same windows in the same order.
         self.draw = torch.Generator().manual_seed(point["seed"])
 
     def step(self, number: int) -> None:
@@ -189,9 +193,11 @@ def source_bytes() -> tuple[Tensor, Tensor]:
     train on, and those held out.
     """
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    # Whole files: lines beside each other are too much alike for some to be held out.
     held_out = files[::_HELD_OUT]
     parts = [file for file in files if file not in held_out], held_out
     first, second = (b"".join(file.read_bytes() for file in part) for part in parts)
+    # bytearray: torch warns of tensors in memory that cannot be written.
     return torch.frombuffer(bytearray(first), dtype=torch.uint8).long(), torch.frombuffer(
         bytearray(second), dtype=torch.uint8
     ).long()
@@ -213,6 +219,7 @@ def reached(curve: list[Any], target: float) -> float | None:
     place, lowest = 0.0, math.inf
     for step, loss in curve:
         if loss <= target:
+            # The first point has none before it to interpolate from.
             share = 1.0 if lowest == math.inf else (lowest - target) / (lowest - loss)
             return float(place + share * (step - place))
         place, lowest = step, min(lowest, loss)
@@ -308,6 +315,7 @@ def _draw(by_arm: dict[str, list[dict[str, Any]]], file: Path) -> None:
             linewidth=0,
         )
     last = [result["loss"] for results in by_arm.values() for result in results]
+    # The first points, near log 256 = 5.5 nats, would squeeze the differences into a line.
     axes.set_ylim(min(last) - 0.05, max(last) + 0.6)
     axes.set_xlabel("steps")
     axes.set_ylabel("held-out loss, nats a byte (bands: range of seeds)")

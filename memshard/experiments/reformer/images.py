@@ -101,6 +101,7 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
         "rates": rates,
         "shape": list(index.shape),
         "originals": originals.tolist(),
+        # The model may also draw 256, the <eos>, which is no colour.
         "completed": torch.cat((originals[:, :half], lower.cpu().clamp(max=255)), 1).tolist(),
     }
 
@@ -146,9 +147,11 @@ def channel_bits(data: str, shape: tuple[int, int, int]) -> float:
     stream = RecordStream(data, values, size=1, seed=0)
     # One added to each count (Laplace): a value that training never saw costs finite bits.
     counts = np.ones((channels, 256))
+    # 5,000 images are millions of values, plenty for 256 frequencies a channel.
     for first in range(0, min(stream.samples_per_epoch, 5000), 500):
         images = _images(stream.batch(first, min(500, stream.samples_per_epoch - first)), values)
         for channel in range(channels):
+            # Colours only: an <eos> would be number 256.
             counts[channel] += np.bincount(images[:, channel::channels].ravel(), minlength=256)[
                 :256
             ]
@@ -169,6 +172,7 @@ def _images(batch: Any, values: int) -> np.ndarray:
 def _uncached_rate(model: Transformer, images: Tensor, half: int, tokens: int = 4) -> float:
     """Return tokens/s where every new token takes a forward pass over all before it."""
     begun = now(images.device)
+    # Four tokens of hundreds, each a whole forward pass: enough for a rate.
     for length in range(half, half + tokens):
         model(images[:, :length])
     return tokens * len(images) / (now(images.device) - begun)
@@ -210,6 +214,7 @@ def draw_grid(result: dict[str, Any], file: Path) -> None:
         for name in ("originals", "completed")
     )
     given = images.copy()
+    # In raster order the second half of the values is the lower half of the image.
     given.reshape(len(given), -1)[:, given[0].size // 2 :] = 255
     framed = np.pad(
         np.stack((images, given, completed)),

@@ -88,6 +88,7 @@ def _report(rows: list[tuple[Point, dict[str, Any]]], folder: Path) -> str:
         for length in point["lengths"]
         if statistics.median(lsh[length]) >= statistics.median(full[length])
     ]
+    # Beyond the last length at which it is not: a lucky time at a short one does not count.
     faster = [length for length in point["lengths"] if length > max(slower, default=0)]
     text += (
         f"\nTwo rounds are faster than full attention from length {min(faster):,} on.\n"

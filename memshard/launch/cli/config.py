@@ -44,6 +44,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run_list(args: argparse.Namespace) -> dict[str, Any]:
     """Print name and first sentence of the bundled recipes."""
+    # Here, as in every command: `memshard --help` loads none of what commands need.
     from memshard.trainer.config.load import bundled, summary
 
     recipes = {name: summary(name) for name in bundled()}

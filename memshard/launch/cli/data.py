@@ -39,6 +39,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             command = commands.add_parser(kind.command, help=kind.help)
             _add_common(command, kind.takes)
             _add_options(command, kind.options)
+            # As a default, `kind` is bound now; the name alone would be the loop's last one for
+            # all.
             command.set_defaults(run=lambda args, kind=kind: run_own(kind, args))
     verify = commands.add_parser("verify", help="re-hash every shard and check every count")
     verify.add_argument("path", metavar="DIR", help="folder that `memshard data build` wrote")
@@ -167,6 +169,7 @@ def run_build(args: argparse.Namespace) -> dict:
     from memshard.data_pipeline.prepare.pipeline import build_data
 
     for kind in OWN_BUILDS.values():
+        # An input without a command of its own is chosen by its flag, such as --images.
         if not kind.command and getattr(args, kind.name):
             return run_own(kind, args)
     began = time.perf_counter()
@@ -176,6 +179,7 @@ def run_build(args: argparse.Namespace) -> dict:
             args.documents,
             {name: getattr(args, name) for name in DEFAULTS},
         )
+        # Not in the parser: what was not said depends on the sources, which are known only now.
         dedup = args.dedup or ("near" if sources.web else "none")
         language = args.language or ("en" if sources.web else "any")
         quality = sources.web if args.quality is None else args.quality
@@ -204,6 +208,7 @@ def run_build(args: argparse.Namespace) -> dict:
 def run_own(kind: OwnBuild, args: argparse.Namespace) -> dict:
     """Build a data folder from an input that is not documents, and print its report."""
     began = time.perf_counter()
+    # By name, so that Pillow is needed for images only.
     module = import_module(kind.module)
     with usage_errors():
         report = module.build(args)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memshard.trainer.checkpoint.load_model import LoadedModel
     from memshard.trainer.evaluation.perplexity import Evaluation
 
+# Seconds; the longest wait is for a rank that is still loading its model.
 _TIMEOUT = 600.0
 
 
@@ -134,6 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise ValueError(
                     "translation is evaluated on one process: start it without torchrun"
                 )
+        # After loading, which all three need.
         if args.tasks:
             return _run_tasks(args, loaded, device, ranks)
         if args.pairs:
@@ -242,6 +244,7 @@ def _scores(
         )
         seconds = time.perf_counter() - begun
         score, margin, signature = bleu(translations, reference)
+    # Three for the eye; the longer lists end with the shortest, hence not strict.
     examples = [list(row) for row in zip(source[:3], translations, reference, strict=False)]
     named = {"bleu": score, "bleu_margin": margin, "bleu_signature": signature}
     return {**named, **settings, "sentences_per_s": len(source) / seconds, "examples": examples}
@@ -301,6 +304,7 @@ def _write_dead_rows(loaded: "LoadedModel", evaluation: "Evaluation", file: Path
     from memshard.models.memory.product_key import row_slots
 
     keys = loaded.recipe.model.memory.keys
+    # Row numbers would mean nothing outside: slots are what keys and exports speak of.
     dead = {
         name: row_slots((counter.counts == 0).nonzero().flatten(), keys)
         for name, counter in evaluation.counters.items()
@@ -319,12 +323,15 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
+    # A checkpoint is RUN/checkpoints/step-N. Two folders above an export there are no metrics, and
+    # no curve is drawn.
     metrics = loaded.path.parent.parent / METRICS_FILE
     if metrics.exists():
         loss_curve({metrics.parent.name: metrics}, folder / "loss.png")
         drawn.append(str(folder / "loss.png"))
     keys = loaded.recipe.model.memory.keys
     for name, counter in evaluation.counters.items():
+        # Rows are stored diagonal by diagonal; the map shows slots i1 * keys + i2 as a square.
         in_slot_order = torch.empty_like(counter.counts)
         in_slot_order[row_slots(torch.arange(len(counter.counts)), keys)] = counter.counts
         picture = folder / f"{name.removesuffix('.memory.values')}.png"

@@ -130,6 +130,7 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
         check_request(loaded.model, tokens, limit, **sampling)
 
     show = not args.json
+    # A pipe or file gets the text at once, and a batch has no single place to grow at.
     stream = show and len(prompts) == 1 and sys.stdout.isatty()
     growing = GrowingText(loaded.tokenizer)
     if stream:
@@ -153,9 +154,11 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
             **sampling,
         ).tolist()
     seconds = time.perf_counter() - began
+    # The batch goes on until its last row ends; what others have after their <eos> is filling.
     rows = [row[: row.index(eos) + 1] if eos in row else row for row in new]
     texts = [loaded.tokenizer.decode(row) for row in rows]
     if stream:
+        # What was held back, if the text ends inside a character.
         print(texts[0][len(growing.shown) :])
     elif show:
         print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))

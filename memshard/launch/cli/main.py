@@ -33,6 +33,7 @@ from memshard.launch.cli import eval as evaluate
 from memshard.launch.cli.outcome import Stopped, UsageError, describe, rank
 from memshard.launch.cli.parser import CommandParser
 
+# Modules that import what they run only when they run it, so that this tuple loads no model.
 COMMANDS = (
     train,
     evaluate,
@@ -53,6 +54,7 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    # Looked up before parsing: a wrong command line has to end in a JSON object as well.
     if "--json" not in argv:
         return _run(argv)[0]
     with _stdout_to_stderr() as out:
@@ -66,6 +68,8 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
     try:
         args = command_parser().parse_command(argv)
         result = args.run(args) or {}
+        # Here, so that a full disk or a closed pipe is an error of this command, and not a message
+        # at the interpreter's end.
         sys.stdout.flush()
         return 0, result
     except Stopped as stop:
@@ -92,6 +96,7 @@ def _fail(
         traceback.print_exc()
     if rank() == 0:
         print(f"memshard: {kind}: {message}", file=sys.stderr)
+    # Any other error may be of one rank alone, so each speaks.
     elif code == 1:
         print(f"memshard: {kind}: rank {rank()}: {message}", file=sys.stderr)
     return code, {**result, kind: message}
@@ -121,6 +126,7 @@ def _stdout_to_stderr() -> Iterator[TextIO]:
     real = os.dup(1)
     os.dup2(2, 1)
     try:
+        # A second copy: closing `out` closes its descriptor, and `real` is still needed to restore.
         with os.fdopen(os.dup(real), "w", encoding="utf-8") as out, redirect_stdout(sys.stderr):
             yield out
     finally:

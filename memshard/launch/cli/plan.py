@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seconds = step_time(recipe, cost, device, precision, args.node)
         parts = dry_run(recipe, args.world, vocab_size)
     site = Site(device, args.world, vocab_size, precision, args.node)
+    # Host memory is not compared: how much of it a node has is not known here.
     fits = cost.bytes.total <= device.memory
     result = {
         "recipe": args.recipe,
@@ -122,6 +123,7 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
     """Return the vocabulary's size and where it is from."""
     from memshard.data_pipeline.format.index import INDEX_FILE, load_index
 
+    # The recipe first, then the data; --vocab only where both are silent.
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size, "model.vocab_size"
     if (Path(recipe.data.path) / INDEX_FILE).exists():
@@ -148,4 +150,5 @@ def _measured_duplicates(recipe: str) -> float | None:
         for key, value in line.items()
         if key.endswith("/micro_batch_duplicates")
     ]
+    # The newest: how often rows are read again changes as the model learns.
     return measured[-1] if measured else None

@@ -23,6 +23,7 @@ def report(
     lines += ["", *_bytes(recipe, cost, result), "", *_time(cost, result), "", *_variants(result)]
     lines += ["", _suggested(cost, result)]
     if cost.ranks > 1 and result["dry_run"]:
+        # The last rank: where sizes do not divide, its part is the odd one.
         part = result["dry_run"][-1]
         lines.append(
             f"dry run as rank 0 and rank {part['rank']} of {cost.ranks}: sizes divide; "
@@ -112,12 +113,14 @@ def _sizes(recipe: "Recipe", cost: "Estimate", sizes: "RankBytes", precision: st
         "table rows": f"{rows:,} x {columns:,} of {recipe.model.memory.slots:,} rows, "
         f"{recipe.tables.dtype}",
         "table moments": "fp32, and an fp32 copy of the values"
+        # More than two fp32 moments: then a master copy is kept beside 16-bit values.
         if recipe.tables.state_bytes > 8
         else "fp32",
         "activations": f"of {cost.micro_batch} sequences",
         "reads": "kept for the row update",
         "workspace": "of backward or row update",
     }
+    # Fields of `RankBytes` are named as they are printed.
     named = ((name, getattr(sizes, name.replace(" ", "_")), note) for name, note in notes.items())
     return [f"  {name:<16}{_gb(size):>11}   {note}" for name, size, note in named if size]
 
@@ -164,6 +167,7 @@ def _suggested(cost: "Estimate", result: dict[str, Any]) -> str:
 
 
 def _gb(size: float) -> str:
+    # GB from 0.1 on, so that two decimals still say something.
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 

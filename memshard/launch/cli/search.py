@@ -89,12 +89,15 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("name a folder for the journal: memshard search run DIR text=FILE")
     if args.workers < 1:
         raise UsageError(f"--workers is {args.workers}; it must be at least 1")
+    # A stack in place of `with usage_errors()`, since set-up ends in the middle of `search`, where
+    # it asks for the workers.
     with ExitStack() as setup:
         setup.enter_context(usage_errors())
         from memshard.search.evolve.journal import read
         from memshard.search.evolve.run import StartFailed, search
         from memshard.search.evolve.settings import load_settings
 
+        # The first line of a journal has the settings that it began with, and others are refused.
         begun = read(Path(args.folder))
         settings = load_settings(
             args.settings, args.overrides, begun[0]["settings"] if begun else None

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.trainer.watch.lost_ranks import describe_lost_ranks, is_collective_error
     from memshard.trainer.watch.rank_log import rank_log
 
+    # The longer timeout: the first steps compile kernels, at another pace on each rank.
     with joined_ranks(recipe.guards.first_timeout) as (device, ranks):
         with usage_errors():
             prepared = set_up(recipe, folder, device)
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             # torchrun sends SIGTERM to the other ranks when the first one ends.
             stop.ignore_sigterm_on_exit = True
         rank = prepared.rank
+        # A function, not values: a thread reads step and phase while the main one may hang in a
+        # collective.
         heartbeat = Heartbeat(
             folder, rank, prepared.ranks, lambda: (prepared.progress.step, prepared.phase)
         )
@@ -135,6 +138,7 @@ def opening(prepared: "Run", launcher: str) -> str:
     if cost.parameters.tables:
         lines.append(f"tables       {describe_tables(cost)}")
         lines.append(f"table path   {_path(prepared)}")
+    # A set: layers of the same mixer say the same, once.
     choices = {
         block.mixer.kernel_choice(prepared.device, prepared.dtype)
         for block in prepared.model.blocks
@@ -172,4 +176,5 @@ def run_folder(args: argparse.Namespace) -> Path:
     if args.folder:
         return Path(args.folder)
     named = Path(args.recipe)
+    # A run folder as the recipe means that run.
     return named if named.is_dir() else Path("runs") / named.stem

@@ -119,8 +119,10 @@ def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
         if not isinstance(value, types[key]) or isinstance(value, bool):
             hint = ", quoted, such as time: '24:00:00'" if key == "time" else ""
             raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}{hint}")
+    # After the checks, which are for what YAML makes of a file; argparse has checked options.
     values |= {key: value for key, value in options.items() if value is not None}
     if "env" in values:
+        # YAML reads 1 and true as what they are; an environment has text only.
         values["env"] = {str(key): str(value) for key, value in values["env"].items()}
     if "setup" in values:
         values["setup"] = tuple(values["setup"])

@@ -45,6 +45,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
         cluster = cluster_of(args)
         start = installed(args) if args.dry_run else snapshot(args)
     command = [
+        # As a module of this interpreter: a `deepspeed` on the PATH may belong to another one.
         *(sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hosts.resolve()}"),
         *(f"--{name}={value}" for name in _OWN_OPTIONS if (value := getattr(args, name))),
         *("--module", *start.train),
@@ -66,6 +67,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
 
 def detect(env: Mapping[str, str]) -> Ranks | None:
     """Return this process's place if DeepSpeed's launcher started it."""
+    # RANK and WORLD_SIZE are torchrun's too; this one is DeepSpeed's alone.
     return from_variables(env, "DeepSpeed") if "CROSS_RANK" in env else None
 
 
@@ -92,7 +94,10 @@ def _environment(start: Start, cluster: Cluster) -> str:
         "OMP_NUM_THREADS": str(cluster.cpus or 1),
     }
     if start.code:
+        # An absolute path: where a shell on another host begins is not known. PYTHONSAFEPATH keeps
+        # a checkout that it begins in from coming before the copy.
         values |= {"PYTHONPATH": str(Path(start.folder).resolve() / CODE), "PYTHONSAFEPATH": "1"}
     if not cluster.gpus:
+        # Otherwise it looks for an accelerator, and on hosts with GPUs takes them.
         values["DS_ACCELERATOR"] = "cpu"
     return foreground.lines(values | cluster.variables)

@@ -52,6 +52,8 @@ def snapshot(args: argparse.Namespace) -> Start:
     folder = run_folder(args)
     resolved = dump(load_recipe(args.recipe, args.overrides))
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    # Resolved: a bundled recipe or a file may change before the job starts, and overrides are in
+    # it.
     (folder / RECIPE).write_text(resolved)
     # The code as well: a queued job would otherwise run whatever the checkout has hours later.
     code = folder / CODE
@@ -71,6 +73,7 @@ def torchrun_options(shutdown: int, torch_version: str | None = None) -> list[st
     shutdown: seconds until ranks that do not end are killed. torch_version: by default the one
     installed here.
     """
+    # Numbers, since "2.9" comes after "2.13" as text.
     if tuple(int(part) for part in (torch_version or version("torch")).split(".")[:2]) < (2, 13):
         return []
     return [

@@ -111,6 +111,7 @@ def open_text(file: Path) -> TextIO:
     """Open a UTF-8 text file, also one with gzip (.gz). Line ends stay as they are; a byte order
     mark is dropped.
     """
+    # "\n" alone ends a line: by default a lone "\r" would, and both would be changed into "\n".
     if file.name.endswith(".gz"):
         return cast(TextIO, gzip.open(file, "rt", encoding="utf-8-sig", newline="\n"))
     return file.open(encoding="utf-8-sig", newline="\n")
@@ -148,6 +149,7 @@ def _ends_in(name: str, endings: tuple[str, ...]) -> bool:
 
 def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
     for name in sources:
+        # Lists are local files; a URL is always a source.
         if is_url(name) or not _ends_in(name, (".paths",)):
             yield name
             continue

@@ -13,6 +13,7 @@ from typing import Any
 Options = Mapping[str, Mapping[str, Any]]
 """Command line options: flag -> keyword arguments of argparse's add_argument."""
 
+# ASCII's record separator, which no text has a use for.
 PAIR = "\x1e"
 """Between the sentences of a pair until they are tokens; then it is an <eos>."""
 
@@ -68,6 +69,8 @@ class OwnBuild:
     takes: str = ""
 
 
+# Names of functions, not functions: the command line lists its options without importing readers,
+# whose packages may be missing.
 _TEXT = "memshard.data_pipeline.prepare.inputs.text"
 SOURCES = {
     source.name: source

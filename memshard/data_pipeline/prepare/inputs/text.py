@@ -96,6 +96,7 @@ def _is_valid(text: str) -> bool:
     """Return whether a text is free of half surrogate pairs, which JSON escapes can spell but UTF-8
     cannot write.
     """
+    # ASCII first, as most English text is: a flag of the string, known without a scan.
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
@@ -120,5 +121,7 @@ def _articles(stream: TextIO) -> Iterator[str]:
 def _article(tag: str, lines: list[str]) -> str:
     text = "".join(lines).strip()
     title = re.search(r'title="(.*)">', tag)
+    # Unescaped on both sides: in the tag "&" and quotes may be escaped where the text has them
+    # plain.
     only_title = title is not None and html.unescape(text) == html.unescape(title[1])
     return text + "\n" if text and not only_title else ""
