@@ -32,7 +32,7 @@ class RankNeighbours:
 
     @torch.compiler.disable
     def rows_before(self, x: Tensor, count: int) -> Tensor:
-        """As `Neighbours.rows_before`; segments may be shorter than `count`."""
+        """Do what `Neighbours.rows_before` does; segments may be shorter than `count`."""
         last = x[:, -count:]
         # A convolution of width 4 needs 3 rows, and segments may be shorter than that: rather than
         # ask one neighbour, gather the last rows of all and take the last 3 before ours.
@@ -44,8 +44,8 @@ class RankNeighbours:
     def states(
         self, through: Tensor, written: Tensor, first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `Neighbours.states`. Each rank returns a part of the gradient of `first`, and the
-        ranks' gradients of the last state are summed.
+        """Do what `Neighbours.states` does. Each rank returns a part of the gradient of `first`,
+        and the ranks' gradients of the last state are summed.
         """
         before, after = _States.apply(through, written, first, self.ranks)
         return before, after

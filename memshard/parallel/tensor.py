@@ -202,7 +202,7 @@ class _Rows(_Shard, RowParallelLinear):
 
     @staticmethod
     def summed(y: Tensor) -> Tensor:
-        """As `Projection.summed`: return this rank's segment of the sum over the ranks."""
+        """Do what `Projection.summed` does: return this rank's segment of the ranks' sum."""
         return reduce_scatter(y, fairscale_groups.get_model_parallel_group())
 
 

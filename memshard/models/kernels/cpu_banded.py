@@ -46,7 +46,7 @@ def kernel() -> ctypes.CDLL | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, orders: list[Order], window: int, chunk: int, itself: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `banded._forward`. Tensors in fp32, fp16 or bf16, on the CPU; fp32 inside."""
+    """Do what `banded._forward` does. Tensors in fp32, fp16 or bf16, on the CPU; fp32 inside."""
     # In fp32 whatever v is: the kernel writes to them directly.
     out, logs = torch.empty(v.shape), torch.empty(v.shape[:2])
     _call(
@@ -72,7 +72,7 @@ def backward(
     chunk: int,
     itself: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `banded._backward`."""
+    """Do what `banded._backward` does."""
     # fp32 and zero: the kernel adds one contribution a round.
     d_q, d_k, d_v = (torch.zeros(x.shape) for x in (q, k, v))
     tensors = {

@@ -50,7 +50,7 @@ class CpuRows:
     library: ctypes.CDLL
 
     def gather_sum(self, values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        """As `plain_rows.gather_sum`. IndexError if a row is not in the table."""
+        """Do what `plain_rows.gather_sum` does. IndexError if a row is not in the table."""
         if plain_rows.needed_for(values, weights, "cpu"):
             return plain_rows.gather_sum(values, rows, weights, offsets)
         values, rows = values.contiguous(), _int32(rows)
@@ -76,7 +76,7 @@ class CpuRows:
     def score_gradients(
         self, values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor
     ) -> Tensor:
-        """As `plain_rows.score_gradients`; `gather_sum` has checked the row numbers."""
+        """Do what `plain_rows.score_gradients` does; `gather_sum` has checked the row numbers."""
         if plain_rows.needed_for(values, upstream, "cpu"):
             return plain_rows.score_gradients(values, rows, offsets, upstream)
         values, rows = values.contiguous(), _int32(rows)
@@ -97,13 +97,13 @@ class CpuRows:
         return out
 
     def segment_sums(self, values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-        """As `plain_rows.segment_sums`."""
+        """Do what `plain_rows.segment_sums` does."""
         # A segment is a bag of consecutive reads, so the same kernel sums both.
         span = slice(int(starts[0]), int(starts[-1]))
         return self.gather_sum(values, rows[span], weights[span], starts[:-1] - starts[0])
 
     def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `plain_rows.sort_reads`; the order is int32."""
+        """Do what `plain_rows.sort_reads` does; the order is int32."""
         # The kernel is a stable radix sort of 32-bit row numbers.
         if rows.dtype != torch.int32 or not rows.is_cpu or torch.compiler.is_compiling():
             return plain_rows.sort_reads(rows)
@@ -122,7 +122,9 @@ class CpuRows:
         return order, distinct[:count], starts[: count + 1]
 
     def adam_rows(self, update: AdamUpdate) -> None:
-        """As `plain_rows.adam_rows`, in one pass: a row is updated while its gradient is cached."""
+        """Do what `plain_rows.adam_rows` does, in one pass: a row is updated while its gradient
+        is cached.
+        """
         if plain_rows.needed_for_update(update, "cpu"):
             return plain_rows.adam_rows(update)
         tensors = {name: getattr(update, name) for name in _STORED}

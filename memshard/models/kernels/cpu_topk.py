@@ -27,7 +27,10 @@ class CpuSearch:
     library: ctypes.CDLL
 
     def __call__(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        """As `plain_topk.product_search`. first, second: [..., heads, keys] fp32 on the CPU."""
+        """Do what `plain_topk.product_search` does.
+
+        first, second: [..., heads, keys] fp32, on the CPU.
+        """
         shape, keys, (x, y) = first.shape[:-1], first.shape[-1], candidate_pairs(k)
         halves = [scores.reshape(-1, shape[-1], keys) for scores in (first, second)]
         halves = [scores if scores.stride(-1) == 1 else scores.contiguous() for scores in halves]

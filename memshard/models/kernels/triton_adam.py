@@ -84,7 +84,7 @@ def adam_rows(
 
 @triton.jit
 def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
-    """As `plain.round_stochastically`, before the cast."""
+    """Do what `plain_rows.round_stochastically` does, before the cast."""
     exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, (127 + SMALLEST) << 23)
     quantum = exponent - (MANTISSA << 23)
     uniform = (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))

@@ -113,7 +113,9 @@ def add_segment(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """As `add_rows`, with the sums of whole windows taken from `windows` [reads // WINDOW, dim]."""
+    """Do what `add_rows` does, with the sums of whole windows taken from `windows`,
+    [reads // WINDOW, dim].
+    """
     # Reads up to the first whole window, whole windows from `windows`, and the
     # reads after the last.
     head = tl.minimum((first + WINDOW - 1) // WINDOW * WINDOW, last)

@@ -28,7 +28,7 @@ sort_reads = plain_rows.sort_reads
 
 
 def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """As `plain_rows.gather_sum`; a row that is not in the table makes its bag NaN."""
+    """Do what `plain_rows.gather_sum` does; a row that is not in the table makes its bag NaN."""
     if plain_rows.needed_for(values, weights, device_type):
         return plain_rows.gather_sum(values, rows, weights, offsets)
     lasts = offsets[1:]
@@ -42,7 +42,7 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
 
 
 def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor:
-    """As `plain_rows.score_gradients`."""
+    """Do what `plain_rows.score_gradients` does."""
     if plain_rows.needed_for(values, upstream, device_type):
         return plain_rows.score_gradients(values, rows, offsets, upstream)
     values, rows, offsets, upstream = (
@@ -75,7 +75,7 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
 
 
 def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """As `plain_rows.segment_sums`."""
+    """Do what `plain_rows.segment_sums` does."""
     if plain_rows.needed_for(values, weights, device_type):
         return plain_rows.segment_sums(values, rows, weights, starts)
     values, rows, weights, starts = (
@@ -111,7 +111,9 @@ def segment_sums(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) 
 
 
 def adam_rows(update: AdamUpdate) -> None:
-    """As `plain_rows.adam_rows`, in one pass: a program sums a gradient and updates its row."""
+    """Do what `plain_rows.adam_rows` does, in one pass: a program sums a gradient and updates
+    its row.
+    """
     if plain_rows.needed_for_update(update, device_type):
         return plain_rows.adam_rows(update)
     values, upstream = update.values, update.upstream.contiguous()

@@ -33,7 +33,7 @@ class MappedTable(ValueTable):
 
     @torch.no_grad()
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`."""
+        """Do what `ValueTable.weighted_sum` does."""
         sums = [weights.new_zeros(0, self.dim)]
         for rows_here, weights_here in self._blocks(rows, weights):
             values, inverse = self._read(rows_here, weights_here)
@@ -46,7 +46,7 @@ class MappedTable(ValueTable):
 
     @torch.no_grad()
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`."""
+        """Do what `ValueTable.dot` does."""
         products = [x.new_zeros(0, rows.shape[1])]
         for rows_here, x_here in self._blocks(rows, x):
             # Only an observer looks at these weights; a product has none, so every read counts 1.

@@ -131,7 +131,7 @@ class ProgramMixer(Mixer):
 
     @staticmethod
     def reset(state: ProgramState, rows: Tensor) -> ProgramState:
-        """ValueError: rows share one length, and a program cannot forget part of one row."""
+        """Raise ValueError: rows share one length, and a program cannot forget part of one row."""
         raise ValueError(
             "model.program cannot forget single rows: carry no state over the ends of documents"
         )

@@ -38,7 +38,7 @@ class ColumnShardedTable(ShardedTable):
         self.ranks_seeing_each_read = self.ranks
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`. Each rank passes its own tokens."""
+        """Do what `ValueTable.weighted_sum` does. Each rank passes its own tokens."""
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
         # Ranks may have different numbers of tokens, so these are exchanged first.
@@ -55,7 +55,8 @@ class ColumnShardedTable(ShardedTable):
         return self.join(slices, theirs, tokens)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`: slices of tokens travel to their rank, partial products back.
+        """Do what `ValueTable.dot` does: slices of tokens travel to their rank and partial
+        products back.
 
         It sends as many bytes as `weighted_sum`.
         """

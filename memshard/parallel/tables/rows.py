@@ -33,8 +33,8 @@ class RowShardedTable(ShardedTable):
         super().__init__(slots, dim, group, replicas, local_rows=shard_range(slots, group))
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its
-        own tokens.
+        """Do what `ValueTable.weighted_sum` does, with row numbers of the whole table. Each
+        rank passes its own tokens.
         """
         self._count(rows)
         route = self._ask(rows)
@@ -53,7 +53,7 @@ class RowShardedTable(ShardedTable):
         return sums.view(self.ranks, len(rows), self.dim).sum(0)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`: tokens travel to all owners, products back.
+        """Do what `ValueTable.dot` does: tokens travel to all owners, products back.
 
         It sends as many bytes as `weighted_sum`.
         """
@@ -73,7 +73,9 @@ class RowShardedTable(ShardedTable):
         return ours[torch.argsort(route.order)].view(rows.shape)
 
     def gather_rows(self, x: Tensor, rows: Tensor, slots: int | None = None) -> Tensor:
-        """As `ValueTable.gather_rows`; all ranks of the group call it, each for its rows."""
+        """Do what `ValueTable.gather_rows` does; all ranks of the group call it, each
+        for its rows.
+        """
         slots = slots or self.slots
         owner = torch.div(rows, -(-slots // self.ranks), rounding_mode="floor")
         order = torch.sort(owner, stable=True).indices

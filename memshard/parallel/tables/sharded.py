@@ -61,7 +61,7 @@ class ShardedTable(ValueTable):
         return all_sum(x, self.group)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
-        """As `ValueTable.gradients`; all replicas must call it."""
+        """Do what `ValueTable.gradients` does; all replicas must call it."""
         merged = sort_reads(self.reads, self.backend)
         merged = merged if merged is None else merged.scaled(scale)
         if self.replicas is not None:

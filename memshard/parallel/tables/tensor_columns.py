@@ -21,14 +21,14 @@ class TensorColumnTable(ColumnShardedTable):
     layout = LAYOUTS["tensor-columns"]
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`; all ranks of the group pass the same tokens."""
+        """Do what `ValueTable.weighted_sum` does; all ranks of the group pass the same tokens."""
         self._count_once(rows)
         weights = _SummedGradient.apply(weights, self)
         slices = self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
         return _AllColumns.apply(slices, self)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`; all ranks of the group pass the same tokens."""
+        """Do what `ValueTable.dot` does; all ranks of the group pass the same tokens."""
         self._count_once(rows)
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         slices = _SummedGradient.apply(x, self)[

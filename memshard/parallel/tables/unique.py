@@ -25,8 +25,8 @@ class UniqueRowTable(RowShardedTable):
     layout = LAYOUTS["rows-unique"]
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`, with row numbers of the whole table. Each rank passes its
-        own tokens.
+        """Do what `ValueTable.weighted_sum` does, with row numbers of the whole table. Each
+        rank passes its own tokens.
         """
         self._count(rows)
         fetch = self._plan(rows, weights.detach())
@@ -34,7 +34,9 @@ class UniqueRowTable(RowShardedTable):
         return FetchedSum.apply(weights, self.anchor, fetch)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`, of the fetched rows; the same bytes as for `weighted_sum`."""
+        """Do what `ValueTable.dot` does, for the fetched rows. It sends as many bytes as
+        `weighted_sum` does.
+        """
         self._count(rows)
         fetch = self._plan(rows, torch.ones_like(rows, dtype=x.dtype))
         return FetchedDot.apply(

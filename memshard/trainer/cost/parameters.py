@@ -30,7 +30,7 @@ class Parameters:
     tables: int
 
     def dense_on_rank(self, tensor_ranks: int) -> int:
-        """Dense parameters on a rank of a tensor-parallel group."""
+        """Return the number of dense parameters on a rank of a tensor-parallel group."""
         return self.dense - self.split + math.ceil(self.split / tensor_ranks)
 
 

@@ -30,11 +30,11 @@ class SlotTable(ValueTable):
         self.keys = keys
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """As `ValueTable.weighted_sum`."""
+        """Do what `ValueTable.weighted_sum` does."""
         return super().weighted_sum(row_slots(rows, self.keys), weights)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
-        """As `ValueTable.dot`."""
+        """Do what `ValueTable.dot` does."""
         return super().dot(row_slots(rows, self.keys), x)
 
 

@@ -38,7 +38,7 @@ class MemshardTokenizer(PreTrainedTokenizer):
         return size
 
     def get_vocab(self) -> dict[str, int]:
-        """Piece -> id."""
+        """Return the id of each piece."""
         return {
             self.pieces.id_to_piece(number): number for number in range(self.vocab_size)
         } | self.added_tokens_encoder
