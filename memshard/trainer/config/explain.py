@@ -137,7 +137,7 @@ def _type_name(hint: Any) -> str:
 
 def _docstrings(cls: type) -> dict[str, str]:
     """Return the string literal under each field, which Python itself does not keep."""
-    # From the source: a string below a field is an expression that Python evaluates and drops.
+    # From the source: a string below a field is an expression, which Python drops.
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs = {}
