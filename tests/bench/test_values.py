@@ -19,9 +19,9 @@ def test_a_table_that_copies_its_gradient_takes_more_memory() -> None:
     have.
     """
     result = measure(Sizes(32_768, 256, 16, (64,), rounds=1), [OURS, DENSE])
-    own, dense = result["tokens"][64][OURS], result["tokens"][64][DENSE]
-    assert own["ratio"] == 1 and dense["ratio"] > 1
-    assert own["forward_bytes_per_s"] == 64 * 16 * 256 * 4 / own["forward"]
+    ours, dense = result["tokens"][64][OURS], result["tokens"][64][DENSE]
+    assert ours["ratio"] == 1 and dense["ratio"] > 1
+    assert ours["forward_bytes_per_s"] == 64 * 16 * 256 * 4 / ours["forward"]
     assert 90e6 < result["peak_memory"][OURS] < result["peak_memory"][DENSE]
 
 

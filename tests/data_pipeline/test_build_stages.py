@@ -47,13 +47,13 @@ def near_copy(words: list[str], seed: int, share: float) -> list[str]:
 def test_near_copies_share_a_band_and_others_do_not(
     share: float, least: float, most: float
 ) -> None:
-    found = 0
+    collisions = 0
     for seed in range(100):
         words = prose(300, seed)
-        found += bool(
+        collisions += bool(
             (band_keys(" ".join(words)) == band_keys(" ".join(near_copy(words, seed, share)))).any()
         )
-    assert least <= found / 100 <= most
+    assert least <= collisions / 100 <= most
 
 
 def test_clusters_are_transitive_and_named_by_their_first() -> None:
@@ -296,12 +296,12 @@ def test_list_files_and_globs(tmp_path: Path) -> None:
     for name in itertools.product("ab", "12"):
         (tmp_path / f"{''.join(name)}.txt").write_text("x")
     (tmp_path / "warc.paths").write_text("a/b.warc.gz\n\na/c.warc.gz\n")
-    found = find_files(
+    files = find_files(
         [str(tmp_path / "a*.txt"), tmp_path / "warc.paths", "pipe:cat x.warc"],
         prefix="https://data.commoncrawl.org/",
     )
-    assert found[:2] == (tmp_path / "a1.txt", tmp_path / "a2.txt")
-    assert found[2:] == (
+    assert files[:2] == (tmp_path / "a1.txt", tmp_path / "a2.txt")
+    assert files[2:] == (
         "https://data.commoncrawl.org/a/b.warc.gz",
         "https://data.commoncrawl.org/a/c.warc.gz",
         "pipe:cat x.warc",

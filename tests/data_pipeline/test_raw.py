@@ -80,8 +80,8 @@ def test_workers_change_nothing(raw: Path, workers: int) -> None:
             assert len(batches) == len(expected) == 2
             assert all(
                 torch.equal(a, b)
-                for got, own in zip(batches, expected, strict=True)
-                for a, b in zip(got, own, strict=True)
+                for got, wanted in zip(batches, expected, strict=True)
+                for a, b in zip(got, wanted, strict=True)
             )
 
 

@@ -155,11 +155,11 @@ def test_images(tmp_path: Path) -> None:
     index = load_index(tmp_path / "data")
     assert (index.kind, index.shape, index.vocab_size) == ("images", (8, 8, 3), 257)
     stream = open_train(str(tmp_path / "data"), 192, 6, 0)
-    found = [record_of(stream.batch(sample, 1), 0) for sample in range(54)]
-    assert {record[:-1] for record in found} <= {
+    records = [record_of(stream.batch(sample, 1), 0) for sample in range(54)]
+    assert {record[:-1] for record in records} <= {
         tuple(pixels.ravel().tolist()) for pixels in pictures.values()
     }
-    assert len(set(found)) == 54 and all(record[-1] == 256 for record in found)
+    assert len(set(records)) == 54 and all(record[-1] == 256 for record in records)
     verify_data(tmp_path / "data")
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="bad.png is no image that can be read"):

@@ -42,10 +42,12 @@ def test_any_ranks_and_micro_batches_see_the_same_global_batches(
     for step in (0, 1, 5):
         rows = []
         for rank in range(ranks):
-            own = TrainStream(data, LENGTH, LANES, SEED)
+            local = TrainStream(data, LENGTH, LANES, SEED)
             for start in range(0, share, micro_batch):
                 rows.append(
-                    own.batch(step * LANES + rank * share + start, min(micro_batch, share - start))
+                    local.batch(
+                        step * LANES + rank * share + start, min(micro_batch, share - start)
+                    )
                 )
         assert_equal(joined(rows), stream.batch(step * LANES, LANES))
 

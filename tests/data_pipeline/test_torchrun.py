@@ -71,5 +71,5 @@ def test_random_restarts_on_other_ranks_and_workers(data: Path, tmp_path: Path) 
                 )
             ]
             expected = stream.batch((step + number) * LANES, LANES)
-            assert all(torch.equal(got, own) for got, own in zip(rows, expected, strict=True))
+            assert all(torch.equal(got, wanted) for got, wanted in zip(rows, expected, strict=True))
         step += count

@@ -33,14 +33,14 @@ FAULTS = (
 
 def members() -> list[bytes]:
     """The gzip members of the small file, each a record."""
-    rest, found = SMALL.read_bytes(), []
+    rest, parts = SMALL.read_bytes(), []
     while rest:
         member = zlib.decompressobj(wbits=31)
         member.decompress(rest)
         size = len(rest) - len(member.unused_data)
-        found.append(rest[:size])
+        parts.append(rest[:size])
         rest = rest[size:]
-    return found
+    return parts
 
 
 def pages_of(content: bytes, tmp_path: Path) -> tuple[list[str], Counter[str]]:
@@ -72,8 +72,8 @@ def test_every_page_of_an_intact_file(parts: list[bytes], urls: list[str], tmp_p
     assert len(urls) == 72 and len(set(urls)) == 72
     plain = gzip.decompress(b"".join(parts))
     for content in (plain, gzip.compress(plain)):  # uncompressed, and one member for all
-        found, counts = pages_of(content, tmp_path)
-        assert found == urls and not faults(counts) and counts["records"] == 73
+        actual, counts = pages_of(content, tmp_path)
+        assert actual == urls and not faults(counts) and counts["records"] == 73
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_damage_costs_one_page_and_is_counted(
     lost: int,
     expected: dict[str, int],
 ) -> None:
-    found, counts = pages_of(b"".join([*parts[:1], damage(parts[1]), *parts[2:]]), tmp_path)
-    assert found == urls[lost:] and faults(counts) == expected
+    actual, counts = pages_of(b"".join([*parts[:1], damage(parts[1]), *parts[2:]]), tmp_path)
+    assert actual == urls[lost:] and faults(counts) == expected
     assert (counts["skipped_bytes"] > 0) == bool(expected and (lost or "fault_garbage" in expected))
 
 
@@ -144,9 +144,9 @@ def test_a_cut_file_is_noticed_wherever_it_is_cut(
     content = b"".join(parts[:6])
     ends = {sum(map(len, parts[:count])): count - 1 for count in range(1, 7)}
     for size in [*range(0, len(content), 2111), *ends]:
-        found, counts = pages_of(content[:size], tmp_path)
+        actual, counts = pages_of(content[:size], tmp_path)
         whole = max((pages for end, pages in ends.items() if end <= size), default=0)
-        assert found == urls[:whole]
+        assert actual == urls[:whole]
         assert faults(counts) == (
             {} if size in ends else {"fault_empty": 1} if not size else {"fault_truncated": 1}
         ), size
@@ -189,9 +189,9 @@ def test_genuine_broken_files_are_read_as_far_as_they_go() -> None:
     }
     for name, (records, pages) in expected.items():
         counts = Counter[str]()
-        found = list(read_pages(SAMPLES / "warc" / name, counts))
-        assert (counts["records"], len(found)) == (records, pages), name
-        assert all(page.body for page in found)
+        actual = list(read_pages(SAMPLES / "warc" / name, counts))
+        assert (counts["records"], len(actual)) == (records, pages), name
+        assert all(page.body for page in actual)
     assert counts["skipped_bytes"] == 0
 
 
@@ -201,9 +201,9 @@ def test_a_huge_declared_length_does_not_fill_the_memory(
     huge = recompressed(
         parts[1], lambda r: r.replace(b"Content-Length: ", b"Content-Length: 9999999", 1)
     )
-    found, counts = pages_of(b"".join([parts[0], huge, *parts[2:]]), tmp_path)
+    actual, counts = pages_of(b"".join([parts[0], huge, *parts[2:]]), tmp_path)
     assert (
-        found == urls[1:]
+        actual == urls[1:]
         and counts["too_large"] == 1
         and faults(counts) == {"fault_wrong_length": 1}
     )
@@ -231,8 +231,8 @@ def test_languages_agree_with_the_truth_file() -> None:
     }
     pages = read_pages(SAMPLES / "warc" / "news_pages-00000.warc.gz", Counter())
     texts = [(main_text(decode(page.body), "resiliparse"), truth[page.url]) for page in pages]
-    found = [(detect_language(text), accepted) for text, accepted in texts if text]
-    assert sum(language in accepted for language, accepted in found) >= 0.99 * len(found)
+    detected = [(detect_language(text), accepted) for text, accepted in texts if text]
+    assert sum(language in accepted for language, accepted in detected) >= 0.99 * len(detected)
     assert sum(
-        ("en" in accepted) == (language == "en") for language, accepted in found
-    ) >= 0.99 * len(found)
+        ("en" in accepted) == (language == "en") for language, accepted in detected
+    ) >= 0.99 * len(detected)

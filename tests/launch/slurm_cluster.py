@@ -178,6 +178,6 @@ def free_ports(count: int) -> int:
         except OSError:
             continue
         finally:
-            for each in sockets:
-                each.close()
+            for opened in sockets:
+                opened.close()
     raise AssertionError("no free ports")

@@ -44,12 +44,12 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     now = time.time()
     beat = Beat(0, 3, "n1", 100, 19, "forward and backward", now - 50, now, 1.0)
     (folder / "heartbeat").mkdir()
-    for each in (
+    for written in (
         beat,
         replace(beat, rank=1, phase="reading data"),
         replace(beat, rank=2, time=now - 40),
     ):
-        (folder / f"heartbeat/rank{each.rank}.json").write_text(json.dumps(asdict(each)))
+        (folder / f"heartbeat/rank{written.rank}.json").write_text(json.dumps(asdict(written)))
     (folder / "flight").mkdir()
     for rank, number in ((0, 813), (1, 812)):
         entry = {"process_group": ["0", "default_pg"], "collective_seq_id": number}

@@ -64,17 +64,17 @@ def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int
     deadline = time.monotonic() + timeout
     while (
         not (
-            found := [
+            steps := [
                 int(path.name.partition("-")[2]) for path in committed(folder / "checkpoints")
             ]
         )
-        or found[-1] <= beyond
+        or steps[-1] <= beyond
     ):
         assert time.monotonic() < deadline, (
             f"no checkpoint beyond {beyond} after {timeout} s: {_output(folder)}"
         )
         time.sleep(0.05)
-    return found[-1]
+    return steps[-1]
 
 
 def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(

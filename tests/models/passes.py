@@ -37,27 +37,29 @@ def two_passes(
     """Return, of two micro-batches, outputs, gradients of all parameters, buffers, reads kept for
     tables. dtype: of autocast.
     """
-    found = {}
+    results = {}
     for seed in range(2):
         tokens = tiny_tokens(3, LENGTH, seed=seed)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found[f"logits {seed}"] = logits(model, tokens, ctx)
-            losses = token_losses(found[f"logits {seed}"], tokens.roll(-1, dims=1))
+            results[f"logits {seed}"] = logits(model, tokens, ctx)
+            losses = token_losses(results[f"logits {seed}"], tokens.roll(-1, dims=1))
         (losses.sum() * 8).backward()
-    found |= {
+    results |= {
         f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None
     }
-    found |= dict(model.named_buffers())
+    results |= dict(model.named_buffers())
     for name, table in find_tables(model):
         if table.hidden:
             assert table.anchor.grad is not None
-            found[f"{name}.anchor"], found[f"{name}.asked"] = (
+            results[f"{name}.anchor"], results[f"{name}.asked"] = (
                 table.anchor.grad,
                 torch.tensor(table.reads_asked),
             )
             for number, read in enumerate(table.reads):
-                found |= {f"{name}.{number}.{field}": value for field, value in vars(read).items()}
-    return found
+                results |= {
+                    f"{name}.{number}.{field}": value for field, value in vars(read).items()
+                }
+    return results
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -102,7 +102,7 @@ def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) 
     """Gradients flow back through the states; tables collect each read once."""
     model = tiny_model(tiny_config(mixer=MIXERS[mixer], **changes), spread=0.1).train()
     externalize_tables(model)
-    found = {}
+    by_segments = {}
     for segments in (1, 2, 4):
         copy = deepcopy(model)
         copy.configure(Recompute(segments=segments))
@@ -111,9 +111,12 @@ def test_segments_are_one_pass(mixer: str, changes: dict[str, Any], which: str) 
         losses.sum().backward()
         gradients = {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
         reads = sum(len(read.upstream) for _, table in find_tables(copy) for read in table.reads)
-        found[segments] = {"losses": losses.detach(), "reads": torch.tensor(reads)} | gradients
+        by_segments[segments] = {
+            "losses": losses.detach(),
+            "reads": torch.tensor(reads),
+        } | gradients
     for segments in (2, 4):
-        torch.testing.assert_close(found[segments], found[1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(by_segments[segments], by_segments[1], rtol=1e-10, atol=1e-12)
 
 
 def test_what_segments_save() -> None:

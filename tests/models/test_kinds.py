@@ -84,10 +84,10 @@ def test_no_sentence_of_the_planner_or_the_commands_names_a_kind() -> None:
     word = re.compile(rf"\b({'|'.join(sorted(names, key=len, reverse=True))})\b", re.IGNORECASE)
     rooms = ("launch/cli", "trainer/cost", "trainer/watch")
     named = [
-        f"{path}:{node.lineno}: {found[0]}"
+        f"{path}:{node.lineno}: {match[0]}"
         for path in (path for room in rooms for path in (PACKAGE / room).glob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if (found := word.search(node.value))
+        if (match := word.search(node.value))
     ]
     assert not named

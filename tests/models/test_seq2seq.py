@@ -97,7 +97,7 @@ def test_targets_give_the_smoothed_losses_of_the_logits(attention: str) -> None:
         torch.autograd.grad(loss, weights, retain_graph=True)
         for loss in (losses.sum(), expected[predicted >= 0].sum())
     ]
-    torch.testing.assert_close(*(list(each) for each in gradients))
+    torch.testing.assert_close(*map(list, gradients))
 
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])

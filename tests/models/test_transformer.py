@@ -93,10 +93,10 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def test_shared_and_own_tables() -> None:
-    shared, own = tiny_model(tiny_config({"share": True})), tiny_model(tiny_config())
-    tables = [[memory.values for _, memory in model.memories()] for model in (shared, own)]
+    shared, separate = tiny_model(tiny_config({"share": True})), tiny_model(tiny_config())
+    tables = [[memory.values for _, memory in model.memories()] for model in (shared, separate)]
     assert tables[0][0] is tables[0][1] and tables[1][0] is not tables[1][1]
-    assert [layer for layer, _ in own.memories()] == [1, 2]
+    assert [layer for layer, _ in separate.memories()] == [1, 2]
 
 
 def test_tied_heads_save_a_matrix() -> None:

@@ -194,6 +194,6 @@ def test_dot_products_and_their_gradients(hidden: bool, dtype: torch.dtype) -> N
     dense = table.weight.grad
     if hidden:
         dense = torch.zeros_like(table.weight)
-        for found, gradient in row_gradients(table.reads, 10, table.backend):
-            dense[found] = gradient
+        for read, gradient in row_gradients(table.reads, 10, table.backend):
+            dense[read] = gradient
     torch.testing.assert_close(dense, twin.grad)

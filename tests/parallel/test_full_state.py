@@ -85,8 +85,8 @@ def test_full_states_are_those_of_one_process_and_load_on_any_number() -> None:
     half, *others = run_distributed(_train_all, 3, nothing, range(2))
     assert others == [nothing, nothing]
     on_two, _ = run_distributed(_train_all, 2, half, range(2, 3))
-    for found in (on_two, _train_all(0, 1, half, range(2, 3))):
-        for case, states, wanted in zip(_CASES, found, expected, strict=True):
+    for actual in (on_two, _train_all(0, 1, half, range(2, 3))):
+        for case, states, wanted in zip(_CASES, actual, expected, strict=True):
             assert _tensors(states).keys() == _tensors(wanted).keys()
             for name, tensor in _tensors(wanted).items():
                 torch.testing.assert_close(

@@ -218,21 +218,21 @@ def _whole(
 ) -> dict[str, Tensor]:
     """All weights, or what this rank holds for them, put together."""
     whole = {}
-    for name, each in model_tensors(model, placement, mesh).items():
+    for name, tensor in model_tensors(model, placement, mesh).items():
         if held is not None and name not in held:
             continue
-        own = each if held is None else held[name]
-        assert own is not None, name
-        if isinstance(each, DTensor) and held is not None:
-            own = DTensor.from_local(
-                own,
-                each.device_mesh,
-                each.placements,
+        local = tensor if held is None else held[name]
+        assert local is not None, name
+        if isinstance(tensor, DTensor) and held is not None:
+            local = DTensor.from_local(
+                local,
+                tensor.device_mesh,
+                tensor.placements,
                 run_check=False,
-                shape=each.shape,
-                stride=each.stride(),
+                shape=tensor.shape,
+                stride=tensor.stride(),
             )
-        whole[name] = (own.full_tensor() if isinstance(own, DTensor) else own).clone()
+        whole[name] = (local.full_tensor() if isinstance(local, DTensor) else local).clone()
     return whole
 
 
@@ -242,7 +242,7 @@ GRID = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)]
 
 def points(tensor: int, data: int) -> list[Point]:
     """All that makes sense on these ranks."""
-    found = []
+    grid = []
     for number, (tables, residual, accumulation, engine) in enumerate(
         product(TABLES, RESIDUALS, (1, 2), ENGINES)
     ):
@@ -256,10 +256,10 @@ def points(tensor: int, data: int) -> list[Point]:
         ):
             # Each in turn, but for post-norm, which cannot be reversible.
             model = list(MODELS)[number % (len(MODELS) - (residual == "reversible"))]
-            found.append(
+            grid.append(
                 Point(model, tensor, tables, residual, accumulation, engine, wide=name == "torch")
             )
-    return found
+    return grid
 
 
 def sample(world: int) -> list[Point]:
@@ -271,10 +271,10 @@ def sample(world: int) -> list[Point]:
 
 
 def _train_all(rank: int, world: int, grid: list[Point]) -> dict[Point, dict[str, Any]]:
-    found = {point: train(point) for point in grid}
+    results = {point: train(point) for point in grid}
     if tensor := sys.modules.get("memshard.parallel.tensor"):
         tensor.leave()
-    return found
+    return results
 
 
 @cache
@@ -287,8 +287,8 @@ def check(world: int, grid: list[Point]) -> None:
     """Every point on every rank against one process, which keeps all activations; a reversible
     model is another function.
     """
-    for rank, found in enumerate(run_distributed(_train_all, world, grid, timeout=900)):
-        for point, result in found.items():
+    for rank, results in enumerate(run_distributed(_train_all, world, grid, timeout=900)):
+        for point, result in results.items():
             residual = "reversible" if point.residual == "reversible" else "standard"
             expected = alone(point.model, residual, point.accumulation, point.wide)
             assert expected["losses"][2] < expected["losses"][0]

@@ -77,10 +77,10 @@ def _gradients(
             (token_losses(wrapped(tokens, ctx)[0][:, :-1], tokens[:, 1:]).sum() / 32).backward()
     for _, layer in model.memories():
         layer.query_norm.commit()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(
         model.named_buffers()
     )
-    return found | {name: _row_gradients(table) for name, table in find_tables(model)}
+    return gradients | {name: _row_gradients(table) for name, table in find_tables(model)}
 
 
 def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

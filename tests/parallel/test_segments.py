@@ -61,13 +61,13 @@ def _without_beta(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _on_rank(rank: int, world: int) -> list[list[Tensor]]:
     assert dist.group.WORLD is not None
-    pieces, own = (
+    pieces, local = (
         RankNeighbours(dist.group.WORLD),
         slice(rank * LENGTH // world, (rank + 1) * LENGTH // world),
     )
-    inputs = {name: x if name == "state" else x[:, :, own] for name, x in _inputs().items()}
+    inputs = {name: x if name == "state" else x[:, :, local] for name, x in _inputs().items()}
     probe, probe_state, resets = _probes()
-    rest = resets[:, own], probe[:, :, own], probe_state / world
+    rest = resets[:, local], probe[:, :, local], probe_state / world
     # RankNeighbours of one row, and three rows asked for.
     row = torch.full((1, 1, 2), rank + 1.0, requires_grad=True)
     before = pieces.rows_before(row, 3)
@@ -80,13 +80,13 @@ def _on_rank(rank: int, world: int) -> list[list[Tensor]]:
 
 
 def test_pieces_are_the_whole() -> None:
-    found = run_distributed(_on_rank, 3)
+    results = run_distributed(_on_rank, 3)
     probe, probe_state, resets = _probes()
     for kind, (rule, inputs) in enumerate(
         [(delta_rule, _inputs()), (sum_rule, _without_beta(_inputs()))]
     ):
         expected = _read(rule, inputs, resets, probe, probe_state)
-        out, after, *gradients = zip(*(rank[kind] for rank in found), strict=True)
+        out, after, *gradients = zip(*(rank[kind] for rank in results), strict=True)
         joined = [
             torch.cat(out, 2),
             *(torch.cat(gradient, 2) for gradient in gradients[:-1]),
@@ -96,6 +96,6 @@ def test_pieces_are_the_whole() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         for last in after:
             torch.testing.assert_close(last, expected[1], rtol=1e-12, atol=1e-12)
-    rows = [rank[2] for rank in found]
+    rows = [rank[2] for rank in results]
     assert [before[0, :, 0].tolist() for before, _ in rows] == [[0, 0, 0], [0, 0, 1], [0, 1, 2]]
     assert [gradient[0, 0].tolist() for _, gradient in rows] == [[5, 5], [3, 3], [0, 0]]

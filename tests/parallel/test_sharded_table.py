@@ -94,7 +94,7 @@ def _compare(
     optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
     mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
     whole.observer, shard.observer = counters = UsageCounter(whole), UsageCounter(shard)
-    found: list[Any] = []
+    results: list[Any] = []
     for _ in range(2):
         for _ in range(2):
             rows = torch.randint(below, (sum(tokens), 6))
@@ -119,12 +119,12 @@ def _compare(
             x = (upstream + 1)[tokens_of].requires_grad_()
             products = table.dot(rows[tokens_of], x)
             products.backward(weights[tokens_of] - 0.5)
-            found.append((products, x.grad))
+            results.append((products, x.grad))
         torch.testing.assert_close(
-            found[-1][0], found[-2][0][mine], rtol=1e-12, atol=1e-12, msg=case
+            results[-1][0], results[-2][0][mine], rtol=1e-12, atol=1e-12, msg=case
         )
         torch.testing.assert_close(
-            found[-1][1], found[-2][1][mine], rtol=1e-12, atol=1e-12, msg=case
+            results[-1][1], results[-2][1][mine], rtol=1e-12, atol=1e-12, msg=case
         )
         for optimizer in optimizers:
             optimizer.step()
@@ -159,17 +159,15 @@ def _check_same_reads(rank: int, world: int) -> None:
             for _ in range(2)
         ]
         sums = [
-            table.weighted_sum(rows, each)
-            for table, each in zip((whole, shard), weights, strict=True)
+            table.weighted_sum(rows, of_reads)
+            for table, of_reads in zip((whole, shard), weights, strict=True)
         ]
-        for each in sums:
-            each.backward(upstream)
+        for sum_ in sums:
+            sum_.backward(upstream)
         tokens = [upstream.clone().requires_grad_() for _ in range(2)]
-        products = [
-            table.dot(rows, each) for table, each in zip((whole, shard), tokens, strict=True)
-        ]
-        for each in products:
-            each.backward(weights[0].detach() - 0.3)
+        products = [table.dot(rows, x) for table, x in zip((whole, shard), tokens, strict=True)]
+        for answer in products:
+            answer.backward(weights[0].detach() - 0.3)
         torch.testing.assert_close(products[1], products[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(tokens[1].grad, tokens[0].grad, rtol=1e-12, atol=1e-12)
         for optimizer in optimizers:

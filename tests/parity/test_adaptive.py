@@ -32,7 +32,7 @@ def test_losses_are_those_of_the_log_probabilities(chunk: int, changes: dict[str
     model = tiny_model(tiny_config(**(ADAPTIVE | changes)))
     targets = tiny_tokens(3, 9, seed=1)
     targets[0, 3:5] = IGNORE
-    found = []
+    results = []
     for whole in (True, False):
         copy = deepcopy(model)
         copy.configure(Recompute(chunk=chunk))
@@ -41,9 +41,9 @@ def test_losses_are_those_of_the_log_probabilities(chunk: int, changes: dict[str
             torch.testing.assert_close(out.exp().sum(-1), torch.ones(3, 9, dtype=out.dtype))
         losses = token_losses(out, targets) if whole else out
         (losses * torch.arange(27.0).view(3, 9)).sum().backward()
-        found.append([losses.detach(), *(parameter.grad for parameter in copy.parameters())])
+        results.append([losses.detach(), *(parameter.grad for parameter in copy.parameters())])
     tolerance = 1e-3 if "residual" in changes and chunk else 1e-10  # the grid's steps
-    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def test_a_cluster_without_targets_has_a_gradient_of_zero() -> None:

@@ -76,10 +76,10 @@ def _step_by_step(
 @torch.no_grad()
 def test_a_beam_without_end_finds_the_best_of_all_targets(attention: str, alpha: float) -> None:
     model = _model(attention)
-    found = beam_search(
+    hypotheses = beam_search(
         model, *padded(SOURCES, EOS), max_tokens=4, eos=EOS, beam=1000, length_penalty=alpha
     )
-    for source, hypothesis in zip(SOURCES, found, strict=True):
+    for source, hypothesis in zip(SOURCES, hypotheses, strict=True):
         expected = _exhaustive(model, source, 4, alpha)
         assert hypothesis.tokens == expected.tokens and math.isclose(
             hypothesis.score, expected.score, rel_tol=1e-6
@@ -92,10 +92,10 @@ def test_a_beam_without_end_finds_the_best_of_all_targets(attention: str, alpha:
 def test_batched_cached_beams_equal_single_uncached_ones(attention: str, beam: int) -> None:
     model = _model(attention)
     for longest in (3, 8):
-        found = beam_search(
+        hypotheses = beam_search(
             model, *padded(SOURCES, EOS), max_tokens=longest, eos=EOS, beam=beam, length_penalty=0.6
         )
-        for source, hypothesis in zip(SOURCES, found, strict=True):
+        for source, hypothesis in zip(SOURCES, hypotheses, strict=True):
             expected = _step_by_step(model, source, longest, beam, 0.6)
             assert hypothesis.tokens == expected.tokens and math.isclose(
                 hypothesis.score, expected.score, rel_tol=1e-6

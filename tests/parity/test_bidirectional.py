@@ -56,4 +56,4 @@ def test_attention_to_everything(features: FeatureMap | None, cross: bool) -> No
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-10)
     inputs = [x, *([source] if cross else []), *mixer.parameters()]
     gradients = (torch.autograd.grad(y.square().sum(), inputs) for y in (ours, naive))
-    torch.testing.assert_close(*(list(each) for each in gradients), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*map(list, gradients), rtol=1e-9, atol=1e-9)

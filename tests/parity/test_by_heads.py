@@ -141,21 +141,23 @@ def test_one_gradient_for_both_streams_is_not_written_to(changes: dict[str, Any]
         )
     ).train()
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
-    own, upstream = torch.randn(2, 2, 9, 16, dtype=torch.float64, requires_grad=True).unbind()
-    own = own.detach().requires_grad_()
+    direct, upstream = torch.randn(2, 2, 9, 16, dtype=torch.float64, requires_grad=True).unbind()
+    direct = direct.detach().requires_grad_()
     ctx = Context.of(x[..., 0])
-    found = []
+    gradients = []
     for keep in (True, False):
         assert isinstance(model.grid, Grid)
         y1, y2, _ = reversible_blocks(model.blocks, model.grid, x, ctx)
         before = y1.detach().clone()
         # The same gradient for y1, y2 and somebody else.
-        found.append(torch.autograd.grad(y1 + y2 + own, (x, own), upstream, retain_graph=keep))
-        assert torch.equal(found[-1][1], upstream) and torch.equal(y1, before) == keep
-    assert torch.equal(found[0][0], found[1][0])
+        gradients.append(
+            torch.autograd.grad(y1 + y2 + direct, (x, direct), upstream, retain_graph=keep)
+        )
+        assert torch.equal(gradients[-1][1], upstream) and torch.equal(y1, before) == keep
+    assert torch.equal(gradients[0][0], gradients[1][0])
 
     y1, y2, _ = reversible_blocks(model.blocks, model.grid, x, ctx)
-    other = (y1 * own).sum()
+    other = (y1 * direct).sum()
     (y1 + y2).sum().backward()
     with pytest.raises(RuntimeError, match="modified inplace"):
         other.backward()

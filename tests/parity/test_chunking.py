@@ -36,21 +36,21 @@ def test_chunked_losses(residual: Any, tie_head: bool, chunk: int) -> None:
     targets = tiny_tokens(3, LENGTH, seed=1)
     targets[0, 3:5] = IGNORE
     probe = torch.randn(3, LENGTH, dtype=torch.float64)
-    found = []
+    results = []
     for whole in (True, False):
         copy = deepcopy(model)
         copy.configure(Recompute(chunk=0 if whole else chunk))
         y, _ = copy(tiny_tokens(3, LENGTH), ctx, targets=None if whole else targets)
         losses = token_losses(y, targets) if whole else y
         (losses * probe).sum().backward()
-        found.append(
+        results.append(
             [
                 losses.detach(),
                 *(parameter.grad for parameter in copy.parameters() if parameter.grad is not None),
             ]
         )
     tolerance = _GRID if residual == "reversible" else 1e-12
-    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("which", ["plain", "padding"])
@@ -72,7 +72,7 @@ def test_chunked_models(memory: dict[str, Any], kind: Any, which: str) -> None:
         tiny_config(memory=memory, mixer=_LSH, dropout=0.2, **changes), spread=0.1
     ).train()
     externalize_tables(model)
-    found = []
+    results = []
     for chunk in (0, 2):
         copy = deepcopy(model)
         copy.configure(Recompute("none" if reversible else kind, chunk, check_inversion=True))
@@ -82,7 +82,7 @@ def test_chunked_models(memory: dict[str, Any], kind: Any, which: str) -> None:
         if which == "padding":
             losses = losses * tiny_context(which).padding
         losses.sum().backward()
-        found.append(
+        results.append(
             [
                 losses.detach(),
                 *(p.grad for p in copy.parameters()),
@@ -93,9 +93,11 @@ def test_chunked_models(memory: dict[str, Any], kind: Any, which: str) -> None:
             evaluated = copy.eval()(
                 tiny_tokens(3, LENGTH), tiny_context(which), targets=tiny_tokens(3, LENGTH, seed=1)
             )[0]
-        found[-1].append(evaluated if which == "plain" else evaluated * tiny_context(which).padding)
+        results[-1].append(
+            evaluated if which == "plain" else evaluated * tiny_context(which).padding
+        )
     tolerance = _GRID if reversible else 1e-10
-    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def _table_gradient(table: Any) -> Tensor:

@@ -105,8 +105,8 @@ def test_values_and_gradients(length: int, width: int, packed: bool) -> None:
     theirs = _naive(x, kernel, documents)
     expected = theirs, *torch.autograd.grad((theirs * probe).sum(), (x, kernel))
     for ours in (causal_convolution(x, kernel, documents), plain_convolution(x, kernel, same)):
-        found = ours, *torch.autograd.grad((ours * probe).sum(), (x, kernel))
-        for mine, naive in zip(found, expected, strict=True):
+        actual = ours, *torch.autograd.grad((ours * probe).sum(), (x, kernel))
+        for mine, naive in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine, naive, **EXACT)
 
 
@@ -155,10 +155,10 @@ def test_multi_dconv_head_attention(name: str, which: str) -> None:
 
     k, v = convolved("key", x), convolved("value", x)
     q = mixer.query(k) if mixer.share_qk else convolved("query", x)
-    q, k, v = (each.unflatten(-1, (-1, DIM // 4)).transpose(1, 2) for each in (q, k, v))
+    q, k, v = (part.unflatten(-1, (-1, DIM // 4)).transpose(1, 2) for part in (q, k, v))
     if mixer.rotary:
         q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
-    k, v = (each.repeat_interleave(4 // each.shape[1], 1) for each in (k, v))
+    k, v = (part.repeat_interleave(4 // part.shape[1], 1) for part in (k, v))
     seen = torch.ones(LENGTH, LENGTH).tril().bool() & real[:, None, None, :]
     if ctx.documents is not None:
         seen = seen & (ctx.documents[:, None, :, None] == ctx.documents[:, None, None, :])

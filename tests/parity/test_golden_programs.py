@@ -82,9 +82,12 @@ def _names(name: str, program: Program) -> list[str]:
     mixing = [f"{kind}.weight" for kind in convolved]
     if name == "primer-ez":
         mixing = [
-            each
+            weight
             for kind in convolved
-            for each in (f"{kind}.weight", f"{kind.replace('mixer', 'mixer.convolutions')}.weight")
+            for weight in (
+                f"{kind}.weight",
+                f"{kind.replace('mixer', 'mixer.convolutions')}.weight",
+            )
         ]
     widening = ["feedforward.up.weight"]
     if name == "transformer-pp":
@@ -119,13 +122,14 @@ def _own_head(name: str, parameter: str, theirs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", HAND)
 def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
-    found = compiled(golden(name, HEAD_WIDTH))
-    logits, hand = found.build(0), _by_hand(name)
+    program = compiled(golden(name, HEAD_WIDTH))
+    logits, hand = program.build(0), _by_hand(name)
     assert isinstance(logits, Logits)
     mine = logits.model.double()
     across_heads = SHAPE.layers * (HEADS * HEADS - HEADS) * HEAD_WIDTH**2 if name == "primer" else 0
     assert (
-        found.parameters == sum(parameter.numel() for parameter in hand.parameters()) - across_heads
+        program.parameters
+        == sum(parameter.numel() for parameter in hand.parameters()) - across_heads
     )
 
     torch.manual_seed(0)
@@ -136,11 +140,13 @@ def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
     ]
     for layer, block in enumerate(mine.blocks):
         assert isinstance(block.mixer, ProgramMixer)
-        own = sorted(block.mixer.named_parameters(), key=lambda entry: int(entry[0].split(".")[1]))
+        parameters = sorted(
+            block.mixer.named_parameters(), key=lambda entry: int(entry[0].split(".")[1])
+        )
         names = _names(name, block.mixer.program)
         pairs += [
             (weight, f"blocks.{layer}.{theirs}")
-            for (_, weight), theirs in zip(own, names, strict=True)
+            for (_, weight), theirs in zip(parameters, names, strict=True)
         ]
     assert len(pairs) == len(list(hand.parameters()))
     with torch.no_grad():
@@ -199,9 +205,9 @@ def test_norms_in_half_precision_are_computed_in_fp32(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_programs_run_in_half_precision(name: str, dtype: torch.dtype) -> None:
     """Halved as a whole, as when they generate, and under autocast."""
-    found = compiled(golden(name, HEAD_WIDTH))
-    block = found.build(0).get_submodule("model.blocks.0.mixer")
-    x = torch.randn(2, 9, found.config.dim, generator=torch.Generator().manual_seed(0))
+    program = compiled(golden(name, HEAD_WIDTH))
+    block = program.build(0).get_submodule("model.blocks.0.mixer")
+    x = torch.randn(2, 9, program.config.dim, generator=torch.Generator().manual_seed(0))
     ctx = Context.of(x[..., 0])
     with torch.no_grad():
         expected = block(x, ctx)[0]

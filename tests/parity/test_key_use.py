@@ -83,8 +83,8 @@ def test_shares_and_last_reads_are_those_of_the_search() -> None:
                 for i2 in range(KEYS)
             }
             for token in rows.tolist():
-                for head, found in enumerate(token):
-                    for row in found:
+                for head, head_rows in enumerate(token):
+                    for row in head_rows:
                         for half, sub_key in enumerate(where[row]):
                             reads[head, half, sub_key] += 1
         memory.eval()

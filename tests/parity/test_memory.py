@@ -95,8 +95,8 @@ def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
     y = peer(x)
     rows, weights = naive.lookup(x)
     parts = []
-    for token, found, scores in zip(x, rows, weights, strict=True):
-        experts = zip(found, scores, strict=True)
+    for token, reads, scores in zip(x, rows, weights, strict=True):
+        experts = zip(reads, scores, strict=True)
         parts.append(
             sum(
                 w * torch.nn.functional.gelu(naive.down.weight[r] @ token) * naive.values.weight[r]
@@ -117,8 +117,8 @@ def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
     if hidden:
         for table, name in zip(tables, ("values.weight", "down.weight"), strict=True):
             gradient = torch.zeros_like(table.weight)
-            for found, part in row_gradients(table.reads, 3, table.backend):
-                gradient[found] = part
+            for distinct, part in row_gradients(table.reads, 3, table.backend):
+                gradient[distinct] = part
             torch.testing.assert_close(gradient, theirs[name].grad, rtol=1e-10, atol=1e-10)
 
 

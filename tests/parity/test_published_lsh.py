@@ -100,7 +100,7 @@ def test_published_rules_are_not_strictly_causal(rule: str) -> None:
     changed = buckets.clone()
     changed[..., 40:] = torch.randint(3, (1, 2, 24))
     first, second = (
-        published_attention(q, _unit(q), q, each, 8, rule) for each in (buckets, changed)
+        published_attention(q, _unit(q), q, hashed, 8, rule) for hashed in (buckets, changed)
     )  # type: ignore[arg-type]
     assert (first[:, :40] != second[:, :40]).any()
     with pytest.raises(ValueError, match="must fill a sequence"):
@@ -178,8 +178,8 @@ def test_transformers_reformer() -> None:
             nn.init.zeros_(dense.bias)
 
         def hashed(q: Tensor, rounds: int, *_: object, seed: int = number) -> Tensor:
-            found = hash_buckets(q.transpose(0, 1), buckets, rounds, seed).permute(2, 0, 1, 3)
-            return (found + buckets * torch.arange(rounds)[:, None]).flatten(2)
+            numbers = hash_buckets(q.transpose(0, 1), buckets, rounds, seed).permute(2, 0, 1, 3)
+            return (numbers + buckets * torch.arange(rounds)[:, None]).flatten(2)
 
         attention.self_attention._hash_vectors = hashed
     tokens = torch.randint(30, (2, length))

@@ -18,9 +18,9 @@ def line(op: Any, *states: int, **fields: Any) -> Dna:
 
 def compiled(dna: Dna) -> Compiled:
     """A DNA that must compile."""
-    found = compile_dna(dna, SHAPE)
-    assert isinstance(found, Compiled), found
-    return found
+    program = compile_dna(dna, SHAPE)
+    assert isinstance(program, Compiled), program
+    return program
 
 
 def changed(name: str, subprogram: int, lines: list[Dna]) -> Dna:

@@ -55,24 +55,24 @@ LEAKS = {
 @pytest.mark.parametrize("leak", LEAKS)
 def test_planted_leaks_are_caught_and_explained(leak: str) -> None:
     lines, statuses = LEAKS[leak]
-    found = compile_dna(changed("transformer", SOFTMAX, lines), SHAPE)
-    assert isinstance(found, Rejected) and found.status in statuses and found.reason
+    result = compile_dna(changed("transformer", SOFTMAX, lines), SHAPE)
+    assert isinstance(result, Rejected) and result.status in statuses and result.reason
 
 
 @pytest.mark.parametrize("leak", [leak for leak in LEAKS if "position" not in leak])
 def test_leaks_are_caught_without_the_rules(leak: str) -> None:
     lines, statuses = LEAKS[leak]
-    found = perturbed(lower(graph(changed("transformer", SOFTMAX, lines)), 4))
-    assert found is not None and found.status in statuses
+    rejected = perturbed(lower(graph(changed("transformer", SOFTMAX, lines)), 4))
+    assert rejected is not None and rejected.status in statuses
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_programs_compile_into_the_band(name: str) -> None:
-    found = compiled(golden(name, HEAD_WIDTH))
-    model = found.build(0)
-    assert sum(weight.numel() for weight in model.parameters()) == found.parameters
-    assert SHAPE.parameters[0] <= found.parameters <= SHAPE.parameters[1]
-    assert '"ATTEND"' in (found.config.program or "")
+    program = compiled(golden(name, HEAD_WIDTH))
+    model = program.build(0)
+    assert sum(weight.numel() for weight in model.parameters()) == program.parameters
+    assert SHAPE.parameters[0] <= program.parameters <= SHAPE.parameters[1]
+    assert '"ATTEND"' in (program.config.program or "")
 
 
 def test_the_transformer_of_the_paper_has_its_parameters() -> None:
@@ -89,9 +89,9 @@ def test_mutations_never_crash_and_every_rejection_has_a_reason(count: int) -> N
         child, name = mutate(dna, draws)
         names[name] += 1
         assert invalid(child) is None and child != dna and graph(child).hash != graph(dna).hash
-        found = compile_dna(child, SHAPE)
-        outcomes["ok" if isinstance(found, Compiled) else found.status] += 1
-        assert isinstance(found, Compiled) or found.reason
+        result = compile_dna(child, SHAPE)
+        outcomes["ok" if isinstance(result, Compiled) else result.status] += 1
+        assert isinstance(result, Compiled) or result.reason
     assert names.keys() == MUTATIONS.keys()
     assert outcomes["ok"] > count / 2 and outcomes["leak"] > 0 and outcomes["shape"] > 0
 
@@ -116,17 +116,17 @@ def test_a_graph_is_the_same_however_it_is_written() -> None:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_source_computes_what_the_model_does(name: str) -> None:
-    found = compiled(golden(name, HEAD_WIDTH))
-    model = found.build(0)
+    program = compiled(golden(name, HEAD_WIDTH))
+    model = program.build(0)
     assert isinstance(model, Logits)
     mixer = model.model.blocks[0].mixer
     namespace: dict[str, Any] = {}
-    exec(found.source, namespace)
+    exec(program.source, namespace)
     block: nn.Module = namespace["Block"]()
     assert len(list(block.parameters())) == len(list(mixer.parameters()))
     for name_here, weight in block.named_parameters():
         weight.data.copy_(mixer.get_parameter(f"values.{name_here.split('_')[-2]}"))
-    x = torch.randn(2, 11, found.config.dim)
+    x = torch.randn(2, 11, program.config.dim)
     ctx: Any = type("Plain", (), {"documents": None, "padding": None})
     torch.testing.assert_close(block(x), mixer(x, ctx)[0])
 
@@ -197,7 +197,7 @@ def test_a_program_without_a_cached_form_is_refused_with_the_reason() -> None:
 
 
 def test_every_primitive_compiles_somewhere() -> None:
-    found = Counter[str]()
+    compiled_with = Counter[str]()
     for op in PRIMITIVES:
         scores = [line("EXP", 0), line("MASK", 2)]
         for number, lines in (
@@ -220,9 +220,9 @@ def test_every_primitive_compiles_somewhere() -> None:
                 "length",
                 "nonfinite",
             ), (op, result)
-            found[op] += isinstance(result, Compiled)
+            compiled_with[op] += isinstance(result, Compiled)
     # All programs here have T_MAT_MUL, which makes the scores.
-    assert [op for op in PRIMITIVES if not found[op]] == ["T_MAT_MUL"]
+    assert [op for op in PRIMITIVES if not compiled_with[op]] == ["T_MAT_MUL"]
 
 
 def test_branches_run_at_once_and_equal_one_after_another() -> None:
@@ -246,14 +246,14 @@ def test_branches_run_at_once_and_equal_one_after_another() -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     branches = []
     for number in range(8):
-        own = slice(8 * number, 8 * number + 8)
-        h = x @ conv[own].T
+        channels = slice(8 * number, 8 * number + 8)
+        h = x @ conv[channels].T
         h = sum(
             torch.cat((torch.zeros(2, lag, 8, dtype=x.dtype), h[:, : 5 - lag]), 1)
-            * filters.view(-1, 3)[own, lag]
+            * filters.view(-1, 3)[channels, lag]
             for lag in range(3)
         )
-        branches.append(h * x * scales[own])
+        branches.append(h * x * scales[channels])
     expected = torch.cat(branches, -1) @ last.T + x
     torch.testing.assert_close(mixer(x, Context.of(x[..., 0]))[0], expected)
 
@@ -272,8 +272,8 @@ def test_branches_run_at_once_and_equal_one_after_another() -> None:
     ],
 )
 def test_what_is_no_dna_is_said(change: dict[str, Any], problem: str) -> None:
-    found = compile_dna({**golden("transformer"), **change}, SHAPE)
-    assert isinstance(found, Rejected) and found.status == "invalid" and problem in found.reason
+    result = compile_dna({**golden("transformer"), **change}, SHAPE)
+    assert isinstance(result, Rejected) and result.status == "invalid" and problem in result.reason
 
 
 def test_a_file_holds_a_dna(tmp_path: Path) -> None:
@@ -290,18 +290,18 @@ def test_calls_that_multiply_are_cut_off() -> None:
     dna["subprograms"] = [
         [line({"sub": number + 1}, 0, 0), line({"sub": number + 1}, 2, 2)] for number in range(30)
     ] + [[line("SCALE", 0)]]
-    found = compile_dna(dna, SHAPE)
-    assert found == Rejected("invalid", "its calls, inlined, are more than a block may have")
+    result = compile_dna(dna, SHAPE)
+    assert result == Rejected("invalid", "its calls, inlined, are more than a block may have")
 
 
 def test_a_narrower_band_is_met_or_refused() -> None:
     for middle in (40_000, 400_000, 4_000_000):
-        found = compile_dna(
+        result = compile_dna(
             golden("transformer"),
             Shape(vocab=29, length=24, parameters=(middle * 3 // 4, middle * 5 // 4), layers=2),
         )
         assert (
-            isinstance(found, Compiled) and middle * 3 // 4 <= found.parameters <= middle * 5 // 4
+            isinstance(result, Compiled) and middle * 3 // 4 <= result.parameters <= middle * 5 // 4
         )
     refused = compile_dna(
         golden("transformer"), Shape(vocab=29, length=24, parameters=(10, 20), layers=2)

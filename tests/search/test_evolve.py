@@ -111,8 +111,8 @@ def test_published_hurdles() -> None:
     """So et al. 2021: 4 hurdles in 25,200 s stop after 812.9, 2438.7, 5690.3 and 12193.5 s, and
     save a factor of 6.2.
     """
-    found = [25_200 * share for share in stops(Settings("text", hurdles=4))]
-    assert found == pytest.approx([812.9, 2438.7, 5690.3, 12193.5, 25200], abs=0.1) and saving(
+    seconds = [25_200 * share for share in stops(Settings("text", hurdles=4))]
+    assert seconds == pytest.approx([812.9, 2438.7, 5690.3, 12193.5, 25200], abs=0.1) and saving(
         4
     ) == pytest.approx(6.2)
 

@@ -88,20 +88,20 @@ def misbehave(job: Job) -> Iterator[dict]:
 
 def _events(workers: Workers, jobs: list[Job]) -> dict[int, list[str]]:
     """Return the events of each job, until all have ended."""
-    found: dict[int, list[str]] = {job.id: [] for job in jobs}
+    by_job: dict[int, list[str]] = {job.id: [] for job in jobs}
     try:
         for job in jobs:
             workers.submit(job)
         deadline = time.monotonic() + 400
         while (
-            not all(events and events[-1] in ("done", "lost") for events in found.values())
+            not all(events and events[-1] in ("done", "lost") for events in by_job.values())
             and time.monotonic() < deadline
         ):
             for event in workers.poll(0.5):
-                found[event["id"]].append(event["event"])
+                by_job[event["id"]].append(event["event"])
     finally:
         workers.close()
-    return found
+    return by_job
 
 
 def test_a_worker_that_dies_hangs_or_eats_costs_only_its_task() -> None:
@@ -113,8 +113,8 @@ def test_a_worker_that_dies_hangs_or_eats_costs_only_its_task() -> None:
         Job(4, "work"),
         Job(5, "work"),
     ]
-    found = _events(Processes(misbehave, 2, timeout=5, memory=2), jobs)
-    assert found == {
+    actual = _events(Processes(misbehave, 2, timeout=5, memory=2), jobs)
+    assert actual == {
         0: (fine := ["begun", "done"]),
         1: ["begun", "lost"],
         2: ["begun", "lost"],
@@ -201,8 +201,8 @@ def test_tasks_that_die_and_hang_on_ray_cost_only_themselves() -> None:
     from memshard.search.evolve.ray_workers import RayWorkers
 
     jobs = [Job(0, "work"), Job(1, "die"), Job(2, "hang"), Job(3, "work")]
-    found = _events(RayWorkers(misbehave, 2, timeout=20, address="local"), jobs)
-    assert {id: events[-1] for id, events in found.items()} == {
+    actual = _events(RayWorkers(misbehave, 2, timeout=20, address="local"), jobs)
+    assert {id: events[-1] for id, events in actual.items()} == {
         0: "done",
         1: "lost",
         2: "lost",

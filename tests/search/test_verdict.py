@@ -27,12 +27,12 @@ def _curves(
 
 
 def test_a_known_speed_up_is_found_within_its_interval() -> None:
-    found = speed_up(_curves(1.0, 4), _curves(1.5, 5))
-    assert found.low is not None and found.high is not None and found.value is not None
+    interval = speed_up(_curves(1.0, 4), _curves(1.5, 5))
+    assert interval.low is not None and interval.high is not None and interval.value is not None
     assert (
-        found.low < 1.5 < found.high
-        and found.value == pytest.approx(1.5, rel=0.03)
-        and found.high - found.low < 0.3
+        interval.low < 1.5 < interval.high
+        and interval.value == pytest.approx(1.5, rel=0.03)
+        and interval.high - interval.low < 0.3
     )
 
 
@@ -62,7 +62,7 @@ def test_a_known_power_law_and_its_saving_are_found() -> None:
     """
 
     def sizes(factor: float) -> dict[float, list[Curve]]:
-        found = {}
+        trainings = {}
         for size in (0.25, 0.5, 1.0, 2.0, 4.0):
             away = np.log(COSTS / (250 * size)) ** 2 * 0.05
             draw = np.random.default_rng(int(size * 100))
@@ -70,8 +70,8 @@ def test_a_known_power_law_and_its_saving_are_found() -> None:
                 8 * (COSTS * factor) ** -0.2 * np.exp(away + 0.001 * draw.standard_normal())
                 for _ in range(3)
             ]
-            found[size] = [list(zip(COSTS, loss, strict=True)) for loss in losses]
-        return found
+            trainings[size] = [list(zip(COSTS, loss, strict=True)) for loss in losses]
+        return trainings
 
     law = power_law.compare(sizes(1.0), sizes(1.5))
     assert law.first.k == pytest.approx(0.2, abs=0.02) and law.factor.value == pytest.approx(

@@ -239,18 +239,18 @@ def test_untruncated_evaluation_is_one_pass(
     assert trained["loss"] == pytest.approx(expected, rel=1e-6)
     capfd.readouterr()
     for batch in ("1", "7"):
-        found = _evaluated(tmp_path / "run", capfd, "--untruncated", "--batch", batch)
+        result = _evaluated(tmp_path / "run", capfd, "--untruncated", "--batch", batch)
         assert (
-            found["code"] == 0
-            and found["tokens"] == targets.numel()
-            and found["loss"] == pytest.approx(expected, rel=1e-6)
+            result["code"] == 0
+            and result["tokens"] == targets.numel()
+            and result["loss"] == pytest.approx(expected, rel=1e-6)
         )
-        last = found["by_position"][-1]
+        last = result["by_position"][-1]
         assert (
             last["last"] == targets.numel() - 1 or last["tokens"] == targets.numel() - last["first"]
         )
         assert last["loss"] == pytest.approx(float(losses[0, last["first"] :].mean()), rel=1e-6)
-    assert found["untruncated"] and not _evaluated(tmp_path / "run", capfd)["untruncated"]
+    assert result["untruncated"] and not _evaluated(tmp_path / "run", capfd)["untruncated"]
     assert _evaluated(tmp_path / "run", capfd)["loss"] != pytest.approx(expected, rel=1e-6)
     assert (
         "leave one of them out"
@@ -263,8 +263,8 @@ def test_untruncated_evaluation_needs_states_of_constant_size(
 ) -> None:
     train_run(recipe, tmp_path / "run", "train.steps=1")
     capfd.readouterr()
-    found = _evaluated(tmp_path / "run", capfd, "--untruncated")
-    assert found["code"] == 2 and "--untruncated is for linear and delta mixers" in found["error"]
+    result = _evaluated(tmp_path / "run", capfd, "--untruncated")
+    assert result["code"] == 2 and "--untruncated is for linear and delta mixers" in result["error"]
 
 
 @pytest.mark.parametrize(

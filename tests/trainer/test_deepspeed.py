@@ -54,7 +54,7 @@ def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[
     """Losses, norms and all weights after three steps, of every engine and stage; checks that
     DeepSpeed keeps the bytes foreseen.
     """
-    found = []
+    results = []
     for settings in STAGES:
         run = prepare(
             recipe, folder / "-".join(settings), *MICRO, "model.memory.query_norm=layer", *settings
@@ -89,8 +89,8 @@ def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[
             if run.data_ranks < world
             else {name: value.clone() for name, value in run.model.state_dict().items()}
         )
-        found.append({"numbers": numbers, **whole})
-    return found
+        results.append({"numbers": numbers, **whole})
+    return results
 
 
 def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
@@ -117,12 +117,12 @@ def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
 
 def test_all_stages_train_as_torch_does(recipe: Path, tmp_path: Path) -> None:
     first, second = run_distributed(_all_stages, 2, recipe, tmp_path, timeout=300)
-    for settings, found, other in zip(STAGES, first, second, strict=True):
-        expected = {name: first[0][name] for name in found}
+    for settings, actual, other in zip(STAGES, first, second, strict=True):
+        expected = {name: first[0][name] for name in actual}
         torch.testing.assert_close(
-            found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, s=settings: f"{s}: {text}"
+            actual, expected, rtol=1e-5, atol=1e-6, msg=lambda text, s=settings: f"{s}: {text}"
         )
-        assert torch.equal(found["numbers"], other["numbers"])
+        assert torch.equal(actual["numbers"], other["numbers"])
     assert (tmp_path / "-".join(STAGES[2]) / "deepspeed.json").exists()
 
 
@@ -162,11 +162,11 @@ def _stream_dtypes(rank: int, world: int, recipe: Path, folder: Path) -> list[to
         "model.memory.layers=[]",
     )
     run = prepare(recipe, folder, *settings)
-    found: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
     for block in run.model.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].dtype))
+        block.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
     train_step(run)
-    return found
+    return dtypes
 
 
 def test_the_residual_stream_of_tensor_parallel_ranks_is_fp32(recipe: Path, tmp_path: Path) -> None:

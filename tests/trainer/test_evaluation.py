@@ -190,7 +190,7 @@ def test_reads_of_a_single_slot_and_none_at_all() -> None:
 def _evaluate_on_ranks(rank: int, world: int, run: Path) -> dict[str, Any]:
     loaded = load_model(run, memmap=True)
     task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)
-    found = evaluate(
+    evaluation = evaluate(
         loaded.model,
         task,
         HeldOutStream(loaded.recipe.data.path, LENGTH),
@@ -199,16 +199,20 @@ def _evaluate_on_ranks(rank: int, world: int, run: Path) -> dict[str, Any]:
         rank,
         world,
     )
-    return {"loss": found.loss, "positions": found.positions, **vars(found.usage[TABLE])}
+    return {
+        "loss": evaluation.loss,
+        "positions": evaluation.positions,
+        **vars(evaluation.usage[TABLE]),
+    }
 
 
 def test_two_processes_measure_what_one_does(trained: LoadedModel, data: Path) -> None:
     """Each maps the whole table, so their counts add up before they are judged."""
     alone = evaluation(trained, data, 4)
-    for found in run_distributed(_evaluate_on_ranks, 2, trained.path):
-        assert found.pop("loss") == pytest.approx(alone.loss, rel=1e-9)
-        torch.testing.assert_close(found.pop("positions"), alone.positions)
-        assert found == pytest.approx(vars(alone.usage[TABLE]), rel=1e-6)
+    for actual in run_distributed(_evaluate_on_ranks, 2, trained.path):
+        assert actual.pop("loss") == pytest.approx(alone.loss, rel=1e-9)
+        torch.testing.assert_close(actual.pop("positions"), alone.positions)
+        assert actual == pytest.approx(vars(alone.usage[TABLE]), rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

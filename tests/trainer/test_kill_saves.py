@@ -96,13 +96,13 @@ def test_thirty_kills_cost_no_checkpoint_and_no_step(recipe: Path, tmp_path: Pat
             process.send_signal(signal.SIGKILL)
         _finish(processes, 60)
         phases.append(_phase(checkpoints))
-        found = committed(checkpoints)
-        for folder in found:
+        saved = committed(checkpoints)
+        for folder in saved:
             check_files(folder)
             verify(folder, read_index(folder))
-        assert len(found) >= 2 or number == 0
-        assert int(found[-1].name[5:]) > newest
-        newest = int(found[-1].name[5:])
+        assert len(saved) >= 2 or number == 0
+        assert int(saved[-1].name[5:]) > newest
+        newest = int(saved[-1].name[5:])
     print(
         f"{newest} steps; kills hit: "
         f"{ {phase: phases.count(phase) for phase in sorted(set(phases))} }"

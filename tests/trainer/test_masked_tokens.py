@@ -24,15 +24,17 @@ def test_of_the_tokens_to_be_found_8_in_10_are_hidden_and_1_in_10_replaced() -> 
     task = MaskedTokenTask(torch.device("cpu"), 3, 0.15, 100)
     batch = _batch(200, 100)
     inputs, targets, _ = task.hidden(batch, 7)
-    found = targets != IGNORE
-    assert (found.sum(1) == 15).all() and torch.equal(targets[found], batch.inputs[found])
-    assert torch.equal(inputs[~found], batch.inputs[~found])
+    predicted = targets != IGNORE
+    assert (predicted.sum(1) == 15).all() and torch.equal(
+        targets[predicted], batch.inputs[predicted]
+    )
+    assert torch.equal(inputs[~predicted], batch.inputs[~predicted])
     hidden, same = (
-        (inputs[found] == MASK).float().mean(),
-        (inputs[found] == targets[found]).float().mean(),
+        (inputs[predicted] == MASK).float().mean(),
+        (inputs[predicted] == targets[predicted]).float().mean(),
     )
     assert abs(hidden - 0.8) < 0.03 and abs(same - 0.101) < 0.03
-    assert found.float().mean(0).std() < 0.06, "no place is preferred"
+    assert predicted.float().mean(0).std() < 0.06, "no place is preferred"
 
 
 def test_draws_depend_on_step_and_sample_and_not_on_the_batch() -> None:
@@ -50,8 +52,8 @@ def test_padding_is_never_to_be_found() -> None:
     task = MaskedTokenTask(torch.device("cpu"), 3, 0.5, 100)
     batch = _batch(3, 10)
     batch.targets[0, 4:] = batch.targets[1] = IGNORE
-    found = task.counted(batch)
-    assert found.sum(1).tolist() == [2, 0, 5] and not found[0, 4:].any()
+    counted = task.counted(batch)
+    assert counted.sum(1).tolist() == [2, 0, 5] and not counted[0, 4:].any()
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +78,9 @@ def test_an_encoder_with_a_memory_resumes_and_learns(
     assert 5 < losses[1] < 6.5 and whole["loss"] < losses[1] - 0.5
     capfd.readouterr()
     assert main(["eval", str(tmp_path / "whole"), "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+    result = json.loads(capfd.readouterr().out)
     assert (
-        found["loss"] == pytest.approx(whole["loss"])
-        and 0.05 < found["accuracy"] < 1
-        and "bits_per_byte" not in found
+        result["loss"] == pytest.approx(whole["loss"])
+        and 0.05 < result["accuracy"] < 1
+        and "bits_per_byte" not in result
     )

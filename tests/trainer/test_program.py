@@ -29,14 +29,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Return settings of a recipe: Primer-EZ with heads of two channels, and a memory behind the
     first block.
     """
-    found = compile_dna(
+    program = compile_dna(
         golden("primer-ez", 2), Shape(vocab=1, length=32, parameters=(6_000, 8_000), layers=2)
     )
     assert (
-        isinstance(found, Compiled) and found.config.dim == 16 and found.config.program is not None
+        isinstance(program, Compiled)
+        and program.config.dim == 16
+        and program.config.program is not None
     )
     path = tmp_path_factory.mktemp("program") / "winner.json"
-    path.write_text(found.config.program)
+    path.write_text(program.config.program)
     memory = ("model.memory.layers=[0]", "model.memory.query_norm=layer")
     return (
         f"model.program={path}",
@@ -160,12 +162,12 @@ def test_a_recipe_holds_the_text_of_its_program(recipe: Path, settings: tuple[st
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["transformer", "primer"])
 def test_the_memory_estimate_is_on_the_safe_side(name: str, half: bool) -> None:
-    found = compile_dna(
+    program = compile_dna(
         golden(name, 8), Shape(vocab=29, length=96, parameters=(90_000, 130_000), layers=2)
     )
-    assert isinstance(found, Compiled)
-    model, tokens = found.build(0), torch.randint(29, (4, 96))
+    assert isinstance(program, Compiled)
+    model, tokens = program.build(0), torch.randint(29, (4, 96))
     with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=half):
         losses = token_losses(model(tokens), tokens)
         kept = live.now
-    assert 1 <= activation_bytes(found.config, 96, half=half)[0] * losses.numel() / kept < 1.2
+    assert 1 <= activation_bytes(program.config, 96, half=half)[0] * losses.numel() / kept < 1.2

@@ -65,7 +65,7 @@ def test_metrics_are_means_over_all_steps_since_the_last_line(recipe: Path, tmp_
     train_run(
         recipe, tmp_path / "fifth", "train.log_every=5", "train.eval_every=3", "train.save_every=4"
     )
-    each = [
+    losses = [
         line["train/loss"]
         for line in read_metrics(tmp_path / "each" / METRICS_FILE)
         if "train/loss" in line
@@ -75,7 +75,7 @@ def test_metrics_are_means_over_all_steps_since_the_last_line(recipe: Path, tmp_
         for line in read_metrics(tmp_path / "fifth" / METRICS_FILE)
         if "train/loss" in line
     ]
-    assert fifth == pytest.approx([sum(each[:5]) / 5, sum(each[5:]) / 5], rel=1e-6)
+    assert fifth == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5], rel=1e-6)
 
 
 def test_a_run_that_is_done_stays_done(recipe: Path, tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ PIECES = ("parallel.tensor=2", "parallel.share=sequence")
 def _kept(recipe: Path, folder: Path, *settings: str) -> int:
     """Bytes that autograd holds of a step, weights aside."""
     run = prepare(recipe, folder, *SETTINGS, "data.length=32", "model.memory.layers=[]", *settings)
-    own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
     saved: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        if (place := x.untyped_storage().data_ptr()) not in own:
+        if (place := x.untyped_storage().data_ptr()) not in weights:
             saved[place] = x.untyped_storage().nbytes()
         return x
 

@@ -74,14 +74,14 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, A
     except RuntimeError as error:
         drift = str(error)
     scales = overflow_on_one_rank(rank, world, recipe, folder / "overflow", TWO)
-    found = {
+    results = {
         "scales": scales,
         "drift": drift,
         "refused": _refusals(recipe, folder),
         "kept": _kept_bytes(rank, world),
     }
     _leave()
-    return found
+    return results
 
 
 def _refusals(recipe: Path, folder: Path) -> list[str]:
@@ -106,7 +106,7 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
     """Return, for some models in fp32 and bf16, the bytes that a rank keeps for backward, and the
     estimate.
     """
-    batch, length, found = 16, 64, []
+    batch, length, rows = 16, 64, []
     memory = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)
     model = ModelConfig(vocab_size=100, max_length=64, layers=3, dim=64, mixer=MixerConfig(heads=4))
     models = [model, replace(model, norm="rms", tie_head=False), replace(model, memory=memory)]
@@ -114,16 +114,16 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
         spread = Transformer(config).train()
         mesh = build_mesh("cpu", None, world)
         apply(spread, mesh)
-        own = {
+        weights = {
             p.untyped_storage().data_ptr()
             for p in [*spread.parameters(), *(table.weight for _, table in find_tables(spread))]
         }
         saved: dict[int, torch.Tensor] = {}
 
         def keep(
-            x: torch.Tensor, own: set[int] = own, saved: dict[int, torch.Tensor] = saved
+            x: torch.Tensor, weights: set[int] = weights, saved: dict[int, torch.Tensor] = saved
         ) -> torch.Tensor:
-            if x.untyped_storage().data_ptr() not in own:
+            if x.untyped_storage().data_ptr() not in weights:
                 saved[x.untyped_storage().data_ptr()] = x
             return x
 
@@ -138,7 +138,7 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
             counted = count_parameters(config)
             measured -= 2 * (counted.active - counted.split + counted.split // world)
         layout = choose_layout("rows", Lookup(world, config.dim, memory.heads * memory.topk))
-        found.append(
+        rows.append(
             (
                 measured,
                 batch
@@ -146,7 +146,7 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
                 * activation_bytes(config, length, layout, half=half, tensor=world)[0],
             )
         )
-    return found
+    return rows
 
 
 @pytest.fixture(scope="module")

@@ -127,8 +127,8 @@ def test_commands_evaluate_and_translate(
     def result(*command: str) -> dict[str, Any]:
         capfd.readouterr()
         assert main([*command, "--json"]) == 0
-        found: dict[str, Any] = json.loads(capfd.readouterr().out)
-        return found
+        printed: dict[str, Any] = json.loads(capfd.readouterr().out)
+        return printed
 
     held_out = result("eval", run, "--beam", "1")
     assert (

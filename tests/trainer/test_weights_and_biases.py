@@ -19,7 +19,7 @@ def _uploads(folder: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
     from wandb.sdk.internal.datastore import DataStore
 
     wandb.teardown()  # its process writes
-    found = []
+    uploads = []
     for path in sorted(
         folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns
     ):
@@ -38,8 +38,8 @@ def _uploads(folder: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
                     {key: value for key, value in values.items() if not key.startswith("_")}
                 )
         store.close()
-        found.append((run, project, lines))
-    return found
+        uploads.append((run, project, lines))
+    return uploads
 
 
 def test_every_start_is_the_same_run_and_has_all_lines(

@@ -27,7 +27,9 @@ def test_parts_of_primer_are_compared_at_equal_parameters(tmp_path: Path) -> Non
     text = experiment.report([*everything, (points[-1], times)], tmp_path)
     assert "| vanilla | GELU | 0 of 1 | +0.0000 |" in text and (tmp_path / "parts.png").exists()
     assert "| Primer | 5 | 2.0000 | +0.0000 | 1.75 (1.50 to 2.00) | 1.00 | 0.57 |" in text
-    assert {len(found) for found in experiment.run(points[-1]).values()} == {points[-1]["clock"]}
+    assert {len(seconds) for seconds in experiment.run(points[-1]).values()} == {
+        points[-1]["clock"]
+    }
     curve = [[10, 4.0], [20, 3.0], [30, 3.5], [40, 2.0]]
     assert (
         reached(curve, 3.0) == 20

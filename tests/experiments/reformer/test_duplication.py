@@ -28,5 +28,5 @@ def test_the_duplication_task_and_its_attentions() -> None:
         "batch": 64,
         "steps": 400,
     }
-    found = train_copy(point)
-    assert found["full"] > 30 > 100 / 127 * 5
+    result = train_copy(point)
+    assert result["full"] > 30 > 100 / 127 * 5

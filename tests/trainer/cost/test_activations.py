@@ -75,14 +75,14 @@ def test_activations_are_what_autograd_saves(
     for _, memory in transformer.memories():
         memory.key_use = KeyUse(memory.heads, model.memory.keys)
         memory.key_use.balance = float(balanced)
-    own = {
+    weights = {
         tensor.untyped_storage().data_ptr()
         for tensor in [*transformer.parameters(), *(table.weight for table in tables)]
     }
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in weights:
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 

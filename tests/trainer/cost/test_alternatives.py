@@ -84,9 +84,9 @@ def test_what_is_suggested_fits() -> None:
 
 def test_every_remedy_works() -> None:
     site = _site(_site(0).bytes(RECIPE) / 2)
-    found = remedies(RECIPE, site)
-    assert any("ranks" in remedy for remedy in found)
-    for remedy in found:
+    suggested = remedies(RECIPE, site)
+    assert any("ranks" in remedy for remedy in suggested)
+    for remedy in suggested:
         words = remedy.partition(" (")[0].split()
         if "ranks" in remedy:
             assert replace(site, ranks=int(words[1])).fits(RECIPE), remedy

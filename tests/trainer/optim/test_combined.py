@@ -47,12 +47,12 @@ class _Run:
     def everything(self) -> dict[str, Tensor]:
         """Weights, moments and step counts."""
         state = self.optimizer.state_dict()["state"]
-        found = {
+        tensors = {
             f"{i}.{name}": torch.as_tensor(value).clone()
             for i, part in state.items()
             for name, value in part.items()
         }
-        return found | {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return tensors | {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
 def _assert_equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -169,8 +169,8 @@ def test_gradients_cleared_one_by_one_take_the_reads_with_them() -> None:
 def test_clipping_all_parameters_of_the_optimizer_is_clipping_the_dense_ones() -> None:
     """Lightning clips what `param_groups` shows; the tables' stand-ins there must not count."""
     run, unclipped = _Run(), _Run()
-    for each in (run, unclipped):
-        (each.loss(0) * 1000).backward()
+    for regression in (run, unclipped):
+        (regression.loss(0) * 1000).backward()
     dense = torch.nn.utils.get_total_norm(
         [p.grad for p in run.model.parameters() if p.grad is not None]
     )
@@ -178,9 +178,9 @@ def test_clipping_all_parameters_of_the_optimizer_is_clipping_the_dense_ones() -
     assert torch.equal(torch.nn.utils.clip_grad_norm_(shown, 1.0), dense)
     torch.nn.utils.clip_grad_value_(shown, 1e-3)
     momenta = []
-    for each in (run, unclipped):
-        each.optimizer.step()
-        momenta.append(each.optimizer.state[each.table.anchor]["exp_avg"])
+    for regression in (run, unclipped):
+        regression.optimizer.step()
+        momenta.append(regression.optimizer.state[regression.table.anchor]["exp_avg"])
     # Rows are scaled with the dense gradients, but not limited one by one.
     torch.testing.assert_close(momenta[0], momenta[1] / dense)
 
