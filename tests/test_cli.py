@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command `work HOW [key=value ...]` that ends in each of the ways a command can end."""
+    """Add a command `work HOW [key=value ...]` that ends in each of the ways a command can end."""
 
     def run(args: argparse.Namespace) -> dict[str, object]:
         print("chatter")

@@ -65,7 +65,7 @@ def test_lightning(tmp_path: Path) -> None:
 def _ddp(
     rank: int, world: int, saved: Any, steps: list[int]
 ) -> tuple[list[float], Tensor, list[Any]]:
-    """Losses, logits at the end, and states after some numbers of steps."""
+    """Return losses, logits at the end, and states after some numbers of steps."""
     from examples.ddp import build, text, train
 
     model, optimizer = build()

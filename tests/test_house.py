@@ -200,7 +200,7 @@ def test_the_readme_fits_into_120_lines_and_pages_into_100_columns() -> None:
 
 
 def test_relative_links_of_the_root_pages_lead_to_files() -> None:
-    """Those of docs/ are checked by `make docs`, with their anchors."""
+    """Links of docs/ are checked by `make docs`, with their anchors."""
     dead = [
         f"{path.name}: {target}"
         for path in PAGES

@@ -18,7 +18,7 @@ def _read(path: Path) -> Any:
 
 
 def _kinds(cell: Any) -> set[str]:
-    """Kinds of a cell's outputs; one print may come in several pieces."""
+    """Return the kinds of a cell's outputs; one print may come in several pieces."""
     return {output.output_type for output in cell.get("outputs", [])}
 
 

@@ -56,7 +56,9 @@ def test_the_help_of_every_benchmark_names_its_options(
 
 
 def test_commands_in_the_docs_exist() -> None:
-    """Every `memshard bench NAME` and `memshard reproduce NAME` that is written anywhere."""
+    """Every `memshard bench NAME` and `memshard reproduce NAME` that is written anywhere names one
+    that exists.
+    """
     known = {"bench": set(BENCHMARKS), "reproduce": set(catalogue.names())}
     places = {"NAME", "..."}
     wrong, seen = [], 0
@@ -82,7 +84,7 @@ def test_commands_in_the_docs_exist() -> None:
 def test_runs_at_its_smallest_size(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Printed for people, and the same as JSON in a file."""
+    """It prints something for people, and writes JSON to a file."""
     out = tmp_path / "result.json"
     assert main(["bench", name, *SMALLEST[name].split(), "--out", str(out)]) == 0
     assert capfd.readouterr().out.strip() and json.loads(out.read_text())

@@ -16,7 +16,7 @@ WORDS = [
 
 
 def write_corpus(folder: Path, documents: int = 300, seed: int = 0) -> None:
-    """One file a document, of very different lengths."""
+    """Write one file a document, of very different lengths."""
     draw = random.Random(seed)
     folder.mkdir(parents=True)
     for number in range(documents):

@@ -34,7 +34,7 @@ def documents_of(
 
 
 def texts_of(folder: Path, split: str) -> list[str]:
-    """The documents of a split, decoded."""
+    """Return the documents of a split, decoded."""
     import numpy as np
 
     tokenizer, reader = Tokenizer(folder), SplitReader(folder, split)

@@ -196,7 +196,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed_builds(arguments: list[str], out: Path, seconds: list[float]) -> int:
-    """Run the build, killed with its children after each of `seconds`, then to its end; returns how
+    """Run the build, killed with its children after each of `seconds`, then to its end; return how
     many runs were killed.
     """
     killed = 0

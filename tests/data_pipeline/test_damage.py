@@ -26,7 +26,7 @@ def copy(data: Path, tmp_path: Path) -> Path:
 
 
 def damage(folder: Path, document: int, split: str = "train") -> int:
-    """Flip a bit in the middle of a document of the split's first shard; returns its tokens."""
+    """Flip a bit in the middle of a document of the split's first shard; return its tokens."""
     shard = load_index(folder).splits[split].shards[0]
     offset, tokens, *_ = read_sidecar(folder, shard)[document].tolist()
     with (folder / shard.file).open("r+b") as stream:

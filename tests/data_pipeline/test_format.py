@@ -142,7 +142,7 @@ def test_a_cut_index_is_explained(copy: Path) -> None:
 @pytest.mark.parametrize("column", [0, 1])
 @pytest.mark.parametrize("value", [-1, 1 << 40, (1 << 63) - 1])
 def test_absurd_places_and_sizes_are_refused(column: int, value: int, copy: Path) -> None:
-    """Totals and hashes that fit: only the numbers themselves give them away."""
+    """Totals and hashes fit, so that only the numbers themselves give them away."""
     file = copy / "train-00000.index.npy"
     entries = np.load(file)
     entries[0, column] = value

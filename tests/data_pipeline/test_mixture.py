@@ -86,8 +86,8 @@ def test_mixtures_that_cannot_be(data: Path, other: Path, corpus: Path, tmp_path
 
 
 def test_state_carried_by_lane_survives_restarts_on_other_ranks(data: Path) -> None:
-    """A running hash of everything a lane has seen since its epoch began, kept in a row a lane, as
-    recurrent state would be.
+    """The state is a running hash of everything a lane has seen since its epoch began, kept in a
+    row a lane, as recurrent state would be.
     """
 
     def advance(states: torch.Tensor, stream: TrainStream, step: int, ranks: int) -> None:

@@ -24,8 +24,8 @@ LENGTH, LANES = 24, 6
 
 @pytest.fixture(scope="module")
 def tars(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The corpus as WebDataset samples of a text and something else, in the order in which a build
-    reads it.
+    """Write the corpus as WebDataset samples of a text and something else, in the order in which a
+    build reads it.
     """
     folder, files = tmp_path_factory.mktemp("tars"), sorted(corpus.iterdir())
     for number in range(3):

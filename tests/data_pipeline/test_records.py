@@ -45,7 +45,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record_of(batch: Batch, row: int) -> tuple[int, ...]:
-    """A row's record: its first input and all it predicts."""
+    """Return a row's record: its first input and all it predicts."""
     real = batch.targets[row] != IGNORE
     assert not real.int().diff().gt(0).any(), "padding only at the end"
     return (int(batch.inputs[row, 0]), *batch.targets[row][real].tolist())

@@ -32,7 +32,7 @@ FAULTS = (
 
 
 def members() -> list[bytes]:
-    """The gzip members of the small file, each a record."""
+    """Return the gzip members of the small file, each a record."""
     rest, parts = SMALL.read_bytes(), []
     while rest:
         member = zlib.decompressobj(wbits=31)
@@ -44,7 +44,7 @@ def members() -> list[bytes]:
 
 
 def pages_of(content: bytes, tmp_path: Path) -> tuple[list[str], Counter[str]]:
-    """URLs of the pages, and what was counted; faults that did not happen are left out."""
+    """Return URLs of the pages, and what was counted; faults that did not happen are left out."""
     file, counts = tmp_path / "a.warc.gz", Counter[str]()
     file.write_bytes(content)
     return [page.url for page in read_pages(file, counts)], +counts

@@ -14,8 +14,8 @@ from memshard.launch.cli.main import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data of what lies on every machine: text of the standard library, pictures of
-    matplotlib.
+    """Return a folder with data of what lies on every machine: text of the standard library,
+    pictures of matplotlib.
     """
     folder = tmp_path_factory.mktemp("smoke")
     text, pictures = (

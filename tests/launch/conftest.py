@@ -12,7 +12,7 @@ from tests.trainer.conftest import recipe as recipe
 
 @pytest.fixture(scope="session")
 def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs `long` and `short`."""
+    """Return the folder of the runs `long` and `short`."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run_distributed(train_undisturbed, 2, recipe, folder, timeout=300)
     return folder

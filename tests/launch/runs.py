@@ -12,13 +12,13 @@ SHORT = ("train.steps=20",)
 
 
 def train_undisturbed(rank: int, world: int, recipe: Path, folder: Path) -> None:
-    """Both runs."""
+    """Train both runs without a disturbance."""
     train_run(recipe, folder / "long", *LONG)
     train_run(recipe, folder / "short", *SHORT)
 
 
 def wait_for_step(folder: Path, step: int, timeout: float = 120) -> None:
-    """Until a run has finished a step."""
+    """Wait until a run has finished a step."""
     deadline = time.monotonic() + timeout
     while not (
         (folder / METRICS_FILE).exists() and max(numbers(folder, "train/loss"), default=0) >= step

@@ -116,7 +116,7 @@ class SlurmCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True) -> str:
-        """The output of a client command."""
+        """Return the output of a client command."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
@@ -128,7 +128,7 @@ class SlurmCluster:
         return self.run("squeue", "-h", "-j", job, "-o", "%T", check=False).strip()
 
     def wait_for_end(self, job: str, timeout: float = 180) -> None:
-        """Until the job, with all the tasks of an array, is completed."""
+        """Wait until the job, with all the tasks of an array, is completed."""
         self._wait_until(lambda: self._states(job) == {"COMPLETED"}, timeout)
 
     def _states(self, job: str) -> set[str]:
@@ -167,7 +167,7 @@ def missing_programs() -> list[str]:
 
 
 def free_ports(count: int) -> int:
-    """The first of some neighbouring ports that are free now."""
+    """Return the first of some neighbouring ports that are free now."""
     for first in range(16_800, 30_000, count):
         sockets = []
         try:

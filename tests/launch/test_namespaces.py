@@ -115,7 +115,7 @@ class Hosts:
         return process
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        """As a power cut."""
+        """Kill a command with its processes at once, as a power cut does."""
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -163,7 +163,7 @@ def _cut_off(hosts: Hosts, folder: Path, agent: "subprocess.Popen[bytes]") -> No
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> str:
-    """Until all are done; returns what n1 said."""
+    """Wait until all are done; return what n1 said."""
     for process in processes:
         assert process.wait(240) == 0, [
             path.read_text()[-3000:] for path in (folder / "log").glob("*.out")

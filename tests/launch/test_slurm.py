@@ -37,7 +37,7 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 def _launch(cluster: SlurmCluster, *arguments: object, nodes: int = 2) -> list[str]:
-    """The numbers of the jobs."""
+    """Launch, and return the numbers of the jobs."""
     command = [
         sys.executable,
         "-m",
@@ -60,7 +60,7 @@ def _output(folder: Path) -> str:
 
 
 def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int:
-    """The step of the newest checkpoint, once there is one beyond a step."""
+    """Return the step of the newest checkpoint, once there is one beyond a step."""
     deadline = time.monotonic() + timeout
     while (
         not (
@@ -80,7 +80,7 @@ def _wait_for_checkpoint(folder: Path, beyond: int, timeout: float = 120) -> int
 def test_a_run_that_is_preempted_twice_is_the_undisturbed_one(
     cluster: SlurmCluster, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """By SLURM's own requeue, then by a notice."""
+    """It is preempted by SLURM's own requeue, then by a notice."""
     folder = tmp_path / "run"
     (job,) = _launch(cluster, recipe, *LONG, "--run", folder)
     wait_for_step(folder, 30)

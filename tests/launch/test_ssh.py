@@ -32,7 +32,9 @@ pytestmark = [
 
 @pytest.fixture
 def ssh() -> Iterator[tuple[int, Path]]:
-    """The daemons' port, and a folder with an `ssh` that needs no settings in the home folder."""
+    """Return the daemons' port, and a folder with an `ssh` that needs no settings in the home
+    folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix="sshd-"))
     sshd = shutil.which("sshd", path=SYSTEM_PATH)
     assert sshd is not None

@@ -63,7 +63,7 @@ def two_passes(
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Check that two passes are equal bit for bit."""
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert value.isfinite().all() and torch.equal(ours[name], value), name

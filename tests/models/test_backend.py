@@ -67,7 +67,7 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
 
 @needs_kernels
 def test_sums_of_wide_rows() -> None:
-    """Wider than one program's columns."""
+    """The rows are wider than one program's columns."""
     values, rows, weights = (
         torch.randn(5, 2100, device=DEVICE),
         torch.tensor([4, 0, 4], device=DEVICE),
@@ -91,8 +91,8 @@ def test_sums_of_wide_rows() -> None:
 )
 @pytest.mark.parametrize("part", [slice(None), slice(1, -1)], ids=["all", "middle"])
 def test_segment_sums(lengths: tuple[int, ...], part: slice) -> None:
-    """Rows with few reads, and with more than one program sums; all rows of a step, or a block of
-    them.
+    """Rows have few reads, or more than one program sums; they are all rows of a step, or a block
+    of them.
     """
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     reads, starts = sum(lengths), ends[part] if len(lengths) > 2 else ends
@@ -173,7 +173,7 @@ def test_the_switch_keeps_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_kernels
 def test_what_kernels_do_not_serve_goes_to_plain_torch() -> None:
-    """fp64, rows without columns, weights of another dtype."""
+    """That is fp64, rows without columns, weights of another dtype."""
     rows, offsets = torch.tensor([0, 2, 2], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
     for values, dtype in (
         (torch.randn(3, 5, dtype=torch.float64), torch.float64),

@@ -21,8 +21,8 @@ def _sequences(
     output_final_state: bool,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[batch, length, heads, ...]; packed, a batch of 1 with the borders of its sequences and as
-    many states.
+    """Return tensors [batch, length, heads, ...]; packed, a batch of 1 with the borders of its
+    sequences and as many states.
     """
     assert output_final_state and initial_state.dtype == torch.promote_types(v.dtype, torch.float32)
     q, k, v, beta = (

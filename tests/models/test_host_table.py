@@ -29,8 +29,8 @@ DEVICES = [
 def _train(
     model: nn.Module, tokens: int, host: bool, device: str
 ) -> tuple[list[Tensor], list[int]]:
-    """Outputs, gradients to the input and values after three steps; how many reads each table's
-    first gradient kept.
+    """Return outputs, gradients to the input and values after three steps, and how many reads each
+    table's first gradient kept.
     """
     tables = externalize_tables(model)
     for table in tables:

@@ -22,7 +22,7 @@ def test_few_pairs_need_a_look(k: int, pairs: int) -> None:
 
 
 def _brute_force(first: list[float], second: list[float], k: int) -> list[tuple[int, int]]:
-    """All slots, sorted by sum, then by rank of i1, then of i2; ranks by score, then by index."""
+    """Sort all slots by sum, then by rank of i1, then of i2; ranks are by score, then by index."""
 
     def ranks(scores: list[float]) -> dict[int, int]:
         return {
@@ -71,7 +71,7 @@ def test_rows_are_searched_independently_of_their_neighbours() -> None:
 
 @pytest.mark.parametrize(("keys", "k"), [(7, 3), (64, 16), (256, 8), (512, 32), (1000, 100)])
 def test_both_paths_find_the_same(keys: int, k: int) -> None:
-    """Rounded scores, so that some of them tie; zeros of both signs are equal."""
+    """Scores are rounded, so that some of them tie; zeros of both signs are equal."""
     scores = (
         torch.randn(2, 3, 50, 4, keys, generator=torch.Generator().manual_seed(k)) * 20
     ).round() / 20

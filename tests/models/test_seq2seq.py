@@ -27,7 +27,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 
 
 def translation_config(attention: str, **changes: Any) -> ModelConfig:
-    """Two layers of encoder and two of decoder, a memory in the last of each."""
+    """Return a config of two layers of encoder and two of decoder, a memory in the last of each."""
     return tiny_config(
         {"layers": (1, 3)},
         mixer=ATTENTIONS[attention],

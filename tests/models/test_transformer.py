@@ -209,8 +209,8 @@ def test_missing_sizes_are_explained() -> None:
     ],
 )
 def test_what_positions_tell(position: str, sees_order: bool, sees_place: bool) -> None:
-    """Order: swapping earlier tokens changes the last output of a single layer. Place: so does
-    moving the whole text.
+    """They tell order: swapping earlier tokens changes the last output of a single layer; and
+    place: so does moving the whole text.
     """
     model = tiny_model(tiny_config({"layers": ()}, layers=1, position=position)).eval()
     tokens = torch.tensor([[3, 8, 5, 2]])

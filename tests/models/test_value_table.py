@@ -118,8 +118,8 @@ def test_evaluation_collects_nothing() -> None:
 
 
 def test_micro_batches_keep_5_kb_a_token() -> None:
-    """128 reads of 1024 values in fp32: the rows and weights of the reads, and one upstream
-    gradient.
+    """A token makes 128 reads of 1024 values in fp32: the rows and weights of the reads are kept,
+    and one upstream gradient.
     """
     table = ValueTable(64, 1024)
     table.hide()

@@ -51,7 +51,9 @@ def tiny_config(
     norm_after: bool = False,
     **changes: Any,
 ) -> ModelConfig:
-    """Three layers of width 16; memories in layers 1 and 2 unless told otherwise."""
+    """Return a config of three layers of width 16; memories are in layers 1 and 2 unless told
+    otherwise.
+    """
     defaults: dict[str, Any] = {"layers": (1, 2), "keys": 6, "heads": 2, "topk": 3, "key_dim": 8}
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -73,8 +75,8 @@ def tiny_config(
 def tiny_model(
     config: ModelConfig | None = None, seed: int = 0, spread: float = 0.3
 ) -> Transformer:
-    """The model in fp64. spread: size of a random change to every weight, so that no two parts are
-    alike or nearly zero.
+    """Return the model in fp64. spread: size of a random change to every weight, so that no two
+    parts are alike or nearly zero.
     """
     model = build_model(config or tiny_config())
     initialize(model, seed)

@@ -28,7 +28,7 @@ _MEMORIES: list[dict[str, Any]] = [
 
 
 def _train_transformer(rank: int, world: int, memory: dict[str, Any]) -> list[float]:
-    """Losses of 10 steps of a batch of 4 texts, unevenly spread, summed over ranks."""
+    """Return losses of 10 steps of a batch of 4 texts, unevenly spread, summed over ranks."""
     model = tiny_model(tiny_config(memory))
     apply(model, build_mesh("cpu"))
     dense = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -62,8 +62,8 @@ def _build(hidden: bool) -> nn.Module:
 
 
 def _train_ddp(rank: int, world: int, hidden: bool) -> dict[str, Tensor]:
-    """State after 5 steps on a batch of 8, each rank's loss a mean over its own half. hidden: table
-    sharded, row-sparse Adam.
+    """Return the state after 5 steps on a batch of 8, each rank's loss a mean over its own half.
+    hidden: table sharded, row-sparse Adam.
     """
     model = _build(hidden=hidden and world == 1)
     tables = (

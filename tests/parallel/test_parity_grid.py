@@ -187,7 +187,7 @@ def _mesh(memory: int | None, tensor: int) -> DeviceMesh | None:
 
 
 def _loss(model: Any, losses: Any, tokens: Tensor, samples: Tensor, step: int) -> Tensor:
-    """Sum of the losses of some samples, the third of which ends early."""
+    """Return the sum of the losses of some samples, the third of which ends early."""
     inputs, targets = tokens[samples, :-1], tokens[samples, 1:].clone()
     targets[samples == 2, 5:] = IGNORE
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
@@ -201,7 +201,7 @@ def _loss(model: Any, losses: Any, tokens: Tensor, samples: Tensor, step: int) -
 
 
 def _gradients(model: Any) -> dict[str, Tensor]:
-    """This rank's, dense."""
+    """Return this rank's gradients, those of tables dense."""
     held = {}
     for name, p in model.named_parameters():
         # DeepSpeed keeps them where only it finds them.
@@ -216,7 +216,7 @@ def _gradients(model: Any) -> dict[str, Tensor]:
 def _whole(
     model: Any, placement: Any, mesh: Any, held: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """All weights, or what this rank holds for them, put together."""
+    """Return all weights, or what this rank holds for them, put together."""
     whole = {}
     for name, tensor in model_tensors(model, placement, mesh).items():
         if held is not None and name not in held:
@@ -241,7 +241,7 @@ GRID = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)]
 
 
 def points(tensor: int, data: int) -> list[Point]:
-    """All that makes sense on these ranks."""
+    """Return every combination that makes sense on these ranks."""
     grid = []
     for number, (tables, residual, accumulation, engine) in enumerate(
         product(TABLES, RESIDUALS, (1, 2), ENGINES)
@@ -263,7 +263,7 @@ def points(tensor: int, data: int) -> list[Point]:
 
 
 def sample(world: int) -> list[Point]:
-    """A few of them: every value of every choice somewhere."""
+    """Return a few of the points: every value of every choice is in one of them."""
     everything = [
         point for ranks in GRID if ranks[0] * ranks[1] == world for point in points(*ranks)
     ]
@@ -279,12 +279,12 @@ def _train_all(rank: int, world: int, grid: list[Point]) -> dict[Point, dict[str
 
 @cache
 def alone(model: str, residual: str, accumulation: int, wide: bool) -> dict[str, Any]:
-    """One process, the torch engine."""
+    """Train in one process, with the torch engine."""
     return train(Point(model, 1, "rows", residual, accumulation, wide=wide))
 
 
 def check(world: int, grid: list[Point]) -> None:
-    """Every point on every rank against one process, which keeps all activations; a reversible
+    """Compare every point on every rank with one process, which keeps all activations; a reversible
     model is another function.
     """
     for rank, results in enumerate(run_distributed(_train_all, world, grid, timeout=900)):
@@ -348,7 +348,9 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sequences_over_ranks(world: int) -> None:
-    """Fast weights; with four ranks, also segments shorter than the convolutions."""
+    """Fast weights pass states between the ranks; with four ranks, segments are also shorter than
+    the convolutions.
+    """
     check(
         world,
         SEQUENCES
@@ -358,7 +360,7 @@ def test_sequences_over_ranks(world: int) -> None:
 
 
 def _logits(rank: int, world: int, mixer: MixerConfig) -> Tensor:
-    """Logits of 16 tokens."""
+    """Return logits of 16 tokens."""
     config = tiny_config(dim=24, memory={"layers": ()})
     model = tiny_model(replace(config, mixer=mixer, feedforward=FeedForwardConfig(hidden=24)))
     apply(model, build_mesh("cpu", tensor=world))

@@ -46,8 +46,8 @@ def _gradients(
     residual: str,
     kind: Checkpointing,
 ) -> dict[str, Tensor]:
-    """After two micro-batches (one with a static graph) of 4 texts: of parameters and table rows,
-    and running statistics.
+    """Return, after two micro-batches (one with a static graph) of 4 texts, gradients of parameters
+    and table rows, and running statistics.
     """
     model = tiny_model(tiny_config(memory, residual=residual, dropout=0.2), spread=0.1).train()
     model.configure(Recompute(kind))
@@ -90,7 +90,7 @@ def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 
 
 def _row_gradients(table: Any) -> Tensor:
-    """The whole table's gradient."""
+    """Return the whole table's gradient."""
     whole = torch.zeros(table.slots, table.dim, dtype=torch.float64)
     columns = slice(table.local_columns.start, table.local_columns.stop)
     for part in table.gradients(1.0):

@@ -48,7 +48,7 @@ def _probes() -> tuple[Tensor, Tensor, Tensor]:
 def _read(
     rule: Any, inputs: dict[str, Tensor], resets: Tensor, probe: Tensor, probe_state: Tensor
 ) -> list[Tensor]:
-    """Readings, last state and the gradients of everything."""
+    """Return readings, last state and the gradients of everything."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     out, after = rule(**leaves, resets=resets)
     loss = (out * probe).sum() + (after * probe_state).sum()

@@ -44,20 +44,24 @@ _LAYOUTS = [name for name, layout in LAYOUTS.items() if not layout.within_tensor
 
 
 def _piece(x: Tensor, world: int, rank: int, dim: int = 0) -> Tensor:
-    """Rank's part as torch.chunk cuts it; the last ranks may have none."""
+    """Return a rank's part as torch.chunk cuts it; the last ranks may have none."""
     size = -(-x.shape[dim] // world)
     first = min(rank * size, x.shape[dim])
     return x.narrow(dim, first, min(size, x.shape[dim] - first))
 
 
 def _groups(rank: int, world: int, memory: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The rank's memory group, of neighbouring ranks, and the ranks that hold the same part."""
+    """Return the rank's memory group, of neighbouring ranks, and the ranks that hold the same
+    part.
+    """
     mesh = init_device_mesh("cpu", (world // memory, memory), mesh_dim_names=("replica", "memory"))
     return mesh.get_group("memory"), mesh.get_group("replica")
 
 
 def _check_parity(rank: int, world: int) -> None:
-    """On every rank the sharded table against a local copy that reads the tokens of all ranks."""
+    """Compare, on every rank, the sharded table with a local copy that reads the tokens of all
+    ranks.
+    """
     for memory in (size for size in (1, 2, 3, 4) if world % size == 0 and (size > 1 or world < 3)):
         group, replicas = _groups(rank, world, memory)
         # In host memory only what happens inside a rank differs.
@@ -139,7 +143,7 @@ def _compare(
 
 
 def _check_same_reads(rank: int, world: int) -> None:
-    """Columns over ranks that all read the same, as tensor-parallel ranks do."""
+    """Split columns over ranks that all read the same, as tensor-parallel ranks do."""
     torch.manual_seed(1)
     whole = ValueTable(7, 5).double()
     group = dist.group.WORLD
@@ -180,8 +184,8 @@ def _check_same_reads(rank: int, world: int) -> None:
 
 
 def _check_optimizers(rank: int, world: int) -> None:
-    """Every semantics, half-precision values and clipping: the same bits, or nearly so, in all
-    layouts.
+    """Check every semantics, half-precision values and clipping: the bits are the same, or nearly
+    so, in all layouts.
     """
     options: list[dict[str, Any]] = [
         {"semantics": "row-step", "clip": 0.3},
@@ -226,7 +230,7 @@ def _check_optimizers(rank: int, world: int) -> None:
 
 
 def _check_life(rank: int, world: int) -> None:
-    """deepcopy, dtype changes and states of a shard."""
+    """Check deepcopy, dtype changes and states of a shard."""
     torch.manual_seed(1)
     holder = torch.nn.ModuleDict({"a": ValueTable(7, 4)})
     (shard,) = shard_tables(holder)
@@ -253,7 +257,9 @@ def _gather(x: Tensor, slots: int, world: int) -> list[Tensor]:
 
 
 def _initial_state(share: bool, layout: LayoutName) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """This rank's state of a model that was built on meta, spread, and only then given memory."""
+    """Return this rank's state of a model that was built on meta, spread, and only then given
+    memory.
+    """
     with torch.device("meta"):
         model = Transformer(tiny_config({"keys": 5, "share": share}))
     placement = apply(model, build_mesh("cpu"), layout)
@@ -278,7 +284,7 @@ def _body(rank: int, world: int) -> list[tuple[dict[str, Tensor], dict[str, int]
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_a_sharded_table_equals_the_local_one(world: int) -> None:
-    """All checks at once: starting ranks is what takes time."""
+    """All checks are made at once: starting ranks is what takes time."""
     ranks = run_distributed(_body, world)
     for index, (share, layout) in enumerate(_INITIAL):
         model = Transformer(tiny_config({"keys": 5, "share": share}))

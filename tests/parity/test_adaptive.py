@@ -63,7 +63,7 @@ def test_a_cluster_without_targets_has_a_gradient_of_zero() -> None:
 
 @torch.no_grad()
 def test_losses_that_nobody_asks_for_are_not_computed() -> None:
-    """Windows slide; for every head."""
+    """This holds for windows that slide, and for every head."""
     for changes in ({}, ADAPTIVE):
         model = tiny_model(tiny_config(**changes)).eval()
         seen: list[int] = []

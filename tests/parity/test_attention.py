@@ -9,8 +9,8 @@ BATCH, LENGTH, DIM, HEADS = 2, 7, 12, 3
 
 
 def _naive(mixer: SoftmaxMixer, x: Tensor, ctx: Context) -> Tensor:
-    """One query at a time, over the keys it may see; rotation as multiplication of complex
-    numbers.
+    """Attend with one query at a time, over the keys it may see; rotation is a multiplication of
+    complex numbers.
     """
     out = torch.zeros_like(x)
     q, k, v = (

@@ -99,8 +99,8 @@ def test_frozen_weights_get_no_gradient() -> None:
 def test_a_step_holds_both_streams_their_gradients_and_one_branch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In arrays of [length, dim] fp32. Pieces and weights are small beside them, as at a million
-    tokens.
+    """It is counted in arrays of [length, dim] fp32. Pieces and weights are small beside them, as
+    at a million tokens.
     """
     monkeypatch.setattr(by_heads, "SPAN", 64)
     monkeypatch.setattr(hashing, "_HASH_BLOCK", 64)

@@ -142,7 +142,7 @@ def test_halves_are_summed_in_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("which", CONTEXTS)
 @pytest.mark.parametrize("name", ["MDHA", "shared, grouped"])
 def test_multi_dconv_head_attention(name: str, which: str) -> None:
-    """Outputs, input and parameter gradients of attention written out."""
+    """Outputs, input and parameter gradients are those of attention written out."""
     mixer, ctx, x = _mixer(name), _context(which), _text().requires_grad_()
     real = torch.ones(3, LENGTH, dtype=torch.bool) if ctx.padding is None else ctx.padding
 

@@ -22,7 +22,7 @@ def _naive(
     resets: Tensor | None = None,
     normalise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Equations 16 to 25 and section 4.2 of Schlag et al. 2021, one token at a time."""
+    """Compute equations 16 to 25 and section 4.2 of Schlag et al. 2021, one token at a time."""
     s = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1] + normalise) if state is None else state
     s, z = (s[..., :-1], s[..., -1]) if normalise else (s, q.new_zeros(*q.shape[:2], q.shape[-1]))
     out = []
@@ -46,7 +46,7 @@ def _naive(
 
 
 def _inputs(length: int, positive: bool = False, scale: float = 1.0) -> list[Tensor]:
-    """q, k (of norm 1 and `scale`), v, beta as leaves."""
+    """Return q, k (of norm 1 and `scale`), v, beta as leaves."""
     torch.manual_seed(length)
     q, k = (torch.randn(BATCH, HEADS, length, D, dtype=torch.float64) for _ in range(2))
     q, k = (x.abs() if positive else x for x in (q, k))
@@ -146,7 +146,7 @@ def test_repeated_keys_at_the_ends_of_beta(strength: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision(dtype: torch.dtype) -> None:
-    """fp32 to 1e-5 over 5,000 tokens, halves to their rounding; the state stays fp32."""
+    """fp32 keeps to 1e-5 over 5,000 tokens, halves to their rounding; the state stays fp32."""
     exact = _inputs(5000 if dtype == torch.float32 else 300)
     low = [x.detach().to(dtype).requires_grad_() for x in exact]
     out, state = delta_rule(*low)

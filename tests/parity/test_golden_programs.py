@@ -59,7 +59,9 @@ def _by_hand(name: str) -> Transformer:
 
 
 def _names(name: str, program: Program) -> list[str]:
-    """Parameters of a block written by hand, in the order in which the program uses them."""
+    """Return the parameters of a block written by hand, in the order in which the program uses
+    them.
+    """
     convolved = [f"mixer.{kind}" for kind in ("query", "key", "value")]
     before, after = _norm(name, "mixer"), _norm(name, "feedforward")
     if name == "primer":
@@ -185,8 +187,8 @@ def test_golden_programs_are_the_models_written_by_hand(name: str) -> None:
 def test_norms_in_half_precision_are_computed_in_fp32(
     name: str, norm: type[nn.Module], dtype: torch.dtype
 ) -> None:
-    """Channels far from 0, whose mean half precision rounds, and large ones, whose squares
-    fp16 does not hold.
+    """Some channels are far from 0, whose mean half precision rounds, and some are large, whose
+    squares fp16 does not hold.
     """
     mixer = ProgramMixer(
         fuse(lower(graph(changed(name, 0, [line({"sub": NORM}, 0)])), HEAD_WIDTH))
@@ -204,7 +206,7 @@ def test_norms_in_half_precision_are_computed_in_fp32(
 @pytest.mark.parametrize("name", HAND)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_programs_run_in_half_precision(name: str, dtype: torch.dtype) -> None:
-    """Halved as a whole, as when they generate, and under autocast."""
+    """They are halved as a whole, as when they generate, and run under autocast."""
     program = compiled(golden(name, HEAD_WIDTH))
     block = program.build(0).get_submodule("model.blocks.0.mixer")
     x = torch.randn(2, 9, program.config.dim, generator=torch.Generator().manual_seed(0))

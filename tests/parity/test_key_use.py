@@ -25,7 +25,7 @@ def _memory(seed: int, kind: type[ProductKeyMemory] = ProductKeyMemory) -> Produ
 
 
 def _naive_balance(memory: ProductKeyMemory, share: Tensor, x: Tensor) -> Tensor:
-    """keys * sum_i share_i softmax(scores)_i, over tokens, heads and halves one by one."""
+    """Sum keys * sum_i share_i softmax(scores)_i over tokens, heads and halves one by one."""
     total = x.new_zeros(())
     for token in x:
         queries = memory.query_norm(memory.query(token[None]).unflatten(-1, (HEADS, -1)))[0]
@@ -108,7 +108,7 @@ def test_shares_and_last_reads_are_those_of_the_search() -> None:
 def test_revival_moves_dead_sub_keys_next_to_hot_ones_and_their_rows_with_them(
     kind: type[ProductKeyMemory],
 ) -> None:
-    """Two readers of one table: every sub-key and every row, one by one."""
+    """Two readers share one table; every sub-key and every row is checked, one by one."""
     first, second = _memory(2, kind), _memory(3, kind)
     second.values = first.values
     tables = [first.values]

@@ -26,7 +26,7 @@ _SIZES: dict[str, Any] = {
 
 
 def _memory(**changes: Any) -> ProductKeyMemory:
-    """A layer in fp64 with every parameter and statistic away from its initial value."""
+    """Return a layer in fp64 with every parameter and statistic away from its initial value."""
     torch.manual_seed(0)
     memory = ProductKeyMemory(**{**_SIZES, **changes}).double()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def _tokens(*shape: int) -> Tensor:
 
 
 def _results(y: Tensor, memory: ProductKeyMemory, x: Tensor) -> list[Tensor]:
-    """The output and the gradients of a random projection of it, to the input and to every
+    """Return the output and the gradients of a random projection of it, to the input and to every
     parameter.
     """
     upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
@@ -85,8 +85,8 @@ def test_every_size(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_peer_is_a_sum_of_experts(hidden: bool) -> None:
-    """Against each token's experts, one by one; gradients to the input, every parameter and both
-    tables.
+    """It is compared with each token's experts, one by one; gradients to the input, every parameter
+    and both tables agree.
     """
     torch.manual_seed(0)
     peer = Peer(dim=5, keys=4, heads=2, topk=3, key_dim=6, query_norm="layer").double()
@@ -184,8 +184,8 @@ def test_no_tokens_give_no_gradient_and_no_statistics(query_norm: str) -> None:
 
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> None:
-    """Two passes and two layers that share a table; every row comes once, in order, in blocks of
-    bounded size.
+    """Two passes and two layers share a table; every row comes once, in order, in blocks of bounded
+    size.
     """
     first = _memory()
     second = ProductKeyMemory(**_SIZES, values=first.values).double()

@@ -61,8 +61,8 @@ def test_transformers_lsh_layer(length: int, rounds: int) -> None:
 
 
 def _brute_force(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, chunk: int) -> Tensor:
-    """One row: softmax over the union of what the rounds' chunks show of the own bucket's earlier
-    tokens.
+    """Attend within one row by softmax over the union of what the rounds' chunks show of the
+    query's bucket's earlier tokens.
     """
     _rounds, length = buckets.shape
     out = []
@@ -94,7 +94,7 @@ def test_the_papers_rule() -> None:
 
 @pytest.mark.parametrize("rule", ["paper_causal", "hf_compat"])
 def test_published_rules_are_not_strictly_causal(rule: str) -> None:
-    """Why they are not the default: later tokens change what earlier ones see."""
+    """This is why they are not the default: later tokens change what earlier ones see."""
     torch.manual_seed(0)
     q, buckets = torch.randn(1, 64, 6), torch.randint(3, (1, 2, 64))
     changed = buckets.clone()
@@ -109,7 +109,7 @@ def test_published_rules_are_not_strictly_causal(rule: str) -> None:
 
 @pytest.mark.slow
 def test_transformers_reformer() -> None:
-    """Whole models: copied random weights give equal logits, with our rotations in both."""
+    """Copied random weights give whole models equal logits, with our rotations in both."""
     reformer = pytest.importorskip("transformers.models.reformer.modeling_reformer")
     from transformers import ReformerConfig
 

@@ -167,7 +167,9 @@ def test_a_weight_that_autocast_casts_in_a_block_and_again_outside_gets_both_gra
 def test_48_layers_with_memory_and_dropout_invert_bit_for_bit(
     dtype: torch.dtype, mixer: str
 ) -> None:
-    """Forward by hand, then back by hand; and gradients as from checkpointing the same function."""
+    """Blocks run forward by hand, then back by hand; and gradients are as from checkpointing the
+    same function.
+    """
     model = _model(
         True,
         layers=48,

@@ -88,7 +88,7 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
 
 
 def run(folder: Path, workers: int, **changes: Any) -> History:
-    """The search with real worker processes."""
+    """Run the search with real worker processes."""
     chosen = settings(folder, **changes)
     return search(
         folder,
@@ -122,12 +122,12 @@ def run_here(
     say: Callable[[str], None] = lambda line: None,
     **changes: Any,
 ) -> History:
-    """The search without processes."""
+    """Run the search without processes."""
     return search(folder, settings(folder, **changes), lambda: Here(work), say)
 
 
 def outcome(history: History) -> list[Any]:
-    """All that two equal histories must agree on: programs, losses, ends, and the winner."""
+    """Return all that two equal histories must agree on: programs, losses, ends, and the winner."""
     facts = ("id", "parent", "dna", "mutation", "hash", "steps", "hurdles", "status", "fitness")
     children = [
         [getattr(child, fact) for fact in facts] + [rung[:2] for rung in child.rungs]

@@ -12,19 +12,19 @@ SHAPE = Shape(vocab=29, length=24, parameters=(90_000, 130_000), layers=2)
 
 
 def line(op: Any, *states: int, **fields: Any) -> Dna:
-    """An instruction."""
+    """Return an instruction."""
     return {"op": op, "in": [*states, 0, 0][:2], "const": 0, "dim": 0, "branch": 1, **fields}
 
 
 def compiled(dna: Dna) -> Compiled:
-    """A DNA that must compile."""
+    """Return a DNA compiled, which it must be."""
     program = compile_dna(dna, SHAPE)
     assert isinstance(program, Compiled), program
     return program
 
 
 def changed(name: str, subprogram: int, lines: list[Dna]) -> Dna:
-    """A golden DNA with other lines for one subprogram."""
+    """Return a golden DNA with other lines for one subprogram."""
     dna = golden(name, HEAD_WIDTH)
     dna["subprograms"][subprogram] = lines
     return dna

@@ -226,7 +226,9 @@ def test_every_primitive_compiles_somewhere() -> None:
 
 
 def test_branches_run_at_once_and_equal_one_after_another() -> None:
-    """Nested branches and operands from outside a branch, against a program written without any."""
+    """Nested branches and operands from outside a branch are compared with a program written
+    without any.
+    """
     dna = golden("transformer", HEAD_WIDTH)
     sub = [
         line("CONV_1X1", 0, dim=1),

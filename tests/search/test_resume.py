@@ -124,7 +124,7 @@ def test_a_report_says_which_trainings_failed_and_is_json(
 def test_the_lineage_that_is_drawn_is_the_winners(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where that is the start alone."""
+    """It is so also where that is the start alone."""
 
     def work(task: Task) -> Iterable[Event]:
         worse = 9.0 if task.verdict and task.dna != {"number": 0.0} else 0.0

@@ -71,7 +71,7 @@ class Job:
 
 
 def misbehave(job: Job) -> Iterator[dict]:
-    """One event, then what the job asks for."""
+    """Yield one event, then do what the job asks for."""
     yield {"event": "begun", "id": job.id}
     if job.do == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -382,8 +382,8 @@ def test_only_mistakes_are_told_as_such(
 
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
 def test_floating_point_operations_are_those_of_the_matrix_products() -> None:
-    """The Transformer's: forward 2 a token and weight, 4 a pair and channel of attention, which
-    the fused kernel must not hide.
+    """The Transformer has 2 forward a token and weight, and 4 a pair and channel of attention,
+    which the fused kernel must not hide.
     """
     settings = load_settings(None, [f"text={TEXT}", *TINY])
     program = compile_dna(start_dna(settings), shape(settings))

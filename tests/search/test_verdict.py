@@ -12,7 +12,7 @@ COSTS = np.geomspace(50, 1000, 13)
 def _curves(
     factor: float, seeds: int, noise: float = 0.002, a: float = 8.0, k: float = 0.2
 ) -> list[Curve]:
-    """Trainings whose loss is a (cost factor)^-k."""
+    """Return trainings whose loss is a (cost factor)^-k."""
     draw = np.random.default_rng(seeds)
     return [
         list(

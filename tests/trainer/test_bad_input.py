@@ -12,7 +12,7 @@ from tests.trainer.tiny_run import checkpoint_state, train_run
 
 
 def refused(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line that a refused command prints."""
+    """Return the one line that a refused command prints."""
     capfd.readouterr()
     assert main([str(argument) for argument in argv]) == 2
     out, err = capfd.readouterr()

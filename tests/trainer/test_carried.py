@@ -43,7 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _loud(run: Run) -> Run:
-    """Weights so large that what mixers remember matters."""
+    """Make weights so large that what mixers remember matters."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in run.model.parameters():
@@ -115,7 +115,7 @@ def test_engines_carry_the_same(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_documents_are_forgotten_where_they_end(recipe: Path, tmp_path: Path) -> None:
-    """Within a sequence and between two; else the state goes on through them."""
+    """That holds within a sequence and between two; else the state goes on through them."""
     masked = _loss(recipe, tmp_path, 6, "data.document_mask=true")
     assert abs(masked - _loss(recipe, tmp_path, 6)) > 1e-3
 
@@ -175,7 +175,7 @@ def _load_few(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, An
 
 
 def test_lanes_move_to_another_number_of_ranks(recipe: Path, tmp_path: Path) -> None:
-    """Saved on 2 ranks; of 3 one has no lane at all."""
+    """A run is saved on 2 ranks; of 3 one has no lane at all."""
     run_distributed(_train_few, 2, recipe, tmp_path)
     saved = checkpoint_state(tmp_path)
     for loaded in (
@@ -228,7 +228,7 @@ def _evaluated(run: Path, capfd: pytest.CaptureFixture[str], *options: str) -> d
 def test_untruncated_evaluation_is_one_pass(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In training with carried states, and in the command on any model that can."""
+    """It is one in training with carried states, and in the command on any model that can."""
     trained = train_run(recipe, tmp_path / "run", *CARRY, "data.length=16", "train.steps=5")
     loaded = load_model(tmp_path / "run")
     windows = held_out_windows(Path(loaded.recipe.data.path))

@@ -51,7 +51,7 @@ def _allow_fp16() -> None:
 
 
 def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[str, Any]]:
-    """Losses, norms and all weights after three steps, of every engine and stage; checks that
+    """Return losses, norms and all weights after three steps, of every engine and stage; check that
     DeepSpeed keeps the bytes foreseen.
     """
     results = []
@@ -94,8 +94,8 @@ def _all_stages(rank: int, world: int, recipe: Path, folder: Path) -> list[dict[
 
 
 def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
-    """A checkpoint of the torch engine, resumed and saved again by others; then two more steps, and
-    on with torch.
+    """Resume a checkpoint of the torch engine with others and save it again; then take two more
+    steps, and go on with torch.
     """
     train_run(recipe, folder / "torch", *MICRO, stop_at=4)
     _allow_fp16()

@@ -36,7 +36,7 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedMod
 
 
 def held_out_windows(data: Path) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets, [1, length or less], of the held-out text end to end."""
+    """Return inputs and targets, [1, length or less], of the held-out text end to end."""
     reader = SplitReader(data, "heldout")
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
     tokens, *_ = reader.read(np.arange(len(reader.lengths)), starts, np.array([0]), int(starts[-1]))
@@ -48,7 +48,7 @@ def held_out_windows(data: Path) -> list[tuple[Tensor, Tensor]]:
 
 
 def expected_report(slots: int, reads: list[tuple[Tensor, Tensor]]) -> UsageReport:
-    """From (rows, weights) of all lookups: the spec's formulas, slot by slot."""
+    """Compute the spec's formulas, slot by slot, from (rows, weights) of all lookups."""
     weighted, counted = np.zeros(slots), np.zeros(slots)
     for rows, weights in reads:
         np.add.at(weighted, rows.flatten().numpy(), weights.detach().flatten().double().numpy())
@@ -125,7 +125,7 @@ def test_a_limit_cuts_the_text_at_that_token(trained: LoadedModel, data: Path) -
 def test_sliding_windows_predict_each_token_once_from_what_precedes_it(
     stride: int, trained: LoadedModel, data: Path
 ) -> None:
-    """Token by token: the longest context that a window of 32 gives it."""
+    """A loop takes token by token, with the longest context that a window of 32 gives it."""
     text = torch.cat([inputs[0] for inputs, _ in held_out_windows(data)[:3]])
     total, count = 0.0, 70
     with torch.no_grad():
@@ -154,8 +154,8 @@ def test_sliding_windows_predict_each_token_once_from_what_precedes_it(
 
 
 def test_slot_usage_of_a_plain_model() -> None:
-    """Any model, its table an ordinary parameter, tensors or mappings as batches; dropout off
-    meanwhile.
+    """The model may be any, its table an ordinary parameter, batches tensors or mappings; dropout
+    is off meanwhile.
     """
     torch.manual_seed(0)
     memory = ProductKeyMemory(8, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer")

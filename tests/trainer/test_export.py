@@ -113,7 +113,7 @@ def test_int8_rows_are_off_by_half_a_step_at_most() -> None:
 def test_a_wrong_export_gets_no_name(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sub-keys swapped: the table of slots transposed."""
+    """The sub-keys are swapped: the table of slots is transposed."""
     train_run(recipe, tmp_path / "run", "train.steps=1")
     monkeypatch.setattr(export_module, "slot_rows", lambda i1, i2, keys: slot_rows(i2, i1, keys))
     with pytest.raises(ValueError, match="disagrees with .* in a logit"):
@@ -218,7 +218,7 @@ assert not any(name.startswith("memshard.") for name in sys.modules)
 def test_transformers_loads_it_without_memshard(
     kind: str, tables: str | None, recipe: Path, tmp_path: Path
 ) -> None:
-    """Offline, from the export's own code."""
+    """It is loaded offline, from the export's own code."""
     pytest.importorskip("transformers")
     train_run(recipe, tmp_path / "run", "train.steps=2", *KINDS[kind])
     export(tmp_path / "run", tmp_path / "out", tables=tables, huggingface=True)

@@ -51,7 +51,7 @@ def _greedy(loaded: LoadedModel, text: str, count: int) -> str:
 
 
 def _loglikelihood(loaded: LoadedModel, context: list[int], tokens: list[int]) -> float:
-    """Token by token, each from the last 32 before it."""
+    """Sum token by token, each predicted from the last 32 before it."""
     total = 0.0
     with torch.no_grad():
         for place, token in enumerate(tokens):

@@ -20,7 +20,7 @@ HOST = "tables.place=host"
 
 
 def _in_host_memory(rank: int, world: int, recipe: Path, folder: Path) -> None:
-    """On two ranks, half of it."""
+    """Train on two ranks, with half of each table in host memory."""
     train_run(recipe, folder / "run", HOST, "tables.dtype=fp16", stop_at=5)
 
 

@@ -37,7 +37,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _read(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-    """The paper's layer over all slots. keys: [heads, 2, n, half]; queries: [tokens, heads, 2
+    """Read the paper's layer over all slots. keys: [heads, 2, n, half]; queries: [tokens, heads, 2
     half].
     """
     scores = torch.einsum("thd,hnd->thn", queries[..., :HALF], keys[:, 0])[..., :, None]
@@ -75,7 +75,7 @@ def _within(name: str, network: nn.Module) -> nn.Module:
 
 
 def _network(*widths: int, norm: bool, bias: bool = True) -> nn.Sequential:
-    """Linear layers, each with batch norm if wanted, and ReLU between them."""
+    """Return linear layers, each with batch norm if wanted, and ReLU between them."""
     layers: list[nn.Module] = []
     for ins, outs in pairwise(widths):
         layers += [nn.ReLU()] * bool(layers) + [nn.Linear(ins, outs, bias=bias)]
@@ -84,13 +84,13 @@ def _network(*widths: int, norm: bool, bias: bool = True) -> nn.Sequential:
 
 
 def _grouped() -> nn.Sequential:
-    """XLM's grouped network: a linear layer, then convolutions in a module of their own."""
+    """Return XLM's grouped network: a linear layer, then convolutions in a module of their own."""
     convolution = nn.Conv1d(2 * HEADS * 3, _WIDTH, kernel_size=1, groups=2 * HEADS)
     return nn.Sequential(nn.Linear(DIM, 2 * HEADS * 3), nn.ReLU(), _within("layer", convolution))
 
 
 def _several() -> nn.ModuleList:
-    """XLM's network for each head and half."""
+    """Return XLM's network for each head and half."""
     return nn.ModuleList(_network(DIM, 3, HALF, norm=False) for _ in range(2 * HEADS))
 
 
@@ -212,7 +212,7 @@ def test_meta_memories_that_share_values(tmp_path: Path, capfd: pytest.CaptureFi
 def test_lucidrains_own_layer(
     relu: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """relu: its `non_competitive_gates`, which the weights do not show."""
+    """relu stands for its `non_competitive_gates`, which the weights do not show."""
     torch.manual_seed(0)
     theirs = _lucidrains(non_competitive_gates=relu)
     x = _random(2, 9, DIM)

@@ -26,7 +26,9 @@ TOLERANCE = 0.005
 
 @pytest.fixture(scope="module")
 def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense run, one with a memory, and one with gated memories in fp16."""
+    """Train a dense run, one with a memory, and one with gated memories in fp16; return their
+    folder.
+    """
     folder = tmp_path_factory.mktemp("init_from")
     train_run(recipe, folder / "dense", DENSE)
     train_run(recipe, folder / "memory")
@@ -38,8 +40,8 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _begin(
     rank: int, world: int, recipe: Path, source: Path, folder: Path, *overrides: str
 ) -> float:
-    """The held-out loss before the first step of a run that begins with `source`; its checkpoint is
-    saved as step 0.
+    """Return the held-out loss before the first step of a run that begins with `source`; its
+    checkpoint is saved as step 0.
     """
     run = prepare(recipe, folder, f"init_from={source}", *overrides)
     loss = evaluate_run(run).loss
@@ -49,7 +51,7 @@ def _begin(
 
 
 def _grow(rank: int, world: int, recipe: Path, source: Path, folder: Path) -> dict[str, float]:
-    """The losses of a table with more keys in all layouts."""
+    """Return the losses of a table with more keys in all layouts."""
     return {
         name: _begin(rank, world, recipe, source, folder / name, *GROWN, *settings)
         for name, settings in LAYOUTS.items()
@@ -58,7 +60,7 @@ def _grow(rank: int, world: int, recipe: Path, source: Path, folder: Path) -> di
 
 @pytest.fixture(scope="module")
 def grown(trained: Path, recipe: Path) -> dict[str, float]:
-    """Losses by layout; the runs are in the folder `trained`."""
+    """Return losses by layout; the runs are in the folder `trained`."""
     one = _begin(0, 1, recipe, trained / "memory", trained / "one", *GROWN)
     both = run_distributed(_grow, 2, recipe, trained / "memory", trained)
     assert both[0] == both[1]

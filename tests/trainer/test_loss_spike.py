@@ -121,8 +121,8 @@ def test_each_policy_does_what_it_says(
 def test_a_second_rewind_goes_further_back_and_too_many_end_the_run(
     recipe: Path, tmp_path: Path
 ) -> None:
-    """All batches from the one of step 11 on: back to step 8, of whose next step it says the same,
-    back to step 4, and once more.
+    """All batches from the one of step 11 on are bad: the run goes back to step 8, of whose next
+    step it says the same, back to step 4, and once more.
     """
     run = _spiky(
         recipe, tmp_path / "run", "rewind", "guards.rewinds=2", "train.keep=9", bad=range(10, 30)

@@ -44,7 +44,7 @@ WHEN_COMMITTED = "speed/save_total_s"
 
 @pytest.fixture(scope="module")
 def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Resumed at step 4, after lines up to step 6 had been written."""
+    """Return a run that was resumed at step 4, after lines up to step 6 had been written."""
     folder = tmp_path_factory.mktemp("metrics") / "run"
     train_run(recipe, folder, "train.eval_every=4", "train.save_every=2", stop_at=6)
     (folder / "checkpoints/step-00000006/COMMITTED").unlink()

@@ -19,7 +19,7 @@ SETTINGS = ("train.micro_batch=2", "train.max_skipped=2", "model.memory.query_no
 
 
 def _poisoned(run: Run, poison: Callable[[Run], None]) -> Callable[[Tensor, float], None]:
-    """The engine's backward, after which a gradient on the last rank is not finite."""
+    """Return the engine's backward, after which a gradient on the last rank is not finite."""
     backward = type(run.engine).backward
 
     def wrapped(loss: Tensor, scale: float) -> None:
@@ -37,7 +37,7 @@ def _poison_dense(run: Run) -> None:
 
 
 def _poison_read(run: Run) -> None:
-    """As backward leaves it where a kept read is not finite."""
+    """Leave a table as backward does where a kept read is not finite."""
     assert run.table_optimizer is not None
     table = run.table_optimizer.tables[0]
     table.reads[-1].upstream[0, 0] = float("nan")

@@ -29,8 +29,8 @@ def picture(path: Path) -> np.ndarray:
 
 
 def purple_share(pixels: np.ndarray) -> float:
-    """Share of the picture in the darkest colour of the map, which stands for the least read
-    slots.
+    """Return the share of the picture in the darkest colour of the map, which stands for the least
+    read slots.
     """
     return float((np.abs(pixels - np.array([0.267, 0.005, 0.329])).max(-1) < 0.02).mean())
 

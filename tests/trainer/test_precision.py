@@ -68,7 +68,7 @@ def test_automatic_precision_follows_the_capability(
 def overflow_on_one_rank(
     rank: int, world: int, recipe: Path, folder: Path, *overrides: str
 ) -> list[float]:
-    """Every second step has a gradient that overflows on the last rank only; returns all loss
+    """Let every second step have a gradient that overflows on the last rank only; return all loss
     scales.
     """
     run = prepare(recipe, folder, *FP16, *overrides)
@@ -112,8 +112,8 @@ def test_an_overflow_on_one_rank_halves_the_scale_and_changes_nothing_else(
 
 
 def test_the_scale_leaves_the_update_alone(recipe: Path, tmp_path: Path) -> None:
-    """In fp32, where no gradient is lost: dense weights, table rows, and the norms that clip
-    them.
+    """It does in fp32, where no gradient is lost: dense weights, table rows, and the norms that
+    clip them are equal.
     """
     runs = [
         prepare(recipe, tmp_path / name, "tables.clip=0.01", "train.clip=0.1")

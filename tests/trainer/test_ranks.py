@@ -28,7 +28,7 @@ FEW = ("train.batch=2", "data.length=16", "train.micro_batch=1", "model.memory.q
 
 
 def _copy_with_one_checkpoint(run: Path, copy: Path) -> None:
-    """The run as it was at step 10."""
+    """Copy the run as it was at step 10."""
     shutil.copytree(run, copy)
     for path in (copy / "checkpoints").iterdir():
         if path.name != SAVED:
@@ -36,7 +36,7 @@ def _copy_with_one_checkpoint(run: Path, copy: Path) -> None:
 
 
 def load_whole(recipe: Path, folder: Path, *settings: str) -> dict[str, Any]:
-    """The tensors that a run resumes with on these ranks, whole."""
+    """Return the tensors that a run resumes with on these ranks, whole."""
     return _whole(prepare(recipe, folder, *settings))
 
 
@@ -78,7 +78,7 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> None:
 def runs(
     recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of all runs, and what one rank and each of three loaded of the two ranks'
+    """Return the folder of all runs, and what one rank and each of three loaded of the two ranks'
     checkpoint.
     """
     folder = tmp_path_factory.mktemp("runs")
@@ -128,7 +128,7 @@ def test_table_metrics_do_not_depend_on_ranks_and_layouts(
 
 
 def test_a_rank_may_have_nothing_to_do(runs: tuple[Path, list[dict[str, Any]]]) -> None:
-    """Two sequences on three ranks."""
+    """Three ranks share two sequences."""
     folder, _ = runs
     assert losses(folder / "3 ranks, few rows", 10) == pytest.approx(
         losses(folder / "1 rank, few rows", 10), rel=1e-5

@@ -32,8 +32,8 @@ BALANCED = ("train.key_balance=1", "model.memory.query_norm=layer")
 
 
 def _learn(dead_after: int = 0, balance: float = 0.0) -> tuple[UsageReport, float]:
-    """A memory that learns 512 unrelated answers to correlated questions: usage over all of them,
-    and the last losses.
+    """Train a memory that learns 512 unrelated answers to correlated questions; return usage over
+    all of them, and the last losses.
     """
     torch.manual_seed(0)
     memory = ProductKeyMemory(16, keys=32, heads=2, topk=4, key_dim=16, query_norm="none")
@@ -65,8 +65,8 @@ def _learn(dead_after: int = 0, balance: float = 0.0) -> tuple[UsageReport, floa
 
 
 def test_both_remedies_raise_usage_and_learning_profits() -> None:
-    """Measured: usage 0.53, KL 1.14, loss 0.56 without; 0.70, 0.68, 0.48 with revival; 0.75, 0.56,
-    0.42 with balance.
+    """Measured were usage 0.53, KL 1.14, loss 0.56 without; 0.70, 0.68, 0.48 with revival; 0.75,
+    0.56, 0.42 with balance.
     """
     plain, plain_loss = _learn()
     for report, loss in (_learn(dead_after=20), _learn(balance=0.1)):
@@ -125,7 +125,7 @@ def test_revival_is_refused_where_an_engine_would_undo_it(recipe: Path) -> None:
 def _revive(
     rank: int, world: int, recipe: Path, source: Path, layouts: dict[str, tuple[str, ...]]
 ) -> None:
-    """Revival alone, in runs that stand where `source` stands; and whole runs with balance."""
+    """Run revival alone, in runs that stand where `source` stands; and whole runs with balance."""
     for name, layout in layouts.items():
         run = prepare(recipe, source.parent / name, *BOTH, *FEW_READS, *layout)
         assert run.table_optimizer is not None and run.progress.step == 3

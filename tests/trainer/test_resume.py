@@ -20,8 +20,8 @@ REPRODUCIBLE = (
 
 
 def _train_with_and_without_stops(rank: int, world: int, recipe: Path, folder: Path) -> list[bool]:
-    """Ten steps at once, stopped at the fifth, and at first meant to be five; returns which of the
-    parts say they are finished.
+    """Train ten steps at once, stopped at the fifth, and at first meant to be five; return which of
+    the parts say they are finished.
     """
     micro = "train.micro_batch=3"
     assert 5 * 8 < prepare(recipe, folder / "unused").stream.samples_per_epoch < 10 * 8
@@ -51,7 +51,7 @@ def test_five_and_five_steps_are_ten(world: int, recipe: Path, tmp_path: Path) -
 
 
 def _reproducible(folder: Path, evaluated_at: int) -> list[dict[str, Any]]:
-    """Lines of metrics without times. A shorter run evaluates at its end, too."""
+    """Return lines of metrics without times. A shorter run evaluates at its end, too."""
     lines = [
         {key: line[key] for key in REPRODUCIBLE if key in line}
         for line in read_metrics(folder / METRICS_FILE)
@@ -87,8 +87,8 @@ def test_a_run_that_is_done_stays_done(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_committed_is_not_there(recipe: Path, tmp_path: Path) -> None:
-    """Neither for resuming nor for saving: an interrupted copy of step 10 stands where the run
-    saves its own.
+    """It counts neither for resuming nor for saving: an interrupted copy of step 10 stands where
+    the run saves its own.
     """
     checkpoints = tmp_path / "run/checkpoints"
     train_run(recipe, tmp_path / "run", stop_at=5)

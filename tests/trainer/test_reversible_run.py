@@ -25,7 +25,7 @@ _SCALE = "model.grid.scale"
 
 
 def _leave_the_range(rank: int, world: int, recipe: Path, folder: Path) -> list[float]:
-    """A stream of the last rank goes beyond 1024 in the second step; returns loss scales."""
+    """Let a stream of the last rank go beyond 1024 in the second step; return loss scales."""
     run = prepare(
         recipe, folder, *_REVERSIBLE, "train.precision=fp16", "model.memory.query_norm=lagged"
     )

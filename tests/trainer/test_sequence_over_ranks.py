@@ -28,7 +28,7 @@ PIECES = ("parallel.tensor=2", "parallel.share=sequence")
 
 
 def _kept(recipe: Path, folder: Path, *settings: str) -> int:
-    """Bytes that autograd holds of a step, weights aside."""
+    """Return the bytes that autograd holds of a step, weights aside."""
     run = prepare(recipe, folder, *SETTINGS, "data.length=32", "model.memory.layers=[]", *settings)
     weights = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
     saved: dict[int, int] = {}
@@ -96,7 +96,7 @@ def test_what_it_is_not_for(settings: tuple[str, ...], message: str, recipe: Pat
 
 
 def test_what_it_costs(recipe: Path) -> None:
-    """Whole matrices, half the activations."""
+    """A rank has whole matrices and half the activations."""
 
     def cost(*settings: str) -> Any:
         return estimate(load_recipe(recipe, (*SETTINGS, "train.batch=16", *settings)), 2, 300)

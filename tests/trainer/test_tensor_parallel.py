@@ -48,7 +48,7 @@ def _leave() -> None:
 
 
 def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> dict[str, Any]:
-    """Runs on two ranks; returns what a rank says whose copy of a weight has changed, what is
+    """Train on two ranks; return what a rank says whose copy of a weight has changed, what is
     refused, and what backward keeps.
     """
     train_run(recipe, folder / "rows", *SETTINGS, TWO)

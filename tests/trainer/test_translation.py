@@ -25,7 +25,7 @@ _WORDS = ["eins", "zwei", "drei", "vier", "acht", "neun"]
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Numbers in words, whose translation is the same words the other way round."""
+    """Build data of numbers in words, whose translation is the same words the other way round."""
     folder = tmp_path_factory.mktemp("pairs")
     draw = np.random.default_rng(0)
     rows = [draw.choice(_WORDS, draw.integers(1, 6)).tolist() for _ in range(600)]

@@ -13,8 +13,8 @@ SETTINGS = ("train.micro_batch=2", "train.clip=0.1")
 
 
 def _whole_and_split(rank: int, world: int, recipe: Path, folder: Path) -> int:
-    """Ten steps without, with, and with ZeRO in the first half only; returns how many values this
-    rank keeps moments of.
+    """Train ten steps without, with, and with ZeRO in the first half only; return how many values
+    this rank keeps moments of.
     """
     train_run(recipe, folder / "whole", *SETTINGS)
     train_run(recipe, folder / "split", *SETTINGS, "train.zero=1")

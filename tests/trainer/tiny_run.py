@@ -37,20 +37,20 @@ TABLE = "blocks.0.memory.values"
 
 
 def prepare(recipe: Path, folder: Path, *overrides: str) -> Run:
-    """The run, ready to train, on the ranks that are there."""
+    """Return the run, ready to train, on the ranks that are there."""
     return set_up(load_recipe(recipe, overrides), folder, torch.device("cpu"))
 
 
 def train_run(
     recipe: Path, folder: Path, *overrides: str, stop_at: int | None = None
 ) -> dict[str, Any]:
-    """Train or resume in this process, with the ranks that are there; returns the result."""
+    """Train or resume in this process, with the ranks that are there; return the result."""
     return train(prepare(recipe, folder, *overrides), stop_at)
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
-    """Everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors, step
-    counts, progress.
+    """Return everything in a run folder's newest checkpoint (or in a checkpoint): whole tensors,
+    step counts, progress.
     """
     folder = find_checkpoints(path)[0]
     tensors: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 
 
 def snapshot(run: Run) -> dict[str, Any]:
-    """Copies of all that a step may change on this rank, but for what counts steps."""
+    """Return copies of all that a step may change on this rank, but for what counts steps."""
     tensors = {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, tensor in checkpoint_tensors(run).items()
@@ -78,7 +78,7 @@ def snapshot(run: Run) -> dict[str, Any]:
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Equal to the last bit."""
+    """Check that two states are equal to the last bit."""
     assert left.keys() == right.keys()
     for name, value in left.items():
         same = (
@@ -88,5 +88,5 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 
 def numbers(folder: Path, key: str) -> dict[int, float]:
-    """Step -> value of one metric of a run."""
+    """Return step -> value of one metric of a run."""
     return {line["step"]: line[key] for line in read_metrics(folder / METRICS_FILE) if key in line}

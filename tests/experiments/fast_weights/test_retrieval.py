@@ -38,9 +38,7 @@ def test_retrieval_reads_what_the_delta_rule_has_written() -> None:
 
 
 def test_the_delta_rule_updates_what_the_sum_rule_only_adds_to() -> None:
-    """Figure 3: published losses after 300 steps are 0.0065 and, for the sum rule, a plateau of
-    0.1.
-    """
+    """Figure 3 has losses after 300 steps of 0.0065 and, for the sum rule, a plateau of 0.1."""
     point = {"symbols": 20, "features": "dpfp-1", "replace": True, "steps": 300, "seed": 1}
     assert (
         train(point | {"rule": "delta"})["loss"]

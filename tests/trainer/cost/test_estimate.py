@@ -17,7 +17,7 @@ from tests.trainer.cost.models import MEMORY, MODEL
 
 
 def test_segments_hold_one_piece() -> None:
-    """Losses and states of 16 pieces, of which one is computed again."""
+    """Losses and states of 16 pieces are held, of which one is computed again."""
     model = replace(
         MODEL,
         memory=MemoryConfig(),

@@ -24,8 +24,8 @@ SMALL, WIDE = Lookup(2, 36, 8), Lookup(2, 1024, 128)
 
 
 def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
-    """Bytes that this rank really sends to others for a read of 48 tokens and its backward, and how
-    often it read a row.
+    """Return the bytes that this rank really sends to others for a read of 48 tokens and its
+    backward, and how often it read a row.
     """
     sent = 0
     exchange = dist.all_to_all_single
@@ -104,5 +104,5 @@ def test_an_unknown_layout_is_named() -> None:
     [(256 * 128, 1.1), (1024 * 128, 1.3), (4096 * 128, 2.5), (8192 * 128, 4.3)],
 )
 def test_duplicates_of_batch_normalised_queries(reads: int, measured: float) -> None:
-    """Against reads of a 512^2 memory that were counted."""
+    """They are compared with reads of a 512^2 memory that were counted."""
     assert uniform_duplicates(reads, 512**2) == pytest.approx(measured, rel=0.1)

@@ -45,7 +45,7 @@ class _Run:
         return loss.item()
 
     def everything(self) -> dict[str, Tensor]:
-        """Weights, moments and step counts."""
+        """Return weights, moments and step counts."""
         state = self.optimizer.state_dict()["state"]
         tensors = {
             f"{i}.{name}": torch.as_tensor(value).clone()

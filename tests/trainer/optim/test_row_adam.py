@@ -18,7 +18,7 @@ def _table(slots: int = 50, dim: int = 3, dtype: torch.dtype = torch.float64) ->
 
 
 def _reads(step: int, micro: int, below: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, weights and output gradients of 6 tokens with 4 reads each, some rows often."""
+    """Return rows, weights and output gradients of 6 tokens with 4 reads each, some rows often."""
     generator = torch.Generator().manual_seed(10 * step + micro)
     rows = (torch.rand(6, 4, generator=generator) ** 2 * below).long()
     weights, upstream = (
@@ -59,7 +59,7 @@ def test_20_steps_of_micro_batches_equal_torchs_sparse_adam() -> None:
 
 
 def test_rows_that_were_not_read_keep_their_bits() -> None:
-    """Rows with moments from earlier steps included: nothing drifts."""
+    """Rows with moments from earlier steps are among them: nothing drifts."""
     table = _table(dtype=torch.float32)
     optimizer = RowAdam([table], lr=0.1)
     state = optimizer.state[table.anchor]
@@ -102,7 +102,9 @@ def test_nothing_read_changes_nothing() -> None:
 
 
 def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
-    """Two layers over one table against dense gradients of the same model, summed by autograd."""
+    """Two layers over one table are compared with dense gradients of the same model, summed by
+    autograd.
+    """
 
     def build() -> list[ProductKeyMemory]:
         torch.manual_seed(0)
@@ -242,7 +244,7 @@ def test_tables_in_half_precision_have_moments_in_fp32(
 def test_changes_below_the_resolution_of_the_values_add_up(
     dtype: torch.dtype, rounding: Rounding
 ) -> None:
-    """400 steps of 1e-5, at values of 1 whose neighbours are 5e-4 or more away."""
+    """There are 400 steps of 1e-5, at values of 1 whose neighbours are 5e-4 or more away."""
     table = _table(slots=4, dim=512, dtype=dtype)
     with torch.no_grad():
         table.weight.fill_(1)
