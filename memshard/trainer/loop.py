@@ -162,6 +162,7 @@ def _line(step: int, steps: int, values: dict[str, float]) -> str:
         f"{values['train/grad_norm']:.2f}  "
         f"{values['speed/tokens_per_s']:,.0f} tokens/s  mfu {values['speed/mfu']:.0%}  data "
         f"{values['speed/data_wait']:.1%}"
+        + (f"  damaged {values['train/masked']:.1%}" if values["train/masked"] else "")
     )
 
 

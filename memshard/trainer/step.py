@@ -3,9 +3,12 @@
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from memshard.data_pipeline.stream.batch import Batch
+from memshard.data_pipeline.stream.batch import IGNORE, Batch
+from memshard.parallel.collectives import all_sum
+from memshard.parallel.mesh import tensor_size
 from memshard.trainer.guards import is_spike
 from memshard.trainer.optim.rows.revive import revive
 from memshard.trainer.run import Run
@@ -18,11 +21,13 @@ class RunStep(StepOutcome):
     """The outcome of a run's step; `loss` is the mean over the tokens of the batch.
 
     data_wait: seconds spent on reading. tokens: read over all ranks, padding of pairs not counted.
-    spiked: whether the loss is a spike. rewind: whether to go back to a checkpoint.
+    masked: of these, not predicted because their document is damaged. spiked: whether the loss is
+    a spike. rewind: whether to go back to a checkpoint.
     """
 
     data_wait: float
     tokens: int
+    masked: int
     spiked: bool
     rewind: bool
 
@@ -39,9 +44,9 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     begun = time.perf_counter()
     batches = run.next_batches()
     data_wait = time.perf_counter() - begun
-    # Of the whole batch: the losses of all ranks and micro-batches then add up to its mean.
-    tokens = run.task.loss_tokens(run.stream, progress.batch, batches)
     read = run.stream.tokens_read(progress.batch)
+    # Of the whole batch: the losses of all ranks and micro-batches then add up to its mean.
+    tokens, predicted = _count_tokens(run, batches)
     _balance_keys(run, tokens)
     spiked = False
 
@@ -79,7 +84,32 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     every = run.recipe.parallel.checksum_every
     if every and progress.step % every == 0:
         run.check_copies()
-    return RunStep(**vars(outcome), data_wait=data_wait, tokens=read, spiked=spiked, rewind=rewind)
+    return RunStep(
+        **vars(outcome),
+        data_wait=data_wait,
+        tokens=read,
+        masked=read - predicted,
+        spiked=spiked,
+        rewind=rewind,
+    )
+
+
+def _count_tokens(run: Run, batches: list[Batch]) -> tuple[int, int]:
+    """Return, over all ranks, the tokens that have a loss, at least 1, and those of the batch whose
+    target is known: all that were read but the damaged ones. batches: the local ones. Collective.
+    """
+    counts = torch.stack(
+        [
+            torch.stack([run.task.loss_tokens(batch), (batch.targets != IGNORE).sum()])
+            for batch in batches
+        ]
+    ).sum(0)
+    if run.ranks > 1:  # one process has them on the CPU, and need not wait for the device
+        # Tensor-parallel ranks read the same rows, which are counted once.
+        counts = all_sum(counts.to(run.device)) // tensor_size(run.mesh)
+    losses, known = counts.tolist()
+    # With all of a batch damaged, the sum of no losses is 0 and so is their mean.
+    return max(losses, 1), known
 
 
 def _balance_keys(run: Run, tokens: float) -> None:

@@ -3,6 +3,7 @@ retries.
 """
 
 import http.server
+import os
 import shutil
 import threading
 from collections import Counter
@@ -17,10 +18,12 @@ from memshard.data_pipeline import fetch as fetching
 from memshard.data_pipeline.fetch import fetch
 from memshard.data_pipeline.format import load_index, remote
 from memshard.data_pipeline.format.remote import BlockCache, cache_folder
+from memshard.data_pipeline.format.verify import verify_data
 from memshard.data_pipeline.prepare.inputs import Sources
 from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, TrainStream
 from memshard.data_pipeline.tokenizer import Tokenizer
+from tests.data_pipeline.conftest import build, write_corpus
 
 
 @dataclass
@@ -148,6 +151,62 @@ def test_a_shard_that_is_gone_is_masked_up_to_the_tolerance(server: Server) -> N
         strict.batch(0, strict.samples_per_epoch)
 
 
+def test_a_data_set_built_anew_at_its_url_is_read_anew(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    TrainStream(server.url, 24, 6, 0).batch(0, 200)
+    write_corpus(tmp_path / "text", seed=1)
+    build(tmp_path / "text", tmp_path / "other")
+    shutil.copytree(tmp_path / "other", server.folder, dirs_exist_ok=True)
+    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(tmp_path / "other", 24, 6, 0))
+
+
+def test_a_damaged_block_of_the_cache_is_fetched_once_more(
+    data: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    TrainStream(server.url, 24, 6, 0).batch(0, 200)
+    blocks = sorted((cache_folder(server.url) / "blocks").iterdir())
+    for block in blocks:
+        block.write_bytes(bytes(block.stat().st_size))
+    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    # The server's own damage is fetched once more and no oftener.
+    (server.folder / "train-00000.tar").write_bytes(
+        bytes((data / "train-00000.tar").stat().st_size)
+    )
+    for block in blocks:
+        block.unlink(missing_ok=True)
+    stream = TrainStream(server.url, 24, 6, 0, tolerance=1.0)
+    assert (stream.batch(0, stream.samples_per_epoch).targets == IGNORE).any()
+    with pytest.raises(RuntimeError, match="train-00000.tar.*differs from its checksum"):
+        TrainStream(server.url, 24, 6, 0).batch(0, 200)
+
+
+def test_a_new_cache_is_for_its_user_alone(server: Server, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        cache_folder(server.url)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_verify_takes_a_url(data: Path, server: Server) -> None:
+    assert verify_data(server.url) == verify_data(data) | {"data": server.url}
+    (server.folder / "train-00000.tar").unlink()
+    sidecar = server.folder / "train-00001.index.npy"
+    sidecar.write_bytes(sidecar.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError) as caught:
+        verify_data(server.url)
+    for problem in (
+        f"{server.url} is damaged",
+        "train-00000.tar could not be read, tried once: HTTP Error 404",
+        "train-00001.index.npy: content differs from its hash",
+    ):
+        assert problem in str(caught.value)
+
+
 def test_the_cache_keeps_its_limit(
     data: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +233,7 @@ def test_commands_bring_whole_files(
 def test_a_cut_pipe_is_noticed(data: Path, server: Server) -> None:
     cut = BlockCache(f"pipe:head -c 3000 {data}/{{file}}")
     with pytest.raises(OSError, match="3000 bytes came instead of"):
-        cut.read("train-00000.tar", (data / "train-00000.tar").stat().st_size, 0, 100)
+        cut.read("train-00000.tar", "", (data / "train-00000.tar").stat().st_size, 0, 100)
 
 
 def test_sources_may_be_fetched(server: Server, tmp_path: Path) -> None:

@@ -88,3 +88,22 @@ def test_a_damaged_document_costs_its_tokens_and_past_the_tolerance_the_run(
     assert train_run(recipe, tmp_path / "run", "data.damage_tolerance=0.9")["finished"]
     with pytest.raises(RuntimeError, match="train-00000.tar, document 2"):
         train_run(recipe, tmp_path / "other")
+
+
+def test_printed_losses_leave_damaged_tokens_out_and_say_how_many(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    shard = load_index(copy).splits["train"].shards[0]
+    content = (copy / shard.file).read_bytes()
+    (copy / shard.file).write_bytes(content[: shard.bytes // 2] + bytes(-(-shard.bytes // 2)))
+    recipe, tolerant = recipe_for(copy, tmp_path), "data.damage_tolerance=1"
+    train_run(recipe, tmp_path / "run", tolerant)
+    masked, losses = (numbers(tmp_path / "run", f"train/{key}") for key in ("masked", "loss"))
+    assert any(0.2 < share < 0.8 for share in masked.values())
+    # Before it has learnt anything, a model's loss is the logarithm of the vocabulary.
+    assert losses[1] == pytest.approx(np.log(load_index(copy).vocab_size), abs=0.3)
+    assert f"damaged {masked[1]:.1%}" in capfd.readouterr().err
+    train_run(recipe_for(data, tmp_path), tmp_path / "sound")
+    assert set(numbers(tmp_path / "sound", "train/masked").values()) == {0.0}
+    assert "damaged" not in capfd.readouterr().err

@@ -51,8 +51,11 @@ def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = Non
 def cache_folder(url: str) -> Path:
     """Return the folder for local copies of files of the data folder at `url`; it exists."""
     root = Path(os.environ.get("MEMSHARD_CACHE") or Path.home() / ".cache" / "memshard")
+    # Ours alone: what another user put there would be trained on. One that exists may be shared.
+    root.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, exist_ok=True)
     folder = root / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -77,20 +80,35 @@ class BlockCache:
         self._written = self._limit  # look at the folder before the first block is added
         self._memory: OrderedDict[str, bytes] = OrderedDict()
 
-    def read(self, name: str, size: int, begin: int, end: int) -> bytes:
-        """Return bytes begin to end - 1 of the file `name`, which has `size` bytes. OSError if they
-        cannot be fetched.
+    def read(self, name: str, sha256: str, size: int, begin: int, end: int) -> bytes:
+        """Return bytes begin to end - 1 of the file `name`, which has `size` bytes and this hash.
+        OSError if they cannot be fetched.
         """
-        step = BLOCK_BYTES if self._ranges else size
+        step = self._step(size)
         parts = []
-        for number in range(begin // step, -(-end // step)):
+        for number in self._numbers(size, begin, end):
             first = number * step
-            block = self._block(name, number, first, min(first + step, size))
+            key = _key(name, sha256, number)
+            block = self._block(key, name, first, min(first + step, size))
             parts.append(block[max(begin - first, 0) : end - first])
         return b"".join(parts)
 
-    def _block(self, name: str, number: int, begin: int, end: int) -> bytes:
-        key = f"{name}.{number}"
+    def drop(self, name: str, sha256: str, size: int, begin: int, end: int) -> None:
+        """Forget what `read` with the same arguments read, so that it is fetched again."""
+        for number in self._numbers(size, begin, end):
+            key = _key(name, sha256, number)
+            self._memory.pop(key, None)
+            (self._folder / key).unlink(missing_ok=True)
+
+    def _step(self, size: int) -> int:
+        return BLOCK_BYTES if self._ranges else size
+
+    def _numbers(self, size: int, begin: int, end: int) -> range:
+        """Return the numbers of the blocks that hold bytes begin to end - 1."""
+        step = self._step(size)
+        return range(begin // step, -(-end // step))
+
+    def _block(self, key: str, name: str, begin: int, end: int) -> bytes:
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
@@ -148,3 +166,10 @@ class BlockCache:
             file.unlink(missing_ok=True)
             total -= size
         self._written = total
+
+
+def _key(name: str, sha256: str, number: int) -> str:
+    """Return the name of a block in the cache. With the file's hash, or blocks of a data set that
+    was built anew at the same URL would pass for those of the new one.
+    """
+    return f"{name}.{sha256[:16]}.{number}"

@@ -1,14 +1,20 @@
-"""Check a data folder: every file against its hash, every count against the content."""
+"""Check a data folder, here or at a URL: every file against its hash, every count against the
+content.
+"""
 
 import io
 import os
 import tarfile
+import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.format.index import (
     INDEX_FILE,
     Index,
@@ -17,35 +23,61 @@ from memshard.data_pipeline.format.index import (
     read_index,
     sha256_file,
 )
+from memshard.data_pipeline.format.remote import file_url
 from memshard.data_pipeline.format.shards import read_sidecar
 
 
 def verify_data(path: str | os.PathLike[str]) -> dict:
-    """Re-hash everything, compare counts, and return totals. ValueError names every bad file."""
-    folder = Path(path)
-    # `load_index` refuses a folder without an index in words that say what to do.
-    index = read_index(folder) if (folder / INDEX_FILE).is_file() else load_index(folder)
+    """Re-hash everything, compare counts, and return totals. ValueError names every bad file.
+
+    path: a folder or a URL, whose files are fetched anew, past the cache, a shard at a time.
+    """
+    folder, remote = Path(path), is_url(str(path))
+    # `load_index` refuses a folder without an index in words that say what to do, but also one
+    # that lacks a file, and verification names all such files.
+    here = not remote and (folder / INDEX_FILE).is_file()
+    index = read_index(folder) if here else load_index(path)
     shards = [shard for split in index.splits.values() for shard in split.shards]
-    problems = (
-        _file_problems(folder / index.tokenizer, None, index.tokenizer_sha256)
-        if index.records.tokenizer
-        else []
-    )
+    problems = []
+    if index.records.tokenizer:
+        with _files(path, index.tokenizer) as (copied, missing):
+            problems += missing or _file_problems(
+                copied / index.tokenizer, None, index.tokenizer_sha256
+            )
     for shard in tqdm(shards, "verifying", unit="shard", disable=None, leave=False):
-        problems += _problems(folder, index, shard)
+        with _files(path, shard.sidecar, shard.file) as (copied, missing):
+            problems += missing or _problems(copied, index, shard)
     if problems:
         raise ValueError(
-            f"{folder} is damaged: {'; '.join(problems)}. Copy these files again, or build the "
+            f"{path} is damaged: {'; '.join(problems)}. Copy these files again, or build the "
             "data set again"
         )
     return {
-        "data": str(folder),
+        "data": str(path),
         "shards": len(shards),
         "bytes": sum(shard.bytes for shard in shards),
     } | {
         name: {"documents": split.documents, "tokens": split.tokens}
         for name, split in index.splits.items()
     }
+
+
+@contextmanager
+def _files(path: str | os.PathLike[str], *names: str) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder that holds these files of a data folder, and what is wrong with those that
+    could not be fetched. A context manager, at whose end copies are removed.
+    """
+    if not is_url(str(path)):
+        yield Path(path), []
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        missing = []
+        for name in names:
+            try:
+                fetch(file_url(str(path), name), Path(scratch)).rename(Path(scratch, name))
+            except OSError as error:
+                missing.append(f"{name}: {error}")
+        yield Path(scratch), missing
 
 
 def _file_problems(file: Path, size: int | None, sha256: str) -> list[str]:

@@ -112,9 +112,7 @@ class SplitReader:
         if self._checked[document] or self._tokenizer is not None:
             return
         self._checked[document] = True
-        content = self._bytes(document, 0, int(self.lengths[document]) * self._dtype.itemsize)
-        if content is not None and zlib.crc32(content) != self._checksums[document]:
-            self._mask(document, "its content differs from its checksum")
+        self._whole(document, int(self.lengths[document]) * self._dtype.itemsize)
 
     def _token_range(self, document: int, begin: int, size: int) -> np.ndarray | None:
         """Return tokens begin to begin + size - 1 of a document, or None if they are damaged."""
@@ -127,11 +125,8 @@ class SplitReader:
     def _tokens(self, document: int, tokenizer: Tokenizer) -> np.ndarray | None:
         """Return all tokens of a document of raw text, or None if it is damaged."""
         if document not in self._tokenized:
-            content = self._bytes(document, 0, int(self._raw_bytes[document]))
+            content = self._whole(document, int(self._raw_bytes[document]))
             if content is None:
-                return None
-            if zlib.crc32(content) != self._checksums[document]:
-                self._mask(document, "its content differs from its checksum")
                 return None
             tokens = np.array([*tokenizer.encode(content.decode("utf-8-sig")), self.index.eos_id])
             if len(tokens) != self.lengths[document]:
@@ -142,6 +137,23 @@ class SplitReader:
             while len(self._tokenized) > TOKENIZED_DOCUMENTS:
                 self._tokenized.popitem(last=False)
         return self._tokenized[document]
+
+    def _whole(self, document: int, size: int) -> bytes | None:
+        """Return a document's bytes, all `size`; mask it and return None if they cannot be read or
+        fail their checksum.
+        """
+        content = self._bytes(document, 0, size)
+        if content is None or zlib.crc32(content) == self._checksums[document]:
+            return content
+        # What a cache holds may have been damaged there: only what comes from the source counts.
+        if self._files.drop_cached(
+            int(self._shard_of[document]), int(self._offsets[document]), size
+        ):
+            content = self._bytes(document, 0, size)
+            if content is None or zlib.crc32(content) == self._checksums[document]:
+                return content
+        self._mask(document, "its content differs from its checksum")
+        return None
 
     def _bytes(self, document: int, begin: int, size: int) -> bytes | None:
         """Return bytes begin to begin + size - 1 of a document; mask it and return None if they
@@ -189,14 +201,21 @@ class _ShardFiles:
         self._open: dict[int, int] = {}
 
     def read(self, shard: int, begin: int, size: int) -> bytes:
+        facts = self.shards[shard]
         if self._remote is not None:
-            return self._remote.read(
-                self.shards[shard].file, self.shards[shard].bytes, begin, begin + size
-            )
+            return self._remote.read(facts.file, facts.sha256, facts.bytes, begin, begin + size)
         if shard not in self._open:
-            self._open[shard] = os.open(self._folder / self.shards[shard].file, os.O_RDONLY)
+            self._open[shard] = os.open(self._folder / facts.file, os.O_RDONLY)
         # pread has no file position, so threads can share the descriptor.
         return os.pread(self._open[shard], size, begin)
+
+    def drop_cached(self, shard: int, begin: int, size: int) -> bool:
+        """Forget these bytes if they came from a cache, and return whether they did."""
+        if self._remote is None:
+            return False
+        facts = self.shards[shard]
+        self._remote.drop(facts.file, facts.sha256, facts.bytes, begin, begin + size)
+        return True
 
     def __getstate__(self) -> dict:
         """Leave out open files: each worker process opens its own."""

@@ -43,7 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             # all.
             command.set_defaults(run=lambda args, kind=kind: run_own(kind, args))
     verify = commands.add_parser("verify", help="re-hash every shard and check every count")
-    verify.add_argument("path", metavar="DIR", help="folder that `memshard data build` wrote")
+    verify.add_argument(
+        "path", metavar="DIR", help="folder that `memshard data build` wrote, or its URL"
+    )
     verify.set_defaults(run=run_verify)
 
 

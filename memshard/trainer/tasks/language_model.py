@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
-from memshard.data_pipeline.stream.open_stream import AnyStream
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.random import RandomKey
@@ -39,11 +38,9 @@ class LanguageModelTask:
         """
         return self.each_loss(model, batch, step, carried).sum()
 
-    def loss_tokens(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
-        """Return the number of tokens that have a loss in a step, over all ranks. number: of the
-        step's batch. batches: the local ones.
-        """
-        return stream.tokens_read(number)
+    def loss_tokens(self, batch: Batch) -> Tensor:
+        """Return the number of tokens that have a loss, int64."""
+        return self.counted(batch).sum()
 
     def counted(self, batch: Batch) -> Tensor:
         """Return where `each_loss` has a loss, [batch, length] bool."""

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
-from memshard.data_pipeline.stream.open_stream import AnyStream
 from memshard.models.context import Context
 from memshard.models.random import RandomKey
-from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried_states import Carried
 
 
@@ -64,15 +62,9 @@ class TranslationTask:
         """Return where `each_loss` has a loss, [batch, length] bool."""
         return torch.arange(batch.inputs.shape[1]) < _answers(batch, self.eos)[:, None]
 
-    def loss_tokens(self, stream: AnyStream, number: int, batches: list[Batch]) -> float:
-        """Return the number of a step's target tokens. batches: the local ones. Collective."""
-        return float(
-            all_sum(
-                torch.stack([_answers(batch, self.eos).sum() for batch in batches])
-                .sum()
-                .to(self.device)
-            )
-        )
+    def loss_tokens(self, batch: Batch) -> Tensor:
+        """Return the number of target tokens, int64."""
+        return _answers(batch, self.eos).sum()
 
 
 def split_pairs(batch: Batch, eos: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Meter:
     def restart(self) -> None:
         """Forget the steps since the last reading."""
         self.loss = 0.0
-        self.steps = self.tokens = 0
+        self.steps = self.tokens = self.masked = 0
         self.data_wait = 0.0
         self.begun = time.perf_counter()
 
@@ -62,6 +62,7 @@ class Meter:
         self.loss += outcome.loss
         self.steps += 1
         self.tokens += outcome.tokens
+        self.masked += outcome.masked
         self.data_wait += outcome.data_wait
         self.last = outcome
 
@@ -77,6 +78,7 @@ class Meter:
             "train/skipped": float(progress.skipped),
             "train/spikes": float(progress.spikes),
             "train/rewinds": float(progress.rewinds),
+            "train/masked": self.masked / self.tokens,
             "speed/tokens_per_s": tokens_per_s,
             "speed/step_s": seconds / self.steps,
             "speed/mfu": tokens_per_s * self.flops / self.peak,
