@@ -1,5 +1,5 @@
-"""The examples of docs/adopt.md run, learn, and lose nothing when they are saved, loaded and
-resumed.
+"""The examples of docs/adopt.md run, learn, and lose nothing when they are saved,
+loaded and resumed.
 """
 
 import copy

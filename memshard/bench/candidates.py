@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Propose and check candidates, seed by seed."""
     torch.set_num_threads(1)
-    # The size of the paper's search: some 35 million parameters, of which the embedding is almost
-    # half.
+    # The size of the paper's search: some 35 million parameters, of which the embedding
+    # is almost half.
     shape = Shape(vocab=32_000, length=64, parameters=(32_000_000, 38_000_000))
     return {
         f"{kind}, seed {seed}": measure(args.start, args.count, kind == "descendants", seed, shape)

@@ -131,8 +131,8 @@ def _competitors() -> tuple[dict[str, Function], list[str]]:
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
         def transformers(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-            # Its layout is [batch, length, heads, width]; it divides queries by the root of their
-            # width.
+            # Its layout is [batch, length, heads, width]; it divides queries by the root
+            # of their width.
             q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** 0.5, k, v))
             beta = beta.transpose(1, 2)
             out = torch_chunk_gated_delta_rule(

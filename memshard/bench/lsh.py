@@ -94,8 +94,8 @@ def transformers(length: int) -> tuple[nn.Module, Loss]:
 
     # Chunks of twice the mean bucket, as in the paper (m = 2 l / n_buckets, section 2).
     buckets = 2 * length // CHUNK
-    # Two factors near the root: the random rotations are then as wide as their sum, not as their
-    # product.
+    # Two factors near the root: the random rotations are then as wide as their sum, not
+    # as their product.
     first = 1 << buckets.bit_length() // 2
     settings = ReformerConfig(
         attn_layers=["lsh"] * LAYERS,

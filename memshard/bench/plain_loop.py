@@ -125,8 +125,8 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             nn.utils.clip_grad_norm_(plain.parameters(), recipe.train.clip)
             optimizer.step()
             optimizer.zero_grad()
-            # Ours reads loss and norm in every step as well, which on a GPU waits for the step to
-            # end.
+            # Ours reads loss and norm in every step as well, which on a GPU waits for the
+            # step to end.
             loss.item()
 
         seconds = interleave(

@@ -19,8 +19,8 @@ from memshard.data_pipeline.format.remote import local_copy
 TokenizerModel = Literal["bpe", "unigram"]
 TOKENIZER_FILE = "tokenizer.model"
 
-# sentencepiece writes a space as U+2581 inside pieces, so a real U+2581 has to go through its
-# bytes.
+# sentencepiece writes a space as U+2581 inside pieces, so a real U+2581 has to go
+# through its bytes.
 SPACE_MARK = "\u2581"
 MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above 4192 bytes
 

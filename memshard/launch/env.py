@@ -129,8 +129,8 @@ def reachable_interface(address: str) -> str | None:
         ).startswith("127.0.0."):
             return None
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # A connected UDP socket has the address from which this host would send: the route, for
-            # free.
+            # A connected UDP socket has the address from which this host would send: the
+            # route, for free.
             probe.connect((address, 9))  # sends nothing
             local = probe.getsockname()[0]
             addresses = {name: _address_of(name, probe) for _, name in socket.if_nameindex()}

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_a_table_that_copies_its_gradient_takes_more_memory() -> None:
-    """A dense gradient of 32,768 x 256 is 34 MB beside 101 MB of values and moments, which both
-    have.
+    """A dense gradient of 32,768 x 256 is 34 MB beside 101 MB of values and moments,
+    which both have.
     """
     result = measure(Sizes(32_768, 256, 16, (64,), rounds=1), [OURS, DENSE])
     ours, dense = result["tokens"][64][OURS], result["tokens"][64][DENSE]

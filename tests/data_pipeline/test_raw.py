@@ -1,5 +1,5 @@
-"""Existing tars of text: used as they are, in the order of token shards, tokenised by any number of
-workers.
+"""Existing tars of text: used as they are, in the order of token shards, tokenised by any
+number of workers.
 """
 
 import io

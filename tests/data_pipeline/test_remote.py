@@ -1,5 +1,5 @@
-"""Data elsewhere: range requests over http, whole files through commands, a cache with a limit,
-retries.
+"""Data elsewhere: range requests over http, whole files through commands, a cache with
+a limit, retries.
 """
 
 import http.server

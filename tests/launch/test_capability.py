@@ -1,5 +1,5 @@
-"""What start-up says of GPUs that this torch was not built for, and which options its launcher
-has.
+"""What start-up says of GPUs that this torch was not built for, and which options
+its launcher has.
 """
 
 import re
@@ -57,8 +57,8 @@ def test_scripts_that_restart_share_no_store() -> None:
 
 
 def test_lower_bounds_are_versions_that_run_here() -> None:
-    """The tests run with constraints.txt; a bound that names another version there was never
-    run.
+    """The tests run with constraints.txt; a bound that names another version there
+    was never run.
     """
     exact = dict(
         re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

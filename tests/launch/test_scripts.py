@@ -110,8 +110,8 @@ def test_facts_of_a_cluster(tmp_path: Path) -> None:
 def test_submitting_keeps_code_and_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """sbatch here is a script that prints its arguments' number: SLURM itself is met in
-    test_cluster.py.
+    """sbatch here is a script that prints its arguments' number: SLURM itself is
+    met in test_cluster.py.
     """
     fake = tmp_path / "bin/sbatch"
     fake.parent.mkdir()

@@ -186,8 +186,8 @@ def test_turns_of_an_array_and_a_chain(
 
 
 def test_hostile_names_reach_sbatch_as_they_are(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """bash parses each script, and sbatch's jobs get the name, working directory and log that were
-    meant.
+    """bash parses each script, and sbatch's jobs get the name, working directory and log
+    that were meant.
     """
     names = [
         "my runs",

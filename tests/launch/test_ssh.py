@@ -32,8 +32,8 @@ pytestmark = [
 
 @pytest.fixture
 def ssh() -> Iterator[tuple[int, Path]]:
-    """Return the daemons' port, and a folder with an `ssh` that needs no settings in the home
-    folder.
+    """Return the daemons' port, and a folder with an `ssh` that needs no settings in
+    the home folder.
     """
     folder = Path(tempfile.mkdtemp(prefix="sshd-"))
     sshd = shutil.which("sshd", path=SYSTEM_PATH)

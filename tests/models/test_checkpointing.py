@@ -37,8 +37,8 @@ def _logits(model: Transformer, tokens: Tensor, ctx: Context) -> Tensor:
 def test_nothing_changes(
     changes: dict[str, Any], kind: Checkpointing, hidden: bool, which: str
 ) -> None:
-    """Not a bit changes: running statistics take each batch in once, tables collect each read
-    once.
+    """Not a bit changes: running statistics take each batch in once, tables collect
+    each read once.
     """
     model = tiny_model(tiny_config(**changes), spread=0.1).float().train()
     if hidden:
@@ -154,8 +154,8 @@ def test_what_checkpointing_saves() -> None:
 
 
 def test_lsh_holds_less_than_checkpointed_softmax_attention() -> None:
-    """Six layers of width 128 read one long sequence: what `memshard bench lsh` measures at 16,384
-    tokens.
+    """Six layers of width 128 read one long sequence: what `memshard bench lsh` measures
+    at 16,384 tokens.
     """
     tokens, peaks = torch.arange(2048)[None] % 50, []
     for kind in ("softmax", "lsh"):

@@ -1,5 +1,5 @@
-"""Attention document by document is attention under the document mask, without the mask's
-memory.
+"""Attention document by document is attention under the document mask, without
+the mask's memory.
 """
 
 import pytest

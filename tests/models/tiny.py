@@ -51,8 +51,8 @@ def tiny_config(
     norm_after: bool = False,
     **changes: Any,
 ) -> ModelConfig:
-    """Return a config of three layers of width 16; memories are in layers 1 and 2 unless told
-    otherwise.
+    """Return a config of three layers of width 16; memories are in layers 1 and 2
+    unless told otherwise.
     """
     defaults: dict[str, Any] = {"layers": (1, 2), "keys": 6, "heads": 2, "topk": 3, "key_dim": 8}
     sizes: dict[str, Any] = {

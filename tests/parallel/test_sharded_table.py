@@ -51,16 +51,16 @@ def _piece(x: Tensor, world: int, rank: int, dim: int = 0) -> Tensor:
 
 
 def _groups(rank: int, world: int, memory: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Return the rank's memory group, of neighbouring ranks, and the ranks that hold the same
-    part.
+    """Return the rank's memory group, of neighbouring ranks, and the ranks that hold
+    the same part.
     """
     mesh = init_device_mesh("cpu", (world // memory, memory), mesh_dim_names=("replica", "memory"))
     return mesh.get_group("memory"), mesh.get_group("replica")
 
 
 def _check_parity(rank: int, world: int) -> None:
-    """Compare, on every rank, the sharded table with a local copy that reads the tokens of all
-    ranks.
+    """Compare, on every rank, the sharded table with a local copy that reads the tokens
+    of all ranks.
     """
     for memory in (size for size in (1, 2, 3, 4) if world % size == 0 and (size > 1 or world < 3)):
         group, replicas = _groups(rank, world, memory)
@@ -257,8 +257,8 @@ def _gather(x: Tensor, slots: int, world: int) -> list[Tensor]:
 
 
 def _initial_state(share: bool, layout: LayoutName) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return this rank's state of a model that was built on meta, spread, and only then given
-    memory.
+    """Return this rank's state of a model that was built on meta, spread, and only
+    then given memory.
     """
     with torch.device("meta"):
         model = Transformer(tiny_config({"keys": 5, "share": share}))

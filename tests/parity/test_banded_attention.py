@@ -1,5 +1,5 @@
-"""Sorted, tiled attention is attention over the union of each round's predecessors, one token at a
-time.
+"""Sorted, tiled attention is attention over the union of each round's predecessors, one token
+at a time.
 """
 
 import pytest

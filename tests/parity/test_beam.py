@@ -16,8 +16,8 @@ SOURCES = [[3, 2, 4, 1], [2, 1], [4, 4, 0, 3, 2, 1]]
 
 
 def _model(attention: str) -> EncoderDecoder:
-    """Return a model over five tokens, of a draw in which hypotheses of several lengths are
-    good.
+    """Return a model over five tokens, of a draw in which hypotheses of several
+    lengths are good.
     """
     return translator(attention, vocab_size=5)
 

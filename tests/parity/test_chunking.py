@@ -65,8 +65,8 @@ def test_chunked_losses(residual: Any, tie_head: bool, chunk: int) -> None:
     ids=str,
 )
 def test_chunked_models(memory: dict[str, Any], kind: Any, which: str) -> None:
-    """Values, gradients, and the reads that hidden tables collect in pieces are those of the
-    whole.
+    """Values, gradients, and the reads that hidden tables collect in pieces are those
+    of the whole.
     """
     reversible = kind == "reversible"
     changes: dict[str, Any] = {"residual": "reversible"} if reversible else {}

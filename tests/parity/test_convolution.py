@@ -1,5 +1,5 @@
-"""Primer's convolutions against loops over tokens: alone, in attention, and in every way of
-decoding.
+"""Primer's convolutions against loops over tokens: alone, in attention, and in every
+way of decoding.
 """
 
 from dataclasses import replace

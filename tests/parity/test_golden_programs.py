@@ -1,5 +1,5 @@
-"""Golden DNAs, compiled, are the models written by hand: outputs, gradients, numbers of
-parameters.
+"""Golden DNAs, compiled, are the models written by hand: outputs, gradients,
+numbers of parameters.
 """
 
 from typing import Any
@@ -59,8 +59,8 @@ def _by_hand(name: str) -> Transformer:
 
 
 def _names(name: str, program: Program) -> list[str]:
-    """Return the parameters of a block written by hand, in the order in which the program uses
-    them.
+    """Return the parameters of a block written by hand, in the order in which the
+    program uses them.
     """
     convolved = [f"mixer.{kind}" for kind in ("query", "key", "value")]
     before, after = _norm(name, "mixer"), _norm(name, "feedforward")

@@ -43,8 +43,8 @@ def _tokens(*shape: int) -> Tensor:
 
 
 def _results(y: Tensor, memory: ProductKeyMemory, x: Tensor) -> list[Tensor]:
-    """Return the output and the gradients of a random projection of it, to the input and to every
-    parameter.
+    """Return the output and the gradients of a random projection of it, to the input and
+    to every parameter.
     """
     upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
     return [y, *torch.autograd.grad((y * upstream).sum(), [x, *memory.parameters()])]
@@ -184,8 +184,8 @@ def test_no_tokens_give_no_gradient_and_no_statistics(query_norm: str) -> None:
 
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> None:
-    """Two passes and two layers share a table; every row comes once, in order, in blocks of bounded
-    size.
+    """Two passes and two layers share a table; every row comes once, in order, in blocks
+    of bounded size.
     """
     first = _memory()
     second = ProductKeyMemory(**_SIZES, values=first.values).double()

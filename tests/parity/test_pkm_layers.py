@@ -1,5 +1,5 @@
-"""What product keys are compared with equals its naive twin: flat keys, and a mixture of
-experts.
+"""What product keys are compared with equals its naive twin: flat keys, and a
+mixture of experts.
 """
 
 import torch

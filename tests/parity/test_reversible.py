@@ -143,8 +143,8 @@ def test_shared_and_frozen_parameters() -> None:
 
 
 def test_a_weight_that_autocast_casts_in_a_block_and_again_outside_gets_both_gradients() -> None:
-    """Autocast's cache of half precision copies would hand the copy of the gradient-free pass
-    on.
+    """Autocast's cache of half precision copies would hand the copy of the
+    gradient-free pass on.
     """
 
     def twice(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:

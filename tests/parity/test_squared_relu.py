@@ -30,8 +30,8 @@ def test_one_tensor_is_kept() -> None:
 
 
 def test_fp16_does_not_overflow() -> None:
-    """If the square does not fit, value and gradient are those of the largest input whose square
-    does.
+    """If the square does not fit, value and gradient are those of the largest input
+    whose square does.
     """
     x = torch.tensor(
         [-1e4, 255.875, 256.0, 300.0, 6e4, float("nan")], dtype=torch.float16, requires_grad=True

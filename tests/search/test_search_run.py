@@ -1,5 +1,5 @@
-"""`memshard search run` and `report` on real text, and workers that die, hang and take too much
-memory.
+"""`memshard search run` and `report` on real text, and workers that die, hang and take
+too much memory.
 """
 
 import json
@@ -257,8 +257,8 @@ def test_a_search_on_real_text_reports_its_verdict(
 @pytest.mark.slow
 @pytest.mark.skipif(not TEXT.exists(), reason="needs shared/data")
 def test_a_search_on_real_text_survives_kills(tmp_path: Path) -> None:
-    """From the Transformer, with kill -9 of its workers and of the search, it ends as it does
-    without.
+    """From the Transformer, with kill -9 of its workers and of the search, it ends as
+    it does without.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["search", "run", str(whole), f"text={TEXT}", *TINY]) == 0

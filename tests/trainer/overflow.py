@@ -1,5 +1,5 @@
-"""Gradients that overflow on one rank, as they would in backward: before anything is summed over
-ranks.
+"""Gradients that overflow on one rank, as they would in backward: before anything is
+summed over ranks.
 """
 
 from collections.abc import Callable, Iterator

@@ -234,8 +234,8 @@ def _tensors(seed: int) -> dict[str, Tensor]:
 
 
 def test_an_update_during_a_save_does_not_reach_it(tmp_path: Path) -> None:
-    """A table of three pieces is written where it lies, the others are copied; the save is of one
-    step.
+    """A table of three pieces is written where it lies, the others are copied; the save is
+    of one step.
     """
     saving, live, state = BackgroundSave(), _tensors(0), {"losses": [1.0]}
     saving.start(tmp_path / "step-00000001", live, state, [], ["table"], lambda: None)

@@ -37,8 +37,8 @@ def _random(*shape: int) -> Tensor:
 
 
 def _read(keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-    """Read the paper's layer over all slots. keys: [heads, 2, n, half]; queries: [tokens, heads, 2
-    half].
+    """Read the paper's layer over all slots. keys: [heads, 2, n, half]; queries: [tokens,
+    heads, 2 half].
     """
     scores = torch.einsum("thd,hnd->thn", queries[..., :HALF], keys[:, 0])[..., :, None]
     scores = (

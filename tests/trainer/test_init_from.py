@@ -26,8 +26,8 @@ TOLERANCE = 0.005
 
 @pytest.fixture(scope="module")
 def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a dense run, one with a memory, and one with gated memories in fp16; return their
-    folder.
+    """Train a dense run, one with a memory, and one with gated memories in fp16;
+    return their folder.
     """
     folder = tmp_path_factory.mktemp("init_from")
     train_run(recipe, folder / "dense", DENSE)

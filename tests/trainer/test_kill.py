@@ -1,5 +1,5 @@
-"""Real signals to real commands: whatever ends a run, the next start goes on as if nothing had
-happened.
+"""Real signals to real commands: whatever ends a run, the next start goes on as if
+nothing had happened.
 """
 
 import json

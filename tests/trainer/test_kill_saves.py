@@ -1,5 +1,5 @@
-"""kill -9 of one rank or of all, at random moments of a run of two processes that saves after each
-step.
+"""kill -9 of one rank or of all, at random moments of a run of two processes that saves
+after each step.
 """
 
 import os

@@ -68,8 +68,8 @@ def test_automatic_precision_follows_the_capability(
 def overflow_on_one_rank(
     rank: int, world: int, recipe: Path, folder: Path, *overrides: str
 ) -> list[float]:
-    """Let every second step have a gradient that overflows on the last rank only; return all loss
-    scales.
+    """Let every second step have a gradient that overflows on the last rank only; return
+    all loss scales.
     """
     run = prepare(recipe, folder, *FP16, *overrides)
     train_step(run)

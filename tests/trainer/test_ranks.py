@@ -1,5 +1,5 @@
-"""The number of ranks, the layout of tables, and the number of micro-batches change nothing but the
-speed.
+"""The number of ranks, the layout of tables, and the number of micro-batches change nothing
+but the speed.
 """
 
 import shutil
@@ -49,8 +49,8 @@ def _whole(run: Run) -> dict[str, Any]:
 
 
 def _load(recipe: Path, folder: Path, *layout: str) -> dict[str, Any]:
-    """Return what a checkpoint saved on two ranks becomes on these: whole tensors, and its
-    evaluation.
+    """Return what a checkpoint saved on two ranks becomes on these: whole tensors,
+    and its evaluation.
     """
     run = prepare(recipe, folder, *LONG, *layout)
     evaluation = evaluate_run(run)
@@ -78,8 +78,8 @@ def _two_ranks(rank: int, world: int, recipe: Path, folder: Path) -> None:
 def runs(
     recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the folder of all runs, and what one rank and each of three loaded of the two ranks'
-    checkpoint.
+    """Return the folder of all runs, and what one rank and each of three loaded of the
+    two ranks' checkpoint.
     """
     folder = tmp_path_factory.mktemp("runs")
     run_distributed(_two_ranks, 2, recipe, folder)

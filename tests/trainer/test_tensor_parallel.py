@@ -103,8 +103,8 @@ def _refusals(recipe: Path, folder: Path) -> list[str]:
 
 
 def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
-    """Return, for some models in fp32 and bf16, the bytes that a rank keeps for backward, and the
-    estimate.
+    """Return, for some models in fp32 and bf16, the bytes that a rank keeps for backward,
+    and the estimate.
     """
     batch, length, rows = 16, 64, []
     memory = MemoryConfig(layers=(1,), keys=32, heads=4, topk=8, key_dim=64)

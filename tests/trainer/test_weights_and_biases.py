@@ -13,8 +13,8 @@ from tests.trainer.tiny_run import train_run
 
 
 def _uploads(folder: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """Return run, project and lines of every file that would be uploaded, in the order of their
-    starts.
+    """Return run, project and lines of every file that would be uploaded, in the order
+    of their starts.
     """
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record

@@ -31,8 +31,8 @@ def show(result: dict[str, Any]) -> None:
                 f"{_gigabytes(table['peak_memory'][name])} |"
             )
         ours = lines[OURS]
-        # How many times as long as streaming the same bytes: below 1 where hot rows come from the
-        # cache.
+        # How many times as long as streaming the same bytes: below 1 where hot rows come
+        # from the cache.
         over = table["read_bandwidth"] / ours["forward_bytes_per_s"]
         print(f"\nforward: {over:.2f} x (bytes of all reads) / (stream read bandwidth)")
         print(

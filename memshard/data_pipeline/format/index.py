@@ -118,8 +118,8 @@ def load_index(path: str | os.PathLike[str]) -> Index:
             )
     for split in () if remote else index.splits.values():
         for shard in split.shards:
-            # Sizes cost nothing at each start and catch what was cut; hashes are for `memshard data
-            # verify`.
+            # Sizes cost nothing at each start and catch what was cut; hashes are for
+            # `memshard data verify`.
             size = (folder / shard.file).stat().st_size
             if size != shard.bytes:
                 raise ValueError(

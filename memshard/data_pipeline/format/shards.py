@@ -117,8 +117,8 @@ def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     """
     path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
     try:
-        # Mapped: a header that promises more than the file holds is refused before anything is
-        # allocated.
+        # Mapped: a header that promises more than the file holds is refused before
+        # anything is allocated.
         entries: np.ndarray = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError) as error:
         raise ValueError(

@@ -132,8 +132,8 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
         json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"
     )
     try:
-        # Renamed when whole: a folder under its name is finished. Another worker may have been as
-        # quick.
+        # Renamed when whole: a folder under its name is finished. Another worker may have
+        # been as quick.
         partial.rename(unit.folder)
     except OSError:
         if not unit.folder.is_dir():

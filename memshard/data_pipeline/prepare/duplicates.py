@@ -66,8 +66,8 @@ def join(labels: np.ndarray, keys: np.ndarray) -> None:
         roots, others = labels[one], labels[other]
         differ = roots != others
         one, other, roots, others = one[differ], other[differ], roots[differ], others[differ]
-        # Union by smallest number, for all pairs at once: link the larger root to the smaller
-        # one...
+        # Union by smallest number, for all pairs at once: link the larger root to
+        # the smaller one...
         np.minimum.at(labels, np.maximum(roots, others), np.minimum(roots, others))
         # ... and halve every path to its root, until all are roots. Pairs that still differ,
         # because several had linked the same root, get another round.

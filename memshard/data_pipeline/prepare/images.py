@@ -98,8 +98,8 @@ def build_images(
                 (name, part, final, size, gray)
                 for name, part in zip(names[split][0], parts, strict=True)
             ]
-        # A shard's JSON is written last, so those that have one are whole, from a build that was
-        # interrupted.
+        # A shard's JSON is written last, so those that have one are whole, from a build
+        # that was interrupted.
         todo = [task for task in tasks if not (final / f"{task[0]}.json").exists()]
         run_tasks(write_image_shard, todo, min(workers or cores(), len(todo)), "reading images")
         values = size * size * channels

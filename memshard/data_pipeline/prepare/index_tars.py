@@ -111,8 +111,8 @@ def index_tars(
             proto = train_tokenizer(lines, vocab_size, model)
         else:
             raise no_text
-        # Sizes and times, not hashes, to know a tar again: hashing terabytes just to resume takes
-        # hours.
+        # Sizes and times, not hashes, to know a tar again: hashing terabytes just to
+        # resume takes hours.
         facts = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
         final = work / f"data-{digest(proto, facts, suffix, held_out, test)}"
         final.mkdir(exist_ok=True)
@@ -181,8 +181,8 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
             for (offset, content), text, ids in zip(
                 batch, texts, tokenizer.encode_batch(texts, threads=1), strict=True
             ):
-                # The table is int64, so the hash's 64 bits are stored as a signed number and viewed
-                # back.
+                # The table is int64, so the hash's 64 bits are stored as a signed number
+                # and viewed back.
                 signed = int(np.uint64(exact_hash(text)).view(np.int64))
                 # + 1 for the <eos> after each document.
                 rows.append((offset, len(ids) + 1, zlib.crc32(content), len(content), signed))

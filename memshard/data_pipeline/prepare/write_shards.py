@@ -125,8 +125,8 @@ def _cuts(splits: Splits, side: int, shard_bytes: int) -> Iterator[tuple[int, in
     ends = np.cumsum(splits.sizes[numbers], dtype=np.int64)
     first, done = 0, 0
     while first < len(numbers):
-        # By the sizes of texts alone, so cuts depend neither on the tokenizer nor on the number of
-        # workers.
+        # By the sizes of texts alone, so cuts depend neither on the tokenizer nor on the
+        # number of workers.
         last = min(int(np.searchsorted(ends, done + shard_bytes)), len(numbers) - 1)
         yield int(numbers[first]), int(numbers[last]) + 1
         first, done = last + 1, int(ends[last])

@@ -48,8 +48,8 @@ def reproduce(
         line = json.dumps(
             {"key": _key(point), "point": point, "result": result, "seconds": round(seconds, 2)}
         )
-        # Read back from the line: tuples are lists and keys are text, as in points of an earlier
-        # call.
+        # Read back from the line: tuples are lists and keys are text, as in points of
+        # an earlier call.
         done[_key(point)] = json.loads(line)
         # A line as soon as a point is done: an interruption loses the points in work and no others.
         with (folder / RESULTS_FILE).open("a") as file:

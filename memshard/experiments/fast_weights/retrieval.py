@@ -193,8 +193,8 @@ def train(point: dict[str, Any]) -> dict[str, Any]:
         symbols,
         _SEQUENCES,
         replace,
-        # Another generator than that of training, so held-out sequences do not depend on its
-        # length.
+        # Another generator than that of training, so held-out sequences do not depend
+        # on its length.
         torch.Generator().manual_seed(1_000_003 + point["seed"]),
     )
     curve: list[tuple[int, float | None]] = []

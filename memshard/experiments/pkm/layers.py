@@ -93,8 +93,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the experts' weighted sum. x: [..., dim], as the output."""
         tokens = x.reshape(-1, x.shape[-1])
-        # Sigmoids, not a softmax: over 32 experts that would begin with a thirtieth of each one's
-        # output.
+        # Sigmoids, not a softmax: over 32 experts that would begin with a thirtieth of
+        # each one's output.
         gates = self.router(tokens).float().sigmoid()
         chosen = (gates.detach() + self.bias).topk(self.active).indices
         load = chosen.flatten().bincount(minlength=len(self.experts))

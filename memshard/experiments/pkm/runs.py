@@ -50,8 +50,8 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
             train_to_end(run)
             with atomic_write(kept) as file:
                 file.write_text(json.dumps(_measured(run)))
-            # Only now is the result on disk; checkpoints of all studies together would take tens of
-            # GB.
+            # Only now is the result on disk; checkpoints of all studies together would take
+            # tens of GB.
             shutil.rmtree(folder / CHECKPOINTS)
         result: dict[str, Any] = json.loads(kept.read_text())
         return result

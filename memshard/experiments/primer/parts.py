@@ -145,8 +145,8 @@ class _Arm:
         ]
         sizes += [
             f"model.vocab_size={_BYTES}",
-            # SwiGLU has three matrices where the others have two: 8/3 of the width gives equal
-            # parameters.
+            # SwiGLU has three matrices where the others have two: 8/3 of the width
+            # gives equal parameters.
             f"model.feedforward.hidden={dim * 8 // 3 if name == 'Transformer++' else dim * 4}",
         ]
         schedule = [

@@ -91,8 +91,8 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
             ]
         )
     return {
-        # The loss is a mean over predicted tokens, <eos> among them; its sum is divided by the
-        # values.
+        # The loss is a mean over predicted tokens, <eos> among them; its sum is divided
+        # by the values.
         "bits": evaluation.loss
         / math.log(2)
         * evaluation.tokens

@@ -39,8 +39,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             command = commands.add_parser(kind.command, help=kind.help)
             _add_common(command, kind.takes)
             _add_options(command, kind.options)
-            # As a default, `kind` is bound now; the name alone would be the loop's last one for
-            # all.
+            # As a default, `kind` is bound now; the name alone would be the loop's last
+            # one for all.
             command.set_defaults(run=lambda args, kind=kind: run_own(kind, args))
     verify = commands.add_parser("verify", help="re-hash every shard and check every count")
     verify.add_argument(

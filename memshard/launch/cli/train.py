@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             # torchrun sends SIGTERM to the other ranks when the first one ends.
             stop.ignore_sigterm_on_exit = True
         rank = prepared.rank
-        # A function, not values: a thread reads step and phase while the main one may hang in a
-        # collective.
+        # A function, not values: a thread reads step and phase while the main one may hang
+        # in a collective.
         heartbeat = Heartbeat(
             folder, rank, prepared.ranks, lambda: (prepared.progress.step, prepared.phase)
         )

@@ -251,8 +251,8 @@ def _environment(job: Job) -> list[str]:
     values |= cluster.variables
     lines += [f"export {name}={shell([value])}" for name, value in values.items()]
     lines.append('export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
-    # By the job's number, so that two jobs on a node rarely meet; known to all nodes without a
-    # message.
+    # By the job's number, so that two jobs on a node rarely meet; known to all nodes
+    # without a message.
     lines.append(f"export MASTER_PORT=$((20000 + SLURM_JOB_ID % {PORTS}))")
     if job.flavour == "deepspeed":
         hosts = shell([f"{job.start.folder}/hostfile"])

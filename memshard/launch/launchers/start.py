@@ -52,8 +52,8 @@ def snapshot(args: argparse.Namespace) -> Start:
     folder = run_folder(args)
     resolved = dump(load_recipe(args.recipe, args.overrides))
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
-    # Resolved: a bundled recipe or a file may change before the job starts, and overrides are in
-    # it.
+    # Resolved: a bundled recipe or a file may change before the job starts, and overrides
+    # are in it.
     (folder / RECIPE).write_text(resolved)
     # The code as well: a queued job would otherwise run whatever the checkout has hours later.
     code = folder / CODE

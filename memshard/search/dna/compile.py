@@ -107,8 +107,8 @@ def compile_dna(dna: Dna, shape: Shape) -> Compiled | Rejected:
     if not shape.parameters[0] <= parameters <= shape.parameters[1]:
         allowed = f"{shape.parameters[0]:,} to {shape.parameters[1]:,} are allowed"
         return Rejected("band", f"{parameters:,} parameters at the nearest width; {allowed}")
-    # Checks run at 2 channels a unit: causality does not depend on width, and they cost
-    # milliseconds.
+    # Checks run at 2 channels a unit: causality does not depend on width, and
+    # they cost milliseconds.
     if rejected := explained(trial) or perturbed(narrow) or _diverges(narrow):
         return rejected
     return Compiled(

@@ -32,8 +32,8 @@ def _attention(nodes: dict[int, Node], uses: Counter[int], product: Node) -> Nod
     # A value that others read as well must stay, and then nothing is saved.
     if not _is(nodes, division, "DIVIDE") or uses[division] > 1:
         return None
-    # Two readers of the masked exponentials, the row sums and the division: a third would need
-    # them.
+    # Two readers of the masked exponentials, the row sums and the division: a third
+    # would need them.
     masked, total = nodes[division].inputs
     if not (
         _is(nodes, total, "RED_SUM")

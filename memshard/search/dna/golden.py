@@ -30,8 +30,8 @@ def golden(name: str, head_width: int = HEAD_WIDTH) -> Dna:
         lines["head"].append(_line("DCONV_3X1", 2))
         lines["relu"].append(_line("SQUARE", 2))
     if name == "primer":
-        # Keys are made first, then queries from them; the norm is (x - mu) / root(mean(x (x -
-        # mu))).
+        # Keys are made first, then queries from them; the norm is (x - mu) / root(mean(x
+        # (x - mu))).
         lines["attention"][:2] = [_line("head", 0), _line("CONV_1X1", 2, dim=_HEAD)]
         lines["attention"][3] = _line("T_MAT_MUL", 3, 2)
         lines["z-score"][2] = _line("MULTIPLY", 0, 3)

@@ -181,8 +181,8 @@ def _ordered(stream: int, output: int, made: list[Operation]) -> Graph:
             if entry.op in COMMUTATIVE
             else list(entry.inputs)
         )
-        # Depth first from the output, with a list as the stack: 1,024 calls would exceed Python's
-        # limit.
+        # Depth first from the output, with a list as the stack: 1,024 calls would
+        # exceed Python's limit.
         if waiting := [one for one in inputs if one not in numbers]:
             stack.append(waiting[0])
             continue

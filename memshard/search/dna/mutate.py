@@ -39,8 +39,8 @@ def mutate(
     for _ in range(_TRIES):
         name = random.choices(list(weights), list(weights.values()))[0]
         child = copy.deepcopy(dna)
-        # Without this most mutations hit dead code and a training would be spent on the parent
-        # again.
+        # Without this most mutations hit dead code and a training would be spent on
+        # the parent again.
         if MUTATIONS[name](child, random) and _hash(child) != parent:
             return child, name
     return child, name

@@ -27,8 +27,8 @@ def source(
     title: str = "One block of a decoder found by search; x: [batch, length, {width}].",
 ) -> str:
     """Return a Python file with the module `Block`, which needs nothing but torch."""
-    # A dict, not a set: the functions are written in the order of their first use, the same every
-    # time.
+    # A dict, not a set: the functions are written in the order of their first use, the
+    # same every time.
     used = dict.fromkeys(OPERATIONS[node.op].function for node in program.nodes)
     shown = [_PLAIN.get(function, function) for function in used if not _is_torchs(function)]
     if primitives.depthwise in used:

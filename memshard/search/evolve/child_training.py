@@ -43,8 +43,8 @@ class ChildTraining:
 
     def _learning_rate(self, step: int) -> float:
         done, warmup = step + 1, max(1, self._settings.warmup)
-        # No end is built into the schedule: losses at a hurdle compare programs of any number of
-        # steps.
+        # No end is built into the schedule: losses at a hurdle compare programs of any
+        # number of steps.
         return self._settings.lr * min(done / warmup, math.sqrt(warmup / done))
 
     def advance(self) -> float:
@@ -68,8 +68,8 @@ class ChildTraining:
         )
         total = sum(
             _loss(self._model, part).item() * len(part)
-            # Four times a training batch: without gradients nothing is kept, and larger calls are
-            # faster.
+            # Four times a training batch: without gradients nothing is kept, and larger
+            # calls are faster.
             for part in windows.split(4 * settings.batch)
         )
         return total / len(windows)
@@ -87,8 +87,8 @@ class ChildTraining:
             }
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {"identity": identity, "step": str(self.step), "rungs": json.dumps(rungs)}
-        # Whole or not at all: the worker may be killed at any time, and the next attempt reads the
-        # file.
+        # Whole or not at all: the worker may be killed at any time, and the next attempt
+        # reads the file.
         with atomic_write(path, durable=True) as file:
             save_file({key: value.contiguous() for key, value in tensors.items()}, file, kept)
 

@@ -57,8 +57,8 @@ class Journal:
         """Append an event. It is on disk when this returns."""
         self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
-        # A child must not be handed out before its birth is on disk: a kill would breed another
-        # one.
+        # A child must not be handed out before its birth is on disk: a kill would
+        # breed another one.
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Journal":

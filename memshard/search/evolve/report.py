@@ -35,8 +35,8 @@ def report(history: History, folder: Path) -> dict[str, Any]:
     copies = [
         child.fitness for child in history.children[: settings.copies] if child.status == "full"
     ]
-    # The copies are the start from different initial values: their spread is what chance alone
-    # does.
+    # The copies are the start from different initial values: their spread is what
+    # chance alone does.
     if len(copies) > 1:
         band = noise(copies)
         result["noise"] = band._asdict()

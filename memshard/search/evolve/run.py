@@ -128,11 +128,11 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
                     break
             if not in_work:
                 return
-            # An event is on disk before anything follows from it, so a killed search goes on from
-            # there.
+            # An event is on disk before anything follows from it, so a killed search goes
+            # on from there.
             for event in workers.poll(1.0):
-                # A worker that was taken for lost may still report: what is known already changes
-                # nothing.
+                # A worker that was taken for lost may still report: what is known
+                # already changes nothing.
                 child = history.children[event["id"]]
                 if _known(child, event):
                     continue

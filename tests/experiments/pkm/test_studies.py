@@ -42,8 +42,8 @@ def test_equal_models_are_trained_once(
 
 @pytest.mark.parametrize("name", [*STUDIES, "fast_weights/language", "fast_weights/translation"])
 def test_every_scale_is_made_of_recipes(name: str) -> None:
-    """Every model has keys that exist and sizes that fit, and none is listed twice under two
-    names.
+    """Every model has keys that exist and sizes that fit, and none is listed twice
+    under two names.
     """
     from memshard.trainer.config.load import load_recipe
 

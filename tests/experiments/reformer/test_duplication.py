@@ -4,8 +4,8 @@ import torch
 
 
 def test_the_duplication_task_and_its_attentions() -> None:
-    """Full attention learns a short copy in seconds; trained with it, many rounds of LSH still do
-    it.
+    """Full attention learns a short copy in seconds; trained with it, many rounds of LSH
+    still do it.
     """
     from memshard.experiments.reformer.duplication import sample_copies
     from memshard.experiments.reformer.duplication import train as train_copy

@@ -1,5 +1,5 @@
-"""CombinedOptimizer is an ordinary optimizer to GradScaler, schedulers, clipping and
-checkpoints.
+"""CombinedOptimizer is an ordinary optimizer to GradScaler, schedulers,
+clipping and checkpoints.
 """
 
 import io

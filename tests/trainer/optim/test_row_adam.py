@@ -102,8 +102,8 @@ def test_nothing_read_changes_nothing() -> None:
 
 
 def test_readers_of_a_shared_table_are_merged_before_the_update() -> None:
-    """Two layers over one table are compared with dense gradients of the same model, summed by
-    autograd.
+    """Two layers over one table are compared with dense gradients of the same model,
+    summed by autograd.
     """
 
     def build() -> list[ProductKeyMemory]:
@@ -220,8 +220,8 @@ def test_row_step_corrects_each_row_by_its_own_steps() -> None:
 def test_tables_in_half_precision_have_moments_in_fp32(
     dtype: torch.dtype, rounding: Rounding
 ) -> None:
-    """Gradients of 1e-5, whose squares are 0 in half precision, move the table by the learning
-    rate.
+    """Gradients of 1e-5, whose squares are 0 in half precision, move the table by
+    the learning rate.
     """
     table = _table(dtype=dtype)
     with torch.no_grad():

@@ -121,7 +121,7 @@ def _articles(stream: TextIO) -> Iterator[str]:
 def _article(tag: str, lines: list[str]) -> str:
     text = "".join(lines).strip()
     title = re.search(r'title="(.*)">', tag)
-    # Unescaped on both sides: in the tag "&" and quotes may be escaped where the text has them
-    # plain.
+    # Unescaped on both sides: in the tag "&" and quotes may be escaped where the text
+    # has them plain.
     only_title = title is not None and html.unescape(text) == html.unescape(title[1])
     return text + "\n" if text and not only_title else ""
