@@ -72,6 +72,7 @@ def _openmpi(env: Mapping[str, str]) -> Ranks | None:
     # All ranks are on this host, so no one has to say where rank 0 is.
     if address is None and ranks == int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)):
         address = "127.0.0.1"
+    # crc32 of the job's name, since hash() differs from process to process and all must agree.
     return Ranks(
         "OpenMPI",
         int(env["OMPI_COMM_WORLD_RANK"]),

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         from memshard.launch.doctor import check_installation, check_run
 
+        # A list, so that a mistake in the folder's name is met here, and not while
+        # findings are printed.
         findings = list(
             check_run(Path(args.folder), args.deep) if args.folder else check_installation()
         )

@@ -13,6 +13,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     how = parser.add_subparsers(dest="how", metavar="HOW", required=True, parser_class=type(parser))
     for name, launcher in LAUNCHERS.items():
+        # These files load neither torch nor pydantic, so --help of any command stays quick.
         module = import_module(launcher.module)
         command = how.add_parser(name, help=launcher.help)
         command.add_argument(

@@ -46,6 +46,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_command(self, argv: list[str]) -> argparse.Namespace:
         args, rest = self.parse_known_args(argv, argparse.Namespace(json=False, debug=False))
+        # argparse takes all `overrides` in one place; those behind an option come back as unknown.
         if rest and not (
             hasattr(args, "overrides")
             and all("=" in text and not text.startswith("-") for text in rest)

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("name an experiment (memshard reproduce --list shows them)")
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers is {args.workers}; it must be at least 1")
+    # After the checks: it loads torch, and --list and mistakes need no torch.
     from memshard.experiments.common.run import reproduce
 
     with usage_errors():

@@ -55,6 +55,7 @@ def _wait(command: list[str], environment: str) -> int:
     reaches it without us, as part of the terminal's process group.
     """
     print(f"memshard: {shell(command)}", file=sys.stderr, flush=True)
+    # At the first "=" only: values may hold more of them.
     process = subprocess.Popen(
         command, env=os.environ | dict(line.split("=", 1) for line in environment.splitlines())
     )
@@ -65,6 +66,8 @@ def _wait(command: list[str], environment: str) -> int:
     previous = {
         number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR2)
     }
+    # The launcher got Ctrl-C from the terminal and ends the run in order; dying first would leave
+    # it without anyone who waits.
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         return process.wait()

@@ -34,16 +34,19 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         ranks = args.ranks
         if ranks is None:
+            # Only to count GPUs: with --ranks the command starts without waiting for torch.
             import torch
 
             ranks = max(1, torch.cuda.device_count())
         if ranks < 1:
             raise ValueError(f"--ranks is {ranks}; it must be at least 1")
+        # No snapshot of the code, as for jobs that wait: this starts at once.
         start = installed(args)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={ranks}", f"--max-restarts={args.restarts}"),
         *torchrun_options(_SAVE_SECONDS),
+        # "--" ends torchrun's options: it would read the command's own as its own.
         *("-m", "--", *start.train),
     ]
     environment = foreground.lines(
