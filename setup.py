@@ -104,6 +104,8 @@ setup(
         "pyyaml>=6.0",
         "pydantic>=2.14",
         "tqdm>=4.70",
+        # Completion scripts for shells.
+        "shtab>=1.13",
     ],
     # fla (GPU kernels of the delta rule) is not among all: transformers imports it wherever it is,
     # and fails without a GPU.

@@ -136,6 +136,37 @@ def test_bad_usage_is_exit_2_and_one_line(
     assert message in err and err.count("\n") == 1
 
 
+def test_train_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train"]) == 2
+    assert "are required: RECIPE (see memshard train --help)" in capfd.readouterr().err
+    assert cli.main(["train", "quickstrat"]) == 2
+    err = capfd.readouterr().err
+    assert "did you mean 'quickstart'?" in err and "`memshard config list`" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts(shell: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capfd.readouterr().out
+    assert all(word in script for word in ("generate", "length-penalty", "slurm"))
+    if shell == "bash":
+        ask = "COMP_WORDS=(memshard gen); COMP_CWORD=1; _shtab_memshard memshard gen memshard"
+        done = subprocess.run(
+            ["bash", "-c", f"{script}\n{ask}; echo ${{COMPREPLY[@]}}"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split() == ["generate"], done.stderr
+
+
+def test_options_of_a_cluster_say_what_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["launch", "slurm", "--help"])
+    text = " ".join(capfd.readouterr().out.split())
+    assert "--interface TEXT network interface for NCCL and gloo, such as ib0" in text
+    assert "as in the file" not in text
+
+
 @pytest.mark.usefixtures("work")
 def test_debug_adds_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["work", "bug", "--debug"]) == 1

@@ -81,10 +81,11 @@ def gold_pages(warcs: Iterable[Path], truth: Path, gold: Path) -> list[tuple[byt
     with gzip.open(gold, "rt", encoding="utf-8") as stream:
         texts = {key: value["articleBody"] for key, value in json.load(stream).items()}
     ids = {}
-    for line in truth.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        # Gold bodies are named after the files that the pages once were, up to the first dot.
-        ids[record["url"]] = Path(record["path"]).name.partition(".")[0]
+    with truth.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            # Gold bodies are named after the files that the pages once were, up to the first dot.
+            ids[record["url"]] = Path(record["path"]).name.partition(".")[0]
     bodies = {}
     for warc in warcs:
         for page in read_pages(warc, Counter()):

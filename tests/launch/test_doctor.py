@@ -18,9 +18,10 @@ def _examine(
     capfd: pytest.CaptureFixture[str], *arguments: str | Path
 ) -> tuple[list[str], list[str]]:
     capfd.readouterr()
-    assert main(["doctor", *map(str, arguments), "--json"]) == 0
+    code = main(["doctor", *map(str, arguments), "--json"])
     result = json.loads(capfd.readouterr().out)
-    assert result["well"] == (not result["bad"])
+    assert result["well"] == (not result["bad"]) == (code == 0)
+    assert code in (0, 1) and ("error" in result) == (code == 1)
     return result["bad"], result["notes"]
 
 

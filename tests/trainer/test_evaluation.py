@@ -1,7 +1,9 @@
 """Held-out loss and slot usage against plain loops in fp64."""
 
+import io
 import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -257,15 +259,21 @@ def test_the_command_measures_the_same_from_memory_from_disk_and_from_an_export(
 
 
 def test_several_prompts_are_continued_as_each_alone(
-    trained: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "prompts").write_text("w1 w2 w3\n\nw4\n")
+    """A line ends at a line feed alone, and a byte order mark is no text."""
+    lines = ["w1 w2\u2028w3", "", "w4\x0cw5\x85"]
+    content = "\r\n".join(lines).encode("utf-8-sig") + b"\n"
+    (tmp_path / "prompts").write_bytes(content)
     options = ["--greedy", "--max-tokens", "9", "--json"]
     assert (
         main(["generate", str(trained.path), "--prompts", str(tmp_path / "prompts"), *options]) == 0
     )
     results = json.loads(capfd.readouterr().out)["results"]
-    assert [result["prompt"] for result in results] == ["w1 w2 w3", "", "w4"]
+    assert [result["prompt"] for result in results] == lines
     for result in results:
         assert (
             main(
@@ -275,3 +283,14 @@ def test_several_prompts_are_continued_as_each_alone(
         )
         alone = json.loads(capfd.readouterr().out)
         assert {key: alone[key] for key in result} == result
+    with subprocess.Popen(["echo", "w1 w2"], stdout=subprocess.PIPE) as echo:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(echo.stdout))
+        assert main(["generate", str(trained.path), "--prompts", "-", *options]) == 0
+    assert [row["prompt"] for row in json.loads(capfd.readouterr().out)["results"]] == ["w1 w2"]
+    assert main(["generate", str(trained.path), "--prompt", "w1", "--beam", "2"]) == 2
+    assert "--beam does nothing with" in capfd.readouterr().err
+    assert main(["eval", str(trained.path), "--length-penalty", "0"]) == 2
+    assert "--length-penalty does nothing with" in capfd.readouterr().err
+    (tmp_path / "prompts").write_bytes(b"caf\xe9\n")
+    assert main(["generate", str(trained.path), "--prompts", str(tmp_path / "prompts")]) == 2
+    assert "prompts is not UTF-8 text" in capfd.readouterr().err

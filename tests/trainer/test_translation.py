@@ -153,6 +153,15 @@ def test_commands_evaluate_and_translate(
     assert result("generate", run, "--prompt", "acht")["text"] == texts[1], "alone as in a batch"
     export(tmp_path / "run", tmp_path / "export")
     assert result("generate", str(tmp_path / "export"), "--prompt", "acht")["text"] == texts[1]
+    for option in ("--max-tokens=0", "--temperature=0", "--greedy", "--topk=1", "--seed=0"):
+        assert main(["generate", run, "--prompt", "acht", option]) == 2
+        name = option.partition("=")[0]
+        assert f"{name} does nothing with {run}: it is for models that continue text" in (
+            capfd.readouterr().err
+        )
+    (tmp_path / "gap.txt").write_text("acht\n\n")
+    assert main(["generate", run, "--prompts", str(tmp_path / "gap.txt")]) == 2
+    assert "text 2 of 2 is empty" in capfd.readouterr().err
     assert (
         main(["export", run, str(tmp_path / "hf"), "--huggingface"]) == 2
         and "is for language models" in capfd.readouterr().err

@@ -21,7 +21,9 @@ def add_parser(subparsers: Subparsers) -> None:
     show.add_argument(
         "recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder"
     )
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
+    show.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as model.layers=12"
+    )
     show.set_defaults(run=run_show)
 
     explain = actions.add_parser(

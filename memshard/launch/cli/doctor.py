@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.outcome import Failed, usage_errors
 from memshard.launch.cli.parser import Subparsers
 
 
@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the findings, bad ones marked."""
+    """Print the findings, bad ones marked. Failed if there are any of these."""
     with usage_errors():
         from memshard.launch.doctor import check_installation, check_run
 
@@ -37,8 +37,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for finding in findings:
             print(f"{'!!' if finding.bad else 'ok'}  {finding.text}")
     bad = [finding.text for finding in findings if finding.bad]
-    return {
+    result = {
         "well": not bad,
         "bad": bad,
         "notes": [finding.text for finding in findings if not finding.bad],
     }
+    if bad:
+        raise Failed(f"{len(bad)} of {len(findings)} findings ask for something to be done", result)
+    return result

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memshard.launch.cli.generate import add_beam_options, beam_options, refuse_options
 from memshard.launch.cli.outcome import rank, usage_errors
 from memshard.launch.cli.parser import Subparsers
 from memshard.models.mixers.kinds import names
@@ -90,20 +91,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar=("SRC", "REF"),
         help="of translators: BLEU on these files, a sentence a line (or .gz)",
     )
-    parser.add_argument(
-        "--beam",
-        type=int,
-        default=4,
-        metavar="N",
-        help="of translators: width of the beam (default 4)",
-    )
-    parser.add_argument(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        metavar="A",
-        help="of translators: 0 for none (default 1)",
-    )
+    add_beam_options(parser)
     parser.add_argument(
         "--tasks",
         metavar="NAMES",
@@ -135,6 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise ValueError(
                     "translation is evaluated on one process: start it without torchrun"
                 )
+            if not loaded.recipe.model.translates:
+                refuse_options(args, "beam", "length_penalty", "pairs")
         # After loading, which all three need.
         if args.tasks:
             return _run_tasks(args, loaded, device, ranks)
@@ -237,7 +227,7 @@ def _scores(
 
     assert isinstance(loaded.model, EncoderDecoder)
     begun = time.perf_counter()
-    settings = {"beam": args.beam, "length_penalty": args.length_penalty}
+    settings = beam_options(args)
     with usage_errors():
         translations = translate(
             loaded.model, loaded.tokenizer, source, dtype, batch=args.batch, **settings

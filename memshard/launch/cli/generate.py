@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 100
 _TIMEOUT = 600.0
+_OF_TRANSLATORS = ("beam", "length_penalty", "pairs")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -32,7 +33,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "--prompt", metavar="TEXT", help="text to continue; empty for a new document"
     )
     source.add_argument(
-        "--prompts", metavar="FILE", help="texts to continue as one batch, one a line"
+        "--prompts",
+        metavar="FILE",
+        help="texts to continue as one batch, one a line, an empty one for a new document; - for "
+        "standard input",
     )
     parser.add_argument(
         "--max-tokens",
@@ -42,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     heat = parser.add_mutually_exclusive_group()
     heat.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="divides the logits (default 1)"
+        "--temperature", type=float, metavar="T", help="divides the logits (default 1)"
     )
     heat.add_argument(
         "--greedy", action="store_true", help="take the best token, as --temperature 0 does"
@@ -56,21 +60,8 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="P",
         help="draw among the fewest tokens of total probability P (default all)",
     )
-    parser.add_argument(
-        "--beam",
-        type=int,
-        default=4,
-        metavar="N",
-        help="of translators: width of the beam (default 4)",
-    )
-    parser.add_argument(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        metavar="A",
-        help="of translators: 0 for none (default 1)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="decides the draws (default 0)")
+    add_beam_options(parser)
+    parser.add_argument("--seed", type=int, help="decides the draws (default 0)")
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -79,6 +70,40 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--memmap", action="store_true", help="leave value tables on disk")
     parser.set_defaults(run=run)
+
+
+def add_beam_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of beam search."""
+    parser.add_argument(
+        "--beam", type=int, metavar="N", help="of translators: width of the beam (default 4)"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="A",
+        help="of translators: how much longer translations are preferred, 0 for not (default 1)",
+    )
+
+
+def beam_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of beam search, with the defaults of those that were not given."""
+    return {"beam": 4, "length_penalty": 1.0} | {
+        name: getattr(args, name) for name in _given(args, "beam", "length_penalty")
+    }
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Return which of these options were given. A zero is given, a flag left out is False."""
+    return [name for name in names if not any(getattr(args, name) is no for no in (None, False))]
+
+
+def refuse_options(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if one of these options was given, which this model would ignore."""
+    if given := _given(args, *names):
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} does nothing with {args.checkpoint}: it is for models "
+            f"that {'translate' if given[0] in _OF_TRANSLATORS else 'continue text'}; leave it out"
+        )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,24 +123,21 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
     )
     from memshard.trainer.precision import autocast, compute_dtype
 
+    heat = 0.0 if args.greedy else args.temperature
     sampling = {
-        "temperature": 0.0 if args.greedy else args.temperature,
+        "temperature": 1.0 if heat is None else heat,
         "topk": args.topk,
         "topp": args.topp,
     }
     with usage_errors():
         from memshard.trainer.checkpoint.load_model import load_model
 
-        prompts = (
-            [args.prompt]
-            if args.prompts is None
-            else Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        )
-        if not prompts:
-            raise ValueError(f"{args.prompts} is empty: write a text to continue on each line")
+        prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
         loaded = load_model(args.checkpoint, args.memmap, device)
         if loaded.recipe.model.translates:
+            refuse_options(args, "max_tokens", "temperature", "greedy", "topk", "topp", "seed")
             return _translate(args, loaded, prompts, compute_dtype(args.precision, device))
+        refuse_options(args, "beam", "length_penalty")
         # A document begins after <eos>.
         eos = loaded.tokenizer.eos_id
         tokens, real = left_padded(
@@ -149,7 +171,7 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
             limit,
             real=real,
             stop=eos,
-            seed=args.seed,
+            seed=args.seed or 0,
             on_token=on_token,
             **sampling,
         ).tolist()
@@ -170,6 +192,24 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
     return {**results[0], **rate} if args.prompts is None else {"results": results, **rate}
 
 
+def read_prompts(file: str) -> list[str]:
+    """Return the lines of a UTF-8 file, or of standard input for "-", empty ones as they are, so
+    that results match them by number. ValueError if there is none.
+    """
+    name = "standard input" if file == "-" else file
+    raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        # A byte order mark is no text.
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error}): convert it first") from error
+    # Not splitlines(), which also ends a line at U+2028, form feeds and other characters of a text.
+    prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if not text:
+        raise ValueError(f"{name} is empty: write a text to continue on each line")
+    return prompts
+
+
 def _translate(
     args: argparse.Namespace, loaded: "LoadedModel", texts: list[str], dtype: "torch.dtype"
 ) -> dict[str, Any]:
@@ -182,8 +222,7 @@ def _translate(
         loaded.tokenizer,
         texts,
         dtype,
-        beam=args.beam,
-        length_penalty=args.length_penalty,
+        **beam_options(args),
     )
     if not args.json:
         print("\n".join(translations))

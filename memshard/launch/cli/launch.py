@@ -19,10 +19,14 @@ def add_parser(subparsers: Subparsers) -> None:
         command.add_argument(
             "recipe",
             metavar="RECIPE",
-            help="a YAML file, the name of a bundled recipe, or a run folder",
+            help="a YAML file, a bundled recipe (memshard config list shows them), or a run folder",
         )
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help="settings that override the recipe's",
         )
         command.add_argument(
             "--run", dest="folder", metavar="DIR", help="the run's folder (default runs/RECIPE)"

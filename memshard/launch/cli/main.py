@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import memshard
 from memshard.launch.cli import (
     bench,
+    completion,
     config,
     data,
     doctor,
@@ -30,7 +31,7 @@ from memshard.launch.cli import (
     train,
 )
 from memshard.launch.cli import eval as evaluate
-from memshard.launch.cli.outcome import Stopped, UsageError, describe, rank
+from memshard.launch.cli.outcome import Failed, Stopped, UsageError, describe, rank
 from memshard.launch.cli.parser import CommandParser
 
 # Modules that import what they run only when they run it, so that this tuple loads no model.
@@ -48,6 +49,7 @@ COMMANDS = (
     search,
     bench,
     config,
+    completion,
 )
 
 
@@ -77,6 +79,8 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
     # 75 as well: a run that is interrupted goes on from its last checkpoint.
     except KeyboardInterrupt:
         return _fail(argv, 75, "stopped", "interrupted; run the same command again to resume", {})
+    except Failed as failure:
+        return _fail(argv, 1, "error", str(failure), failure.result)
     except UsageError as error:
         return _fail(argv, 2, "error", describe(error), {})
     except Exception as error:

@@ -24,6 +24,16 @@ class Stopped(Exception):
         self.result = result or {}
 
 
+class Failed(Exception):
+    """The command did its work, and what it looked at is not well; `result` is what it saw. Exit
+    code 1.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Turn a ValueError or OSError of a command's set-up into a UsageError, which is the user's to

@@ -24,7 +24,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.layers=12")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as model.layers=12"
+    )
     parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
     parser.add_argument(
         "--device",

@@ -39,7 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--explain", action="store_true", help="print all settings, their defaults and meaning"
     )
     run.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings, such as text=FILE children=100"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings, such as text=FILE children=100",
     )
     run.set_defaults(run=run_search)
     report = commands.add_parser("report", help="write the report of a search, finished or not")

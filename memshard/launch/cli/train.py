@@ -24,9 +24,17 @@ log = logging.getLogger(__name__)
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser("train", help="train or resume")
-    parser.add_argument("recipe", help="a YAML file, the name of a bundled recipe, or a run folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that override the recipe's"
+        "recipe",
+        metavar="RECIPE",
+        help="a YAML file, a bundled recipe (memshard config list shows them), or a run folder",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that override the recipe's",
     )
     parser.add_argument(
         "--run",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from memshard.trainer.config.field_docs import field_docs
+
 FILE = "cluster.yaml"
 
 
@@ -81,10 +83,12 @@ def add_cluster_options(parser: argparse.ArgumentParser, names: tuple[str, ...])
         metavar="FILE",
         help="facts about the cluster (default cluster.yaml, where there is one)",
     )
-    types = get_type_hints(Cluster)
+    types, docs = get_type_hints(Cluster), field_docs(Cluster)
     for name in names:
         kind, metavar = (int, "N") if _kind(types[name]) is int else (str, "TEXT")
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help="as in the file")
+        # argparse formats help with %.
+        text = docs[name].replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster:

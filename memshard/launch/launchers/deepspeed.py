@@ -17,10 +17,10 @@ from memshard.launch.ranks import Ranks, from_variables
 _OWN_OPTIONS = {
     "launcher": "DeepSpeed's own: pdsh (default), openmpi, mvapich, ...",
     "include": "DeepSpeed's own: such as n1@n2:0,1",
-    "exclude": "DeepSpeed's own",
-    "master_addr": "DeepSpeed's own",
-    "master_port": "DeepSpeed's own",
-    "ssh_port": "DeepSpeed's own",
+    "exclude": "DeepSpeed's own: hosts and slots to leave out, as --include",
+    "master_addr": "DeepSpeed's own: address of the first host, for the others",
+    "master_port": "DeepSpeed's own: port there",
+    "ssh_port": "DeepSpeed's own: port of ssh on the hosts",
 }
 
 

@@ -1,17 +1,15 @@
 """Explain recipe keys: type, default and docstring, read from the recipe's dataclasses."""
 
-import ast
 import difflib
-import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, is_dataclass
 from dataclasses import fields as dataclass_fields
 from functools import cache
-from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from memshard.trainer.config.field_docs import field_docs
 from memshard.trainer.config.fields import MAY_CHANGE
 from memshard.trainer.config.recipe import Recipe
 
@@ -95,7 +93,7 @@ def show(value: Any) -> str:
 
 def walk(cls: Any, prefix: str = "") -> Iterator[Key]:
     """Iterate over the keys of a dataclass whose fields have docstrings."""
-    hints, docs = get_type_hints(cls), _docstrings(cls)
+    hints, docs = get_type_hints(cls), field_docs(cls)
     for item in dataclass_fields(cls):
         name, hint, doc = prefix + item.name, hints[item.name], docs.get(item.name, "")
         if is_dataclass(hint):
@@ -133,19 +131,3 @@ def _type_name(hint: Any) -> str:
         bool: "true or false",
         NoneType: "null",
     }.get(hint, str(hint))
-
-
-def _docstrings(cls: type) -> dict[str, str]:
-    """Return the string literal under each field, which Python itself does not keep."""
-    # From the source: a string below a field is an expression, which Python drops.
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    docs = {}
-    for item, after in pairwise(tree.body):
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and isinstance(after, ast.Expr)
-        ):
-            docs[item.target.id] = " ".join(ast.literal_eval(after.value).split())
-    return docs

@@ -91,8 +91,8 @@ def _find(name: str, beside: Path) -> Path:
     close = difflib.get_close_matches(name, bundled(), n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     raise ValueError(
-        f"no recipe named '{name}'{hint} bundled ones: {', '.join(bundled()) or 'none'}; or give "
-        "the path of a YAML file"
+        f"no recipe named '{name}'{hint} bundled ones: {', '.join(bundled()) or 'none'} "
+        "(`memshard config list` says what they are); or give the path of a YAML file"
     )
 
 
