@@ -337,3 +337,19 @@ def test_showing_a_recipe_does_not_load_torch(tmp_path: Path) -> None:
         f"{str(tmp_path / 'a.yaml')!r}]) == 0"
     )
     assert "yaml" in loaded and "torch" not in loaded
+
+
+def test_the_page_of_faults_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/faults.md").read_text("utf-8")
+    rows = [
+        row for row in page.splitlines() if row.startswith("| ") and " What happened" not in row
+    ]
+    missing = []
+    for row in rows:
+        tests = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", row.split("|")[-2])
+        missing += [row] * (not tests)
+        for file, name in tests:
+            path = ROOT / "tests" / file
+            if not path.is_file() or (name and f"def {name}(" not in path.read_text("utf-8")):
+                missing.append(f"{file}::{name}")
+    assert rows and not missing

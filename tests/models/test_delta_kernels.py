@@ -89,7 +89,12 @@ def test_the_first_call_finds_wrong_kernels() -> None:
     def scales_queries(*inputs: Tensor, scale: float, **named: object) -> tuple[Tensor, Tensor]:
         return _sequences(*inputs, scale=scale * inputs[0].shape[-1] ** -0.5, **named)  # type: ignore[arg-type]
 
+    def gives_nan(*inputs: Tensor, **named: object) -> tuple[Tensor, Tensor]:
+        out, state = _sequences(*inputs, **named)  # type: ignore[arg-type]
+        return out * torch.nan, state
+
     assert difference(_sequences, delta_rule, device, torch.bfloat16, 32, 16) < 0.01
+    assert not difference(gives_nan, delta_rule, device, torch.bfloat16, 32, 16) < 1
     assert difference(forgets_states, delta_rule, device, torch.bfloat16, 32, 16) > 0.1
     assert difference(scales_queries, delta_rule, device, torch.bfloat16, 32, 16) > 0.1
 
