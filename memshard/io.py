@@ -9,26 +9,6 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary file's name next to `path`; it becomes `path` if the block succeeds and
-    is removed if it raises.
-
-    durable: also wait until the content is on the disk, so that the new name cannot outlive a power
-    cut that its content does not survive.
-    """
-    partial = partial_path(path)
-    try:
-        yield partial
-        if durable:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
 def named(path: Path) -> Iterator[None]:
     """Give an OSError of the block the name of the file it concerns, where it has none: those of
     reads and writes do not.
@@ -38,6 +18,27 @@ def named(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        raise
+
+
+@contextmanager
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary file's name next to `path`; it becomes `path` if the block succeeds and
+    is removed if it raises.
+
+    durable: also wait until the content is on the disk, so that the new name cannot outlive a power
+    cut that its content does not survive.
+    """
+    partial = partial_path(path)
+    try:
+        with named(path):
+            yield partial
+            if durable:
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -17,7 +17,8 @@ PORTS = 10_000
 @dataclass(frozen=True)
 class Ranks:
     """launcher: who set the variables, in words. local_rank: number among this host's ranks.
-    address, port: where rank 0 listens, if known.
+    address, port: where rank 0 listens, if known. parent_waits: whether the process that started
+    this one lives as long as the ranks, so that they are orphans without it.
     """
 
     launcher: str
@@ -26,6 +27,7 @@ class Ranks:
     local_rank: int = 0
     address: str | None = None
     port: int | None = None
+    parent_waits: bool = False
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
@@ -39,7 +41,9 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     return from_variables(env, "RANK and WORLD_SIZE") or _openmpi(env) or Ranks("none")
 
 
-def from_variables(env: Mapping[str, str], launcher: str) -> Ranks | None:
+def from_variables(
+    env: Mapping[str, str], launcher: str, parent_waits: bool = False
+) -> Ranks | None:
     """Return what torch's names (RANK, WORLD_SIZE and so on) say; None if they are not set."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
@@ -49,6 +53,7 @@ def from_variables(env: Mapping[str, str], launcher: str) -> Ranks | None:
         int(env["WORLD_SIZE"]),
         int(env.get("LOCAL_RANK", 0)),
         *listening(env),
+        parent_waits,
     )
 
 

@@ -87,11 +87,13 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                         # written while the next steps run.
                         save(run, wait=False)
                     metrics.write(step, {"speed/save_s": perf_counter() - begun})
+            run.stop_reading()  # a reader that is killed now must not end the last save
             with _long_timeout(run):
                 # A save of this step may still be under way: this waits for it, and
                 # writes none twice.
                 checkpoint = save(run)
     finally:
+        run.stop_reading()
         metrics.close()
     progress = run.progress
     result: dict[str, Any] = {

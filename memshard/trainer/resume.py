@@ -38,9 +38,13 @@ def save(run: Run, wait: bool = True) -> Path:
     call it.
 
     wait: until it is committed; otherwise only until training may go on, and the next save raises
-    what went wrong with this one.
+    what went wrong with this one. RuntimeError if another process has taken the folder.
     """
     run.phase = "saving"
+    if run.lock is not None:
+        run.lock.renew()
+    if broadcast_from_rank0(run.lock is not None and run.lock.lost):
+        raise RuntimeError(f"{run.folder} belongs to another process now: nothing was saved")
     # One save at a time. This raises what went wrong with the one before.
     run.saving.wait()
     root = run.folder / CHECKPOINTS

@@ -1,15 +1,15 @@
 """The parts of a training run, and how far it is."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.open_stream import AnyStream
-from memshard.data_pipeline.stream.prefetch import prefetched
+from memshard.data_pipeline.stream.prefetch import Prefetched
 from memshard.data_pipeline.stream.rank_share import rank_share
 from memshard.data_pipeline.stream.records import HeldOutRecords
+from memshard.lock import FolderLock
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.transformer import Transformer
@@ -50,7 +50,8 @@ class Run(Training):
     """A training run, ready to continue at `progress`.
 
     recipe: with the vocabulary size and the longest sequence filled in. rank, ranks: this process
-    among all. carried_states: None unless train.carry_state. saving: the checkpoint being written.
+    among all. carried_states: None unless train.carry_state. lock: of the
+    folder, on rank 0 of a command. saving: the checkpoint being written.
     """
 
     model: Transformer
@@ -62,9 +63,10 @@ class Run(Training):
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
     carried_states: Carried | None = None
+    lock: FolderLock | None = None
     saving: BackgroundSave = field(default_factory=BackgroundSave)
     progress: Progress = field(default_factory=Progress)
-    _prefetched: Iterator[list[Batch]] | None = None
+    _prefetched: Prefetched | None = None
 
     def next_batches(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step; call it once a step."""
@@ -76,13 +78,19 @@ class Run(Training):
         if self._prefetched is None:
             # A rewind passes over batches, so the last step reads a later one.
             last = train.steps + self.progress.left_out
-            self._prefetched = prefetched(self.stream, batch, last, *share, workers)
+            self._prefetched = Prefetched(self.stream, batch, last, *share, workers)
         return next(self._prefetched)
 
     def continue_from(self, progress: Progress) -> None:
         """Go on from another place in the data; batches read ahead are forgotten."""
-        # Dropped with its workers: what they have read belongs to other steps.
-        self.progress, self._prefetched = progress, None
+        self.progress = progress
+        self.stop_reading()
+
+    def stop_reading(self) -> None:
+        """End the processes that read ahead, if there are any."""
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
 
     @property
     def data_rank(self) -> int:

@@ -10,14 +10,18 @@ PREEMPTED = signal.SIGUSR2
 """Batch systems are asked to send it before they end a job; NCCL is said to use USR1."""
 
 
+STOPS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, PREEMPTED})
+"""SIGHUP comes when a terminal or an ssh session is closed."""
+
+
 class StopSignal:
-    """Set by Ctrl-C, SIGTERM or SIGUSR2; a second Ctrl-C aborts. A context manager for the loop."""
+    """Set by one of STOPS; a second Ctrl-C aborts. A context manager for the loop."""
 
     def __init__(self) -> None:
         self.received = False
-        self.ignore_sigterm_on_exit = False
-        """Whether SIGTERM is ignored once the context ends: a launcher that sees one rank leave
-        sends it to the others, which must still save, say why, and exit with their code.
+        self.ignore_on_exit = False
+        """Whether SIGTERM and SIGHUP are ignored once the context ends: a launcher that sees one
+        rank leave sends it to the others, which must still save, say why, and exit with their code.
         """
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
@@ -25,11 +29,13 @@ class StopSignal:
     def listen(self, *numbers: signal.Signals) -> None:
         """Handle these signals from now on until the context ends."""
         for number in numbers:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup, to outlive the terminal
             before = signal.signal(number, self._receive)
             self._previous.setdefault(number, before)
 
     def __enter__(self) -> "StopSignal":
-        self.listen(signal.SIGINT, signal.SIGTERM, PREEMPTED)
+        self.listen(*STOPS)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,7 +43,7 @@ class StopSignal:
             signal.signal(
                 number,
                 signal.SIG_IGN
-                if self.ignore_sigterm_on_exit and number == signal.SIGTERM
+                if self.ignore_on_exit and number in (signal.SIGTERM, signal.SIGHUP)
                 else handler,
             )
         self._previous = {}

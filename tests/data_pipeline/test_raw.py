@@ -16,7 +16,7 @@ from memshard.data_pipeline.prepare.index_tars import index_tars
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, HeldOutStream, TrainStream
-from memshard.data_pipeline.stream.prefetch import prefetched
+from memshard.data_pipeline.stream.prefetch import Prefetched
 from memshard.data_pipeline.stream.rank_share import rank_share
 
 LENGTH, LANES = 24, 6
@@ -74,7 +74,7 @@ def test_workers_change_nothing(raw: Path, workers: int) -> None:
     for rank in range(2):
         share = LANES, rank, 2, 2
         for step, batches in enumerate(
-            prefetched(stream, last - 8, last, *share, workers), last - 8
+            Prefetched(stream, last - 8, last, *share, workers), last - 8
         ):
             expected = rank_share(stream, step, *share)
             assert len(batches) == len(expected) == 2

@@ -18,11 +18,11 @@ READER = """
 import os, sys, warnings
 import torch
 from memshard.data_pipeline.stream import TrainStream
-from memshard.data_pipeline.stream.prefetch import prefetched
+from memshard.data_pipeline.stream.prefetch import Prefetched
 warnings.simplefilter("ignore")
 data, out, first, last, micro_batch, workers = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-steps = prefetched(TrainStream(data, 24, 24, 0), first, last, 24, rank, ranks, micro_batch, workers)
+steps = Prefetched(TrainStream(data, 24, 24, 0), first, last, 24, rank, ranks, micro_batch, workers)
 torch.save([[tuple(batch) for batch in batches] for batches in steps], f"{out}/{first}-{rank}.pt")
 """
 

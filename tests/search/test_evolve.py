@@ -144,7 +144,7 @@ def test_parents_are_the_best_of_a_tournament_among_the_latest() -> None:
 
 
 def test_a_second_search_in_the_folder_is_refused(tmp_path: Path) -> None:
-    with Journal(tmp_path), pytest.raises(ValueError, match="a search is running in this folder"):
+    with Journal(tmp_path), pytest.raises(ValueError, match="is in use by process"):
         Journal(tmp_path)
 
 

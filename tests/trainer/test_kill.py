@@ -60,7 +60,7 @@ def start() -> Iterator[Start]:
             process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(
     number: signal.Signals, start: Start, recipe: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +91,32 @@ def test_a_signal_finishes_the_step_and_saves(
     assert_same(checkpoint_state(folder), checkpoint_state(tmp_path / "whole"))
     assert numbers(folder, "train/loss") == numbers(tmp_path / "whole", "train/loss")
     assert (folder / METRICS_FILE).read_text().count("train/loss") == step + 3
+
+
+def test_a_signal_to_all_processes_of_a_run_that_reads_ahead_saves(
+    start: Start, recipe: Path, tmp_path: Path
+) -> None:
+    """As batch systems send it: readers that end would end the run in the middle of its save."""
+    process = start(
+        *("memshard", "train", recipe, "--run", tmp_path / "run", ENDLESS, "data.workers=2"),
+        start_new_session=True,
+    )
+    _wait_for_step(tmp_path / "run", 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert len(committed(tmp_path / "run/checkpoints")) == 1
+
+
+def test_a_run_under_nohup_hears_no_hangup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(

@@ -6,7 +6,6 @@ what went in. A build that was killed resumes there; other settings redo what th
 result is the same, byte for byte.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +38,7 @@ from memshard.data_pipeline.tokenizer import (
     train_tokenizer,
 )
 from memshard.io import atomic_write
+from memshard.lock import holding
 
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
 HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
@@ -189,26 +189,23 @@ def _check(
 @contextmanager
 def alone(work: Path) -> Iterator[None]:
     """Lock the work folder and clear it of half-written units; remove it at the end if it has no
-    finished ones. ValueError if another build has it.
+    finished ones. FolderHeld if another build has it.
     """
-    (work / "units").mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            # The kernel drops the lock when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another build is at work in {work}: wait for it, or choose another --out"
-            ) from None
-        for partial in work.glob("units/*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
+    with holding(work, "choose another --out"):
+        (work / "units").mkdir(exist_ok=True)
+        _remove_partial(work)
         try:
             yield
         finally:
-            for partial in work.glob("units/*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-            if work.exists() and not any((work / "units").iterdir()):
-                shutil.rmtree(work)
+            if work.exists():
+                _remove_partial(work)
+                if not any((work / "units").iterdir()):
+                    shutil.rmtree(work)
+
+
+def _remove_partial(work: Path) -> None:
+    for partial in work.glob("units/*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stages(units: list[Unit], splits: Splits) -> Counter[str]:

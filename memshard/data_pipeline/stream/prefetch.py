@@ -1,5 +1,8 @@
 """Steps read ahead by worker processes, for raw text, whose tokenizer training would wait for."""
 
+import multiprocessing
+import signal
+import weakref
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
@@ -7,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.open_stream import AnyStream
 from memshard.data_pipeline.stream.rank_share import rank_share
+
+_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Steps(Dataset[list[Batch]]):
@@ -17,18 +22,48 @@ class _Steps(Dataset[list[Batch]]):
         return rank_share(self._stream, step, *self._share)
 
 
-def prefetched(
-    stream: AnyStream,
-    first: int,
-    last: int,
-    batch: int,
-    rank: int,
-    ranks: int,
-    micro_batch: int | None,
-    workers: int,
-) -> Iterator[list[Batch]]:
-    """Yield `rank_share` of steps first to last - 1, in order. Workers have no state, so their
-    number changes nothing.
+class Prefetched:
+    """An iterator over `rank_share` of steps first to last - 1, in order, read by processes.
+
+    They have no state, so their number changes nothing. Signals that stop a run do not reach them:
+    batch systems send those to every process, and a worker that ends makes torch raise an error in
+    the middle of whatever the run does, its last save included.
     """
-    steps = _Steps(stream, (batch, rank, ranks, micro_batch))
-    return iter(DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers))
+
+    def __init__(
+        self,
+        stream: AnyStream,
+        first: int,
+        last: int,
+        batch: int,
+        rank: int,
+        ranks: int,
+        micro_batch: int | None,
+        workers: int,
+    ) -> None:
+        steps = _Steps(stream, (batch, rank, ranks, micro_batch))
+        loader = DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers)
+        before = set(multiprocessing.active_children())
+        # Workers inherit the mask, so that not even their first moments hear a signal.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        try:
+            self._steps: Iterator[list[Batch]] | None = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._workers = set(multiprocessing.active_children()) - before
+
+    def __iter__(self) -> "Prefetched":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        assert self._steps is not None
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the workers; steps that they have read ahead are forgotten."""
+        steps = weakref.ref(self._steps) if self._steps is not None else lambda: None
+        self._steps = None  # torch asks them to end, and waits seconds for one that is reading
+        # While a traceback holds the iterator, torch takes a killed worker for an error.
+        for worker in self._workers if steps() is None else ():
+            worker.kill()
+            worker.join()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from memshard.data_pipeline.format.index import INDEX_FILE
+from memshard.lock import holding
 from memshard.models.config import ModelConfig
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
@@ -53,6 +54,16 @@ def set_up_run(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return set_up(recipe, folder, device, builder)
+
+
+def trained_run(point: dict[str, Any], folder: Path, build: str) -> Run:
+    """Return the run of `set_up_run` at its last step. Waits for another experiment that trains the
+    same one at this moment.
+    """
+    with holding(folder, "wait", wait=True):
+        run = set_up_run(point, folder, build)
+        train_to_end(run)
+    return run
 
 
 def train_to_end(run: Run) -> None:

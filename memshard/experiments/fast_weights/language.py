@@ -9,7 +9,7 @@ from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import lines
 from memshard.experiments.common.repeated import mean_deviation, seeds
-from memshard.experiments.common.training_runs import run_folder, set_up_run, train_to_end
+from memshard.experiments.common.training_runs import run_folder, trained_run
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.run import Run
 
@@ -62,8 +62,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
     FileNotFoundError, with the command that builds the data, where there is none.
     """
-    run = set_up_run(point, run_folder(point, RUNS), "TEXT --vocab 4096 --held-out 40")
-    train_to_end(run)
+    run = trained_run(point, run_folder(point, RUNS), "TEXT --vocab 4096 --held-out 40")
     sliding = _evaluated(run, point, endless=False)
     result: dict[str, Any] = {
         "parameters": sum(p.numel() for p in run.model.parameters()),

@@ -9,7 +9,7 @@ from memshard.data_pipeline.prepare.inputs.files import read_lines
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.curves import bars
-from memshard.experiments.common.training_runs import run_folder, set_up_run, train_to_end
+from memshard.experiments.common.training_runs import run_folder, trained_run
 from memshard.models.seq2seq import EncoderDecoder
 from memshard.trainer.evaluation.translation import bleu, translate
 from memshard.trainer.loop import evaluate_run
@@ -79,14 +79,13 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
     FileNotFoundError, with what to do, where the data are missing.
     """
-    run = set_up_run(
+    # Before training: a missing test set should not come to light hours later.
+    source, reference = (read_lines(_file(name)) for name in point["test"])
+    run = trained_run(
         point,
         run_folder(point, RUNS),
         "train.en train.de --documents pairs --vocab 4096 --held-out 500",
     )
-    # Before training: a missing test set should not come to light hours later.
-    source, reference = (read_lines(_file(name)) for name in point["test"])
-    train_to_end(run)
     assert isinstance(run.model, EncoderDecoder)
     translations = translate(run.model.eval(), Tokenizer(run.recipe.data.path), source, run.dtype)
     score, margin, signature = bleu(translations, reference)

@@ -1,6 +1,5 @@
 """Runs of models with and without memory: how well a model learns, and how long a token takes."""
 
-import fcntl
 import json
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from memshard.experiments.common.clock import now
 from memshard.experiments.common.training_runs import run_folder, set_up_run, train_to_end
 from memshard.experiments.pkm.layers import BUILDERS
 from memshard.io import atomic_write
+from memshard.lock import holding
 from memshard.models.memory.table import find_tables
 from memshard.trainer.loop import evaluate_run
 from memshard.trainer.precision import autocast, compute_dtype
@@ -40,11 +40,9 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
     builder, one of BUILDERS. Usage and KL are means over the tables.
     """
     folder = run_folder(point, RUNS)
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / _RESULT
-    with (folder / "lock").open("w") as lock:
-        # Another study may train the same model at this moment: wait for it and take its result.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # Another study may train the same model at this moment: wait for it and take its result.
+    with holding(folder, "wait", wait=True):
         if not kept.exists():
             run = _set_up(point, folder)
             train_to_end(run)

@@ -16,6 +16,7 @@ from memshard.experiments.common.catalogue import Experiment, Point, Scale
 from memshard.experiments.common.clock import now
 from memshard.experiments.common.repeated import mean_deviation, median_range, seeds
 from memshard.experiments.common.training_runs import train_to_end
+from memshard.lock import holding
 from memshard.models.config import MixerConfig, ModelConfig
 from memshard.models.decode.generate import generate
 from memshard.models.transformer import Transformer
@@ -65,8 +66,9 @@ def complete(point: dict[str, Any]) -> dict[str, Any]:
     values = math.prod(index.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(point["run"], f"seed-{point['seed']}")
-    run = set_up(_recipe(point, index.shape), folder, device)
-    train_to_end(run)
+    with holding(folder, "wait", wait=True):
+        run = set_up(_recipe(point, index.shape), folder, device)
+        train_to_end(run)
     evaluation = evaluate_run(run)
     held_out = HeldOutRecords(point["data"], values)
     shown = min(_SHOWN, held_out.windows)

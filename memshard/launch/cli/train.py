@@ -5,12 +5,15 @@ import logging
 import os
 import shlex
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers
+from memshard.launch.orphans import stop_without_parent
+from memshard.launch.ranks import read_ranks
 from memshard.trainer.stop_signal import PREEMPTED, StopSignal
 
 if TYPE_CHECKING:
@@ -65,18 +68,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
     from memshard.trainer.loop import train
+    from memshard.trainer.run_folder import held_by_rank0
     from memshard.trainer.set_up import set_up
     from memshard.trainer.watch.heartbeat import Heartbeat
     from memshard.trainer.watch.lost_ranks import describe_lost_ranks, is_collective_error
     from memshard.trainer.watch.rank_log import rank_log
 
+    if read_ranks(os.environ).parent_waits:
+        stop_without_parent()
     # The longer timeout: the first steps compile kernels, at another pace on each rank.
-    with joined_ranks(recipe.guards.first_timeout) as (device, ranks):
+    with joined_ranks(recipe.guards.first_timeout) as (device, ranks), ExitStack() as held:
         with usage_errors():
+            lock = held.enter_context(held_by_rank0(folder))
             prepared = set_up(recipe, folder, device)
+        prepared.lock = lock
         if prepared.ranks > 1:
             # torchrun sends SIGTERM to the other ranks when the first one ends.
-            stop.ignore_sigterm_on_exit = True
+            stop.ignore_on_exit = True
         rank = prepared.rank
         # A function, not values: a thread reads step and phase while the main one may hang
         # in a collective.

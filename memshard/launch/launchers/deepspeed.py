@@ -68,7 +68,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
 def detect(env: Mapping[str, str]) -> Ranks | None:
     """Return this process's place if DeepSpeed's launcher started it."""
     # RANK and WORLD_SIZE are torchrun's too; this one is DeepSpeed's alone.
-    return from_variables(env, "DeepSpeed") if "CROSS_RANK" in env else None
+    return from_variables(env, "DeepSpeed", parent_waits=True) if "CROSS_RANK" in env else None
 
 
 def _check_words(words: Mapping[str, str], plain: str = r"[\w@+=:,./ -]*") -> None:

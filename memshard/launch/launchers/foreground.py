@@ -12,6 +12,8 @@ from typing import Any
 
 from memshard.launch.cli.outcome import Stopped
 from memshard.launch.launchers.start import Start, shell
+from memshard.launch.orphans import end_child_with_parent
+from memshard.trainer.stop_signal import STOPS
 
 
 def lines(values: Mapping[str, str]) -> str:
@@ -51,21 +53,21 @@ def run(command: list[str], environment: str, start: Start) -> dict[str, Any]:
 
 
 def _wait(command: list[str], environment: str) -> int:
-    """Run the command and return its exit code. SIGTERM and SIGUSR2 are passed on to it; Ctrl-C
+    """Run the command and return its exit code. Signals that stop a run are passed on to it; Ctrl-C
     reaches it without us, as part of the terminal's process group.
     """
     print(f"memshard: {shell(command)}", file=sys.stderr, flush=True)
     # At the first "=" only: values may hold more of them.
     process = subprocess.Popen(
-        command, env=os.environ | dict(line.split("=", 1) for line in environment.splitlines())
+        command,
+        env=os.environ | dict(line.split("=", 1) for line in environment.splitlines()),
+        preexec_fn=end_child_with_parent,
     )
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR2)
-    }
+    previous = {number: signal.signal(number, forward) for number in STOPS - {signal.SIGINT}}
     # The launcher got Ctrl-C from the terminal and ends the run in order; dying first would leave
     # it without anyone who waits.
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)

@@ -59,4 +59,6 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
 
 def detect(env: Mapping[str, str]) -> Ranks | None:
     """Return this process's place if torchrun started it, on one machine or many."""
-    return from_variables(env, "torchrun") if "TORCHELASTIC_RUN_ID" in env else None
+    return (
+        from_variables(env, "torchrun", parent_waits=True) if "TORCHELASTIC_RUN_ID" in env else None
+    )

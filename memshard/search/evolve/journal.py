@@ -1,11 +1,13 @@
 """The journal of a search: a JSON line for each event, on disk before anything follows from it."""
 
-import fcntl
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from memshard.lock import holding
 
 JOURNAL_FILE = "journal.jsonl"
 Event = dict[str, Any]
@@ -31,27 +33,20 @@ def read(folder: Path) -> list[Event]:
 
 
 class Journal:
-    """A journal open for writing, by one process at a time: ValueError for a second one.
+    """A journal open for writing, by one process at a time: FolderHeld for a second one.
 
     A last line that a kill cut short is removed.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / JOURNAL_FILE).open("ab+")
-        try:
-            # Released by the kernel when the process ends, so no stale lock stays behind.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(
-                f"{folder}: a search is running in this folder; wait for it, or choose another "
-                "folder"
-            ) from None
-        self._file.seek(0)
-        data = self._file.read()
-        self._file.truncate(data.rfind(b"\n") + 1)
-        self.events = read(folder)
+        with ExitStack() as stack:
+            stack.enter_context(holding(folder, "choose another folder"))
+            self._file = stack.enter_context((folder / JOURNAL_FILE).open("ab+"))
+            self._file.seek(0)
+            data = self._file.read()
+            self._file.truncate(data.rfind(b"\n") + 1)
+            self.events = read(folder)
+            self._held = stack.pop_all()
 
     def write(self, event: Event) -> None:
         """Append an event. It is on disk when this returns."""
@@ -70,4 +65,4 @@ class Journal:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._held.close()
