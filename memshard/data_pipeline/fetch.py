@@ -7,13 +7,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 RETRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubles with every try
@@ -32,7 +35,10 @@ def fetch(url: str, folder: Path) -> Path:
 
     OSError after RETRIES tries.
     """
-    target = folder / re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-100:].lstrip(".-")
+    # Without what follows a question mark, and of a command nothing: readers go by a name's ending,
+    # and `zcat a.gz` prints what is no longer zipped.
+    name = "" if url.startswith("pipe:") else urlsplit(url).path.rpartition("/")[2]
+    target = folder / (re.sub(r"[^A-Za-z0-9._-]", "_", name)[-100:].lstrip(".-") or "fetched")
     target.unlink(missing_ok=True)
     if url.startswith(("http://", "https://")):
         retry(url, lambda: _download(url, target))
@@ -56,6 +62,32 @@ def read_range(url: str, begin: int, end: int) -> bytes:
             content: bytes = response.read(end - begin)
         if len(content) != end - begin:
             raise OSError(f"{len(content)} bytes came instead of {end - begin}")
+        return content
+
+    return retry(url, read)
+
+
+def first_bytes(url: str, size: int) -> bytes:
+    """Return how what `url` names begins, at most `size` bytes. OSError after RETRIES tries."""
+
+    def read() -> bytes:
+        if url.startswith(("http://", "https://")):
+            request = urllib.request.Request(url, headers={"Range": f"bytes=0-{size - 1}"})
+            # A server without range requests sends everything, of which no more is read.
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                content: bytes = response.read(size)
+                return content
+        with subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", _command(url)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            content = process.stdout.read(size)
+            # With all that it started: `cat a | sort` would go on.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return content
 
     return retry(url, read)

@@ -177,9 +177,9 @@ def bad_input(tmp_path: Path, content: bytes, name: str = "bad.jsonl") -> Path:
         (
             "bad.jsonl",
             b'["x"]\n',
-            r"line 1 has no key 'text' \(it has: a list instead of an object\)",
+            r"line 1 is a list instead of an object with the key 'text'",
         ),
-        ("bad.jsonl", b'{"text": 5}\n', r"line 1: 'text' is no text but int.*--text-key"),
+        ("bad.jsonl", b'{"text": 5}\n', r"line 1 has under 'text' no text but int.*--text-key"),
         (
             "bad.txt.gz",
             gzip.compress(b"some text " * 1000, mtime=0)[:-20],
@@ -190,7 +190,7 @@ def bad_input(tmp_path: Path, content: bytes, name: str = "bad.jsonl") -> Path:
         (
             "latin.txt",
             b"caf\xe9",
-            r"the corpus is empty: 1 files \(1 not UTF-8 text, e.g. .*latin.txt\)",
+            r"the corpus is empty: 1 files \(1 not UTF-8 text: .*iconv.*, e.g. .*latin.txt\)",
         ),
         ("one.txt", b"a single document\n", r"the corpus is one document.*--documents line"),
         (

@@ -2,6 +2,7 @@
 a limit, retries.
 """
 
+import gzip
 import http.server
 import os
 import shutil
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from memshard.data_pipeline import fetch as fetching
-from memshard.data_pipeline.fetch import fetch
+from memshard.data_pipeline.fetch import fetch, first_bytes
 from memshard.data_pipeline.format import load_index, remote
 from memshard.data_pipeline.format.remote import BlockCache, cache_folder
 from memshard.data_pipeline.format.verify import verify_data
-from memshard.data_pipeline.prepare.inputs import Sources
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, TrainStream
 from memshard.data_pipeline.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def server(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            name = self.path.lstrip("/")
+            name = self.path.lstrip("/").partition("?")[0]
             state.requests[name] += 1
             file = state.folder / name
             if state.refuse[name] or not file.exists():
@@ -247,3 +248,30 @@ def test_sources_may_be_fetched(server: Server, tmp_path: Path) -> None:
         Sources((f"{server.url}/a.jsonl",)), tmp_path / "data", vocab_size=320, workers=1
     )
     assert report["documents"] == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.jsonl?download=true", "a.jsonl.gz?sig=1", "download?file=7", "list.paths"],
+)
+def test_a_url_is_read_by_the_name_of_its_path_else_by_its_first_bytes(
+    server: Server, tmp_path: Path, name: str
+) -> None:
+    lines = "".join(
+        f'{{"text": "document {number} of some words {number % 7} and more"}}\n'
+        for number in range(200)
+    ).encode()
+    for file in ("a.jsonl", "download"):
+        (server.folder / file).write_bytes(lines)
+    (server.folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (server.folder / "list.paths").write_text("a.jsonl?x=1\n")
+    sources = Sources(find_files([f"{server.url}/{name}"], prefix=f"{server.url}/"))
+    report = build_data(sources, tmp_path / "data", vocab_size=320, workers=1)
+    assert report["files"] == 1 and report["documents"] == 200
+    assert server.requests["download"] <= 2 * (name == "download?file=7")
+
+
+def test_the_first_bytes_of_a_command_end_it(tmp_path: Path) -> None:
+    command = f"(yes; echo 1 > {tmp_path / 'went_on'}) | cat"
+    assert first_bytes(f"pipe:{command}", 6) == b"y\ny\ny\n"
+    assert not (tmp_path / "went_on").exists()

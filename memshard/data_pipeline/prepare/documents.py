@@ -25,7 +25,7 @@ from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
 from memshard.io import partial_path
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
-SETTINGS_VERSION = 3  # counted up when units would be read otherwise: older ones are not reused
+SETTINGS_VERSION = 4  # counted up when units would be read otherwise: older ones are not reused
 ROWS_IN_MEMORY = 4096
 TEXTS, ROWS_FILE, COUNTS = "texts", "documents", "counts.json"
 ROW = np.dtype([("bytes", "<u4"), ("words", "<u4"), ("exact", "<u8")])
@@ -172,16 +172,16 @@ def _documents(
     `skipped`, which the report lists.
     """
     options = {**sources.settings, "language": filters.language}
-    together = sources.source_of(unit.files[0]).unit or 1
+    together = (sources.chosen.unit or 1) if sources.chosen.takes_all else 1
     for start in range(0, len(unit.files), together):
         names = unit.files[start : start + together]
-        source = sources.source_of(names[0])
         files = [fetch(name, scratch) if is_url(name) else Path(name) for name in names]
+        source = sources.source_of(names[0], files[0])
         if source.utf8 and not all(map(is_utf8, files)):
             skipped += names
-            continue
-        documents = reader(source)(files, options, counts, watch)
-        yield from _filtered(watch, documents, filters, counts)
+        else:
+            documents = reader(source)(files, options, counts, watch)
+            yield from _filtered(watch, documents, filters, counts)
         for name, file in zip(names, files, strict=True):
             if is_url(name):
                 # At once: the files of a crawl together may not fit on the disk.

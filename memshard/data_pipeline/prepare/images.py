@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Index
 from memshard.data_pipeline.format.shards import ShardWriter
-from memshard.data_pipeline.prepare.inputs.files import find_files
+from memshard.data_pipeline.prepare.inputs.files import count_endings, find_files
 from memshard.data_pipeline.prepare.pipeline import alone, check_target, digest, publish
 from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, choose_sides
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
@@ -26,8 +27,9 @@ IMAGES_PER_SHARD = 8192
 
 def build(args: argparse.Namespace) -> dict:
     """Run `memshard data build --images` and return its report."""
-    files = find_files(args.sources, IMAGE_SUFFIXES, args.exclude)
-    return build_images(
+    passed_over: Counter[str] = Counter()
+    files = find_files(args.sources, IMAGE_SUFFIXES, args.exclude, passed_over=passed_over)
+    report = build_images(
         [Path(file) for file in files],
         args.out,
         size=args.image_size,
@@ -36,10 +38,12 @@ def build(args: argparse.Namespace) -> dict:
         test=args.test or 0.0,
         workers=args.workers,
     )
+    return report | {"files_passed_over": dict(passed_over)}
 
 
 def describe(report: dict) -> str:
     """Return the report for people."""
+    passed_over = report["files_passed_over"]
     splits = ", ".join(
         f"{name} {split['documents']:,} ({split['tokens']:,} tokens)"
         for name, split in report["splits"].items()
@@ -47,6 +51,7 @@ def describe(report: dict) -> str:
     return (
         f"{report['data']}: {report['images']:,} images ({report['equal']:,} files equal to "
         f"another) in {report['seconds']} s: {splits}"
+        + (f"; passed over: {count_endings(passed_over)}" if passed_over else "")
     )
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from memshard.data_pipeline.format.index import (
     sha256_file,
 )
 from memshard.data_pipeline.prepare.duplicates import exact_hash
-from memshard.data_pipeline.prepare.inputs.files import find_files
+from memshard.data_pipeline.prepare.inputs.files import count_endings, find_files
 from memshard.data_pipeline.prepare.pipeline import alone, check_target, digest, publish
 from memshard.data_pipeline.prepare.sample import sample_lines
 from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, choose_sides
@@ -45,8 +46,10 @@ BATCH_DOCUMENTS = 512
 
 def build(args: argparse.Namespace) -> dict:
     """Run `memshard data index` and return its report."""
-    return index_tars(
-        [Path(file) for file in find_files(args.sources, (".tar",))],
+    passed_over: Counter[str] = Counter()
+    files = find_files(args.sources, (".tar",), passed_over=passed_over)
+    report = index_tars(
+        [Path(file) for file in files],
         args.out,
         suffix=args.member,
         vocab_size=args.vocab,
@@ -56,6 +59,7 @@ def build(args: argparse.Namespace) -> dict:
         test=args.test or 0.0,
         workers=args.workers,
     )
+    return report | {"files_passed_over": dict(passed_over)}
 
 
 def describe(report: dict) -> str:
@@ -64,9 +68,11 @@ def describe(report: dict) -> str:
         f"{name} {split['documents']:,} ({split['tokens']:,} tokens)"
         for name, split in report["splits"].items()
     )
+    passed_over = report["files_passed_over"]
     return (
         f"{report['data']}: {splits}\n"
-        "  the text is tokenised again in every epoch, at some 1 million tokens/s a core: set "
+        + (f"  passed over: {count_endings(passed_over)}\n" if passed_over else "")
+        + "  the text is tokenised again in every epoch, at some 1 million tokens/s a core: set "
         "data.workers, or build token shards"
     )
 

@@ -24,9 +24,9 @@ from memshard.data_pipeline.prepare.documents import (
     read_texts,
     write_unit,
 )
-from memshard.data_pipeline.prepare.inputs.files import Sources
+from memshard.data_pipeline.prepare.inputs.files import Sources, count_endings
 from memshard.data_pipeline.prepare.inputs.kinds import PAIR
-from memshard.data_pipeline.prepare.report import make_report
+from memshard.data_pipeline.prepare.report import NOT_UTF8, READ, make_report
 from memshard.data_pipeline.prepare.sample import sample_lines
 from memshard.data_pipeline.prepare.split import TRAIN_SIDE, Splits, split_documents
 from memshard.data_pipeline.prepare.workers import cores, run_tasks
@@ -95,11 +95,14 @@ def build_data(
         splits = split_documents(
             units, filters, deduplicate, *(_amounts(held_out, test, web, units))
         )
-        stages = _stages(units, splits)
+        stages, not_utf8 = _stages(units, splits), _not_utf8(units)
         if not stages["kept.documents"]:
+            # Only what this build has read: the folder may hold what another one left.
+            for unit in units:
+                shutil.rmtree(unit.folder)
             raise ValueError(
-                f"the corpus is empty: {_describe(sources, stages, _not_utf8(units))}; name "
-                "sources with text"
+                f"the corpus is empty: {_describe(sources, stages, not_utf8)}; name sources with "
+                "text"
             )
 
         proto = (
@@ -130,7 +133,7 @@ def build_data(
             written,
             sources.chosen.record_kind,
         )
-        report = make_report(len(sources.files), _not_utf8(units), stages, index)
+        report = make_report(len(sources.files), sources.passed_over, not_utf8, stages, index)
         publish(final, target, index, report)
         shutil.rmtree(work)
     return report
@@ -225,15 +228,24 @@ def _outcome(unit: Unit) -> dict:
 
 
 def _describe(sources: Sources, stages: Counter[str], not_utf8: list[str]) -> str:
-    skipped = f"{len(not_utf8)} not UTF-8 text, e.g. {not_utf8[0]}" if not_utf8 else "all readable"
-    left_out = {
-        key.removesuffix(".documents"): number
+    """Return what became of the sources, as text."""
+    skipped = f"{len(not_utf8)} {NOT_UTF8}, e.g. {not_utf8[0]}" if not_utf8 else "all readable"
+    left_out = [
+        f"{number:,} {key.removesuffix('.documents')}"
         for key, number in stages.items()
-        if key.endswith(".documents")
-    }
-    return (
-        f"{len(sources.files)} files ({skipped}), {stages['empty']} empty and "
-        f"{stages['invalid']} invalid documents, stages {left_out}"
+        if key in READ or key.startswith("fault_") or key.endswith(".documents")
+    ]
+    return "; ".join(
+        [
+            f"{len(sources.files)} files ({skipped})",
+            f"{stages['empty']} empty and {stages['invalid']} invalid documents",
+            *([f"stages: {', '.join(left_out)}"] if left_out else []),
+            *(
+                [f"passed over in folders: {count_endings(sources.passed_over)}"]
+                if sources.passed_over
+                else []
+            ),
+        ]
     )
 
 

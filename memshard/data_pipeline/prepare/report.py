@@ -1,6 +1,7 @@
 """The report of a build: what went into each of its stages and what was left out."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from memshard.data_pipeline.format.index import Index
 
@@ -20,8 +21,17 @@ STAGES = (
     "near_duplicate",
 )
 
+PASSED_OVER = 20  # endings listed
+NOT_UTF8 = "not UTF-8 text: convert with `iconv -f ISO-8859-1 -t UTF-8` or what it is in"
 
-def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: Index) -> dict:
+
+def make_report(
+    files: int,
+    passed_over: Mapping[str, int],
+    not_utf8: list[str],
+    counts: Counter[str],
+    index: Index,
+) -> dict:
     """Return the content of report.json. Its stages are the documents and bytes that a stage took
     in (pages, text) or left out (all others).
     """
@@ -37,6 +47,7 @@ def make_report(files: int, not_utf8: list[str], counts: Counter[str], index: In
     }
     return {
         "files": files,
+        "files_passed_over": dict(Counter(passed_over).most_common(PASSED_OVER)),
         "files_not_utf8": len(not_utf8),
         "files_not_utf8_first": not_utf8[:20],
         "documents": sum(split.documents for split in index.splits.values()),

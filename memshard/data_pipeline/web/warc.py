@@ -20,6 +20,7 @@ from memshard.data_pipeline.web.gzip_members import PIECE_BYTES, Event, read_mem
 MAX_HEADER = 1 << 16
 MAX_RECORD = 1 << 26  # bytes; larger ones are videos and archives, which contain no article
 LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+CONVERSION = re.compile(rb"^warc-type:[ \t]*conversion", re.IGNORECASE | re.MULTILINE)
 NEWLINES = re.compile(rb"[\r\n]*")
 HEADER = re.compile(rb"WARC/[01]\.\d")
 RECORD = re.compile(rb"\nWARC/[01]\.\d")
@@ -43,15 +44,22 @@ def read_pages(path: Path, counts: Counter[str]) -> Iterator[Page]:
     Counts records, responses, `status` (not 200), `not_html`, `empty_body`, `too_large`; faults:
     `fault_empty` (no byte in the file), `fault_truncated`, `fault_corrupt`, `fault_garbage`,
     `fault_bad_header`, `fault_wrong_length` (the payload is used as far as it goes), `fault_http`;
-    and `skipped_bytes`.
+    and `skipped_bytes`. ValueError for a file of text that others extracted from pages.
     """
+    pages, converted = counts["responses"], False
     with path.open("rb") as stream:
         for record in read_records(stream, counts):
             counts["records"] += 1
+            converted |= CONVERSION.search(record, 0, record.find(b"\r\n\r\n")) is not None
             try:
                 yield from _page(record, counts)
             except (ValueError, OSError, EOFError, RuntimeError, zlib.error):
                 counts["fault_http"] += 1
+    if converted and counts["responses"] == pages:
+        raise ValueError(
+            f"{path} holds conversion records (WET), text that others extracted, and no web page, "
+            "and is not read: name the WARC files of the crawl"
+        )
 
 
 def _page(record: bytes, counts: Counter[str]) -> Iterator[Page]:

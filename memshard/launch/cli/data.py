@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections import Counter
 from importlib import import_module
 
 from memshard.data_pipeline.prepare.inputs.kinds import (
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_common(
         build,
-        "file, glob, folder, http(s)/s3 URL, pipe:COMMAND, or list file (*.paths); each also .gz",
+        "file, glob, folder, http(s)/s3 URL, pipe:COMMAND, or list (*.paths); each also .gz",
         web=True,
     )
     _add_build(build)
@@ -175,11 +176,13 @@ def run_build(args: argparse.Namespace) -> dict:
         if not kind.command and getattr(args, kind.name):
             return run_own(kind, args)
     began = time.perf_counter()
+    passed_over: Counter[str] = Counter()
     with usage_errors():
         sources = Sources(
-            find_files(args.sources, args.suffix, args.exclude, args.prefix),
+            find_files(args.sources, args.suffix, args.exclude, args.prefix, passed_over),
             args.documents,
             {name: getattr(args, name) for name in DEFAULTS},
+            passed_over,
         )
         # Not in the parser: what was not said depends on the sources, which are known only now.
         dedup = args.dedup or ("near" if sources.web else "none")
@@ -222,13 +225,19 @@ def run_own(kind: OwnBuild, args: argparse.Namespace) -> dict:
 
 def show(report: dict) -> None:
     """Print a build's report as a table."""
+    from memshard.data_pipeline.prepare.inputs.files import count_endings
+    from memshard.data_pipeline.prepare.report import NOT_UTF8
+
     print(
         f"{report['data']}: built in {report['seconds']} s, vocabulary of {report['vocabulary']:,}"
     )
+    first = f", e.g. {report['files_not_utf8_first'][0]}" if report["files_not_utf8"] else ""
     print(
         f"  files      {report['files']:,} read, {report['files_not_utf8']:,} of them skipped "
-        "(not UTF-8 text)"
+        f"({NOT_UTF8 if first else 'not UTF-8 text'}{first})"
     )
+    if report["files_passed_over"]:
+        print(f"  passed over in folders: {count_endings(report['files_passed_over'])}")
     if report["archive"]:
         print(
             "  archives   "

@@ -2,7 +2,9 @@
 
 import gzip
 import os
+import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import glob
@@ -10,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from memshard.data_pipeline.fetch import is_url
+from memshard.data_pipeline.fetch import fetch, is_url
+from memshard.data_pipeline.prepare.inputs.kind_of_file import GZIP, ends_in, kind_of, named_kind
 from memshard.data_pipeline.prepare.inputs.kinds import (
     DEFAULTS,
     EXCLUDED_FOLDERS,
@@ -24,13 +27,15 @@ READ_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Sources:
-    """Files or URLs that documents come from. documents: the source for files whose ending no
-    other one claims. options: values of sources' options by name, where they are not the default.
+    """Files or URLs that documents come from. documents: the source for files that neither name nor
+    content give to another. options: values of sources' options by name, where they are not the
+    default. passed_over: files in folders that are no input, by ending.
     """
 
     files: tuple[Path | str, ...]
     documents: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def chosen(self) -> Source:
@@ -47,13 +52,15 @@ class Sources:
         """Values of all sources' options."""
         return {**DEFAULTS, **self.options}
 
-    def source_of(self, file: Path | str) -> Source:
-        """Return the source that reads a file."""
-        if not self.chosen.takes_all:
-            for source in SOURCES.values():
-                if source.choice is None and _ends_in(str(file), source.endings):
-                    return source
-        return self.chosen
+    def source_of(self, file: Path | str, local: Path | None = None) -> Source:
+        """Return the source that reads a file. local: the copy of a URL, if there is one.
+
+        Raises ValueError for a file that no source reads, unless `documents` says what it is.
+        """
+        if self.chosen.takes_all:
+            return self.chosen
+        kind = kind_of(str(file), local) if self.documents == "auto" else named_kind(str(file))
+        return kind or self.chosen
 
 
 def find_files(
@@ -61,16 +68,19 @@ def find_files(
     suffixes: Iterable[str] = TEXT_ENDINGS,
     exclude: Iterable[str] = EXCLUDED_FOLDERS,
     prefix: str = "",
+    passed_over: Counter[str] | None = None,
 ) -> tuple[Path | str, ...]:
     """Return the inputs behind `sources`, each once: files and URLs as named, globs and folders
-    (recursively) in sorted order, and those in list files (*.paths, *.paths.gz: one a line,
-    `prefix` before each).
+    (recursively, links followed) in sorted order, and those in list files and URLs (*.paths,
+    *.paths.gz: one a line, `prefix` before each).
 
     In folders only files with one of `suffixes` (or that and .gz) count; hidden folders and those
-    named in `exclude` are left out. Raises FileNotFoundError for a missing source, ValueError for a
-    folder without such files.
+    named in `exclude` are left out. passed_over: counts the other files of folders by ending.
+    Raises FileNotFoundError for a missing source, ValueError for a folder without such files and
+    for what is no file.
     """
-    endings = tuple("." + suffix.lstrip(".") for suffix in suffixes)
+    endings = tuple("." + suffix.lstrip(".").lower() for suffix in suffixes)
+    others: Counter[str] = Counter() if passed_over is None else passed_over
     excluded = set(exclude)
     by_path: dict[Path | str, Path | str] = {}
     for name in _listed(map(str, sources), prefix):
@@ -79,13 +89,23 @@ def find_files(
             by_path.setdefault(name, name)
             continue
         if source.is_dir():
-            files = [file for file in _walk(source, excluded) if _ends_in(file.name, endings)]
+            files = []
+            for file in _walk(source, excluded):
+                if file.is_file() and ends_in(file.name, endings):
+                    files.append(file)
+                elif not file.name.startswith("."):
+                    others[_ending(file)] += 1
             if not files:
                 raise ValueError(
-                    f"{source} holds no file ending in {' '.join(endings)} (or with .gz): name "
-                    "other endings with --suffix"
+                    f"{source} holds no file ending in {' '.join(endings)} (or with .gz), but "
+                    f"{count_endings(others) or 'nothing'}: name other endings with --suffix"
                 )
         elif source.exists():
+            if not source.is_file():
+                raise ValueError(
+                    f"{source} is no regular file, and sources are read more than once: write "
+                    "what prints it as pipe:COMMAND, or put it into a file"
+                )
             files = [source]
         else:
             matches = (Path(match) for match in sorted(glob(name, recursive=True)))
@@ -100,6 +120,14 @@ def find_files(
     return tuple(by_path.values())
 
 
+def count_endings(passed_over: Mapping[str, int]) -> str:
+    """Return the most frequent endings of files that are passed over, as text."""
+    most = Counter(passed_over).most_common(5)
+    rest = sum(passed_over.values()) - sum(number for _, number in most)
+    counts = [f"{number:,} {ending}" for ending, number in most]
+    return ", ".join([*counts, f"{rest:,} others"] if rest else counts)
+
+
 def reader(source: Source) -> Callable[..., Iterator[str]]:
     """Return a source's function that reads files, described at `Source.read`."""
     module, _, function = source.read.partition(":")
@@ -108,11 +136,13 @@ def reader(source: Source) -> Callable[..., Iterator[str]]:
 
 
 def open_text(file: Path) -> TextIO:
-    """Open a UTF-8 text file, also one with gzip (.gz). Line ends stay as they are; a byte order
-    mark is dropped.
+    """Open a UTF-8 text file, also one with gzip, whatever its name. Line ends stay as they are; a
+    byte order mark is dropped.
     """
+    with file.open("rb") as stream:
+        zipped = stream.read(len(GZIP)) == GZIP or file.name.lower().endswith(".gz")
     # "\n" alone ends a line: by default a lone "\r" would, and both would be changed into "\n".
-    if file.name.endswith(".gz"):
+    if zipped:
         return cast(TextIO, gzip.open(file, "rt", encoding="utf-8-sig", newline="\n"))
     return file.open(encoding="utf-8-sig", newline="\n")
 
@@ -138,29 +168,43 @@ def read_lines(file: Path) -> list[str]:
         return [line.strip() for line in stream]
 
 
-def _ends_in(name: str, endings: tuple[str, ...]) -> bool:
-    """Tell whether a name has one of the endings, or one and .gz. A command's input is named in the
-    middle of it.
-    """
-    if name.startswith("pipe:"):
-        return any(ending in name for ending in endings)
-    return name.removesuffix(".gz").endswith(endings)
-
-
 def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
+    """Yield the sources, and in place of each list the lines of it."""
     for name in sources:
-        # Lists are local files; a URL is always a source.
-        if is_url(name) or not _ends_in(name, (".paths",)):
+        if not ends_in(name, (".paths",)) or name.startswith("pipe:"):
             yield name
             continue
-        with open_text(Path(name)) as stream:
-            yield from (prefix + line.strip() for line in stream if line.strip())
+        with tempfile.TemporaryDirectory() as scratch:
+            lines = read_lines(fetch(name, Path(scratch)) if is_url(name) else Path(name))
+        yield from (prefix + line for line in lines if line)
 
 
 def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
+    """Yield the files under a folder, also those behind links to folders, each of which is entered
+    once, so that links in a circle end. OSError for a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    entered = {folder.resolve()}
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        wanted = []
+        for name in sorted(folders):
+            real = Path(root, name).resolve()
+            if not (name in excluded or name.startswith(".") or real in entered):
+                entered.add(real)
+                wanted.append(name)
         # In place, which is how os.walk learns what to enter and in which order.
-        folders[:] = sorted(
-            name for name in folders if name not in excluded and not name.startswith(".")
-        )
+        folders[:] = wanted
         yield from (Path(root, name) for name in sorted(files))
+
+
+def _ending(file: Path) -> str:
+    """Return what the count of files that are passed over calls this one."""
+    if not file.is_file():
+        return "broken link" if file.is_symlink() else "no regular file"
+    name = file.name.lower()
+    return (
+        Path(name.removesuffix(".gz")).suffix + ".gz" * name.endswith(".gz") or "without an ending"
+    )

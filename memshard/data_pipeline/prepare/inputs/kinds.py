@@ -6,6 +6,7 @@ go through the same filters, tokenizer and shards. What is something else has a 
 (`OWN_BUILDS`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,10 @@ class Source:
     makes them of the flags, to values, and holds `language`; what is left out is counted in
     `counts`; a step that may hang runs under `watch.item(number)`.
 
-    endings: of files to take from folders, each also with .gz. choice: for what `--documents NAME`
-    says of files that no other source has the ending of; None if only the ending chooses it.
+    endings: of files to take from folders, each also with .gz. named: endings of files that are
+    read so where they are named, but not taken from folders. begins: how a file begins, for those
+    whose name says nothing. choice: for what `--documents NAME` says of files that no other source
+    has the ending of; None if only ending or beginning choose it.
     takes_all: with `--documents NAME`, every file is of this kind, whatever its ending.
 
     unit: files read together; None is as many small ones as make a unit of work. takes: what these
@@ -40,6 +43,8 @@ class Source:
     name: str
     read: str
     endings: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    begins: re.Pattern[bytes] | None = None
     choice: str | None = None
     takes_all: bool = False
     options: Options = field(default_factory=dict)
@@ -91,7 +96,9 @@ SOURCES = {
         Source(
             name="jsonl",
             read="memshard.data_pipeline.prepare.inputs.jsonl:read",
-            endings=(".jsonl",),
+            endings=(".jsonl", ".ndjson"),
+            named=(".json",),
+            begins=re.compile(rb"(\xef\xbb\xbf)?\s*(\{\s*\"|\[\s*\{)"),
             options={
                 "--text-key": {
                     "default": "text",
@@ -104,6 +111,7 @@ SOURCES = {
             name="warc",
             read="memshard.data_pipeline.prepare.inputs.warc:read",
             endings=(".warc",),
+            begins=re.compile(rb"\s*WARC/\d"),
             options={
                 "--extractor": {
                     "choices": ("trafilatura", "resiliparse"),
@@ -170,6 +178,33 @@ OWN_BUILDS = {
         ),
     )
 }
+
+ARCHIVE = (
+    "part of a web archive that is not read (WET, WAT, ARC, CDX): name the WARC files of the crawl"
+)
+ARCHIVE_BEGINS = (b"filedesc://", b" CDX ")  # ARC files and indexes
+REFUSED = {
+    (".wet", ".wat", ".arc", ".cdx", ".cdxj"): ARCHIVE,
+    (".csv", ".tsv"): "a table: write its texts as jsonl, e.g. with pandas: read_csv(FILE).to_json("
+    '"texts.jsonl", orient="records", lines=True), or take it as it is with --documents line',
+    (
+        ".parquet",
+        ".arrow",
+        ".feather",
+    ): "a table, which is not read: write its texts as jsonl, e.g. "
+    "with datasets: load_dataset(...)[SPLIT].to_json(FILE)",
+    (
+        ".zst",
+        ".bz2",
+        ".xz",
+        ".lz4",
+        ".zip",
+        ".7z",
+        ".tar",
+        ".tgz",
+    ): "compressed as only .gz is read: give the command that prints it, e.g. pipe:'zstd -dc FILE'",
+}
+"""What other files are that a name may tell, by their endings, and what to do."""
 
 TEXT_ENDINGS = tuple(ending for source in SOURCES.values() for ending in source.endings)
 EXCLUDED_FOLDERS = ("site-packages", "dist-packages")
