@@ -11,7 +11,7 @@ def describe_ranks(cost: "Estimate") -> str:
     if cost.tensor_ranks == 1:
         return f"ranks: {cost.ranks}"
     groups = cost.ranks // cost.tensor_ranks
-    # With parallel.share=sequences no matrix is split.
+    # With parallel.share=sequence no matrix is split.
     shared = "matrices and sequences" if cost.parameters.split else "sequences"
     return (
         f"ranks: {cost.ranks}, in groups of {cost.tensor_ranks} that share {shared}; groups: "
