@@ -50,8 +50,8 @@ def refused(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
         ),
         (
             "data.path=nowhere",
-            "nowhere is not a data folder (no index.json): make one with `memshard data build SRC "
-            "--out nowhere`",
+            "is not a data folder (no index.json): name another one (data.path, or --data of "
+            "eval), or make one with `memshard data build SRC --out nowhere`",
         ),
         ("data.length=0", "data.length is 0; it must be at least 1"),
         ("train.batch=100", "too few for one step of train.batch 100 x data.length 32"),

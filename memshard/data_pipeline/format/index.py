@@ -92,9 +92,12 @@ def load_index(path: str | os.PathLike[str]) -> Index:
     folder, remote = Path(path), is_url(str(path))
     file = local_copy(path, INDEX_FILE)
     if not file.is_file():
+        # A recipe's relative path means another folder wherever else its run is used.
+        seen_from = "" if folder.is_absolute() else f" in {Path.cwd()}"
         raise FileNotFoundError(
-            f"{folder} is not a data folder (no {INDEX_FILE}): make one with `memshard data build "
-            f"SRC --out {folder}`"
+            f"{folder}{seen_from} is not a data folder (no {INDEX_FILE}): name another one "
+            "(data.path, or --data of eval), or make one with `memshard data build SRC --out "
+            f"{folder}`"
         )
     index = read_index(file.parent)
     # Times a bool: images have no tokenizer to look for.
