@@ -12,22 +12,50 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 RETRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubles with every try
 TIMEOUT = 60.0
 S3_COMMAND = "aws s3 cp --quiet {url} -"  # another in MEMSHARD_S3_COMMAND, e.g. "s5cmd cat {url}"
+ALLOWED = ("connections", "commands")
+Allowed = Literal["connections", "commands"]
+"""What names in files may do: be fetched from URLs, or also be commands that are run."""
 Result = TypeVar("Result")
 
 
-def is_url(name: str) -> bool:
-    """Tell whether a name is something to fetch: http(s)://, s3://, pipe:COMMAND."""
-    return name.startswith(("http://", "https://", "s3://", "pipe:"))
+def is_url(name: str | os.PathLike[str]) -> bool:
+    """Tell whether a name is something to fetch: http(s)://, s3://, pipe:COMMAND. A path object is
+    a local file, whatever its name.
+    """
+    return isinstance(name, str) and name.startswith(("http://", "https://", "s3://", "pipe:"))
+
+
+def needed(names: Iterable[str]) -> Allowed | None:
+    """Return what must be allowed before all of these are fetched; None if all are local."""
+    remote = [name for name in names if is_url(name)]
+    if any(name.startswith("pipe:") for name in remote):
+        return "commands"
+    return "connections" if remote else None
+
+
+def check_allowed(name: str, source: str, allow: Allowed | None) -> None:
+    """Raise ValueError if `name` is to be fetched and that is not allowed.
+
+    source: the file that says so, and where: what is typed on the command line needs no leave.
+    """
+    need = needed([name])
+    if need is None or allow in (need, "commands"):
+        return
+    does = "runs a command" if need == "commands" else "opens a connection"
+    raise ValueError(
+        f"{source} is {name!r}, which {does}; what files say does so only if the command line "
+        f"says --allow {need}"
+    )
 
 
 def fetch(url: str, folder: Path) -> Path:

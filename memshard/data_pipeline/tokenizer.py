@@ -85,9 +85,7 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         file = (
-            local_copy(path, TOKENIZER_FILE)
-            if is_url(str(path)) or Path(path).is_dir()
-            else Path(path)
+            local_copy(path, TOKENIZER_FILE) if is_url(path) or Path(path).is_dir() else Path(path)
         )
         try:
             proto = file.read_bytes()

@@ -146,6 +146,8 @@ def build_run(
 
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with what its data decides filled in: vocabulary size, longest sequence."""
+    if not recipe.data.path:
+        raise ValueError("data.path is empty, as in exports: give data.path=DIR")
     vocabulary = load_index(recipe.data.path).vocab_size
     model = recipe.model
     if model.vocab_size is not None and model.vocab_size < vocabulary:

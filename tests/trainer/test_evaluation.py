@@ -219,15 +219,19 @@ def test_two_processes_measure_what_one_does(trained: LoadedModel, data: Path) -
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_command_measures_the_same_from_memory_from_disk_and_from_an_export(
-    precision: str, trained: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    precision: str,
+    trained: LoadedModel,
+    data: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     export(trained.path, tmp_path / "out")
     results = []
     for source, options in (
         (trained.path, []),
         (trained.path, ["--memmap"]),
-        (tmp_path / "out", []),
-        (tmp_path / "out", ["--memmap"]),
+        (tmp_path / "out", ["--data", str(data)]),
+        (tmp_path / "out", ["--memmap", "--data", str(data)]),
     ):
         assert (
             main(

@@ -89,7 +89,7 @@ def load_index(path: str | os.PathLike[str]) -> Index:
 
     Raises FileNotFoundError or ValueError that name the file and the fix.
     """
-    folder, remote = Path(path), is_url(str(path))
+    folder, remote = Path(path), is_url(path)
     file = local_copy(path, INDEX_FILE)
     if not file.is_file():
         # A recipe's relative path means another folder wherever else its run is used.

@@ -25,7 +25,7 @@ def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = Non
     """Return the path of the file `name` of a data folder; of a URL, that of a local copy, fetched
     if it is absent or, given a hash, different.
     """
-    if not is_url(str(path)):
+    if not is_url(path):
         return Path(path) / name
     folder = cache_folder(str(path))
     target = folder / name

@@ -115,7 +115,7 @@ def read_sidecar(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     Only sidecars of raw text have the last column; the bytes of tokens follow from their number and
     are 0 here.
     """
-    path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(str(folder)) else None)
+    path = local_copy(folder, shard.sidecar, shard.sidecar_sha256 if is_url(folder) else None)
     try:
         # Mapped: a header that promises more than the file holds is refused before
         # anything is allocated.

@@ -32,7 +32,7 @@ def verify_data(path: str | os.PathLike[str]) -> dict:
 
     path: a folder or a URL, whose files are fetched anew, past the cache, a shard at a time.
     """
-    folder, remote = Path(path), is_url(str(path))
+    folder, remote = Path(path), is_url(path)
     # `load_index` refuses a folder without an index in words that say what to do, but also one
     # that lacks a file, and verification names all such files.
     here = not remote and (folder / INDEX_FILE).is_file()
@@ -67,7 +67,7 @@ def _files(path: str | os.PathLike[str], *names: str) -> Iterator[tuple[Path, li
     """Yield a folder that holds these files of a data folder, and what is wrong with those that
     could not be fetched. A context manager, at whose end copies are removed.
     """
-    if not is_url(str(path)):
+    if not is_url(path):
         yield Path(path), []
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -35,7 +35,7 @@ class SplitReader:
         self.index: Index = load_index(path)
         self._path = str(path)
         shards = self.index.splits[split].shards
-        self._files = _ShardFiles(self._path, shards)
+        self._files = _ShardFiles(path, shards)
         self._dtype = np.dtype(self.index.dtype).newbyteorder("<")
         sidecars = [read_sidecar(path, shard) for shard in shards]
         entries = (
@@ -194,10 +194,10 @@ class SplitReader:
 class _ShardFiles:
     """Byte ranges of shards, which are opened when first read: a rank needs only some of them."""
 
-    def __init__(self, path: str, shards: tuple[Shard, ...]) -> None:
+    def __init__(self, path: str | os.PathLike[str], shards: tuple[Shard, ...]) -> None:
         self.shards = shards
         self._folder = Path(path)
-        self._remote = BlockCache(path) if is_url(path) else None
+        self._remote = BlockCache(str(path)) if is_url(path) else None
         self._open: dict[int, int] = {}
 
     def read(self, shard: int, begin: int, size: int) -> bytes:

@@ -15,6 +15,7 @@ from memshard.data_pipeline.prepare.inputs.kinds import (
     OwnBuild,
 )
 from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import add_allow
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -112,6 +113,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         default="",
         help="put before every line of a list file, e.g. https://data.commoncrawl.org/",
     )
+    add_allow(parser)
     choices = {name: source.choice for name, source in SOURCES.items() if source.choice}
     parser.add_argument(
         "--documents",
@@ -179,7 +181,9 @@ def run_build(args: argparse.Namespace) -> dict:
     passed_over: Counter[str] = Counter()
     with usage_errors():
         sources = Sources(
-            find_files(args.sources, args.suffix, args.exclude, args.prefix, passed_over),
+            find_files(
+                args.sources, args.suffix, args.exclude, args.prefix, passed_over, args.allow
+            ),
             args.documents,
             {name: getattr(args, name) for name in DEFAULTS},
             passed_over,

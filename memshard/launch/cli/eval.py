@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.generate import add_beam_options, beam_options, refuse_options
 from memshard.launch.cli.outcome import rank, usage_errors
-from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.parser import Subparsers, add_allow
 from memshard.models.mixers.kinds import names
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="data set whose held-out text is read (default: the one of the run)",
+        help="data set whose held-out text is read (default: that of the run; exports name none)",
     )
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)"
@@ -101,6 +101,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--limit", type=int, metavar="N", help="examples of a task to read at most (default all)"
     )
+    add_allow(parser)
     parser.set_defaults(run=run)
 
 
@@ -143,7 +144,7 @@ def _read_held_out(
     from memshard.trainer.tasks.translation import TranslationTask
 
     with usage_errors():
-        data, length = args.data or loaded.recipe.data.path, _length(args, loaded)
+        data, length = args.data or _own_data(args, loaded), _length(args, loaded)
         if args.untruncated:
             _check_untruncated(args, loaded, ranks)
             # One row of batch x length tokens does in a call what batch rows do otherwise.
@@ -177,6 +178,22 @@ def _read_held_out(
     if not args.json:
         _show(result)
     return result
+
+
+def _own_data(args: argparse.Namespace, loaded: "LoadedModel") -> str:
+    """Return the data set that the model was trained on. ValueError if that is not known, or may
+    not be fetched because a file alone says so.
+    """
+    from memshard.data_pipeline.fetch import check_allowed
+
+    path = loaded.recipe.data.path
+    if not path:
+        raise ValueError(
+            f"{loaded.path} does not say which data it was trained on, as exports do not: give "
+            "--data DIR"
+        )
+    check_allowed(path, f"{loaded.path}/config.yaml: data.path", args.allow)
+    return path
 
 
 def _check_untruncated(args: argparse.Namespace, loaded: "LoadedModel", ranks: int) -> None:

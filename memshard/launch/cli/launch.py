@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.parser import Subparsers, add_allow
 from memshard.launch.launchers.kinds import LAUNCHERS
 
 
@@ -34,5 +34,6 @@ def add_parser(subparsers: Subparsers) -> None:
         command.add_argument(
             "--dry-run", action="store_true", help="print the command or script, start nothing"
         )
+        add_allow(command)
         module.add_arguments(command)
         command.set_defaults(run=module.launch)

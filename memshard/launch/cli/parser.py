@@ -3,9 +3,20 @@
 import argparse
 from typing import Any, NoReturn, TypeAlias
 
+from memshard.data_pipeline.fetch import ALLOWED
 from memshard.launch.cli.outcome import UsageError
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Add --allow, without which nothing that a file says runs a command or connects anywhere."""
+    parser.add_argument(
+        "--allow",
+        choices=ALLOWED,
+        help="what files may ask for, and not only the command line: connections (URLs, "
+        "train.wandb), or commands (pipe:) as well (default: neither)",
+    )
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -128,8 +128,9 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
     # The recipe first, then the data; --vocab only where both are silent.
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size, "model.vocab_size"
-    if (Path(recipe.data.path) / INDEX_FILE).exists():
-        return load_index(recipe.data.path).vocab_size, "tokenizer of data.path"
+    # As a Path, so that a folder called pipe:COMMAND is no command.
+    if (data := Path(recipe.data.path) / INDEX_FILE).exists():
+        return load_index(data.parent).vocab_size, "tokenizer of data.path"
     if given is not None:
         if given < 1:
             raise ValueError(f"--vocab is {given}; it must be at least 1")

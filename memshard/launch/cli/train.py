@@ -5,13 +5,15 @@ import logging
 import os
 import shlex
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memshard.data_pipeline.fetch import Allowed
 from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.launch.cli.outcome import Stopped, usage_errors
-from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.parser import Subparsers, add_allow
 from memshard.launch.orphans import stop_without_parent
 from memshard.launch.ranks import read_ranks
 from memshard.trainer.stop_signal import PREEMPTED, StopSignal
@@ -51,6 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="STEP",
         help="save at this step and exit with code 75, to be resumed later",
     )
+    add_allow(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
 
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, args.overrides, args.allow)
         folder = run_folder(args)
         if args.stop_at is not None and args.stop_at < 1:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
@@ -115,9 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise
     if not result["finished"]:
         # The same command line resumes; torchrun restarts nothing.
-        command = shlex.join(
-            ["memshard", "train", args.recipe, *args.overrides, "--run", str(folder)]
-        )
+        command = shlex.join(train_command(args.recipe, args.overrides, str(folder), args.allow))
         raise Stopped(
             f"at step {result['step']} of {prepared.recipe.train.steps}, saved; resume with: "
             f"{command}",
@@ -126,6 +127,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json and prepared.rank == 0:
         print(f"done: {result['checkpoint']}")
     return result
+
+
+def train_command(
+    recipe: str, overrides: Sequence[str], folder: str, allow: Allowed | None
+) -> list[str]:
+    """Return the words of the command that trains, or resumes, a run."""
+    command = ["memshard", "train", recipe, *overrides, "--run", folder]
+    return command if allow is None else [*command, "--allow", allow]
 
 
 def opening(prepared: "Run", launcher: str) -> str:

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import memshard
+from memshard.data_pipeline.fetch import Allowed
+from memshard.launch.cli.train import run_folder, train_command
 
 CODE, RECIPE, LOGS = "code", "recipe.yaml", "log"
 RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -17,44 +19,43 @@ RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 @dataclass(frozen=True)
 class Start:
     """A command to start: a recipe, its overrides, and the run's folder. code: a folder for
-    PYTHONPATH, or None for the installed package.
+    PYTHONPATH, or None for the installed package. allow: what the recipe's file may ask for.
     """
 
     recipe: str
     overrides: tuple[str, ...]
     folder: str
     code: str | None = None
+    allow: Allowed | None = None
 
     @property
     def train(self) -> list[str]:
         """The memshard command."""
-        return ["memshard", "train", self.recipe, *self.overrides, "--run", self.folder]
+        return train_command(self.recipe, self.overrides, self.folder, self.allow)
 
 
 def installed(args: argparse.Namespace) -> Start:
     """Return the start that runs the installed code and the recipe as it is; ValueError if the
     recipe is wrong.
     """
-    from memshard.launch.cli.train import run_folder
     from memshard.trainer.config.load import load_recipe
 
-    load_recipe(args.recipe, args.overrides)
-    return Start(args.recipe, tuple(args.overrides), str(run_folder(args)))
+    load_recipe(args.recipe, args.overrides, args.allow)
+    return Start(args.recipe, tuple(args.overrides), str(run_folder(args)), allow=args.allow)
 
 
 def snapshot(args: argparse.Namespace) -> Start:
     """Copy the code and the resolved recipe into the run's folder, so that a job that starts later,
     or again, runs what was launched; return the start that runs them.
     """
-    from memshard.launch.cli.train import run_folder
-    from memshard.trainer.config.load import dump, load_recipe
+    from memshard.trainer.config.load import dump, load_recipe, needs
 
     folder = run_folder(args)
-    resolved = dump(load_recipe(args.recipe, args.overrides))
+    recipe = load_recipe(args.recipe, args.overrides, args.allow)
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     # Resolved: a bundled recipe or a file may change before the job starts, and overrides
     # are in it.
-    (folder / RECIPE).write_text(resolved)
+    (folder / RECIPE).write_text(dump(recipe))
     # The code as well: a queued job would otherwise run whatever the checkout has hours later.
     code = folder / CODE
     shutil.rmtree(code, ignore_errors=True)
@@ -63,7 +64,8 @@ def snapshot(args: argparse.Namespace) -> Start:
         code / "memshard",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    return Start(str(folder / RECIPE), (), str(folder), str(code))
+    # The overrides of this command line, which needed no leave, are in a file now.
+    return Start(str(folder / RECIPE), (), str(folder), str(code), needs(recipe))
 
 
 def torchrun_options(shutdown: int, torch_version: str | None = None) -> list[str]:

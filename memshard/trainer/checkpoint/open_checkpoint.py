@@ -11,6 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from memshard.data_pipeline.format.index import sha256_file
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.io import is_absence
 from memshard.models.memory.product_key import row_slots
 from memshard.models.memory.table import find_tables
 from memshard.models.seq2seq import build_model
@@ -80,11 +83,16 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
 
 
 def open_export(folder: Path, check: bool = True) -> StoredModel:
-    """Open an export. check: compare the weights with their hash first. ValueError if damaged."""
-    recipe = load_recipe(str(folder / "config.yaml"), [])
+    """Open an export. check: compare the weights with their hash first, and not the small files
+    alone. ValueError if damaged.
+    """
     file = folder / WEIGHTS
     try:
-        about = json.loads((folder / CONFIG_JSON).read_text())["memshard"]
+        about = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))["memshard"]
+        for name in ("config.yaml", TOKENIZER_FILE):
+            if sha256_file(folder / name) != about["files"][name]:
+                raise ValueError(f"{name} does not match its hash")
+        recipe = load_recipe(str(folder / "config.yaml"), [])
         if check:
             with file.open("rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != about["sha256"]:
@@ -112,6 +120,8 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
             ),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, OSError) and not is_absence(error):
+            raise
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}: {error}): export it again"
         ) from error

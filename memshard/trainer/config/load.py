@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from memshard.data_pipeline.fetch import Allowed, check_allowed, needed
 from memshard.trainer.config.explain import SECTION, Key, fields, suggestion
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.config.text import parse, render
@@ -29,18 +30,22 @@ class RecipeError(ValueError):
 
 
 class Setting(NamedTuple):
-    """A value and where it was written."""
+    """A value and where it was written. typed: on the command line, as an override."""
 
     value: Any
     source: str
+    typed: bool = False
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), allow: Allowed | None = "commands"
+) -> Recipe:
     """Return the recipe of a YAML file, a bundled name or a run folder (its config.yaml), with
     `key=value` overrides.
 
-    RecipeError for whatever is wrong in a recipe or override, FileNotFoundError for a path that
-    does not exist.
+    allow: what the files, and not the overrides, may ask for; only who goes on to train needs to
+    limit it, since reading a recipe fetches nothing. RecipeError for whatever is wrong in a recipe
+    or override, FileNotFoundError for a path that does not exist.
     """
     try:
         settings: dict[str, Setting] = {}
@@ -49,9 +54,17 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             settings.update(_flatten(values, "", str(path)))
         for override in overrides:
             settings.update(_override(override))
-        return _with_program(_build(settings, str(name_or_path)))
+        recipe = _with_program(_build(settings, str(name_or_path)))
+        _check_allowed(recipe, settings, allow)
+        return recipe
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def needs(recipe: Recipe) -> Allowed | None:
+    """Return what must be allowed before a file with this recipe is trained."""
+    everything = [name for names in _fetched(recipe).values() for name in names]
+    return needed(everything) or ("connections" if recipe.train.wandb else None)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -144,7 +157,8 @@ def _override(text: str) -> Iterator[tuple[str, Setting]]:
     value = parse(value_text, source)
     for part in reversed(key.split(".")):
         value = {part: value}
-    return _flatten(value, "", source)
+    for name, setting in _flatten(value, "", source):
+        yield name, setting._replace(typed=True)
 
 
 def _flatten(values: dict[str, Any], prefix: str, source: str) -> Iterator[tuple[str, Setting]]:
@@ -183,6 +197,25 @@ def _build(settings: dict[str, Setting], source: str) -> Recipe:
         raise _readable(error, settings, source) from None
 
 
+def _check_allowed(recipe: Recipe, settings: dict[str, Setting], allow: Allowed | None) -> None:
+    """Raise ValueError if a file, and not an override, asks for more than is allowed."""
+    for key, names in _fetched(recipe).items():
+        if key in settings and not settings[key].typed:
+            for name in names:
+                check_allowed(name, f"{settings[key].source}: {key}", allow)
+    wandb = settings.get("train.wandb")
+    if recipe.train.wandb and wandb is not None and not wandb.typed and allow is None:
+        raise ValueError(
+            f"{wandb.source}: train.wandb is {recipe.train.wandb!r}, which sends the run's numbers "
+            "away; what files say does so only if the command line says --allow connections"
+        )
+
+
+def _fetched(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the names by key that a training fetches, if they are not local."""
+    return {"data.path": [recipe.data.path], "data.mixture": list(recipe.data.mixture)}
+
+
 def _with_program(recipe: Recipe) -> Recipe:
     """Return the recipe with its program's text in place of the file's name, so that runs and
     checkpoints need no other file.
@@ -216,7 +249,7 @@ def _readable(error: ValidationError, settings: dict[str, Setting], source: str)
             f"{source}: {key.name} is required: {key.doc} Add it to the file, or to the command "
             f"as {key.name}=..."
         )
-    value, where = settings[key.name]
+    value, where, _ = settings[key.name]
     return ValueError(
         f"{where}: {key.name} is {value!r} ({type(value).__name__}); expected {key.type}"
     )

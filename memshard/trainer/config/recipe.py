@@ -26,7 +26,7 @@ class DataConfig:
 
     path: str = may_change()
     """Folder that `memshard data build` wrote, or the http(s) or s3 URL of a copy, or `pipe:` and a
-    command that prints {file}.
+    command that prints {file}; the latter two in a file need --allow.
     """
 
     length: int = 256

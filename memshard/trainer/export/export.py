@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memshard.data_pipeline.format.index import sha256_file
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
@@ -26,9 +27,11 @@ from memshard.trainer.checkpoint.open_checkpoint import (
     StoredModel,
 )
 from memshard.trainer.config.load import dump, to_dict
+from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.export.huggingface import write_code
 from memshard.trainer.export.safetensors import Entry, write_safetensors
 from memshard.trainer.precision import DTYPES
+from memshard.trainer.run_folder import CONFIG_FILE
 
 _BLOCK_BYTES = 1 << 24
 _INT8 = "int8"
@@ -58,8 +61,9 @@ def export(
 
     source: run folder, checkpoint or export. dtype: fp32, fp16 or bf16; tables: the same or int8 (a
     scale a row), by default as dtype. huggingface: add the code with which transformers loads it.
-    Tables are in slot order, i1 * keys + i2. The export is compared with its source, both read
-    through memory maps, before it gets its name. ValueError if `out` is taken or the two disagree.
+    The configuration names no path and no address. Tables are in slot order, i1 * keys + i2. The
+    export is compared with its source, both read through memory maps, before it gets its name.
+    ValueError if `out` is taken or the two disagree.
     """
     tables = tables or dtype
     if dtype not in DTYPES or tables not in (*DTYPES, _INT8):
@@ -81,9 +85,12 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     digest = write_safetensors(temporary / WEIGHTS, list(_entries(stored, dtype, tables)))
-    (temporary / "config.yaml").write_text(dump(stored.recipe))
+    (temporary / CONFIG_FILE).write_text(dump(_published(stored.recipe)), encoding="utf-8")
     shutil.copy2(stored.folder / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
     config = _config(stored, dtype, tables, digest)
+    config["memshard"]["files"] = {
+        name: sha256_file(temporary / name) for name in (CONFIG_FILE, TOKENIZER_FILE)
+    }
     if huggingface:
         config |= write_code(temporary, stored.recipe.model)
     (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2))
@@ -153,6 +160,18 @@ def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(
         torch.int8
     ), scale
+
+
+def _published(recipe: Recipe) -> Recipe:
+    """Return the recipe without what tells of the machine it ran on: paths, and addresses, which
+    may hold passwords.
+    """
+    return replace(
+        recipe,
+        data=replace(recipe.data, path="", mixture={}),
+        init_from=None,
+        train=replace(recipe.train, wandb=None),
+    )
 
 
 def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[str, Any]:

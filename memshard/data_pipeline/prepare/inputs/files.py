@@ -11,8 +11,9 @@ from glob import glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO, cast
+from urllib.parse import urlsplit
 
-from memshard.data_pipeline.fetch import fetch, is_url
+from memshard.data_pipeline.fetch import Allowed, check_allowed, fetch, is_url
 from memshard.data_pipeline.prepare.inputs.kind_of_file import GZIP, ends_in, kind_of, named_kind
 from memshard.data_pipeline.prepare.inputs.kinds import (
     DEFAULTS,
@@ -69,6 +70,7 @@ def find_files(
     exclude: Iterable[str] = EXCLUDED_FOLDERS,
     prefix: str = "",
     passed_over: Counter[str] | None = None,
+    allow: Allowed | None = None,
 ) -> tuple[Path | str, ...]:
     """Return the inputs behind `sources`, each once: files and URLs as named, globs and folders
     (recursively, links followed) in sorted order, and those in list files and URLs (*.paths,
@@ -76,6 +78,7 @@ def find_files(
 
     In folders only files with one of `suffixes` (or that and .gz) count; hidden folders and those
     named in `exclude` are left out. passed_over: counts the other files of folders by ending.
+    allow: what lists may name besides local files and, if `prefix` is a URL, files of its host.
     Raises FileNotFoundError for a missing source, ValueError for a folder without such files and
     for what is no file.
     """
@@ -83,9 +86,13 @@ def find_files(
     others: Counter[str] = Counter() if passed_over is None else passed_over
     excluded = set(exclude)
     by_path: dict[Path | str, Path | str] = {}
-    for name in _listed(map(str, sources), prefix):
+    for name in _listed(map(str, sources), prefix, allow):
         source = Path(name)
         if is_url(name):
+            if os.path.lexists(name):
+                raise ValueError(
+                    f"{name} is both a command and a file here: write ./{name} for the file"
+                )
             by_path.setdefault(name, name)
             continue
         if source.is_dir():
@@ -116,7 +123,8 @@ def find_files(
                 )
         for file in files:
             # By its resolved path: a file named twice, or by a link, is read once.
-            by_path.setdefault(file.resolve(), file)
+            # Absolute, where a file is called pipe:COMMAND: names are passed on as text.
+            by_path.setdefault(file.resolve(), file.absolute() if is_url(str(file)) else file)
     return tuple(by_path.values())
 
 
@@ -168,7 +176,7 @@ def read_lines(file: Path) -> list[str]:
         return [line.strip() for line in stream]
 
 
-def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
+def _listed(sources: Iterable[str], prefix: str, allow: Allowed | None) -> Iterator[str]:
     """Yield the sources, and in place of each list the lines of it."""
     for name in sources:
         if not ends_in(name, (".paths",)) or name.startswith("pipe:"):
@@ -176,7 +184,20 @@ def _listed(sources: Iterable[str], prefix: str) -> Iterator[str]:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             lines = read_lines(fetch(name, Path(scratch)) if is_url(name) else Path(name))
-        yield from (prefix + line for line in lines if line)
+        for line in filter(None, lines):
+            if not _on_host_of(prefix, prefix + line):
+                check_allowed(prefix + line, f"a line of {name}", allow)
+            yield prefix + line
+
+
+def _on_host_of(prefix: str, name: str) -> bool:
+    """Tell whether the prefix, which is the user's word, says where a line is fetched from."""
+    # https://host and the line .evil.example/x are another host; of a command, any line is part.
+    return (
+        is_url(prefix)
+        and not prefix.startswith("pipe:")
+        and urlsplit(name).netloc == urlsplit(prefix).netloc != ""
+    )
 
 
 def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
