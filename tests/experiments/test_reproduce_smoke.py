@@ -94,3 +94,14 @@ def test_time_is_measured_when_nothing_else_runs(
     )
     rows = [json.loads(line) for line in Path("beside/points.jsonl").read_text().splitlines()]
     assert ["clock" in row["point"] for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
+def test_missing_data_is_the_users_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "--list"]) == 0
+    assert "(needs data/pkm, at scale smoke data/smoke)" in capfd.readouterr().out
+    assert main(["reproduce", "pkm/headline", "--scale", "smoke", "--workers", "1"]) == 2
+    error = capfd.readouterr().err
+    assert "there is no data folder data/smoke: memshard data build TEXT" in error

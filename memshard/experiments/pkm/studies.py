@@ -304,7 +304,7 @@ def _study(
 ) -> Experiment:
     """Return a study. hours: processor time at scale small, if no other study shares its models."""
     return Experiment(
-        what=what,
+        what=f"{what} (needs data/pkm, at scale smoke data/smoke)",
         points=partial(_points, models, headline),
         run=run_point,
         report=partial(report, name=name),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memshard.experiments.common import catalogue
-from memshard.launch.cli.outcome import UsageError, usage_errors
+from memshard.launch.cli.outcome import UsageError, describe, usage_errors
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -57,4 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         catalogue.find(args.name)
     folder = Path(args.out or f"runs/reproduce/{args.name}")
-    return reproduce(args.name, args.scale, folder, args.workers or os.cpu_count() or 1)
+    try:
+        return reproduce(args.name, args.scale, folder, args.workers or os.cpu_count() or 1)
+    # Points look for their data; the message has the command that builds them.
+    except FileNotFoundError as error:
+        raise UsageError(describe(error)) from error
