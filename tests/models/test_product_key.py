@@ -3,7 +3,13 @@ from typing import Any
 import pytest
 import torch
 
+from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.table import ValueTable, externalize_tables
+from memshard.trainer.optim.combined import CombinedOptimizer
+from memshard.trainer.optim.rows.adam import RowAdam
+
+SMALL = {"keys": 8, "heads": 2, "topk": 4, "key_dim": 8}
 
 
 @pytest.mark.parametrize("query_norm", ["batch", "layer", "layer-half", "rms", "lagged", "none"])
@@ -37,6 +43,65 @@ def test_autocast_and_half_precision_stay_close_to_fp32(dtype: torch.dtype) -> N
     # Rounding may exchange the last of the slots read: nearly all outputs agree, not every one.
     for y in (autocast, half):
         assert ((y - exact).abs() < 0.05 * exact.abs().max()).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "layer-half", "rms", "lagged", "none"])
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+def test_layers_train_in_pure_half_precision(
+    kind: type[ProductKeyMemory], query_norm: str, dtype: torch.dtype, hidden: bool
+) -> None:
+    torch.manual_seed(0)
+    memory = kind(8, **SMALL, query_norm=query_norm).to(dtype)
+    tables = externalize_tables(memory) if hidden else []
+    # The default eps, 1e-8, is 0 in fp16.
+    dense = torch.optim.AdamW(memory.parameters(), lr=0.01, eps=1e-4)
+    optimizer = CombinedOptimizer(dense, RowAdam(tables, lr=0.01)) if hidden else dense
+    x, y = torch.randn(2, 64, 8, dtype=dtype)
+    x.requires_grad_()
+    losses = []
+    for _ in range(25):
+        output = memory(x)
+        assert output.dtype == dtype
+        loss = (output.float() - y.float()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() for p in (x, *memory.parameters())
+        )
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert memory.eval()(x).isfinite().all()
+
+
+def test_constructors_take_a_dtype_and_a_device() -> None:
+    memories = [
+        ProductKeyMemory(8, **SMALL, gate=True, value_dim=4, dtype=torch.bfloat16, device="meta"),
+        Peer(8, **SMALL, dtype=torch.bfloat16, device="meta"),
+        ValueTable(4, 8, dtype=torch.bfloat16, device="meta"),
+    ]
+    for module in memories:
+        assert {(p.dtype, p.device.type) for p in module.parameters()} == {(torch.bfloat16, "meta")}
+    # Built without memory, then filled as the same layer is that was built with it.
+    memory = memories[1].to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in memory.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.manual_seed(0)
+    built = Peer(8, **SMALL, dtype=torch.bfloat16).state_dict()
+    for name, tensor in memory.state_dict().items():
+        assert torch.equal(tensor, built[name]), name
+
+
+def test_an_input_of_another_dtype_is_explained() -> None:
+    memory = ProductKeyMemory(8, **SMALL, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"float32 and its weights are torch.bfloat16.*memory.to"):
+        memory(torch.randn(4, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert memory(torch.randn(4, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize(

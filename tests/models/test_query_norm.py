@@ -87,3 +87,21 @@ def test_half_precision_queries_are_normalised_in_fp32(kind: str) -> None:
     y = QueryNorm(kind, HEADS, KEY_DIM)(z)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, QueryNorm(kind, HEADS, KEY_DIM)(z.float()))
+
+
+@pytest.mark.parametrize("kind", ["batch", "lagged"])
+def test_statistics_stay_in_fp32_when_the_layer_is_cast(kind: str) -> None:
+    norm = QueryNorm(kind, HEADS, KEY_DIM).bfloat16()
+    assert norm.weight is not None and norm.weight.dtype == torch.bfloat16
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    # A tenth of this difference is less than bf16 resolves beside 1.
+    norm.running_mean.fill_(1)
+    z = torch.full((8, HEADS, KEY_DIM), 1.01)
+    norm(z)
+    torch.testing.assert_close(norm.running_mean, torch.full_like(norm.running_mean, 1.001))
+    kept = norm.running_mean.clone()
+    assert torch.equal(norm.half().float().double().bfloat16().running_mean, kept)
+    # As a loader does that sets buffers in the dtype of the weights.
+    norm.running_mean = kept.bfloat16()
+    norm(z)
+    assert norm.running_mean.dtype == torch.float32

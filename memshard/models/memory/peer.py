@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class Peer(ProductKeyMemory):
     gelu(down_j . x) values_j.
 
     Search and weights are those of `ProductKeyMemory`. down, values: tables to share with other
-    layers; by default new ones of keys^2 rows of `dim`. ValueError on sizes that do not fit.
+    layers; by default new ones of keys^2 rows of `dim`. device, dtype: of all weights. ValueError
+    on sizes that do not fit.
     """
 
     def __init__(
@@ -34,6 +36,9 @@ class Peer(ProductKeyMemory):
         values: ValueTable | None = None,
         down: ValueTable | None = None,
         weighting: str = "softmax",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -44,13 +49,17 @@ class Peer(ProductKeyMemory):
             query_norm=query_norm,
             values=values,
             weighting=weighting,
+            device=device,
+            dtype=dtype,
         )
         if down is not None and (down.slots, down.dim) != (keys**2, dim):
             raise ValueError(
                 f"the shared table is {down.slots} x {down.dim}; this layer's experts take "
                 f"{keys**2} x {dim}"
             )
-        self.down = down if down is not None else ValueTable(keys**2, dim)
+        self.down = (
+            down if down is not None else ValueTable(keys**2, dim, device=device, dtype=dtype)
+        )
 
     @classmethod
     def from_config(cls, config: ModelConfig, tables: Sequence[ValueTable]) -> Self:

@@ -27,7 +27,8 @@ class ProductKeyMemory(nn.Module):
     dim: width of input and output. key_dim: width of a query, even. value_dim: width of a value, by
     default dim; another width needs `gate`, which makes the output W2(reading * silu(W1 x)).
     query_norm: see QueryNorm. values: a table to share with other layers; by default a new one of
-    keys^2 rows. ValueError on sizes that do not fit.
+    keys^2 rows. device, dtype: of all weights, as in torch's layers; running statistics of queries
+    are fp32 at least. ValueError on sizes that do not fit.
     """
 
     def __init__(
@@ -42,6 +43,9 @@ class ProductKeyMemory(nn.Module):
         gate: bool = False,
         values: ValueTable | None = None,
         weighting: str = "softmax",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_product_keys(keys, heads, topk, key_dim, weighting)
@@ -53,14 +57,21 @@ class ProductKeyMemory(nn.Module):
                 f"{value_dim}"
             )
         self.heads, self.topk, self.weighting = heads, topk, weighting
-        self.query = nn.Linear(dim, heads * key_dim)
-        self.query_norm = QueryNorm(query_norm, heads, key_dim)
-        self.sub_keys = SubKeys(heads, keys, key_dim // 2)
-        self.values = values if values is not None else ValueTable(keys**2, value_dim)
+        self.query = nn.Linear(dim, heads * key_dim, device=device, dtype=dtype)
+        self.query_norm = QueryNorm(query_norm, heads, key_dim, device=device, dtype=dtype)
+        self.sub_keys = SubKeys(heads, keys, key_dim // 2, device=device, dtype=dtype)
+        self.values = (
+            values
+            if values is not None
+            else ValueTable(keys**2, value_dim, device=device, dtype=dtype)
+        )
         self.key_use: KeyUse | None = None
         """Watches the search in training, if set."""
-        self.gate = nn.Linear(dim, value_dim, bias=False) if gate else None
-        self.output = nn.Linear(value_dim, dim, bias=False) if gate else None
+        self.gate: nn.Linear | None = None
+        self.output: nn.Linear | None = None
+        if gate:
+            self.gate = nn.Linear(dim, value_dim, bias=False, device=device, dtype=dtype)
+            self.output = nn.Linear(value_dim, dim, bias=False, device=device, dtype=dtype)
 
     @classmethod
     def from_config(cls, config: ModelConfig, tables: Sequence[ValueTable]) -> Self:
@@ -120,6 +131,18 @@ class ProductKeyMemory(nn.Module):
 
         tokens: [n, dim].
         """
+        weight = self.query.weight
+        if (
+            # Not of what adapters and quantization put in its place: those cast.
+            type(self.query) is nn.Linear
+            and tokens.dtype != weight.dtype
+            and not torch.is_autocast_enabled(tokens.device.type)
+        ):
+            raise TypeError(
+                f"the memory's input is {tokens.dtype} and its weights are {weight.dtype}: cast "
+                f"one of them, memory.to({tokens.dtype}) or x.to({weight.dtype}), or compute "
+                "under torch.autocast"
+            )
         # [tokens, heads, key_dim]
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
@@ -155,9 +178,17 @@ class SubKeys(nn.Module):
     They are drawn from U(-1/sqrt(half), 1/sqrt(half)).
     """
 
-    def __init__(self, heads: int, keys: int, half: int) -> None:
+    def __init__(
+        self,
+        heads: int,
+        keys: int,
+        half: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, 2, keys, half))
+        self.weight = nn.Parameter(torch.empty(heads, 2, keys, half, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

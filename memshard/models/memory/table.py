@@ -36,6 +36,7 @@ class ValueTable(HideableTable):
 
     local_rows, local_columns: the part stored on this rank; default: the whole table. `weight`
     [rows, columns] is a parameter until `hide`; then its gradient is collected for `RowAdam`.
+    device, dtype: of the values, as in torch's layers.
     """
 
     def __init__(
@@ -44,10 +45,14 @@ class ValueTable(HideableTable):
         dim: int,
         local_rows: range | None = None,
         local_columns: range | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         local_rows = range(slots) if local_rows is None else local_rows
         local_columns = range(dim) if local_columns is None else local_columns
-        super().__init__(prefer_huge_pages(torch.empty(len(local_rows), len(local_columns))))
+        shape = len(local_rows), len(local_columns)
+        super().__init__(prefer_huge_pages(torch.empty(shape, device=device, dtype=dtype)))
         self.slots = slots
         self.dim = dim
         self.first_row = local_rows.start
