@@ -4,6 +4,7 @@ control characters.
 
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +17,15 @@ import sentencepiece
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.remote import local_copy
 
+log = logging.getLogger(__name__)
 TokenizerModel = Literal["bpe", "unigram"]
 TOKENIZER_FILE = "tokenizer.model"
 
 # sentencepiece writes a space as U+2581 inside pieces, so a real U+2581 has to go
 # through its bytes.
 SPACE_MARK = "\u2581"
+# A line that holds U+2585, sentencepiece's mark of unknown characters, is not trained on at all.
+_UNTRAINED = {ord(SPACE_MARK): " ", 0x2585: " "}
 MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above 4192 bytes
 
 
@@ -43,7 +47,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, model: TokenizerModel
     proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line.replace(SPACE_MARK, " ") for line in lines),
+            sentence_iterator=(line.translate(_UNTRAINED) for line in lines),
             model_writer=proto,
             vocab_size=vocab_size,
             model_type=model,
@@ -91,21 +95,52 @@ class Tokenizer:
             proto = file.read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{file}: no such tokenizer; `memshard data build` writes one"
+                f"{file}: no such tokenizer; `memshard data build` writes one, and sentencepiece "
+                "models of others are taken, but not Hugging Face's tokenizer.json"
             ) from None
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
-            raise ValueError(
-                f"{file} is not a sentencepiece model: build the data set again"
-            ) from error
+            advice = (
+                "give one, or a folder that `memshard data build` wrote (Hugging Face's "
+                "tokenizer.json is another format)"
+                if file == Path(path)
+                else "build the data set again"
+            )
+            raise ValueError(f"{file} is not a sentencepiece model: {advice}") from error
         self.proto = proto
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(
+                f"{file} has no <eos> (its eos_id is -1), which ends every document: train it with "
+                "one, or leave out --tokenizer to have one trained"
+            )
         self._space_mark = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()
         ]
+
+    def warn_if_lossy(self, texts: Sequence[str]) -> None:
+        """Log a warning that shows where decoding the tokens of a text gives another text."""
+        lossy, example = 0, ""
+        for text, ids in zip(texts, self.encode_batch(texts), strict=True):
+            decoded = self.decode(ids)
+            if decoded != text:
+                pairs = enumerate(zip(text, decoded, strict=False))
+                ends = min(len(text), len(decoded))
+                place = next((number for number, (one, other) in pairs if one != other), ends)
+                begin, end = max(place - 10, 0), place + 10
+                example = example or f"{text[begin:end]!r} becomes {decoded[begin:end]!r}"
+                lossy += 1
+        if lossy:
+            log.warning(
+                "the tokenizer loses text in %d of %d documents, e.g. %s: leave out --tokenizer "
+                "to have a lossless one trained",
+                lossy,
+                len(texts),
+                example,
+            )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without <eos>."""

@@ -40,6 +40,13 @@ def near_copy(words: list[str], seed: int, share: float) -> list[str]:
     return [draw.choice(WORDS) if draw.random() < share else word for word in words]
 
 
+def test_texts_of_symbols_are_near_duplicates_only_of_their_likes() -> None:
+    symbols = ["😀😃😄 !!! ---", "*** === ~~~ ###", "∑ ∫ √ ≠ ≤ ∞", "—…—…—", "।।।", "!!!"]
+    keys = [band_keys(text) for text in symbols]
+    assert not any((one == other).any() for place, one in enumerate(keys) for other in keys[:place])
+    assert (band_keys("∑ ∫  √ ≠") == band_keys("∑ ∫ √ ≠\n")).all()
+
+
 @pytest.mark.parametrize(
     ("share", "least", "most"),
     [(0.01, 0.95, 1.0), (0.03, 0.6, 0.95), (0.3, 0.0, 0.02), (1.0, 0.0, 0.0)],

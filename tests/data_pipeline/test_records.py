@@ -20,8 +20,10 @@ from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, Batch
 from memshard.data_pipeline.stream.open_stream import open_held_out, open_train
 from memshard.data_pipeline.stream.rank_share import rank_share
+from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.data_pipeline.stream.records import HeldOutRecords, RecordStream
 from memshard.data_pipeline.tokenizer import Tokenizer
+from memshard.launch.cli.main import main
 from tests.data_pipeline.conftest import WORDS
 from tests.data_pipeline.test_build import texts_of
 
@@ -169,6 +171,61 @@ def test_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="the sample data are not here")
+def images_in(folder: Path, **pictures: tuple[object, dict]) -> list[Path]:
+    """Save pictures, each with its settings, beside some others, and return all files."""
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir()
+    for number in range(9):
+        image.new("RGB", (8, 8), (number, number, number)).save(folder / f"{number}.png")
+    for name, (picture, settings) in pictures.items():
+        picture.save(folder / name.replace("_", "."), **settings)
+    return [Path(file) for file in find_files([folder], [".png", ".jpg"])]
+
+
+def test_images_are_read_as_viewers_show_them(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    ramp = np.arange(64).reshape(8, 8) * 4
+    turned = image.Exif()
+    turned[0x0112] = 6  # a quarter turn clockwise
+    files = images_in(
+        tmp_path / "in",
+        deep_png=(image.fromarray((ramp << 8).astype(np.uint16)), {}),
+        turned_png=(image.fromarray(ramp.astype(np.uint8)), {"exif": turned}),
+    )
+    build_images(files, tmp_path / "data", size=8, gray=True, held_out=1, workers=1)
+    records = []
+    for split in ("train", "heldout"):
+        reader = SplitReader(tmp_path / "data", split)
+        starts = np.concatenate([[0], np.cumsum(reader.lengths)])
+        order = np.arange(len(reader.lengths))
+        records += reader.read(order, starts, starts[:-1], 64)[0].tolist()
+    assert ramp.ravel().tolist() in records
+    assert np.rot90(ramp, -1).ravel().tolist() in records
+
+
+def test_an_image_that_is_too_large_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    files = images_in(tmp_path / "in", large_png=(image.new("L", (100, 100)), {}))
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="large.png is no image that can be read.*exceeds limit"):
+        build_images(files, tmp_path / "data", workers=1)
+
+
+@pytest.mark.parametrize("amount", ["0", "-3", "1.5", "nan", "inf"])
+@pytest.mark.parametrize("images", [True, False])
+def test_amounts_are_checked_before_anything_is_read(
+    tmp_path: Path, amount: str, images: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images_in(tmp_path / "in")
+    (tmp_path / "in" / "a.txt").write_text("some text\n")
+    options = ["--held-out", amount, "--out", str(tmp_path / "data"), *["--images"] * images]
+    assert main(["data", "build", str(tmp_path / "in"), *options]) == 2
+    assert f"--held-out is {float(amount)}; it is a share" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
 def test_real_pairs_and_images(tmp_path: Path) -> None:
     names = [SAMPLES / "parallel" / f"multi30k_val.{language}.gz" for language in ("de", "en")]
     report = build_data(

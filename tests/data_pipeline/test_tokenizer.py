@@ -1,10 +1,16 @@
 """Decoding gives back exactly what was encoded, whatever the text."""
 
 import random
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
+from memshard.data_pipeline.prepare.index_tars import index_tars
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
+from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.tokenizer import Tokenizer, train_tokenizer, training_lines
 
 HARD = [
@@ -83,6 +89,75 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("no model")
     with pytest.raises(ValueError, match="tokenizer.model is not a sentencepiece model"):
+        Tokenizer(tmp_path)
+
+
+def test_lines_with_u2585_are_trained_on() -> None:
+    bars = [f"zebra quokka \u2585\u2587 special words {number % 5}" for number in range(2000)]
+    others = [f"common text number {number} with more words here" for number in range(300)]
+    processor = sentencepiece.SentencePieceProcessor(
+        model_proto=train_tokenizer(bars + others, 400)
+    )
+    assert len(processor.encode("zebra quokka special words")) < 8
+
+
+@pytest.fixture
+def train_other(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that trains a tokenizer as others do and returns its file."""
+
+    def train(**settings: object) -> Path:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(f"the quick brown fox number {n}" for n in range(500)),
+            model_prefix=str(tmp_path / "other"),
+            vocab_size=60,
+            minloglevel=2,
+            **settings,
+        )
+        return tmp_path / "other.model"
+
+    return train
+
+
+def test_a_lossy_tokenizer_is_named(
+    train_other: Callable[..., Path],
+    data: Path,
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sources = Sources(find_files([corpus]))
+    build_data(sources, tmp_path / "fine", tokenizer=data, workers=1)
+    assert not caplog.records
+    build_data(sources, tmp_path / "lossy", tokenizer=train_other(), workers=1)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "loses text in 200 of 200 documents, e.g. 'document" in message
+    caplog.clear()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(corpus, "text")
+    index_tars(
+        [tmp_path / "a.tar"], tmp_path / "raw", tokenizer=tmp_path / "other.model", workers=1
+    )
+    assert "loses text" in caplog.text
+
+
+def test_a_tokenizer_without_eos_is_refused_before_anything_is_read(
+    train_other: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"other.model has no <eos> \(its eos_id is -1\).*train it"
+    ):
+        build_data(
+            Sources((tmp_path / "absent.txt",)),
+            tmp_path / "data",
+            tokenizer=train_other(eos_id=-1),
+        )
+
+
+def test_the_tokenizer_of_a_hugging_face_model_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="is not a sentencepiece model: give one, or a folder"):
+        Tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(FileNotFoundError, match="not Hugging Face's tokenizer.json"):
         Tokenizer(tmp_path)
 
 

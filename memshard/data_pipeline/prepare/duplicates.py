@@ -29,8 +29,10 @@ def exact_hash(text: str) -> int:
 
 def band_keys(text: str) -> np.ndarray:
     """Return the keys of a text, uint64 [BANDS]; texts that share one are near duplicates."""
+    text = text.casefold()
+    # A text of symbols has no words, but must not be equal to all others like it.
     words = np.array(
-        [zlib.crc32(word.encode()) for word in WORD.findall(text.casefold())], dtype=np.uint64
+        [zlib.crc32(word.encode()) for word in WORD.findall(text) or text.split()], dtype=np.uint64
     )
     if len(words) < SHINGLE:
         # A text of fewer than 5 words is one shingle.

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +17,18 @@ from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Index
 from memshard.data_pipeline.format.shards import ShardWriter
 from memshard.data_pipeline.prepare.inputs.files import count_endings, find_files
 from memshard.data_pipeline.prepare.pipeline import alone, check_target, digest, publish
-from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, choose_sides
+from memshard.data_pipeline.prepare.split import (
+    HELD_OUT_SIDE,
+    TEST_SIDE,
+    TRAIN_SIDE,
+    check_amounts,
+    choose_sides,
+)
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
 from memshard.data_pipeline.prepare.write_shards import finish_shard, finished_split
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EOS = 256
@@ -34,7 +44,7 @@ def build(args: argparse.Namespace) -> dict:
         args.out,
         size=args.image_size,
         gray=args.gray,
-        held_out=args.held_out or 0.01,
+        held_out=0.01 if args.held_out is None else args.held_out,
         test=args.test or 0.0,
         workers=args.workers,
     )
@@ -72,6 +82,7 @@ def build_images(
     """
     target = Path(out).resolve()
     check_target(target)
+    check_amounts(held_out, test)
     if size < 1:
         raise ValueError(f"--image-size is {size}; it must be at least 1")
     hashes = np.array(
@@ -143,14 +154,25 @@ def write_image_shard(
                     # Converted before it is scaled: means of a palette's numbers are no colours.
                     with Image.open(file) as image:
                         square = ImageOps.fit(
-                            image.convert("L" if gray else "RGB"),
+                            _upright(image).convert("L" if gray else "RGB"),
                             (size, size),
                             Image.Resampling.BICUBIC,
                         )
                 # Pillow raises SyntaxError for a damaged PNG.
-                except (OSError, SyntaxError) as error:
+                except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                     raise ValueError(
                         f"{file} is no image that can be read ({error}): leave it out"
                     ) from error
                 writer.add(np.append(np.asarray(square, dtype=np.uint16), np.uint16(EOS)))
         finish_shard(writer, folder, name)
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    """Return an image as viewers show it: turned as its EXIF data say, in 8 bits a colour."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith("I"):
+        return image
+    # 16 bits of gray, of which `convert` would make all above 255 white.
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,21 @@ from memshard.data_pipeline.format.index import (
 )
 from memshard.data_pipeline.prepare.duplicates import exact_hash
 from memshard.data_pipeline.prepare.inputs.files import count_endings, find_files
-from memshard.data_pipeline.prepare.pipeline import alone, check_target, digest, publish
+from memshard.data_pipeline.prepare.pipeline import (
+    TRIED_DOCUMENTS,
+    alone,
+    check_target,
+    digest,
+    publish,
+)
 from memshard.data_pipeline.prepare.sample import sample_lines
-from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, choose_sides
+from memshard.data_pipeline.prepare.split import (
+    HELD_OUT_SIDE,
+    TEST_SIDE,
+    TRAIN_SIDE,
+    check_amounts,
+    choose_sides,
+)
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
 from memshard.data_pipeline.tokenizer import (
     TOKENIZER_FILE,
@@ -98,6 +111,7 @@ def index_tars(
     """
     target = Path(out).resolve()
     check_target(target)
+    check_amounts(held_out, test)
     names = [tar.name for tar in tars]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -112,7 +126,9 @@ def index_tars(
             "with --member"
         )
         if tokenizer:
-            proto = Tokenizer(tokenizer).proto
+            given = Tokenizer(tokenizer)
+            given.warn_if_lossy(list(islice(_texts(tars, suffix), TRIED_DOCUMENTS)))
+            proto = given.proto
         elif lines := sample_lines(_texts(tars, suffix), seed):
             proto = train_tokenizer(lines, vocab_size, model)
         else:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
 from memshard.data_pipeline.prepare.documents import (
     Filters,
@@ -28,7 +30,12 @@ from memshard.data_pipeline.prepare.inputs.files import Sources, count_endings
 from memshard.data_pipeline.prepare.inputs.kinds import PAIR
 from memshard.data_pipeline.prepare.report import NOT_UTF8, READ, make_report
 from memshard.data_pipeline.prepare.sample import sample_lines
-from memshard.data_pipeline.prepare.split import TRAIN_SIDE, Splits, split_documents
+from memshard.data_pipeline.prepare.split import (
+    TRAIN_SIDE,
+    Splits,
+    check_amounts,
+    split_documents,
+)
 from memshard.data_pipeline.prepare.workers import cores, run_tasks
 from memshard.data_pipeline.prepare.write_shards import tokens_dtype, write_shards
 from memshard.data_pipeline.tokenizer import (
@@ -42,6 +49,7 @@ from memshard.lock import holding
 
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
 HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
+TRIED_DOCUMENTS = 200
 REPORT_FILE = "report.json"
 
 
@@ -75,6 +83,7 @@ def build_data(
     """
     target = Path(out).resolve()
     _check(target, held_out, test, vocab_size, shard_bytes)
+    given = Tokenizer(tokenizer) if tokenizer else None  # before hours of reading
     filters = filters or Filters()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
@@ -105,11 +114,9 @@ def build_data(
                 "text"
             )
 
-        proto = (
-            Tokenizer(tokenizer).proto
-            if tokenizer
-            else _trained(units, splits, work, vocab_size, model, seed)
-        )
+        if given:
+            given.warn_if_lossy(list(_texts(units, splits, _some(splits))))
+        proto = given.proto if given else _trained(units, splits, work, vocab_size, model, seed)
         names = [unit.folder.name for unit in units]
         # The name says what goes in, so another tokenizer or split begins new shards.
         final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *names)}"
@@ -175,14 +182,7 @@ def _check(
     target: Path, held_out: float | None, test: float | None, vocab_size: int, shard_bytes: int
 ) -> None:
     check_target(target)
-    for name, amount in (("--held-out", held_out), ("--test", test)):
-        if amount is not None and (
-            amount < 0 or 1 < amount != int(amount) or (name == "--held-out" and not amount)
-        ):
-            raise ValueError(
-                f"{name} is {amount}; it is a share of the documents, above 0 and below 1, or a "
-                "number of documents"
-            )
+    check_amounts(held_out, test)
     if vocab_size < 1:
         raise ValueError(f"--vocab is {vocab_size}; it must be at least 1")
     if shard_bytes < 1:
@@ -263,17 +263,28 @@ def _trained(
     if total > SAMPLE_BYTES:
         # Those with the highest hashes, a random choice; those with the lowest are held out.
         train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
-    documents = (slice(first, last) for first, last in pairwise(splits.first.tolist()))
-    texts = (
-        # Both sentences of a pair are lines of their own to the tokenizer.
-        text.replace(PAIR, "\n")
-        for unit, of_unit in zip(units, documents, strict=True)
-        for text in read_texts(unit, splits.sizes[of_unit], train[of_unit])
-    )
+    texts = _texts(units, splits, train)
     proto = train_tokenizer(sample_lines(texts, seed), vocab_size, model)
     with atomic_write(cached) as file:
         file.write_bytes(proto)
     return proto
+
+
+def _texts(units: list[Unit], splits: Splits, wanted: np.ndarray) -> Iterator[str]:
+    """Yield the texts of the wanted documents, bool [documents]; both sentences of a pair are lines
+    of their own to the tokenizer.
+    """
+    documents = (slice(first, last) for first, last in pairwise(splits.first.tolist()))
+    for unit, of_unit in zip(units, documents, strict=True):
+        for text in read_texts(unit, splits.sizes[of_unit], wanted[of_unit]):
+            yield text.replace(PAIR, "\n")
+
+
+def _some(splits: Splits) -> np.ndarray:
+    """Return which documents to try a tokenizer on: some of those to train on."""
+    train = splits.sides == TRAIN_SIDE
+    # Those with the highest hashes: a random choice from all sources.
+    return train & (splits.hashes >= np.sort(splits.hashes[train])[-TRIED_DOCUMENTS:][0])
 
 
 def digest(*facts: object) -> str:

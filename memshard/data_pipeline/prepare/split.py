@@ -2,6 +2,7 @@
 at once.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from memshard.data_pipeline.prepare.documents import Filters, Unit, read_rows
 from memshard.data_pipeline.prepare.duplicates import BANDS, clusters, join
 
 DROPPED, TRAIN_SIDE, HELD_OUT_SIDE, TEST_SIDE = range(4)
+
+AMOUNT = "it is a share of the documents, above 0 and below 1, or a number of documents"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ def split_documents(
             keep = alone
     sides = np.where(keep, choose_sides(exact, keep, held_out, test), DROPPED).astype(np.uint8)
     return Splits(sides, np.array(first), lengths, word_counts, exact, counts)
+
+
+def check_amounts(held_out: float | None, test: float | None) -> None:
+    """Raise ValueError unless the amounts are shares below 1 or whole numbers of documents; None is
+    a default.
+    """
+    for name, amount in (("--held-out", held_out), ("--test", test)):
+        if amount is not None and not (
+            0 <= amount < 1 or (math.isfinite(amount) and amount >= 1 and amount == int(amount))
+        ):
+            raise ValueError(f"{name} is {amount}; {AMOUNT}")
+    if held_out == 0:
+        raise ValueError(f"--held-out is {held_out}; {AMOUNT}")
 
 
 def choose_sides(hashes: np.ndarray, keep: np.ndarray, held_out: float, test: float) -> np.ndarray:
