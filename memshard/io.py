@@ -3,7 +3,7 @@
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,18 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_free(folder: Path, names: Iterable[str], otherwise: str) -> None:
+    """Raise ValueError if one of the names, which are about to be written, is taken in the folder.
+
+    otherwise: what the user can do, for the message.
+    """
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{folder / name} is there already and was not written by memshard: {otherwise}"
+            )
 
 
 def is_absence(error: OSError) -> bool:

@@ -94,7 +94,7 @@ def resume(run: Run) -> None:
         for folder, problem in damaged.items():
             log.warning(
                 "%s is damaged (%s): the run goes on from step %d",
-                set_aside(folder),
+                set_aside(folder, "damaged"),
                 problem.reason,
                 run.progress.step,
             )

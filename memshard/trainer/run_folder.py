@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from memshard.io import atomic_write
+from memshard.io import atomic_write, check_free
 from memshard.lock import FolderLock, holding
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.config.diff import diff
 from memshard.trainer.config.explain import fields
 from memshard.trainer.config.load import dump, load_recipe
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.watch.heartbeat import FOLDER as HEARTBEATS
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+_OVERWRITTEN = (CONFIG_FILE, METRICS_FILE, "deepspeed.json")
 
 
 @contextmanager
@@ -41,10 +44,12 @@ def held_by_rank0(folder: Path) -> Iterator[FolderLock | None]:
 
 def check_identity(folder: Path, recipe: Recipe) -> None:
     """Raise ValueError, with the differences, if the folder has a run of another model, data order
-    or optimizer: of a recipe that differs in more than keys that may change on resume.
+    or optimizer: of a recipe that differs in more than keys that may change on resume. ValueError
+    as well if it has no run, but files with the names of a run's.
     """
     config = folder / CONFIG_FILE
-    if not config.exists():
+    if not _is_run(folder):
+        check_free(folder, _OVERWRITTEN, "choose another folder with --run")
         return
     changeable = {key.name: key.may_change for key in fields()}
     changes = [
@@ -56,6 +61,21 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
             f"{folder} holds another run ({listed}): choose another folder with --run, or the "
             "same settings"
         )
+
+
+def _is_resolved(recipe: Path) -> bool:
+    """Return whether a file holds a recipe as memshard writes it, with every key and no comment."""
+    try:
+        return recipe.read_bytes() == dump(load_recipe(recipe)).encode()
+    except ValueError:
+        return False
+
+
+def _is_run(folder: Path) -> bool:
+    # The heartbeat proves it for runs of earlier versions, whose recipes had other keys.
+    return (folder / CONFIG_FILE).exists() and (
+        (folder / HEARTBEATS / "rank0.json").exists() or _is_resolved(folder / CONFIG_FILE)
+    )
 
 
 def write_config(folder: Path, recipe: Recipe) -> None:

@@ -278,7 +278,7 @@ def test_a_full_disk_on_one_rank_costs_no_checkpoint(recipe: Path, tmp_path: Pat
     problems = run_distributed(_fill_the_disk_of_the_second_rank, 2, recipe, tmp_path / "run")
     for problem in problems:
         assert (
-            "step-00000001.tmp could not be written" in problem
+            "step-00000001 could not be written" in problem
             and "is the disk full?, at step 0" in problem
         )
     assert [path.name for path in committed(tmp_path / "run/checkpoints")] == ["step-00000000"]

@@ -65,13 +65,11 @@ def _finish(processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
 def _phase(checkpoints: Path) -> str:
     """Return what a kill has interrupted, by what it left."""
     if list(checkpoints.glob("*.tmp/COMMITTED")):
-        return "before the rename"
+        return "before the rename, or while an old one was removed"
     if list(checkpoints.glob("*.tmp/index.json")):
         return "before the marker"
     if list(checkpoints.glob("*.tmp")):
         return "while tensors were written"
-    if any(not (folder / "COMMITTED").exists() for folder in checkpoints.glob("step-*")):
-        return "while an old one was removed"
     return "between saves"
 
 

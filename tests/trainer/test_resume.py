@@ -99,7 +99,12 @@ def test_what_is_not_committed_is_not_there(recipe: Path, tmp_path: Path) -> Non
     train_run(recipe, tmp_path / "run")
     train_run(recipe, tmp_path / "whole")
     assert_same(checkpoint_state(tmp_path / "run"), checkpoint_state(tmp_path / "whole"))
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000005",
+        "step-00000007",
+        "step-00000010",
+        "unfinished-step-00000010",
+    ]
 
 
 def test_the_newest_checkpoints_are_kept(recipe: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memshard.experiments.common import catalogue
+from memshard.io import check_free
 from memshard.launch.cli.outcome import UsageError, describe, usage_errors
 
 
@@ -52,11 +53,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers is {args.workers}; it must be at least 1")
     # After the checks: it loads torch, and --list and mistakes need no torch.
-    from memshard.experiments.common.run import reproduce
+    from memshard.experiments.common.run import REPORT_FILE, RESULTS_FILE, SUMMARY_FILE, reproduce
 
+    folder = Path(args.out or f"runs/reproduce/{args.name}")
     with usage_errors():
         catalogue.find(args.name)
-    folder = Path(args.out or f"runs/reproduce/{args.name}")
+        if not (folder / RESULTS_FILE).exists():
+            check_free(folder, (SUMMARY_FILE, REPORT_FILE), "choose another folder with --out")
     try:
         return reproduce(args.name, args.scale, folder, args.workers or os.cpu_count() or 1)
     # Points look for their data; the message has the command that builds them.

@@ -97,12 +97,16 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
     # it asks for the workers.
     with ExitStack() as setup:
         setup.enter_context(usage_errors())
+        from memshard.io import check_free
         from memshard.search.evolve.journal import read
+        from memshard.search.evolve.report import WRITTEN
         from memshard.search.evolve.run import StartFailed, search
         from memshard.search.evolve.settings import load_settings
 
         # The first line of a journal has the settings that it began with, and others are refused.
         begun = read(Path(args.folder))
+        if not begun:
+            check_free(Path(args.folder), WRITTEN, "choose another folder")
         settings = load_settings(
             args.settings, args.overrides, begun[0]["settings"] if begun else None
         )

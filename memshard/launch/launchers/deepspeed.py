@@ -11,7 +11,7 @@ from typing import Any
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.launchers import foreground
 from memshard.launch.launchers.cluster import Cluster, add_cluster_options, cluster_of
-from memshard.launch.launchers.start import CODE, Start, installed, snapshot
+from memshard.launch.launchers.start import CODE, DEEPSPEED_ENV, Start, installed, snapshot
 from memshard.launch.ranks import Ranks, from_variables
 
 _OWN_OPTIONS = {
@@ -60,7 +60,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         return foreground.show(args, command, environment)
     # DeepSpeed's launcher passes the variables of this file on to the remote hosts.
-    file = Path(start.folder).resolve() / "deepspeed_env"
+    file = Path(start.folder).resolve() / DEEPSPEED_ENV
     file.write_text(environment)
     return foreground.run(command, environment + f"DS_ENV_FILE={file}\n", start)
 

@@ -15,8 +15,10 @@ from typing import Any, Literal, get_args
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.launchers.cluster import Cluster, add_cluster_options, cluster_of
 from memshard.launch.launchers.start import (
+    HOSTFILE,
     LOGS,
     RENDEZVOUS,
+    SUBMIT,
     Start,
     installed,
     shell,
@@ -76,7 +78,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
             if not args.json:
                 print(script, end="")
             return {"script": script}
-        path = Path(start.folder) / "submit.sh"
+        path = Path(start.folder) / SUBMIT
         path.write_text(script)
         jobs: list[str] = []
         for _ in range(args.chain):
@@ -255,7 +257,7 @@ def _environment(job: Job) -> list[str]:
     # without a message.
     lines.append(f"export MASTER_PORT=$((20000 + SLURM_JOB_ID % {PORTS}))")
     if job.flavour == "deepspeed":
-        hosts = shell([f"{job.start.folder}/hostfile"])
+        hosts = shell([f"{job.start.folder}/{HOSTFILE}"])
         lines.append(
             'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\\$/ '
             f'slots={cluster.ranks_per_node}/" > {hosts}'
@@ -283,7 +285,7 @@ def _command(job: Job) -> list[str]:
             *([" ".join(options)] if (options := torchrun_options(cluster.notice)) else []),
             f"-m -- {train}",
         ]
-    hosts = shell([f"{job.start.folder}/hostfile"])
+    hosts = shell([f"{job.start.folder}/{HOSTFILE}"])
     # DeepSpeed's launcher would die of the signal that is meant for the ranks.
     node = (
         f'trap "" USR2; exec {job.python} -m deepspeed.launcher.runner --hostfile={hosts} '

@@ -1,6 +1,7 @@
 """The command that every launcher starts: `memshard train` with a recipe and a run folder."""
 
 import argparse
+import os
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import memshard
 from memshard.data_pipeline.fetch import Allowed
+from memshard.io import check_free, partial_path
 from memshard.launch.cli.train import run_folder, train_command
 
 CODE, RECIPE, LOGS = "code", "recipe.yaml", "log"
+SUBMIT, HOSTFILE, DEEPSPEED_ENV = "submit.sh", "hostfile", "deepspeed_env"
 RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it torchrun's restarts meet the addresses of dead processes (torch 2.13)."""
 
@@ -52,18 +55,28 @@ def snapshot(args: argparse.Namespace) -> Start:
 
     folder = run_folder(args)
     recipe = load_recipe(args.recipe, args.overrides, args.allow)
+    code = folder / CODE
+    if not code.is_dir() or os.listdir(code) != [memshard.__name__]:
+        # Not of an earlier launch, which would be written over.
+        check_free(
+            folder,
+            (CODE, RECIPE, SUBMIT, HOSTFILE, DEEPSPEED_ENV),
+            "choose another folder with --run",
+        )
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     # Resolved: a bundled recipe or a file may change before the job starts, and overrides
     # are in it.
     (folder / RECIPE).write_text(dump(recipe))
     # The code as well: a queued job would otherwise run whatever the checkout has hours later.
-    code = folder / CODE
-    shutil.rmtree(code, ignore_errors=True)
+    copied = partial_path(code)
     shutil.copytree(
         Path(memshard.__file__).parent,
-        code / "memshard",
+        copied / memshard.__name__,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
+    if code.exists():
+        shutil.rmtree(code)
+    copied.rename(code)
     # The overrides of this command line, which needed no leave, are in a file now.
     return Start(str(folder / RECIPE), (), str(folder), str(code), needs(recipe))
 

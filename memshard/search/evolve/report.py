@@ -21,6 +21,7 @@ from memshard.trainer.config.text import render
 
 REPORT_FILE, RESULT_FILE, WINNER_FILE = "report.md", "result.json", "winner.json"
 SOURCE_FILE, RECIPE_FILE = "winner.py", "winner.yaml"
+WRITTEN = (REPORT_FILE, RESULT_FILE, WINNER_FILE, SOURCE_FILE, RECIPE_FILE)
 
 
 def report(history: History, folder: Path) -> dict[str, Any]:

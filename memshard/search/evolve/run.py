@@ -57,8 +57,9 @@ def search(
         states = folder.resolve() / "state"  # workers may run in another folder
         # A kill between the end of a child and the removal of its state leaves a file behind.
         living = {_state(states, child.id) for child in history.living()}
-        for path in set(states.glob("*")) - living:
-            path.unlink()
+        for path in set(states.glob("*.safetensors")) - living:
+            if path.stem.isdigit():
+                path.unlink()
         if len(journal.events) > 1:
             say(
                 f"{folder}: going on after {len(history.ended)} of {len(history.children)} programs"

@@ -1,18 +1,31 @@
 """The checkpoint folders of a run: which are committed, which is newest, which to remove."""
 
+import logging
 import os
+import re
+import secrets
 import shutil
+from itertools import count
 from pathlib import Path
 
 from memshard.io import is_absence
 
+log = logging.getLogger(__name__)
+
 COMMIT = "COMMITTED"
 _PREFIX = "step-"
+# Without the random part as well: earlier versions gave none.
+_PARTIAL = re.compile(rf"{_PREFIX}\d{{8}}(\.[0-9a-f]{{8}})?\.tmp")
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint under `root`, a run's `checkpoints` folder."""
     return root / f"{_PREFIX}{step:08d}"
+
+
+def partial_folder(path: Path) -> Path:
+    """Return a new name next to a checkpoint's for one that is not whole yet, or no more."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def committed(root: Path) -> list[Path]:
@@ -48,21 +61,31 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint folder."""
-    (path / COMMIT).unlink()  # first: a half-removed folder must not look complete
-    shutil.rmtree(path)
+    """Remove a checkpoint folder; of a link to one, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        # A half-removed folder must not look complete, nor like one that is being copied here.
+        shutil.rmtree(path.rename(partial_folder(path)))
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all checkpoints except the newest `keep` and those of steps that `keep_every` divides;
-    remove what interrupted saves left.
+    """Remove all checkpoints except the newest `keep`, those of steps that `keep_every` divides and
+    links; remove what interrupted saves left. What cannot be removed is named in a warning.
     """
-    for path in committed(root)[:-keep]:
-        if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every:
-            remove(path)
-    for path in root.glob(f"{_PREFIX}*"):
-        if path.suffix == ".tmp" or not _is_committed(path):
-            shutil.rmtree(path)
+    try:
+        old = [
+            path
+            for path in committed(root)[:-keep]
+            if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every
+        ]
+        # Only by names that saves give: whatever else is here was put here by someone.
+        partial = [path for path in root.iterdir() if _PARTIAL.fullmatch(path.name)]
+        for path in old + partial:
+            if path.is_dir() and not path.is_symlink():
+                remove(path)
+    except OSError as error:
+        log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def _is_committed(path: Path) -> bool:
@@ -75,9 +98,12 @@ def _is_committed(path: Path) -> bool:
     return True
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that no reader finds it; return its new path."""
+def set_aside(path: Path, why: str) -> Path:
+    """Rename what has a checkpoint's name so that no reader finds it; return its new path, the
+    first free one of WHY-NAME, WHY-NAME.2 and so on.
+    """
     # Without the prefix, by which all others look for checkpoints.
-    aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+    names = (f"{why}-{path.name}" + (f".{number}" if number > 1 else "") for number in count(1))
+    return path.rename(
+        next(new for name in names if not os.path.lexists(new := path.with_name(name)))
+    )

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -19,8 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from memshard.io import is_absence, named
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
-from memshard.trainer.checkpoint.folders import COMMIT
+from memshard.trainer.checkpoint.folders import COMMIT, partial_folder, set_aside
 from memshard.trainer.checkpoint.index import StoredTensor, read_index
+
+log = logging.getLogger(__name__)
 
 _STATE = "state.json"
 
@@ -60,10 +63,10 @@ def save_checkpoint(
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     # Next to the final folder: a rename is atomic only within one file system.
-    temporary = folder.with_name(folder.name + ".tmp")
-    with _same_outcome(group, f"{temporary} could not be written"):
+    # A name that nothing else has, so that nothing of anyone's is in the way.
+    temporary = _from_rank0(partial_folder(folder), group)
+    with _same_outcome(group, f"{folder} could not be written"):
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     _expect_one_process()
     try:
@@ -75,9 +78,9 @@ def save_checkpoint(
         )
     except CheckpointException as error:
         raise OSError(
-            f"{temporary} could not be written ({_reason(error)}): is the disk full?"
+            f"{folder} could not be written ({_reason(error)}): is the disk full?"
         ) from error
-    with _same_outcome(group, f"{temporary} could not be written"):
+    with _same_outcome(group, f"{folder} could not be written"):
         if first:
             for file in files:
                 shutil.copy2(file, temporary / file.name)
@@ -108,10 +111,16 @@ def _commit(temporary: Path, folder: Path) -> None:
     (temporary / COMMIT).write_text(json.dumps(hashes))
     _to_disk(temporary / COMMIT)
     _to_disk(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier save may have left one without marker
     # Atomic: a reader sees the whole checkpoint or none. The entry in the parent folder is on disk
     # only once that is flushed as well.
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        # Without a marker, such as an interrupted copy: whose it is, is not known.
+        log.warning("%s was in the way: it is %s now", folder, set_aside(folder, "unfinished"))
+        os.replace(temporary, folder)
     _to_disk(folder.parent)
 
 
@@ -213,6 +222,15 @@ def _read_on_rank0(read: Callable[[], Any]) -> Any:
     return value
 
 
+def _from_rank0(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Return rank 0's value on every rank of a group of all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    return box[0]
+
+
 @contextmanager
 def _same_outcome(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
     """Raise OSError on every rank if rank 0 has one inside the context."""
@@ -223,8 +241,6 @@ def _same_outcome(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
         problem = f"{what} ({error})"
     if dist.is_initialized():
         # Without this, ranks that had no error would wait in the next collective for rank 0.
-        box = [problem]
-        dist.broadcast_object_list(box, group_src=0, group=group)
-        problem = box[0]
+        problem = _from_rank0(problem, group)
     if problem is not None:
         raise OSError(problem)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memshard.data_pipeline.format.index import sha256_file
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.io import partial_path
 from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
@@ -81,8 +82,7 @@ def export(
             "(model.encoder_layers): leave it out"
         )
     # Renamed at the end: what has the name `out` is complete and compared.
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = partial_path(out)
     temporary.mkdir(parents=True)
     digest = write_safetensors(temporary / WEIGHTS, list(_entries(stored, dtype, tables)))
     (temporary / CONFIG_FILE).write_text(dump(_published(stored.recipe)), encoding="utf-8")

@@ -8,6 +8,7 @@ that waits.
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -80,8 +81,9 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.beat.rank == 0:
-            for path in self.path.parent.glob("rank*.json"):
-                if int(path.stem[4:]) >= self.beat.ranks:  # of an earlier start on more ranks
+            for path in self.path.parent.iterdir():
+                match = re.fullmatch(r"rank(\d+)\.json", path.name)
+                if match and int(match[1]) >= self.beat.ranks:  # of an earlier start on more ranks
                     path.unlink()
         self._write()
         self._thread.start()

@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from memshard.io import atomic_write
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.run_folder import METRICS_FILE
 from memshard.trainer.watch import weights_and_biases
 
 log = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
