@@ -5,8 +5,8 @@ explain` prints. The settings of mixers and memories are with the registries of 
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from memshard.models.memory.kinds import MEMORIES, MemoryConfig
 from memshard.models.mixers.kinds import MixerConfig, names
@@ -147,6 +147,12 @@ class ModelConfig:
     def longest(self, length: int) -> int:
         """Return `max_length`, or its default for sequences of `length` tokens."""
         return self.max_length or (math.prod(self.axial) if self.axial else length)
+
+    def for_length(self, length: int) -> Self:
+        """Return the settings with what training on sequences of `length` tokens decides filled
+        in: the longest sequence, and the buckets of LSH.
+        """
+        return replace(self, max_length=self.longest(length), mixer=self.mixer.for_length(length))
 
 
 def _check_memory(model: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -52,9 +53,10 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
         check_free(folder, _OVERWRITTEN, "choose another folder with --run")
         return
     changeable = {key.name: key.may_change for key in fields()}
-    changes = [
-        change for change in diff(load_recipe(str(config), []), recipe) if not changeable[change[0]]
-    ]
+    stored = load_recipe(str(config), [])
+    # Those of early versions leave the buckets of LSH to the length.
+    stored = replace(stored, model=stored.model.for_length(stored.data.length))
+    changes = [change for change in diff(stored, recipe) if not changeable[change[0]]]
     if changes:
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in changes)
         raise ValueError(

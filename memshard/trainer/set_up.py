@@ -145,7 +145,9 @@ def build_run(
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Return the recipe with what its data decides filled in: vocabulary size, longest sequence."""
+    """Return the recipe with what its data decides filled in: vocabulary size, longest sequence,
+    buckets of LSH.
+    """
     if not recipe.data.path:
         raise ValueError("data.path is empty, as in exports: give data.path=DIR")
     vocabulary = load_index(recipe.data.path).vocab_size
@@ -162,9 +164,5 @@ def resolve(recipe: Recipe) -> Recipe:
             f"{key} holds {model.longest(0)} positions but data.length is {recipe.data.length}: "
             "raise it or leave it out"
         )
-    model = replace(
-        model,
-        vocab_size=model.vocab_size or vocabulary,
-        max_length=model.longest(recipe.data.length),
-    )
-    return replace(recipe, model=model)
+    model = replace(model, vocab_size=model.vocab_size or vocabulary)
+    return replace(recipe, model=model.for_length(recipe.data.length))

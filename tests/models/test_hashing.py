@@ -2,7 +2,8 @@
 
 import torch
 
-from memshard.models.lsh.hashing import bucket_count, factorise, hash_buckets
+from memshard.models.lsh.hashing import factorise, hash_buckets
+from memshard.models.mixers.kinds import bucket_count
 
 
 def test_buckets_depend_on_seed_head_and_round_alone() -> None:

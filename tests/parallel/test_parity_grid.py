@@ -374,7 +374,7 @@ def _logits(rank: int, world: int, mixer: MixerConfig) -> Tensor:
 @pytest.mark.parametrize(
     ("ranks", "mixer"),
     [
-        # Three ranks fill 16 tokens up to 18: of so many, LSH would make more buckets.
+        # Three ranks fill 16 tokens up to 18.
         (3, MixerConfig(kind="lsh", heads=3, chunk=2)),
         (2, MixerConfig(heads=4, kv_heads=2, convolution=3, share_qk=True)),
     ],

@@ -83,7 +83,7 @@ def test_heads_at_once(
 
 def test_frozen_weights_get_no_gradient() -> None:
     torch.manual_seed(0)
-    mixer, norm = LSHMixer(DIM, HEADS, chunk=4, heads_at_once=1), nn.LayerNorm(DIM)
+    mixer, norm = LSHMixer(DIM, HEADS, 2, chunk=4, heads_at_once=1), nn.LayerNorm(DIM)
     for parameter in (mixer.value.weight, norm.bias):
         parameter.requires_grad_(False)
     x = torch.randn(BATCH, LENGTH, DIM)

@@ -26,7 +26,7 @@ MIXERS: dict[str, Any] = {
     "MDHA": lambda: SoftmaxMixer(DIM, 4, rotary=True, convolution=3),
     "shared, grouped": lambda: SoftmaxMixer(DIM, 4, convolution=3, share_qk=True, kv_heads=2),
     "local": lambda: LocalMixer(DIM, 2, 5, convolution=4, kv_heads=1),
-    "lsh": lambda: LSHMixer(DIM, 2, 3, 4, 2, convolution=3),
+    "lsh": lambda: LSHMixer(DIM, 2, 2, 3, 4, convolution=3),
     "delta": lambda: FastWeightMixer(
         DIM, 2, "delta", FeatureMap("elu", 8, 1, "sum"), convolution=3, share_qk=True
     ),

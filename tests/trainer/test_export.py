@@ -31,6 +31,7 @@ KINDS = {
     ),
     "peer": ("model.memory.kind=peer", "model.tie_head=false", "model.position=rotary"),
     "fast weights": ("model.mixer.kind=delta", "model.position=sinusoidal"),
+    "lsh": ("model.mixer.kind=lsh", "model.mixer.chunk=2", "model.position=rotary"),
     "none": ("model.memory.layers=[]", "model.norm=rms"),
 }
 
@@ -61,7 +62,8 @@ def test_an_export_of_shards_gives_the_same_logits(
         torch.testing.assert_close(_logits(tmp_path / "out", memmap), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Rounding flips buckets, too, and with them all that a token sees.
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"lsh"}))
 def test_every_kind_of_model_in_every_dtype(kind: str, recipe: Path, tmp_path: Path) -> None:
     """An export is exported again without a change. bf16 flips which slots such an untrained model
     reads, hence the wide bound.
@@ -181,6 +183,7 @@ batch = tokenizer(texts, return_tensors="pt", padding=True)
 tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(3))
 with torch.no_grad():
     logits = model(tokens).logits
+    torch.testing.assert_close(model(tokens, use_cache=True).logits, logits)
 model.eval()
 first = tokenizer(texts[0], return_tensors="pt")
 plain = {"max_new_tokens": 8, "do_sample": False}
@@ -211,6 +214,7 @@ assert not any(name.startswith("memshard.") for name in sys.modules)
     [
         ("shared", None),
         pytest.param("own tables, gated, half", "int8", marks=pytest.mark.slow),
+        ("lsh", None),
         pytest.param("peer", None, marks=pytest.mark.slow),
         pytest.param("fast weights", None, marks=pytest.mark.slow),
     ],
@@ -235,7 +239,7 @@ def test_transformers_loads_it_without_memshard(
         _LOAD,
         str(tmp_path / "out"),
         str(tmp_path / "result"),
-        "100" if kind in ("peer", "fast weights") else "9",
+        "100" if kind in ("peer", "fast weights", "lsh") else "9",
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -117,6 +117,21 @@ def test_a_local_task_of_each_kind(
     assert "has no task no_such_task" in capfd.readouterr().err
 
 
+def test_scores_do_not_depend_on_what_is_beside_them(recipe: Path, tmp_path: Path) -> None:
+    """LSH that leaves the number of buckets to the training length."""
+    settings = ("model.mixer.kind=lsh", "model.mixer.chunk=2", "model.position=rotary")
+    train_run(recipe, tmp_path, "train.steps=1", *settings)
+    loaded = load_model(tmp_path)
+    ids = torch.randint(3, 290, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    requests = [(None, ids[:2], ids[2:4]), (None, ids[:8], ids[8:40]), (None, ids[:1], ids[1:2])]
+    alone, together = (
+        HarnessModel(loaded.model, loaded.tokenizer, 64, batch)._loglikelihood_tokens(requests)
+        for batch in (1, 3)
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=1e-5)
+
+
 def test_long_inputs_keep_their_end_and_long_texts_are_read_in_windows(
     trained: LoadedModel,
 ) -> None:

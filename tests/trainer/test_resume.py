@@ -1,10 +1,15 @@
 """Stopping and going on is the same as never stopping, to the last bit."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memshard.trainer.checkpoint.folders import COMMIT, find_checkpoints
+from memshard.trainer.checkpoint.load_model import load_model
+from memshard.trainer.run_folder import CONFIG_FILE
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, prepare, train_run
@@ -76,6 +81,22 @@ def test_metrics_are_means_over_all_steps_since_the_last_line(recipe: Path, tmp_
         if "train/loss" in line
     ]
     assert fifth == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5], rel=1e-6)
+
+
+def test_the_buckets_of_lsh_are_stored_and_old_runs_get_them(recipe: Path, tmp_path: Path) -> None:
+    """Early versions stored 0, and chose the number by the length of each text."""
+    settings = ("model.mixer.kind=lsh", "model.mixer.chunk=2", "model.max_length=100")
+    train_run(recipe, tmp_path, *settings, "train.steps=4", stop_at=2)
+    (checkpoint,) = find_checkpoints(tmp_path)
+    for folder in (tmp_path, checkpoint):
+        text = (folder / CONFIG_FILE).read_text()
+        assert "buckets: 8\n" in text
+        (folder / CONFIG_FILE).write_text(text.replace("buckets: 8\n", "buckets: 0\n"))
+    hashes = json.loads((checkpoint / COMMIT).read_text())
+    hashes[CONFIG_FILE] = hashlib.sha256((checkpoint / CONFIG_FILE).read_bytes()).hexdigest()
+    (checkpoint / COMMIT).write_text(json.dumps(hashes))
+    assert load_model(tmp_path).model.blocks[0].mixer.buckets == 8
+    assert train_run(recipe, tmp_path, *settings, "train.steps=4")["finished"]
 
 
 def test_a_run_that_is_done_stays_done(recipe: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from memshard.experiments.common.repeated import mean_deviation, seeds
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
+from memshard.models.mixers.kinds import bucket_count
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.random import RandomKey
 from memshard.models.transformer import Transformer
@@ -100,8 +101,9 @@ def attend(model: Transformer, kind: str, point: dict[str, Any]) -> None:
     mixer = model.blocks[0].mixer
     assert isinstance(mixer, LSHMixer)
     full = kind == "full"
+    length, chunk = 2 * point["words"] + 2, point["chunk"]
     mixer.buckets, mixer.chunk, mixer.rounds = (
-        (1, 2 * point["words"] + 2, 1) if full else (0, point["chunk"], int(kind))
+        (1, length, 1) if full else (bucket_count(length, chunk), chunk, int(kind))
     )
 
 

@@ -14,10 +14,11 @@ from memshard.experiments.common.curves import lines
 from memshard.experiments.common.repeated import median_range
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
+from memshard.models.mixers.kinds import bucket_count
 from memshard.models.mixers.lsh import LSHMixer
 from memshard.models.mixers.softmax import SoftmaxMixer
 
-_ROUNDS = (1, 2, 4, 8)
+_ROUNDS, _CHUNK = (1, 2, 4, 8), 64
 _SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"tokens": 2048, "lengths": [512, 1024], "repeats": 1},
     "small": {"tokens": 16_384, "lengths": [1024, 2048, 4096, 8192, 16_384], "repeats": 7},
@@ -34,7 +35,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers: dict[str, torch.nn.Module] = {"full": SoftmaxMixer(128, 2)}
-    layers |= {f"LSH-{rounds}": LSHMixer(128, 2, rounds, 64) for rounds in _ROUNDS}
+    layers |= {f"LSH-{rounds}": LSHMixer(128, 2, 1, rounds, _CHUNK) for rounds in _ROUNDS}
     for layer in layers.values():
         initialize(layer.to(device), 0)
     seconds: dict[str, dict[str, list[float]]] = {
@@ -55,6 +56,8 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
             )
             ctx = Context.of(x[..., 0])
             for kind, layer in layers.items():
+                if isinstance(layer, LSHMixer):
+                    layer.buckets = bucket_count(length, _CHUNK)
                 begun = now(device)
                 layer(x, ctx)[0].sum().backward()
                 if turn:  # the first one builds kernels and allocates

@@ -38,7 +38,8 @@ def banded_attention(
     q, k: [N, L, d]; v: [N, L, m]; groups: [N, R, L] int64. window: at most `chunk`. itself: a token
     also sees itself (as one of the `window`); otherwise a token that sees no other gets its own v.
     A pair that meets in several rounds counts once. Softmax statistics are fp32. Strictly causal: a
-    token's output depends only on the tokens before it and their groups; on CPU to the last bit.
+    token's output depends only on the tokens before it and their groups, with the compiled kernel
+    to the last bit. In plain torch (GPUs, fp64) later tokens may change how a sum is rounded.
     """
     if not 1 <= window <= chunk:
         raise ValueError(
@@ -107,7 +108,7 @@ def _forward(
     highest = q.new_full((rows * length + 1, 1), _LOWEST, dtype=exact)
     weight = torch.zeros_like(highest)
     total = v.new_zeros(rows * length + 1, dim, dtype=exact)
-    # bf16 products on CPU add in pairs, so the last bit would depend on a token's neighbours.
+    # bf16 products on CPU add in pairs and round each time.
     summed = v.to(exact) if v.device.type == "cpu" else v
     for number, order in enumerate(orders):
         for tiles, unseen in _tiles(orders, number, window, chunk, itself):
@@ -126,8 +127,8 @@ def _forward(
             new = scores.sub_(top).exp2_()
             keep = old_top.sub_(top).exp2_()
             highest.index_copy_(0, queries, top.flatten(0, 1))
-            # A matrix product adds in the order of places, so zeros for unseen tokens change no
-            # bit; sum() adds in a tree, where they would.
+            # Later tokens of other groups move a token's keys to other places, and with them the
+            # order in which a library adds; products differ by that less often than sum().
             added = torch.bmm(new, new.new_ones(1, 2 * chunk, 1).expand(len(new), -1, -1))
             weight.index_copy_(0, queries, old_weight.mul_(keep).add_(added).flatten(0, 1))
             total.index_copy_(

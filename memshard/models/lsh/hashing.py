@@ -14,17 +14,6 @@ _ROTATIONS = 0x4C5348
 _HASH_BLOCK = 1 << 14
 
 
-def bucket_count(length: int, chunk: int) -> int:
-    """Return a number of buckets for a length, so that a bucket has about two chunks of tokens and
-    its newest chunk misses little of it.
-
-    The paper has more and smaller buckets (chunk = 2 length / buckets), which only works because
-    tokens also see other buckets by chance. Depends on the next power of 2 only, so that texts of
-    about the same length have the same buckets.
-    """
-    return max(1, (1 << (length - 1).bit_length()) // (2 * chunk)) // 2 * 2 or 1
-
-
 def total_buckets(buckets: int) -> int:
     """Return one more than the highest bucket number: the product of the factors."""
     return math.prod(factorise(buckets))

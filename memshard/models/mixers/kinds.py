@@ -5,8 +5,8 @@ To add a mixer, write a `Mixer` with a `from_config` in a file of this folder, a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 FeatureKind = Literal["elu", "dpfp", "favor"]
 FeatureNorm = Literal["sum", "l2", "none"]
@@ -80,6 +80,16 @@ def feature_count(kind: FeatureKind, width: int, feature_width: int) -> int:
     # DPFP doubles channels to relu(x), relu(-x), for each of nu shifts; FAVOR+ has exp of either
     # sign of a direction.
     return {"elu": width, "dpfp": 2 * width * feature_width, "favor": 2 * feature_width}[kind]
+
+
+def bucket_count(length: int, chunk: int) -> int:
+    """Return a number of buckets for a length, so that a bucket has about two chunks of tokens and
+    its newest chunk misses little of it.
+
+    The paper has more and smaller buckets (chunk = 2 length / buckets), which only works because
+    tokens also see other buckets by chance.
+    """
+    return max(1, (1 << (length - 1).bit_length()) // (2 * chunk)) // 2 * 2 or 1
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,9 @@ class MixerConfig:
     """For `lsh`: number of tokens of its bucket that a token sees in a round."""
 
     buckets: int = 0
-    """For `lsh`: number of buckets of a round; 0 chooses about length / (2 chunk)."""
+    """For `lsh`: number of buckets of a round. 0: chosen when the model is set up, about length /
+    (2 chunk) for its training length, whatever texts come later.
+    """
 
     rule: Literal["strict", "paper_causal", "hf_compat"] = "strict"
     """For `lsh`: which tokens a token sees. strict: the last `chunk` tokens before it in its
@@ -279,6 +291,14 @@ class MixerConfig:
     def kinds(self) -> tuple[MixerKind, ...]:
         """The kinds of successive layers, before they repeat."""
         return tuple(MIXERS[name] for name in self.pattern or (self.kind,))
+
+    def for_length(self, length: int) -> Self:
+        """Return the settings with the number of buckets that `buckets=0` stands for in a model
+        trained on sequences of `length` tokens.
+        """
+        if self.buckets or not any(kind.name == "lsh" for kind in self.kinds):
+            return self
+        return replace(self, buckets=bucket_count(length, self.chunk))
 
     def kind_of(self, layer: int) -> MixerKind:
         """Return the kind of a layer, counted from 0."""

@@ -28,7 +28,7 @@ from memshard.models.lsh.bucket_state import (
     file_newest,
 )
 from memshard.models.lsh.by_heads import ByHeads
-from memshard.models.lsh.hashing import bucket_count, hash_buckets, total_buckets
+from memshard.models.lsh.hashing import hash_buckets, total_buckets
 from memshard.models.lsh.published import PublishedRule, published_attention
 from memshard.models.mixers.mixer import Mixer
 from memshard.models.random import fold
@@ -37,22 +37,23 @@ from memshard.models.random import fold
 class LSHMixer(Mixer):
     """LSH attention.
 
-    rounds: number of hash rounds; may be changed at any time. chunk: number of tokens of its bucket
-    that a token sees in a round. buckets: 0 for `bucket_count` of the length. seed: of the
-    rotations, a different one for each layer. heads_at_once: process this many heads at a time and
-    recompute them in backward, so that queries, values and results of all heads are never in memory
-    together; 0: all at once. resample: let rotations in training also depend on the step. rule:
-    "strict", or one of `published_attention`, which are not strictly causal: no decoding, no packed
-    or padded text. convolution: width of Primer's convolutions of queries and values, 0 for none.
+    buckets: number of buckets of a round; `bucket_count` of the training length is a good one.
+    rounds: number of hash rounds. chunk: number of tokens of its bucket that a token sees in a
+    round. All three may be changed at any time. seed: of the rotations, a different one for each
+    layer. heads_at_once: process this many heads at a time and recompute them in backward, so that
+    queries, values and results of all heads are never in memory together; 0: all at once. resample:
+    let rotations in training also depend on the step. rule: "strict", or one of
+    `published_attention`, which are not strictly causal: no decoding, no packed or padded text.
+    convolution: width of Primer's convolutions of queries and values, 0 for none.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int,
+        buckets: int,
         rounds: int = 2,
         chunk: int = 64,
-        buckets: int = 0,
         seed: int = 0,
         heads_at_once: int = 0,
         output_scale: float = 1.0,
@@ -61,15 +62,9 @@ class LSHMixer(Mixer):
         convolution: int = 0,
     ) -> None:
         super().__init__()
-        self.heads = heads
-        self.rounds, self.chunk, self.buckets, self.seed, self.heads_at_once = (
-            rounds,
-            chunk,
-            buckets,
-            seed,
-            heads_at_once,
-        )
-        self.resample = resample
+        self.heads, self.heads_at_once = heads, heads_at_once
+        self.buckets, self.rounds, self.chunk = buckets, rounds, chunk
+        self.seed, self.resample = seed, resample
         self.rule = cast("Literal['strict'] | PublishedRule", rule)
         self.query = Projection(dim, dim)
         self.value = Projection(dim, dim)
@@ -78,14 +73,23 @@ class LSHMixer(Mixer):
 
     @classmethod
     def from_config(cls, config: ModelConfig, layer: int, output_scale: float) -> Self:
-        """Return a layer's mixer."""
+        """Return a layer's mixer. ValueError where nothing says the number of buckets."""
         settings = config.mixer
+        if not settings.buckets:
+            # Were it taken from the text at hand, later tokens and padding would change a token's
+            # output.
+            if config.max_length is None:
+                raise ValueError(
+                    "model.mixer.buckets is 0, and without model.max_length there is no length "
+                    "to choose the number of buckets for: set one of them"
+                )
+            settings = settings.for_length(config.max_length)
         return cls(
             config.dim,
             settings.heads,
+            settings.buckets,
             settings.rounds,
             settings.chunk,
-            settings.buckets,
             seed=layer,
             heads_at_once=settings.heads_at_once,
             output_scale=output_scale,
@@ -134,8 +138,8 @@ class LSHMixer(Mixer):
         return self.output(y.transpose(1, 2).flatten(2)), None
 
     def init_state(self, batch: int, capacity: int) -> BucketState:
-        """Return an empty state for `batch` rows of at most `capacity` tokens, with the number of
-        buckets for that length. ValueError for published rules.
+        """Return an empty state for `batch` rows of at most `capacity` tokens. ValueError for
+        published rules.
         """
         if self.rule != "strict":
             raise ValueError(
@@ -144,7 +148,7 @@ class LSHMixer(Mixer):
             )
         weight = self.value.weight
         keys = weight.new_zeros(batch, self.heads, capacity, weight.shape[0] // self.heads)
-        buckets = total_buckets(self.buckets or bucket_count(capacity, self.chunk))
+        buckets = total_buckets(self.buckets)
         places = torch.zeros(
             batch,
             self.heads,
@@ -228,10 +232,7 @@ class LSHMixer(Mixer):
             if self.resample and ctx.random is not None
             else self.seed
         )
-        # Of the real length, so that padding for tensor ranks leaves the buckets as they
-        # are on one rank.
-        buckets = self.buckets or bucket_count(q.shape[2] - ctx.padding_tokens, self.chunk)
-        return self._attend(q, k, v, self._groups(q, heads, buckets, numbers, ctx.padding, seed))
+        return self._attend(q, k, v, self._groups(q, heads, numbers, ctx.padding, seed))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:
         rows = [tensor.flatten(0, 1) for tensor in (q, k, v, groups)]
@@ -272,7 +273,6 @@ class LSHMixer(Mixer):
         self,
         q: Tensor,
         heads: slice,
-        buckets: int,
         numbers: Tensor | None,
         padding: Tensor | None,
         seed: int,
@@ -283,13 +283,17 @@ class LSHMixer(Mixer):
         # No gradient through the argmax of hashing. Rotations differ by head: the number of the
         # first head counts over all ranks, so that tensor-parallel ranks draw what one rank would.
         hashed = hash_buckets(
-            q.detach().transpose(0, 1), buckets, self.rounds, seed, self.first_head + heads.start
+            q.detach().transpose(0, 1),
+            self.buckets,
+            self.rounds,
+            seed,
+            self.first_head + heads.start,
         )
         groups = hashed.permute(2, 0, 1, 3)
         if numbers is not None:
             # Each document has its own range of groups, so that no bucket
             # reaches into another document.
-            groups = groups + total_buckets(buckets) * numbers[:, None, None]
+            groups = groups + total_buckets(self.buckets) * numbers[:, None, None]
         return groups if padding is None else groups.masked_fill(~padding[:, None, None], PADDING)
 
     def _continue(self, x: Tensor, ctx: Context, state: BucketState) -> tuple[Tensor, BucketState]:
@@ -307,10 +311,9 @@ class LSHMixer(Mixer):
             # -1 is the state before any token: nothing ended there.
             changed[:, 0] &= state.documents >= 0
             numbers, documents = numbers + changed.cumsum(1), ctx.documents[:, -1]
-        buckets = self.buckets or bucket_count(capacity, self.chunk)
         state.keys[:, :, start:end], state.values[:, :, start:end] = k, v
         state.groups[..., start:end] = self._groups(
-            q, slice(0, self.heads), buckets, numbers, ctx.padding, self.seed
+            q, slice(0, self.heads), numbers, ctx.padding, self.seed
         )
         fresh = numbers[:, -1] == state.number
         counts = state.counts * fresh[:, None, None, None]

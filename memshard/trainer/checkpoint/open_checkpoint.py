@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
     check: compare everything with its hash first.
     """
     state = load_state(folder)
-    recipe = load_recipe(str(folder / "config.yaml"), [])
+    recipe = _recipe(folder)
     index = {
         name.removeprefix(PREFIX): tensor
         # The optimizer's tensors have other prefixes and are not read.
@@ -92,7 +92,7 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         for name in ("config.yaml", TOKENIZER_FILE):
             if sha256_file(folder / name) != about["files"][name]:
                 raise ValueError(f"{name} does not match its hash")
-        recipe = load_recipe(str(folder / "config.yaml"), [])
+        recipe = _recipe(folder)
         if check:
             with file.open("rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != about["sha256"]:
@@ -125,6 +125,12 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}: {error}): export it again"
         ) from error
+
+
+def _recipe(folder: Path) -> Recipe:
+    recipe = load_recipe(str(folder / "config.yaml"), [])
+    # Those of early versions leave the buckets of LSH to the length.
+    return replace(recipe, model=recipe.model.for_length(recipe.data.length))
 
 
 def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -> Tensor:

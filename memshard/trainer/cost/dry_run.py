@@ -37,10 +37,8 @@ def dry_run(recipe: Recipe, ranks: int, vocab_size: int) -> list[RankParameters]
     """
     assert not dist.is_initialized(), "this process has joined other ranks"
     layout = layout_choice(recipe, ranks).name
-    longest = recipe.model.longest(recipe.data.length)
-    config = replace(
-        recipe.model, vocab_size=recipe.model.vocab_size or vocab_size, max_length=longest
-    )
+    config = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size)
+    config = config.for_length(recipe.data.length)
     # Only the last ranks' shards may be smaller: the first and the last rank are the extremes.
     parts = (_as_rank(recipe, config, rank, ranks, layout) for rank in sorted({0, ranks - 1}))
     return [part for part in parts if part is not None]

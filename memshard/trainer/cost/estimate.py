@@ -59,11 +59,8 @@ def estimate(
     """
     length, memory = recipe.data.length, recipe.model.memory
     division = divide(recipe, world)
-    model = replace(
-        recipe.model,
-        vocab_size=recipe.model.vocab_size or vocab_size,
-        max_length=recipe.model.longest(length),
-    )
+    model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size)
+    model = model.for_length(length)
     parameters = count_parameters(model)
     if division.sequence_ranks > 1:
         # Ranks that share sequences have whole matrices.
