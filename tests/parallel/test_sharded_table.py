@@ -95,7 +95,7 @@ def _compare(
     case: str,
     rank: int,
 ) -> None:
-    optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
+    optimizers = RowAdam([whole], lr=0.1, alone=True), RowAdam([shard], lr=0.1)
     mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
     whole.observer, shard.observer = counters = UsageCounter(whole), UsageCounter(shard)
     results: list[Any] = []
@@ -153,7 +153,7 @@ def _check_same_reads(rank: int, world: int) -> None:
     shard.set_values(
         _piece(whole.weight, world, rank, dim=1).clone(memory_format=torch.contiguous_format)
     )
-    optimizers = RowAdam([whole], lr=0.1), RowAdam([shard], lr=0.1)
+    optimizers = RowAdam([whole], lr=0.1, alone=True), RowAdam([shard], lr=0.1)
     for _ in range(2):
         rows, upstream = torch.randint(7, (4, 3)), torch.randn(4, 5, dtype=torch.float64)
         weights = [
@@ -205,7 +205,10 @@ def _check_optimizers(rank: int, world: int) -> None:
                 group, replicas = _groups(rank, world, memory)
                 (shard,) = shard_tables(holder, group, False, layout, replicas)
                 whole.hide()
-                optimizers = RowAdam([whole], lr=0.1, **option), RowAdam([shard], lr=0.1, **option)
+                optimizers = (
+                    RowAdam([whole], lr=0.1, alone=True, **option),
+                    RowAdam([shard], lr=0.1, **option),
+                )
                 for _ in range(3):
                     rows = torch.randint(4, (world, 3)) + torch.randint(6, ())
                     weights, upstream = (

@@ -29,8 +29,15 @@ def shard_tables(
     model; a table on the meta device stays there. average: divide row gradients by the number of
     ranks, to match DDP, where each rank's loss is a mean over its own tokens; False where the
     losses of the ranks add up to the total. layout: a name in `layouts.LAYOUTS`, ValueError for
-    any other. replicas: the ranks that store the same shard in other groups.
+    any other. replicas: the ranks that store the same shard in other groups. RuntimeError
+    without a process group.
     """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "shard_tables needs a process group: call torch.distributed.init_process_group first "
+            "(Hugging Face's TrainingArguments do, under torchrun), or externalize_tables(model) "
+            "for a single process"
+        )
     group = group or dist.group.WORLD
     assert group is not None
     table_class: TableClass = load_class(layout_named(layout).table)

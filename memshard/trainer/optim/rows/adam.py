@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,6 +32,7 @@ from memshard.models.memory.hidden import ANCHOR_UNIT
 from memshard.models.memory.huge_pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ValueTable
+from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.optim.rows.step import Step
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
@@ -49,8 +51,10 @@ class RowAdam(Optimizer):
     rounding: what happens to small changes of tables in half precision. master keeps an fp32 copy
     of the values; stochastic rounds up or down at random, so that small changes count on average.
     clip: the largest norm of all tables' gradients together, each row counted once over all ranks;
-    0 is none and saves a pass. There is no weight decay. Moments are fp32 at least, as large as the
-    table; `last_step` in a table's state says when each row was last read, 0 if never.
+    0 is none and saves a pass. alone: whether tables that `shard_tables` has not seen may learn
+    from the reads of this process, although there are others. There is no weight decay. Moments are
+    fp32 at least, as large as the table; `last_step` in a table's state says when each row was last
+    read, 0 if never.
 
     Gradients of all micro-batches and of all layers that share a table are summed before the one
     update. Where tables are sharded, all ranks must step together.
@@ -58,7 +62,8 @@ class RowAdam(Optimizer):
     In `param_groups` a table is represented by its `anchor` of two numbers (see hidden.py):
     GradScaler's unscaling and inf check, and clipping by the norm of all groups, act on the
     anchor's gradient, and `step` scales the row gradients accordingly. `zero_grad` forgets
-    collected reads. ValueError for tables that are not hidden, or unknown choices.
+    collected reads. ValueError for tables that are not hidden, or unknown choices; `step` raises
+    RuntimeError for a table that `shard_tables` has not seen where there are several processes.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class RowAdam(Optimizer):
         semantics: Semantics = "lazy",
         rounding: Rounding = "master",
         clip: float = 0.0,
+        alone: bool = False,
     ) -> None:
         self.tables = list(tables)
         for table in self.tables:
@@ -86,6 +92,7 @@ class RowAdam(Optimizer):
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
         self.semantics = semantics
         self.clip = clip
+        self.alone = alone
         self.touched = [(0, 0) for _ in self.tables]
         """For every table, the reads by this rank's tokens and the local rows updated,
         in the last step.
@@ -146,6 +153,8 @@ class RowAdam(Optimizer):
         # Without reads a rank still takes part in the sum over replicas, which may have some.
         if not table.reads and table.replica_count == 1:
             return 0, 0
+        if not self.alone:
+            _check_processes(table)
         asked = table.reads_asked
         state = self.state[table.anchor]
         state["step"] += 1
@@ -159,6 +168,22 @@ class RowAdam(Optimizer):
             state["last_step"][_read_rows(part)] = step.number
         table.drop_reads()
         return asked, updated
+
+
+def _check_processes(table: ValueTable) -> None:
+    """Raise RuntimeError if other processes may read copies of a table that is not theirs."""
+    # Here, because torch.distributed may be set up after the optimizer.
+    if isinstance(table, ShardedTable) or not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"there are {dist.get_world_size()} processes, and this table would learn from the "
+            "reads of one: DDP does not see it. In place of externalize_tables(model), split the "
+            "tables over the processes, shard_tables(model), or keep copies that learn from the "
+            "reads of all, shard_tables(model, dist.new_subgroups(1)[0], "
+            "replicas=dist.group.WORLD). Where no other process has the table, or all read the "
+            "same: RowAdam(tables, alone=True)"
+        )
 
 
 def _scale(table: ValueTable) -> float:

@@ -1,0 +1,61 @@
+"""Tables that several processes have are split, kept alike or refused; they never drift apart in
+silence.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memshard.models.memory.table import ValueTable, externalize_tables
+from memshard.parallel.tables.shard_tables import shard_tables
+from memshard.trainer.optim.rows.adam import RowAdam
+from tests.distributed import run_distributed
+
+
+def _model() -> torch.nn.ModuleList:
+    torch.manual_seed(0)
+    return torch.nn.ModuleList([ValueTable(6, 4)])
+
+
+def _step(tables: list[ValueTable], rows: Tensor, alone: bool = False) -> Tensor:
+    """Return the tables' content after a step on some rows."""
+    optimizer = RowAdam(tables, lr=0.1, alone=alone)
+    (table,) = tables
+    table.weighted_sum(rows, torch.ones(rows.shape)).square().mean().backward()
+    optimizer.step()
+    return table.weight
+
+
+def _body(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    rows = torch.tensor([[0, 1], [2, 3]])
+    mine = rows[rank : rank + 1]
+    with pytest.raises(RuntimeError, match=r"2 processes.*shard_tables\(model\).*alone=True"):
+        _step(externalize_tables(_model()), mine)
+    local = _step(externalize_tables(_model()), mine, alone=True)
+    copies = _model()
+    alone, _ = dist.new_subgroups(1)
+    assert alone is not None
+    return local, _step(shard_tables(copies, alone, replicas=dist.group.WORLD), mine)
+
+
+def test_several_processes_with_unsplit_tables_are_refused() -> None:
+    (first, one_copy), (second, other_copy) = run_distributed(_body, 2)
+    assert not torch.equal(first, second)
+    assert torch.equal(one_copy, other_copy)
+    expected = _step(externalize_tables(_model()), torch.tensor([[0, 1], [2, 3]]))
+    torch.testing.assert_close(one_copy, expected)
+
+
+def _one_process(rank: int, world: int) -> Tensor:
+    return _step(externalize_tables(_model()), torch.tensor([[0, 1]]))
+
+
+def test_a_group_of_one_process_needs_no_split_tables() -> None:
+    (weight,) = run_distributed(_one_process, 1)
+    assert torch.equal(weight, _one_process(0, 1))
+
+
+def test_splitting_tables_needs_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        shard_tables(_model())
