@@ -4,6 +4,7 @@ each time.
 
 import gzip
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -14,11 +15,11 @@ import pytest
 from memshard.data_pipeline.format import load_index
 from memshard.data_pipeline.format.verify import verify_data
 from memshard.data_pipeline.prepare.inputs.files import Sources, find_files, is_utf8, reader
-from memshard.data_pipeline.prepare.inputs.text import MAX_DOCUMENT
+from memshard.data_pipeline.prepare.inputs.kinds import MAX_DOCUMENT
 from memshard.data_pipeline.prepare.workers import Watch
 from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.data_pipeline.tokenizer import Tokenizer
-from tests.data_pipeline.conftest import build, write_corpus
+from tests.data_pipeline.conftest import WORDS, build, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 WIKIPEDIA = REPOSITORY.parent / "shared" / "data" / "text" / "wikipedia_en_extract.txt.gz"
@@ -83,8 +84,6 @@ def test_a_tiny_corpus_still_has_a_held_out_document(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_use_uint32(corpus: Path, tmp_path: Path) -> None:
-    import random
-
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=8)) for _ in range(80_000)]
     for number in range(40):
@@ -149,6 +148,40 @@ def test_long_documents_are_cut_at_line_ends(tmp_path: Path) -> None:
     assert "".join(documents) == text and counts["cut"] == 1
     assert max(map(len, documents)) <= MAX_DOCUMENT
     assert documents[0].endswith("\n") and len(documents[0]) > MAX_DOCUMENT - 30
+
+
+def test_of_one_long_text_about_the_share_is_held_out(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=8)) + "\n" for _ in range(12_000)]
+    (tmp_path / "one.txt").write_text("".join(lines))
+    report = build(tmp_path / "one.txt", tmp_path / "data", held_out=0.01)
+    held_out, train = (report["splits"][name]["text_bytes"] for name in ("heldout", "train"))
+    assert 0.008 < held_out / (held_out + train) < 0.012
+    assert report["splits"]["heldout"]["documents"] == 2 and report["documents_cut"] == 1
+    documents = texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "heldout")
+    assert sorted("".join(documents).splitlines(keepends=True)) == sorted(lines)
+
+
+def test_whole_documents_and_wanted_numbers_are_not_cut_finer(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text", 50)
+    (tmp_path / "text" / "long.txt").write_text("some long line\n" * 6000)
+    report = build(tmp_path / "text", tmp_path / "data", held_out=0.01)
+    assert report["documents"] == 52
+    (tmp_path / "one.txt").write_text("".join(f"line {number}\n" for number in range(30_000)))
+    report = build(tmp_path / "one.txt", tmp_path / "other", vocab_size=300, held_out=2)
+    assert report["documents"] == 5
+
+
+def test_little_held_out_text_is_said(
+    corpus: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(corpus, tmp_path / "enough", held_out=0.5)
+    assert not caplog.records
+    report = build(corpus, tmp_path / "data", held_out=1)
+    tokens = report["splits"]["heldout"]["tokens"]
+    assert tokens < 1000
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"the heldout split has {tokens} tokens" in message and "--held-out" in message
 
 
 def test_files_that_are_not_utf8_are_skipped_and_counted(corpus: Path, tmp_path: Path) -> None:

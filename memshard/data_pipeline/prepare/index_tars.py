@@ -37,6 +37,7 @@ from memshard.data_pipeline.prepare.pipeline import (
     digest,
     publish,
 )
+from memshard.data_pipeline.prepare.report import warn_of_little
 from memshard.data_pipeline.prepare.sample import sample_lines
 from memshard.data_pipeline.prepare.split import (
     HELD_OUT_SIDE,
@@ -159,6 +160,7 @@ def index_tars(
                 splits[split] = _split(
                     final, split, list(zip(names, totals, tables, strict=True)), sides == side
                 )
+        warn_of_little(splits)
         for tar in tars:
             # Links: the tars may be terabytes, and nothing here changes them.
             (final / tar.name).symlink_to(tar.resolve())

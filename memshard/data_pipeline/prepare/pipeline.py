@@ -6,6 +6,7 @@ what went in. A build that was killed resumes there; other settings redo what th
 result is the same, byte for byte.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,8 +28,8 @@ from memshard.data_pipeline.prepare.documents import (
     write_unit,
 )
 from memshard.data_pipeline.prepare.inputs.files import Sources, count_endings
-from memshard.data_pipeline.prepare.inputs.kinds import PAIR
-from memshard.data_pipeline.prepare.report import NOT_UTF8, READ, make_report
+from memshard.data_pipeline.prepare.inputs.kinds import MAX_DOCUMENT, PAIR
+from memshard.data_pipeline.prepare.report import NOT_UTF8, READ, make_report, warn_of_little
 from memshard.data_pipeline.prepare.sample import sample_lines
 from memshard.data_pipeline.prepare.split import (
     TRAIN_SIDE,
@@ -49,6 +50,7 @@ from memshard.lock import holding
 
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
 HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
+LEAST_PIECE = 2048  # characters; a shorter piece would be a context for few of its tokens
 TRIED_DOCUMENTS = 200
 REPORT_FILE = "report.json"
 
@@ -88,22 +90,13 @@ def build_data(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
     with alone(work):
-        units = plan_units(sources, filters, work)
-        todo = [unit for unit in units if not unit.folder.is_dir()]
-        timed = any(sources.source_of(file).timed for file in sources.files)
-        limit = page_seconds if timed else None
-        tasks = [(unit, sources, filters) for unit in todo]
-        run_tasks(
-            write_unit,
-            tasks,
-            min(workers or cores(), len(tasks)),
-            "reading",
-            limit,
-        )
+        units = _read(sources, filters, work, page_seconds, workers)
+        amounts = _amounts(held_out, test, web, units)
+        if longest := _finer(units, amounts):
+            sources = dataclasses.replace(sources, longest=longest)
+            units = _read(sources, filters, work, page_seconds, workers)
         # Over all units at once: a document is a duplicate wherever the other one is.
-        splits = split_documents(
-            units, filters, deduplicate, *(_amounts(held_out, test, web, units))
-        )
+        splits = split_documents(units, filters, deduplicate, *amounts)
         stages, not_utf8 = _stages(units, splits), _not_utf8(units)
         if not stages["kept.documents"]:
             # Only what this build has read: the folder may hold what another one left.
@@ -130,6 +123,7 @@ def build_data(
             workers or cores(),
             sources.chosen.separator,
         )
+        warn_of_little(written)
         used = Tokenizer(final)
         index = Index(
             tokens_dtype(used.vocab_size),
@@ -144,6 +138,34 @@ def build_data(
         publish(final, target, index, report)
         shutil.rmtree(work)
     return report
+
+
+def _read(
+    sources: Sources, filters: Filters, work: Path, page_seconds: float, workers: int | None
+) -> list[Unit]:
+    """Read the units that are not in the work folder yet, and return all."""
+    units = plan_units(sources, filters, work)
+    tasks = [(unit, sources, filters) for unit in units if not unit.folder.is_dir()]
+    timed = any(sources.source_of(file).timed for file in sources.files)
+    processes = min(workers or cores(), len(tasks))
+    run_tasks(write_unit, tasks, processes, "reading", page_seconds if timed else None)
+    return units
+
+
+def _finer(units: list[Unit], amounts: tuple[float, float]) -> int | None:
+    """Return to how many characters to cut documents where the corpus is a few long texts, of which
+    a share to hold out is less than one piece: that piece would be any size, from a few words on.
+    """
+    counts: Counter[str] = Counter()
+    for unit in units:
+        counts.update(_outcome(unit)["counts"])
+    pieces, size = counts["kept.documents"], counts["kept.bytes"]
+    share = min((amount for amount in amounts if 0 < amount < 1), default=1.0)
+    few_long_texts = counts["cut"] and size > pieces * MAX_DOCUMENT / 2
+    if not few_long_texts or share * pieces >= 1:
+        return None
+    # Two pieces make up the share: no more breaks in the text than that takes.
+    return max(int(size * share / 2), LEAST_PIECE)
 
 
 def publish(final: Path, target: Path, index: Index, report: dict) -> None:

@@ -1,9 +1,10 @@
 """The report of a build: what went into each of its stages and what was left out."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 
-from memshard.data_pipeline.format.index import Index
+from memshard.data_pipeline.format.index import HELD_OUT, TEST, Index, Split
 
 READ = ("records", "responses", "status", "not_html", "empty_body", "too_large", "skipped_bytes")
 STAGES = (
@@ -21,6 +22,9 @@ STAGES = (
     "near_duplicate",
 )
 
+log = logging.getLogger(__name__)
+FEW_TOKENS = 1000
+SPREAD = 3.0  # nats: the standard deviation of a token's loss, roughly, whatever the model
 PASSED_OVER = 20  # endings listed
 NOT_UTF8 = "not UTF-8 text: convert with `iconv -f ISO-8859-1 -t UTF-8` or what it is in"
 
@@ -76,6 +80,21 @@ def make_report(
             for name, split in index.splits.items()
         },
     }
+
+
+def warn_of_little(splits: Mapping[str, Split]) -> None:
+    """Log a warning for each split to evaluate on whose loss would be mostly chance."""
+    for name in (HELD_OUT, TEST):
+        tokens = splits[name].tokens if name in splits else FEW_TOKENS
+        if tokens < FEW_TOKENS:
+            log.warning(
+                "the %s split has %d tokens, few for a loss (known to about %.2f nats): build from "
+                "more text, or keep more of it with --%s, e.g. 0.1",
+                name,
+                tokens,
+                SPREAD / max(tokens, 1) ** 0.5,
+                "held-out" if name == HELD_OUT else name,
+            )
 
 
 def _place(key: str) -> tuple[int, str]:

@@ -18,6 +18,7 @@ from memshard.data_pipeline.prepare.inputs.kind_of_file import GZIP, ends_in, ki
 from memshard.data_pipeline.prepare.inputs.kinds import (
     DEFAULTS,
     EXCLUDED_FOLDERS,
+    MAX_DOCUMENT,
     SOURCES,
     TEXT_ENDINGS,
     Source,
@@ -30,13 +31,15 @@ READ_CHARACTERS = 1 << 20
 class Sources:
     """Files or URLs that documents come from. documents: the source for files that neither name nor
     content give to another. options: values of sources' options by name, where they are not the
-    default. passed_over: files in folders that are no input, by ending.
+    default. passed_over: files in folders that are no input, by ending. longest: characters of a
+    document; longer ones are cut.
     """
 
     files: tuple[Path | str, ...]
     documents: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    longest: int = MAX_DOCUMENT
 
     @property
     def chosen(self) -> Source:
@@ -50,8 +53,8 @@ class Sources:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values of all sources' options."""
-        return {**DEFAULTS, **self.options}
+        """Values of all sources' options, and `longest`."""
+        return {**DEFAULTS, **self.options, "longest": self.longest}
 
     def source_of(self, file: Path | str, local: Path | None = None) -> Source:
         """Return the source that reads a file. local: the copy of a URL, if there is one.

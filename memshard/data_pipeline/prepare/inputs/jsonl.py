@@ -30,7 +30,7 @@ def read(
     (file,) = files
     with open_text(file) as stream:
         texts = _texts(file, stream, options["text_key"], counts)
-        yield from documents(map(io.StringIO, texts), counts)
+        yield from documents(map(io.StringIO, texts), counts, options["longest"])
 
 
 def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterator[str]:

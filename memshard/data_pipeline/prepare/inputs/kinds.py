@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_DOCUMENT = 65_536
+"""Characters; longer documents are cut, so that one big file spreads over lanes and splits."""
+
 Options = Mapping[str, Mapping[str, Any]]
 """Command line options: flag -> keyword arguments of argparse's add_argument."""
 
@@ -25,7 +28,8 @@ class Source:
 
     read: "module:function"; function(files, options, counts, watch) yields the documents of one
     file, or of `unit` files that belong together, as strings. `options` maps names, as argparse
-    makes them of the flags, to values, and holds `language`; what is left out is counted in
+    makes them of the flags, to values, and holds `language` and `longest`, the most characters of a
+    document; what is left out is counted in
     `counts`; a step that may hang runs under `watch.item(number)`.
 
     endings: of files to take from folders, each also with .gz. named: endings of files that are

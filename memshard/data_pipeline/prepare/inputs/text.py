@@ -11,9 +11,6 @@ from typing import Any, TextIO
 from memshard.data_pipeline.prepare.inputs.files import open_text
 from memshard.data_pipeline.prepare.workers import Watch
 
-MAX_DOCUMENT = 65_536
-"""Characters; longer documents are cut, so that one big file spreads over lanes and splits."""
-
 _WIKI = "<doc "
 
 
@@ -34,7 +31,7 @@ def read_file(
     """Yield the whole text of a file."""
     (file,) = files
     with open_text(file) as stream:
-        yield from documents([stream], counts)
+        yield from documents([stream], counts, options["longest"])
 
 
 def read_each_line(
@@ -43,7 +40,8 @@ def read_each_line(
     """Yield every line of a file."""
     (file,) = files
     with open_text(file) as stream:
-        yield from documents((io.StringIO(line.rstrip("\r\n")) for line in stream), counts)
+        lines = (io.StringIO(line.rstrip("\r\n")) for line in stream)
+        yield from documents(lines, counts, options["longest"])
 
 
 def read_wikiextractor(
@@ -57,18 +55,18 @@ def read_wikiextractor(
                 f"{file} does not begin with '<doc ' as WikiExtractor output does: use "
                 "--documents auto, file or line"
             )
-        yield from documents(map(io.StringIO, _articles(stream)), counts)
+        yield from documents(map(io.StringIO, _articles(stream)), counts, options["longest"])
 
 
-def documents(streams: Iterable[TextIO], counts: Counter[str]) -> Iterator[str]:
-    """Yield the documents, none longer than MAX_DOCUMENT characters, never more than that in
+def documents(streams: Iterable[TextIO], counts: Counter[str], longest: int) -> Iterator[str]:
+    """Yield the documents, none longer than `longest` characters, never more than that in
     memory.
 
     Counts `empty` and `invalid` documents, which are left out, and `cut` ones, which give several.
     """
     for stream in streams:
         parts = 0
-        for part in _cut(stream):
+        for part in _cut(stream, longest):
             if not _is_valid(part):
                 counts["invalid"] += 1
             elif part.strip():
@@ -80,14 +78,14 @@ def documents(streams: Iterable[TextIO], counts: Counter[str]) -> Iterator[str]:
         counts["cut"] += parts > 1
 
 
-def _cut(document: TextIO) -> Iterator[str]:
-    """Yield parts of at most MAX_DOCUMENT characters, cut after a line end where there is one."""
+def _cut(document: TextIO, longest: int) -> Iterator[str]:
+    """Yield parts of at most `longest` characters, cut after a line end where there is one."""
     # One character more than fits shows whether the document goes on.
-    text = document.read(MAX_DOCUMENT + 1)
-    while len(text) > MAX_DOCUMENT:
-        end = text.rfind("\n", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
+    text = document.read(longest + 1)
+    while len(text) > longest:
+        end = text.rfind("\n", 0, longest) + 1 or longest
         yield text[:end]
-        text = text[end:] + document.read(MAX_DOCUMENT + 1 - len(text) + end)
+        text = text[end:] + document.read(longest + 1 - len(text) + end)
     if text:
         yield text
 
