@@ -13,15 +13,17 @@ from memshard.models.mixers.kinds import MixerConfig, names
 
 __all__ = ["Activation", "FeedForwardConfig", "MemoryConfig", "MixerConfig", "ModelConfig"]
 
-Activation = Literal["relu", "gelu", "swiglu", "squared_relu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu", "squared_relu"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
     """The position-wise network of layers without a memory."""
 
-    activation: Activation = "gelu"
-    """Nonlinearity: relu, gelu, swiglu (gated) or squared_relu (Primer)."""
+    activation: Activation = "gelu_tanh"
+    """Nonlinearity: relu, gelu (the exact one), gelu_tanh (its approximation by tanh, as GPT-2 has
+    it), swiglu (gated) or squared_relu (Primer).
+    """
 
     hidden: int | None = None
     """Width of the hidden layer. Default: 4 x dim, or 8/3 x dim for swiglu (equal parameters)."""

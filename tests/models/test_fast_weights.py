@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from memshard.models.fast_weights.delta_rule import delta_rule
-from memshard.models.fast_weights.feature_maps import FeatureMap, elu_plus_one
+from memshard.models.fast_weights.feature_maps import FeatureMap, dpfp, elu_plus_one
 from memshard.models.fast_weights.sum_rule import sum_rule
 
 
@@ -76,6 +76,19 @@ def test_dpfp_is_equation_37() -> None:
     r = [1.0, 0.0, 0.0, 2.0]
     expected = [r[i] * r[(i - shift) % 4] for shift in (1, 2) for i in range(4)]
     assert FeatureMap("dpfp", 2, width=2, normalise="none")(x).tolist() == expected
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_sum_normalised_dpfp_is_the_published_code(width: int) -> None:
+    """IDSIA/lmtool-fwp, src/utils/cuda_fast_weight_layer.py: features by `mul_roll_repeat`, divided
+    by their sum; also of keys that have next to no features, as heads of width 2 often do.
+    """
+    small = torch.logspace(-5, 0, 50, dtype=torch.float64)
+    x = torch.stack((torch.full_like(small, 3), 3 * small), 1) * torch.tensor([[1], [-1]])[:, None]
+    published = dpfp(x, width)
+    published = published / published.sum(-1, keepdim=True)
+    ours = FeatureMap("dpfp", 2, width)(x)
+    torch.testing.assert_close(ours, published, rtol=1e-12, atol=1e-15)
 
 
 def test_a_zero_vector_gives_zero_features_and_gradients() -> None:

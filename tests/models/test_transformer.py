@@ -149,14 +149,15 @@ def test_primers_norm_is_finite_where_the_mean_is_large(dtype: torch.dtype) -> N
     assert PrimerNorm(64)(x.float() * 1000).isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "squared_relu", "swiglu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "squared_relu", "swiglu"])
 def test_activations(activation: str) -> None:
     layer, x = FeedForward(6, activation).double(), torch.randn(4, 6).double()
     h = x @ layer.up.weight.T
     if layer.gate is None:
         functions: dict[str, Callable[[Tensor], Tensor]] = {
             "relu": F.relu,
-            "gelu": nn.GELU(approximate="tanh"),
+            "gelu": nn.GELU(),
+            "gelu_tanh": nn.GELU(approximate="tanh"),
             "squared_relu": lambda h: F.relu(h) ** 2,
         }
         h = functions[activation](h)
@@ -164,6 +165,17 @@ def test_activations(activation: str) -> None:
         h = h * F.silu(x @ layer.gate.weight.T)
     torch.testing.assert_close(layer(x), h @ layer.down.weight.T)
     assert layer.up.out_features == (16 if activation == "swiglu" else 24)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("gelu", "gelu"), ("gelu_tanh", "gelu_new"), ("gelu_tanh", "gelu_pytorch_tanh")],
+)
+def test_both_forms_of_gelu_are_those_of_transformers(ours: str, theirs: str) -> None:
+    functions = pytest.importorskip("transformers.activations").ACT2FN
+    layer, x = FeedForward(6, ours).double(), torch.randn(4, 6).double() * 3
+    expected = functions[theirs](x @ layer.up.weight.T) @ layer.down.weight.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_of_a_model_does_not_depend_on_the_split_of_the_batch() -> None:

@@ -46,7 +46,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 
 def tiny_config(
     memory: dict[str, Any] | None = None,
-    activation: Any = "gelu",
+    activation: Any = "gelu_tanh",
     mixer: dict[str, Any] | None = None,
     norm_after: bool = False,
     **changes: Any,

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from memshard.models.config import FeedForwardConfig, MixerConfig, ModelConfig
 from memshard.models.lsh.hashing import hash_buckets
-from memshard.models.lsh.published import published_attention
-from memshard.models.mixers.lsh import _unit
+from memshard.models.lsh.published import published_attention, unit_keys
 from memshard.models.transformer import Transformer
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.02, 0.5])
 @pytest.mark.parametrize(("length", "rounds"), [(64, 1), (64, 4), (96, 2), (16, 2)])
-def test_transformers_lsh_layer(length: int, rounds: int) -> None:
-    """Copied random weights and the same buckets give the same outputs and gradients."""
+def test_transformers_lsh_layer(length: int, rounds: int, spread: float) -> None:
+    """Copied random weights and the same buckets give the same outputs and gradients, also with
+    weights as small as transformers' initial ones (0.02).
+    """
     reformer = pytest.importorskip("transformers.models.reformer.modeling_reformer")
     from transformers import ReformerConfig
 
@@ -33,9 +34,11 @@ def test_transformers_lsh_layer(length: int, rounds: int) -> None:
         lsh_attention_probs_dropout_prob=0.0,
         axial_pos_embds=False,
     )
-    layer = reformer.LSHSelfAttention(settings, 0).eval()
-    x = torch.randn(3, length, 24, requires_grad=True)
-    probe = torch.randn(3, length, 24)
+    layer = reformer.LSHSelfAttention(settings, 0).double().eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=spread)
+    x = torch.randn(3, length, 24, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(3, length, 24, dtype=torch.float64)
     if length > 16:
         heads = layer._split_hidden_size_dim(layer.query_key(x), 2, 12)
         flat = layer._hash_vectors(heads, rounds, None)
@@ -48,16 +51,17 @@ def test_transformers_lsh_layer(length: int, rounds: int) -> None:
         for project in (layer.query_key, layer.value)
     )
     ours = (
-        published_attention(q, _unit(q), v, buckets, 16, "hf_compat")
+        published_attention(q, unit_keys(q, "hf_compat"), v, buckets, 16, "hf_compat")
         .unflatten(0, (3, 2))
         .transpose(1, 2)
         .flatten(2)
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    weights = x, layer.query_key.weight, layer.value.weight
     gradients = [
-        torch.autograd.grad((y * probe).sum(), x, retain_graph=True)[0] for y in (ours, theirs)
+        torch.autograd.grad((y * probe).sum(), weights, retain_graph=True) for y in (ours, theirs)
     ]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def _brute_force(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, chunk: int) -> Tensor:
@@ -100,7 +104,8 @@ def test_published_rules_are_not_strictly_causal(rule: str) -> None:
     changed = buckets.clone()
     changed[..., 40:] = torch.randint(3, (1, 2, 24))
     first, second = (
-        published_attention(q, _unit(q), q, hashed, 8, rule) for hashed in (buckets, changed)
+        published_attention(q, unit_keys(q, rule), q, hashed, 8, rule)
+        for hashed in (buckets, changed)
     )  # type: ignore[arg-type]
     assert (first[:, :40] != second[:, :40]).any()
     with pytest.raises(ValueError, match="must fill a sequence"):
@@ -184,4 +189,4 @@ def test_transformers_reformer() -> None:
         attention.self_attention._hash_vectors = hashed
     tokens = torch.randint(30, (2, length))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-9, atol=1e-9)

@@ -74,7 +74,7 @@ class MixtureOfExperts(nn.Module):
         dim: int,
         experts: int,
         active: int,
-        activation: str = "gelu",
+        activation: str = "gelu_tanh",
         output_scale: float = 1.0,
     ) -> None:
         super().__init__()

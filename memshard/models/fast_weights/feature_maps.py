@@ -119,4 +119,5 @@ class FeatureMap(nn.Module):
             return y
         if self.normalise == "l2":
             return F.normalize(y, dim=-1)
-        return y / (y.sum(-1, keepdim=True) + 1e-6)
+        # The published division by the sum, but for keys that have next to no features.
+        return y / y.sum(-1, keepdim=True).clamp(min=1e-6)

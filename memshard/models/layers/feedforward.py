@@ -8,8 +8,8 @@ from memshard.models.layers.squared_relu import squared_relu
 
 
 class FeedForward(nn.Module):
-    """Compute down(f(up(x))), where f is ReLU, GELU or squared ReLU (Primer); or SwiGLU:
-    down(silu(gate(x)) * up(x)).
+    """Compute down(f(up(x))), where f is ReLU, GELU, its approximation by tanh, or squared ReLU
+    (Primer); or SwiGLU: down(silu(gate(x)) * up(x)).
 
     hidden: width. Default: 4 x dim, or 8/3 x dim for SwiGLU, which makes up for its third matrix.
     """
@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
     def __init__(
         self,
         dim: int,
-        activation: str = "gelu",
+        activation: str = "gelu_tanh",
         hidden: int | None = None,
         output_scale: float = 1.0,
     ) -> None:
@@ -38,6 +38,7 @@ class FeedForward(nn.Module):
         h = self.up(x)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * h)
-        if self.activation == "gelu":
-            return self.down(F.gelu(h, approximate="tanh"))
+        if self.activation in ("gelu", "gelu_tanh"):
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            return self.down(F.gelu(h, approximate=approximate))
         return self.down(squared_relu(h) if self.activation == "squared_relu" else F.relu(h))

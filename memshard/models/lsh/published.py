@@ -9,10 +9,23 @@ token sees: which other buckets under `hf_compat`, which older tokens of its buc
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PublishedRule = Literal["paper_causal", "hf_compat"]
 _HIDDEN, _ITSELF = -1e9, -1e5
+
+
+def unit_keys(q: Tensor, rule: str) -> Tensor:
+    """Return q, [..., d], scaled to norm 1; under "hf_compat" by transformers' formula, whose small
+    constant shortens short vectors. In fp32 at least: the constants would be 0 in fp16, and a query
+    of zeros NaN.
+    """
+    exact = q.to(torch.promote_types(q.dtype, torch.float32))
+    if rule != "hf_compat":
+        return F.normalize(exact, dim=-1, eps=1e-6).to(q.dtype)
+    mean_square = exact.square().mean(-1, keepdim=True)
+    return (exact * torch.rsqrt(mean_square + 1e-6) / q.shape[-1] ** 0.5).to(q.dtype)
 
 
 def published_attention(

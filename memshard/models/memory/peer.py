@@ -18,7 +18,7 @@ from memshard.models.recompute.replay import Replay, run_once
 
 class Peer(ProductKeyMemory):
     """Reads heads x topk of keys^2 experts, each gelu(down . x) times a value: y = sum_j weight_j
-    gelu(down_j . x) values_j.
+    gelu(down_j . x) values_j, with the exact GELU.
 
     Search and weights are those of `ProductKeyMemory`. down, values: tables to share with other
     layers; by default new ones of keys^2 rows of `dim`. device, dtype: of all weights. ValueError

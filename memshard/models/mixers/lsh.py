@@ -29,7 +29,7 @@ from memshard.models.lsh.bucket_state import (
 )
 from memshard.models.lsh.by_heads import ByHeads
 from memshard.models.lsh.hashing import hash_buckets, total_buckets
-from memshard.models.lsh.published import PublishedRule, published_attention
+from memshard.models.lsh.published import PublishedRule, published_attention, unit_keys
 from memshard.models.mixers.mixer import Mixer
 from memshard.models.random import fold
 
@@ -259,7 +259,7 @@ class LSHMixer(Mixer):
             [F.linear(x, weight) for weight in weights[:2]], ctx, recent, weights[2:]
         )
         q, v = (tensor.unflatten(-1, (-1, width)).transpose(1, 2) for tensor in projected)
-        return (q, _unit(q), v), recent
+        return (q, unit_keys(q, self.rule), v), recent
 
     def _project_span(
         self, x: Tensor, weights: Sequence[Tensor], tokens: slice, ctx: Context
@@ -341,13 +341,6 @@ class LSHMixer(Mixer):
             torch.cat((keys[:, :, :start], q.to(keys.dtype)), 2), keys, values, groups
         )[:, :, start:]
         return y.transpose(1, 2).flatten(2), file_all(state)
-
-
-def _unit(q: Tensor) -> Tensor:
-    # In fp32 at least: eps would be 0 in fp16, and a query of zeros NaN.
-    return F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1, eps=1e-6).to(
-        q.dtype
-    )
 
 
 def _changes(documents: Tensor, before: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from memshard.trainer.cost.layout_choice import LayoutChoice
 
 # Arrays of the hidden width. relu keeps its result, which the next matrix keeps anyway; gelu also
 # its input, squared ReLU also relu(x); SwiGLU the gate, its silu, the other factor and the product.
-_HIDDEN_COPIES = {"relu": 1, "gelu": 2, "squared_relu": 2, "swiglu": 4}
+_HIDDEN_COPIES = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "squared_relu": 2, "swiglu": 4}
 _NORM_COPIES = {"layer": 1, "rms": 2, "primer": 3}
 _KEEPS_RESULT = {"EXP", "TANH", "SIGMOID", "ABS_ROOT", "MAX", "MIN", "ATTEND"}
 _KEEPS_NEITHER = {
