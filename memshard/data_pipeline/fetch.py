@@ -2,6 +2,7 @@
 resume a transfer where it broke off.
 """
 
+import errno
 import http.client
 import os
 import re
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
+from memshard.io import named
+
 RETRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubles with every try
 TIMEOUT = 60.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 S3_COMMAND = "aws s3 cp --quiet {url} -"  # another in MEMSHARD_S3_COMMAND, e.g. "s5cmd cat {url}"
 ALLOWED = ("connections", "commands")
 Allowed = Literal["connections", "commands"]
@@ -61,17 +65,18 @@ def check_allowed(name: str, source: str, allow: Allowed | None) -> None:
 def fetch(url: str, folder: Path) -> Path:
     """Copy what `url` names into a file in `folder` and return its path.
 
-    OSError after RETRIES tries.
+    OSError after RETRIES tries, or at once if there is no room for the file.
     """
     # Without what follows a question mark, and of a command nothing: readers go by a name's ending,
     # and `zcat a.gz` prints what is no longer zipped.
     name = "" if url.startswith("pipe:") else urlsplit(url).path.rpartition("/")[2]
     target = folder / (re.sub(r"[^A-Za-z0-9._-]", "_", name)[-100:].lstrip(".-") or "fetched")
     target.unlink(missing_ok=True)
-    if url.startswith(("http://", "https://")):
-        retry(url, lambda: _download(url, target))
-    else:
-        retry(url, lambda: _run(_command(url), target))
+    with named(target):
+        if url.startswith(("http://", "https://")):
+            retry(url, lambda: _download(url, target))
+        else:
+            retry(url, lambda: _run(_command(url), target))
     return target
 
 
@@ -130,6 +135,8 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
         try:
             return action()
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise  # not the network's fault
             # Asking again does not help against these.
             gone = isinstance(error, urllib.error.HTTPError) and error.code in (
                 400,

@@ -19,7 +19,7 @@ from memshard.data_pipeline.prepare.inputs.kinds import MAX_DOCUMENT
 from memshard.data_pipeline.prepare.workers import Watch
 from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.data_pipeline.tokenizer import Tokenizer
-from tests.data_pipeline.conftest import WORDS, build, write_corpus
+from tests.data_pipeline.conftest import WORDS, build, largest_file, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 WIKIPEDIA = REPOSITORY.parent / "shared" / "data" / "text" / "wikipedia_en_extract.txt.gz"
@@ -310,3 +310,15 @@ def test_real_wikipedia(tmp_path: Path) -> None:
     )  # most articles of this sample are a title only
     assert "<doc " not in "".join(documents) and "</doc>" not in "".join(documents)
     assert report["splits"]["train"]["bytes_per_token"] > 3
+
+
+def test_a_disk_that_fills_up_while_shards_are_written_is_named(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for number in range(5):
+        letters = "".join(draw.choices("abcdefghijklmnop", k=50_000))
+        (tmp_path / f"{number}.txt").write_text(letters)
+    with largest_file(260_000), pytest.raises(OSError, match="File too large") as caught:
+        build(tmp_path, tmp_path / "data", vocab_size=290)
+    assert str(caught.value.filename).startswith(f"{tmp_path}/.data.work/data-")
+    assert not list((tmp_path / ".data.work").glob("data-*/*.partial"))
+    build(tmp_path, tmp_path / "data", vocab_size=290)

@@ -24,7 +24,7 @@ from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, TrainStream
 from memshard.data_pipeline.tokenizer import Tokenizer
-from tests.data_pipeline.conftest import build, write_corpus
+from tests.data_pipeline.conftest import build, largest_file, write_corpus
 
 
 @dataclass
@@ -275,3 +275,22 @@ def test_the_first_bytes_of_a_command_end_it(tmp_path: Path) -> None:
     command = f"(yes; echo 1 > {tmp_path / 'went_on'}) | cat"
     assert first_bytes(f"pipe:{command}", 6) == b"y\ny\ny\n"
     assert not (tmp_path / "went_on").exists()
+
+
+def test_a_full_disk_is_neither_damage_nor_the_network(
+    data: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    stream = TrainStream(server.url, 24, 6, 0)
+    with largest_file(3000):
+        assert_same(stream, TrainStream(data, 24, 6, 0))
+        with pytest.raises(OSError, match="File too large") as caught:
+            fetch(f"{server.url}/heldout-00000.tar", tmp_path)
+    assert str(caught.value.filename) == str(tmp_path / "heldout-00000.tar")
+    assert server.requests["heldout-00000.tar"] == 1
+    (message,) = caplog.messages
+    assert message.startswith("the cache is full")

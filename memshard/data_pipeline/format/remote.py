@@ -8,14 +8,16 @@ limit (default 64 GiB).
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
-from memshard.data_pipeline.fetch import fetch, is_url, read_range, retry
+from memshard.data_pipeline.fetch import DISK_FULL, fetch, is_url, read_range, retry
 from memshard.io import atomic_write
 
+log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 22
 DEFAULT_LIMIT = 64 << 30
 BLOCKS_IN_MEMORY = 8
@@ -78,6 +80,7 @@ class BlockCache:
             int(os.environ.get("MEMSHARD_CACHE_BYTES", DEFAULT_LIMIT)) if limit is None else limit
         )
         self._written = self._limit  # look at the folder before the first block is added
+        self._full = False
         self._memory: OrderedDict[str, bytes] = OrderedDict()
 
     def read(self, name: str, sha256: str, size: int, begin: int, end: int) -> bytes:
@@ -123,13 +126,30 @@ class BlockCache:
         # Absent, or cut by a full disk: fetch it.
         if len(content) != end - begin:
             content = self._fetch(name, begin, end)
-            with atomic_write(file) as partial:
-                partial.write_bytes(content)
-            self._make_room(len(content))
+            self._keep(file, content)
         self._memory[key] = content
         while len(self._memory) > (BLOCKS_IN_MEMORY if self._ranges else 1):
             self._memory.popitem(last=False)
         return content
+
+    def _keep(self, file: Path, content: bytes) -> None:
+        """Write a block to the cache, which a full disk ends: blocks are then fetched again."""
+        if self._full:
+            return
+        try:
+            with atomic_write(file) as partial:
+                partial.write_bytes(content)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._full = True
+            log.warning(
+                "the cache is full (%s) and gets no more blocks, which are fetched whenever they "
+                "are read: name a larger disk in MEMSHARD_CACHE, or set MEMSHARD_CACHE_BYTES",
+                error,
+            )
+        else:
+            self._make_room(len(content))
 
     def _fetch(self, name: str, begin: int, end: int) -> bytes:
         url = file_url(self._url, name)

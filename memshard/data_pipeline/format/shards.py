@@ -44,7 +44,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        finally:
+            self._partial.unlink(missing_ok=True)  # of a shard that failed; a disk may be full
 
     def add(self, tokens: np.ndarray) -> None:
         """Add a document: its tokens [n] with the closing <eos>."""

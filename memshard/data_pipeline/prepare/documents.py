@@ -22,7 +22,7 @@ from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.prepare.duplicates import BANDS, band_keys, exact_hash
 from memshard.data_pipeline.prepare.inputs.files import Sources, is_utf8, reader
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
-from memshard.io import partial_path
+from memshard.io import named, partial_path
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
 SETTINGS_VERSION = 4  # counted up when units would be read otherwise: older ones are not reused
@@ -114,7 +114,11 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
     skipped: list[str] = []
     rows: list[tuple] = []
     dtype = NEAR_ROW if filters.near else ROW
-    with (partial / TEXTS).open("wb") as texts, (partial / ROWS_FILE).open("wb") as table:
+    with (
+        named(partial),  # closing a file writes, too, so the outermost
+        (partial / TEXTS).open("wb") as texts,
+        (partial / ROWS_FILE).open("wb") as table,
+    ):
         for text in _documents(watch, unit, sources, filters, counts, skipped, partial):
             content = text.encode()
             texts.write(content)
@@ -128,9 +132,10 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
         for stream in (texts, table):
             stream.flush()
             os.fsync(stream.fileno())
-    (partial / COUNTS).write_text(
-        json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"
-    )
+    with named(partial):
+        (partial / COUNTS).write_text(
+            json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"
+        )
     try:
         # Renamed when whole: a folder under its name is finished. Another worker may have
         # been as quick.
@@ -152,7 +157,7 @@ def read_texts(unit: Unit, sizes: np.ndarray, wanted: np.ndarray) -> Iterator[st
     sizes: bytes of all [documents]; wanted: bool [documents].
     """
     ends = np.cumsum(sizes, dtype=np.int64)
-    with (unit.folder / TEXTS).open("rb") as texts:
+    with named(unit.folder / TEXTS), (unit.folder / TEXTS).open("rb") as texts:
         for number in np.flatnonzero(wanted).tolist():
             size = int(sizes[number])
             texts.seek(int(ends[number]) - size)
@@ -177,11 +182,12 @@ def _documents(
         names = unit.files[start : start + together]
         files = [fetch(name, scratch) if is_url(name) else Path(name) for name in names]
         source = sources.source_of(names[0], files[0])
-        if source.utf8 and not all(map(is_utf8, files)):
-            skipped += names
-        else:
-            documents = reader(source)(files, options, counts, watch)
-            yield from _filtered(watch, documents, filters, counts)
+        with named(files[0]):
+            if source.utf8 and not all(map(is_utf8, files)):
+                skipped += names
+            else:
+                documents = reader(source)(files, options, counts, watch)
+                yield from _filtered(watch, documents, filters, counts)
         for name, file in zip(names, files, strict=True):
             if is_url(name):
                 # At once: the files of a crawl together may not fit on the disk.

@@ -26,6 +26,7 @@ from memshard.data_pipeline.prepare.split import (
 )
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
 from memshard.data_pipeline.prepare.write_shards import finish_shard, finished_split
+from memshard.io import named
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -147,7 +148,7 @@ def write_image_shard(
     """Write one shard of images."""
     from PIL import Image, ImageOps
 
-    with ShardWriter(folder, name, "uint16") as writer:
+    with named(folder / name), ShardWriter(folder, name, "uint16") as writer:
         for number, file in enumerate(files):
             with watch.item(number):
                 try:

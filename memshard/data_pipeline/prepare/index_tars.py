@@ -53,7 +53,7 @@ from memshard.data_pipeline.tokenizer import (
     TokenizerModel,
     train_tokenizer,
 )
-from memshard.io import atomic_write
+from memshard.io import atomic_write, named
 
 BATCH_DOCUMENTS = 512
 
@@ -139,7 +139,8 @@ def index_tars(
         facts = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
         final = work / f"data-{digest(proto, facts, suffix, held_out, test)}"
         final.mkdir(exist_ok=True)
-        (final / TOKENIZER_FILE).write_bytes(proto)
+        with named(final):
+            (final / TOKENIZER_FILE).write_bytes(proto)
         todo = [
             (tar.resolve(), suffix, final)
             for tar in tars

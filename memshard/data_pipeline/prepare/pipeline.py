@@ -45,7 +45,7 @@ from memshard.data_pipeline.tokenizer import (
     TokenizerModel,
     train_tokenizer,
 )
-from memshard.io import atomic_write
+from memshard.io import atomic_write, named
 from memshard.lock import holding
 
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
@@ -114,7 +114,8 @@ def build_data(
         # The name says what goes in, so another tokenizer or split begins new shards.
         final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *names)}"
         final.mkdir(exist_ok=True)
-        (final / TOKENIZER_FILE).write_bytes(proto)
+        with named(final):
+            (final / TOKENIZER_FILE).write_bytes(proto)
         written = write_shards(
             units,
             splits,
@@ -170,8 +171,9 @@ def _finer(units: list[Unit], amounts: tuple[float, float]) -> int | None:
 
 def publish(final: Path, target: Path, index: Index, report: dict) -> None:
     """Make the folder `final` of finished shards the data folder `target`."""
-    (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
+    with named(final):
+        (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
     for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
         if leftover.name not in (REPORT_FILE, INDEX_FILE):
             leftover.unlink()

@@ -17,7 +17,7 @@ from memshard.data_pipeline.prepare.documents import Unit, read_texts
 from memshard.data_pipeline.prepare.split import HELD_OUT_SIDE, TEST_SIDE, TRAIN_SIDE, Splits
 from memshard.data_pipeline.prepare.workers import Watch, run_tasks
 from memshard.data_pipeline.tokenizer import Tokenizer
-from memshard.io import atomic_write
+from memshard.io import atomic_write, named
 
 BATCH_DOCUMENTS = 512  # tokenised at a time: 32 MB of text at most, enough to keep all cores busy
 NAMES = {TRAIN: TRAIN_SIDE, HELD_OUT: HELD_OUT_SIDE, TEST: TEST_SIDE}
@@ -95,7 +95,7 @@ def write_shard(watch: Watch, plan: ShardPlan, folder: Path, threads: int) -> No
     """Write a shard, then its entry of the index as NAME.json."""
     tokenizer = Tokenizer(folder)
     texts = (text for part in plan.parts for text in read_texts(*part))
-    with ShardWriter(folder, plan.name, plan.dtype) as writer:
+    with named(folder / plan.name), ShardWriter(folder, plan.name, plan.dtype) as writer:
         while batch := list(islice(texts, BATCH_DOCUMENTS)):
             with watch.item(0):
                 for ids in _tokens(tokenizer, batch, plan.separator, threads):

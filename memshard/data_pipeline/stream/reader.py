@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memshard.data_pipeline.fetch import is_url
+from memshard.data_pipeline.fetch import DISK_FULL, is_url
 from memshard.data_pipeline.format.index import Index, Shard, load_index
 from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
@@ -167,6 +167,8 @@ class SplitReader:
                 return content
             self._mask(document, f"the file ends {size - len(content)} bytes early")
         except OSError as error:
+            if error.errno in DISK_FULL:
+                raise  # a cache without room says nothing about the document
             self._mask(document, str(error))
         return None
 
