@@ -259,8 +259,10 @@ def test_tables_of_more_values_than_int32_counts() -> None:
 
 def _run_again(**environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(__file__)]
+    # Also where this process is told to use plain torch.
+    inherited = {name: value for name, value in os.environ.items() if name != SWITCH}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     # Skipped tests say that plain torch runs, and why.
