@@ -17,6 +17,52 @@ def backward_keeps_graph() -> bool:
     return True if keeps is None else bool(keeps())
 
 
+def backward_wants(leaf: Tensor) -> bool:
+    """Return whether the backward pass that is running was asked for a leaf's gradient.
+
+    It was not if `backward(inputs=...)` or `torch.autograd.grad` name other tensors. Without
+    torch's answer it is taken to be, so a hidden table would then learn from every pass.
+    """
+    asks = getattr(torch._C, "_will_engine_execute_node", None)
+    if asks is None:
+        return True
+    try:
+        return bool(asks(torch.autograd.graph.get_gradient_edge(leaf).node))
+    except RuntimeError:
+        # torch does not answer where `torch.autograd.grad` names the leaf itself: it is wanted.
+        return True
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass is running, which may call layers again.
+
+    Without torch's answer it is taken not to, so statistics count a batch twice that activation
+    checkpointing outside of the trainer runs twice, as those of torch's batch norm do.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def in_transform(x: Tensor) -> bool:
+    """Return whether x is seen through `torch.func.vmap`, `grad` and the like.
+
+    Without torch's answer it is taken not to be, and torch's own error follows.
+    """
+    functorch = getattr(torch._C, "_functorch", None)
+    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    return wrapped is not None and bool(wrapped(x))
+
+
+def break_graph(reason: str) -> None:
+    """Let torch.compile begin a new graph here, or end with this reason if it may not.
+
+    Without the function it stops at what it cannot trace, in its own words.
+    """
+    graph_break = getattr(torch._dynamo, "graph_break", None)
+    if graph_break is not None:
+        graph_break(msg=reason)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called, so that calling it runs compiled code."""
     return getattr(module, "_compiled_call_impl", None) is not None

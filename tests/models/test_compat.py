@@ -53,3 +53,32 @@ def test_gradients_of_an_embedding_bags_weights(monkeypatch: pytest.MonkeyPatch)
     expected = (values[rows] * upstream[bags]).sum(-1)
     torch.testing.assert_close(ours, expected)
     assert torch.equal(without, expected)
+
+
+def test_backward_says_which_gradients_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (torch.ones(2, requires_grad=True) for _ in "xy")
+    answers: list[bool] = []
+
+    class _Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            answers.append(compat.backward_wants(y))
+            assert compat.in_backward()
+            return gradient, gradient
+
+    _Both.apply(x, y).sum().backward()
+    _Both.apply(x, y).sum().backward(inputs=[x])
+    torch.autograd.grad(_Both.apply(x, y).sum(), x)
+    torch.autograd.grad(_Both.apply(x, y).sum(), y)
+    assert answers == [True, False, False, True] and not compat.in_backward()
+    monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+    assert compat.backward_wants(y)
+
+
+def test_transformed_tensors_are_known() -> None:
+    seen = torch.func.vmap(lambda x: x * compat.in_transform(x))(torch.ones(2, 1))
+    assert seen.all() and not compat.in_transform(torch.ones(2))

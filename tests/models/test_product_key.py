@@ -1,11 +1,13 @@
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from torch import nn
 
+from memshard.models.memory.kinds import QueryNormKind
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.memory.table import ValueTable, externalize_tables
+from memshard.models.memory.table import ValueTable, count_parameters, externalize_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
 from memshard.trainer.optim.rows.adam import RowAdam
 
@@ -123,3 +125,36 @@ def test_a_shared_table_must_fit() -> None:
     values = ProductKeyMemory(8, keys=8, topk=4).values
     with pytest.raises(ValueError, match="64 x 8.*81 x 8"):
         ProductKeyMemory(8, keys=9, topk=4, values=values)
+
+
+def test_the_layer_says_what_it_is() -> None:
+    layer = Peer(6, keys=5, heads=2, topk=3, key_dim=4)
+    externalize_tables(layer)
+    for line in (
+        "Peer(\n  6, heads=2, topk=3, weighting=softmax",
+        "(values): ValueTable(25, 6, hidden)",
+        "(sub_keys): SubKeys(heads=2, keys=2 x 5, half=2)",
+        "(query_norm): QueryNorm(batch)",
+    ):
+        assert line in repr(layer)
+    assert get_type_hints(Peer.__init__)["query_norm"] == QueryNormKind
+
+
+def test_hidden_tables_count_as_parameters() -> None:
+    first = ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4)
+    model = nn.ModuleList(
+        [first, ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4, values=first.values)]
+    )
+    whole = sum(weight.numel() for weight in model.parameters())
+    assert count_parameters(model) == whole
+    externalize_tables(model)
+    assert count_parameters(model) == whole
+    assert sum(weight.numel() for weight in model.parameters()) == whole - 150
+
+
+def test_wrong_inputs_are_named() -> None:
+    layer = ProductKeyMemory(6, keys=5, heads=2, topk=3, key_dim=4)
+    with pytest.raises(ValueError, match="5 wide, this ProductKeyMemory was made for 6"):
+        layer(torch.randn(3, 5))
+    with pytest.raises(NotImplementedError, match="does not run under torch.func"):
+        torch.func.vmap(layer)(torch.randn(3, 2, 6))

@@ -123,6 +123,7 @@ def test_micro_batches_keep_5_kb_a_token() -> None:
     """
     table = ValueTable(64, 1024)
     table.hide()
+    table.has_optimizer = True
     tokens = 0
     for _ in range(4):
         weights = torch.rand(8, 128, requires_grad=True)
@@ -150,6 +151,7 @@ def test_micro_batches_keep_5_kb_a_token() -> None:
 def test_what_is_not_finite_shows_in_the_anchor(where: str, bad: float) -> None:
     table = ValueTable(4, 2)
     table.hide()
+    table.has_optimizer = True
     rows, weights = torch.tensor([[0, 3]]), torch.ones(1, 2)
     upstream = torch.ones(1, 2)
     for number in range(3):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from memshard.models.initialize import initialize
+from memshard.models.memory.peer import Peer
 from memshard.models.memory.slot_usage import UsageCounter
 from memshard.models.memory.table import ValueTable, externalize_tables, find_tables
 from memshard.models.transformer import Transformer
@@ -246,6 +247,31 @@ def _check_life(rank: int, world: int) -> None:
     y = copy.weighted_sum(torch.tensor([[0, 6]]), torch.ones(1, 2).double())
     whole = torch.cat(_gather(copy.weight, 7, world))
     torch.testing.assert_close(y[0], whole[0] + whole[6])
+
+
+def _check_frozen(rank: int, world: int) -> None:
+    """Shards learn from the passes that ask for all gradients, unless their layer is frozen."""
+    for layout in _LAYOUTS:
+        torch.manual_seed(1)
+        layers = [Peer(6, keys=5, heads=2, topk=3, key_dim=4, query_norm="layer") for _ in "ab"]
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), *layers)
+        layers[1].requires_grad_(False)
+        tables = shard_tables(model, layout=layout)
+        RowAdam(tables)
+        loss = model(torch.randn(4, 6)).square().sum()
+        dense = [*model[0].parameters()]
+        torch.autograd.grad(loss, dense, retain_graph=True)
+        loss.backward(inputs=dense, retain_graph=True)
+        assert not any(table.reads for table in tables), layout
+        loss.backward()
+        assert [len(table.reads) for table in tables] == [1, 1, 0, 0], layout
+        layers[1].requires_grad_(True)
+        model(torch.randn(4, 6)).square().sum().backward(inputs=[tables[3].anchor])
+        assert [len(table.reads) for table in tables] == [1, 1, 0, 1], layout
+
+
+def test_shards_are_frozen_as_whole_tables_are() -> None:
+    run_distributed(_check_frozen, 2)
 
 
 def _gather(x: Tensor, slots: int, world: int) -> list[Tensor]:

@@ -192,6 +192,7 @@ def test_row_gradients_of_several_reads_are_the_dense_gradient(block: int) -> No
     layers = torch.nn.ModuleList([first, second])
     hidden = deepcopy(layers)
     (table,) = externalize_tables(hidden)
+    table.has_optimizer = True
     for x in (_tokens(4), _tokens(2, 3), _tokens(0)):
         for layer in (*layers, *hidden):
             layer(x).square().sum().backward()

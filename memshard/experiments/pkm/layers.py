@@ -11,6 +11,7 @@ from memshard.models.config import ModelConfig
 from memshard.models.kernels.plain_topk import ranked_topk
 from memshard.models.layers.feedforward import FeedForward
 from memshard.models.layers.linear import Projection
+from memshard.models.memory.kinds import QueryNormKind
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.recompute.replay import Replay
 from memshard.models.transformer import Transformer
@@ -25,7 +26,13 @@ class FlatKeyMemory(ProductKeyMemory):
     """
 
     def __init__(
-        self, dim: int, keys: int, heads: int, topk: int, key_dim: int, query_norm: str = "batch"
+        self,
+        dim: int,
+        keys: int,
+        heads: int,
+        topk: int,
+        key_dim: int,
+        query_norm: QueryNormKind = "batch",
     ) -> None:
         super().__init__(dim, keys, heads, topk, key_dim, query_norm=query_norm)
         del self.sub_keys

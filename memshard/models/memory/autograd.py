@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memshard.models import compat
 from memshard.models.kernels.backend import RowBackend
 from memshard.models.memory.hidden import HideableTable
 from memshard.models.memory.host import to_device
@@ -50,7 +51,8 @@ class WeightedSum(torch.autograd.Function):
         # Contiguous: a sum's gradient may be one number expanded to all rows,
         # and kernels read rows.
         (upstream,) = table.to_table_device(upstream.contiguous())
-        table.collect(Read(rows, weights, offsets, upstream))
+        if _table_learns(ctx, table):
+            table.collect(Read(rows, weights, offsets, upstream))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         scores = table.backend.score_gradients(values, rows, offsets, upstream)
@@ -86,9 +88,9 @@ class Dot(torch.autograd.Function):
         (upstream,) = table.to_table_device(upstream.contiguous())
         read = Read(rows, upstream, offsets, x.contiguous())
         to_weight = None
-        if table.hidden:
+        if _table_learns(ctx, table):
             table.collect(read)
-        else:
+        elif ctx.needs_input_grad[1] and not table.hidden:
             to_weight = torch.zeros_like(values)
             # A visible table gets the dense gradient that autograd expects, 4,096 rows at a time:
             # 16 MB of 1,024 values on top of it.
@@ -119,9 +121,13 @@ class Fetch:
         """Return the fetched rows, [distinct, dim]."""
         return self.table.rows_at(self.wanted)
 
-    def return_gradients(self, gradients: Tensor) -> None:
-        """Send the row gradients [distinct, dim], in the weights' dtype, to the rows' owner."""
-        self.table.collect_row_gradients(self.wanted, gradients)
+    def return_gradients(self, gradients: Tensor, learns: bool) -> None:
+        """Send the row gradients [distinct, dim], in the weights' dtype, to the rows' owner.
+
+        learns: whether the backward pass was asked for the table's gradient.
+        """
+        if learns:
+            self.table.collect_row_gradients(self.wanted, gradients)
 
 
 class FetchedSum(torch.autograd.Function):
@@ -140,7 +146,8 @@ class FetchedSum(torch.autograd.Function):
         (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
         # Before the early return: in a split table the other ranks wait in this exchange.
-        fetch.return_gradients(_row_gradients(fetch, weights, upstream))
+        gradients = _row_gradients(fetch, weights, upstream)
+        fetch.return_gradients(gradients, _table_learns(ctx, fetch.table))
         if not ctx.needs_input_grad[0]:
             return None, None, None
         scores = fetch.backend.score_gradients(fetched, fetch.inverse, fetch.offsets, upstream)
@@ -162,7 +169,8 @@ class FetchedDot(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (fetched, x), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
-        fetch.return_gradients(_row_gradients(fetch, upstream, x.contiguous()))
+        gradients = _row_gradients(fetch, upstream, x.contiguous())
+        fetch.return_gradients(gradients, _table_learns(ctx, fetch.table))
         if not ctx.needs_input_grad[0]:
             return None, None, None
         to_x = fetch.backend.gather_sum(fetched, fetch.inverse, upstream, fetch.offsets)
@@ -176,3 +184,10 @@ def _row_gradients(fetch: Fetch, weights: Tensor, upstream: Tensor) -> Tensor:
     if merged is None:
         return weights.new_zeros(0, upstream.shape[1])
     return merged.sums(0, len(merged.rows)).to(weights.dtype)
+
+
+def _table_learns(ctx: Any, table: HideableTable) -> bool:
+    """Return whether this backward pass adds to the gradient of a hidden table, as it would to that
+    of a parameter: not if the table is frozen, nor if the pass was asked for other gradients only.
+    """
+    return ctx.needs_input_grad[1] and table.hidden and compat.backward_wants(table.anchor)

@@ -24,10 +24,15 @@ step leaves its reads behind, with a count that someone has scaled or cleared; w
 again and the count does not fit the reads, they are thrown away.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim import swa_utils
 
 from memshard.models.kernels.backend import RowBackend, backend_for
 from memshard.models.memory.host import to_device, to_host
@@ -59,6 +64,16 @@ class HideableTable(nn.Module):
         the model moves. Optimizer state stays in host memory as well, and the update runs there.
         Only the rows read and their gradients are transferred.
         """
+        self.layer_learns = True
+        """Whether the layer that reads next learns; see `requires_grad_`."""
+        self.follows_layer = True
+        """Whether a hidden table learns only as long as the layer that reads it does."""
+        self.has_optimizer = False
+        """Whether an optimizer takes the collected reads; `RowAdam` sets it. A copy of the table
+        has none, since the optimizer does not know it.
+        """
+        self.left_alone = False
+        """Whether reads were collected although no optimizer would take them."""
         self.reads_asked = 0
         """Number of reads by this rank's tokens, in passes with gradients, since the collected
         gradient was last dropped.
@@ -73,17 +88,55 @@ class HideableTable(nn.Module):
 
     @property
     def autograd_handle(self) -> Tensor:
-        """The tensor autograd tracks for this table: the weight, or a hidden table's anchor."""
-        return self.anchor if self.hidden else self.weight
+        """The tensor autograd tracks for this table: the weight, or a hidden table's anchor.
+
+        The anchor is detached if the layer that reads the table is frozen.
+        """
+        if not self.hidden:
+            return self.weight
+        frozen = self.follows_layer and not self.layer_learns
+        return self.anchor.detach() if frozen else self.anchor
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let the table learn, or freeze it, whatever happens to its layer.
+
+        Freezing a model does not see a hidden table. Without this call it learns only while the
+        layer that reads it has a weight that needs a gradient; with it, it may learn alone.
+        """
+        super().requires_grad_(requires_grad)
+        if self.hidden:
+            self.anchor.requires_grad_(requires_grad)
+            self.follows_layer = False
+        return self
 
     def hide(self) -> None:
-        """Take the table out of `parameters()`."""
+        """Take the table out of `parameters()`; if it is frozen, it stays so."""
         if not self.hidden:
+            # A table that was frozen together with its layer follows it from now on.
+            learns = self.weight.requires_grad or not self.layer_learns
             values = self.weight.data
             # torch refuses a plain tensor under the name of a parameter, so
             # the parameter goes first.
             del self.weight
             self.set_values(values)
+            self.anchor.requires_grad_(learns)
+            _refuse_averages_without_tables()
+
+    @contextmanager
+    def as_parameter(self) -> Iterator[None]:
+        """Show the values of a hidden table as a parameter, for code that reads or writes these."""
+        hidden = self.hidden
+        if hidden:
+            values = self.weight
+            del self.weight
+            self.weight = nn.Parameter(values, requires_grad=False)
+        try:
+            yield
+        finally:
+            if hidden:
+                values = self.weight.data
+                del self.weight
+                self.weight = values
 
     def set_values(self, values: Tensor) -> None:
         """Make `values` [rows, columns] the content of a hidden table, without reads."""
@@ -91,6 +144,19 @@ class HideableTable(nn.Module):
         self.reads: list[Read] = []
         self.anchor = self._new_anchor().requires_grad_()
         self._choose_backend()
+
+    def check_optimizer(self) -> None:
+        """Raise RuntimeError if reads of an earlier pass wait for an optimizer in vain."""
+        if self.reads and self.left_alone and not self.has_optimizer:
+            raise RuntimeError(
+                "a hidden table is trained, but no RowAdam was made for it, so it would never "
+                "change: make one of what externalize_tables(model) returns, and step both "
+                "optimizers, CombinedOptimizer(AdamW(model.parameters()), RowAdam(tables)); "
+                "Hugging Face's Trainer takes it as optimizers=(optimizer, None). A copy of a "
+                "table (deepcopy, PEFT's modules_to_save) is another table: call "
+                "externalize_tables after copying. To keep the values as they are: "
+                "table.requires_grad_(False)"
+            )
 
     def collect(self, read: Read) -> None:
         """Keep a read's gradient for the optimizer, and count it in the anchor's gradient."""
@@ -101,6 +167,7 @@ class HideableTable(nn.Module):
             # see hidden tables.
             self.reads.clear()
             self.anchor.grad = None
+        self.left_alone = not self.has_optimizer
         self.reads.append(read)
         # The maximum makes one pass without temporaries, and it keeps NaN.
         largest = [
@@ -174,7 +241,7 @@ class HideableTable(nn.Module):
 
     def _place_anchor(self) -> None:
         if self.anchor.is_meta:
-            self.anchor = self._new_anchor().requires_grad_()
+            self.anchor = self._new_anchor().requires_grad_(self.anchor.requires_grad)
         else:
             # An optimizer may know the table by its anchor, so that stays the same object.
             self.anchor.data = self._new_anchor()
@@ -187,26 +254,48 @@ class HideableTable(nn.Module):
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
-        hidden = self.hidden
-        if hidden:
-            # A parameter while it loads: torch's own checks then serve hidden tables as well.
-            values = self.weight
-            del self.weight
-            self.weight = nn.Parameter(values, requires_grad=False)
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        if hidden:
-            values = self.weight.data
-            del self.weight
-            self.weight = values
+        # A parameter while it loads: torch's own checks then serve hidden tables as well.
+        with self.as_parameter():
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+        if self.hidden:
             self._place_anchor()
         self._choose_backend()
 
     def __getstate__(self) -> dict[str, Any]:
         # Loaded libraries cannot be copied or pickled, and a copy may wake up on another device.
-        return {name: value for name, value in self.__dict__.items() if name != "backend"}
+        # Gradients stay behind, as a parameter's do.
+        left_out = ("backend", "reads")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.has_optimizer = self.left_alone = False
+        if self.hidden:
+            self.reads = []
+            self.drop_reads()
         self._choose_backend()
+
+
+@cache
+def _refuse_averages_without_tables() -> None:
+    """From now on raise ValueError when torch's `AveragedModel` takes in a hidden table.
+
+    It would leave the table at the values of the first day, since it averages what `parameters()`
+    and `buffers()` show; no code of ours runs when it does. Lightning's callbacks use it as well.
+    """
+
+    def refuse(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        if (
+            isinstance(module, swa_utils.AveragedModel)
+            and part is not None
+            and type(module).update_parameters is swa_utils.AveragedModel.update_parameters
+            and any(isinstance(table, HideableTable) and table.hidden for table in part.modules())
+        ):
+            raise ValueError(
+                "torch's AveragedModel does not see hidden tables and would leave them as they "
+                "are: use memshard.AveragedModel, which takes the same arguments"
+            )
+
+    register_module_module_registration_hook(refuse)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.config import ModelConfig
+from memshard.models.memory.kinds import QueryNormKind, WeightingKind
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
 from memshard.models.recompute.replay import Replay, run_once
@@ -32,10 +33,10 @@ class Peer(ProductKeyMemory):
         heads: int = 8,
         topk: int = 16,
         key_dim: int = 256,
-        query_norm: str = "batch",
+        query_norm: QueryNormKind = "batch",
         values: ValueTable | None = None,
         down: ValueTable | None = None,
-        weighting: str = "softmax",
+        weighting: WeightingKind = "softmax",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

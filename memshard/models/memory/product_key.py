@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models import compat
 from memshard.models.config import ModelConfig
 from memshard.models.memory.key_use import KeyUse
-from memshard.models.memory.kinds import check_product_keys, check_value_dim
+from memshard.models.memory.kinds import (
+    QueryNormKind,
+    WeightingKind,
+    check_product_keys,
+    check_value_dim,
+)
 from memshard.models.memory.product_topk import product_topk
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable
@@ -21,14 +27,25 @@ class ProductKeyMemory(nn.Module):
     """A position-wise layer that reads heads x topk of keys^2 values.
 
     Each head's query, split in two halves, scores two sets of `keys` sub-keys; the slots (i1, i2)
-    with the highest summed scores are read, weighted by a softmax over the topk (or see `weigh`),
-    and summed over heads.
+    with the highest summed scores are read, weighted, and summed over heads.
 
-    dim: width of input and output. key_dim: width of a query, even. value_dim: width of a value, by
-    default dim; another width needs `gate`, which makes the output W2(reading * silu(W1 x)).
-    query_norm: see QueryNorm. values: a table to share with other layers; by default a new one of
-    keys^2 rows. device, dtype: of all weights, as in torch's layers; running statistics of queries
-    are fp32 at least. ValueError on sizes that do not fit.
+    dim: width of input and output.
+    keys: number of sub-keys per half; the table has keys^2 rows.
+    heads: number of queries of a token, whose readings are summed.
+    topk: number of rows that each head reads; at most keys.
+    key_dim: width of a query, even.
+    value_dim: width of a value, by default dim; another width needs `gate`.
+    query_norm: how queries are normalised: "batch" (over the tokens of a batch; the paper's best),
+        "lagged" (by statistics of earlier batches: causal), "layer", "layer-half" (each half by
+        itself), "rms" or "none".
+    gate: make the output W2(reading * silu(W1 x)), as Memory+ does.
+    values: a table to share with other layers; by default a new one.
+    weighting: weights of the rows read, from their scores: "softmax" over the topk, or "sigmoid" or
+        "relu" of each score, divided by topk.
+    device, dtype: of all weights, as in torch's layers; running statistics of queries are fp32 at
+        least.
+
+    ValueError on sizes and choices that do not fit.
     """
 
     def __init__(
@@ -39,10 +56,10 @@ class ProductKeyMemory(nn.Module):
         topk: int = 32,
         key_dim: int = 256,
         value_dim: int | None = None,
-        query_norm: str = "batch",
+        query_norm: QueryNormKind = "batch",
         gate: bool = False,
         values: ValueTable | None = None,
-        weighting: str = "softmax",
+        weighting: WeightingKind = "softmax",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,7 +73,7 @@ class ProductKeyMemory(nn.Module):
                 f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x "
                 f"{value_dim}"
             )
-        self.heads, self.topk, self.weighting = heads, topk, weighting
+        self.dim, self.heads, self.topk, self.weighting = dim, heads, topk, weighting
         self.query = nn.Linear(dim, heads * key_dim, device=device, dtype=dtype)
         self.query_norm = QueryNorm(query_norm, heads, key_dim, device=device, dtype=dtype)
         self.sub_keys = SubKeys(heads, keys, key_dim // 2, device=device, dtype=dtype)
@@ -95,26 +112,48 @@ class ProductKeyMemory(nn.Module):
         """The tables that the layer reads, all at the same rows."""
         return (self.values,)
 
+    @property
+    def learns(self) -> bool:
+        """Whether any of the layer's own weights needs a gradient; hidden tables learn only then.
+
+        Adapters that wrap its matrices are not its own.
+        """
+        parts = [part for part in self.children() if not isinstance(part, ValueTable)]
+        own = [weight for part in parts for weight in part.parameters(recurse=False)]
+        # FSDP1 shows no weights at all.
+        return not own or any(weight.requires_grad for weight in own)
+
     def forward(
         self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None
     ) -> Tensor:
-        """Return the layer's output, of x's shape [..., dim].
+        """Return the layer's output, of x's shape [..., dim]. ValueError for another width.
 
         padding: [...] bool, True for real tokens; padded positions give 0 and read nothing.
 
         replay: that of a pass which backward repeats; tables are then read, and statistics taken,
         only once.
         """
+        if x.shape[-1] != self.dim:
+            raise ValueError(
+                f"the input is {x.shape[-1]} wide, this {type(self).__name__} was made for "
+                f"{self.dim}: dim is the model's width"
+            )
         if padding is not None:
             # Not self(...): hooks on the layer act once.
             real = self.forward(x[padding], replay=replay)
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
+        for table in self.tables:
+            table.layer_learns = self.learns
         y = self.read(tokens, replay).to(x.dtype)
         if self.output is not None:
             # Imported memories may have an output projection alone.
             y = self.output(y if self.gate is None else y * F.silu(self.gate(tokens)))
         return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        """Return the sizes that the parts do not show."""
+        return f"{self.dim}, heads={self.heads}, topk={self.topk}, weighting={self.weighting}"
 
     def read(self, tokens: Tensor, replay: Replay | None = None) -> Tensor:
         """Return the weighted sum of the values read, [n, value_dim]. tokens: [n, dim]."""
@@ -145,6 +184,11 @@ class ProductKeyMemory(nn.Module):
             )
         # [tokens, heads, key_dim]
         z = self.query(tokens).unflatten(-1, (self.heads, -1))
+        if not torch.compiler.is_compiling() and compat.in_transform(z):
+            raise NotImplementedError(
+                f"{type(self).__name__} does not run under torch.func (vmap, grad, jvp): it takes "
+                "any leading dimensions at once, and torch.autograd.grad its gradients"
+            )
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
         # multiplications a token.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -197,6 +241,11 @@ class SubKeys(nn.Module):
         # at any width.
         bound = self.weight.shape[-1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        heads, _, keys, half = self.weight.shape
+        return f"heads={heads}, keys=2 x {keys}, half={half}"
 
     def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores of both halves, [tokens, heads, keys] each.

@@ -5,12 +5,13 @@ optimizers, and what happens to its gradient, is in hidden.py.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models import compat
 from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.autograd import Dot, Fetch, FetchedDot, FetchedSum, WeightedSum
 from memshard.models.memory.hidden import HideableTable
@@ -29,6 +30,21 @@ class ReadObserver(Protocol):
 
         rows: [reads] integers; weights: [reads], each the sum of `counts` reads (1 if left out).
         """
+
+
+@runtime_checkable
+class TableReader(Protocol):
+    """A layer with which the tables it reads are frozen."""
+
+    @property
+    def tables(self) -> "tuple[ValueTable, ...]":
+        """The tables that the layer reads."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether the layer's own weights need gradients."""
+        ...
 
 
 class ValueTable(HideableTable):
@@ -82,6 +98,10 @@ class ValueTable(HideableTable):
         """
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        """Return the sizes, and whether the table is hidden."""
+        return f"{self.slots}, {self.dim}{', hidden' if self.hidden else ''}"
+
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1/dim) (Lample et al. 2019).
 
@@ -124,6 +144,7 @@ class ValueTable(HideableTable):
 
     def _count(self, rows: Tensor) -> None:
         if self.hidden and torch.is_grad_enabled():
+            self.check_optimizer()
             # Counted where they are asked for: a split table's ranks serve one another's reads.
             self.reads_asked += rows.numel()
 
@@ -143,13 +164,15 @@ class ValueTable(HideableTable):
                 per_sample_weights=weights.to(self.weight.dtype),
             )
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
+        if self._only_values_wanted():
+            return self.backend.gather_sum(self.weight, rows, weights, offsets)
         # Half the memory of what is kept until the update.
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         fetch = self._worth_fetching(rows, offsets)
         sums: Tensor = (
-            WeightedSum.apply(weights, self.anchor, self, rows, offsets)
+            WeightedSum.apply(weights, self.autograd_handle, self, rows, offsets)
             if fetch is None
-            else FetchedSum.apply(weights, self.anchor, fetch)
+            else FetchedSum.apply(weights, self.autograd_handle, fetch)
         )
         return sums
 
@@ -161,14 +184,31 @@ class ValueTable(HideableTable):
         if self.observer is not None:
             self.observer.on_read(rows, x.new_ones(len(rows)))
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        if self._only_values_wanted():
+            return self.backend.score_gradients(self.weight, rows, offsets, x)
         rows = rows.to(torch.int32) if self.slots < 2**31 else rows
         fetch = self._worth_fetching(rows, offsets)
         products: Tensor = (
             Dot.apply(x, self.autograd_handle, self, rows, offsets)
             if fetch is None
-            else FetchedDot.apply(x, self.anchor, fetch)
+            else FetchedDot.apply(x, self.autograd_handle, fetch)
         )
         return products
+
+    def _only_values_wanted(self) -> bool:
+        """Return whether a compiler traces a read without gradients: it then gets plain torch.
+
+        With gradients its graph ends here, since a table's gradient is collected in Python.
+        """
+        if not torch.compiler.is_compiling():
+            return False
+        if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+            return True
+        compat.break_graph(
+            "a hidden table collects its gradient in Python: leave out fullgraph=True, or compile "
+            "for torch.no_grad(), or do not hide the table"
+        )
+        return False
 
     def _worth_fetching(self, rows: Tensor, offsets: Tensor) -> Fetch | None:
         """Return the distinct rows of a table in host memory, if fetching them moves fewer bytes
@@ -224,7 +264,8 @@ def bag_offsets(rows: Tensor) -> Tensor:
 
     rows: [tokens, reads].
     """
-    return torch.arange(len(rows), device=rows.device) * rows.shape[1]
+    # Not len(rows), which would fix the number of tokens in an exported graph.
+    return torch.arange(rows.shape[0], device=rows.device) * rows.shape[1]
 
 
 def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:
@@ -237,12 +278,25 @@ def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:
             yield name, module
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of the model's weights, of which `parameters()` does not show the values in
+    hidden tables. A table that is split over ranks counts whole.
+    """
+    shown = sum(weight.numel() for weight in model.parameters())
+    tables = (table for _, table in find_tables(model) if table.hidden)
+    return shown + sum(table.slots * table.dim for table in tables)
+
+
 def externalize_tables(model: nn.Module) -> list[ValueTable]:
     """Hide all value tables of the model from `parameters()` and return them, for `RowAdam`.
 
-    Call it before any wrapping: DDP and DeepSpeed broadcast, cast and all-reduce whatever
-    `parameters()` shows.
+    Call it before DDP or DeepSpeed wrap the model, which broadcast, cast and all-reduce whatever
+    `parameters()` shows, and after PEFT, which copies layers. A frozen table stays frozen.
     """
+    for module in model.modules():
+        if isinstance(module, TableReader):
+            for table in module.tables:
+                table.layer_learns = module.learns
     tables = [table for _, table in find_tables(model)]
     for table in tables:
         table.hide()

@@ -20,8 +20,9 @@ The first run is often under `no_grad`, as in checkpointing and reversible block
 compared with the block: indices, weights and row numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,14 +44,12 @@ class Replay:
         """True in the repetition."""
         return self._next is not None
 
-    @contextmanager
-    def repeat(self) -> Iterator[None]:
-        """Mark the repetition, which must make the same calls in the same order."""
-        self._next = 0
-        try:
-            yield
-        finally:
-            self._next = None
+    def repeat(self) -> AbstractContextManager[None]:
+        """Mark the repetition, which must make the same calls in the same order.
+
+        The context may be entered again: a backward pass that keeps its graph can be repeated.
+        """
+        return _Repetition(self)
 
     def keep(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> "_Kept":
         """Return the call that was kept, in the repetition, or make and keep it."""
@@ -78,6 +77,17 @@ def run_once(
     kept = replay.keep(function, inputs)
     result: Tensor = _Once.apply(kept, len(inputs), *inputs, *extra_inputs)
     return result
+
+
+@dataclass(frozen=True)
+class _Repetition(AbstractContextManager[None]):
+    replay: Replay
+
+    def __enter__(self) -> None:
+        self.replay._next = 0
+
+    def __exit__(self, *error: object) -> None:
+        self.replay._next = None
 
 
 class _Kept:
@@ -115,7 +125,9 @@ class _Once(torch.autograd.Function):
         kept, keep_graph = ctx.kept, compat.backward_keeps_graph()
         sources = [*kept.inputs, *ctx.extra_inputs]
         # autograd.grad refuses inputs that need no gradient, such as integer row numbers.
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        needed = [i for i, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
+        # Asked here, since the pass below names all it is given. A table would learn from it.
+        wanted = [i for i in needed if i < len(kept.inputs) or compat.backward_wants(sources[i])]
         gradients: list[Tensor | None] = [None] * len(sources)
         computed = torch.autograd.grad(
             kept.output,

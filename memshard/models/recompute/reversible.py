@@ -22,6 +22,7 @@ switched off, and only runs with gradients use it.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def trained_tensors(module: nn.Module) -> list[Tensor]:
     return parameters + [
         table.anchor
         for table in module.modules()
-        if isinstance(table, HideableTable) and table.hidden
+        if isinstance(table, HideableTable) and table.hidden and table.anchor.requires_grad
     ]
 
 
@@ -277,10 +278,15 @@ class _ReversibleBlock(torch.autograd.Function):
             compat.backward_keeps_graph(),
         )
         y1, y2 = saved[:2] if step.last else step.rebuilt
-        d1, d2, gradients = step.backward(y1, y2, d1, d2, ctx.trained, keep_graph)
+        # Asked here, since the passes inside name all they are given. A table would learn from it.
+        wanted = [compat.backward_wants(tensor) for tensor in ctx.trained]
+        d1, d2, gradients = step.backward(
+            y1, y2, d1, d2, list(compress(ctx.trained, wanted)), keep_graph
+        )
         if not keep_graph:
             ctx.step = None
-        return None, d1, d2, *gradients
+        rest = iter(gradients)
+        return None, d1, d2, *(next(rest) if asked else None for asked in wanted)
 
 
 class _CopyGradients(torch.autograd.Function):

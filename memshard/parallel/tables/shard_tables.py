@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memshard.models.load_class import load_class
-from memshard.models.memory.table import ValueTable, find_tables
+from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.parallel.tables.layouts import LayoutName, layout_named
 from memshard.parallel.tables.sharded import ShardedTable
 
@@ -42,7 +42,7 @@ def shard_tables(
     assert group is not None
     table_class: TableClass = load_class(layout_named(layout).table)
     sharded: dict[nn.Module, ShardedTable] = {}
-    for _, table in find_tables(model):
+    for table in externalize_tables(model):
         shard = sharded[table] = _shard(table, table_class, group, replicas)
         shard.gradient_scale = 1 / (shard.ranks * shard.replica_count) if average else 1.0
     for module in list(model.modules()):
@@ -64,8 +64,11 @@ def _shard(
         shard = table_class(table.slots, table.dim, group, replicas)
     rows = slice(shard.first_row, shard.first_row + len(shard.weight))
     shard.set_values(
-        table.weight.data[rows, shard.local_columns.start : shard.local_columns.stop].clone(
+        table.weight[rows, shard.local_columns.start : shard.local_columns.stop].clone(
             memory_format=torch.contiguous_format
         )
     )
+    # What is frozen stays frozen.
+    shard.anchor.requires_grad_(table.anchor.requires_grad)
+    shard.follows_layer = table.follows_layer
     return shard

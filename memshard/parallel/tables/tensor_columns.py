@@ -41,6 +41,8 @@ class TensorColumnTable(ColumnShardedTable):
         # Metrics sum the counts over ranks, and these ranks read the same.
         if dist.get_rank(self.group) == 0:
             self._count(rows)
+        else:
+            self.check_optimizer()
 
 
 class _SummedGradient(torch.autograd.Function):

@@ -31,7 +31,7 @@ class UniqueRowTable(RowShardedTable):
         self._count(rows)
         fetch = self._plan(rows, weights.detach())
         weights = weights.flatten().to(torch.promote_types(weights.dtype, self.weight.dtype))
-        return FetchedSum.apply(weights, self.anchor, fetch)
+        return FetchedSum.apply(weights, self.autograd_handle, fetch)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
         """Do what `ValueTable.dot` does, for the fetched rows. It sends as many bytes as
@@ -40,7 +40,7 @@ class UniqueRowTable(RowShardedTable):
         self._count(rows)
         fetch = self._plan(rows, torch.ones_like(rows, dtype=x.dtype))
         return FetchedDot.apply(
-            x.to(torch.promote_types(x.dtype, self.weight.dtype)), self.anchor, fetch
+            x.to(torch.promote_types(x.dtype, self.weight.dtype)), self.autograd_handle, fetch
         ).view(rows.shape)
 
     def _plan(self, rows: Tensor, weights: Tensor) -> "_Fetch":
@@ -82,8 +82,8 @@ class _Fetch(Fetch):
             super().fetch_rows(), self.theirs, self.ours, self.table.group, self.table.traffic
         )
 
-    def return_gradients(self, gradients: Tensor) -> None:
+    def return_gradients(self, gradients: Tensor, learns: bool) -> None:
         """Send the row gradients to the owners."""
-        super().return_gradients(
-            exchange(gradients, self.ours, self.theirs, self.table.group, self.table.traffic)
-        )
+        # Even if the table does not learn, since the other ranks wait in this exchange.
+        received = exchange(gradients, self.ours, self.theirs, self.table.group, self.table.traffic)
+        super().return_gradients(received, learns)
