@@ -65,7 +65,8 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
     """
     if not values.shape[1]:
         return upstream.new_zeros(len(rows))
-    bags = bag_of_each_read(offsets, len(rows))
+    # Not len(rows), which would fix the number of reads in an exported graph.
+    bags = bag_of_each_read(offsets, rows.shape[0])
     if values.dtype == upstream.dtype:
         return embedding_bag_weight_gradient(upstream, values, rows.long(), offsets, bags)
     parts = []
@@ -240,5 +241,5 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def bag_of_each_read(offsets: Tensor, reads: int) -> Tensor:
     """Return the number of each read's bag, [reads] int64."""
-    lengths = torch.diff(offsets, append=offsets.new_tensor([reads]))
-    return torch.repeat_interleave(lengths, output_size=reads) if len(offsets) else offsets
+    lengths = torch.diff(offsets, append=offsets.new_full((1,), reads))
+    return torch.repeat_interleave(lengths, output_size=reads) if offsets.shape[0] else offsets

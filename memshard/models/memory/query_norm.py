@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from memshard.models import compat
 from memshard.models.memory.kinds import QueryNormKind
 from memshard.models.recompute.replay import Replay, run_once
 
@@ -40,7 +41,7 @@ class QueryNorm(nn.Module):
 
     def __init__(
         self,
-        kind: str,
+        kind: QueryNormKind,
         heads: int,
         key_dim: int,
         *,
@@ -75,6 +76,10 @@ class QueryNorm(nn.Module):
         if self.tracks_statistics:
             self.running_mean.zero_()
             self.running_var.fill_(1)
+
+    def extra_repr(self) -> str:
+        """Return the kind."""
+        return self.kind
 
     def forward(self, z: Tensor, replay: Replay | None = None) -> Tensor:
         """Return normalised queries of z's shape [tokens, heads, key_dim], in fp32 at least.
@@ -135,6 +140,12 @@ class QueryNorm(nn.Module):
             return self._measure(z, replay, not repeating)
         if not self.training:
             return z - self.running_mean, self.running_var
+        if replay is None and not torch.compiler.is_compiling() and compat.in_backward():
+            raise RuntimeError(
+                'query_norm="lagged" cannot be computed again in backward by torch\'s activation '
+                "checkpointing: its statistics have moved since; leave the layer out, or choose "
+                '"batch" or "layer"'
+            )
         # This pass must not see its own statistics, nor its repetition those that have moved since.
         mean, var = (
             run_once(replay, self.running_mean.clone),
@@ -155,9 +166,16 @@ class QueryNorm(nn.Module):
         # Mean first, then squares of differences: E[z^2] - mean^2 would cancel
         # where means are large.
         centred = z + -mean  # the gradient of z - mean would be negated before it is summed
-        var = run_once(replay, self.reduce, _SumSquares.apply(centred)) / count.clamp(min=1)
-        # No tokens anywhere, as in a batch of padding: the variance 0 is no measurement.
-        if collect and count > 0:
+        squares = (
+            # A compiler fuses these, and warns of autograd functions.
+            centred.square().sum(0) if torch.compiler.is_compiling() else _SumSquares.apply(centred)
+        )
+        var = run_once(replay, self.reduce, squares) / count.clamp(min=1)
+        # No tokens anywhere, as in a batch of padding: the variance 0 is no measurement. Alone, the
+        # shape says so, on which a compiled graph may depend.
+        # Nor may a batch count twice, if torch's activation checkpointing runs the layer again.
+        again = not torch.compiler.is_compiling() and compat.in_backward()
+        if collect and not again and (len(z) if self.reduce is _alone else count) > 0:
             # As in BatchNorm: normalise by the biased variance, keep the unbiased one.
             unbiased = var.detach() * (count / (count - 1).clamp(min=1))
             self._collected.append((mean.detach(), unbiased))
