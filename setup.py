@@ -27,7 +27,7 @@ EXTRAS = {
     # Loads exports made with --huggingface.
     "huggingface": ["transformers>=5.23"],
     # The trainers of the examples.
-    "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6"],
+    "adopt": ["transformers>=5.23", "accelerate>=1.15", "lightning>=2.6", "peft>=0.21"],
     # The documentation as a site.
     "docs": ["mkdocs>=1.6.1"],
     "wandb": ["wandb>=0.29"],

@@ -7,6 +7,7 @@ from memshard.models.memory.peer import Peer as Peer
 from memshard.models.memory.product_key import ProductKeyMemory as ProductKeyMemory
 from memshard.models.memory.slot_usage import UsageReport as UsageReport
 from memshard.models.memory.table import ValueTable as ValueTable
+from memshard.models.memory.table import count_parameters as count_parameters
 from memshard.models.memory.table import externalize_tables as externalize_tables
 from memshard.models.memory.table import find_tables as find_tables
 from memshard.models.transformer import Transformer as Transformer
@@ -24,6 +25,7 @@ from memshard.trainer.config.training import TrainConfig as TrainConfig
 from memshard.trainer.evaluation.slot_usage import slot_usage as slot_usage
 from memshard.trainer.export.foreign import load_memory as load_memory
 from memshard.trainer.loop import train as train
+from memshard.trainer.optim.average import AveragedModel as AveragedModel
 from memshard.trainer.optim.combined import CombinedOptimizer as CombinedOptimizer
 from memshard.trainer.optim.rows.adam import RowAdam as RowAdam
 from memshard.trainer.set_up import set_up as set_up

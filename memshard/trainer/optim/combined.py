@@ -19,14 +19,26 @@ class CombinedOptimizer(Optimizer):
         # Keys that all groups have: schedulers that cycle momentum look here for betas.
         shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
         defaults = {key: value for key, value in optimizers[0].defaults.items() if key in shared}
-        super().__init__(
-            [group for optimizer in optimizers for group in optimizer.param_groups], defaults
-        )
-        for optimizer in optimizers:
-            # Optimizer.__init__ starts with no state, and RowAdam has its moments from the start.
-            self.state.update(optimizer.state)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if any("param_names" in group for group in groups):
+            # torch wants names in all groups or in none; tables have none of their own.
+            for number, group in enumerate(groups):
+                count = len(group["params"])
+                group.setdefault("param_names", [f"group {number}.{i}" for i in range(count)])
+        super().__init__(groups, defaults)
         self.optimizers = optimizers
-        self._share()
+        # Optimizer.__init__ starts with no state, and RowAdam has its moments from the start.
+        self._gather()
+        self._watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's leaves out what a subclass adds.
+        return super().__getstate__() | {"optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "optimizers" in state:
+            self._watch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise ValueError: a new group would belong to none of the optimizers."""
@@ -51,6 +63,7 @@ class CombinedOptimizer(Optimizer):
                 loss = closure()
         for optimizer in self.optimizers:
             optimizer.step()
+        self._gather()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -58,17 +71,35 @@ class CombinedOptimizer(Optimizer):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all optimizers."""
+        self._gather()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the states of all optimizers."""
         super().load_state_dict(state_dict)
-        self._share()
-
-    def _share(self) -> None:
-        """Give every optimizer its share of the common groups, and the common state."""
         first = 0
         for optimizer in self.optimizers:
             count = len(optimizer.param_groups)
             # The same dicts, so a scheduler that changes a learning rate here changes it there.
             optimizer.param_groups = self.param_groups[first : first + count]
-            optimizer.state = self.state
+            shown = (weight for group in optimizer.param_groups for weight in group["params"])
+            optimizer.state.clear()
+            optimizer.state.update(
+                {weight: self.state[weight] for weight in shown if weight in self.state}
+            )
             first += count
+
+    def _gather(self) -> None:
+        """Show the groups and states of all optimizers as this one's."""
+        self.param_groups[:] = [
+            group for optimizer in self.optimizers for group in optimizer.param_groups
+        ]
+        for optimizer in self.optimizers:
+            self.state.update(optimizer.state)
+
+    def _watch(self) -> None:
+        """Gather again when one of the optimizers has loaded a state by itself."""
+        for optimizer in self.optimizers:
+            optimizer.register_load_state_dict_post_hook(lambda _: self._gather())

@@ -90,7 +90,7 @@ class RowAdam(Optimizer):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-        self.semantics = semantics
+        self.semantics, self.rounding = semantics, rounding
         self.clip = clip
         self.alone = alone
         self.touched = [(0, 0) for _ in self.tables]
@@ -104,6 +104,17 @@ class RowAdam(Optimizer):
         )
         for table in self.tables:
             self.state[table.anchor] = _new_state(table, semantics, rounding)
+            table.has_optimizer = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's leaves out what a subclass adds.
+        names = ("tables", "semantics", "rounding", "clip", "alone", "touched", "norm")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for table in self.tables:
+            table.has_optimizer = True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -122,6 +133,14 @@ class RowAdam(Optimizer):
         for index, table in enumerate(self.tables):
             self.touched[index] = self._update(table, group[id(table.anchor)], factor)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, also as torch.distributed.checkpoint returns it."""
+        state = {key: dict(entry) for key, entry in state_dict["state"].items()}
+        # It turns numbers into text in the path of whatever is no tensor, here of `step`.
+        for key in [key for key in state if isinstance(key, str) and key.isdecimal()]:
+            state[int(key)].update(state.pop(key))
+        super().load_state_dict({**state_dict, "state": state})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the reads collected since the last step."""
@@ -157,6 +176,7 @@ class RowAdam(Optimizer):
             _check_processes(table)
         asked = table.reads_asked
         state = self.state[table.anchor]
+        _check_state(table, state, self.rounding)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         step = Step(self.semantics, state["step"], group["lr"], beta1, beta2, group["eps"])
@@ -183,6 +203,17 @@ def _check_processes(table: ValueTable) -> None:
             "reads of all, shard_tables(model, dist.new_subgroups(1)[0], "
             "replicas=dist.group.WORLD). Where no other process has the table, or all read the "
             "same: RowAdam(tables, alone=True)"
+        )
+
+
+def _check_state(table: ValueTable, state: dict[str, Any], rounding: str) -> None:
+    """Raise RuntimeError if a table has another dtype or device than when its state was made."""
+    moments, dtype = state["exp_avg"], torch.promote_types(table.weight.dtype, torch.float32)
+    lacks_copy = rounding == "master" and table.weight.dtype != dtype and "master" not in state
+    if moments.dtype != dtype or moments.device != table.weight.device or lacks_copy:
+        raise RuntimeError(
+            f"a table has become {table.weight.dtype} on {table.weight.device} since RowAdam was "
+            "made for it: move and cast the model first, then make the optimizer"
         )
 
 
