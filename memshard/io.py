@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,17 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
+def sync(descriptor: int) -> None:
+    """Wait until what was written to an open file or folder is on the disk, where the file system
+    can say so: some network and FUSE file systems cannot.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 @contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary file's name next to `path`; it becomes `path` if the block succeeds and
@@ -35,10 +47,27 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
             yield partial
             if durable:
                 with partial.open("rb") as file:
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
             partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder next to `path`; it becomes `path`, which is not there or empty, if the
+    block succeeds, and is removed if it raises.
+    """
+    partial = partial_path(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

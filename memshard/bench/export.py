@@ -124,7 +124,7 @@ def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
         folder / "checkpoints/step-00000001",
         tensors,
         state,
-        [folder / "config.yaml", folder / "tokenizer.model"],
+        {name: (folder / name).read_bytes() for name in ("config.yaml", "tokenizer.model")},
     )
 
 

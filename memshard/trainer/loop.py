@@ -38,7 +38,7 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     evaluation: Evaluation | None = None
     try:
         with nullcontext(stop) if stop else StopSignal() as stop, profiled as profiler:
-            stopping = False
+            stopping = save_owed = False
             while run.progress.step < last and not stopping:
                 profiler.begin(run.progress.step + 1)
                 outcome = train_step(run, stop)
@@ -80,7 +80,11 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                         evaluation = evaluate_run(run)
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
-                if step % settings.save_every == 0:
+                save_owed |= step % settings.save_every == 0 or outcome.save_due
+                # Not while steps are skipped: what makes gradients infinite may be in the weights,
+                # and checkpoints of them would push the good ones out.
+                if save_owed and not run.progress.in_a_row:
+                    save_owed = False
                     begun = perf_counter()
                     with meter.paused(), _long_timeout(run):
                         # Returns once tables are written and all else is copied; the copies are

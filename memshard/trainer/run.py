@@ -49,7 +49,8 @@ class Progress:
 class Run(Training):
     """A training run, ready to continue at `progress`.
 
-    recipe: with the vocabulary size and the longest sequence filled in. rank, ranks: this process
+    recipe: with the vocabulary size and the longest sequence filled in. files: what checkpoints
+    keep besides, by name. rank, ranks: this process
     among all. carried_states: None unless train.carry_state. lock: of the
     folder, on rank 0 of a command. saving: the checkpoint being written.
     """
@@ -62,6 +63,7 @@ class Run(Training):
     task: Task
     stream: AnyStream
     held_out: HeldOutStream | HeldOutRecords
+    files: dict[str, bytes] = field(default_factory=dict)
     carried_states: Carried | None = None
     lock: FolderLock | None = None
     saving: BackgroundSave = field(default_factory=BackgroundSave)

@@ -1,5 +1,6 @@
 """Build a run from its recipe, and resume it."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 from memshard.data_pipeline.format.index import load_index
+from memshard.data_pipeline.format.remote import local_copy
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.open_stream import AnyStream, open_held_out, open_train
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.stream.train_stream import TrainStream
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.config import ModelConfig
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.seq2seq import build_model
@@ -20,12 +23,13 @@ from memshard.parallel.apply import losses_on
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.mesh import build_mesh
 from memshard.trainer.carried_states import Carried
+from memshard.trainer.config.load import dump
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.estimate import check_fits
 from memshard.trainer.cost.layout_choice import layout_choice
 from memshard.trainer.resume import resume
 from memshard.trainer.run import Run
-from memshard.trainer.run_folder import check_identity, write_config
+from memshard.trainer.run_folder import CONFIG_FILE, check_identity, write_config
 from memshard.trainer.tasks.build import build_task
 from memshard.trainer.training import Training, build_for_training
 from memshard.trainer.watch.weights_and_biases import check_installed
@@ -135,6 +139,7 @@ def build_run(
         task=build_task(recipe, training.device, losses_on(training.mesh, recipe.parallel.share)),
         stream=stream,
         held_out=held_out,
+        files=_kept_files(recipe),
     )
     if recipe.train.carry_state:
         assert isinstance(stream, TrainStream)
@@ -142,6 +147,23 @@ def build_run(
             run.model, stream.text_lanes, stream.continues, run.data_rank, run.data_ranks
         )
     return run
+
+
+def _kept_files(recipe: Recipe) -> dict[str, bytes]:
+    """Return recipe and tokenizer as checkpoints keep them, read now so that no save needs the data
+    folder. ValueError if the tokenizer is not the one that the data set was built with.
+    """
+    files = {CONFIG_FILE: dump(recipe).encode()}
+    path, index = recipe.data.path, load_index(recipe.data.path)
+    if index.records.tokenizer:
+        content = local_copy(path, TOKENIZER_FILE, index.tokenizer_sha256).read_bytes()
+        if hashlib.sha256(content).hexdigest() != index.tokenizer_sha256:
+            raise ValueError(
+                f"{path}/{TOKENIZER_FILE} is not the tokenizer that the data set was built with: "
+                "copy it again"
+            )
+        files[TOKENIZER_FILE] = content
+    return files
 
 
 def resolve(recipe: Recipe) -> Recipe:

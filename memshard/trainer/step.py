@@ -62,7 +62,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
         # Judged before the update: a spike's gradients must not reach the weights.
         return not spiked or guards.loss_spike == "warn"
 
-    outcome = training_step(run, batches, loss, progress.step, accept, stop)
+    outcome = training_step(run, batches, loss, progress.step, accept, stop, run.saving.retry_due)
     if outcome.skipped:
         _left_out(run)
     else:

@@ -217,7 +217,7 @@ class StepOutcome:
     loss: sum over all ranks and micro-batches. norm: of the dense gradient, before clipping. rate:
     the learning rate used, 0 if the step was skipped. overflow: whether a gradient was not finite
     on some rank. left_grid: whether a reversible stream left its grid, which is coarser now.
-    stopping: whether some rank was told to stop.
+    stopping: whether some rank was told to stop. save_due: whether some rank asks for a save.
     """
 
     loss: float
@@ -227,6 +227,7 @@ class StepOutcome:
     overflow: bool
     left_grid: bool
     stopping: bool
+    save_due: bool
 
 
 def training_step(
@@ -236,6 +237,7 @@ def training_step(
     step: int,
     accept: Callable[[float], bool] | None = None,
     stop: StopSignal | None = None,
+    save_due: Callable[[], bool] = lambda: False,
 ) -> StepOutcome:
     """Train on this rank's micro-batches, or skip the update on all ranks if any of them has a
     gradient that is not finite or a reversible stream beyond its grid. All ranks call it.
@@ -244,7 +246,8 @@ def training_step(
     over ranks with different data, to the loss to minimise, so a mean is divided by the size of the
     whole batch. step: counted from 0; decides the learning rate. accept: asked with the step's loss
     before the update, with the same answer on all ranks; False skips it. stop: read when the ranks
-    agree on a verdict, so that a signal on one rank stops all after the same step.
+    agree on a verdict, so that a signal on one rank stops all after the same step. save_due: asked
+    then as well.
     """
     model, engine, grid = training.model, training.engine, training.grid
     scale = training.loss_scale.value
@@ -273,8 +276,8 @@ def training_step(
     training.phase = "agreeing on a verdict"
     # Tensor-parallel ranks compute the same loss, so it is counted once for each group.
     total = total / tensor_size(training.mesh)
-    batch_loss, (overflow, left_grid, stopping) = all_reduce_verdict(
-        total, ~finite, left_range, stop is not None and stop.received
+    batch_loss, (overflow, left_grid, stopping, due) = all_reduce_verdict(
+        total, ~finite, left_range, stop is not None and stop.received, save_due()
     )
     skipped = overflow or left_grid or not (accept is None or accept(batch_loss))
     training.phase = "updating"
@@ -296,6 +299,7 @@ def training_step(
         overflow=overflow,
         left_grid=left_grid,
         stopping=stopping,
+        save_due=due,
     )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from memshard.launch.cli.main import main
+from memshard.trainer.checkpoint.folders import committed
+from memshard.trainer.loop import train
 from memshard.trainer.run import Run
 from memshard.trainer.step import train_step
 from tests.distributed import run_distributed
@@ -116,3 +118,51 @@ def test_a_run_that_diverges_ends_with_exit_code_1(
     error = json.loads(capfd.readouterr().out)["error"]
     assert "steps in a row, up to step" in error and "lower optimizer.lr" in error
     assert "Traceback" in (tmp_path / "run/log/rank0.log").read_text()
+
+
+@pytest.mark.parametrize("where", ["dense", "row"])
+def test_weights_that_are_not_finite_push_no_checkpoint_out(
+    where: str, recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a dense weight, no step counts any more; a row that is never read spoils no gradient."""
+    settings = ("train.save_every=2", "train.max_skipped=3", "train.steps=12")
+    settings += ("model.memory.query_norm=layer", "model.memory.keys=64")
+    whole = prepare(recipe, tmp_path / "whole", *settings)
+    train(whole)
+    run = prepare(recipe, tmp_path / "run", *settings)
+    train(run, stop_at=4)
+    if where == "dense":
+        run.engine.parameters[-1].data[0] = float("nan")
+        problem = "steps in a row"
+    else:
+        assert whole.table_optimizer is not None and run.table_optimizer is not None
+        last_read = whole.table_optimizer.state[whole.table_optimizer.tables[0].anchor]["last_step"]
+        run.table_optimizer.tables[0].weight[int(last_read.argmin())] = float("-inf")
+        problem = "a weight is not finite after step"
+    with pytest.raises(RuntimeError, match=problem):
+        train(run)
+    saved = [path.name for path in committed(tmp_path / "run/checkpoints")]
+    assert saved == ["step-00000002", "step-00000004"]
+    assert "a weight is not finite after step 6: nothing was saved" in caplog.text or (
+        where == "dense"
+    )
+    caplog.clear()
+    resumed = prepare(recipe, tmp_path / "run", *settings)
+    assert resumed.progress.step == 4
+    assert train(resumed)["finished"]
+
+
+def test_no_step_that_was_skipped_is_saved(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save waits for the next step that counts."""
+    run = prepare(recipe, tmp_path / "run", "train.save_every=4", "train.keep=9")
+
+    def poison(run: Run) -> None:
+        if run.progress.step in (3, 4):
+            _poison_dense(run)
+
+    monkeypatch.setattr(run.engine, "backward", _poisoned(run, poison))
+    train(run)
+    saved = [int(path.name[5:]) for path in committed(tmp_path / "run/checkpoints")]
+    assert run.progress.skipped == 2 and saved == [6, 8, 10]

@@ -1,6 +1,7 @@
 """Nothing that memshard did not write is removed or written over, whatever its name."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_an_export_leaves_a_folder_of_its_temporary_name_alone(
     export(tmp_path / "run", tmp_path / "m")
     assert (tmp_path / "m.tmp/thesis.py").exists() and (tmp_path / "m.partial/thesis.py").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.partial", "m.tmp", "run"]
+
+
+def test_an_export_that_fails_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", stop_at=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(OSError, match="File too large.*model.safetensors"):
+            export(tmp_path / "run", tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "deepspeed.json"])

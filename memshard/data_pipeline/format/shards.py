@@ -13,7 +13,7 @@ import numpy as np
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.index import Shard, sha256_file
 from memshard.data_pipeline.format.remote import local_copy
-from memshard.io import atomic_write, partial_path
+from memshard.io import atomic_write, partial_path, sync
 
 DOCUMENTS_PER_SAMPLE = 64  # tar headers and padding cost 2.5 %; 12 % with one document a sample
 SIDECAR_COLUMNS = 4
@@ -60,7 +60,7 @@ class ShardWriter:
         self._write_sample()
         self._tar.close()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
         self._file.close()
         entries = (
             np.concatenate(self._sidecar) if self._sidecar else np.zeros((0, 3), dtype=np.int64)

@@ -9,7 +9,6 @@ finds what it had done, and other settings find nothing.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.prepare.duplicates import BANDS, band_keys, exact_hash
 from memshard.data_pipeline.prepare.inputs.files import Sources, is_utf8, reader
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
-from memshard.io import named, partial_path
+from memshard.io import named, partial_path, sync
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
 SETTINGS_VERSION = 4  # counted up when units would be read otherwise: older ones are not reused
@@ -131,7 +130,7 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
         table.write(np.array(rows, dtype=dtype).tobytes())
         for stream in (texts, table):
             stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
     with named(partial):
         (partial / COUNTS).write_text(
             json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"

@@ -1,12 +1,12 @@
 """The journal of a search: a JSON line for each event, on disk before anything follows from it."""
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from memshard.io import sync
 from memshard.lock import holding
 
 JOURNAL_FILE = "journal.jsonl"
@@ -54,7 +54,7 @@ class Journal:
         self._file.flush()
         # A child must not be handed out before its birth is on disk: a kill would
         # breed another one.
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def __enter__(self) -> "Journal":
         return self

@@ -1,5 +1,6 @@
 """Save a checkpoint while training goes on."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -11,6 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.trainer.checkpoint.save_load import save_checkpoint
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 60.0
+"""A save that the disk refused is tried again after this time, and ten times what it took."""
 
 
 class BackgroundSave:
@@ -24,6 +30,9 @@ class BackgroundSave:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.seconds: float | None = None
         """Duration of the last save until it was committed; None before the first."""
+        self.failed: OSError | None = None
+        """Why the disk refused the last save, on all ranks; None if it did not."""
+        self._retry_at = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -32,7 +41,7 @@ class BackgroundSave:
         folder: Path,
         tensors: dict[str, Tensor],
         state: dict[str, Any],
-        files: list[Path],
+        files: dict[str, bytes],
         in_place: Collection[str],
         committed: Callable[[], None],
     ) -> None:
@@ -41,7 +50,7 @@ class BackgroundSave:
         """
         self.wait()
         # Training goes on changing its progress, such as the list of recent losses.
-        free, state = threading.Event(), deepcopy(state)
+        free, state, self.failed = threading.Event(), deepcopy(state), None
         begun = time.perf_counter()
 
         def save() -> None:
@@ -57,6 +66,12 @@ class BackgroundSave:
                     committed=committed,
                 )
                 self.seconds = time.perf_counter() - begun
+            except OSError as error:
+                # At once: training goes on, and may do so for hours until it looks.
+                pause = RETRY_SECONDS + 10 * (time.perf_counter() - begun)
+                self._retry_at = time.monotonic() + pause
+                self.failed = error
+                log.warning("%s. The checkpoints before it stay", error)
             except BaseException as error:  # raised again in the thread that waits
                 self._error = error
             finally:
@@ -68,8 +83,14 @@ class BackgroundSave:
         self._thread.start()
         free.wait()
 
+    def retry_due(self) -> bool:
+        """Return whether the last save failed, and long enough ago to try another one."""
+        return self.failed is not None and time.monotonic() >= self._retry_at
+
     def wait(self) -> None:
-        """Wait until the save in flight is committed. OSError if it failed."""
+        """Wait until the save in flight is committed, or the disk has refused it (`failed`). Any
+        other error of it is raised.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None

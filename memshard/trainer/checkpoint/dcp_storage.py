@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from memshard.io import named, sync
 from memshard.trainer.checkpoint.hashed_pieces import read_pieces
 from memshard.trainer.checkpoint.index import Chunk, StoredTensor, write_index
 
@@ -73,7 +74,8 @@ class PieceWriter(StorageWriter):
         name = f"rank{self.rank}.bin"
         in_place = [item for item in plan.items if item.index.fqn in self.in_place]
         others = [item for item in plan.items if item.index.fqn not in self.in_place]
-        with (self.folder / name).open("wb") as file:
+        path = self.folder / name
+        with named(path), path.open("wb") as file:
             results = [_write(file, name, item, _local(item, planner)) for item in in_place]
             # Dense parameters and moments are small next to the tables and copied, so that training
             # goes on while they are written.
@@ -84,7 +86,7 @@ class PieceWriter(StorageWriter):
             ]
             # The commit marker must not reach the disk before the data it vouches for.
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         # Already done: the whole save runs on a thread (background.py), so writing here may block.
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -38,9 +38,7 @@ def committed(root: Path) -> list[Path]:
     return sorted(
         root / name
         for name in names
-        if name.startswith(_PREFIX)
-        and name[len(_PREFIX) :].isdigit()
-        and _is_committed(root / name)
+        if name.startswith(_PREFIX) and name[len(_PREFIX) :].isdigit() and is_committed(root / name)
     )
 
 
@@ -48,7 +46,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints that a path stands for, newest first: the path itself, or the
     committed ones of a run folder. ValueError if there is none.
     """
-    if _is_committed(path):
+    if is_committed(path):
         return [path]
     folders = committed(path / "checkpoints")
     if not folders:
@@ -88,7 +86,8 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
         log.warning("an old checkpoint could not be removed: %s", error)
 
 
-def _is_committed(path: Path) -> bool:
+def is_committed(path: Path) -> bool:
+    """Return whether a folder is a complete checkpoint. OSError if that cannot be read."""
     try:
         (path / COMMIT).stat()
     except OSError as error:

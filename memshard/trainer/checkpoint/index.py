@@ -72,7 +72,10 @@ def write_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
         for name, tensor in tensors.items()
     }
     # Not synced here: save_load.py flushes every file before it writes the marker.
-    (folder / INDEX_FILE).write_text(json.dumps({"version": _VERSION, "tensors": listed}))
+    with named(folder / INDEX_FILE):
+        (folder / INDEX_FILE).write_text(
+            json.dumps({"version": _VERSION, "tensors": listed}), encoding="utf-8"
+        )
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memshard.io import is_absence, named
+from memshard.io import is_absence, named, sync
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
 from memshard.trainer.checkpoint.folders import COMMIT, partial_folder, set_aside
@@ -46,7 +46,7 @@ def save_checkpoint(
     folder: Path,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
-    files: list[Path],
+    files: dict[str, bytes],
     *,
     group: dist.ProcessGroup | None = None,
     in_place: Collection[str] = (),
@@ -54,10 +54,10 @@ def save_checkpoint(
     committed: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a checkpoint into a temporary folder, add the commit marker, rename the folder. All
-    ranks call it; OSError on all of them if it fails.
+    ranks call it; OSError on all of them if it fails, and then nothing of it stays.
 
-    state: JSON values; rank 0's are written. files: copied into the folder, so that the checkpoint
-    needs no other. group: of all ranks, by default the run's. free: called once the tensors may
+    state: JSON values; rank 0's are written. files: content by name, so that the checkpoint needs
+    no other folder. group: of all ranks, by default the run's. free: called once the tensors may
     change: those of `in_place` are written by then, the others copied. committed: called on rank 0
     at the end.
     """
@@ -65,28 +65,35 @@ def save_checkpoint(
     # Next to the final folder: a rename is atomic only within one file system.
     # A name that nothing else has, so that nothing of anyone's is in the way.
     temporary = _from_rank0(partial_folder(folder), group)
-    with _same_outcome(group, f"{folder} could not be written"):
-        if first:
-            temporary.mkdir(parents=True)
-    _expect_one_process()
     try:
-        dcp.save(
-            tensors,
-            storage_writer=PieceWriter(temporary, in_place, free),
-            process_group=group,
-            no_dist=not dist.is_initialized(),
-        )
-    except CheckpointException as error:
-        raise OSError(
-            f"{folder} could not be written ({_reason(error)}): is the disk full?"
-        ) from error
-    with _same_outcome(group, f"{folder} could not be written"):
+        with _same_outcome(group, folder):
+            if first:
+                temporary.mkdir(parents=True)
+        _expect_one_process()
+        try:
+            dcp.save(
+                tensors,
+                storage_writer=PieceWriter(temporary, in_place, free),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+            )
+        except CheckpointException as error:
+            kind = OSError if _is_of_disk(error) else RuntimeError
+            raise kind(f"{folder} could not be written ({_reason(error)})") from error
+        with _same_outcome(group, folder):
+            if first:
+                files = {**files, _STATE: json.dumps(state, indent=1).encode()}
+                for name, content in files.items():
+                    with named(temporary / name):
+                        (temporary / name).write_bytes(content)
+                _commit(temporary, folder)
+                committed()
+    except OSError:
+        # All ranks have the error, so none writes here any more. What is left of a full disk is
+        # for the next save.
         if first:
-            for file in files:
-                shutil.copy2(file, temporary / file.name)
-            (temporary / _STATE).write_text(json.dumps(state, indent=1))
-            _commit(temporary, folder)
-            committed()
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _expect_one_process() -> None:
@@ -108,7 +115,8 @@ def _commit(temporary: Path, folder: Path) -> None:
             hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
             _to_disk(file)
     # After all others: the marker on disk proves that everything it lists is.
-    (temporary / COMMIT).write_text(json.dumps(hashes))
+    with named(temporary / COMMIT):
+        (temporary / COMMIT).write_text(json.dumps(hashes), encoding="utf-8")
     _to_disk(temporary / COMMIT)
     _to_disk(temporary)
     # Atomic: a reader sees the whole checkpoint or none. The entry in the parent folder is on disk
@@ -127,10 +135,8 @@ def _commit(temporary: Path, folder: Path) -> None:
 def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
-            raise
+        with named(path):
+            sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -200,6 +206,10 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
 
 
+def _is_of_disk(error: CheckpointException) -> bool:
+    return all(isinstance(reason, OSError) for reason, _ in error.failures.values())
+
+
 def _reason(error: CheckpointException) -> str:
     """Return the first failure in a line: the exception's text is every rank's traceback."""
     reason, _ = next(iter(error.failures.values()))
@@ -232,13 +242,13 @@ def _from_rank0(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 @contextmanager
-def _same_outcome(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
-    """Raise OSError on every rank if rank 0 has one inside the context."""
+def _same_outcome(group: dist.ProcessGroup | None, folder: Path) -> Iterator[None]:
+    """Raise OSError on every rank if rank 0 has one inside the context, which writes a folder."""
     problem = None
     try:
         yield
     except OSError as error:
-        problem = f"{what} ({error})"
+        problem = f"{folder} could not be written ({error})"
     if dist.is_initialized():
         # Without this, ranks that had no error would wait in the next collective for rank 0.
         problem = _from_rank0(problem, group)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -48,9 +47,10 @@ def bring_back(source: Path, out: Path) -> int:
         # No data: only init_from takes it, a resume refuses.
         "stream": None,
     }
-    with TemporaryDirectory() as folder:
-        config = Path(folder) / CONFIG_FILE
-        config.write_text(dump(recipe))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(out, tensors, state, [config, loaded.path / TOKENIZER_FILE])
+    files = {
+        CONFIG_FILE: dump(recipe).encode(),
+        TOKENIZER_FILE: (loaded.path / TOKENIZER_FILE).read_bytes(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, tensors, state, files)
     return loaded.step

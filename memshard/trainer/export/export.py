@@ -1,7 +1,6 @@
 """Export a sharded checkpoint as one safetensors file, without loading the whole model."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from memshard.data_pipeline.format.index import sha256_file
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
-from memshard.io import partial_path
+from memshard.io import whole_folder
 from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
@@ -82,23 +81,18 @@ def export(
             "(model.encoder_layers): leave it out"
         )
     # Renamed at the end: what has the name `out` is complete and compared.
-    temporary = partial_path(out)
-    temporary.mkdir(parents=True)
-    digest = write_safetensors(temporary / WEIGHTS, list(_entries(stored, dtype, tables)))
-    (temporary / CONFIG_FILE).write_text(dump(_published(stored.recipe)), encoding="utf-8")
-    shutil.copy2(stored.folder / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
-    config = _config(stored, dtype, tables, digest)
-    config["memshard"]["files"] = {
-        name: sha256_file(temporary / name) for name in (CONFIG_FILE, TOKENIZER_FILE)
-    }
-    if huggingface:
-        config |= write_code(temporary, stored.recipe.model)
-    (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2))
-    difference = _compare(stored, temporary, dtype, tables)
-    # An empty folder, as checked above.
-    if out.exists():
-        out.rmdir()
-    os.replace(temporary, out)
+    with whole_folder(out) as temporary:
+        digest = write_safetensors(temporary / WEIGHTS, list(_entries(stored, dtype, tables)))
+        (temporary / CONFIG_FILE).write_text(dump(_published(stored.recipe)), encoding="utf-8")
+        shutil.copy2(stored.folder / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+        config = _config(stored, dtype, tables, digest)
+        config["memshard"]["files"] = {
+            name: sha256_file(temporary / name) for name in (CONFIG_FILE, TOKENIZER_FILE)
+        }
+        if huggingface:
+            config |= write_code(temporary, stored.recipe.model)
+        (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        difference = _compare(stored, temporary, dtype, tables)
     return Exported(out, stored.step, (out / WEIGHTS).stat().st_size, difference)
 
 

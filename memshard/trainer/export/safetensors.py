@@ -7,13 +7,14 @@ of every tensor), and then the values.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from memshard.io import named, sync
 
 _NAMES = {
     torch.float32: "F32",
@@ -49,7 +50,7 @@ def write_safetensors(file: Path, entries: list[Entry]) -> str:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)  # so that values begin at a multiple of 8 bytes
     digest = hashlib.sha256()
-    with file.open("wb") as out:
+    with named(file), file.open("wb") as out:
         start_of_file = len(text).to_bytes(8, "little") + text
         out.write(start_of_file)
         digest.update(start_of_file)
@@ -61,7 +62,7 @@ def write_safetensors(file: Path, entries: list[Entry]) -> str:
             # Offsets were promised in the header before the values were known.
             assert out.tell() - start == math.prod(entry.shape) * entry.dtype.itemsize, entry.name
         out.flush()
-        os.fsync(out.fileno())
+        sync(out.fileno())
     return digest.hexdigest()
 
 

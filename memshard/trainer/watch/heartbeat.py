@@ -116,9 +116,17 @@ class Heartbeat:
         self.beat = replace(
             self.beat, step=step, phase=phase, since=since, time=now, ended=ended, error=error
         )
+        text = json.dumps(asdict(self.beat))
         # A full disk must not end a run for the sake of its heartbeat.
-        with suppress(OSError), atomic_write(self.path) as file:
-            file.write_text(json.dumps(asdict(self.beat)))
+        with suppress(OSError):
+            try:
+                with atomic_write(self.path) as file:
+                    file.write_text(text, encoding="utf-8")
+            except OSError:
+                # In place needs no new block: of a run that ends here, others must know why.
+                with self.path.open("r+", encoding="utf-8") as old:
+                    old.write(text)
+                    old.truncate()
 
 
 def read_beats(folder: Path) -> list[Beat]:

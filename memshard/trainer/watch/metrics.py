@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from memshard.io import atomic_write
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.run_folder import METRICS_FILE
 from memshard.trainer.watch import weights_and_biases
+from memshard.trainer.watch.line_file import LineFile
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,14 @@ class Metrics:
         )
         with atomic_write(path) as file:  # a kill must not cost the lines that are kept
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        self._file = LineFile(path)
+        self._folder = folder
         # purge_step hides what an earlier start wrote after this step.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        self._board: SummaryWriter | None = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=first + 1
+        )
         self._wandb = weights_and_biases.begin(folder, recipe, kept) if train.wandb else None
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             initial=first,
@@ -55,11 +62,8 @@ class Metrics:
             return
         # JSON has no NaN: what is not a finite number is null.
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        # A run that is killed must not lose the lines that explain why.
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._file.write(json.dumps({"step": step, **line}))
+        self._write_board(step, values)
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
         if "train/loss" in values:
@@ -69,12 +73,14 @@ class Metrics:
         """Print a line, above the progress bar where there is one, and log it."""
         if self.enabled:
             log.info("%s", text)
-            tqdm.write(text, file=sys.stderr)
+            with _console_may_be_gone():
+                tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """Move the progress bar by a step."""
         if self.enabled:
-            self._bar.update()
+            with _console_may_be_gone():
+                self._bar.update()
 
     @property
     def shows_bar(self) -> bool:
@@ -84,11 +90,40 @@ class Metrics:
     def close(self) -> None:
         """Close the files, and end the run at Weights & Biases."""
         if self.enabled:
-            self._bar.close()
+            with _console_may_be_gone():
+                self._bar.close()
             self._file.close()
-            self._board.close()
+            self._close_board()
+            threading.excepthook = self._excepthook
             if self._wandb is not None:
                 self._wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+    def _write_board(self, step: int, values: dict[str, float]) -> None:
+        try:
+            if self._board is None and not self._file.failing:
+                self._board = SummaryWriter(str(self._folder / "tensorboard"))
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:  # of its thread, which is over then
+            log.warning("TensorBoard's file cannot be written (%s): a new one will be", error)
+            self._close_board()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of TensorBoard's thread: its next write raises the same."""
+        if not isinstance(failure.exc_value, OSError):
+            self._excepthook(failure)
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with suppress(OSError):  # the disk is still full
+                board.close()
+
+
+def _console_may_be_gone() -> suppress:
+    """Let a run go on without its terminal, or a full disk that standard error goes to."""
+    return suppress(OSError)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,10 +3,33 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+
+class _RankFile(logging.FileHandler):
+    """A log file that says once that it cannot be written, in place of a traceback a line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self._failed = False
+        super().emit(record)
+        self._failing = self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say the first of several errors in a row."""
+        self._failed = True
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failing:
+            print(f"memshard: {self.baseFilename} cannot be written: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -18,7 +41,7 @@ def rank_log(folder: Path, rank: int, step: Callable[[], int]) -> Iterator[Path]
     """
     path = folder / "log" / f"rank{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(path)]
+    handlers: list[logging.Handler] = [_RankFile(path)]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if rank == 0:
         terminal = logging.StreamHandler(sys.stderr)
@@ -41,4 +64,5 @@ def rank_log(folder: Path, rank: int, step: Callable[[], int]) -> Iterator[Path]
         memshard.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # a full disk, which the file has said
+                handler.close()

@@ -1,0 +1,66 @@
+"""A file that grows by lines, for as long as a run takes."""
+
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class LineFile:
+    """Appends lines to a file. Neither a full disk nor its removal ends the run.
+
+    Lines that cannot be written now are kept and written with the next ones; a file that is gone is
+    made anew with all of its lines. Both are said once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting = b""
+        self.failing = False
+        """Whether the last write failed."""
+        # Readable, so that the lines of a file that was removed can be written again.
+        self._file = path.open("ab+", buffering=0)
+
+    def write(self, line: str) -> None:
+        """Append a line. It is with the system when this returns, unless that failed: a run that is
+        killed must not lose the lines that explain why.
+        """
+        self._waiting += line.encode() + b"\n"
+        self._write_waiting()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._waiting:
+            self._write_waiting()
+        self._file.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            self._make_anew_if_gone()
+            while self._waiting:
+                # A disk that is nearly full takes the first part.
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self.failing:
+                log.warning(
+                    "%s cannot be written (%s): its lines are kept and tried again",
+                    self._path,
+                    error,
+                )
+            self.failing = True
+        else:
+            self.failing = False
+
+    def _make_anew_if_gone(self) -> None:
+        try:
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                return
+        except FileNotFoundError:
+            pass
+        gone, self._file = self._file, self._path.open("ab+", buffering=0)
+        with gone:
+            if os.fstat(self._file.fileno()).st_size == 0:
+                gone.seek(0)
+                self._waiting = gone.read() + self._waiting
+        log.warning("%s was removed or replaced: it is made anew", self._path)
