@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
+from memshard.io import partial_path
 from memshard.search.evolve import pictures
 from memshard.search.evolve.child import Task
 from memshard.search.evolve.history import LOSSES
@@ -69,9 +70,10 @@ def test_strangers_among_the_states_are_removed(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()
     (state / "7.safetensors").touch()
-    (state / "3.1234").touch()
+    partial_path(state / "3.safetensors").touch()
+    (state / "notes.txt").touch()
     landscape.run_here(tmp_path, children=4, finalists=0, sizes=())
-    assert not list(state.iterdir())
+    assert [path.name for path in state.iterdir()] == ["notes.txt"], "which is the user's"
 
 
 def test_a_program_that_hangs_ends_as_timeout(tmp_path: Path) -> None:

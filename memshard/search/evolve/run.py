@@ -3,6 +3,7 @@ journal alone what comes next.
 """
 
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -57,8 +58,9 @@ def search(
         states = folder.resolve() / "state"  # workers may run in another folder
         # A kill between the end of a child and the removal of its state leaves a file behind.
         living = {_state(states, child.id) for child in history.living()}
-        for path in set(states.glob("*.safetensors")) - living:
-            if path.stem.isdigit():
+        for path in set(states.glob("*")) - living:
+            # The names that writing a state gives; a user's file stays.
+            if re.fullmatch(r"\d+\.safetensors(\.[0-9a-f]{8}\.partial)?", path.name):
                 path.unlink()
         if len(journal.events) > 1:
             say(
