@@ -1,12 +1,16 @@
-"""Writing files so that a reader, or the next start after a kill, never meets half of one."""
+"""Writing files so that a reader, or the next start after a kill, never meets half of one, and
+reading what others may have written.
+"""
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -88,6 +92,16 @@ def is_absence(error: OSError) -> bool:
     permission, a failing disk, a stale mount).
     """
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON text. ValueError if it is none, or nested deeper than the parser
+    can go.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def partial_path(path: Path) -> Path:

@@ -1,7 +1,6 @@
 """Check an installation, or a run, and say what is wrong with it."""
 
 import importlib.metadata
-import json
 import os
 import shutil
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 import memshard
+from memshard.io import parse_json
 from memshard.launch.env import lacks_kernels
 from memshard.models.kernels.backend import backend_for
 from memshard.trainer.checkpoint.folders import COMMIT, committed
@@ -161,7 +161,7 @@ def _collectives(folder: Path) -> Iterator[Finding]:
     last: dict[str, dict[int, dict[str, object]]] = {}
     for path in (folder / FLIGHT).glob("rank*.json"):
         try:
-            entries = json.loads(path.read_text())["entries"]
+            entries = parse_json(path.read_text())["entries"]
         # A record may be cut short: its rank was killed while it wrote.
         except (OSError, ValueError, KeyError):
             continue

@@ -5,13 +5,24 @@ explain` prints. The settings of mixers and memories are with the registries of 
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, Self
 
 from memshard.models.memory.kinds import MEMORIES, MemoryConfig
 from memshard.models.mixers.kinds import MixerConfig, names
 
 __all__ = ["Activation", "FeedForwardConfig", "MemoryConfig", "MixerConfig", "ModelConfig"]
+
+_WIDEST = 1 << 20
+_LIMITS = {
+    "layers": 1 << 12,
+    "encoder_layers": 1 << 12,
+    "vocab_size": 1 << 32,
+    "adaptive_cutoffs": 1 << 32,
+    "max_length": 1 << 40,
+    "axial": 1 << 40,
+}
+"""Largest sizes by name, where not `_WIDEST`. Products of three stay below 2^63."""
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu", "squared_relu"]
 
@@ -121,10 +132,14 @@ class ModelConfig:
     """Dropout rate of embeddings and branch outputs; draws do not depend on the parallel layout."""
 
     def __post_init__(self) -> None:
+        _check_limits(self)
         if self.layers < 1 or self.dim < 1:
             raise ValueError(
                 f"model.layers is {self.layers} and model.dim {self.dim}; both must be at least 1"
             )
+        for name in ("vocab_size", "max_length"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"model.{name} is {size}; it must be at least 1, or null")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         _check_memory(self)
@@ -155,6 +170,23 @@ class ModelConfig:
         in: the longest sequence, and the buckets of LSH.
         """
         return replace(self, max_length=self.longest(length), mixer=self.mixer.for_length(length))
+
+
+def _check_limits(section: Any, prefix: str = "model.") -> None:
+    """Raise ValueError for a size that no model has: recipes come with checkpoints, too, and even
+    on the meta device a model is built layer by layer, of tensors of fewer than 2^62 values.
+    """
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            _check_limits(value, f"{prefix}{item.name}.")
+            continue
+        limit = _LIMITS.get(item.name, _WIDEST)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and number > limit:
+                raise ValueError(
+                    f"{prefix}{item.name} is {number}; the limit is {limit:,}: check the number"
+                )
 
 
 def _check_memory(model: ModelConfig) -> None:

@@ -219,7 +219,12 @@ def _rewind_target(run: Run, root: Path) -> Path:
 
 def _load(run: Run, folder: Path) -> None:
     state = load_state_together(folder)
-    if state["stream"] != run.stream.fingerprint:
+    try:
+        progress, steps = Progress(**state["progress"]), dict(state["table_steps"])
+        stream, loss_scale = state["stream"], state["loss_scale"]
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpoint(folder, f"state.json is no run's ({error})") from error
+    if stream != run.stream.fingerprint:
         raise ValueError(
             f"{run.recipe.data.path} is not the data that {folder} was trained on: "
             "give the original folder as data.path, or another --run folder"
@@ -227,11 +232,11 @@ def _load(run: Run, folder: Path) -> None:
     tensors = checkpoint_tensors(run)
     load_tensors(folder, tensors)
     run.engine.restore(tensors)
-    run.continue_from(Progress(**state["progress"]))
-    run.loss_scale.restore(state["loss_scale"])
+    run.continue_from(progress)
+    run.loss_scale.restore(loss_scale)
     for name, table in find_tables(run.model):
         assert run.table_optimizer is not None
-        run.table_optimizer.state[table.anchor]["step"] = state["table_steps"][name]
+        run.table_optimizer.state[table.anchor]["step"] = steps[name]
 
 
 def _learned(run: Run) -> dict[str, Tensor]:

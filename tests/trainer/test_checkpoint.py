@@ -193,7 +193,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"dtype": "object"}, "entry of x is malformed"),
-        ({"shape": [1 << 61, 1 << 61]}, "is not inside its shape|do not cover"),
+        ({"shape": [1 << 61, 1 << 61]}, "is no shape"),
         ({"shape": [-4, -3]}, "are not sizes"),
         ({"shape": [5, 3]}, "do not cover its shape"),
         ({"file": "../rank0.bin"}, "which is no data file"),

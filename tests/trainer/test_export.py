@@ -103,6 +103,14 @@ def test_tables_are_in_slot_order(recipe: Path, tmp_path: Path) -> None:
         assert torch.equal(values[8 * i1 + i2], table.weight[row])
 
 
+def test_scales_of_a_reversible_models_grid_are_none_of_a_table(
+    recipe: Path, tmp_path: Path
+) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1", "model.residual=reversible")
+    export(tmp_path / "run", tmp_path / "out", tables="int8")
+    assert any(name.endswith(".scale") for name in load_model(tmp_path / "out").model.state_dict())
+
+
 def test_int8_rows_are_off_by_half_a_step_at_most() -> None:
     values = torch.randn(50, 30) * torch.logspace(-30, 3, 50)[:, None]
     values[7] = 0

@@ -2,12 +2,11 @@
 unless the command line does.
 """
 
-import hashlib
 import json
 import shutil
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from memshard.trainer.config.load import load_recipe
 from memshard.trainer.export.export import export
 from tests.data_pipeline.conftest import write_corpus
 from tests.trainer.test_bad_input import refused
-from tests.trainer.tiny_run import train_run
+from tests.trainer.tiny_run import rewrite_config, train_run
 
 
 @dataclass
@@ -66,20 +65,6 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _rewrite(folder: Path, change: Callable[[str], str]) -> None:
-    """Change config.yaml of a checkpoint or an export, and its hash, as a stranger can."""
-    config = folder / "config.yaml"
-    config.write_text(change(config.read_text()))
-    digest = hashlib.sha256(config.read_bytes()).hexdigest()
-    for name, place in (("COMMITTED", ()), ("config.json", ("memshard", "files"))):
-        if (folder / name).exists():
-            content = hashes = json.loads((folder / name).read_text())
-            for key in place:
-                hashes = hashes[key]
-            hashes["config.yaml"] = digest
-            (folder / name).write_text(json.dumps(content))
-
-
 def _hostile(trained: Path, tmp_path: Path, name: str) -> None:
     """Copies of a run and an export that say that their data is `name`."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
@@ -88,7 +73,7 @@ def _hostile(trained: Path, tmp_path: Path, name: str) -> None:
         tmp_path / "run/checkpoints/step-00000001",
         tmp_path / "export",
     ):
-        _rewrite(
+        rewrite_config(
             folder,
             lambda text: "\n".join(
                 f"  path: {json.dumps(name)}" if line.startswith("  path: ") else line
@@ -285,7 +270,7 @@ def test_an_export_tells_nothing_of_the_machine(recipe: Path, tmp_path: Path, da
     train_run(recipe, tmp_path / "first", "train.steps=1")
     folder = tmp_path / "run"
     train_run(recipe, folder, "train.steps=1", f"init_from={tmp_path / 'first'}")
-    _rewrite(
+    rewrite_config(
         folder / "checkpoints/step-00000001",
         lambda text: text.replace(
             "  mixture: {}", f"  mixture:\n    {json.dumps(secret)}: 1.0"

@@ -1,5 +1,8 @@
 """Real runs, as small as they get: what the tests of the trainer and of its commands share."""
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +93,22 @@ def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
 def numbers(folder: Path, key: str) -> dict[int, float]:
     """Return step -> value of one metric of a run."""
     return {line["step"]: line[key] for line in read_metrics(folder / METRICS_FILE) if key in line}
+
+
+def rewrite_config(folder: Path, change: Callable[[str], str]) -> None:
+    """Change config.yaml of a checkpoint or an export, and its hash, as a stranger can."""
+    config = folder / "config.yaml"
+    config.write_text(change(config.read_text()))
+    rehash(folder, "config.yaml")
+
+
+def rehash(folder: Path, file: str) -> None:
+    """Store the hash of what a file is now."""
+    digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    for name, place in (("COMMITTED", ()), ("config.json", ("memshard", "files"))):
+        if (folder / name).exists():
+            content = hashes = json.loads((folder / name).read_text())
+            for key in place:
+                hashes = hashes[key]
+            hashes[file] = digest
+            (folder / name).write_text(json.dumps(content))

@@ -6,12 +6,14 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.kinds import RECORD_KINDS, RecordKind
 from memshard.data_pipeline.format.remote import local_copy
+from memshard.io import parse_json
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -137,7 +139,7 @@ def read_index(folder: Path) -> Index:
     """Return the index of a local folder, without a look at its files. ValueError if damaged."""
     file = folder / INDEX_FILE
     try:
-        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = parse_json(file.read_bytes())
         version = fields.pop("format")
         if version == FORMAT_VERSION:
             splits = {
@@ -172,12 +174,28 @@ def _check(index: Index) -> None:
         )
     if index.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {index.dtype!r}, expected uint16 or uint32")
+    # 4 bytes a token, and positions of torch and numpy are int64.
+    vocabulary_fits = _is_number(index.vocab_size, 1 << 32) and index.vocab_size > 0
+    if not vocabulary_fits or not _is_number(index.eos_id, index.vocab_size):
+        raise ValueError(f"vocab_size is {index.vocab_size!r} and eos_id {index.eos_id!r}")
+    if index.shape is not None and not all(_is_number(size, 1 << 20) for size in index.shape):
+        raise ValueError(f"shape is {index.shape!r}")
     if index.kind not in RECORD_KINDS:
         raise ValueError(f"kind is {index.kind!r}, expected one of {', '.join(RECORD_KINDS)}")
     for name, split in index.splits.items():
+        counts = (split.documents, split.tokens, split.text_bytes, split.words)
+        sizes = ((shard.documents, shard.tokens, shard.bytes) for shard in split.shards)
+        for number in chain(counts, *sizes):
+            if not _is_number(number, 1 << 62):
+                raise ValueError(f"{number!r} in split {name} is no count")
         for total in ("documents", "tokens"):
             if getattr(split, total) != sum(getattr(shard, total) for shard in split.shards):
                 raise ValueError(f"the {total} of split {name} do not add up")
+
+
+def _is_number(value: Any, limit: int) -> bool:
+    # `type(...) is int` refuses true and false, which Python also counts as integers.
+    return type(value) is int and 0 <= value < limit
 
 
 def sha256_file(path: Path) -> str:

@@ -73,7 +73,7 @@ class Program:
                 for entry in entries["nodes"]
             )
             program = Program(int(entries["width"]), nodes)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"model.program: not a compiled program ({error!r}): write one with `memshard "
                 "search compile`"

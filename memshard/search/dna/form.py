@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+from memshard.io import parse_json
 from memshard.models.program.primitives import PRIMITIVES
 
 Dna = dict[str, Any]
@@ -35,7 +36,7 @@ OPERATIONS = tuple(PRIMITIVES)
 def load(path: Path | str) -> Dna:
     """Read a DNA from a JSON file. ValueError if the file has none."""
     try:
-        dna = json.loads(Path(path).read_text(encoding="utf-8"))
+        dna = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if problem := invalid(dna):

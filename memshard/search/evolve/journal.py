@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from memshard.io import sync
+from memshard.io import parse_json, sync
 from memshard.lock import holding
 
 JOURNAL_FILE = "journal.jsonl"
@@ -23,7 +23,7 @@ def read(folder: Path) -> list[Event]:
     events = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            events.append(json.loads(line))
+            events.append(parse_json(line))
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}: not JSON ({error}); cut the file before this line to go "

@@ -9,7 +9,12 @@ from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.grow import grow_sub_keys, grow_table, local_part
-from memshard.trainer.checkpoint.save_load import index_of, load_state_together, load_tensors
+from memshard.trainer.checkpoint.save_load import (
+    DamagedCheckpoint,
+    index_of,
+    load_state_together,
+    load_tensors,
+)
 from memshard.trainer.optim.rows.adam import RowAdam
 
 
@@ -25,7 +30,10 @@ def init_from(
     that a new memory replaces is dropped. ValueError, naming the parameter,
     for any other difference.
     """
-    steps = load_state_together(checkpoint)["table_steps"]
+    try:
+        steps = dict(load_state_together(checkpoint)["table_steps"])
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpoint(checkpoint, f"state.json is no run's ({error})") from error
     saved = {name: Size(stored.shape) for name, stored in index_of(checkpoint).items()}
     fresh = [
         layer

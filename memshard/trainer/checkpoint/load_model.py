@@ -110,19 +110,8 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
 
 
 def _fill(model: nn.Module, stored: StoredModel) -> None:
-    """Fill dense parameters and buffers. ValueError if names or shapes differ."""
-    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if missing := wanted.keys() ^ stored.dense.keys():
-        raise ValueError(
-            f"{stored.folder} does not fit its recipe: {', '.join(sorted(missing)[:3])} are in "
-            "only one of them"
-        )
-    for name, tensor in wanted.items():
+    """Fill dense parameters and buffers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         values = stored.dense[name]()
-        if values.shape != tensor.shape:
-            raise ValueError(
-                f"{stored.folder} does not fit its recipe: {name} is {list(values.shape)} there "
-                f"and {list(tensor.shape)} here"
-            )
         # Through .data, so that parameters stay leaves and no gradient is recorded.
         tensor.data.copy_(values)

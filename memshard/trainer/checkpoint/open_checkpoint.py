@@ -1,8 +1,7 @@
 """Open a checkpoint or an export, to read it by tensors and rows through memory maps."""
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from memshard.data_pipeline.format.index import sha256_file
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
-from memshard.io import is_absence
+from memshard.io import is_absence, parse_json
 from memshard.models.memory.product_key import row_slots
 from memshard.models.memory.table import find_tables
 from memshard.models.seq2seq import build_model
@@ -69,12 +68,17 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
             verify(folder, index)
         except ValueError as error:
             raise DamagedCheckpoint(folder, str(error)) from error
+    try:
+        step = int(state["progress"]["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(folder, f"state.json is no run's ({error})") from error
+    names = _table_names(folder, recipe, {name: tensor.shape for name, tensor in index.items()})
     stored = {name: MappedTensor(folder, tensor) for name, tensor in index.items()}
-    tables = {name: stored.pop(f"{name}.weight") for name in _table_names(recipe)}
+    tables = {name: stored.pop(f"{name}.weight") for name in names}
     return StoredModel(
         folder=folder,
         recipe=recipe,
-        step=state["progress"]["step"],
+        step=step,
         dense={name: tensor.whole for name, tensor in stored.items()},
         tables={name: tensor.rows for name, tensor in tables.items()},
         # All tables of a model have one dtype.
@@ -88,7 +92,7 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
     """
     file = folder / WEIGHTS
     try:
-        about = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))["memshard"]
+        about = parse_json((folder / CONFIG_JSON).read_bytes())["memshard"]
         for name in ("config.yaml", TOKENIZER_FILE):
             if sha256_file(folder / name) != about["files"][name]:
                 raise ValueError(f"{name} does not match its hash")
@@ -100,15 +104,21 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         with safe_open(file, "pt") as opened:
             # On the CPU, tensors of an open file are views of its memory map.
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        scales = {
+            f"{name.removesuffix('weight')}{SCALE}"
+            for name, tensor in tensors.items()
+            if tensor.dtype == torch.int8
+        }
+        shapes = {name: tuple(t.shape) for name, t in tensors.items() if name not in scales}
         tables = {
             name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None))
-            for name in _table_names(recipe)
+            for name in _table_names(folder, recipe, shapes)
         }
         keys = recipe.model.memory.keys
         return StoredModel(
             folder=folder,
             recipe=recipe,
-            step=about["step"],
+            step=int(about["step"]),
             dense={name: tensor.clone for name, tensor in tensors.items()},
             tables={name: partial(_read_slots, *pair, keys) for name, pair in tables.items()},
             table_dtype=next(
@@ -139,7 +149,31 @@ def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -
     return values[slots] if scale is None else values[slots].float() * scale[slots, None]
 
 
-def _table_names(recipe: Recipe) -> list[str]:
-    # Only names are wanted; on meta a model of any size takes no memory.
+def _table_names(folder: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the names of the model's tables. ValueError unless the tensors that the folder holds
+    are the model's: a recipe of a terabyte is refused before anything is allocated.
+    """
+    if recipe.model.layers > len(shapes):
+        raise ValueError(
+            f"{folder} does not fit its recipe: {recipe.model.layers} layers, and "
+            f"{len(shapes)} tensors"
+        )
+    # On meta a model of any size takes no memory, but a layer some milliseconds.
     with torch.device("meta"):
-        return [name for name, _ in find_tables(build_model(recipe.model))]
+        model = build_model(recipe.model)
+    wanted = {
+        name: tuple(tensor.shape)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    if missing := wanted.keys() ^ shapes.keys():
+        raise ValueError(
+            f"{folder} does not fit its recipe: {', '.join(sorted(missing)[:3])} are in only one "
+            "of them"
+        )
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ValueError(
+                f"{folder} does not fit its recipe: {name} is {list(shapes[name])} there and "
+                f"{list(shape)} here"
+            )
+    return [name for name, _ in find_tables(model)]

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memshard.io import is_absence, named, sync
+from memshard.io import is_absence, named, parse_json, sync
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
 from memshard.trainer.checkpoint.folders import COMMIT, partial_folder, set_aside
@@ -162,7 +162,12 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) 
 def load_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's JSON values. DamagedCheckpoint if one of the small files changed."""
     check_files(folder)
-    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    try:
+        state: dict[str, Any] = parse_json(_read(folder / _STATE))
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+    except ValueError as error:
+        raise DamagedCheckpoint(folder, f"{_STATE} is no state: {error}") from error
     return state
 
 
@@ -185,7 +190,7 @@ def check_files(folder: Path) -> None:
     if one cannot be read.
     """
     try:
-        hashes = json.loads(_read(folder / COMMIT))
+        hashes = parse_json(_read(folder / COMMIT))
         for name in hashes:
             # A name such as "../x" would have a file outside the folder read.
             if Path(name).name != name:

@@ -53,6 +53,11 @@ class DataConfig:
     damage_tolerance: float = may_change(0.001)
     """Share of the tokens that may be unreadable: they are masked. With more, the run fails."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("length", 1), ("workers", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

@@ -4,13 +4,21 @@ YAML 1.1, which PyYAML speaks, reads 1e-3 as text, yes as true, 010 as 8 and 1:3
 """
 
 import re
+from itertools import chain
 from typing import Any
 
 import yaml
 
 FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    # No digit can be part of two repetitions: 60,000 of them and a letter took a minute.
+    r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
+
+
+_MOST_DIGITS = 1000
+_MOST_NODES = 100_000
+"""The longest recipe has some 300 values."""
 
 
 # A separate table of resolvers: PyYAML's is shared by all loaders of the process.
@@ -44,7 +52,17 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > _MOST_DIGITS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(node.value):,} digits", node.start_mark
+        )
+    return int(node.value.replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -62,14 +80,40 @@ _Dumper.add_representer(
 
 def parse(text: str, source: str) -> Any:
     """Return the value of YAML text. ValueError with the line; `source` names the text in it."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_NODES:
+            raise ValueError(
+                f"{source}: more than {_MOST_NODES:,} values, counted as often as *aliases name "
+                "them: write them out"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"{source}: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and "\n" in text else ""
         raise ValueError(
             f"{source}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
         ) from error
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Return how many values a node holds, counted once for each alias. RecursionError if it holds
+    itself.
+    """
+    # Aliases are shared in memory, but whoever walks through the values meets each of them: nine
+    # lists of nine aliases each, one of the other, are a billion.
+    if node not in sizes:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        inside = chain.from_iterable(
+            child if isinstance(child, tuple) else (child,) for child in children
+        )
+        sizes[node] = 1 + sum(_size(child, sizes) for child in inside)
+    return sizes[node]
 
 
 def render(values: dict[str, Any]) -> str:

@@ -93,10 +93,16 @@ def estimate(
 
 
 def check_fits(recipe: Recipe, world: int, vocab_size: int, device: torch.device) -> None:
-    """Raise ValueError if a rank's part of the tables does not fit, together with the dense model,
-    into the memory that is available where the tables are.
+    """Raise ValueError if the dense model does not fit into the memory of a rank's device, or a
+    rank's part of the tables, together with it, into the memory that is available where they are.
     """
     cost = estimate(recipe, world, vocab_size)
+    if (dense := cost.bytes.dense) > (memory := available_memory(device)):
+        raise ValueError(
+            f"the dense model needs {dense / 1e9:,.1f} GB a rank (weights, gradients and moments) "
+            f"and {memory / 1e9:,.1f} GB are available: lower model.dim, model.layers or "
+            "model.vocab_size, or see `memshard plan`"
+        )
     # Only what does not depend on the batch: activations may still be made to fit.
     needed = cost.bytes.table + cost.host.table
     # The dense model takes from the same memory only where the tables are on its device.

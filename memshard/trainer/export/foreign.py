@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from memshard.io import parse_json
 from memshard.models.memory.product_key import ProductKeyMemory, row_slots
 from memshard.trainer.export.safetensors import Entry, write_safetensors
 
@@ -113,7 +114,7 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
     """
     folder = Path(path)
     try:
-        settings = json.loads((folder / MEMORY_JSON).read_text())
+        settings = parse_json((folder / MEMORY_JSON).read_text())
         settings.pop("family")
         with safe_open(folder / _WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from memshard.io import atomic_write
+from memshard.io import atomic_write, parse_json
 
 FOLDER = "heartbeat"
 Phase = Literal[
@@ -134,7 +134,7 @@ def read_beats(folder: Path) -> list[Beat]:
     beats = []
     for path in (folder / FOLDER).glob("rank*.json"):
         try:
-            beats.append(Beat(**json.loads(path.read_text())))
+            beats.append(Beat(**parse_json(path.read_text())))
         except (OSError, ValueError, TypeError):
             continue
     return sorted(beats, key=lambda beat: beat.rank)

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from memshard.io import atomic_write
+from memshard.io import atomic_write, parse_json
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.run_folder import METRICS_FILE
 from memshard.trainer.watch import weights_and_biases
@@ -131,8 +131,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

@@ -1,7 +1,6 @@
 """jsonl: an object a line, with the text under one of its keys."""
 
 import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 from memshard.data_pipeline.prepare.inputs.files import open_text
 from memshard.data_pipeline.prepare.inputs.text import documents
 from memshard.data_pipeline.prepare.workers import Watch
+from memshard.io import parse_json
 
 BAD_LINES, BAD_SHARE = 10, 0.01
 """A file with more bad lines than this number and this share of its lines together is refused:
@@ -59,7 +59,7 @@ def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterat
 def _text(line: str, key: str) -> str:
     """Return the text of a line. ValueError says what the line is instead, and what to do."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise ValueError(
             f"is not JSON ({error}): correct the line or leave the file out; of an array, or of "

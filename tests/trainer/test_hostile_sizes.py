@@ -1,0 +1,191 @@
+"""Sizes and structures that a file claims are checked before anything is allocated or walked
+through, in bounded time.
+"""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memshard.launch.cli.main import main
+from memshard.trainer.checkpoint.index import Chunk, StoredTensor, read_index, write_index
+from memshard.trainer.checkpoint.load_model import load_model
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint
+from memshard.trainer.config.text import parse
+from memshard.trainer.export.export import export
+from tests.trainer.test_bad_input import refused
+from tests.trainer.tiny_run import rehash, rewrite_config, train_run
+
+SECONDS = 20
+"""Far above what a refusal takes, far below what went wrong takes."""
+BOMB = "a0: &a0 [1]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_run(recipe, folder / "run", "train.steps=1")
+    export(folder / "run", folder / "export")
+    return folder
+
+
+@pytest.mark.parametrize("folder", ["run/checkpoints/step-00000001", "export"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers", 100_000_000),
+        ("layers", 4096),
+        ("dim", 1 << 20),
+        ("dim", 10**30),
+        ("keys", 1_000_000),
+        ("keys", 10**12),
+        ("vocab_size", 1 << 32),
+        ("vocab_size", -1),
+        ("max_length", 1 << 40),
+    ],
+)
+def test_a_checkpoint_of_absurd_sizes_is_refused_at_once(
+    key: str, value: int, folder: str, trained: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(trained / folder, tmp_path / "copy"))
+    rewrite_config(path, lambda text: re.sub(rf"(?m)^( +{key}): \d+$", rf"\1: {value}", text))
+    begun = time.monotonic()
+    for memmap in (False, True):
+        with pytest.raises(ValueError, match="does not fit its recipe|limit is|at least 1"):
+            load_model(path, memmap)
+    assert time.monotonic() - begun < SECONDS
+
+
+@pytest.mark.parametrize(
+    "override", [f"model.layers={10**21}", f"model.dim={10**9}", "model.dim=1048576"]
+)
+def test_a_recipe_of_absurd_sizes_is_refused_at_once(
+    override: str, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun = time.monotonic()
+    message = refused(capfd, "train", recipe, override, "--run", tmp_path / "run")
+    assert "the limit is" in message or "the dense model needs" in message
+    assert time.monotonic() - begun < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 100,000 values"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("[" * 20_000, "nested too deeply"),
+        (f"a: {'1' * 60_000}", "a number of 60,000 digits"),
+    ],
+)
+def test_yaml_that_grows_is_refused(text: str, message: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=f"mine.yaml.*{message}"):
+        parse(text, "mine.yaml")
+    assert time.monotonic() - begun < SECONDS
+
+
+def test_long_words_are_read_in_linear_time() -> None:
+    begun = time.monotonic()
+    for word in ("1" * 60_000 + "x", "1_" * 30_000 + "x", "." + "1" * 60_000 + "x"):
+        assert parse(f"a: {word}", "") == {"a": word}
+    assert time.monotonic() - begun < SECONDS
+    assert parse("[1e-3, 5., .5, 1_0.2, +1.5e+2, 1:30]", "") == [1e-3, 5.0, 0.5, 10.2, 150, "1:30"]
+
+
+def _grid(rows: int, columns: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Offsets and sizes of boxes that cover [2 rows, 3 columns]."""
+    return [((2 * row, 3 * column), (2, 3)) for row in range(rows) for column in range(columns)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(10_000, 1), (1, 10_000), (100, 100), (1, 1)])
+def test_many_chunks_are_checked_in_time(rows: int, columns: int, tmp_path: Path) -> None:
+    boxes = _grid(rows, columns)
+    (tmp_path / "rank0.bin").write_bytes(bytes(6 * len(boxes)))
+
+    def stored(boxes: list[Any]) -> None:
+        chunks = tuple(Chunk("rank0.bin", 0, *box, ("0" * 64,)) for box in boxes)
+        write_index(tmp_path, {"x": StoredTensor(torch.int8, (2 * rows, 3 * columns), chunks)})
+
+    begun = time.monotonic()
+    stored(boxes[::-1])
+    assert len(read_index(tmp_path)["x"].chunks) == len(boxes)
+    if len(boxes) > 1:
+        stored([*boxes[:-1], boxes[len(boxes) // 3]])  # one twice, and one not at all
+        with pytest.raises(ValueError, match="do not cover its shape"):
+            read_index(tmp_path)
+    assert time.monotonic() - begun < SECONDS
+
+
+@pytest.mark.parametrize("shape", [[1 << 40, 1 << 40, 0], [1 << 62], [1] * 100])
+def test_an_empty_tensor_of_an_overflowing_shape_is_refused(
+    shape: list[int], tmp_path: Path
+) -> None:
+    entry = {"dtype": "int8", "shape": shape, "chunks": []}
+    (tmp_path / "index.json").write_text(json.dumps({"version": 1, "tensors": {"x": entry}}))
+    with pytest.raises(ValueError, match="entry of x is malformed"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "[" * 100_000, '{"progress": []}', '{"progress": {"step": null}}']
+)
+def test_a_malformed_state_is_named(
+    text: str, trained: Path, tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    checkpoint = run / "checkpoints/step-00000001"
+    (checkpoint / "state.json").write_text(text)
+    rehash(checkpoint, "state.json")
+    with pytest.raises(DamagedCheckpoint, match=r"step-00000001 is damaged \(state.json is no"):
+        load_model(run)
+    for argv in (
+        ("generate", run, "--prompt", "a"),
+        ("train", recipe, "--run", tmp_path / "new", f"init_from={run}"),
+        ("train", recipe, "--run", run),
+    ):
+        assert "state.json is no" in refused(capfd, *argv)
+
+
+@pytest.mark.parametrize("name", ["COMMITTED", "index.json"])
+def test_deep_json_in_a_checkpoint_is_damage(name: str, trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    (run / "checkpoints/step-00000001" / name).write_text("[" * 100_000)
+    if name != "COMMITTED":
+        rehash(run / "checkpoints/step-00000001", name)
+    with pytest.raises(DamagedCheckpoint, match="nested too deeply"):
+        load_model(run)
+
+
+def test_deep_json_elsewhere_is_an_error_of_the_file(
+    trained: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(trained / "export", tmp_path / "export"))
+    (folder / "config.json").write_text("[" * 100_000)
+    assert f"{folder} is damaged" in refused(capfd, "generate", folder, "--prompt", "a")
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    (copy / "index.json").write_text("[" * 100_000)
+    assert "index.json is damaged (nested too deeply)" in refused(capfd, "data", "verify", copy)
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    argv = ("data", "build", tmp_path / "deep.jsonl", "--out", tmp_path / "out")
+    assert main([str(word) for word in argv]) == 2
+    assert "deep.jsonl, line 1" in (err := capfd.readouterr().err) and "nested too deeply" in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("vocab_size", 10**21), ("vocab_size", "x"), ("eos_id", 300), ("eos_id", -1)],
+)
+def test_numbers_of_a_data_folder_are_checked(
+    key: str, value: object, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    fields = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(fields | {key: value}))
+    assert "index.json is damaged (vocab_size is" in refused(capfd, "data", "verify", copy)
