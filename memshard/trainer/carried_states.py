@@ -1,16 +1,19 @@
 """Mixer states that continue from step to step: one for each lane of a stream of text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from memshard.data_pipeline.stream.rank_share import deal_rows
 from memshard.models.mixers.mixer import MixerState
 from memshard.models.transformer import Transformer
-from memshard.parallel.mesh import DATA
+from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.global_tensors import global_tensor
 
@@ -20,8 +23,8 @@ class Carried:
     committed, so that a skipped step leaves no trace.
 
     lanes: rows of the global batch; a lane's sequence continues where its last one ended.
-    continues: says which sample numbers do; the others begin with empty states. rank, ranks: which
-    lanes are local, divided as by `rank_share`.
+    continues: says which sample numbers do; the others begin with empty states. rank, ranks,
+    micro_batch: which lanes are local, see `deal_rows`.
     """
 
     def __init__(
@@ -31,15 +34,21 @@ class Carried:
         continues: Callable[[Tensor], Tensor],
         rank: int = 0,
         ranks: int = 1,
+        micro_batch: int | None = None,
     ) -> None:
-        share = -(-lanes // ranks)
-        self.lanes, self.first = lanes, min(rank * share, lanes)
-        self.real = min(share, lanes - self.first)
+        self.lanes, self.rank, self.share = lanes, rank, -(-lanes // ranks)
+        # The lanes of every rank, in the order of its states; filler comes after them.
+        self._dealt = [
+            [lane for part in deal_rows(lanes, other, ranks, micro_batch) for lane in part.rows]
+            for other in range(ranks)
+        ]
+        self._place = torch.zeros(lanes, dtype=torch.int64)
+        self._place[self._dealt[rank]] = torch.arange(len(self._dealt[rank]))
         self._mixers = [block.mixer for block in model.blocks]
         self._continues = continues
         # Ranks with only filler rows also have states, which are never stored.
         # Capacity 0: these mixers' states have a constant size.
-        self._states = model.init_states(share, 0)
+        self._states = model.init_states(self.share, 0)
         self._advanced: list[tuple[Tensor, Sequence[MixerState]]] = []
 
     def begin(self, samples: Tensor) -> list[Any]:
@@ -76,20 +85,61 @@ class Carried:
         self._advanced.clear()
 
     def tensors(self, mesh: DeviceMesh | None) -> dict[str, Tensor]:
-        """Return the states of all lanes for a checkpoint, as global tensors."""
+        """Return the states of all lanes for a checkpoint, as global tensors. All ranks call it.
+
+        They are by lane, so that a run on another number of ranks finds the states of its rows.
+        Where they do not share memory with the run, `restore` takes them over.
+        """
+        first = min(self.rank * self.share, self.lanes)
+        block = slice(first, min(first + self.share, self.lanes))
         placement, tensors = ShardSpec(0, DATA, self.lanes), {}
-        for layer, state in enumerate(self._states):
-            for key, value in state_tensors(state).items():
-                name = f"carried.blocks.{layer}.{key}"
-                # By lane, so that a run on another number of ranks finds the states of its rows.
-                tensors[name] = global_tensor(
-                    name, value[: self.real], {} if mesh is None else {name: placement}, mesh
-                )
+        for name, value in self._named():
+            if mesh is None:
+                tensors[name] = value
+            else:
+                local = _by_lane(value, self._dealt, mesh)[block]
+                tensors[name] = global_tensor(name, local, {name: placement}, mesh)
         return tensors
 
+    def restore(self, tensors: Mapping[str, Tensor], mesh: DeviceMesh | None) -> None:
+        """Take over the tensors of `tensors` that a checkpoint was loaded into. All ranks call
+        it.
+        """
+        if mesh is None:
+            return
+        ranks = len(self._dealt)
+        blocks = [
+            [*range(self.lanes)[rank * self.share : (rank + 1) * self.share]]
+            for rank in range(ranks)
+        ]
+        for name, value in self._named():
+            loaded = tensors[name]
+            assert isinstance(loaded, DTensor)
+            local = value.new_zeros(value.shape)
+            local[: len(blocks[self.rank])] = loaded.to_local()
+            lanes = self._dealt[self.rank]
+            value[: len(lanes)] = _by_lane(local, blocks, mesh)[lanes]
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for layer, state in enumerate(self._states):
+            for key, value in state_tensors(state).items():
+                yield f"carried.blocks.{layer}.{key}", value
+
     def _rows(self, samples: Tensor) -> Tensor:
-        # Sample n continues lane n mod lanes. Filler rows read lane 0 and are reset.
-        return torch.where(samples < 0, 0, samples % self.lanes - self.first)
+        # Sample n continues lane n mod lanes. Filler rows read any state and are reset.
+        return self._place[samples % self.lanes]
+
+
+def _by_lane(local: Tensor, dealt: Sequence[Sequence[int]], mesh: DeviceMesh) -> Tensor:
+    """Return the states of all lanes in order. local: this rank's, [share, ...]; dealt: the lanes
+    of every rank, in the order of its states.
+    """
+    everywhere = local.new_empty(len(dealt) * len(local), *local.shape[1:])
+    dist.all_gather_single(everywhere, local.contiguous(), group=group(mesh, DATA))
+    places = torch.empty(sum(map(len, dealt)), dtype=torch.int64)
+    for rank, lanes in enumerate(dealt):
+        places[lanes] = rank * len(local) + torch.arange(len(lanes))
+    return everywhere[places.to(local.device)]
 
 
 def state_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -144,7 +144,12 @@ def build_run(
     if recipe.train.carry_state:
         assert isinstance(stream, TrainStream)
         run.carried_states = Carried(
-            run.model, stream.text_lanes, stream.continues, run.data_rank, run.data_ranks
+            run.model,
+            stream.text_lanes,
+            stream.continues,
+            run.data_rank,
+            run.data_ranks,
+            recipe.train.micro_batch,
         )
     return run
 

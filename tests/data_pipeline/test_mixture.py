@@ -67,12 +67,15 @@ def test_any_restart_and_ranks_see_the_same_mixture(data: Path, other: Path) -> 
     draw = random.Random(1)
     for _ in range(15):
         step, ranks = draw.randrange(3000 // LANES), draw.choice([1, 2, 3, 4, 6])
+        micro_batch = draw.choice([None, 1])
         shares = [
-            rank_share(mixture(data, other), step, LANES, rank, ranks, draw.choice([None, 1]))
+            rank_share(mixture(data, other), step, LANES, rank, ranks, micro_batch)
             for rank in range(ranks)
         ]
         for name in ("inputs", "targets", "samples"):
-            rows = torch.cat([getattr(part, name) for share in shares for part in share])
+            rows = torch.cat(
+                [getattr(part, name) for parts in zip(*shares, strict=True) for part in parts]
+            )
             assert torch.equal(rows, getattr(whole, name)[step * LANES : (step + 1) * LANES])
 
 

@@ -85,8 +85,9 @@ def test_any_ranks_see_the_same_records(pairs: Path, ranks: int, micro_batch: in
             rank_share(RecordStream(pairs, 400, BATCH, 1), step, BATCH, rank, ranks, micro_batch)
             for rank in range(ranks)
         ]
-        rows = torch.cat([part.targets for share in shares for part in share])
-        samples = torch.cat([part.samples for share in shares for part in share])
+        passes = [part for parts in zip(*shares, strict=True) for part in parts]
+        rows = torch.cat([part.targets for part in passes])
+        samples = torch.cat([part.samples for part in passes])
         assert torch.equal(rows[samples >= 0], stream.batch(step * BATCH, BATCH).targets)
         assert (rows[samples < 0] == IGNORE).all()
 

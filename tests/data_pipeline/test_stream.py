@@ -13,6 +13,7 @@ import torch
 
 from memshard.data_pipeline.stream import IGNORE, Batch, HeldOutStream, TrainStream
 from memshard.data_pipeline.stream.epoch_order import epoch_order
+from memshard.data_pipeline.stream.rank_share import deal_rows, rank_share
 from memshard.data_pipeline.stream.reader import SplitReader
 from tests.data_pipeline.conftest import build, write_corpus
 
@@ -33,23 +34,57 @@ def joined(batches: list[Batch]) -> Batch:
     return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 8, 12])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_any_ranks_and_micro_batches_see_the_same_global_batches(
     data: Path, stream: TrainStream, ranks: int, micro_batch: int
 ) -> None:
-    share = LANES // ranks
     for step in (0, 1, 5):
-        rows = []
+        shares = [
+            rank_share(
+                TrainStream(data, LENGTH, LANES, SEED), step, LANES, rank, ranks, micro_batch
+            )
+            for rank in range(ranks)
+        ]
+        rows = joined([part for parts in zip(*shares, strict=True) for part in parts])
+        real = rows.samples >= 0
+        assert_equal(Batch(*(field[real] for field in rows)), stream.batch(step * LANES, LANES))
+        assert (rows.targets[~real] == IGNORE).all()
+
+
+def passes(batch: int, ranks: int, micro_batch: int | None) -> list[list[int]]:
+    """The rows of each pass over all ranks."""
+    dealt = [deal_rows(batch, rank, ranks, micro_batch) for rank in range(ranks)]
+    found = []
+    for parts in zip(*dealt, strict=True):
+        assert len({part.size for part in parts}) == 1, "equal shapes"
+        assert all(len(part.rows) <= part.size <= (micro_batch or batch) for part in parts)
+        found.append([row for part in parts for row in part.rows])
+    return found
+
+
+@pytest.mark.parametrize("batch", range(1, 30))
+def test_a_pass_has_the_same_rows_on_any_number_of_ranks(batch: int) -> None:
+    """Also where neither the ranks nor the micro-batches divide the batch."""
+    for together in range(1, 26):
+        alone = [
+            [*range(first, min(first + together, batch))] for first in range(0, batch, together)
+        ]
+        for ranks in range(1, together + 1):
+            if together % ranks == 0:
+                assert passes(batch, ranks, together // ranks) == alone
+
+
+@pytest.mark.parametrize("batch", range(1, 20))
+def test_one_micro_batch_is_a_contiguous_share(batch: int) -> None:
+    """The first ranks have equal shares, the others what is left."""
+    for ranks in range(1, 9):
+        share = -(-batch // ranks)
         for rank in range(ranks):
-            local = TrainStream(data, LENGTH, LANES, SEED)
-            for start in range(0, share, micro_batch):
-                rows.append(
-                    local.batch(
-                        step * LANES + rank * share + start, min(micro_batch, share - start)
-                    )
-                )
-        assert_equal(joined(rows), stream.batch(step * LANES, LANES))
+            rows = range(batch)[rank * share : (rank + 1) * share]
+            for micro_batch in (None, share, batch):
+                (part,) = deal_rows(batch, rank, ranks, micro_batch)
+                assert [*part.rows] == [*rows] and part.size == share
 
 
 def test_resume_at_any_sample_equals_a_continuous_run(data: Path, stream: TrainStream) -> None:

@@ -64,11 +64,10 @@ def test_random_restarts_on_other_ranks_and_workers(data: Path, tmp_path: Path) 
         )
         shares = [torch.load(tmp_path / f"{step}-{rank}.pt") for rank in range(ranks)]
         for number in range(count):
+            passes = zip(*(share[number] for share in shares), strict=True)
             rows = [
                 torch.cat(fields)
-                for fields in zip(
-                    *(batch for share in shares for batch in share[number]), strict=True
-                )
+                for fields in zip(*(batch for parts in passes for batch in parts), strict=True)
             ]
             expected = stream.batch((step + number) * LANES, LANES)
             assert all(torch.equal(got, wanted) for got, wanted in zip(rows, expected, strict=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.tensor import DTensor
 
 from memshard.trainer.loop import evaluate_run
@@ -176,3 +177,44 @@ def test_micro_batches_change_nothing_where_queries_are_normalised_alone(
     train_run(recipe, tmp_path / "whole", norm)
     train_run(recipe, tmp_path / "micro", norm, "train.micro_batch=3")
     assert losses(tmp_path / "micro", 10) == pytest.approx(losses(tmp_path / "whole", 10), rel=1e-5)
+
+
+PASSES = (
+    "train.batch=10",
+    "train.log_every=1",
+    "model.dropout=0.1",
+    "optimizer.eps=1e-3",
+    "parallel.layout=rows",
+)
+
+
+def _passes_on(rank: int, world: int, recipe: Path, folder: Path) -> None:
+    for query_norm in ("batch", "lagged"):
+        train_run(
+            recipe,
+            folder / f"{world} ranks {query_norm}",
+            *PASSES,
+            f"train.micro_batch={4 // world}",
+            f"model.memory.query_norm={query_norm}",
+        )
+
+
+def test_a_pass_normalises_queries_over_the_same_rows_on_any_number_of_ranks(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Ten rows in passes of four: 1 x 4, 2 x 2 and 4 x 1, of which the last pass leaves two ranks
+    without a row.
+    """
+    _passes_on(0, 1, recipe, tmp_path)
+    for world in (2, 4):
+        run_distributed(_passes_on, world, recipe, tmp_path)
+    for query_norm in ("batch", "lagged"):
+        alone = tmp_path / f"1 ranks {query_norm}"
+        state = checkpoint_state(alone)
+        for world in (2, 4):
+            folder = tmp_path / f"{world} ranks {query_norm}"
+            for key in ("train/loss", "train/grad_norm"):
+                assert numbers(folder, key) == pytest.approx(numbers(alone, key), rel=2e-5), key
+            for name, value in checkpoint_state(folder).items():
+                if "running" in name:
+                    torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-5)

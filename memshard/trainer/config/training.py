@@ -49,7 +49,10 @@ class TrainConfig:
     """Sequences in a step over all ranks, whatever the number of ranks."""
 
     micro_batch: int | None = may_change(None)
-    """Sequences that a rank processes at once; by default its whole share of the batch."""
+    """Sequences that a rank processes at once; by default its whole share of the batch. Batch
+    statistics (model.memory.query_norm batch or lagged) are those of the sequences that all ranks
+    process at once: on other ranks keep micro_batch x ranks as it was.
+    """
 
     seed: int = 0
     """Decides initial weights, data order and dropout."""
