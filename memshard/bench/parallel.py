@@ -44,7 +44,7 @@ from memshard.parallel.sequence import local_segment
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.estimate import estimate
-from memshard.trainer.training import build_for_training, training_step
+from memshard.trainer.training import Training, build_for_training, training_step
 
 _RESULT = "result.json"
 
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print splits, engines and blocks as tables."""
+    """Print splits, engines, the check of copies and blocks as tables."""
     for point in result["steps"]:
         print(
             f"tensor {point['tensor']} x data "
@@ -140,6 +140,7 @@ def show(result: dict[str, Any]) -> None:
         )
     for name, seconds in result["engines_s"].items():
         print(f"engine {name:<32}{range_text(seconds, ',.0f', 1e-3):>24} ms a step")
+    print(f"check of copies{range_text(result['check_s'], ',.0f', 1e-3):>48} ms")
     for name, seconds in result.get("blocks_s", {}).items():
         print(f"block, {name:<32}{range_text(seconds, ',.0f', 1e-3):>24} ms")
 
@@ -176,8 +177,9 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
 
 
 def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Return seconds of a step at every split, on every engine and of a block (median and range of
-    interleaved rounds), and the bytes of a rank's weights and of what it sends.
+    """Return seconds of a step at every split and on every engine, of a check of copies and of a
+    block (median and range of interleaved rounds), and the bytes of a rank's weights and of what it
+    sends.
     """
     ranks = dist.get_world_size()
     # Only divisors of the ranks, and only as many as the heads can be divided by.
@@ -189,7 +191,7 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
         {str(tensor): step for tensor, (step, _) in steps.items()}, rounds, device
     )
     points = []
-    for tensor, (_, weights) in steps.items():
+    for tensor, (_, training) in steps.items():
         recipe = Recipe(
             data=DataConfig(path="", length=size.length),
             model=size.model,
@@ -211,7 +213,7 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
                 "tensor": tensor,
                 "data": ranks // tensor,
                 "step_s": seconds[str(tensor)],
-                "dense_bytes": weights,
+                "dense_bytes": sum(p.nbytes for p in training.model.parameters()),
                 "sent_bytes": sent,
             }
         )
@@ -225,6 +227,8 @@ def measure(size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
     # Without tensor parallelism: engines differ in what data ranks do with dense gradients.
     forms = {name: _step(size, 1, device, *settings)[0] for name, settings in engines.items()}
     result["engines_s"] = interleaved(forms, rounds, device)
+    _, whole = steps[1]
+    result["check_s"] = interleaved({"": whole.check_copies}, rounds, device)[""]
     # Neither block can be split over all ranks then.
     if size.heads % ranks:
         return result
@@ -265,9 +269,9 @@ def _step(
     device: torch.device,
     kind: Literal["torch", "deepspeed"] = "torch",
     zero: Literal[0, 1] = 0,
-) -> tuple[Callable[[], object], int]:
-    """Return a function that takes a training step, on ranks in groups of `tensor`, and the bytes
-    of this rank's dense weights.
+) -> tuple[Callable[[], object], Training]:
+    """Return a function that takes a training step, on ranks in groups of `tensor`, and what it
+    trains.
     """
     mesh = build_mesh(device.type, None, tensor)
     train = TrainConfig(
@@ -278,7 +282,6 @@ def _step(
         precision="bf16" if device.type == "cuda" else "fp32",
     )
     training = build_for_training(size.model, train=train, device=device, mesh=mesh)
-    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
     losses = losses_on(mesh)
     # Sequences of a data rank: ranks / tensor groups share the batch, and all ranks of one group
     # get the same. Rounded up, so that no rank has nothing to do.
@@ -292,7 +295,7 @@ def _step(
         # Over the tokens of all ranks, not of this one: gradients are summed, not averaged.
         return losses(logits, tokens[:, 1:]).sum() / (size.batch * size.length)
 
-    return lambda: training_step(training, [tokens], loss, 0), weights
+    return lambda: training_step(training, [tokens], loss, 0), training
 
 
 def _half(device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.memory.table import find_tables
+from memshard.parallel.checksum import check_copies
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.folders import (
     checkpoint_folder,
@@ -24,7 +25,6 @@ from memshard.trainer.checkpoint.folders import (
     remove,
     set_aside,
 )
-from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
 from memshard.trainer.checkpoint.init_from import init_from
 from memshard.trainer.checkpoint.save_load import (
     DamagedCheckpoint,
@@ -47,7 +47,8 @@ def save(run: Run, wait: bool = True) -> Path:
 
     wait: until it is committed; OSError if the disk refuses it several times, RuntimeError if a
     weight is not finite. Otherwise only until training may go on, and both are just said.
-    RuntimeError if another process has taken the folder.
+    RuntimeError if another process has taken the folder, or if copies of a tensor on several ranks
+    differ: nothing is written then.
     """
     run.phase = "saving"
     if run.lock is not None:
@@ -68,6 +69,9 @@ def save(run: Run, wait: bool = True) -> Path:
             raise RuntimeError(f"{problem}, and the checkpoints before it stay")
         log.warning("%s", problem)
         return folder
+    # Of each tensor one copy is written: a mix of ranks that have drifted apart would be lost work
+    # that looks like a good checkpoint.
+    check_copies(tensors)
     for pause in _PAUSES:
         time.sleep(pause)
         _start_saving(run, root, folder, tensors)
@@ -179,10 +183,10 @@ def rewind(run: Run) -> None:
 def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
     """Return everything that a checkpoint keeps as tensors, by name. All ranks call it.
 
-    They share memory with the run, except those that `engine.restore` must take over
-    once they are loaded.
+    They share memory with the run, except those that `engine.restore` and `Carried.restore` must
+    take over once they are loaded.
     """
-    tensors = run.engine.state(_learned(run))
+    tensors = run.engine.state(run.learned())
     for layer, memory in run.model.memories():
         if memory.key_use is not None:
             tensors[f"key_share.blocks.{layer}.memory"] = memory.key_use.share
@@ -199,7 +203,7 @@ def _start_from(run: Run, checkpoint: Path) -> None:
             f"{data} was built with another tokenizer than {checkpoint}: its tokens mean "
             "nothing to that model"
         )
-    learned = run.engine.state(_learned(run), everywhere=True)
+    learned = run.engine.state(run.learned(), everywhere=True)
     init_from(checkpoint, run.model, learned, run.table_optimizer)
     run.engine.restore(learned)
 
@@ -232,19 +236,13 @@ def _load(run: Run, folder: Path) -> None:
     tensors = checkpoint_tensors(run)
     load_tensors(folder, tensors)
     run.engine.restore(tensors)
+    if run.carried_states is not None:
+        run.carried_states.restore(tensors, run.mesh)
     run.continue_from(progress)
     run.loss_scale.restore(loss_scale)
     for name, table in find_tables(run.model):
         assert run.table_optimizer is not None
         run.table_optimizer.state[table.anchor]["step"] = steps[name]
-
-
-def _learned(run: Run) -> dict[str, Tensor]:
-    """Return the weights and what the optimizers keep for them."""
-    weights = model_tensors(run.model, run.placement, run.mesh)
-    return weights | optimizer_tensors(
-        run.model, run.engine.optimizer, run.table_optimizer, run.placement, run.mesh
-    )
 
 
 def _state(run: Run) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Run(Training):
     keep besides, by name. rank, ranks: this process
     among all. carried_states: None unless train.carry_state. lock: of the
     folder, on rank 0 of a command. saving: the checkpoint being written.
+    steps_here: steps since the run was set up or last loaded a checkpoint.
     """
 
     model: Transformer
@@ -68,6 +69,7 @@ class Run(Training):
     lock: FolderLock | None = None
     saving: BackgroundSave = field(default_factory=BackgroundSave)
     progress: Progress = field(default_factory=Progress)
+    steps_here: int = 0
     _prefetched: Prefetched | None = None
 
     def next_batches(self) -> list[Batch]:
@@ -85,7 +87,7 @@ class Run(Training):
 
     def continue_from(self, progress: Progress) -> None:
         """Go on from another place in the data; batches read ahead are forgotten."""
-        self.progress = progress
+        self.progress, self.steps_here = progress, 0
         self.stop_reading()
 
     def stop_reading(self) -> None:

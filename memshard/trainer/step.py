@@ -15,6 +15,11 @@ from memshard.trainer.run import Run
 from memshard.trainer.stop_signal import StopSignal
 from memshard.trainer.training import StepOutcome, training_step
 
+_EARLY_CHECKS = (1, 2, 10)
+"""Steps after a start that end with a check of copies: what a setting does wrong, it does at once,
+and a resume gives all ranks the same copy again.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunStep(StepOutcome):
@@ -81,8 +86,9 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
             "at an earlier checkpoint, with a lower optimizer.lr or tables.lr"
         )
     # After the update, which is where copies drift apart.
+    run.steps_here += 1
     every = run.recipe.parallel.checksum_every
-    if every and progress.step % every == 0:
+    if run.steps_here in _EARLY_CHECKS or (every and progress.step % every == 0):
         run.check_copies()
     return RunStep(
         **vars(outcome),

@@ -37,6 +37,7 @@ from memshard.parallel.checksum import check_copies
 from memshard.parallel.mesh import tensor_size
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.layouts import LayoutName
+from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.engine.native import MakeOptimizer, NativeEngine
@@ -84,10 +85,22 @@ class Training:
         return self.model.grid if isinstance(self.model, Transformer) else None
 
     def check_copies(self) -> None:
-        """Raise RuntimeError if weights that should be equal on several ranks are not."""
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        tensors |= {f"{name}.weight": table.weight for name, table in find_tables(self.model)}
-        check_copies(tensors, self.placement, self.mesh)
+        """Raise RuntimeError if weights or optimizer states that should be equal on several ranks
+        are not. All ranks call it.
+        """
+        learned = self.learned()
+        kept = self.engine.state(learned)
+        # DeepSpeed computes with other weights than a checkpoint keeps.
+        used = {f"{name} in use": x for name, x in learned.items() if kept.get(name) is not x}
+        check_copies(kept | used)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the weights, and what the optimizers keep for them, by their names in a
+        checkpoint. Those that are split over ranks are DTensors, and all share memory.
+        """
+        return model_tensors(self.model, self.placement, self.mesh) | optimizer_tensors(
+            self.model, self.engine.optimizer, self.table_optimizer, self.placement, self.mesh
+        )
 
 
 def build_for_training(

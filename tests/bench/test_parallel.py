@@ -39,6 +39,7 @@ def test_both_splits_and_both_blocks(capfd: pytest.CaptureFixture[str]) -> None:
     assert len(result["blocks_s"]) == 2 and result["blocks_difference"] < 1e-5
     assert all(_in_order(point["step_s"]) for point in result["steps"])
     assert all(_in_order(seconds) for seconds in result["engines_s"].values())
+    assert _in_order(result["check_s"])
 
 
 def test_the_plain_loop_has_the_same_model(

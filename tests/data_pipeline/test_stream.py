@@ -53,7 +53,7 @@ def test_any_ranks_and_micro_batches_see_the_same_global_batches(
 
 
 def passes(batch: int, ranks: int, micro_batch: int | None) -> list[list[int]]:
-    """The rows of each pass over all ranks."""
+    """Return the rows of each pass over all ranks."""
     dealt = [deal_rows(batch, rank, ranks, micro_batch) for rank in range(ranks)]
     found = []
     for parts in zip(*dealt, strict=True):

@@ -43,7 +43,7 @@ OTHERS = {
 }
 
 
-def _allow_fp16() -> None:
+def allow_fp16() -> None:
     """DeepSpeed refuses fp16 on a CPU without instructions for it."""
     from deepspeed.accelerator import get_accelerator
 
@@ -98,7 +98,7 @@ def _there_and_back(rank: int, world: int, recipe: Path, folder: Path) -> None:
     steps, and go on with torch.
     """
     train_run(recipe, folder / "torch", *MICRO, stop_at=4)
-    _allow_fp16()
+    allow_fp16()
     for name, settings in OTHERS.items():
         run = prepare(recipe, folder / "torch", *MICRO, *settings)
         assert run.progress.step == 4
@@ -174,7 +174,7 @@ def test_the_residual_stream_of_tensor_parallel_ranks_is_fp32(recipe: Path, tmp_
 
 
 def _overflow(rank: int, world: int, recipe: Path, folder: Path) -> list[list[float]]:
-    _allow_fp16()
+    allow_fp16()
     return [
         overflow_on_one_rank(rank, world, recipe, folder / zero, DEEPSPEED, f"train.zero={zero}")
         for zero in ("1", "2")

@@ -43,7 +43,8 @@ def optimizer_tensors(
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, value in dense.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = global_tensor(name, value, placement, mesh)
+            if isinstance(value, Tensor):
+                tensors[f"{key}.{name}"] = global_tensor(name, value, placement, mesh)
     if rows is None:
         return tensors
     for table_name, table in find_tables(model):

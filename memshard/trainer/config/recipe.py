@@ -61,7 +61,9 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The spread of a run over ranks; nothing here changes what is trained."""
+    """The spread of a run over ranks; nothing here changes what is trained (where train.micro_batch
+    and batch statistics meet, see docs/parallel.md).
+    """
 
     tensor: int = may_change(1)
     """Number of neighbouring ranks that share the large matrices and the tokens of a sequence
@@ -85,8 +87,9 @@ class ParallelConfig:
     """
 
     checksum_every: int = may_change(1000)
-    """Number of steps between two checks that copies of weights on different ranks are equal to the
-    last bit; 0 checks only at the start.
+    """Number of steps between two checks that copies of weights and optimizer states on different
+    ranks are equal to the last bit; 0: no regular ones. All runs check at each start, 1, 2 and 10
+    steps later, and before a checkpoint is written.
     """
 
     def __post_init__(self) -> None:

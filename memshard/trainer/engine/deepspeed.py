@@ -64,7 +64,8 @@ class DeepSpeedEngine:
         deepspeed = _import(device)
         _begin_process_group(device)
         self.data = dist.group.WORLD if mesh is None else group(mesh, DATA)
-        self._prepare_tensor_parallel()
+        for name, p in self.named.items():
+            p.model_parallel = name in placement  # type: ignore[attr-defined]  # for its norm
         exact = []
         if dtype != torch.float32:
             # Before DeepSpeed rounds them to 16 bits; on the host, where they
@@ -81,6 +82,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model: nn.Module = self.engine
+        self._sum_over_tensor_axis()
         if self.shards:
             self._decide_overflow()
             self._set_masters(exact)
@@ -89,23 +91,24 @@ class DeepSpeedEngine:
         else:
             make_states(self.optimizer, self.kind, self.parameters)
 
-    def _prepare_tensor_parallel(self) -> None:
-        """Mark tensor-parallel shards for DeepSpeed's norm, and sum the gradients of replicated
-        parameters over the tensor axis: DeepSpeed expects Megatron's layers, which leave those
-        equal on all its ranks.
+    def _sum_over_tensor_axis(self) -> None:
+        """Sum the gradients of replicated parameters over the tensor axis in each backward:
+        DeepSpeed expects Megatron's layers, which leave those equal on all its ranks.
+
+        Call it after `deepspeed.initialize`: a parameter that is cast gets a new accumulator, and
+        the hooks of the old one are never called.
         """
         self.accumulators = []  # autograd forgets a hooked node that nothing refers to
+        if tensor_size(self.mesh) == 1:
+            return
+        assert self.mesh is not None
+        axis = self.mesh.get_group("tensor")
         for name, p in self.named.items():
-            p.model_parallel = name in self.placement  # type: ignore[attr-defined]
-            if tensor_size(self.mesh) > 1 and name not in self.placement:
-                assert self.mesh is not None
-                axis = self.mesh.get_group("tensor")
+            if name not in self.placement:
                 # A hook on the parameter would also see the gradients that a reversible block takes
                 # inside its backward.
                 accumulator: Any = torch.autograd.graph.get_gradient_edge(p).node
-                accumulator.register_prehook(
-                    lambda gradients, axis=axis: (all_sum(gradients[0], axis),)
-                )
+                accumulator.register_prehook(lambda gradients: (all_sum(gradients[0], axis),))
                 self.accumulators.append(accumulator)
 
     def _decide_overflow(self) -> None:
