@@ -93,10 +93,22 @@ class Transformer(nn.Module):
         one per block from `init_states`, when tokens continue what they have seen. targets: [batch,
         length] int64; the head is then computed `chunk` tokens at a time.
         """
-        ctx = ctx or Context.of(tokens, states[0].length if states else 0)
+        if ctx is None:
+            seen = states[0].length if states else 0
+            self.check_length(seen + tokens.shape[1])
+            ctx = Context.of(tokens, seen)
         if self.recompute.segments > 1 and targets is not None and torch.is_grad_enabled():
             return self._in_segments(tokens, ctx, states, targets)
         return self._pass(tokens, ctx, states, targets)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ValueError if the model has no positions for so many tokens."""
+        most = self.config.max_length
+        if self.positions is not None and most is not None and tokens > most:
+            raise ValueError(
+                f"the text has {tokens} tokens and the model {most} {self.config.position} "
+                "positions: shorten the text, or generate fewer tokens"
+            )
 
     def _in_segments(
         self, tokens: Tensor, ctx: Context, states: Sequence[MixerState] | None, targets: Tensor

@@ -141,12 +141,14 @@ def test_learned_positions_can_be_filled_to_the_last(prompt: Tensor) -> None:
         generate(model, prompt, 5)
     with pytest.raises(ValueError, match="shorten the prompt"):
         generate(model, torch.zeros(1, 11, dtype=torch.long), 1)
+    with pytest.raises(ValueError, match="the text has 11 tokens and the model 10 learned"):
+        model(torch.zeros(1, 11, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 0}, r"max_tokens \(--max-tokens\) is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"topk": 0}, "topk is 0"),

@@ -1,5 +1,6 @@
 """An export is the checkpoint's model in one file, and says so only after it has compared them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors import safe_open
 
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
+from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.launch.cli.main import main
 from memshard.models.memory.disk_table import MappedTable
 from memshard.models.memory.product_key import slot_rows
@@ -17,6 +21,7 @@ from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.export import export as export_module
 from memshard.trainer.export.export import export, quantise
+from tests.data_pipeline.conftest import write_corpus
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, train_run
 
@@ -32,6 +37,12 @@ KINDS = {
     "peer": ("model.memory.kind=peer", "model.tie_head=false", "model.position=rotary"),
     "fast weights": ("model.mixer.kind=delta", "model.position=sinusoidal"),
     "lsh": ("model.mixer.kind=lsh", "model.mixer.chunk=2", "model.position=rotary"),
+    "reversible": (
+        "model.residual=reversible",
+        "model.tie_head=false",
+        "model.adaptive_cutoffs=[100]",
+        "model.position=axial",
+    ),
     "none": ("model.memory.layers=[]", "model.norm=rms"),
 }
 
@@ -192,6 +203,18 @@ tokens = torch.randint(290, (3, 20), generator=torch.Generator().manual_seed(3))
 with torch.no_grad():
     logits = model(tokens).logits
     torch.testing.assert_close(model(tokens, use_cache=True).logits, logits)
+limit = model.config.max_position_embeddings
+if model.config.model["position"] in ("learned", "axial"):
+    for beyond in (
+        lambda: model(torch.ones(1, limit + 1, dtype=torch.long)),
+        lambda: model.generate(torch.ones(1, limit, dtype=torch.long), max_new_tokens=9),
+    ):
+        try:
+            beyond()
+        except ValueError as error:
+            assert f"the text has {limit + 1} tokens and the model {limit}" in str(error), error
+        else:
+            raise AssertionError("positions beyond the last")
 model.eval()
 first = tokenizer(texts[0], return_tensors="pt")
 plain = {"max_new_tokens": 8, "do_sample": False}
@@ -223,6 +246,7 @@ assert not any(name.startswith("memshard.") for name in sys.modules)
         ("shared", None),
         pytest.param("own tables, gated, half", "int8", marks=pytest.mark.slow),
         ("lsh", None),
+        pytest.param("reversible", None, marks=pytest.mark.slow),
         pytest.param("peer", None, marks=pytest.mark.slow),
         pytest.param("fast weights", None, marks=pytest.mark.slow),
     ],
@@ -253,3 +277,41 @@ def test_transformers_loads_it_without_memshard(
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "result")
     torch.testing.assert_close(result["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_takes_eos_from_a_foreign_tokenizer(recipe: Path, tmp_path: Path) -> None:
+    """As stock spm_train makes one: <s> is 1, </s> is 2."""
+    pytest.importorskip("transformers")
+    from memshard.trainer.export.remote.modeling_memshard import MemshardForCausalLM
+    from memshard.trainer.export.remote.tokenization_memshard import MemshardTokenizer
+
+    write_corpus(tmp_path / "text", documents=8, seed=2)
+    lines = "".join(file.read_text() for file in (tmp_path / "text").rglob("*.txt")).split("\n")
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=proto, vocab_size=50, minloglevel=2
+    )
+    (tmp_path / "stock.model").write_bytes(proto.getvalue())
+    sources = Sources(find_files([tmp_path / "text"]))
+    build_data(
+        sources, tmp_path / "data", tokenizer=tmp_path / "stock.model", held_out=0.3, workers=1
+    )
+    train_run(recipe, tmp_path / "run", "train.steps=1", f"data.path={tmp_path / 'data'}")
+    export(tmp_path / "run", tmp_path / "out", huggingface=True)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == 2
+    tokenizer = MemshardTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("</s>", 2, 2)
+    assert len(tokenizer) == tokenizer.vocab_size == 50
+    model = MemshardForCausalLM.from_pretrained(tmp_path / "out").eval()
+    batch = tokenizer(["w1", "w1 w2 w3 w4"], return_tensors="pt", padding=True)
+    assert model.generate(**batch, max_new_tokens=4, do_sample=False).shape[0] == 2
+
+
+def test_an_export_brings_the_code_that_its_model_needs(recipe: Path, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1", *KINDS["none"])
+    export(tmp_path / "run", tmp_path / "out", huggingface=True)
+    code = " ".join(file.stem for file in (tmp_path / "out").glob("*.py"))
+    assert "models_mixers_softmax" in code
+    for part in ("lsh", "fast_weights", "program", "reversible", "bidirectional", "adaptive"):
+        assert part not in code

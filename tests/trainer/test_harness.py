@@ -68,6 +68,7 @@ def test_a_local_task_of_each_kind(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # no git repository
     questions = ["w1 w2 w3", "w7 w7", "w2"]
     rows = [
         {
@@ -97,7 +98,9 @@ def test_a_local_task_of_each_kind(
         "--json",
     ]
     assert main(command) == 0
-    results: dict[str, Any] = json.loads(capfd.readouterr().out)["tasks"]
+    out, err = capfd.readouterr()
+    assert "git" not in err
+    results: dict[str, Any] = json.loads(out)["tasks"]
 
     encode, eos = trained.tokenizer.encode, trained.tokenizer.eos_id
     right = 0

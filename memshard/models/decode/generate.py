@@ -115,7 +115,7 @@ def check_request(
             "with the model's tokenizer"
         )
     if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        raise ValueError(f"max_tokens (--max-tokens) is {max_tokens}; it must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(
             f"temperature is {temperature}; it must be at least 0 (0 takes the best token)"
@@ -127,7 +127,7 @@ def check_request(
     possible = possible_tokens(model, prompt.shape[1])
     if possible is not None and max_tokens > possible:
         advice = (
-            f"set max_tokens to at most {possible}, or shorten the prompt"
+            f"set max_tokens (--max-tokens) to at most {possible}, or shorten the prompt"
             if possible
             else "shorten the prompt"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -177,15 +178,18 @@ def run_tasks(
             f"lm-evaluation-harness has no task {', '.join(unknown)}; --task-dir names a folder "
             "of task files"
         )
-    results = simple_evaluate(
-        model=model,
-        tasks=tasks,
-        limit=limit,
-        task_manager=manager,
-        # No bootstrap: its standard errors take minutes for some tasks, and are not reported.
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    # It would also ask git for the commit of the current folder, and outside of a repository
+    # git complains.
+    with patch("lm_eval.evaluator.get_git_commit_hash"):
+        results = simple_evaluate(
+            model=model,
+            tasks=tasks,
+            limit=limit,
+            task_manager=manager,
+            # No bootstrap: its standard errors take minutes for some tasks, and are not reported.
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     assert results is not None
     by_task: dict[str, Any] = results["results"]
     return by_task

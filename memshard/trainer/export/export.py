@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memshard.data_pipeline.format.index import sha256_file
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.io import whole_folder
 from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
@@ -90,7 +90,8 @@ def export(
             name: sha256_file(temporary / name) for name in (CONFIG_FILE, TOKENIZER_FILE)
         }
         if huggingface:
-            config |= write_code(temporary, stored.recipe.model)
+            eos = Tokenizer(temporary / TOKENIZER_FILE).eos_id
+            config |= write_code(temporary, stored.recipe.model, eos)
         (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2), encoding="utf-8")
         difference = _compare(stored, temporary, dtype, tables)
     return Exported(out, stored.step, (out / WEIGHTS).stat().st_size, difference)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from memshard.models.memory.kinds import MEMORIES
 _ROOT = Path(__file__).parents[2]
 _HOME = "memshard.trainer.export.remote"
 _ENTRIES = ("configuration_memshard", "modeling_memshard", "tokenization_memshard")
-_EOS_ID = 1
 _REPLACED = {
     "memshard.models.kernels.backend": '''"""Plain torch: exports come without a compiler."""
 
@@ -53,15 +53,34 @@ def kernel() -> None:
 }
 
 
-def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Write the modules that the model needs and tokenizer settings; return keys of config.json."""
+_LEFT_OUT: dict[str, Callable[[ModelConfig], bool]] = {
+    "memshard.models.decoder_block": lambda model: not model.translates,
+    "memshard.models.fast_weights.segments": lambda model: (
+        not any("fast_weights" in kind.path for kind in model.mixer.kinds)
+    ),
+    "memshard.models.layers.adaptive_softmax": lambda model: not model.adaptive_cutoffs,
+    "memshard.models.mixers.bidirectional": lambda model: not model.encoder_layers,
+    "memshard.models.program.mixer": lambda model: model.program is None,
+    "memshard.models.program.program": lambda model: model.program is None,
+    "memshard.models.recompute.grid": lambda model: model.residual != "reversible",
+    "memshard.models.recompute.reversible": lambda model: model.residual != "reversible",
+}
+"""Modules that `Transformer` imports and only some models use; true for those that do not."""
+
+
+def write_code(folder: Path, model: ModelConfig, eos_id: int) -> dict[str, Any]:
+    """Write the modules that the model needs and tokenizer settings; return keys of config.json.
+
+    eos_id: of the model's tokenizer.
+    """
+    left_out = {module for module, unused in _LEFT_OUT.items() if unused(model)}
     replaced = {**_REPLACED, "memshard.models.load_class": _class_loader(model)}
     pending, done = [f"{_HOME}.{name}" for name in _ENTRIES], set()
     while pending:
         module = pending.pop()
         if module not in done:
             done.add(module)
-            source, needed = _flat(module, replaced)
+            source, needed = _flat(module, replaced, left_out)
             (folder / f"{_flat_name(module)}.py").write_text(source)
             pending += needed
     classes = {
@@ -75,14 +94,14 @@ def write_code(folder: Path, model: ModelConfig) -> dict[str, Any]:
         tokenizer["model_max_length"] = model.max_length
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
     (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": _EOS_ID, "pad_token_id": _EOS_ID}, indent=2)
+        json.dumps({"eos_token_id": eos_id, "pad_token_id": eos_id}, indent=2)
     )
     # A table that several layers read is tied, as an embedding and its head are.
     return {
         "architectures": ["MemshardForCausalLM"],
         "auto_map": classes,
         "tie_word_embeddings": True,
-        "eos_token_id": _EOS_ID,
+        "eos_token_id": eos_id,
     }
 
 
@@ -111,8 +130,10 @@ def load_class(path: str) -> Any:
 '''
 
 
-def _flat(module: str, replaced: dict[str, str]) -> tuple[str, list[str]]:
-    """Return the module's source with relative imports, and the modules it imports."""
+def _flat(module: str, replaced: dict[str, str], left_out: set[str]) -> tuple[str, list[str]]:
+    """Return the module's source with relative imports, and the modules it imports. What it
+    imports from modules that are left out becomes an empty class.
+    """
     source = replaced.get(module) or _file(module).read_text(encoding="utf-8")
     lines, needed = source.splitlines(keepends=True), []
     # From the last import to the first: a rewritten one may have more lines,
@@ -124,7 +145,9 @@ def _flat(module: str, replaced: dict[str, str]) -> tuple[str, list[str]]:
         for alias in node.names:
             inner = f"{node.module}.{alias.name}"
             name = f"{alias.name} as {alias.asname}" if alias.asname else alias.name
-            if _file(inner).exists():
+            if node.module in left_out:
+                rewritten += f"class {alias.name}: ...  # no part of this model\n"
+            elif _file(inner).exists():
                 # transformers copies only the files that it sees in "from .name import".
                 rewritten += (
                     f"from .{_flat_name(inner)} import __name__ as _\nfrom . import "

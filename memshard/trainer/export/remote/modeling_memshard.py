@@ -95,17 +95,18 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         """Return logits [batch, length, vocabulary], the mean loss, and the states.
 
         input_ids: [batch, length], tokens that `past_key_values` has not seen. attention_mask:
-        [batch, all], 0 for padding. labels: [batch, length], -100 where there is none.
+        [batch, all], 0 for padding. labels: [batch, length], -100 where there is none. ValueError
+        if the model has fewer positions.
         """
         states = past_key_values
         if states is None and use_cache and not self.training:
             states = States(self.model, input_ids[:, :0])
         if states is None:
-            logits, _ = self.model(input_ids, _context(input_ids, attention_mask, 0))
+            logits, _ = self.model(input_ids, self._context(input_ids, attention_mask, 0))
         else:
             fed, seen = states.take(input_ids)
             logits, states.layers = self.model(
-                fed, _context(fed, attention_mask, seen), states.layers
+                fed, self._context(fed, attention_mask, seen), states.layers
             )
             # When the states got more room, all tokens passed again; the caller asked about the
             # last ones.
@@ -135,6 +136,17 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
             "attention_mask": attention_mask,
             "use_cache": use_cache if use_cache is not None else True,
         }
+
+    def _context(self, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Context:
+        if attention_mask is None or bool(attention_mask.all()):
+            ctx = Context.of(input_ids, seen)
+        else:
+            real = attention_mask.bool()
+            # With padding on the left, positions count from the first real token.
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)
+            ctx = Context(positions=positions[:, seen:], padding=real[:, seen:])
+        self.model.check_length(int(ctx.positions.max()) + 1)
+        return ctx
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: modules draw their weights when they are built."""
@@ -193,15 +205,6 @@ def build(kind: Any, values: dict[str, Any]) -> Any:
                 else value
             )
     return kind(**arguments)
-
-
-def _context(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Context:
-    if attention_mask is None or bool(attention_mask.all()):
-        return Context.of(input_ids, seen)
-    real = attention_mask.bool()
-    # With padding on the left, positions count from the first real token.
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    return Context(positions=positions[:, seen:], padding=real[:, seen:])
 
 
 def _room(length: int) -> int:

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model, for transformers: sentencepiece, without loss."""
+"""The tokenizer of an exported model, for transformers: its sentencepiece model."""
 
 import os
 import shutil
@@ -12,7 +12,9 @@ _SPACE_MARK = "\u2581"
 
 
 class MemshardTokenizer(PreTrainedTokenizer):
-    """Any string decodes back to itself. A document begins after <eos>, which is not added."""
+    """Any string decodes back to itself, if the sentencepiece model is lossless, as memshard's
+    are. A document begins after the model's <eos>, which is not added.
+    """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
@@ -20,10 +22,14 @@ class MemshardTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        eos, unknown = (
+            self.pieces.id_to_piece(number)
+            for number in (self.pieces.eos_id(), self.pieces.unk_id())
+        )
         kwargs = {
-            "eos_token": "<eos>",
-            "pad_token": "<eos>",
-            "unk_token": "<unk>",
+            "eos_token": eos,
+            "pad_token": eos,
+            "unk_token": unknown,
             # The newest token of each row is then in the last column, where `generate`
             # looks for it.
             "padding_side": "left",
