@@ -4,6 +4,7 @@ and loads on any number.
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -92,3 +93,17 @@ def test_full_states_are_those_of_one_process_and_load_on_any_number() -> None:
                 torch.testing.assert_close(
                     _tensors(states)[name], tensor, rtol=1e-5, atol=1e-6, msg=f"{case}: {name}"
                 )
+
+
+def _refuse(rank: int, world: int) -> None:
+    model = _Model()
+    shard_tables(model)
+    optimizer = AdamW(model.parameters())
+    with pytest.raises(ValueError, match="does not hold the table a"):
+        full_state_dict(model, optimizer)
+    with pytest.raises(ValueError, match="does not hold the table a"):
+        load_full_state_dict(model, optimizer, model.state_dict(), optimizer.state_dict())
+
+
+def test_an_optimizer_without_the_tables_is_refused() -> None:
+    run_distributed(_refuse, 2)

@@ -293,11 +293,13 @@ def externalize_tables(model: nn.Module) -> list[ValueTable]:
     Call it before DDP or DeepSpeed wrap the model, which broadcast, cast and all-reduce whatever
     `parameters()` shows, and after PEFT, which copies layers. A frozen table stays frozen.
     """
-    for module in model.modules():
-        if isinstance(module, TableReader):
-            for table in module.tables:
-                table.layer_learns = module.learns
+    readers = [module for module in model.modules() if isinstance(module, TableReader)]
     tables = [table for _, table in find_tables(model)]
     for table in tables:
+        learns = [
+            reader.learns for reader in readers if any(table is read for read in reader.tables)
+        ]
+        # Of several layers, one that learns says that a frozen table was frozen by itself.
+        table.layer_learns = any(learns) or not learns
         table.hide()
     return tables

@@ -58,8 +58,13 @@ def _parts(
     """Yield (table, dict, key) for every entry that the ranks split."""
     shown = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(shown)}
-    for _, table in find_tables(model):
+    for name, table in find_tables(model):
         if isinstance(table, ShardedTable):
+            if id(table.anchor) not in numbers:
+                raise ValueError(
+                    f"the optimizer does not hold the table {name}: pass the CombinedOptimizer "
+                    "that was made of this very model's tables; a copy's are others"
+                )
             entry = optimizer_state["state"][numbers[id(table.anchor)]]
             # Where ranks split columns, every rank has the states with one number for each row.
             yield from (

@@ -20,6 +20,7 @@ plain_rows.py says what `adam_rows` computes; cpu_rows.py and triton_rows.py do 
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args, overload
 
@@ -37,6 +38,7 @@ from memshard.trainer.optim.rows.step import Step
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
 Rounding = Literal["master", "stochastic"]
+_BLOCK_ROWS = 4096
 
 
 class RowAdam(Optimizer):
@@ -79,7 +81,7 @@ class RowAdam(Optimizer):
     ) -> None:
         self.tables = list(tables)
         for table in self.tables:
-            if not table.hidden:
+            if not (isinstance(table, ValueTable) and table.hidden):
                 raise ValueError(
                     "RowAdam needs externalised tables: pass it what externalize_tables(model) "
                     "returns"
@@ -90,6 +92,15 @@ class RowAdam(Optimizer):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        for name, number, limit in (
+            ("lr", lr, math.inf),
+            ("betas[0]", betas[0], 1.0),
+            ("betas[1]", betas[1], 1.0),
+            ("eps", eps, math.inf),
+            ("clip", clip, math.inf),
+        ):
+            if not 0.0 <= number < limit:
+                raise ValueError(f"{name} is {number}; it must be at least 0 and below {limit}")
         self.semantics, self.rounding = semantics, rounding
         self.clip = clip
         self.alone = alone
@@ -99,6 +110,8 @@ class RowAdam(Optimizer):
         """
         self.norm: float | None = None
         """Norm of all tables' gradients in the last step before clipping; None without clipping."""
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        """For every table, its values after the last step, and their version."""
         super().__init__(
             [table.anchor for table in self.tables], {"lr": lr, "betas": betas, "eps": eps}
         )
@@ -113,6 +126,7 @@ class RowAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen = {}
         for table in self.tables:
             table.has_optimizer = True
 
@@ -131,7 +145,14 @@ class RowAdam(Optimizer):
         factor = self._clipping() if self.clip else 1.0
         group = {id(anchor): group for group in self.param_groups for anchor in group["params"]}
         for index, table in enumerate(self.tables):
+            if id(table.anchor) not in group:
+                raise RuntimeError(
+                    "a table has got new values since RowAdam was made for it, maybe since it was "
+                    "on the meta device: load the values first, then make the optimizer"
+                )
+            self._follow_values(index)
             self.touched[index] = self._update(table, group[id(table.anchor)], factor)
+            self._seen[index] = weakref.ref(table.weight), table.weight._version
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,6 +188,23 @@ class RowAdam(Optimizer):
         # With the 1e-6 of torch's clip_grad_norm_, to the same result.
         return min(1.0, self.clip / (self.norm + 1e-6))
 
+    def _follow_values(self, index: int) -> None:
+        """Take over values that were loaded or written into a table since the last step.
+
+        The fp32 copy would bring back what was there before, in the rows that are read.
+        """
+        table = self.tables[index]
+        state, (values, version) = self.state[table.anchor], self._seen.get(index, (None, 0))
+        unchanged = values and values() is table.weight and version == table.weight._version
+        if unchanged or "master" not in state:
+            return
+        _check_state(table, state, self.semantics, self.rounding)
+        for copy, now in zip(
+            state["master"].split(_BLOCK_ROWS), table.weight.split(_BLOCK_ROWS), strict=True
+        ):
+            # Only what differs: the copy knows more digits of the others.
+            copy.copy_(torch.where(copy.to(now.dtype) == now, copy, now.to(copy.dtype)))
+
     def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
         """Take one step on a table; return the number of reads and of updated rows."""
         # Without reads a rank still takes part in the sum over replicas, which may have some.
@@ -176,7 +214,7 @@ class RowAdam(Optimizer):
             _check_processes(table)
         asked = table.reads_asked
         state = self.state[table.anchor]
-        _check_state(table, state, self.rounding)
+        _check_state(table, state, self.semantics, self.rounding)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         step = Step(self.semantics, state["step"], group["lr"], beta1, beta2, group["eps"])
@@ -206,8 +244,22 @@ def _check_processes(table: ValueTable) -> None:
         )
 
 
-def _check_state(table: ValueTable, state: dict[str, Any], rounding: str) -> None:
-    """Raise RuntimeError if a table has another dtype or device than when its state was made."""
+def _check_state(
+    table: ValueTable, state: dict[str, Any], semantics: Semantics, rounding: Rounding
+) -> None:
+    """Raise RuntimeError if the state is that of another table or of other semantics, or if the
+    table has another dtype or device than when its state was made.
+    """
+    shape = tuple(table.weight.shape)
+    for name, value in state.items():
+        # Kernels trust these sizes.
+        if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape[: value.dim()]:
+            raise RuntimeError(
+                f"a table is {shape} and its optimizer state {name} {tuple(value.shape)}: load the "
+                "state that was saved with this model"
+            )
+    if semantics == "row-step" and "row_step" not in state:
+        raise RuntimeError("the state that was loaded was not saved with the semantics 'row-step'")
     moments, dtype = state["exp_avg"], torch.promote_types(table.weight.dtype, torch.float32)
     lacks_copy = rounding == "master" and table.weight.dtype != dtype and "master" not in state
     if moments.dtype != dtype or moments.device != table.weight.device or lacks_copy:
