@@ -2,10 +2,13 @@
 and loads on any number.
 """
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -107,3 +110,24 @@ def _refuse(rank: int, world: int) -> None:
 
 def test_an_optimizer_without_the_tables_is_refused() -> None:
     run_distributed(_refuse, 2)
+
+
+def _load_anothers(rank: int, world: int, file: Path) -> None:
+    model = nn.ModuleDict({"a": ValueTable(12, 7)})
+    shard_tables(model)
+    own = copy.deepcopy(model.state_dict())
+    if rank == 0:
+        torch.save(own, file)
+    dist.barrier()
+    saved = torch.load(file)
+    if rank == 0:
+        model.load_state_dict(saved)
+    else:
+        with pytest.raises(RuntimeError, match="a.weight is shard 0 of 2 .* full_state_dict"):
+            model.load_state_dict(saved)
+    model.load_state_dict(own)
+
+
+def test_another_ranks_part_is_refused(tmp_path: Path) -> None:
+    """It has the right shape, and would be read as other rows."""
+    run_distributed(_load_anothers, 2, tmp_path / "state.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memshard.launch.cli.main import main
-from memshard.trainer.checkpoint.folders import committed
+from memshard.trainer.checkpoint.folders import COMMIT, committed, prune
 from memshard.trainer.export.export import export
 from tests.trainer.tiny_run import train_run
 
@@ -141,3 +141,24 @@ def test_a_search_removes_states_of_programs_alone(tmp_path: Path) -> None:
     landscape.run_here(tmp_path, children=4, finalists=0, sizes=())
     assert sorted(path.name for path in states.iterdir()) == ["best.safetensors", "notes.txt"]
     assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["event"] == "search"
+
+
+def test_a_copy_with_a_shorter_number_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    """Nor is it the newest because of its name; nine digits come after eight."""
+    for name in (
+        "step-00000040",
+        "step-100000000",
+        "step-99999999",
+        "step-20",
+        "step-\u0660\u0660\u0660\u0660\u0660\u0660\u0669\u0669",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / COMMIT).touch()
+    names = ["step-00000040", "step-99999999", "step-100000000"]
+    assert [path.name for path in committed(tmp_path)] == names
+    prune(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *names[1:],
+        "step-20",
+        "step-\u0660\u0660\u0660\u0660\u0660\u0660\u0669\u0669",
+    }

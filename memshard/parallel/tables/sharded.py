@@ -83,6 +83,26 @@ class ShardedTable(ValueTable):
             self.duplicates = rows.numel() / len(torch.unique(rows))
         self._calls += 1
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            # Shards have the same shape, so nothing else tells them apart.
+            destination._metadata[prefix[:-1]]["shard"] = dist.get_rank(self.group), self.ranks
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        shard, expected = metadata.get("shard"), (dist.get_rank(self.group), self.ranks)
+        if shard is not None and shard != expected and f"{prefix}weight" in state_dict:
+            errors.append(
+                f"{prefix}weight is shard {shard[0]} of {shard[1]} of a table, and this rank has "
+                f"shard {expected[0]} of {expected[1]}: save with full_state_dict and load with "
+                "load_full_state_dict, or let every rank save and load its own state_dict()"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedTable":
         # A process group cannot be copied; the copy works with the same ranks.
         memo[id(self.group)] = self.group

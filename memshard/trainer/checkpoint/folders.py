@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 COMMIT = "COMMITTED"
 _PREFIX = "step-"
+# As `checkpoint_folder` writes it: a copy called step-20 would be newer than step-00000040.
+_WHOLE = re.compile(rf"{_PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")
 # Without the random part as well: earlier versions gave none.
 _PARTIAL = re.compile(rf"{_PREFIX}\d{{8}}(\.[0-9a-f]{{8}})?\.tmp")
 
@@ -35,11 +37,8 @@ def committed(root: Path) -> list[Path]:
         names = os.listdir(root)
     except FileNotFoundError:
         return []
-    return sorted(
-        root / name
-        for name in names
-        if name.startswith(_PREFIX) and name[len(_PREFIX) :].isdigit() and is_committed(root / name)
-    )
+    steps = {int(name[len(_PREFIX) :]): name for name in names if _WHOLE.fullmatch(name)}
+    return [root / steps[step] for step in sorted(steps) if is_committed(root / steps[step])]
 
 
 def find_checkpoints(path: Path) -> list[Path]:
