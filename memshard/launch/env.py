@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.ranks import Ranks, read_ranks
 
 _SIOCGIFADDR = 0x8915
@@ -25,10 +26,11 @@ def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
     at the end.
 
     timeout: seconds that collectives wait for a rank. Yields this rank's device (a GPU where there
-    is one, else the CPU) and what the launcher said. ValueError if it did not say enough.
+    is one, else the CPU) and what the launcher said. UsageError if it did not say enough.
     """
-    ranks = read_ranks(os.environ)
-    device = _device(ranks)
+    with usage_errors():
+        ranks = read_ranks(os.environ)
+        device = _device(ranks)
     if ranks.ranks == 1:
         try:
             yield device, ranks
@@ -36,7 +38,8 @@ def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
             if dist.is_initialized():  # DeepSpeed needs a group even for one process
                 dist.destroy_process_group()
         return
-    _publish(ranks)
+    with usage_errors():
+        _publish(ranks)
     # torch then records the last collectives, for `memshard doctor`.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(

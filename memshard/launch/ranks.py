@@ -47,11 +47,17 @@ def from_variables(
     """Return what torch's names (RANK, WORLD_SIZE and so on) say; None if they are not set."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
+    rank, ranks = number(env, "RANK"), number(env, "WORLD_SIZE")
+    if rank >= ranks:
+        raise ValueError(
+            f"RANK is {rank} and WORLD_SIZE {ranks}: ranks count from 0, so set RANK below "
+            "WORLD_SIZE, or unset both"
+        )
     return Ranks(
         launcher,
-        int(env["RANK"]),
-        int(env["WORLD_SIZE"]),
-        int(env.get("LOCAL_RANK", 0)),
+        rank,
+        ranks,
+        number(env, "LOCAL_RANK", "0"),
         *listening(env),
         parent_waits,
     )
@@ -59,8 +65,22 @@ def from_variables(
 
 def listening(env: Mapping[str, str]) -> tuple[str | None, int | None]:
     """Return MASTER_ADDR and MASTER_PORT, as far as they are set."""
-    port = env.get("MASTER_PORT")
-    return env.get("MASTER_ADDR"), int(port) if port else None
+    port = number(env, "MASTER_PORT", "0")
+    if port >= 1 << 16:
+        raise ValueError(f"MASTER_PORT is {port}; ports are below 65536")
+    return env.get("MASTER_ADDR"), port or None
+
+
+def number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """Return an environment variable, or its default where it is not set. ValueError if it is no
+    number: an empty RANK is a script's mistake, and not one process alone.
+    """
+    text = env[name] if default is None else env.get(name) or default
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise ValueError(
+            f"the environment variable {name} is {text!r}; expected a number: correct or unset it"
+        )
+    return int(text)
 
 
 def job_port(job: int) -> int:
@@ -73,16 +93,16 @@ def _openmpi(env: Mapping[str, str]) -> Ranks | None:
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
     address, port = listening(env)
-    ranks = int(env["OMPI_COMM_WORLD_SIZE"])
+    ranks = number(env, "OMPI_COMM_WORLD_SIZE", "1")
     # All ranks are on this host, so no one has to say where rank 0 is.
-    if address is None and ranks == int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)):
+    if address is None and ranks == number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", "1"):
         address = "127.0.0.1"
     # crc32 of the job's name, since hash() differs from process to process and all must agree.
     return Ranks(
         "OpenMPI",
-        int(env["OMPI_COMM_WORLD_RANK"]),
+        number(env, "OMPI_COMM_WORLD_RANK"),
         ranks,
-        int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)),
+        number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "0"),
         address,
         port or job_port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())),  # the job's name
     )

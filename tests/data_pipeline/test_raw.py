@@ -18,6 +18,7 @@ from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, HeldOutStream, TrainStream
 from memshard.data_pipeline.stream.prefetch import Prefetched
 from memshard.data_pipeline.stream.rank_share import rank_share
+from memshard.data_pipeline.tokenizer import train_tokenizer
 
 LENGTH, LANES = 24, 6
 
@@ -99,6 +100,16 @@ def test_damaged_raw_text_is_masked_and_found(tars: list[Path], data: Path, tmp_
     assert 0 < (targets == IGNORE).sum() < targets.numel() / 2
     with pytest.raises(ValueError, match=r"part-1.tar: content differs from its hash \(documents"):
         verify_data(tmp_path / "data")
+
+
+def test_a_tokenizer_that_is_not_the_data_sets_is_refused(
+    tars: list[Path], data: Path, tmp_path: Path
+) -> None:
+    index_tars(tars, tmp_path / "data", tokenizer=data, held_out=30, workers=1)
+    other = train_tokenizer(["some words of another text and other words"] * 9, 280)
+    (tmp_path / "data/tokenizer.model").write_bytes(other)
+    with pytest.raises(ValueError, match="tokenizer.model is not the tokenizer that the data set"):
+        TrainStream(tmp_path / "data", LENGTH, LANES, 0)
 
 
 def test_bad_tars_are_named(tars: list[Path], data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from memshard.launch.cli.main import main
+from memshard.launch.cli.outcome import UsageError
 from memshard.launch.launchers.slurm import first_host
 from memshard.launch.ranks import Ranks, read_ranks
 
@@ -58,10 +59,10 @@ OPENMPI = {
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        (TORCHRUN, Ranks("torchrun", 5, 8, 1, "n1", 43061)),
-        (DEEPSPEED, Ranks("DeepSpeed", 3, 4, 1, "10.99.0.1", 29500)),
-        ({**STEP, **TORCHRUN}, Ranks("torchrun", 5, 8, 1, "n1", 43061)),
-        ({**STEP, **DEEPSPEED}, Ranks("DeepSpeed", 3, 4, 1, "10.99.0.1", 29500)),
+        (TORCHRUN, Ranks("torchrun", 5, 8, 1, "n1", 43061, True)),
+        (DEEPSPEED, Ranks("DeepSpeed", 3, 4, 1, "10.99.0.1", 29500, True)),
+        ({**STEP, **TORCHRUN}, Ranks("torchrun", 5, 8, 1, "n1", 43061, True)),
+        ({**STEP, **DEEPSPEED}, Ranks("DeepSpeed", 3, 4, 1, "10.99.0.1", 29500, True)),
         (STEP, Ranks("SLURM", 3, 4, 1, "gpu07", 21234)),
         (
             {**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "5000"},
@@ -104,7 +105,7 @@ def test_a_launcher_that_says_too_little_is_told(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name, raising=False)
     with (
         pytest.raises(
-            ValueError,
+            UsageError,
             match="OpenMPI started 2 ranks and does not say where rank 0 listens: set MASTER_ADDR",
         ),
         joined_ranks(9),

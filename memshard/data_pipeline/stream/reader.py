@@ -45,6 +45,11 @@ class SplitReader:
         self._offsets = np.ascontiguousarray(entries[:, 0])
         self._checksums, self._raw_bytes = entries[:, 2].copy(), entries[:, 3].copy()
         self._tokenizer = None if self.index.records.tokenized else Tokenizer(path)
+        if self._tokenizer and self._tokenizer.sha256 != self.index.tokenizer_sha256:
+            raise ValueError(
+                f"{path}/{self.index.tokenizer} is not the tokenizer that the data set was built "
+                "with: copy it again, or build the data set again"
+            )
         self._tokenized: OrderedDict[int, np.ndarray] = OrderedDict()
         self._shard_of = np.repeat(
             np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars]

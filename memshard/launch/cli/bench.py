@@ -26,7 +26,13 @@ class _BenchmarkParser(CommandParser):
         module.add_arguments(self)
         self.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
         self.set_defaults(run=run, module=module)
-        return super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            for number in value if isinstance(value, list) else [value]:
+                if action.type is int and number is not None and number < 1:
+                    self.error(f"{action.option_strings[0]} is {number}; it must be at least 1")
+        return parsed, rest
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

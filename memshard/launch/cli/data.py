@@ -15,7 +15,7 @@ from memshard.data_pipeline.prepare.inputs.kinds import (
     OwnBuild,
 )
 from memshard.launch.cli.outcome import usage_errors
-from memshard.launch.cli.parser import add_allow
+from memshard.launch.cli.parser import MOST_SEED, add_allow, real, whole
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -58,7 +58,7 @@ def _add_common(parser: argparse.ArgumentParser, takes: str, web: bool = False) 
         "--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty"
     )
     parser.add_argument(
-        "--vocab", type=int, default=8192, help="pieces in the vocabulary (default 8192)"
+        "--vocab", type=whole(), default=8192, help="pieces in the vocabulary (default 8192)"
     )
     parser.add_argument(
         "--model",
@@ -86,7 +86,7 @@ def _add_common(parser: argparse.ArgumentParser, takes: str, web: bool = False) 
         + ("; WARC: as --held-out)" if web else ")"),
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="worker processes (default: one a core)"
+        "--workers", type=whole(), metavar="N", help="worker processes (default: one a core)"
     )
 
 
@@ -129,7 +129,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
             _add_options(parser, kind.options)
     parser.add_argument(
         "--page-seconds",
-        type=float,
+        type=real(0),
         default=20,
         metavar="S",
         help="most CPU time a page may take (default 20)",
@@ -152,13 +152,16 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-bytes",
-        type=int,
+        type=whole(),
         default=1 << 28,
         metavar="N",
         help="text in a shard (default 268435456)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="draws the lines that train the tokenizer (default 0)"
+        "--seed",
+        type=whole(0, MOST_SEED),
+        default=0,
+        help="draws the lines that train the tokenizer (default 0)",
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.generate import add_beam_options, beam_options, refuse_options
 from memshard.launch.cli.outcome import rank, usage_errors
-from memshard.launch.cli.parser import Subparsers, add_allow
+from memshard.launch.cli.parser import Subparsers, add_allow, whole
 from memshard.models.mixers.kinds import names
 
 if TYPE_CHECKING:
@@ -37,24 +37,27 @@ def add_parser(subparsers: Subparsers) -> None:
         help="data set whose held-out text is read (default: that of the run; exports name none)",
     )
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="held-out tokens to read at most (default all)"
+        "--max-tokens",
+        type=whole(),
+        metavar="N",
+        help="held-out tokens to read at most (default all)",
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=whole(),
         default=16,
         metavar="N",
         help="sequences at a time, on each process (default 16)",
     )
     parser.add_argument(
         "--length",
-        type=int,
+        type=whole(),
         metavar="N",
         help="tokens in a window (default: the run's data.length)",
     )
     parser.add_argument(
         "--stride",
-        type=int,
+        type=whole(),
         metavar="N",
         help="slide windows by N tokens; 1: full context for each (default --length)",
     )
@@ -99,7 +102,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--task-dir", metavar="DIR", help="folder of your own task files")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="examples of a task to read at most (default all)"
+        "--limit",
+        type=whole(),
+        metavar="N",
+        help="examples of a task to read at most (default all)",
     )
     add_allow(parser)
     parser.set_defaults(run=run)
@@ -116,8 +122,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             from memshard.trainer.checkpoint.load_model import load_model
 
             ranks = dist.get_world_size() if dist.is_initialized() else 1
-            if args.batch < 1:
-                raise ValueError(f"--batch is {args.batch}; it must be at least 1")
             # Memory-mapped on several processes: they share the pages of one machine's cache.
             loaded = load_model(args.checkpoint, args.memmap or ranks > 1, device)
             if loaded.recipe.model.translates and ranks > 1:

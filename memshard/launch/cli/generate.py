@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import usage_errors
-from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.parser import MOST_SEED, Subparsers, real, whole
 
 if TYPE_CHECKING:
     import torch
@@ -40,28 +40,28 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole(),
         metavar="N",
         help=f"tokens to write at most (default {DEFAULT_TOKENS}, or what learned positions allow)",
     )
     heat = parser.add_mutually_exclusive_group()
     heat.add_argument(
-        "--temperature", type=float, metavar="T", help="divides the logits (default 1)"
+        "--temperature", type=real(0), metavar="T", help="divides the logits (default 1)"
     )
     heat.add_argument(
         "--greedy", action="store_true", help="take the best token, as --temperature 0 does"
     )
     parser.add_argument(
-        "--topk", type=int, metavar="K", help="draw among the K best tokens (default all)"
+        "--topk", type=whole(), metavar="K", help="draw among the K best tokens (default all)"
     )
     parser.add_argument(
         "--topp",
-        type=float,
+        type=real(0),
         metavar="P",
         help="draw among the fewest tokens of total probability P (default all)",
     )
     add_beam_options(parser)
-    parser.add_argument("--seed", type=int, help="decides the draws (default 0)")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), help="decides the draws (default 0)")
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -75,11 +75,11 @@ def add_parser(subparsers: Subparsers) -> None:
 def add_beam_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of beam search."""
     parser.add_argument(
-        "--beam", type=int, metavar="N", help="of translators: width of the beam (default 4)"
+        "--beam", type=whole(), metavar="N", help="of translators: width of the beam (default 4)"
     )
     parser.add_argument(
         "--length-penalty",
-        type=float,
+        type=real(0),
         metavar="A",
         help="of translators: how much longer translations are preferred, 0 for not (default 1)",
     )

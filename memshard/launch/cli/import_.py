@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from memshard.launch.cli.outcome import usage_errors
-from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.parser import Subparsers, whole
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("out", metavar="OUT", help="a new folder: a memory each, or a checkpoint")
     parser.add_argument(
         "--topk",
-        type=int,
+        type=whole(),
         default=32,
         metavar="K",
         help="slots that a head reads, which the weights do not show (default 32)",

@@ -55,5 +55,10 @@ def describe(error: BaseException) -> str:
 
 
 def rank() -> int:
-    """Return this process's number in the run that torchrun, srun or nothing has set up."""
-    return read_ranks(os.environ).rank
+    """Return this process's number in the run that torchrun, srun or nothing has set up; 0 if that
+    cannot be read, which is then what this process has to say.
+    """
+    try:
+        return read_ranks(os.environ).rank
+    except ValueError:
+        return 0

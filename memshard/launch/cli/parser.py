@@ -1,12 +1,48 @@
 """The argument parser of all commands."""
 
 import argparse
+import math
+import re
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 from memshard.data_pipeline.fetch import ALLOWED
 from memshard.launch.cli.outcome import UsageError
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
+
+
+MOST_SEED = (1 << 63) - 1
+"""Random draws take seeds as int64."""
+
+
+def whole(least: int = 1, most: int = (1 << 63) - 1) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            limit = f"at most {most:,}" if value > most else f"at least {least}"
+            raise argparse.ArgumentTypeError(f"is {value}; it must be {limit}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse: invalid whole number value: 'x'
+    return parse
+
+
+def real(least: float) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of at least `least`."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (least <= value and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(
+                f"is {value:g}; it must be a finite number of at least {least:g}"
+            )
+        return value
+
+    parse.__name__ = "number"
+    return parse
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +89,8 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        # "--batch is 0; ...", and not "argument --batch: is 0; ..."
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse_command(self, argv: list[str]) -> argparse.Namespace:

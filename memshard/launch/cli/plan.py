@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import usage_errors
-from memshard.launch.cli.parser import Subparsers
+from memshard.launch.cli.parser import Subparsers, real, whole
 from memshard.launch.cli.plan_report import report
 from memshard.trainer.cost.devices import CARDS
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="such as model.layers=12"
     )
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
+    parser.add_argument("--world", type=whole(), default=1, metavar="N", help="ranks (default 1)")
     parser.add_argument(
         "--device",
         choices=(*CARDS, "cpu"),
@@ -36,20 +36,20 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--node",
-        type=int,
+        type=whole(),
         default=8,
         metavar="N",
         help="ranks on a node, for the time of exchanges (default 8)",
     )
     parser.add_argument(
         "--vocab",
-        type=int,
+        type=whole(),
         metavar="N",
         help="vocabulary where neither recipe nor data set says it",
     )
     parser.add_argument(
         "--duplicates",
-        type=float,
+        type=real(1),
         metavar="X",
         help="reads of a row by a rank in a micro-batch (default: as a run folder has measured "
         "it, else as if reads were spread evenly)",
@@ -81,14 +81,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 tables=replace(recipe.tables, place="device"),
                 train=replace(recipe.train, offload=False),
             )
-        if args.node < 1:
-            raise ValueError(f"--node is {args.node}; it must be at least 1")
         vocab_size, source = _vocabulary(recipe, args.vocab)
         duplicates = args.duplicates or _measured_duplicates(args.recipe)
-        if duplicates is not None and duplicates < 1:
-            raise ValueError(f"--duplicates is {duplicates}; it must be at least 1")
-        if args.world < 1:
-            raise ValueError(f"--world is {args.world}; it must be at least 1")
         device = device_named(args.device, args.world)
         precision = device.half if recipe.train.precision == "auto" else recipe.train.precision
         half = precision != "fp32"
@@ -132,8 +126,6 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
     if (data := Path(recipe.data.path) / INDEX_FILE).exists():
         return load_index(data.parent).vocab_size, "tokenizer of data.path"
     if given is not None:
-        if given < 1:
-            raise ValueError(f"--vocab is {given}; it must be at least 1")
         return given, "--vocab"
     return (
         ASSUMED_VOCABULARY,

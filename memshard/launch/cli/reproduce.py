@@ -8,6 +8,7 @@ from typing import Any
 from memshard.experiments.common import catalogue
 from memshard.io import check_free
 from memshard.launch.cli.outcome import UsageError, describe, usage_errors
+from memshard.launch.cli.parser import whole
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole(),
         help="points run side by side, one thread each (default: the machine's cores)",
     )
     parser.set_defaults(run=run)
@@ -50,8 +51,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
     if args.name is None:
         raise UsageError("name an experiment (memshard reproduce --list shows them)")
-    if args.workers is not None and args.workers < 1:
-        raise UsageError(f"--workers is {args.workers}; it must be at least 1")
     # After the checks: it loads torch, and --list and mistakes need no torch.
     from memshard.experiments.common.run import REPORT_FILE, RESULTS_FILE, SUMMARY_FILE, reproduce
 

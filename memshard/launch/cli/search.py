@@ -7,6 +7,7 @@ from textwrap import indent
 from typing import Any
 
 from memshard.launch.cli.outcome import UsageError, usage_errors
+from memshard.launch.cli.parser import whole
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     run.add_argument("--settings", type=Path, metavar="FILE", help="YAML file of settings")
     run.add_argument(
         "--workers",
-        type=int,
+        type=whole(),
         default=1,
         metavar="N",
         help="programs trained side by side, one thread each (default 1)",
@@ -58,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="JSON file, such as the winner.json of a search; or transformer, primer-ez and so on",
     )
     compiled.add_argument(
-        "--dim", type=int, required=True, metavar="N", help="width of the model, model.dim"
+        "--dim", type=whole(), required=True, metavar="N", help="width of the model, model.dim"
     )
     compiled.add_argument(
         "--out",
@@ -91,8 +92,6 @@ def run_search(args: argparse.Namespace) -> dict[str, Any]:
         }
     if args.folder is None:
         raise UsageError("name a folder for the journal: memshard search run DIR text=FILE")
-    if args.workers < 1:
-        raise UsageError(f"--workers is {args.workers}; it must be at least 1")
     # A stack in place of `with usage_errors()`, since set-up ends in the middle of `search`, where
     # it asks for the workers.
     with ExitStack() as setup:

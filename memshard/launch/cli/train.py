@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.trainer.watch.lost_ranks import describe_lost_ranks, is_collective_error
     from memshard.trainer.watch.rank_log import rank_log
 
-    if read_ranks(os.environ).parent_waits:
+    with usage_errors():
+        parent_waits = read_ranks(os.environ).parent_waits
+    if parent_waits:
         stop_without_parent()
     # The longer timeout: the first steps compile kernels, at another pace on each rank.
     with joined_ranks(recipe.guards.first_timeout) as (device, ranks), ExitStack() as held:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import whole
 from memshard.launch.launchers import foreground
 from memshard.launch.launchers.start import RENDEZVOUS, installed, torchrun_options
 from memshard.launch.ranks import Ranks, from_variables
@@ -18,11 +19,11 @@ _SAVE_SECONDS = 180
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `memshard launch local`."""
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="processes (default: one a GPU, or one)"
+        "--ranks", type=whole(), metavar="N", help="processes (default: one a GPU, or one)"
     )
     parser.add_argument(
         "--restarts",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="how often to start again after a failure (default 0)",
@@ -38,8 +39,6 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
             import torch
 
             ranks = max(1, torch.cuda.device_count())
-        if ranks < 1:
-            raise ValueError(f"--ranks is {ranks}; it must be at least 1")
         # No snapshot of the code, as for jobs that wait: this starts at once.
         start = installed(args)
     command = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.parser import whole
 from memshard.launch.launchers.cluster import Cluster, add_cluster_options, cluster_of
 from memshard.launch.launchers.start import (
     HOSTFILE,
@@ -25,7 +26,7 @@ from memshard.launch.launchers.start import (
     snapshot,
     torchrun_options,
 )
-from memshard.launch.ranks import PORTS, Ranks, from_variables, job_port, listening
+from memshard.launch.ranks import PORTS, Ranks, from_variables, job_port, listening, number
 
 Flavour = Literal["srun", "torchrun", "deepspeed"]
 _FACTS = (
@@ -45,13 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--array",
-        type=int,
+        type=whole(),
         default=1,
         metavar="N",
         help="N turns of the job, one after the other, as an array",
     )
     parser.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="N jobs, each waiting for the one before"
+        "--chain",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="N jobs, each waiting for the one before",
     )
     parser.add_argument("--after", metavar="JOB", help="wait until this job has ended")
     add_cluster_options(parser, _FACTS)
@@ -104,11 +109,11 @@ def detect(env: Mapping[str, str]) -> Ranks | None:
     address, port = listening(env)
     return Ranks(
         "SLURM",
-        int(env["SLURM_PROCID"]),
-        int(env["SLURM_STEP_NUM_TASKS"]),
-        int(env.get("SLURM_LOCALID", 0)),
+        number(env, "SLURM_PROCID"),
+        number(env, "SLURM_STEP_NUM_TASKS"),
+        number(env, "SLURM_LOCALID", "0"),
         address or first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
-        port or job_port(int(env.get("SLURM_JOB_ID", 0))),
+        port or job_port(number(env, "SLURM_JOB_ID", "0")),
     )
 
 
