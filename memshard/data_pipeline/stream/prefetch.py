@@ -2,8 +2,7 @@
 
 import multiprocessing
 import signal
-import weakref
-from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -47,7 +46,7 @@ class Prefetched:
         # Workers inherit the mask, so that not even their first moments hear a signal.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
         try:
-            self._steps: Iterator[list[Batch]] | None = iter(loader)
+            self._steps: Any = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._workers = set(multiprocessing.active_children()) - before
@@ -57,13 +56,17 @@ class Prefetched:
 
     def __next__(self) -> list[Batch]:
         assert self._steps is not None
-        return next(self._steps)
+        batch: list[Batch] = next(self._steps)
+        return batch
 
     def close(self) -> None:
         """End the workers; steps that they have read ahead are forgotten."""
-        steps = weakref.ref(self._steps) if self._steps is not None else lambda: None
-        self._steps = None  # torch asks them to end, and waits seconds for one that is reading
-        # While a traceback holds the iterator, torch takes a killed worker for an error.
-        for worker in self._workers if steps() is None else ():
+        if self._steps is None:
+            return
+        # Not left to its finalizer: a traceback may hold the iterator until Python ends, which then
+        # waits for ever for workers that hear no SIGTERM. torch waits seconds for one that reads.
+        self._steps._shutdown_workers()
+        self._steps = None
+        for worker in self._workers:
             worker.kill()
             worker.join()
