@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as DCP
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import state_dict
 from torch.optim import AdamW, swa_utils
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -16,51 +16,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from memshard import (
     AveragedModel,
     CombinedOptimizer,
-    ProductKeyMemory,
     RowAdam,
     externalize_tables,
     find_tables,
 )
+from tests.tiny_llama import both_optimizers, hugging_face_trainer, tiny_llama, tokens, train
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 # Other projects' warnings are theirs.
 pytestmark = pytest.mark.filterwarnings("default")
-
-_SIZES = {"keys": 8, "heads": 2, "topk": 4, "key_dim": 8}
-_CONFIG = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-
-
-def _llama(**changes: Any) -> nn.Module:
-    transformers.set_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_CONFIG))
-    model.model.layers[1].mlp = ProductKeyMemory(16, **_SIZES, **changes)
-    return model
-
-
-def _tokens(seed: int = 0) -> Tensor:
-    return torch.randint(40, (4, 8), generator=torch.Generator().manual_seed(seed))
-
-
-def _optimizer(model: nn.Module, tables: list[Any]) -> CombinedOptimizer:
-    dense = [weight for weight in model.parameters() if weight.requires_grad]
-    return CombinedOptimizer(AdamW(dense, 3e-3), RowAdam(tables, 1e-2))
-
-
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(_tokens(step), labels=_tokens(step)).loss.backward()
-        optimizer.step()
 
 
 def _run_block(heading: str, number: int, names: dict[str, Any]) -> dict[str, Any]:
@@ -71,35 +36,23 @@ def _run_block(heading: str, number: int, names: dict[str, Any]) -> dict[str, An
     return names
 
 
-def _trainer(model: nn.Module, folder: Path, **arguments: Any) -> Any:
-    rows = [{"input_ids": row, "labels": row} for row in _tokens()]
-    return transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(folder), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True
-        ),
-        train_dataset=rows,
-        **arguments,
-    )
-
-
 def test_tables_without_an_optimizer_are_refused(tmp_path: Path) -> None:
     """At the second step, however the optimizer was forgotten."""
-    model = _llama()
+    model = tiny_llama()
     (table,) = externalize_tables(model)
     with pytest.raises(RuntimeError, match=r"no RowAdam was made for it.*optimizers=\(optimizer"):
-        _trainer(model, tmp_path).train()
+        hugging_face_trainer(model, tmp_path).train()
     with pytest.raises(RuntimeError, match="no RowAdam"):
-        _train(model, AdamW(model.parameters()))
+        train(model, AdamW(model.parameters()))
     assert len(table.reads) == 1, "no more than one pass is kept"
     with torch.no_grad():
-        model(_tokens())
-    _train(model, _optimizer(model, [table]))
+        model(tokens())
+    train(model, both_optimizers(model, [table]))
     # A copy needs one of its own, unless it is frozen.
     with pytest.raises(RuntimeError, match="A copy of a table"):
-        _train(copy.deepcopy(model), AdamW(model.parameters()))
+        train(copy.deepcopy(model), AdamW(model.parameters()))
     table.requires_grad_(False)
-    _train(copy.deepcopy(model), AdamW(model.parameters()))
+    train(copy.deepcopy(model), AdamW(model.parameters()))
 
 
 def _lora(model: nn.Module, **settings: Any) -> Any:
@@ -111,26 +64,26 @@ def _lora(model: nn.Module, **settings: Any) -> Any:
 def test_lora_leaves_a_frozen_table_alone() -> None:
     """Whether it is hidden before or after."""
     for first in (True, False):
-        model = _llama()
+        model = tiny_llama()
         tables = externalize_tables(model) if first else []
         wrapped = _lora(model)
         tables = tables or externalize_tables(wrapped)
         before = tables[0].weight.clone()
-        _train(wrapped, _optimizer(wrapped, tables))
+        train(wrapped, both_optimizers(wrapped, tables))
         assert torch.equal(tables[0].weight, before) and not tables[0].reads
         # Asked for by name, it learns beside the adapters.
         tables[0].requires_grad_()
-        _train(wrapped, _optimizer(wrapped, tables))
+        train(wrapped, both_optimizers(wrapped, tables))
         assert not torch.equal(tables[0].weight, before)
 
 
 def test_a_memory_is_an_adapter_of_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    names = {**globals(), **vars(peft), "model": _llama()}
+    names = {**globals(), **vars(peft), "model": tiny_llama()}
     names = _run_block("Freezing, and PEFT", 0, names)
     wrapped, tables = names["model"], names["tables"]
     before = [table.weight.clone() for table in tables]
-    _train(wrapped, names["optimizer"])
+    train(wrapped, names["optimizer"])
     moved = [
         name
         for (name, table), old in zip(find_tables(wrapped), before, strict=True)
@@ -138,29 +91,29 @@ def test_a_memory_is_an_adapter_of_peft(tmp_path: Path) -> None:
     ]
     assert len(moved) == 1 and "modules_to_save.default" in moved[0]
     wrapped.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(_llama(), tmp_path).eval()
-    torch.testing.assert_close(loaded(_tokens()).logits, wrapped.eval()(_tokens()).logits)
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens()).logits, wrapped.eval()(tokens()).logits)
 
 
 def test_a_layer_that_peft_copies_after_hiding_is_refused() -> None:
-    model = _llama()
+    model = tiny_llama()
     tables = externalize_tables(model)
     wrapped = _lora(model, modules_to_save=["mlp"])
     with pytest.raises(RuntimeError, match="modules_to_save.*externalize_tables after copying"):
-        _train(wrapped, _optimizer(wrapped, tables))
+        train(wrapped, both_optimizers(wrapped, tables))
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("average", [get_ema_multi_avg_fn(0.5), None])
 def test_an_average_of_the_weights_covers_hidden_tables(use_buffers: bool, average: Any) -> None:
     """It is that of a model whose table is visible and takes the same values."""
-    model = _llama(query_norm="layer").double()
-    optimizer = _optimizer(model, externalize_tables(model))
+    model = tiny_llama(query_norm="layer").double()
+    optimizer = both_optimizers(model, externalize_tables(model))
     averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
-    twin = _llama(query_norm="layer").double()
+    twin = tiny_llama(query_norm="layer").double()
     expected = swa_utils.AveragedModel(twin, multi_avg_fn=average, use_buffers=use_buffers)
     for step in range(4):
-        model(_tokens(step), labels=_tokens(step)).loss.backward()
+        model(tokens(step), labels=tokens(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         averaged.update_parameters(model)
@@ -174,7 +127,7 @@ def test_an_average_of_the_weights_covers_hidden_tables(use_buffers: bool, avera
 
 
 def test_an_average_that_would_miss_tables_is_refused() -> None:
-    model = _llama()
+    model = tiny_llama()
     swa_utils.AveragedModel(model)
     externalize_tables(model)
     with pytest.raises(ValueError, match="use memshard.AveragedModel"):
@@ -188,9 +141,9 @@ def test_an_average_that_would_miss_tables_is_refused() -> None:
 
 
 def test_the_page_averages_compiles_and_exports() -> None:
-    model = _llama()
-    names = {**globals(), "model": model, "batches": [_tokens()] * 2}
-    names["optimizer"] = _optimizer(model, externalize_tables(model))
+    model = tiny_llama()
+    names = {**globals(), "model": model, "batches": [tokens()] * 2}
+    names["optimizer"] = both_optimizers(model, externalize_tables(model))
     _run_block("Averages of the weights (EMA)", 0, names)
     average, trained = (next(find_tables(part))[1].weight for part in (names["averaged"], model))
     assert not torch.equal(average, trained)
@@ -201,29 +154,29 @@ def test_the_page_averages_compiles_and_exports() -> None:
 
 
 def test_optimizers_whose_groups_have_names_are_combined() -> None:
-    model = _llama()
+    model = tiny_llama()
     tables = externalize_tables(model)
     optimizer = CombinedOptimizer(AdamW(model.named_parameters(), 3e-3), RowAdam(tables, 1e-2))
     before = tables[0].weight.clone()
-    _train(model, optimizer)
+    train(model, optimizer)
     assert not torch.equal(tables[0].weight, before)
     assert optimizer.param_groups[0]["param_names"][0] == "model.embed_tokens.weight"
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    _train(model, optimizer)
+    train(model, optimizer)
 
 
 def test_a_model_is_copied_between_backward_and_step() -> None:
     """With its optimizer. The gradient stays behind, as torch leaves parameters' gradients."""
-    model = _llama()
-    optimizer = _optimizer(model, externalize_tables(model))
-    _train(model, optimizer)
+    model = tiny_llama()
+    optimizer = both_optimizers(model, externalize_tables(model))
+    train(model, optimizer)
     optimizer.zero_grad()
-    model(_tokens(), labels=_tokens()).loss.backward()
+    model(tokens(), labels=tokens()).loss.backward()
     copied, its_optimizer = copy.deepcopy((model, optimizer))
     ((_, table),), ((_, other),) = find_tables(model), find_tables(copied)
     assert len(table.reads) == 1 and not other.reads and other.anchor.grad is None
     for part, its in ((model, optimizer), (copied, its_optimizer)):
-        _train(part, its)
+        train(part, its)
     torch.testing.assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
@@ -231,56 +184,56 @@ def test_members_of_a_combined_optimizer_keep_states_of_their_own() -> None:
     """Each can be saved and loaded alone, and stays a member."""
     runs = []
     for part in ("whole", "members"):
-        model = _llama()
-        optimizer = _optimizer(model, externalize_tables(model))
+        model = tiny_llama()
+        optimizer = both_optimizers(model, externalize_tables(model))
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-        _train(model, optimizer)
+        train(model, optimizer)
         for each in [optimizer] if part == "whole" else optimizer.optimizers:
             each.load_state_dict(copy.deepcopy(each.state_dict()))
         schedule.step()
         assert [group["lr"] for group in optimizer.optimizers[1].param_groups] == [0.005]
-        _train(model, optimizer)
+        train(model, optimizer)
         runs.append((model.state_dict(), optimizer.state_dict()["state"]))
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("late", [torch.float64, torch.bfloat16])
 def test_a_model_that_is_cast_after_its_optimizer_was_made_is_refused(late: torch.dtype) -> None:
-    model = _llama(query_norm="layer")
-    optimizer = _optimizer(model, externalize_tables(model))
+    model = tiny_llama(query_norm="layer")
+    optimizer = both_optimizers(model, externalize_tables(model))
     model.to(late)
     with pytest.raises(RuntimeError, match="cast the model first, then make the optimizer"):
-        _train(model, optimizer)
+        train(model, optimizer)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_a_batch_once(reentrant: bool) -> None:
     statistics = []
     for checkpointed in (False, True):
-        model = _llama()
+        model = tiny_llama()
         externalize_tables(model)
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()(_tokens(), labels=_tokens()).loss.backward()
+        model.train()(tokens(), labels=tokens()).loss.backward()
         statistics.append(model.model.layers[1].mlp.query_norm.running_mean)
     assert statistics[0].any() and torch.equal(*statistics)
 
-    model = _llama(query_norm="lagged").train()
+    model = tiny_llama(query_norm="lagged").train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with pytest.raises(RuntimeError, match='"lagged" cannot be computed again'):
-        model(_tokens(), labels=_tokens()).loss.backward()
+        model(tokens(), labels=tokens()).loss.backward()
 
 
 def test_torch_checkpoints_hold_both_optimizers(tmp_path: Path) -> None:
     """As the page says: torch's function for the dense one, RowAdam's own state as it is."""
     results = []
     for resumed in (False, True):
-        model = _llama()
+        model = tiny_llama()
         tables = externalize_tables(model)
         dense, rows = AdamW(model.parameters(), 3e-3), RowAdam(tables, 1e-2)
         optimizer = CombinedOptimizer(dense, rows)
         if not resumed:
-            _train(model, optimizer)
+            train(model, optimizer)
         names = {**vars(state_dict), "DCP": DCP, "folder": tmp_path}
         names |= {"model": model, "dense": dense, "rows": rows}
         if resumed:
@@ -290,6 +243,6 @@ def test_torch_checkpoints_hold_both_optimizers(tmp_path: Path) -> None:
                 "rows": rows.state_dict(),
             }
         _run_block("torch.distributed.checkpoint", int(resumed), names)
-        _train(model, optimizer)
+        train(model, optimizer)
         results.append(model.state_dict())
     torch.testing.assert_close(*results, rtol=0, atol=0)
