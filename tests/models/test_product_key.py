@@ -158,3 +158,15 @@ def test_wrong_inputs_are_named() -> None:
         layer(torch.randn(3, 5))
     with pytest.raises(NotImplementedError, match="does not run under torch.func"):
         torch.func.vmap(layer)(torch.randn(3, 2, 6))
+
+
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_second_derivatives_are_refused(kind: type[ProductKeyMemory], hidden: bool) -> None:
+    """Where they pass through the layer; a graph may be made."""
+    layer = kind(6, keys=5, heads=2, topk=3, key_dim=4)
+    externalize_tables(layer) if hidden else None
+    x = torch.randn(3, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="a memory has no second derivative"):
+        gradient.sum().backward()

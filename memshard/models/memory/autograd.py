@@ -6,7 +6,9 @@ memory): each distinct row is fetched once, and its summed gradient is returned 
 table's anchor, so that backward reaches them even if nothing else needs a gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +22,29 @@ from memshard.models.memory.host import to_device
 from memshard.models.memory.row_gradient import Read, row_gradients, sort_reads
 
 _BLOCK_ROWS = 4096
+Backward = Callable[..., Any]
+
+
+def differentiable_once(backward: Backward) -> Backward:
+    """As torch's `once_differentiable`, but a second derivative raises an error of ours."""
+    plain = once_differentiable(backward)
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor) -> Any:
+        gradients = plain(ctx, *upstream)
+        for gradient in gradients if isinstance(gradients, tuple) else (gradients,):
+            if gradient is not None and gradient.grad_fn is not None:
+                gradient.grad_fn.register_prehook(_refuse_second_derivative)
+        return gradients
+
+    return wrapped
+
+
+def _refuse_second_derivative(upstream: Any) -> None:
+    raise NotImplementedError(
+        "a memory has no second derivative: differentiate its output once, or give it x.detach() "
+        "where gradients of gradients are taken"
+    )
 
 
 class WeightedSum(torch.autograd.Function):
@@ -45,7 +70,7 @@ class WeightedSum(torch.autograd.Function):
         return to_device(sums, ctx.device)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (values, rows, weights, offsets), table = ctx.saved_tensors, ctx.table
         # Contiguous: a sum's gradient may be one number expanded to all rows,
@@ -82,7 +107,7 @@ class Dot(torch.autograd.Function):
         return to_device(products, ctx.device)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (values, rows, x, offsets), table = ctx.saved_tensors, ctx.table
         (upstream,) = table.to_table_device(upstream.contiguous())
@@ -141,7 +166,7 @@ class FetchedSum(torch.autograd.Function):
         return fetch.backend.gather_sum(fetched, fetch.inverse, weights, fetch.offsets)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()
@@ -165,7 +190,7 @@ class FetchedDot(torch.autograd.Function):
         return fetch.backend.score_gradients(fetched, fetch.inverse, fetch.offsets, x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (fetched, x), fetch = ctx.saved_tensors, ctx.fetch
         upstream = upstream.contiguous()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels.backend import search_for
+from memshard.models.memory.autograd import differentiable_once
 from memshard.models.recompute.replay import Replay, run_once
 
 
@@ -47,7 +48,7 @@ class _PickedSums(torch.autograd.Function):
         return first.gather(-1, i1) + second.gather(-1, i2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         # scatter_add_, since one sub-key may take part in many of the k pairs.
         scattered = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models import compat
+from memshard.models.memory.autograd import differentiable_once
 from memshard.models.memory.kinds import QueryNormKind
 from memshard.models.recompute.replay import Replay, run_once
 
@@ -193,7 +194,7 @@ class _SumSquares(torch.autograd.Function):
         return x.square().sum(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         return x * (2 * gradient)
