@@ -226,7 +226,8 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Round x [fp32] to fp16 or bf16, up or down with probabilities that make the mean x.
 
     bits: int32, 32 random bits for each value. A change of a hundredth of the distance between two
-    neighbours is lost in 99 of 100 steps and counts 100 times in the other.
+    neighbours is lost in 99 of 100 steps and counts 100 times in the other. A value that `dtype`
+    holds stays, and what to the nearest is finite stays finite.
     """
     mantissa, smallest = (10, -14) if dtype == torch.float16 else (7, -112)
     exponent = (x.view(torch.int32) & 0x7F800000).clamp(min=(127 + smallest) << 23)
@@ -234,9 +235,17 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     # scaling is exact.
     quantum = (exponent - (mantissa << 23)).view(torch.float32)
     inverse = ((254 << 23) - (exponent - (mantissa << 23))).view(torch.float32)
-    # 24 bits, which fp32 represents exactly: the number is below 1 and never rounded up to it.
-    uniform = (bits >> 8 & 0xFFFFFF).float() * 2.0**-24
-    return ((x * inverse + uniform).floor() * quantum).to(dtype)
+    size = x.abs()
+    scaled = size * inverse
+    whole = scaled.floor()
+    # The middles of 2^23 equal parts of [0, 1), exact in fp32. The fraction of a number in the
+    # normal range of fp16 has 13 bits, in that of bf16 16: so many of the middles are below it as
+    # its share of 1 is, exactly. Adding them instead would round the sum, upwards on average.
+    uniform = ((bits >> 9 & 0x7FFFFF).float() + 0.5) * 2.0**-23
+    rounded = (whole + (uniform < scaled - whole)) * quantum
+    largest = torch.finfo(dtype).max
+    rounded.masked_fill_((rounded > largest) & (size < largest + quantum / 2), largest)
+    return rounded.copysign(x).to(dtype)
 
 
 def bag_of_each_read(offsets: Tensor, reads: int) -> Tensor:

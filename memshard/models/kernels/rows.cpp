@@ -62,6 +62,8 @@ template <class T> constexpr int32_t mantissa() { return sizeof(T) == 4 ? 23 : 7
 template <> constexpr int32_t mantissa<half_t>() { return 10; }
 template <class T> constexpr uint32_t smallest_exponent() { return uint32_t(127 - 112) << 23; }
 template <> constexpr uint32_t smallest_exponent<half_t>() { return uint32_t(127 - 14) << 23; }
+template <class T> constexpr float largest() { return 0x1.fep127f; }
+template <> constexpr float largest<half_t>() { return 65504; }
 
 // The counter-based bits of models/random.py.
 inline uint32_t mix(uint32_t x) {
@@ -296,8 +298,12 @@ template <class T> void adam_rows(const Update& u) {
                         exponent = exponent < smallest_exponent<T>() ? smallest_exponent<T>() : exponent;
                         const uint32_t quantum = exponent - (uint32_t(mantissa<T>()) << 23);
                         const uint32_t bits = mix(mix(uint32_t(u.first_column + c + k) ^ uint32_t(key)) ^ uint32_t(key >> 32));
-                        const float uniform = float(int32_t(bits >> 8)) * 0x1p-24f;
-                        nw[k] = std::floor(nw[k] * from_bits((254u << 23) - quantum) + uniform) * from_bits(quantum);
+                        const float uniform = (float(int32_t(bits >> 9)) + 0.5f) * 0x1p-23f;
+                        const float size = std::fabs(nw[k]), step = from_bits(quantum);
+                        const float scaled = size * from_bits((254u << 23) - quantum), whole = std::floor(scaled);
+                        const float rounded = (whole + (uniform < scaled - whole ? 1.0f : 0.0f)) * step;
+                        const bool beyond = rounded > largest<T>() && size < largest<T>() + step / 2;
+                        nw[k] = std::copysign(beyond ? largest<T>() : rounded, nw[k]);
                     }
                 }
                 T narrowed[LANE];

@@ -76,20 +76,35 @@ def adam_rows(
     if master is not None:
         tl.store(master + place, value, mask=mask)
     elif values.dtype.element_ty == tl.float16:
-        value = _round(value, _random(key, row + first_row, columns + first_column), 10, -14)
+        value = _round(
+            value, _random(key, row + first_row, columns + first_column), 10, -14, 65504.0
+        )
     elif values.dtype.element_ty == tl.bfloat16:
-        value = _round(value, _random(key, row + first_row, columns + first_column), 7, -112)
+        value = _round(
+            value,
+            _random(key, row + first_row, columns + first_column),
+            7,
+            -112,
+            3.3895313892515355e38,
+        )
     tl.store(values + place, value.to(values.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
+def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr):
     """Do what `plain_rows.round_stochastically` does, before the cast."""
     exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, (127 + SMALLEST) << 23)
     quantum = exponent - (MANTISSA << 23)
-    uniform = (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
-    inverse = ((254 << 23) - quantum).to(tl.float32, bitcast=True)
-    return tl.floor(x * inverse + uniform) * quantum.to(tl.float32, bitcast=True)
+    uniform = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
+    size = tl.abs(x)
+    scaled = size * ((254 << 23) - quantum).to(tl.float32, bitcast=True)
+    whole = tl.floor(scaled)
+    step = quantum.to(tl.float32, bitcast=True)
+    rounded = (whole + (uniform < scaled - whole).to(tl.float32)) * step
+    rounded = tl.where((rounded > LARGEST) & (size < LARGEST + step / 2), LARGEST, rounded)
+    # The sign of x, of -0 as well.
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -273,6 +273,21 @@ def test_stochastic_rounding_hits_both_neighbours_with_the_right_mean() -> None:
         assert (rounded[:, [4, 6]].float() == exact[[4, 6]]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stochastic_rounding_is_exact_over_all_random_numbers(dtype: torch.dtype) -> None:
+    """The mean over all of them is the number, to the last bit; one that the dtype holds stays."""
+    # Of the 32 bits the upper 23 are used.
+    bits = torch.arange(1 << 23, dtype=torch.int32) << 9
+    inside = torch.tensor([1.0001, -0.3, 1000.4, -3.0517578125e-05 * 1.7])
+    held = torch.tensor([2.0, -0.0, 65504.0, 6.103515625e-05]).to(dtype).float()
+    for exact in (*inside, *held):
+        rounded = round_stochastically(exact.expand(1 << 23), bits, dtype).double()
+        # Sums of numbers of 11 bits times 2^23 are exact in fp64.
+        assert rounded.sum() == exact.double() * (1 << 23), exact
+        if exact in held:
+            assert (rounded == exact).all() and (rounded.signbit() == exact.signbit()).all()
+
+
 def test_clipping_by_the_norm_of_all_tables() -> None:
     """Each row counts once, with all its reads."""
     tables, twins = [_table(), _table()], [_table(), _table()]
