@@ -114,5 +114,5 @@ setup(
         "fla": ["fla-core>=0.6"],
         "all": sorted({package for packages in EXTRAS.values() for package in packages}),
     },
-    entry_points={"console_scripts": ["memshard = memshard.launch.cli.main:main"]},
+    entry_points={"console_scripts": ["memshard = memshard.__main__:main"]},
 )

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,20 @@ def check_free(folder: Path, names: Iterable[str], otherwise: str) -> None:
             raise ValueError(
                 f"{folder / name} is there already and was not written by memshard: {otherwise}"
             )
+
+
+def file_time(folder: Path) -> float:
+    """Return the Unix time by the clock of the folder's file server, which all of its hosts share
+    and their own clocks may differ from; by this host's where nothing can be written.
+    """
+    probe = partial_path(folder / "clock")
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        return time.time()
+    return now
 
 
 def is_absence(error: OSError) -> bool:

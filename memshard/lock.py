@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memshard.io import named, partial_path
+from memshard.io import file_time, named, partial_path
 
 log = logging.getLogger(__name__)
 
@@ -170,13 +170,8 @@ def _take_over(path: Path, otherwise: str) -> None:
 
 def _silent(path: Path, content: bytes, name: "Owner | str") -> bool:
     """Return whether the file is not renewed until it is STALE_SECONDS old."""
-    # The time of a new file is the file server's: the clocks of hosts may differ by minutes.
-    probe = partial_path(path)
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink()
     _, last = _look(path)
-    left = STALE_SECONDS - (now - last)
+    left = STALE_SECONDS - (file_time(path.parent) - last)
     if left > 0:
         log.warning(
             "%s is in use by %s, not on this host: waiting up to %.0f s for a sign of life",

@@ -164,6 +164,28 @@ def test_files_are_short() -> None:
     assert not {path: length for path, length in lengths.items() if length > 600}
 
 
+def _without_encoding(path: Path) -> Iterator[str]:
+    """Yield place and text of the calls that read or write text in the encoding of the locale."""
+    binary = ("tarfile.open", "Image.open", "os.open")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or "encoding" in {word.arg for word in node.keywords}:
+            continue
+        called, arguments = ast.unparse(node.func), [ast.unparse(value) for value in node.args]
+        name = called.rpartition(".")[2]
+        if name in ("open", "fdopen") and called not in binary:
+            wrong = not re.search("'[rwax+]*b", " ".join(arguments))
+        else:
+            wrong = called.endswith((".read_text", ".write_text")) and "'utf-8'" not in arguments
+        if wrong:
+            yield f"{path.relative_to(ROOT)}:{node.lineno}: {called}({', '.join(arguments)})"
+
+
+def test_every_text_file_is_read_and_written_in_a_stated_encoding() -> None:
+    """Else a locale of ISO-8859-1 writes files that no other reads."""
+    wrong = [place for path in FILES for place in _without_encoding(path)]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_every_recipe_key_is_explained() -> None:
     assert not [key.name for key in fields() if not key.doc.endswith(".")], (
         "keys without a docstring that is a sentence"

@@ -101,7 +101,8 @@ def write_checkpoint(folder: Path, slots: int, dim: int) -> None:
         vocab_size=512, layers=2, dim=dim, max_length=256, mixer=MixerConfig(heads=8), memory=memory
     )
     (folder / "config.yaml").write_text(
-        dump(Recipe(data=DataConfig(path="none", length=256), model=model))
+        dump(Recipe(data=DataConfig(path="none", length=256), model=model)),
+        encoding="utf-8",
     )
     # The table leaves the model while it holds no memory: `to_empty` then allocates the dense part
     # alone, and the 2 GB exist once, in `tensors`.

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (args.ranks, folder, size, args.rounds), nprocs=args.ranks)
-        result: dict[str, Any] = json.loads((Path(folder) / _RESULT).read_text())
+        result: dict[str, Any] = json.loads((Path(folder) / _RESULT).read_text(encoding="utf-8"))
     return result
 
 
@@ -167,7 +167,7 @@ def _rank(rank: int, ranks: int, folder: str, size: Size, rounds: int) -> None:
         **measure(size, rounds, device),
     }
     if rank == 0:
-        (Path(folder) / _RESULT).write_text(json.dumps(result))
+        (Path(folder) / _RESULT).write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()
     # Here, since that file imports fairscale, and --help and --list should not.
     from memshard.parallel.tensor import leave

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import memshard
-from memshard.io import parse_json
+from memshard.io import file_time, parse_json
 from memshard.launch.env import lacks_kernels
 from memshard.models.kernels.backend import backend_for
 from memshard.trainer.checkpoint.folders import COMMIT, committed
@@ -136,7 +136,7 @@ def _name() -> Iterator[Finding]:
 
 
 def _ranks(folder: Path) -> Iterator[Finding]:
-    beats, now = read_beats(folder), time.time()
+    beats, now = read_beats(folder), file_time(folder)
     if not beats:
         yield Finding("no heartbeats: the run has not started")
         return
@@ -161,7 +161,7 @@ def _collectives(folder: Path) -> Iterator[Finding]:
     last: dict[str, dict[int, dict[str, object]]] = {}
     for path in (folder / FLIGHT).glob("rank*.json"):
         try:
-            entries = parse_json(path.read_text())["entries"]
+            entries = parse_json(path.read_text(encoding="utf-8"))["entries"]
         # A record may be cut short: its rank was killed while it wrote.
         except (OSError, ValueError, KeyError):
             continue

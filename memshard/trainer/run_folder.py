@@ -60,8 +60,8 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
     if changes:
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in changes)
         raise ValueError(
-            f"{folder} holds another run ({listed}): choose another folder with --run, or the "
-            "same settings"
+            f"{folder} holds another run ({listed}): choose the same settings, or another folder "
+            f"with --run, where init_from={folder} begins with what this run has learned"
         )
 
 
@@ -84,4 +84,4 @@ def write_config(folder: Path, recipe: Recipe) -> None:
     """Save the resolved recipe in the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / CONFIG_FILE) as file:
-        file.write_text(dump(recipe))
+        file.write_text(dump(recipe), encoding="utf-8")

@@ -50,7 +50,9 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         replace(beat, rank=1, phase="reading data"),
         replace(beat, rank=2, time=now - 40),
     ):
-        (folder / f"heartbeat/rank{written.rank}.json").write_text(json.dumps(asdict(written)))
+        path = folder / f"heartbeat/rank{written.rank}.json"
+        path.write_text(json.dumps(asdict(written)))
+        os.utime(path, (written.time, written.time))
     (folder / "flight").mkdir()
     for rank, number in ((0, 813), (1, 812)):
         entry = {"process_group": ["0", "default_pg"], "collective_seq_id": number}

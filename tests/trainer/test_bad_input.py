@@ -133,7 +133,8 @@ def test_a_run_folder_of_another_run(
     )
     assert (
         f"{folder} holds another run (model.layers: 2 there, 3 here; tables.lr: 0.001 there, 0.5 "
-        "here): choose another folder" in error
+        f"here): choose the same settings, or another folder with --run, where init_from={folder} "
+        "begins" in error
     )
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -84,7 +84,8 @@ def test_a_signal_finishes_the_step_and_saves(
     assert [path.name for path in committed(folder / "checkpoints")] == [f"step-{step:08d}"]
 
     resume = shlex.split(result["stopped"].partition("resume with: ")[2])
-    assert resume[:2] == ["memshard", "train"] and f"memshard: stopped: {result['stopped']}" in err
+    assert resume[:2] == ["memshard", "train"]
+    assert err.count(f"memshard: stopped: {result['stopped']}") == err.count("resume with") == 1
     more = f"train.steps={step + 3}"
     assert main([*resume[1:], more]) == 0
     train_run(recipe, tmp_path / "whole", "optimizer.betas=[0.9, 0.95]", more)

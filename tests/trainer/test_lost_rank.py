@@ -1,11 +1,12 @@
 """A rank that is killed, or hangs, is noticed and named; heartbeats tell who is late."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,24 @@ def test_heartbeats_follow_the_run(recipe: Path, tmp_path: Path) -> None:
         raise ValueError("line one\nline two")
     (beat,) = read_beats(run.folder)
     assert (beat.ended, beat.error) == ("failed", "ValueError: line one line two")
+
+
+def test_a_clock_that_is_off_changes_no_age(tmp_path: Path) -> None:
+    """Ranks 0 and 1 have a clock that is ten minutes ahead; rank 2 is killed, its clock behind."""
+    now = time.time()
+    (tmp_path / "heartbeat").mkdir()
+    for rank, age, clock in ((0, 0, 600), (1, 0, 600), (2, 30, -600)):
+        since = now - age - 40
+        phase = "forward and backward" if rank else "agreeing on a verdict"
+        beat = Beat(rank, 3, "n1", 100, 9, phase, since + clock, now - age + clock, 1.0)  # type: ignore[arg-type]
+        path = tmp_path / f"heartbeat/rank{rank}.json"
+        path.write_text(json.dumps(asdict(beat)))
+        os.utime(path, (now - age, now - age))
+    beats = read_beats(tmp_path)
+    (line,) = describe_stragglers(beats, now)
+    assert line.startswith("rank 2 (") and "silent for 30 s" in line
+    (line,) = describe_stragglers([*beats[:2], replace(beats[2], ended="done")], now)
+    assert line.startswith("rank 1 (") and line.endswith("is behind, for 40 s now")
 
 
 def test_who_is_late() -> None:

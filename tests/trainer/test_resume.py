@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.folders import COMMIT, find_checkpoints
 from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.run_folder import CONFIG_FILE
@@ -154,3 +155,13 @@ def test_a_damaged_metrics_file_costs_only_its_damaged_lines(recipe: Path, tmp_p
     )
     train_run(recipe, tmp_path / "run")
     assert [line["step"] for line in read_metrics(file)] == [*range(1, 11), 10]
+
+
+def test_a_run_that_is_beyond_its_steps_says_so(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=5")
+    assert main(["train", str(recipe), "--run", str(tmp_path / "run"), "train.steps=3"]) == 0
+    out = capfd.readouterr().out
+    assert "(resumes at step 5, already beyond train.steps, 3)" in out
+    assert f"done: {tmp_path / 'run/checkpoints/step-00000005'}" in out

@@ -95,6 +95,6 @@ def resident(field: str) -> int | None:
     return next(
         # The kernel writes "kB" and means KiB.
         int(line.split()[1]) * 1024
-        for line in status.read_text().splitlines()
+        for line in status.read_text(encoding="utf-8").splitlines()
         if line.startswith(f"{field}:")
     )

@@ -50,7 +50,7 @@ def _entry(name: str, results: Path, pictures: Path) -> str:
     text = f"### {name}\n\n{experiment.what[0].upper()}{experiment.what[1:]}.\n\n"
     result, notes = results / f"{file}.json", results / f"{file}.md"
     if result.exists():
-        summary = json.loads(result.read_text())
+        summary = json.loads(result.read_text(encoding="utf-8"))
         drawn = pictures / file
         drawn.mkdir(parents=True, exist_ok=True)
         text += (
@@ -69,7 +69,9 @@ def _entry(name: str, results: Path, pictures: Path) -> str:
             f"core:\n\n```\n{_command(name, 'small')}\n```\n"
         )
     # Links of the notes lead out of results/, where they lie; this page is outside already.
-    return text + (f"\n{notes.read_text().replace('](../', '](')}" if notes.exists() else "")
+    return text + (
+        f"\n{notes.read_text(encoding='utf-8').replace('](../', '](')}" if notes.exists() else ""
+    )
 
 
 def _command(name: str, scale: str) -> str:
@@ -88,4 +90,4 @@ def _measured(summary: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     docs = Path(sys.argv[1])
-    (docs / "gallery.md").write_text(write_gallery(docs, docs / "pictures"))
+    (docs / "gallery.md").write_text(write_gallery(docs, docs / "pictures"), encoding="utf-8")

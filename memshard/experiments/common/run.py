@@ -52,12 +52,12 @@ def reproduce(
         # an earlier call.
         done[_key(point)] = json.loads(line)
         # A line as soon as a point is done: an interruption loses the points in work and no others.
-        with (folder / RESULTS_FILE).open("a") as file:
+        with (folder / RESULTS_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         say(f"{_text(point)}: {_text(result)} ({seconds:.0f} s)")
     rows = [done[_key(point)] for point in points]
     report = experiment.report([(row["point"], row["result"]) for row in rows], folder)
-    (folder / REPORT_FILE).write_text(report)
+    (folder / REPORT_FILE).write_text(report, encoding="utf-8")
     summary = {
         "experiment": name,
         "scale": scale,
@@ -107,10 +107,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
     A last line that a kill cut short is removed from the file.
     """
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        path.write_text(whole, encoding="utf-8")
     rows = [json.loads(line) for line in whole.splitlines()]
     return {row["key"]: row for row in rows}
 

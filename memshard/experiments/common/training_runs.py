@@ -25,7 +25,7 @@ def recipe_text(point: dict[str, Any]) -> str:
     recipe = load_recipe(point["recipe"], point["overrides"])
     index = Path(recipe.data.path, INDEX_FILE)
     # The data's index has the hashes of all its shards: other data make another run.
-    return dump(recipe) + (index.read_text() if index.exists() else "")
+    return dump(recipe) + (index.read_text(encoding="utf-8") if index.exists() else "")
 
 
 def run_folder(point: dict[str, Any], runs: Path) -> Path:

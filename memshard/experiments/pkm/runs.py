@@ -47,11 +47,11 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
             run = _set_up(point, folder)
             train_to_end(run)
             with atomic_write(kept) as file:
-                file.write_text(json.dumps(_measured(run)))
+                file.write_text(json.dumps(_measured(run)), encoding="utf-8")
             # Only now is the result on disk; checkpoints of all studies together would take
             # tens of GB.
             shutil.rmtree(folder / CHECKPOINTS)
-        result: dict[str, Any] = json.loads(kept.read_text())
+        result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return result
 
 

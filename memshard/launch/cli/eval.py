@@ -321,7 +321,8 @@ def _write_dead_rows(loaded: "LoadedModel", evaluation: "Evaluation", file: Path
         for name, counter in evaluation.counters.items()
     }
     file.write_text(
-        json.dumps({name: slots.sort().values.tolist() for name, slots in dead.items()})
+        json.dumps({name: slots.sort().values.tolist() for name, slots in dead.items()}),
+        encoding="utf-8",
     )
 
 

@@ -1,6 +1,7 @@
 """The `memshard` command: parses, runs one command, and turns its end into output and exit code.
 
-Exit codes: 0 done, 2 bad usage or recipe, 75 stopped early but resumable, 1 anything else. With
+Exit codes: 0 done, 2 bad usage or recipe, 75 stopped early but resumable, 141 nobody read the
+output to its end, 1 anything else. With
 --json, standard output holds exactly one JSON object, written by rank 0; whatever else is printed
 goes to standard error.
 """
@@ -11,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 import memshard
@@ -33,6 +34,7 @@ from memshard.launch.cli import (
 from memshard.launch.cli import eval as evaluate
 from memshard.launch.cli.outcome import Failed, Stopped, UsageError, describe, rank
 from memshard.launch.cli.parser import CommandParser
+from memshard.launch.cli.streams import CLOSED_PIPE, nobody_reads, prepare_streams
 
 # Modules that import what they run only when they run it, so that this tuple loads no model.
 COMMANDS = (
@@ -55,14 +57,19 @@ COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return the exit code."""
+    prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
     # Looked up before parsing: a wrong command line has to end in a JSON object as well.
     if "--json" not in argv:
         return _run(argv)[0]
-    with _stdout_to_stderr() as out:
-        code, result = _run(argv)
-        if rank() == 0:
-            print(json.dumps(_plain(result), allow_nan=False), file=out)
+    code = 1
+    try:
+        with _stdout_to_stderr() as out:
+            code, result = _run(argv)
+            if rank() == 0:
+                print(json.dumps(_plain(result), allow_nan=False), file=out)
+    except BrokenPipeError:
+        return code or CLOSED_PIPE
     return code
 
 
@@ -74,6 +81,10 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
         # at the interpreter's end.
         sys.stdout.flush()
         return 0, result
+    except (BrokenPipeError, UsageError) as error:
+        if nobody_reads(error):
+            return CLOSED_PIPE, {}
+        return _error(argv, error)
     except Stopped as stop:
         return _fail(argv, 75, "stopped", str(stop), stop.result)
     # 75 as well: a run that is interrupted goes on from its last checkpoint.
@@ -81,13 +92,17 @@ def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
         return _fail(argv, 75, "stopped", "interrupted; run the same command again to resume", {})
     except Failed as failure:
         return _fail(argv, 1, "error", str(failure), failure.result)
-    except UsageError as error:
-        return _fail(argv, 2, "error", describe(error), {})
     except Exception as error:
-        message = f"{type(error).__name__}: {describe(error)}"
-        if "--debug" not in argv:
-            message += " (run again with --debug for the traceback)"
-        return _fail(argv, 1, "error", message, {})
+        return _error(argv, error)
+
+
+def _error(argv: list[str], error: Exception) -> tuple[int, dict[str, Any]]:
+    if isinstance(error, UsageError):
+        return _fail(argv, 2, "error", describe(error), {})
+    message = f"{type(error).__name__}: {describe(error)}"
+    if "--debug" not in argv:
+        message += " (run again with --debug for the traceback)"
+    return _fail(argv, 1, "error", message, {})
 
 
 def _fail(
@@ -96,13 +111,14 @@ def _fail(
     """Say why, and return what JSON says. The user's mistakes and stops are the same on all
     ranks, so only rank 0 speaks of them.
     """
-    if "--debug" in argv:
-        traceback.print_exc()
-    if rank() == 0:
-        print(f"memshard: {kind}: {message}", file=sys.stderr)
-    # Any other error may be of one rank alone, so each speaks.
-    elif code == 1:
-        print(f"memshard: {kind}: rank {rank()}: {message}", file=sys.stderr)
+    with suppress(OSError):  # without a terminal the exit code must still be right
+        if "--debug" in argv:
+            traceback.print_exc()
+        if rank() == 0:
+            print(f"memshard: {kind}: {message}", file=sys.stderr)
+        # Any other error may be of one rank alone, so each speaks.
+        elif code == 1:
+            print(f"memshard: {kind}: rank {rank()}: {message}", file=sys.stderr)
     return code, {**result, kind: message}
 
 

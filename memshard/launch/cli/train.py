@@ -14,6 +14,7 @@ from memshard.data_pipeline.fetch import Allowed
 from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers, add_allow
+from memshard.launch.cli.streams import show
 from memshard.launch.orphans import stop_without_parent
 from memshard.launch.ranks import read_ranks
 from memshard.trainer.stop_signal import PREEMPTED, StopSignal
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
             if rank == 0:
                 text = opening(prepared, ranks.launcher)
-                print(text, flush=True)
+                show(text)
                 log.info("%s", text)
             try:
                 result = train(prepared, args.stop_at, stop)
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             result,
         )
     if not args.json and prepared.rank == 0:
-        print(f"done: {result['checkpoint']}")
+        show(f"done: {result['checkpoint']}")
     return result
 
 
@@ -149,7 +150,9 @@ def opening(prepared: "Run", launcher: str) -> str:
         recipe, prepared.ranks, recipe.model.vocab_size, half=prepared.dtype.itemsize == 2
     )
     begun = "starts" if recipe.init_from is None else f"starts from {recipe.init_from}"
-    begun = f"resumes at step {prepared.progress.step}" if prepared.progress.step else begun
+    step, steps = prepared.progress.step, recipe.train.steps
+    begun = f"resumes at step {step}" if step else begun
+    ends = f"to step {steps}" if step <= steps else f"already beyond train.steps, {steps}"
     lines = [
         f"parameters   {cost.parameters.dense / 1e6:,.1f} M dense, "
         f"{cost.parameters.table / 1e6:,.1f} M in value tables",
@@ -171,9 +174,7 @@ def opening(prepared: "Run", launcher: str) -> str:
         for block in prepared.model.blocks
     }
     lines += [f"{choice[0]:<12} {choice[1]}" for choice in choices if choice]
-    return "\n".join(
-        [*lines, f"run          {prepared.folder} ({begun}, to step {recipe.train.steps})"]
-    )
+    return "\n".join([*lines, f"run          {prepared.folder} ({begun}, {ends})"])
 
 
 def _in_host(cost: "Estimate") -> str:

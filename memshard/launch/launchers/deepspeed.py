@@ -39,7 +39,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         hosts = Path(args.hostfile)
         if not hosts.is_file() or not re.search(
-            r"^\s*\S+\s+slots=\d+", hosts.read_text(), re.MULTILINE
+            r"^\s*\S+\s+slots=\d+", hosts.read_text(encoding="utf-8"), re.MULTILINE
         ):
             raise ValueError(f"{hosts} is no hostfile: it must hold lines such as `n1 slots=8`")
         cluster = cluster_of(args)
@@ -61,7 +61,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
         return foreground.show(args, command, environment)
     # DeepSpeed's launcher passes the variables of this file on to the remote hosts.
     file = Path(start.folder).resolve() / DEEPSPEED_ENV
-    file.write_text(environment)
+    file.write_text(environment, encoding="utf-8")
     return foreground.run(command, environment + f"DS_ENV_FILE={file}\n", start)
 
 

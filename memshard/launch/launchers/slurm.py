@@ -84,7 +84,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
                 print(script, end="")
             return {"script": script}
         path = Path(start.folder) / SUBMIT
-        path.write_text(script)
+        path.write_text(script, encoding="utf-8")
         jobs: list[str] = []
         for _ in range(args.chain):
             # afterany, whatever the end of the job before: a job that ran out of time is what a

@@ -66,7 +66,7 @@ def snapshot(args: argparse.Namespace) -> Start:
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     # Resolved: a bundled recipe or a file may change before the job starts, and overrides
     # are in it.
-    (folder / RECIPE).write_text(dump(recipe))
+    (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
     # The code as well: a queued job would otherwise run whatever the checkout has hours later.
     copied = partial_path(code)
     shutil.copytree(

@@ -139,8 +139,16 @@ def _key(source: Path, compiler: str) -> str:
     if info.exists():
         facts = ("model name", "flags", "Features")
         processor += "".join(
-            sorted({line for line in info.read_text().splitlines() if line.startswith(facts)})
+            sorted(
+                {
+                    line
+                    for line in info.read_text(encoding="utf-8").splitlines()
+                    if line.startswith(facts)
+                }
+            )
         )
     return hashlib.sha256(
-        "\0".join((source.read_text(), *_FLAGS, compiler, version, processor)).encode()
+        "\0".join(
+            (source.read_text(encoding="utf-8"), *_FLAGS, compiler, version, processor)
+        ).encode()
     ).hexdigest()[:16]

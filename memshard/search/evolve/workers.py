@@ -146,7 +146,7 @@ def _serve(connection: Connection, work: Work, memory: float | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     end_with_parent()
     if memory is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         # A limit on address space, of which torch maps several GB at import: count from there.
         limit = pages * os.sysconf("SC_PAGESIZE") + int(memory * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,6 +1,6 @@
 """Load a trained model into one process, whatever number of ranks trained it."""
 
-import warnings
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from memshard.trainer.checkpoint.open_checkpoint import (
 )
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint
 from memshard.trainer.config.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 1 << 14
 
@@ -102,9 +104,10 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
         try:
             return open_checkpoint(folder, check)
         except DamagedCheckpoint as problem:
-            warnings.warn(
-                f"{problem.folder} is damaged ({problem.reason}): the checkpoint before it is read",
-                stacklevel=2,
+            log.warning(
+                "%s is damaged (%s): the checkpoint before it is read",
+                problem.folder,
+                problem.reason,
             )
     return open_checkpoint(folders[-1], check)
 

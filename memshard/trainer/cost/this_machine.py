@@ -67,7 +67,7 @@ def available_memory(device: torch.device, ranks_here: int | None = None) -> flo
 
 def _machine_memory() -> float:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
@@ -77,7 +77,7 @@ def _cgroup_limits() -> list[float]:
     """Return the memory limits of this process's cgroup and of those above it, versions 1 and 2."""
     limits = [float("inf")]
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return limits
     for line in lines:
@@ -93,7 +93,7 @@ def _cgroup_limits() -> list[float]:
         for folder in (group, *group.parents):
             file = folder / name
             if folder.is_relative_to(root) and file.is_file():
-                text = file.read_text().strip()
+                text = file.read_text(encoding="utf-8").strip()
                 limits.append(float("inf") if text == "max" else float(text))
     return limits
 

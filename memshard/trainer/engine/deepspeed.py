@@ -235,7 +235,9 @@ class DeepSpeedEngine:
 
     def write_settings(self, folder: Path) -> None:
         """Write DeepSpeed's settings into the run's folder, for people."""
-        (folder / "deepspeed.json").write_text(json.dumps(self.json, indent=1) + "\n")
+        (folder / "deepspeed.json").write_text(
+            json.dumps(self.json, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _like(whole: Tensor, local: Tensor) -> Tensor:

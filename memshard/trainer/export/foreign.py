@@ -103,7 +103,9 @@ def import_memories(
         folder = out / place.rstrip(".").replace("/", "_") if place else out
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / _WEIGHTS, entries)
-        (folder / MEMORY_JSON).write_text(json.dumps({"family": family, **settings}, indent=2))
+        (folder / MEMORY_JSON).write_text(
+            json.dumps({"family": family, **settings}, indent=2), encoding="utf-8"
+        )
         imported.append(Imported(folder, family, settings))
     return imported
 
@@ -114,7 +116,7 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
     """
     folder = Path(path)
     try:
-        settings = parse_json((folder / MEMORY_JSON).read_text())
+        settings = parse_json((folder / MEMORY_JSON).read_text(encoding="utf-8"))
         settings.pop("family")
         with safe_open(folder / _WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

@@ -81,7 +81,7 @@ def write_code(folder: Path, model: ModelConfig, eos_id: int) -> dict[str, Any]:
         if module not in done:
             done.add(module)
             source, needed = _flat(module, replaced, left_out)
-            (folder / f"{_flat_name(module)}.py").write_text(source)
+            (folder / f"{_flat_name(module)}.py").write_text(source, encoding="utf-8")
             pending += needed
     classes = {
         "AutoConfig": "configuration_memshard.MemshardConfig",
@@ -92,9 +92,10 @@ def write_code(folder: Path, model: ModelConfig, eos_id: int) -> dict[str, Any]:
     tokenizer: dict[str, Any] = {"tokenizer_class": "MemshardTokenizer", "auto_map": tokenizer_map}
     if model.position in ("learned", "axial"):
         tokenizer["model_max_length"] = model.max_length
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
     (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": eos_id, "pad_token_id": eos_id}, indent=2)
+        json.dumps({"eos_token_id": eos_id, "pad_token_id": eos_id}, indent=2),
+        encoding="utf-8",
     )
     # A table that several layers read is tied, as an embedding and its head are.
     return {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from memshard.io import file_time
 from memshard.parallel.compat import last_collectives
 from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
 
@@ -31,10 +32,11 @@ def describe_lost_ranks(folder: Path, rank: int) -> str:
     mine = next((beat for beat in read_beats(folder) if beat.rank == rank), None)
     # A rank killed right after a beat counts as silent 2 intervals + 1 s later; a third interval
     # covers a file that appears late.
-    deadline = time.time() + 3 * mine.interval + 1.5 if mine else 0.0
+    deadline = time.monotonic() + 3 * mine.interval + 1.5 if mine else 0.0
     while True:
-        beats, now = read_beats(folder), time.time()
-        if now > deadline or any(silent(beat, now) or beat.ended == "failed" for beat in beats):
+        beats, now = read_beats(folder), file_time(folder)
+        over = any(silent(beat, now) or beat.ended == "failed" for beat in beats)
+        if over or time.monotonic() > deadline:
             return "; ".join(describe_stragglers(beats, now)) or (
                 "no rank is behind: look at the network"
             )

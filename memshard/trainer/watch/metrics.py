@@ -38,7 +38,7 @@ class Metrics:
             [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
         )
         with atomic_write(path) as file:  # a kill must not cost the lines that are kept
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = LineFile(path)
         self._folder = folder
         # purge_step hides what an earlier start wrote after this step.

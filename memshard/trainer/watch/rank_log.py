@@ -13,7 +13,7 @@ class _RankFile(logging.FileHandler):
     """A log file that says once that it cannot be written, in place of a traceback a line."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8")
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self._failing = False
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -34,7 +34,7 @@ def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.R
         run = wandb.init(
             project=recipe.train.wandb,
             name=folder.resolve().name,
-            id=known.read_text() if known.exists() else None,
+            id=known.read_text(encoding="utf-8") if known.exists() else None,
             resume="allow",
             dir=folder,
             config=to_dict(recipe),
@@ -45,7 +45,7 @@ def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.R
         raise RuntimeError(
             f"train.wandb: {error}; WANDB_MODE=offline keeps the numbers in {folder}/wandb"
         ) from error
-    known.write_text(run.id)
+    known.write_text(run.id, encoding="utf-8")
     # W&B's step counter refuses a step that it has seen, as after a rewind.
     run.define_metric("*", step_metric="step")
     if run.offline:
