@@ -5,11 +5,14 @@ import pytest
 
 from memshard.models.config import MemoryConfig, ModelConfig
 from memshard.trainer.config.diff import diff
-from memshard.trainer.config.explain import explain
-from memshard.trainer.config.load import bundled, dump, load_recipe
-from memshard.trainer.config.optimizers import OptimizerConfig
+from memshard.trainer.config.explain import explain, fields
+from memshard.trainer.config.load import RecipeError, bundled, dump, load_recipe
+from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.parameters import count_parameters
+from memshard.trainer.training import build_for_training
+from tests.models.tiny import tiny_config
 
 MINIMAL = "data: {path: shards}\n"
 
@@ -191,6 +194,36 @@ def test_unknown_names_and_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", bundled())
 def test_bundled_recipes_load(name: str) -> None:
     assert load_recipe(name) == load_recipe(name, [])
+
+
+def test_numbers_are_finite(write) -> None:
+    """Every key that takes a number refuses NaN and infinity, alone or in a list, but the one that
+    says when a loss is a spike.
+    """
+    path = write(MINIMAL)
+    keys = [key for key in fields() if "number" in key.type]
+    assert len(keys) > 20
+    forms = {"list [number, number]": "[{}, 0.5]", "mapping {text: number}": "{{a: 1, b: {}}}"}
+    for key in keys:
+        for value in (".nan", ".inf", "-.inf"):
+            override = f"{key.name}={forms.get(key.type, '{}').format(value)}"
+            if override == "guards.threshold=.inf":
+                assert load_recipe(path, [override]).guards.threshold == float("inf")
+                continue
+            # The loss scale's numbers are checked together.
+            named = "train.loss_scale" if "loss_scale" in key.name else key.name
+            with pytest.raises(RecipeError, match=rf"^{named}.* must be "):
+                load_recipe(path, [override])
+
+
+def test_numbers_of_settings_made_in_python_are_finite() -> None:
+    for name, settings in (
+        ("train.clip", {"train": TrainConfig(clip=float("nan"))}),
+        ("optimizer.lr", {"optimizer": OptimizerConfig(lr=float("inf"))}),
+        ("tables.clip", {"tables": TableOptimizerConfig(clip=float("inf"))}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is (nan|inf); it must be finite"):
+            build_for_training(tiny_config(), **settings)
 
 
 def test_a_run_folder_stands_for_its_recipe(write) -> None:

@@ -15,7 +15,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,6 +38,7 @@ from memshard.parallel.mesh import tensor_size
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.layouts import LayoutName
 from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
+from memshard.trainer.config.fields import check_finite
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.engine.native import MakeOptimizer, NativeEngine
@@ -128,6 +129,14 @@ def build_for_training(
     """
     optimizer = optimizer or OptimizerConfig()
     tables, train = tables or TableOptimizerConfig(), train or TrainConfig()
+    for name, settings in (
+        ("model", model),
+        ("optimizer", optimizer),
+        ("tables", tables),
+        ("train", train),
+    ):
+        if is_dataclass(settings):
+            check_finite(settings, f"{name}.")
     device = torch.device(device)
     if isinstance(model, ModelConfig):
         # On the meta device no rank ever allocates a whole table of which it stores a shard.

@@ -83,8 +83,9 @@ def test_mixtures_that_cannot_be(data: Path, other: Path, corpus: Path, tmp_path
     build(corpus, tmp_path / "foreign", vocab_size=480)
     with pytest.raises(ValueError, match="different tokenizers.*--tokenizer"):
         mixture(data, tmp_path / "foreign")
-    with pytest.raises(ValueError, match="a weight above 0"):
-        mixture(data, other, weights=(1, 0))
+    for weight in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="a finite weight above 0"):
+            mixture(data, other, weights=(1, weight))
     assert mixture(data, other).fingerprint != mixture(data, other, weights=(1, 1)).fingerprint
 
 

@@ -168,6 +168,8 @@ def test_another_search_in_the_folder_is_refused(tmp_path: Path) -> None:
         (["text=a", "final_seeds=0"], "final_seeds is 0"),
         (["text=a", "sizes=[0.5, -1.0]"], "sizes is"),
         (["text=a", "timeout=.nan"], "timeout is nan"),
+        (["text=a", "lr=.inf"], "lr is inf; it must be finite"),
+        (["text=a", "mutations=[1, 1, .nan, 1, 1, 1]"], "mutations is .* must be finite"),
     ],
 )
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:

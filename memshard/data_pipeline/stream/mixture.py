@@ -1,6 +1,7 @@
 """Several corpora in fixed shares; which sample comes from which is a function of the seed."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,9 +29,10 @@ class MixtureStream:
         seed: int,
         by_epochs: bool = False,
     ) -> None:
-        if len(streams) != len(weights) or not streams or min(weights) <= 0:
+        positive = all(0 < weight < math.inf for weight in weights)
+        if len(streams) != len(weights) or not streams or not positive:
             raise ValueError(
-                "data.mixture needs a weight above 0 for every folder, and these are "
+                "data.mixture needs a finite weight above 0 for every folder, and these are "
                 f"{list(weights)}"
             )
         if len({stream.tokenizer for stream in streams}) > 1:

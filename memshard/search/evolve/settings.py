@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from memshard.trainer.config.fields import check_finite
 from memshard.trainer.config.text import parse
 
 _POSITIVE = (
@@ -118,11 +119,11 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in _POSITIVE:
-            # Not `<= 0`, which NaN would pass.
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not all(size > 0 for size in self.sizes):
+        if min(self.sizes, default=1) <= 0:
             raise ValueError(f"sizes is {list(self.sizes)}; multiples must be positive")
         for name in ("hurdles", "finalists", "ancestors", "free"):
             if getattr(self, name) < 0:

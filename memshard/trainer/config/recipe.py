@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from memshard.models.config import ModelConfig
 from memshard.models.mixers.kinds import MixerKind, names
 from memshard.parallel.tables.layouts import LAYOUTS
-from memshard.trainer.config.fields import may_change
+from memshard.trainer.config.fields import check_finite, may_change
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import TrainConfig
 
@@ -134,9 +134,9 @@ class GuardsConfig:
     train.max_skipped consecutive skips also triggers a rewind.
     """
 
-    threshold: float = may_change(6.0)
+    threshold: float = may_change(6.0, infinite=True)
     """A loss is a spike if it exceeds the median of recent losses by this many robust standard
-    deviations (1.48 times the median distance from the median).
+    deviations (1.48 times the median distance from the median); .inf: none ever is.
     """
 
     window: int = may_change(64)
@@ -185,6 +185,7 @@ class Recipe:
     guards: GuardsConfig = field(default_factory=GuardsConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _check_recomputation(self.train, self.model)
         _check_states(self)
         if self.parallel.share == "sequence" and self.parallel.tensor > 1:
