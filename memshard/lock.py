@@ -69,8 +69,12 @@ class FolderLock:
         self._thread = threading.Thread(target=self._keep_renewing, name="lock", daemon=True)
         self._thread.start()
 
-    def renew(self) -> None:
-        """Renew the file's time; look whether another process has taken the folder."""
+    def holds(self) -> bool:
+        """Renew the file's time, and return whether the folder is still this process's."""
+        self._renew()
+        return not self.lost
+
+    def _renew(self) -> None:
         try:
             content, _ = _look(self.path)
             if content == self._content:
@@ -97,7 +101,7 @@ class FolderLock:
 
     def _keep_renewing(self) -> None:
         while not self._released.wait(REFRESH_SECONDS):
-            self.renew()
+            self._renew()
 
 
 @contextmanager

@@ -116,11 +116,9 @@ def test_an_owner_that_was_taken_for_dead_ends_and_removes_nothing(tmp_path: Pat
         with holding(tmp_path, "go away") as held:
             other = replace(_owner(tmp_path), token="another")
             (tmp_path / LOCK_FILE).unlink()
-            held.renew()
-            assert not held.lost
+            assert held.holds()
             _write_owner(tmp_path, other)
-            held.renew()
-            assert held.lost and told.wait(10)
+            assert not held.holds() and told.wait(10)
         assert _owner(tmp_path) == other
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -114,7 +114,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
 
 
 def _metrics(run: Run) -> Metrics:
-    return Metrics(run.folder, run.recipe, run.progress.step, enabled=run.rank == 0)
+    return Metrics(
+        run.folder, run.recipe, run.progress.step, enabled=run.rank == 0, owned=run.owns_folder
+    )
 
 
 @contextmanager

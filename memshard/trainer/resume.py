@@ -51,9 +51,7 @@ def save(run: Run, wait: bool = True) -> Path:
     differ: nothing is written then.
     """
     run.phase = "saving"
-    if run.lock is not None:
-        run.lock.renew()
-    if broadcast_from_rank0(run.lock is not None and run.lock.lost):
+    if not broadcast_from_rank0(run.owns_folder()):
         raise RuntimeError(f"{run.folder} belongs to another process now: nothing was saved")
     # One save at a time. This raises what went wrong with the one before, but for the disk.
     run.saving.wait()

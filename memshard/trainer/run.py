@@ -96,6 +96,10 @@ class Run(Training):
             self._prefetched.close()
             self._prefetched = None
 
+    def owns_folder(self) -> bool:
+        """Return whether no other process has taken the run's folder since, as far as is known."""
+        return self.lock is None or self.lock.holds()
+
     @property
     def data_rank(self) -> int:
         """Which share of a batch this rank trains on; tensor-parallel ranks have the same one."""

@@ -2,6 +2,7 @@
 was killed save, end and make way.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -106,6 +107,25 @@ def test_ranks_whose_torchrun_was_killed_save_and_make_way(recipe: Path, tmp_pat
     (checkpoint,) = committed(folder / "checkpoints")
     assert checkpoint_state(checkpoint)["progress"]["step"] == max(numbers(folder, "train/loss"))
     assert not (folder / LOCK_FILE).exists()
+
+
+def test_a_run_whose_folder_was_taken_over_ends_and_writes_nothing(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """As after a pause of half a minute, in which a start on another host took it for dead."""
+    folder = tmp_path / "run"
+    with _running(*MEMSHARD, "train", recipe, "--run", folder, ENDLESS) as run:
+        _wait_for_step(folder, 3)
+        other = {**json.loads((folder / LOCK_FILE).read_text()), "host": "n17", "token": "other"}
+        files = {LOCK_FILE: json.dumps(other), METRICS_FILE: "", "heartbeat/rank0.json": "{}"}
+        for name, text in files.items():
+            (folder / "theirs").write_text(text)
+            (folder / "theirs").rename(folder / name)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and f"{folder} belongs to another process now" in err, err
+    assert "was taken over by process" in err and " on n17" in err
+    assert {name: (folder / name).read_text() for name in files} == files
+    assert not committed(folder / "checkpoints")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")

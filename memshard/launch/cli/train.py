@@ -95,7 +95,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # A function, not values: a thread reads step and phase while the main one may hang
         # in a collective.
         heartbeat = Heartbeat(
-            folder, rank, prepared.ranks, lambda: (prepared.progress.step, prepared.phase)
+            folder,
+            rank,
+            prepared.ranks,
+            lambda: (prepared.progress.step, prepared.phase),
+            prepared.owns_folder,
         )
         with rank_log(folder, rank, lambda: prepared.progress.step), heartbeat, stop:
             log.info(

@@ -61,12 +61,19 @@ class Beat:
 class Heartbeat:
     """Writes this rank's file from a thread. Use it as a context manager around the loop.
 
-    folder: of the run. current: returns the number of finished steps and the phase.
+    folder: of the run. current: returns the number of finished steps and the phase. owned: returns
+    whether the folder is still this run's; nothing is written once it is not.
     """
 
     def __init__(
-        self, folder: Path, rank: int, ranks: int, current: Callable[[], tuple[int, Phase]]
+        self,
+        folder: Path,
+        rank: int,
+        ranks: int,
+        current: Callable[[], tuple[int, Phase]],
+        owned: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._owned = owned
         self.path = folder / FOLDER / f"rank{rank}.json"
         self._current = current
         now = time.time()
@@ -116,6 +123,8 @@ class Heartbeat:
         self.beat = replace(
             self.beat, step=step, phase=phase, since=since, time=now, ended=ended, error=error
         )
+        if not self._owned():
+            return
         text = json.dumps(asdict(self.beat))
         # A full disk must not end a run for the sake of its heartbeat.
         with suppress(OSError):

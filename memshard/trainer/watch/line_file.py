@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -12,10 +13,13 @@ class LineFile:
 
     Lines that cannot be written now are kept and written with the next ones; a file that is gone is
     made anew with all of its lines. Both are said once.
+
+    owned: asked then whether this process may write there, or another has made a file of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owned: Callable[[], bool] = lambda: True) -> None:
         self._path = path
+        self._owned = owned
         self._waiting = b""
         self.failing = False
         """Whether the last write failed."""
@@ -58,6 +62,8 @@ class LineFile:
                 return
         except FileNotFoundError:
             pass
+        if not self._owned():
+            raise PermissionError("it belongs to another process now")
         gone, self._file = self._file, self._path.open("ab+", buffering=0)
         with gone:
             if os.fstat(self._file.fileno()).st_size == 0:

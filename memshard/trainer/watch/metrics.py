@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,18 @@ class Metrics:
     """Writes the numbers of a run into its folder, from the step `first` on: lines of later steps
     that an earlier start left are dropped.
 
-    enabled: false on all ranks but one, where every method does nothing.
+    enabled: false on all ranks but one, where every method does nothing. owned: returns whether the
+    folder is still this run's.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, first: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        first: int,
+        enabled: bool,
+        owned: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.enabled = enabled
         if not enabled:
             return
@@ -39,7 +48,7 @@ class Metrics:
         )
         with atomic_write(path) as file:  # a kill must not cost the lines that are kept
             file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = LineFile(path)
+        self._file = LineFile(path, owned)
         self._folder = folder
         # purge_step hides what an earlier start wrote after this step.
         self._board: SummaryWriter | None = SummaryWriter(
