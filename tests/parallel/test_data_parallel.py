@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from memshard.models.loss import token_losses
@@ -80,7 +81,10 @@ def _train_ddp(rank: int, world: int, hidden: bool) -> dict[str, Tensor]:
         optimizer.zero_grad()
         (parallel(x) - x.sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
-    return dict(model.state_dict())
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _body(rank: int, world: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from memshard.models.initialize import initialize
 from memshard.models.memory.peer import Peer
@@ -241,9 +242,10 @@ def _check_life(rank: int, world: int) -> None:
     assert shard.gradient_scale == 1 / world
     ((_, copy),) = find_tables(deepcopy(holder).double())
     assert torch.equal(copy.weight, shard.weight.double()) and copy.gradient_scale == 1 / world
-    state = {f"a.{name}": tensor + 1 for name, tensor in copy.state_dict().items()}
-    holder.load_state_dict(state)
-    torch.testing.assert_close(shard.weight.double(), state["a.weight"])
+    before = shard.weight.double() + 1
+    # As DTensors where there are several ranks.
+    holder.load_state_dict({f"a.{name}": x + 1 for name, x in copy.state_dict().items()})
+    torch.testing.assert_close(shard.weight.double(), before)
     y = copy.weighted_sum(torch.tensor([[0, 6]]), torch.ones(1, 2).double())
     whole = torch.cat(_gather(copy.weight, 7, world))
     torch.testing.assert_close(y[0], whole[0] + whole[6])
@@ -295,9 +297,13 @@ def _initial_state(share: bool, layout: LayoutName) -> tuple[dict[str, Tensor], 
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan)  # in the model: a state dict shares its memory
     initialize(model, 7)
-    return dict(model.state_dict()), {name: spec.dim for name, spec in placement.items()}
+    state = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    return state, {name: spec.dim for name, spec in placement.items()}
 
 
 _INITIAL: list[tuple[bool, LayoutName]] = [(False, "rows"), (True, "rows"), (True, "columns")]

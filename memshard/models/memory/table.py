@@ -244,6 +244,37 @@ class ValueTable(HideableTable):
         """
         return x[rows]
 
+    def as_whole(self, part: Tensor) -> Tensor:
+        """Return this rank's part of the table, or of a state with a number for each value or row,
+        as a tensor of the whole table's shape, for a state dict; it shares the part's memory.
+        """
+        return part
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of what `as_whole` returned, or of a whole tensor of the table's
+        shape. ValueError for anything else, such as another rank's part.
+        """
+        if hasattr(whole, "device_mesh"):
+            raise ValueError(
+                "it is one process's part of a table that several had split: save "
+                "full_state_dict(model, optimizer) there, or use torch.distributed.checkpoint"
+            )
+        return whole
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        name = prefix + "weight"
+        if name in state_dict:
+            try:
+                state_dict[name] = self.part_of(state_dict[name])
+            except ValueError as error:
+                errors.append(f"{name}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+
     @property
     def max_local_rows(self) -> int:
         """The number of rows of the rank that stores most."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from memshard.models.memory.table import find_tables
@@ -26,7 +27,8 @@ def full_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[State, Stat
     model_state, optimizer_state = model.state_dict(), _copy(optimizer.state_dict())
     first = True
     for table, holder, key in _parts(model, optimizer, model_state, optimizer_state):
-        holder[key] = _join(table, holder[key])
+        part = holder[key]
+        holder[key] = _join(table, part.to_local() if isinstance(part, DTensor) else part)
         first = dist.get_rank(table.group) == 0
     return (model_state, optimizer_state) if first else None
 
@@ -34,12 +36,11 @@ def full_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[State, Stat
 def load_full_state_dict(
     model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
 ) -> None:
-    """Load what `full_state_dict` or one process has saved; every rank takes its shards."""
-    model_state, optimizer_state = dict(model_state), _copy(optimizer_state)
-    for table, holder, key in _parts(model, optimizer, model_state, optimizer_state):
-        holder[key] = _slice(table, holder[key], dist.get_rank(table.group)).clone(
-            memory_format=torch.contiguous_format
-        )
+    """Load what `full_state_dict` or one process has saved; every rank takes its shards.
+
+    ValueError for an optimizer of other tables.
+    """
+    _numbers(model, optimizer)  # refuses an optimizer of other tables
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
 
@@ -56,8 +57,25 @@ def _parts(
     model: nn.Module, optimizer: Optimizer, model_state: State, optimizer_state: State
 ) -> Iterator[tuple[ShardedTable, State, Any]]:
     """Yield (table, dict, key) for every entry that the ranks split."""
+    for table, number in _numbers(model, optimizer).items():
+        entry = optimizer_state["state"][number]
+        # Where ranks split columns, every rank has the states with one number for each row.
+        yield from (
+            (table, entry, key)
+            for key, value in entry.items()
+            if isinstance(value, Tensor) and value.ndim > table.spec_dim
+        )
+    # A table that several layers share has a key for each of them.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ShardedTable):
+            yield module, model_state, f"{name}.weight"
+
+
+def _numbers(model: nn.Module, optimizer: Optimizer) -> dict[ShardedTable, int]:
+    """Return each split table's number in the optimizer's state. ValueError if it has none."""
     shown = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(shown)}
+    tables = {}
     for name, table in find_tables(model):
         if isinstance(table, ShardedTable):
             if id(table.anchor) not in numbers:
@@ -65,17 +83,8 @@ def _parts(
                     f"the optimizer does not hold the table {name}: pass the CombinedOptimizer "
                     "that was made of this very model's tables; a copy's are others"
                 )
-            entry = optimizer_state["state"][numbers[id(table.anchor)]]
-            # Where ranks split columns, every rank has the states with one number for each row.
-            yield from (
-                (table, entry, key)
-                for key, value in entry.items()
-                if isinstance(value, Tensor) and value.ndim > table.spec_dim
-            )
-    # A table that several layers share has a key for each of them.
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ShardedTable):
-            yield module, model_state, f"{name}.weight"
+            tables[table] = numbers[id(table.anchor)]
+    return tables
 
 
 def _slice(table: ShardedTable, whole: Tensor, rank: int) -> Tensor:

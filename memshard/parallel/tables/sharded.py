@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from memshard.models.memory.row_gradient import SortedReads, sort_reads
 from memshard.models.memory.table import ValueTable
@@ -76,32 +78,57 @@ class ShardedTable(ValueTable):
         elif merged is not None:
             yield merged
 
+    def as_whole(self, part: Tensor) -> Tensor:
+        """Do what `ValueTable.as_whole` does: a DTensor over the group, without communication, as
+        torch.distributed.checkpoint and FSDP2's state dicts read it.
+        """
+        if self.ranks == 1 or part.ndim <= self.spec_dim:
+            # Where ranks split columns, every rank has the states with one number for each row.
+            return part
+        # A mesh of the table's device, which may be the host's. It is never sent over by us.
+        device = "cpu" if part.is_meta else part.device.type
+        mesh = DeviceMesh.from_group(self.group, device)
+        return describe_part(part, mesh, self.spec_dim, (self.slots, self.dim)[self.spec_dim])
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Do what `ValueTable.part_of` does; the part of a whole plain tensor is a copy."""
+        if self.ranks == 1 or whole.ndim <= self.spec_dim:
+            return super().part_of(whole)
+        size = (self.slots, self.dim)[self.spec_dim]
+        if isinstance(whole, DTensor):
+            rank, axis = dist.get_rank(self.group), whole.device_mesh
+            if (
+                (axis.size(), axis.get_coordinate()) == (self.ranks, (rank,))
+                and whole.placements == (Shard(self.spec_dim),)
+                and whole.shape[self.spec_dim] == size
+            ):
+                return whole.to_local()
+            problem = f"it is not the part of the table that process {rank} of {self.ranks} stores"
+        elif whole.shape[self.spec_dim] == size:
+            part = shard_range(size, self.group)
+            return whole.narrow(self.spec_dim, part.start, len(part)).clone(
+                memory_format=torch.contiguous_format
+            )
+        else:
+            problem = (
+                f"its shape is {tuple(whole.shape)}, and the whole table is {self.slots} x "
+                f"{self.dim}; it may be one process's part of it"
+            )
+        raise ValueError(
+            f"{problem}: save full_state_dict(model, optimizer), called on all processes, or use "
+            "torch.distributed.checkpoint"
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.as_whole(self.weight)
+
     def _count(self, rows: Tensor) -> None:
         super()._count(rows)
         if self._calls % _SAMPLE_EVERY == 0 and rows.numel():
             # `unique` sorts: in each call it would cost as much as the lookup's own bookkeeping.
             self.duplicates = rows.numel() / len(torch.unique(rows))
         self._calls += 1
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            # Shards have the same shape, so nothing else tells them apart.
-            destination._metadata[prefix[:-1]]["shard"] = dist.get_rank(self.group), self.ranks
-
-    def _load_from_state_dict(  # type: ignore[no-untyped-def]
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
-    ):
-        shard, expected = metadata.get("shard"), (dist.get_rank(self.group), self.ranks)
-        if shard is not None and shard != expected and f"{prefix}weight" in state_dict:
-            errors.append(
-                f"{prefix}weight is shard {shard[0]} of {shard[1]} of a table, and this rank has "
-                f"shard {expected[0]} of {expected[1]}: save with full_state_dict and load with "
-                "load_full_state_dict, or let every rank save and load its own state_dict()"
-            )
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedTable":
         # A process group cannot be copied; the copy works with the same ranks.
@@ -122,3 +149,16 @@ def shard_range(size: int, group: dist.ProcessGroup, rank: int | None = None) ->
     width = -(-size // dist.get_world_size(group))
     first = min((dist.get_rank(group) if rank is None else rank) * width, size)
     return range(first, min(first + width, size))
+
+
+def describe_part(local: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:
+    """Return this rank's shard of a tensor, whose dim `dim` of global size `size` is split along a
+    mesh of one axis, as a tensor of global shape. It shares the shard's memory.
+    """
+    shape = [*local.shape]
+    shape[dim] = size
+    # A meta tensor has the strides of the whole table without its memory.
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local.detach(), mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -1,14 +1,13 @@
 """Describe a run's tensors as a checkpoint stores them: by name and global shape."""
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from memshard.models.memory.table import find_tables
 from memshard.parallel.mesh import flat
 from memshard.parallel.spec import ShardSpec
+from memshard.parallel.tables.sharded import describe_part
 from memshard.trainer.optim.rows.adam import RowAdam
 
 
@@ -66,10 +65,6 @@ def global_tensor(
     if spec is None or spec.dim >= local.ndim:
         return local.detach()
     assert mesh is not None
-    shape = [*local.shape]
-    shape[spec.dim] = spec.size
-    # A meta tensor has the strides of the whole table without its memory.
-    stride = torch.empty(shape, device="meta").stride()
     axis = flat(mesh, spec.axes)
     if local.device.type != axis.device_type:
         # A DTensor moves to the device type of its mesh; this one only describes a table in host
@@ -77,11 +72,4 @@ def global_tensor(
         axis = DeviceMesh(
             local.device.type, axis.mesh, mesh_dim_names=axis.mesh_dim_names, _init_backend=False
         )
-    return DTensor.from_local(
-        local.detach(),
-        axis,
-        [Shard(spec.dim)],
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
-    )
+    return describe_part(local, axis, spec.dim, spec.size)

@@ -6,6 +6,10 @@ from typing import Any, overload
 import torch
 from torch.optim import Optimizer
 
+from memshard.models.memory.table import ValueTable
+from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.optim.rows.state_dict import as_whole, parts_of
+
 
 class CombinedOptimizer(Optimizer):
     """Step several optimizers, which must not share parameters, as one.
@@ -72,13 +76,13 @@ class CombinedOptimizer(Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all optimizers."""
+        """Return the states of all optimizers, those of tables as `RowAdam` does."""
         self._gather()
-        return super().state_dict()
+        return as_whole(self, self._tables(), super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the states of all optimizers."""
-        super().load_state_dict(state_dict)
+        """Load the states of all optimizers, those of tables as `RowAdam` does."""
+        super().load_state_dict(parts_of(self, self._tables(), state_dict))
         first = 0
         for optimizer in self.optimizers:
             count = len(optimizer.param_groups)
@@ -90,6 +94,10 @@ class CombinedOptimizer(Optimizer):
                 {weight: self.state[weight] for weight in shown if weight in self.state}
             )
             first += count
+
+    def _tables(self) -> list[ValueTable]:
+        rows = [optimizer for optimizer in self.optimizers if isinstance(optimizer, RowAdam)]
+        return [table for optimizer in rows for table in optimizer.tables]
 
     def _gather(self) -> None:
         """Show the groups and states of all optimizers as this one's."""

@@ -34,6 +34,7 @@ from memshard.models.memory.huge_pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
 from memshard.models.memory.table import ValueTable
 from memshard.parallel.tables.sharded import ShardedTable
+from memshard.trainer.optim.rows.state_dict import as_whole, parts_of
 from memshard.trainer.optim.rows.step import Step
 
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
@@ -155,18 +156,18 @@ class RowAdam(Optimizer):
             self._seen[index] = weakref.ref(table.weight), table.weight._version
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, also as torch.distributed.checkpoint returns it."""
-        state = {key: dict(entry) for key, entry in state_dict["state"].items()}
-        # It turns numbers into text in the path of whatever is no tensor, here of `step`.
-        for key in [key for key in state if isinstance(key, str) and key.isdecimal()]:
-            state[int(key)].update(state.pop(key))
-        super().load_state_dict({**state_dict, "state": state})
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the reads collected since the last step."""
         for table in self.tables:
             table.drop_reads()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; that of split tables in tensors of the whole tables' shapes."""
+        return as_whole(self, self.tables, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of whole tables. ValueError for the part of a table on another rank."""
+        super().load_state_dict(parts_of(self, self.tables, state_dict))
 
     def unscale(self, scale: float) -> None:
         """Divide the collected gradients by a loss scale, as GradScaler.unscale_ does."""
