@@ -21,6 +21,7 @@ from memshard.parallel.apply import apply
 from memshard.parallel.mesh import build_mesh
 from memshard.parallel.tables.layouts import LAYOUTS, LayoutName
 from memshard.parallel.tables.sharded import ShardedTable
+from memshard.trainer.optim.rows.adam import RowAdam
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_config, tiny_model, tiny_tokens
 
@@ -52,6 +53,8 @@ def _gradients(
     model = tiny_model(tiny_config(memory, residual=residual, dropout=0.2), spread=0.1).train()
     model.configure(Recompute(kind))
     apply(model, build_mesh("cpu"), layout)
+    # Never stepped; without one a hidden table refuses to be trained.
+    RowAdam([table for _, table in find_tables(model)])
     # As the trainer has it: they enter once a step.
     for _, layer in model.memories():
         layer.query_norm.deferred = True

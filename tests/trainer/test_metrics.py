@@ -17,7 +17,8 @@ from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.trainer.tiny_run import TABLE, numbers, train_run
 
 TRAINING = {
-    *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "skipped", "spikes", "rewinds")),
+    *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "masked")),
+    *(f"train/{name}" for name in ("skipped", "spikes", "rewinds")),
     *(f"speed/{name}" for name in ("tokens_per_s", "step_s", "mfu", "data_wait")),
     *(f"{TABLE}/{name}" for name in ("touched", "duplicates", "never_updated", "dead")),
 }

@@ -109,7 +109,7 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_is_allocated() -> 
 def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(RECIPE, model=replace(MODEL, max_length=None, memory=replace(MEMORY, keys=128)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
-    with pytest.raises(ValueError, match="the value table needs"):
+    with pytest.raises(ValueError, match=r"needs .* GB are available"):
         check_fits(small, 1, 100, torch.device("cpu"))
 
 
