@@ -7,11 +7,14 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_MOST_SMALL = 1 << 30
 
 
 @contextmanager
@@ -107,6 +110,19 @@ def is_absence(error: OSError) -> bool:
     permission, a failing disk, a stale mount).
     """
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a file of at most 1 GiB. ValueError if it is larger, or no file:
+    reading a pipe, or a link to /dev/zero, has no end.
+    """
+    with named(path):
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError(f"{path.name} is no file")
+        if facts.st_size > _MOST_SMALL:
+            raise ValueError(f"{path.name} has {facts.st_size:,} bytes")
+        return path.read_bytes()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -3,6 +3,7 @@ through, in bounded time.
 """
 
 import json
+import os
 import re
 import shutil
 import time
@@ -189,3 +190,34 @@ def test_numbers_of_a_data_folder_are_checked(
     fields = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(fields | {key: value}))
     assert "index.json is damaged (vocab_size is" in refused(capfd, "data", "verify", copy)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        *(("run/checkpoints/step-00000001", name) for name in ("COMMITTED", "state.json")),
+        *(("run/checkpoints/step-00000001", name) for name in ("config.yaml", "index.json")),
+        *(("export", name) for name in ("config.yaml", "tokenizer.model")),
+    ],
+)
+def test_what_is_no_file_is_not_waited_for(
+    kind: str, folder: str, name: str, trained: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(trained / folder, tmp_path / "copy"))
+    (path / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(path / name)
+    else:
+        (path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"is damaged .*{name} is no file"):
+        load_model(path)
+
+
+def test_verification_opens_nothing_outside_the_folder(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    fields = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(fields | {"tokenizer": "../../etc/passwd"}))
+    assert "only plain names inside the folder" in refused(capfd, "data", "verify", copy)

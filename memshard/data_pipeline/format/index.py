@@ -102,22 +102,8 @@ def load_index(path: str | os.PathLike[str]) -> Index:
             f"{folder}`"
         )
     index = read_index(file.parent)
-    # Times a bool: images have no tokenizer to look for.
-    names = [index.tokenizer] * index.records.tokenizer
-    names += [
-        name
-        for split in index.splits.values()
-        for shard in split.shards
-        for name in (shard.file, shard.sidecar)
-    ]
-    for name in names:
-        # An index may come from a stranger: "../../x" must not be opened or removed.
-        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
-            raise ValueError(
-                f"{file} names the file {name!r}: only plain names inside the folder are allowed; "
-                "build the data set again"
-            )
-        if not remote and not (folder / name).is_file():
+    for name in () if remote else _files(index):
+        if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing: copy it back, or build the data set again"
             )
@@ -182,6 +168,10 @@ def _check(index: Index) -> None:
         raise ValueError(f"shape is {index.shape!r}")
     if index.kind not in RECORD_KINDS:
         raise ValueError(f"kind is {index.kind!r}, expected one of {', '.join(RECORD_KINDS)}")
+    for name in _files(index):
+        # An index may come from a stranger: "../../x" must not be opened or removed.
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
+            raise ValueError(f"it names {name!r}: only plain names inside the folder are allowed")
     for name, split in index.splits.items():
         counts = (split.documents, split.tokens, split.text_bytes, split.words)
         sizes = ((shard.documents, shard.tokens, shard.bytes) for shard in split.shards)
@@ -191,6 +181,17 @@ def _check(index: Index) -> None:
         for total in ("documents", "tokens"):
             if getattr(split, total) != sum(getattr(shard, total) for shard in split.shards):
                 raise ValueError(f"the {total} of split {name} do not add up")
+
+
+def _files(index: Index) -> list[str]:
+    """Return the names of all files of a data folder besides the index."""
+    # Times a bool: images have no tokenizer to look for.
+    return [index.tokenizer] * index.records.tokenizer + [
+        name
+        for split in index.splits.values()
+        for shard in split.shards
+        for name in (shard.file, shard.sidecar)
+    ]
 
 
 def _is_number(value: Any, limit: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from memshard.io import named, parse_json
+from memshard.io import named, parse_json, read_small
 
 INDEX_FILE = "index.json"
 PIECE_BYTES = 1 << 24
@@ -87,15 +87,14 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """
     file = folder / INDEX_FILE
     try:
-        with named(file):
-            content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(read_small(file))
     except FileNotFoundError:
         old = next(folder.glob("*.distcp"), None)
         raise ValueError(
             f"there is no {INDEX_FILE}"
             + (f", and pickled files such as {old.name} are never read" if old else "")
         ) from None
-    except (IsADirectoryError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{INDEX_FILE} is not JSON: {error}") from error
     if (
         not isinstance(content, dict)

@@ -10,9 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from memshard.data_pipeline.format.index import sha256_file
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
-from memshard.io import is_absence, parse_json
+from memshard.io import is_absence, parse_json, read_small
 from memshard.models.memory.product_key import row_slots
 from memshard.models.memory.table import find_tables
 from memshard.models.seq2seq import build_model
@@ -92,9 +91,9 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
     """
     file = folder / WEIGHTS
     try:
-        about = parse_json((folder / CONFIG_JSON).read_bytes())["memshard"]
+        about = parse_json(read_small(folder / CONFIG_JSON))["memshard"]
         for name in ("config.yaml", TOKENIZER_FILE):
-            if sha256_file(folder / name) != about["files"][name]:
+            if hashlib.sha256(read_small(folder / name)).hexdigest() != about["files"][name]:
                 raise ValueError(f"{name} does not match its hash")
         recipe = _recipe(folder)
         if check:

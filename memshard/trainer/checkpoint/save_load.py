@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memshard.io import is_absence, named, parse_json, sync
+from memshard.io import is_absence, named, parse_json, read_small, sync
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
 from memshard.trainer.checkpoint.folders import COMMIT, partial_folder, set_aside
@@ -163,7 +163,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's JSON values. DamagedCheckpoint if one of the small files changed."""
     check_files(folder)
     try:
-        state: dict[str, Any] = parse_json(_read(folder / _STATE))
+        state: dict[str, Any] = parse_json(read_small(folder / _STATE))
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}")
     except ValueError as error:
@@ -190,12 +190,12 @@ def check_files(folder: Path) -> None:
     if one cannot be read.
     """
     try:
-        hashes = parse_json(_read(folder / COMMIT))
+        hashes = parse_json(read_small(folder / COMMIT))
         for name in hashes:
             # A name such as "../x" would have a file outside the folder read.
             if Path(name).name != name:
                 raise ValueError(f"{COMMIT} names {name!r}, which is no file of a checkpoint")
-            if hashlib.sha256(_read(folder / name)).hexdigest() != hashes[name]:
+            if hashlib.sha256(read_small(folder / name)).hexdigest() != hashes[name]:
                 raise ValueError(f"{name} does not match its hash")
         if _STATE not in hashes:
             raise ValueError(f"{COMMIT} lists no {_STATE}")
@@ -204,11 +204,6 @@ def check_files(folder: Path) -> None:
         if isinstance(error, OSError) and not is_absence(error):
             raise
         raise DamagedCheckpoint(folder, str(error)) from error
-
-
-def _read(file: Path) -> bytes:
-    with named(file):
-        return file.read_bytes()
 
 
 def _is_of_disk(error: CheckpointException) -> bool:
