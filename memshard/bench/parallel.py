@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from memshard.bench.common.sizes import add_sizes, positive
+from memshard.bench.common.sizes import add_sizes, not_negative, positive
 from memshard.experiments.common.repeated import median_low_high, range_text
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keys",
-        type=int,
+        type=not_negative,
         default=0,
         metavar="N",
         help="sub-keys of a memory in the middle layer, 0 for none (default 0)",
@@ -118,8 +118,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "--ranks is 1, and nothing is spread over one process; memshard bench plain-loop "
             "measures training in one"
         )
-    if args.keys < 0:
-        raise ValueError(f"--keys is {args.keys}; it must be at least 0")
     size = Size(
         args.layers, args.dim, args.heads, args.length, args.batch, args.vocabulary, args.keys
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from memshard.bench.common.peak_memory import freed_at_once, in_new_process
+from memshard.bench.common.sizes import not_negative
 from memshard.experiments.common.clock import interleave, now
 from memshard.experiments.common.repeated import median_range, ratios
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument(
         "--memory-every",
-        type=int,
+        type=not_negative,
         default=0,
         help="a product-key memory in every n-th layer (default none)",
     )

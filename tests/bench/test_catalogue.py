@@ -1,9 +1,11 @@
 """Every benchmark runs by `memshard bench NAME`, and no command of the docs has another name."""
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,13 @@ def test_a_gpu_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is a GPU")
     assert main(["bench", "values-gpu"]) == 2
     assert "memshard bench values measures the CPU" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_defaults_are_among_what_is_taken(name: str) -> None:
+    """`memshard bench` refuses numbers below 1 of options that do not say otherwise."""
+    parser = argparse.ArgumentParser()
+    import_module(BENCHMARKS[name].module).add_arguments(parser)
+    for action in parser._actions:
+        values = action.default if isinstance(action.default, list) else [action.default]
+        assert action.type is not int or all(v is None or v >= 1 for v in values), action.dest

@@ -153,7 +153,7 @@ def test_commands_evaluate_and_translate(
     assert result("generate", run, "--prompt", "acht")["text"] == texts[1], "alone as in a batch"
     export(tmp_path / "run", tmp_path / "export")
     assert result("generate", str(tmp_path / "export"), "--prompt", "acht")["text"] == texts[1]
-    for option in ("--max-tokens=0", "--temperature=0", "--greedy", "--topk=1", "--seed=0"):
+    for option in ("--max-tokens=1", "--temperature=0", "--greedy", "--topk=1", "--seed=0"):
         assert main(["generate", run, "--prompt", "acht", option]) == 2
         name = option.partition("=")[0]
         assert f"{name} does nothing with {run}: it is for models that continue text" in (

@@ -29,3 +29,11 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least 1")
     return number
+
+
+def not_negative(text: str) -> int:
+    """Return a number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"is {number}; it must be at least 0")
+    return number
