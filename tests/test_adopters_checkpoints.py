@@ -24,23 +24,14 @@ from memshard import (
 )
 from tests.distributed import run_distributed
 from tests.test_adopters import _run_block
+from tests.tiny_llama import LLAMA, MEMORY
 
 transformers = pytest.importorskip("transformers")
 
 # Other projects' warnings are theirs.
 pytestmark = pytest.mark.filterwarnings("default")
 
-_CONFIG = {
-    "vocab_size": 256,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-_MEMORY = {"keys": 8, "heads": 2, "topk": 4, "key_dim": 8}
+_CONFIG = LLAMA | {"vocab_size": 256}
 _NAMES = {
     "AdamW": AdamW,
     "CombinedOptimizer": CombinedOptimizer,
@@ -55,7 +46,7 @@ _NAMES = {
 def _config(*layers: int) -> Any:
     from examples.huggingface import MemoryLlamaConfig
 
-    return MemoryLlamaConfig(**_CONFIG, memory_layers=layers, memory=_MEMORY)
+    return MemoryLlamaConfig(**_CONFIG, memory_layers=layers, memory=MEMORY)
 
 
 def _model(*layers: int) -> Any:
@@ -163,6 +154,8 @@ def test_the_trainer_saves_whole_tables_that_processes_split(tmp_path: Path) -> 
     (straight, resumed), nothing = run_distributed(_trainer_on_two, 2, tmp_path)
     assert nothing == [None, None]
     torch.testing.assert_close(resumed[0], straight[0], rtol=0, atol=0)
+    import examples.huggingface  # noqa: F401  (registers its class; only the children have so far)
+
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     torch.testing.assert_close(saved.state_dict(), dict(straight[0]), rtol=0, atol=0)
 

@@ -57,17 +57,9 @@ def bait(tmp_path: Path, data: Path) -> Iterator[Bait]:
         yield Bait(tmp_path / "mark", listener, data)
 
 
-@pytest.fixture(scope="module")
-def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    train_run(recipe, folder / "run", "train.steps=1")
-    export(folder / "run", folder / "export")
-    return folder
-
-
-def _hostile(trained: Path, tmp_path: Path, name: str) -> None:
+def _hostile(run_and_export: Path, tmp_path: Path, name: str) -> None:
     """Copies of a run and an export that say that their data is `name`."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(run_and_export, tmp_path, dirs_exist_ok=True)
     for folder in (
         tmp_path / "run",
         tmp_path / "run/checkpoints/step-00000001",
@@ -110,11 +102,11 @@ def test_what_a_file_says_needs_leave(
     command: str,
     need: str,
     bait: Bait,
-    trained: Path,
+    run_and_export: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    _hostile(trained, tmp_path, bait.names[need])
+    _hostile(run_and_export, tmp_path, bait.names[need])
     argv = [word.format(at=tmp_path) for word in COMMANDS[command]]
     # Leave to connect is none to run commands.
     for leave in ([], ["--allow", "connections"])[: 2 if need == "commands" else 1]:
@@ -127,16 +119,16 @@ def test_what_a_file_says_needs_leave(
 @pytest.mark.parametrize("need", ["commands", "connections"])
 @pytest.mark.parametrize("command", HARMLESS)
 def test_other_commands_do_not_read_the_data(
-    command: str, need: str, bait: Bait, trained: Path, tmp_path: Path, data: Path
+    command: str, need: str, bait: Bait, run_and_export: Path, tmp_path: Path, data: Path
 ) -> None:
-    _hostile(trained, tmp_path, bait.names[need])
+    _hostile(run_and_export, tmp_path, bait.names[need])
     assert main([word.format(at=tmp_path, data=data) for word in HARMLESS[command]]) == 0
     assert bait.untouched()
 
 
-def test_the_command_line_gives_leave(bait: Bait, trained: Path, tmp_path: Path) -> None:
+def test_the_command_line_gives_leave(bait: Bait, run_and_export: Path, tmp_path: Path) -> None:
     name = bait.names["commands"]
-    _hostile(trained, tmp_path, name)
+    _hostile(run_and_export, tmp_path, name)
     assert main(["eval", str(tmp_path / "export"), "--allow", "commands"]) == 0
     assert bait.mark.exists()
     bait.mark.unlink()
@@ -252,11 +244,11 @@ def test_a_file_whose_name_looks_like_a_command_is_a_file(
 
 
 def test_a_run_in_a_folder_called_like_a_command(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_and_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = "pipe:touch PWNED;"
-    shutil.copytree(trained / "run", name)
+    shutil.copytree(run_and_export / "run", name)
     assert main(["generate", name, "--prompt", "a", "--max-tokens", "2"]) == 0
     (tmp_path / "pipe:touch PWNED; cat {file}").mkdir()
     (tmp_path / "pipe:touch PWNED; cat {file}/index.json").write_text("{}")
@@ -283,13 +275,13 @@ def test_an_export_tells_nothing_of_the_machine(recipe: Path, tmp_path: Path, da
 
 
 def test_what_has_no_data_asks_for_it(
-    trained: Path, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
+    run_and_export: Path, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["import", str(trained / "export"), str(tmp_path / "back")]) == 0
-    for path in (trained / "export", tmp_path / "back"):
+    assert main(["import", str(run_and_export / "export"), str(tmp_path / "back")]) == 0
+    for path in (run_and_export / "export", tmp_path / "back"):
         assert "give --data DIR" in refused(capfd, "eval", path)
         assert main(["eval", str(path), "--data", str(data)]) == 0
-    message = refused(capfd, "train", trained / "export", "--run", tmp_path / "run")
+    message = refused(capfd, "train", run_and_export / "export", "--run", tmp_path / "run")
     assert "give data.path=DIR" in message
 
 
@@ -298,11 +290,11 @@ def test_what_has_no_data_asks_for_it(
 def test_every_file_of_an_export_is_compared_with_its_hash(
     name: str,
     memmap: list[str],
-    trained: Path,
+    run_and_export: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    folder = Path(shutil.copytree(trained / "export", tmp_path / "export"))
+    folder = Path(shutil.copytree(run_and_export / "export", tmp_path / "export"))
     whole = (folder / name).read_bytes()
     for content in (b"", whole[: len(whole) // 2], whole.replace(b"e", b"a", 1)):
         (folder / name).write_bytes(content)

@@ -18,23 +18,14 @@ from memshard.trainer.checkpoint.index import Chunk, StoredTensor, read_index, w
 from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint
 from memshard.trainer.config.text import parse
-from memshard.trainer.export.export import export
 from tests.trainer.test_bad_input import refused
-from tests.trainer.tiny_run import rehash, rewrite_config, train_run
+from tests.trainer.tiny_run import rehash, rewrite_config
 
 SECONDS = 20
 """Far above what a refusal takes, far below what went wrong takes."""
 BOMB = "a0: &a0 [1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
-
-
-@pytest.fixture(scope="module")
-def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    train_run(recipe, folder / "run", "train.steps=1")
-    export(folder / "run", folder / "export")
-    return folder
 
 
 @pytest.mark.parametrize("folder", ["run/checkpoints/step-00000001", "export"])
@@ -53,9 +44,9 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_checkpoint_of_absurd_sizes_is_refused_at_once(
-    key: str, value: int, folder: str, trained: Path, tmp_path: Path
+    key: str, value: int, folder: str, run_and_export: Path, tmp_path: Path
 ) -> None:
-    path = Path(shutil.copytree(trained / folder, tmp_path / "copy"))
+    path = Path(shutil.copytree(run_and_export / folder, tmp_path / "copy"))
     rewrite_config(path, lambda text: re.sub(rf"(?m)^( +{key}): \d+$", rf"\1: {value}", text))
     begun = time.monotonic()
     for memmap in (False, True):
@@ -138,9 +129,9 @@ def test_an_empty_tensor_of_an_overflowing_shape_is_refused(
     "text", ["", "{}", "[1]", "[" * 100_000, '{"progress": []}', '{"progress": {"step": null}}']
 )
 def test_a_malformed_state_is_named(
-    text: str, trained: Path, tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
+    text: str, run_and_export: Path, tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    run = Path(shutil.copytree(run_and_export / "run", tmp_path / "run"))
     checkpoint = run / "checkpoints/step-00000001"
     (checkpoint / "state.json").write_text(text)
     rehash(checkpoint, "state.json")
@@ -155,8 +146,10 @@ def test_a_malformed_state_is_named(
 
 
 @pytest.mark.parametrize("name", ["COMMITTED", "index.json"])
-def test_deep_json_in_a_checkpoint_is_damage(name: str, trained: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+def test_deep_json_in_a_checkpoint_is_damage(
+    name: str, run_and_export: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(run_and_export / "run", tmp_path / "run"))
     (run / "checkpoints/step-00000001" / name).write_text("[" * 100_000)
     if name != "COMMITTED":
         rehash(run / "checkpoints/step-00000001", name)
@@ -165,9 +158,9 @@ def test_deep_json_in_a_checkpoint_is_damage(name: str, trained: Path, tmp_path:
 
 
 def test_deep_json_elsewhere_is_an_error_of_the_file(
-    trained: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run_and_export: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(trained / "export", tmp_path / "export"))
+    folder = Path(shutil.copytree(run_and_export / "export", tmp_path / "export"))
     (folder / "config.json").write_text("[" * 100_000)
     assert f"{folder} is damaged" in refused(capfd, "generate", folder, "--prompt", "a")
     copy = Path(shutil.copytree(data, tmp_path / "data"))
@@ -202,9 +195,9 @@ def test_numbers_of_a_data_folder_are_checked(
     ],
 )
 def test_what_is_no_file_is_not_waited_for(
-    kind: str, folder: str, name: str, trained: Path, tmp_path: Path
+    kind: str, folder: str, name: str, run_and_export: Path, tmp_path: Path
 ) -> None:
-    path = Path(shutil.copytree(trained / folder, tmp_path / "copy"))
+    path = Path(shutil.copytree(run_and_export / folder, tmp_path / "copy"))
     (path / name).unlink()
     if kind == "pipe":
         os.mkfifo(path / name)
