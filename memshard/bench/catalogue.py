@@ -50,6 +50,7 @@ BENCHMARKS = {
         ),
         _benchmark("plain-loop", "`memshard train` against a plain training loop, on one process"),
         _benchmark("data", "web pages a second by stage, tokenizers, tokens a second of a stream"),
+        _benchmark("duplicates", "memory and time of finding the duplicates of many documents"),
         _benchmark("extraction", "main-text extraction against gold article bodies: F1 and speed"),
         _benchmark("export", "memory and speed of exporting and evaluating a large table on disk"),
         _benchmark("candidates", "programs a second that a search proposes and checks on one core"),

@@ -25,6 +25,7 @@ SMALLEST = {
     "fast-weights": "--rounds 1",
     "primer": "--rounds 1",
     "candidates": "--count 4 --seeds 1",
+    "duplicates": "--documents 2000",
     "export": "--slots 1024 --dim 16",
 }
 

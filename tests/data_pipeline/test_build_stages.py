@@ -12,13 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from memshard.data_pipeline.format import load_index
 from memshard.data_pipeline.format.verify import verify_data
 from memshard.data_pipeline.prepare.documents import Filters
-from memshard.data_pipeline.prepare.duplicates import band_keys, clusters, exact_hash, join
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.prepare.workers import Watch, run_tasks
@@ -38,52 +36,6 @@ def prose(words: int, seed: int) -> list[str]:
 def near_copy(words: list[str], seed: int, share: float) -> list[str]:
     draw = random.Random(seed)
     return [draw.choice(WORDS) if draw.random() < share else word for word in words]
-
-
-def test_texts_of_symbols_are_near_duplicates_only_of_their_likes() -> None:
-    symbols = ["😀😃😄 !!! ---", "*** === ~~~ ###", "∑ ∫ √ ≠ ≤ ∞", "—…—…—", "।।।", "!!!"]
-    keys = [band_keys(text) for text in symbols]
-    assert not any((one == other).any() for place, one in enumerate(keys) for other in keys[:place])
-    assert (band_keys("∑ ∫  √ ≠") == band_keys("∑ ∫ √ ≠\n")).all()
-
-
-@pytest.mark.parametrize(
-    ("share", "least", "most"),
-    [(0.01, 0.95, 1.0), (0.03, 0.6, 0.95), (0.3, 0.0, 0.02), (1.0, 0.0, 0.0)],
-)
-def test_near_copies_share_a_band_and_others_do_not(
-    share: float, least: float, most: float
-) -> None:
-    collisions = 0
-    for seed in range(100):
-        words = prose(300, seed)
-        collisions += bool(
-            (band_keys(" ".join(words)) == band_keys(" ".join(near_copy(words, seed, share)))).any()
-        )
-    assert least <= collisions / 100 <= most
-
-
-def test_clusters_are_transitive_and_named_by_their_first() -> None:
-    labels = clusters(8)
-    for keys in ([1, 2, 3, 1, 4, 5, 6, 7], [1, 2, 3, 9, 4, 9, 6, 7], [1, 2, 8, 3, 4, 5, 8, 7]):
-        join(labels, np.array(keys, dtype=np.uint64))
-    assert labels.tolist() == [0, 1, 2, 0, 4, 0, 2, 7]
-    draw = np.random.default_rng(0)
-    chain, order = clusters(1000), draw.permutation(1000)
-    for offset in (0, 1):
-        keys = np.empty(1000, dtype=np.uint64)
-        keys[order] = (np.arange(1000) + offset) // 2
-        join(chain, keys)
-    assert (chain == 0).all()
-
-
-def test_signatures_never_change_between_releases() -> None:
-    """A build that resumes compares new signatures with old ones."""
-    assert exact_hash("A  text\n") == exact_hash("a text") == 6008937231813765456
-    assert band_keys("one two three four five six seven")[:2].tolist() == [
-        13379722814051649966,
-        1342708022807396800,
-    ]
 
 
 def test_duplicates_go_and_never_straddle_the_split(tmp_path: Path) -> None:

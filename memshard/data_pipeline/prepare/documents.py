@@ -24,7 +24,7 @@ from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
 from memshard.io import named, partial_path, sync
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
-SETTINGS_VERSION = 4  # counted up when units would be read otherwise: older ones are not reused
+SETTINGS_VERSION = 5  # counted up when units would be read otherwise: older ones are not reused
 ROWS_IN_MEMORY = 4096
 TEXTS, ROWS_FILE, COUNTS = "texts", "documents", "counts.json"
 ROW = np.dtype([("bytes", "<u4"), ("words", "<u4"), ("exact", "<u8")])
