@@ -184,7 +184,8 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
     most `pages` pages for the slow ones.
     """
     from memshard.data_pipeline.prepare.duplicates import band_keys, exact_hash
-    from memshard.data_pipeline.web.extract import decode, main_text
+    from memshard.data_pipeline.web.charset import decode
+    from memshard.data_pipeline.web.extract import main_text
     from memshard.data_pipeline.web.language import detect_language
     from memshard.data_pipeline.web.quality import failed_rule
     from memshard.data_pipeline.web.warc import read_pages

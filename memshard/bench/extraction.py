@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from memshard.data_pipeline.web.extract import Extractor, decode, main_text
+from memshard.data_pipeline.web.charset import decode
+from memshard.data_pipeline.web.extract import Extractor, main_text
 from memshard.data_pipeline.web.warc import read_pages
 
 

@@ -18,9 +18,9 @@ RECORDS = [
     {"text": f"document {number} of some words {number % 7} and more"} for number in range(200)
 ]
 JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS)
-WET = (
-    b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://a/\r\nContent-Type: text/plain"
-    b"\r\nContent-Length: 10\r\n\r\nSome text.\r\n\r\n"
+WAT = (
+    b"WARC/1.0\r\nWARC-Type: metadata\r\nWARC-Target-URI: http://a/\r\nContent-Type: "
+    b'application/json\r\nContent-Length: 10\r\n\r\n{"a": "b"}\r\n\r\n'
 )
 
 
@@ -59,16 +59,15 @@ def test_commands_are_read_by_what_they_print(tmp_path: Path, zipped: bool) -> N
     ("name", "content", "message"),
     [
         (
-            "a.warc.wet.gz",
-            gzip.compress(WET, mtime=0),
-            "part of a web archive that is not read.*WARC files",
+            "a.warc.wat.gz",
+            gzip.compress(WAT, mtime=0),
+            "part of a web archive that is not read.*WARC, WET or ARC files",
         ),
-        ("a.warc.gz", gzip.compress(WET, mtime=0), "holds conversion records.*name the WARC files"),
-        ("wat", gzip.compress(WET, mtime=0), "holds conversion records"),
-        ("a.arc.gz", b"x", "part of a web archive that is not read"),
-        ("archive", gzip.compress(b"filedesc://a.arc 0.0.0.0", mtime=0), "part of a web archive"),
+        ("a.warc.gz", gzip.compress(WAT, mtime=0), "holds metadata records.*name the WARC or WET"),
+        ("wat", gzip.compress(WAT, mtime=0), "holds metadata records"),
+        ("a.cdx.gz", b"x", "part of a web archive that is not read"),
         ("index", b" CDX N b a m s k r\n", "part of a web archive"),
-        ("wet.paths", b"crawl/a.warc.wet.gz\n", "a.warc.wet.gz is part of a web archive"),
+        ("wat.paths", b"crawl/a.warc.wat.gz\n", "a.warc.wat.gz is part of a web archive"),
         ("a.csv", b"text,label\nsome text,1\n", "a table: write its texts as jsonl"),
         ("a.parquet", b"PAR1", "a table, which is not read: .*jsonl"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "compressed as only .gz is read: .*pipe:"),

@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ import numpy as np
 from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.prepare.duplicates import BANDS, band_keys, exact_hash
 from memshard.data_pipeline.prepare.inputs.files import Sources, is_utf8, reader
+from memshard.data_pipeline.prepare.inputs.kinds import Source
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
 from memshard.io import named, partial_path, sync
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
-SETTINGS_VERSION = 5  # counted up when units would be read otherwise: older ones are not reused
+SETTINGS_VERSION = 6  # counted up when units would be read otherwise: older ones are not reused
 ROWS_IN_MEMORY = 4096
 TEXTS, ROWS_FILE, COUNTS = "texts", "documents", "counts.json"
 ROW = np.dtype([("bytes", "<u4"), ("words", "<u4"), ("exact", "<u8")])
@@ -34,20 +36,29 @@ NEAR_ROW = np.dtype([*ROW.descr, ("bands", "<u8", (BANDS,))])
 @dataclass(frozen=True)
 class Filters:
     """Which documents stay. language: ISO 639-1 or None for any. quality: only prose. near:
-    whether to compute the signatures by which near duplicates are found.
+    whether to compute the signatures by which near duplicates are found. web: what holds for text
+    of the web, if that is something else.
     """
 
     language: str | None = None
     quality: bool = False
     near: bool = False
+    web: "Filters | None" = None
+
+    def of(self, source: Source) -> "Filters":
+        """Return what holds for the documents of a source."""
+        return self.web if source.web and self.web else self
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Input files read together, and the folder that holds the result."""
+    """Input files read together, and the folder that holds the result. web: they are text of the
+    web.
+    """
 
     files: tuple[str, ...]
     folder: Path
+    web: bool = False
 
 
 def plan_units(sources: Sources, filters: Filters, work: Path) -> list[Unit]:
@@ -57,7 +68,9 @@ def plan_units(sources: Sources, filters: Filters, work: Path) -> list[Unit]:
     units = []
     for group in _groups(sources):
         key = _key(group, sources, filters)
-        units.append(Unit(tuple(group), work / "units" / key))
+        # Files of the web are units of their own.
+        web = sources.source_of(group[0]).web
+        units.append(Unit(tuple(group), work / "units" / key, web))
     return units
 
 
@@ -101,6 +114,7 @@ def _key(files: list[str], sources: Sources, filters: Filters) -> str:
         sources.documents,
         sorted(sources.settings.items()),
         dataclasses.astuple(filters),
+        [[name, version(name)] for name in sources.source_of(files[0]).packages],
     ]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
@@ -175,18 +189,19 @@ def _documents(
     """Yield the documents of a unit that pass the filters; add files that are not text to
     `skipped`, which the report lists.
     """
-    options = {**sources.settings, "language": filters.language}
     together = (sources.chosen.unit or 1) if sources.chosen.takes_all else 1
     for start in range(0, len(unit.files), together):
         names = unit.files[start : start + together]
         files = [fetch(name, scratch) if is_url(name) else Path(name) for name in names]
         source = sources.source_of(names[0], files[0])
+        wanted = filters.of(source)
+        options = {**sources.settings, "language": wanted.language}
         with named(files[0]):
             if source.utf8 and not all(map(is_utf8, files)):
                 skipped += names
             else:
                 documents = reader(source)(files, options, counts, watch)
-                yield from _filtered(watch, documents, filters, counts)
+                yield from _filtered(watch, documents, wanted, counts)
         for name, file in zip(names, files, strict=True):
             if is_url(name):
                 # At once: the files of a crawl together may not fit on the disk.

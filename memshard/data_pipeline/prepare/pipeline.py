@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def build_data(
     model: TokenizerModel = "bpe",
     tokenizer: str | os.PathLike[str] | None = None,
     filters: Filters | None = None,
-    deduplicate: bool = False,
+    deduplicate: bool | Literal["web"] = False,
     held_out: float | None = None,
     test: float | None = None,
     web: bool = False,
@@ -76,12 +77,13 @@ def build_data(
     same bytes.
 
     tokenizer: a model file or data folder whose tokenizer to use, instead of training one.
-    held_out, test: share of the documents (below 1) or number of them, chosen by the hash of their
-    text; by default 1 % and none, with `web` 5,000 each but no more than 1 % (Lample et al. 2019,
-    section 4.1, hold out 5,000 + 5,000 articles). shard_bytes: of text in a shard. page_seconds:
-    CPU time that a web page may take. workers: processes, by default one a core. Raises ValueError
-    or FileNotFoundError with the fix; what was finished then stays in the work folder, and `out` is
-    not touched.
+    deduplicate: drop equal documents but the first, and with `filters.near` similar ones; "web"
+    keeps those that are not of the web. held_out, test: share of the documents (below 1) or number
+    of them, chosen by the hash of their text; by default 1 % and none, with `web` 5,000 each but no
+    more than 1 % (Lample et al. 2019, section 4.1, hold out 5,000 + 5,000 articles). shard_bytes:
+    of text in a shard. page_seconds: CPU time that a web page may take. workers: processes, by
+    default one a core. Raises ValueError or FileNotFoundError with the fix; what was finished then
+    stays in the work folder, and `out` is not touched.
     """
     target = Path(out).resolve()
     _check(target, held_out, test, vocab_size, shard_bytes)

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 
 from memshard.data_pipeline.format.index import HELD_OUT, TEST, Index, Split
 
-READ = ("records", "responses", "status", "not_html", "empty_body", "too_large", "skipped_bytes")
+READ = (
+    "records",
+    "responses",
+    "resources",
+    "conversions",
+    "status",
+    "not_html",
+    "empty_body",
+    "too_large",
+    "skipped_bytes",
+)
 STAGES = (
     "pages",
     "page_large",

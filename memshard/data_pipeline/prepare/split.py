@@ -5,6 +5,7 @@ at once.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -33,10 +34,14 @@ class Splits:
 
 
 def split_documents(
-    units: list[Unit], filters: Filters, deduplicate: bool, held_out: float, test: float
+    units: list[Unit],
+    filters: Filters,
+    deduplicate: bool | Literal["web"],
+    held_out: float,
+    test: float,
 ) -> Splits:
     """Keep the first document of every cluster of duplicates, and choose the held-out and test
-    documents by their hashes.
+    documents by their hashes. deduplicate: "web" keeps all documents that are not of the web.
 
     held_out, test: below 1 a share of the documents, else their number. Takes some 90 bytes of
     memory a document.
@@ -49,12 +54,15 @@ def split_documents(
         # A cluster's label is its first document, the one that stays.
         labels = clusters(len(exact))
         join(labels, exact)
-        keep = labels == np.arange(len(labels))
+        others = np.repeat(
+            [deduplicate == "web" and not unit.web for unit in units], np.diff(first)
+        )
+        keep = (labels == np.arange(len(labels))) | others
         _count(counts, "exact_duplicate", lengths[~keep])
         if filters.near:
             for band in range(BANDS):  # one at a time: 8 bytes a document
                 join(labels, _column(units, filters, "bands", band))
-            alone = labels == np.arange(len(labels))
+            alone = (labels == np.arange(len(labels))) | others
             _count(counts, "near_duplicate", lengths[keep & ~alone])
             keep = alone
     sides = np.where(keep, choose_sides(exact, keep, held_out, test), DROPPED).astype(np.uint8)

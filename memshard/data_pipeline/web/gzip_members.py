@@ -3,6 +3,7 @@
 zlib and the WARC libraries stop at the first damaged member, and do not notice that a file was cut.
 """
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -26,10 +27,10 @@ class Event(Enum):
 
 
 def read_members(
-    stream: BinaryIO, counts: Counter[str], begins: bytes
+    stream: BinaryIO, counts: Counter[str], begins: re.Pattern[bytes]
 ) -> Iterator[tuple[Event, bytes]]:
     """Yield the events of a seekable gzip stream, with data. begins: how an intact member's content
-    begins, to find one after damage.
+    begins, told from 16 bytes, to find one after damage.
 
     Counts `fault_truncated` (the file ends inside a member), `fault_corrupt` (damaged members) and
     `fault_garbage` (bytes between members), and compressed bytes skipped in `skipped_bytes`.
@@ -75,20 +76,16 @@ def _read_member(
     return stream.tell() - len(member.unused_data), None
 
 
-def _next_member(stream: BinaryIO, place: int, begins: bytes) -> int | None:
-    """Return where the next member after `place` begins, or None. Its content must begin with
+def _next_member(stream: BinaryIO, place: int, begins: re.Pattern[bytes]) -> int | None:
+    """Return where the next member after `place` begins, or None. Its content must match
     `begins`: MAGIC also occurs by chance.
     """
     while block := _at(stream, place, READ_BYTES):
         offset = block.find(MAGIC)
         while offset >= 0:
             try:
-                if (
-                    zlib.decompressobj(wbits=31).decompress(
-                        _at(stream, place + offset, 4096), len(begins)
-                    )
-                    == begins
-                ):
+                member = zlib.decompressobj(wbits=31)
+                if begins.match(member.decompress(_at(stream, place + offset, 4096), 16)):
                     return place + offset
             except zlib.error:
                 pass

@@ -193,16 +193,20 @@ def run_build(args: argparse.Namespace) -> dict:
         )
         # Not in the parser: what was not said depends on the sources, which are known only now.
         dedup = args.dedup or ("near" if sources.web else "none")
-        language = args.language or ("en" if sources.web else "any")
-        quality = sources.web if args.quality is None else args.quality
+        near = dedup == "near"
         report = build_data(
             sources,
             args.out,
             vocab_size=args.vocab,
             model=args.model,
             tokenizer=args.tokenizer,
-            filters=Filters(None if language == "any" else language, quality, dedup == "near"),
-            deduplicate=dedup != "none",
+            filters=Filters(
+                language(args, "any"),
+                bool(args.quality),
+                near,
+                web=Filters(language(args, "en"), args.quality is not False, near),
+            ),
+            deduplicate=dedup != "none" and (args.dedup is not None or "web"),
             held_out=args.held_out,
             test=args.test,
             web=sources.web,
@@ -215,6 +219,12 @@ def run_build(args: argparse.Namespace) -> dict:
     if not args.json:
         show(result)
     return result
+
+
+def language(args: argparse.Namespace, default: str) -> str | None:
+    """Return the language to keep, None for any."""
+    code: str = args.language or default
+    return None if code == "any" else code
 
 
 def run_own(kind: OwnBuild, args: argparse.Namespace) -> dict:

@@ -41,7 +41,8 @@ class Source:
     unit: files read together; None is as many small ones as make a unit of work. takes: what these
     files are, for an error. utf8: leave out, and report, files that are not UTF-8. timed: items are
     under the limit of --page-seconds. web: text of the open web, which by default is filtered.
-    record_kind: of the data folder (`format/kinds.py`). separator: between the texts of a record.
+    packages: those whose versions decide what is read. record_kind: of the data folder
+    (`format/kinds.py`). separator: between the texts of a record.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Source:
     utf8: bool = True
     timed: bool = False
     web: bool = False
+    packages: tuple[str, ...] = ()
     record_kind: str = "text"
     separator: str | None = None
 
@@ -114,8 +116,8 @@ SOURCES = {
         Source(
             name="warc",
             read="memshard.data_pipeline.prepare.inputs.warc:read",
-            endings=(".warc",),
-            begins=re.compile(rb"\s*WARC/\d"),
+            endings=(".warc", ".arc", ".wet"),
+            begins=re.compile(rb"\s*WARC/\d|filedesc:"),
             options={
                 "--extractor": {
                     "choices": ("trafilatura", "resiliparse"),
@@ -128,6 +130,7 @@ SOURCES = {
             utf8=False,
             timed=True,
             web=True,
+            packages=("Resiliparse", "trafilatura", "py3langid"),
         ),
         Source(
             name="pairs",
@@ -184,11 +187,12 @@ OWN_BUILDS = {
 }
 
 ARCHIVE = (
-    "part of a web archive that is not read (WET, WAT, ARC, CDX): name the WARC files of the crawl"
+    "part of a web archive that is not read (WAT, CDX): name the WARC, WET or ARC files of the "
+    "crawl"
 )
-ARCHIVE_BEGINS = (b"filedesc://", b" CDX ")  # ARC files and indexes
+ARCHIVE_BEGINS = (b" CDX ",)
 REFUSED = {
-    (".wet", ".wat", ".arc", ".cdx", ".cdxj"): ARCHIVE,
+    (".wat", ".cdx", ".cdxj"): ARCHIVE,
     (".csv", ".tsv"): "a table: write its texts as jsonl, e.g. with pandas: read_csv(FILE).to_json("
     '"texts.jsonl", orient="records", lines=True), or take it as it is with --documents line',
     (

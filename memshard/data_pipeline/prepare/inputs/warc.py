@@ -1,30 +1,43 @@
-"""Web archives (WARC): from pages to the text of their articles, each under a time limit."""
+"""Web archives (WARC, ARC, WET): from pages to the text of their articles, each under a time
+limit.
+"""
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memshard.data_pipeline.prepare.inputs.text import documents
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
-from memshard.data_pipeline.web.extract import Extractor, decode, main_text
+from memshard.data_pipeline.web.charset import decode
+from memshard.data_pipeline.web.extract import Extractor, main_text, tidy
 from memshard.data_pipeline.web.language import may_be
-from memshard.data_pipeline.web.warc import read_pages
+from memshard.data_pipeline.web.warc import Page, read_pages
 
 MAX_PAGE = 10_000_000  # bytes of HTML; larger ones are lists and data
-MAX_TEXT = 1_000_000  # characters; no article is longer, and all later stages take time by length
+# Characters. "Skip to content" is all that the quick look finds in some layouts, and any language.
+LEAST_FOR_LANGUAGE = 200
 
 
 def read(
     files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
-    """Yield the articles of a WARC file's HTML pages, in order.
+    """Yield the articles of an archive's HTML pages and the texts of its conversion records, in
+    order, cut where they are long.
 
     A page whose text is in another language at first glance is not extracted. Counts
     documents and bytes of all `pages`, and of those without a text: `page_large`, `page_timeout`,
     `page_failed`, `page_language`, `page_empty`.
     """
     (file,) = files
-    extractor, language = options["extractor"], options["language"]
+    articles = _articles(file, options["extractor"], options["language"], counts, watch)
+    yield from documents(map(io.StringIO, articles), counts, options["longest"])
+
+
+def _articles(
+    file: Path, extractor: Extractor, language: str | None, counts: Counter[str], watch: Watch
+) -> Iterator[str]:
     for page in read_pages(file, counts):
         reason, text = "", ""
         try:
@@ -34,7 +47,7 @@ def read(
                 elif len(page.body) > MAX_PAGE:
                     reason = "page_large"
                 else:
-                    reason, text = _article(page.body, extractor, language)
+                    reason, text = _article(page, extractor, language)
         except ItemTimeout:
             reason = "page_timeout"
         # Parsers meet every kind of broken HTML; one page must not end a build of millions.
@@ -55,13 +68,20 @@ def read(
             yield text
 
 
-def _article(body: bytes, extractor: Extractor, language: str | None) -> tuple[str, str]:
+def _article(page: Page, extractor: Extractor, language: str | None) -> tuple[str, str]:
     """Return (why there is no text, or "", and the text)."""
-    html = decode(body)
-    # A seventh of the slow extractor's time; for pages in other languages, often most of them, it
-    # is all that is spent.
-    quick = main_text(html, "resiliparse")
-    if language is not None and quick and not may_be(quick, language):
-        return "page_language", ""
-    text = quick if extractor == "resiliparse" else main_text(html, "trafilatura")
-    return ("", text[:MAX_TEXT] + "\n") if text.strip() else ("page_empty", "")
+    content = decode(page.body, page.content_type)
+    if not page.html:
+        text = tidy(content)
+    else:
+        # A seventh of the slow extractor's time; for pages in other languages, often most of them,
+        # it is all that is spent.
+        quick = main_text(content, "resiliparse")
+        if (
+            language is not None
+            and len(quick) >= LEAST_FOR_LANGUAGE
+            and not may_be(quick, language)
+        ):
+            return "page_language", ""
+        text = main_text(content, extractor, quick)
+    return ("", text + "\n") if text else ("page_empty", "")

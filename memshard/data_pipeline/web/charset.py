@@ -1,0 +1,68 @@
+"""Which characters the bytes of a page stand for, as browsers decide it (encoding.spec.whatwg.org,
+and "determining the character encoding" of html.spec.whatwg.org).
+"""
+
+import codecs
+import re
+
+from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Browsers look at 1,024 bytes at least, and some on to the end of <head>.
+DECLARED_BYTES = 16_384
+COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
+DECLARED = re.compile(
+    rb"""<meta\s[^>]*?charset\s*=\s*["']?\s*([^\s"'/>;]+)"""
+    rb"""|^\s*<\?xml\s[^>]*?encoding\s*=\s*["']([^"']+)""",
+    re.IGNORECASE,
+)
+LABEL = re.compile(r"""charset\s*=\s*["']?\s*([^\s"';,]+)""", re.IGNORECASE)
+# Python's codecs of these names lack characters that browsers read under them.
+SUPERSETS = {
+    "euc_kr": "cp949",
+    "shift_jis": "cp932",
+    "big5": "big5hkscs",
+    "gbk": "gb18030",
+    "iso8859-11": "cp874",
+}
+
+
+def decode(body: bytes, content_type: str = "") -> str:
+    """Return the text of a page. What is no character in its encoding becomes U+FFFD.
+
+    The encoding is that of a byte order mark, else of the HTTP header (content_type), else of a
+    <meta> or XML declaration, else UTF-8 if the bytes are, else what statistics suggest.
+    """
+    for mark, codec in BYTE_ORDER_MARKS:
+        if body.startswith(mark):
+            return body[len(mark) :].decode(codec, "replace")
+    labels = LABEL.findall(content_type)
+    codec = (_codec(labels[-1]) if labels else None) or _declared(body) or ""
+    if not codec:
+        try:
+            return body.decode()
+        except UnicodeDecodeError:
+            detected = detect_encoding(body, html5_compatible=True) or "utf-8"
+            codec = SUPERSETS.get(detected, detected)
+    return body.decode(codec, "replace")
+
+
+def _declared(body: bytes) -> str | None:
+    """Return the codec of a declaration in the page, or None."""
+    match = DECLARED.search(COMMENT.sub(b"", body[:DECLARED_BYTES]))
+    codec = _codec((match[1] or match[2]).decode("latin-1")) if match else None
+    # It was read as ASCII, so it cannot be in UTF-16.
+    return "utf-8" if codec in ("utf-16-le", "utf-16-be") else codec
+
+
+def _codec(label: str) -> str | None:
+    """Return the codec that browsers use for a label, or None for one that they do not know."""
+    label = label.strip().lower()
+    if label == "x-user-defined":
+        return "cp1252"
+    codec = map_encoding_to_html5(label, fallback_utf8=False)
+    return SUPERSETS.get(codec, codec) if codec else None
