@@ -71,8 +71,19 @@ def test_commands_are_read_by_what_they_print(tmp_path: Path, zipped: bool) -> N
         ("a.csv", b"text,label\nsome text,1\n", "a table: write its texts as jsonl"),
         ("a.parquet", b"PAR1", "a table, which is not read: .*jsonl"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "compressed as only .gz is read: .*pipe:"),
-        ("a.json", b'[{"text": "some text"}]', "line 1 is a list instead of an object.*jq"),
-        ("a", b'[\n{"text": "one"},\n{"text": "other"}\n]', "line 1 is not JSON.*array.*jq"),
+        ("a.json", b'{\n"text": "some text"\n}', "line 1 is not JSON.*over several lines, `jq -c"),
+        ("a.json", b'[{"text": "some"}, {"text": "te', "a.json is no JSON behind element 1 of its"),
+        (
+            "a.json",
+            b'["some", "text"]',
+            "element 1 is a str instead of an object.*array of objects",
+        ),
+        ("a.json", b'[{"text": "some"}]\n{"text": "b"}', "goes on behind the end of its array"),
+        ("table", b"text,label\nsome text,1\n", "table is a table: write its texts as jsonl"),
+        ("table.dat", b'3,"One, two",x\n4,Three,y\n5,Four,z\n', "table.dat is a table"),
+        ("table", b"id\tText of it\n" + b"1\tsome text\n" * 9000, "table is a table"),
+        ("page.html", b"<!DOCTYPE html>\n<p>Text</p>", "page.html is markup.*--documents file"),
+        ("dump", b"<mediawiki xmlns='x'><page/>", "dump is markup"),
     ],
 )
 def test_what_is_not_read_is_refused_with_the_way_out(
@@ -102,7 +113,19 @@ def test_folders_say_what_they_pass_over(
     (tmp_path / "far" / "linked.txt").write_text("a document behind a link\n")
     (text / "link").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "circle").symlink_to(text)
-    arguments = ["data", "build", str(text), "--out", str(tmp_path / "data"), "--vocab", "300"]
+    for name in (".git", "site-packages"):
+        (text / name).mkdir()
+        (text / name / "a.txt").write_text("x")
+    arguments = [
+        "data",
+        "build",
+        str(text),
+        str(text / "0001.txt"),
+        "--out",
+        str(tmp_path / "data"),
+        "--vocab",
+        "300",
+    ]
     assert main(arguments) == 0
     report = json.loads((tmp_path / "data" / "report.json").read_text())
     assert report["files"] == report["documents"] == 41
@@ -113,6 +136,10 @@ def test_folders_say_what_they_pass_over(
         ".json.gz": 1,
         "broken link": 1,
         "no regular file": 1,
+        "hidden file": 1,
+        "hidden folder": 1,
+        "excluded folder": 1,
+        "named twice": 1,
     }
     assert "passed over in folders: 2 .csv, 1 " in capsys.readouterr().out
 
@@ -162,6 +189,6 @@ def test_a_build_without_text_says_why_and_leaves_nothing(tmp_path: Path) -> Non
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError) as caught:
         built(tmp_path / "data", tmp_path / "latin.txt")
-    assert "not UTF-8 text: convert with `iconv" in str(caught.value)
+    assert "not UTF-8 text: name its encoding" in str(caught.value)
     assert "{}" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["latin.txt"]

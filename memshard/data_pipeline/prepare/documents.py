@@ -20,13 +20,14 @@ import numpy as np
 
 from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.prepare.duplicates import BANDS, band_keys, exact_hash
-from memshard.data_pipeline.prepare.inputs.files import Sources, is_utf8, reader
+from memshard.data_pipeline.prepare.inputs.encodings import text_encoding
+from memshard.data_pipeline.prepare.inputs.files import Sources, reader
 from memshard.data_pipeline.prepare.inputs.kinds import Source
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
 from memshard.io import named, partial_path, sync
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
-SETTINGS_VERSION = 6  # counted up when units would be read otherwise: older ones are not reused
+SETTINGS_VERSION = 7  # counted up when units would be read otherwise: older ones are not reused
 ROWS_IN_MEMORY = 4096
 TEXTS, ROWS_FILE, COUNTS = "texts", "documents", "counts.json"
 ROW = np.dtype([("bytes", "<u4"), ("words", "<u4"), ("exact", "<u8")])
@@ -197,9 +198,15 @@ def _documents(
         wanted = filters.of(source)
         options = {**sources.settings, "language": wanted.language}
         with named(files[0]):
-            if source.utf8 and not all(map(is_utf8, files)):
+            encodings = (
+                {file: text_encoding(file, options["encoding"], counts) for file in files}
+                if source.is_text
+                else {}
+            )
+            if None in encodings.values():
                 skipped += names
             else:
+                options["encodings"] = encodings
                 documents = reader(source)(files, options, counts, watch)
                 yield from _filtered(watch, documents, wanted, counts)
         for name, file in zip(names, files, strict=True):

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 FEW_TOKENS = 1000
 SPREAD = 3.0  # nats: the standard deviation of a token's loss, roughly, whatever the model
 PASSED_OVER = 20  # endings listed
-NOT_UTF8 = "not UTF-8 text: convert with `iconv -f ISO-8859-1 -t UTF-8` or what it is in"
+NOT_UTF8 = "not UTF-8 text: name its encoding, e.g. --encoding latin-1 or utf-16-le"
 
 
 def make_report(
@@ -61,7 +61,7 @@ def make_report(
     }
     return {
         "files": files,
-        "files_passed_over": dict(Counter(passed_over).most_common(PASSED_OVER)),
+        "files_passed_over": _most_common(passed_over),
         "files_not_utf8": len(not_utf8),
         "files_not_utf8_first": not_utf8[:20],
         "documents": sum(split.documents for split in index.splits.values()),
@@ -105,6 +105,12 @@ def warn_of_little(splits: Mapping[str, Split]) -> None:
                 SPREAD / max(tokens, 1) ** 0.5,
                 "held-out" if name == HELD_OUT else name,
             )
+
+
+def _most_common(passed_over: Mapping[str, int]) -> dict[str, int]:
+    first = dict(Counter(passed_over).most_common(PASSED_OVER))
+    others = sum(passed_over.values()) - sum(first.values())
+    return first | ({"others": others} if others else {})
 
 
 def _place(key: str) -> tuple[int, str]:

@@ -1,20 +1,19 @@
-"""From the names on the command line to input files and their kinds, and text files opened."""
+"""From the names on the command line to input files and their kinds."""
 
-import gzip
 import os
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import glob
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from memshard.data_pipeline.fetch import Allowed, check_allowed, fetch, is_url
-from memshard.data_pipeline.prepare.inputs.kind_of_file import GZIP, ends_in, kind_of, named_kind
+from memshard.data_pipeline.prepare.inputs.encodings import open_text
+from memshard.data_pipeline.prepare.inputs.kind_of_file import ends_in, kind_of, named_kind
 from memshard.data_pipeline.prepare.inputs.kinds import (
     DEFAULTS,
     EXCLUDED_FOLDERS,
@@ -23,8 +22,6 @@ from memshard.data_pipeline.prepare.inputs.kinds import (
     TEXT_ENDINGS,
     Source,
 )
-
-READ_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,8 @@ def find_files(
     *.paths.gz: one a line, `prefix` before each).
 
     In folders only files with one of `suffixes` (or that and .gz) count; hidden folders and those
-    named in `exclude` are left out. passed_over: counts the other files of folders by ending.
+    named in `exclude` are left out. passed_over: counts the other files of folders by ending, and
+    what else is left out.
     allow: what lists may name besides local files and, if `prefix` is a URL, files of its host.
     Raises FileNotFoundError for a missing source, ValueError for a folder without such files and
     for what is no file.
@@ -100,10 +98,10 @@ def find_files(
             continue
         if source.is_dir():
             files = []
-            for file in _walk(source, excluded):
+            for file in _walk(source, excluded, others):
                 if file.is_file() and ends_in(file.name, endings):
                     files.append(file)
-                elif not file.name.startswith("."):
+                else:
                     others[_ending(file)] += 1
             if not files:
                 raise ValueError(
@@ -118,8 +116,12 @@ def find_files(
                 )
             files = [source]
         else:
-            matches = (Path(match) for match in sorted(glob(name, recursive=True)))
+            matches = [Path(match) for match in sorted(glob(name, recursive=True))]
             files = [match for match in matches if match.is_file()]
+            # Folders are what a pattern's `**` is to look into.
+            others.update(
+                _ending(match) for match in matches if not (match.is_file() or match.is_dir())
+            )
             if not files:
                 raise FileNotFoundError(
                     f"{source}: no such file or folder; check the path of the source"
@@ -127,7 +129,10 @@ def find_files(
         for file in files:
             # By its resolved path: a file named twice, or by a link, is read once.
             # Absolute, where a file is called pipe:COMMAND: names are passed on as text.
-            by_path.setdefault(file.resolve(), file.absolute() if is_url(str(file)) else file)
+            real = file.resolve()
+            if real in by_path:
+                others["named twice"] += 1
+            by_path.setdefault(real, file.absolute() if is_url(str(file)) else file)
     return tuple(by_path.values())
 
 
@@ -144,33 +149,6 @@ def reader(source: Source) -> Callable[..., Iterator[str]]:
     module, _, function = source.read.partition(":")
     read: Callable[..., Iterator[str]] = getattr(import_module(module), function)
     return read
-
-
-def open_text(file: Path) -> TextIO:
-    """Open a UTF-8 text file, also one with gzip, whatever its name. Line ends stay as they are; a
-    byte order mark is dropped.
-    """
-    with file.open("rb") as stream:
-        zipped = stream.read(len(GZIP)) == GZIP or file.name.lower().endswith(".gz")
-    # "\n" alone ends a line: by default a lone "\r" would, and both would be changed into "\n".
-    if zipped:
-        return cast(TextIO, gzip.open(file, "rt", encoding="utf-8-sig", newline="\n"))
-    return file.open(encoding="utf-8-sig", newline="\n")
-
-
-def is_utf8(file: Path) -> bool:
-    """Return whether a whole file is UTF-8 text. ValueError for a damaged gzip file."""
-    try:
-        with open_text(file) as stream:
-            while stream.read(READ_CHARACTERS):
-                pass
-    except UnicodeDecodeError:
-        return False
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{file} is a damaged gzip file ({error}): fetch it again or leave it out"
-        ) from error
-    return True
 
 
 def read_lines(file: Path) -> list[str]:
@@ -203,9 +181,10 @@ def _on_host_of(prefix: str, name: str) -> bool:
     )
 
 
-def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
+def _walk(folder: Path, excluded: set[str], passed_over: Counter[str]) -> Iterator[Path]:
     """Yield the files under a folder, also those behind links to folders, each of which is entered
-    once, so that links in a circle end. OSError for a folder that cannot be listed.
+    once, so that links in a circle end. Hidden and excluded folders are counted. OSError for a
+    folder that cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -216,7 +195,9 @@ def _walk(folder: Path, excluded: set[str]) -> Iterator[Path]:
         wanted = []
         for name in sorted(folders):
             real = Path(root, name).resolve()
-            if not (name in excluded or name.startswith(".") or real in entered):
+            if name in excluded or name.startswith("."):
+                passed_over["hidden folder" if name.startswith(".") else "excluded folder"] += 1
+            elif real not in entered:
                 entered.add(real)
                 wanted.append(name)
         # In place, which is how os.walk learns what to enter and in which order.
@@ -228,6 +209,8 @@ def _ending(file: Path) -> str:
     """Return what the count of files that are passed over calls this one."""
     if not file.is_file():
         return "broken link" if file.is_symlink() else "no regular file"
+    if file.name.startswith("."):
+        return "hidden file"
     name = file.name.lower()
     return (
         Path(name.removesuffix(".gz")).suffix + ".gz" * name.endswith(".gz") or "without an ending"

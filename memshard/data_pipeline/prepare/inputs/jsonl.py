@@ -1,13 +1,14 @@
-"""jsonl: an object a line, with the text under one of its keys."""
+"""jsonl: an object a line, or an array of objects, with the text under one of its keys."""
 
 import io
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from memshard.data_pipeline.prepare.inputs.files import open_text
+from memshard.data_pipeline.prepare.inputs.encodings import READ_CHARACTERS, open_known
 from memshard.data_pipeline.prepare.inputs.text import documents
 from memshard.data_pipeline.prepare.workers import Watch
 from memshard.io import parse_json
@@ -22,13 +23,14 @@ log = logging.getLogger(__name__)
 def read(
     files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
-    """Yield the text of every line, cut where it is long; null is an empty one.
+    """Yield the text of every line, or of every element of an array, cut where it is long; null is
+    an empty one.
 
     Lines without a text are left out, counted as `fault_bad_line`, and the first of a file is
     logged. ValueError names it if too many lines have none: half of them, or BAD_LINES.
     """
     (file,) = files
-    with open_text(file) as stream:
+    with open_known(file, options) as stream:
         texts = _texts(file, stream, options["text_key"], counts)
         yield from documents(map(io.StringIO, texts), counts, options["longest"])
 
@@ -36,16 +38,19 @@ def read(
 def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterator[str]:
     number = good = bad = 0
     first = ""
-    for number, line in enumerate(stream, 1):
+    is_array = stream.read(READ_CHARACTERS).lstrip().startswith("[")
+    stream.seek(0)
+    what = "element" if is_array else "line"
+    for number, line in enumerate(_elements(file, stream) if is_array else stream, 1):
         if not line.strip():
             continue
         try:
             text = _text(line, key)
         except ValueError as error:
             bad += 1
-            first = first or f"{file}, line {number} {error}"
+            first = first or f"{file}, {what} {number} {error}"
             if bad > BAD_LINES + BAD_SHARE * number:
-                raise ValueError(f"{first}; {bad} of {number:,} lines are like this") from error
+                raise ValueError(f"{first}; {bad} of {number:,} {what}s are like this") from error
             continue
         good += 1
         yield text
@@ -53,7 +58,42 @@ def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterat
         raise ValueError(first)
     counts["fault_bad_line"] += bad
     if bad:
-        log.warning("%s; it is left out, as are %d more lines of the file", first, bad - 1)
+        log.warning("%s; it is left out, as are %d more %ss of the file", first, bad - 1, what)
+
+
+def _elements(file: Path, stream: TextIO) -> Iterator[str]:
+    """Yield the elements of a JSON array, each as JSON, with no more than some of them in memory.
+    ValueError if the array does not go on as one.
+    """
+    decoder, rest, number = json.JSONDecoder(), "", 0
+    more = stream.read(READ_CHARACTERS)
+    separators = " \t\r\n["  # the array begins with "[", each further element with a comma
+    while more:
+        rest, place = rest + more, 0
+        # As much again: an element that is larger than what is read is not parsed for every part.
+        more = stream.read(max(READ_CHARACTERS, len(rest)))
+        while True:
+            begin = place
+            while begin < len(rest) and rest[begin] in separators:
+                begin += 1
+            if rest[begin : begin + 1] == "]":
+                if (rest[begin + 1 :] + more).strip():
+                    raise ValueError(f"{file} goes on behind the end of its array: cut it there")
+                return
+            try:
+                _, end = decoder.raw_decode(rest, begin)
+            except (ValueError, RecursionError):
+                break  # cut, or no JSON: that shows when nothing more comes
+            if end == len(rest):
+                break  # a number may go on
+            number += 1
+            yield rest[begin:end]
+            place, separators = end, " \t\r\n,"
+        rest = rest[place:]
+    raise ValueError(
+        f"{file} is no JSON behind element {number:,} of its array: correct it there, or leave the "
+        "file out"
+    )
 
 
 def _text(line: str, key: str) -> str:
@@ -62,13 +102,13 @@ def _text(line: str, key: str) -> str:
         record = parse_json(line)
     except ValueError as error:
         raise ValueError(
-            f"is not JSON ({error}): correct the line or leave the file out; of an array, or of "
-            "objects over several lines, `jq -c` makes an object a line"
+            f"is not JSON ({error}): correct the line or leave the file out; of "
+            "objects over several lines, `jq -c .` makes an object a line"
         ) from error
     if not isinstance(record, dict):
         raise ValueError(
             f"is a {type(record).__name__} instead of an object with the key {key!r}: write an "
-            "object a line, of an array with `jq -c '.[]'`"
+            "object a line, or an array of objects"
         )
     if key not in record:
         raise ValueError(

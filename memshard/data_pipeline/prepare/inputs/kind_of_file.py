@@ -1,5 +1,6 @@
 """The kind of a file: by the end of its name or, where that says nothing, by its first bytes."""
 
+import csv
 import re
 import zlib
 from collections.abc import Iterable
@@ -8,17 +9,21 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from memshard.data_pipeline.fetch import first_bytes, is_url
+from memshard.data_pipeline.prepare.inputs.encodings import GZIP
 from memshard.data_pipeline.prepare.inputs.kinds import (
     ARCHIVE,
     ARCHIVE_BEGINS,
+    MARKUP,
+    MARKUP_BEGINS,
     REFUSED,
     SOURCES,
+    TABLE,
     TEXT_ENDINGS,
     Source,
 )
 
-GZIP = b"\x1f\x8b"
-FIRST_BYTES = 4096
+FIRST_BYTES = 1 << 16
+_NAME = re.compile(r"[^\W\d][\w.-]*( [\w.-]+)*")  # of a table's column
 
 
 def ends_in(name: str, endings: Iterable[str]) -> bool:
@@ -58,12 +63,12 @@ def kind_of(name: str, local: Path | None = None) -> Source | None:
             if ends_in(name, endings):
                 raise ValueError(f"{name} is {advice}")
     if local is None and is_url(name):
-        return _begun(name, _fetched_bytes(name))
+        return begun(name, _fetched_bytes(name))
     with (local or Path(name)).open("rb") as stream:
-        return _begun(name, stream.read(FIRST_BYTES))
+        return begun(name, stream.read(FIRST_BYTES))
 
 
-def _begun(name: str, content: bytes) -> Source | None:
+def begun(name: str, content: bytes) -> Source | None:
     """Return the source of a file that begins with these bytes."""
     if content.startswith(GZIP):
         try:
@@ -75,7 +80,31 @@ def _begun(name: str, content: bytes) -> Source | None:
             return source
     if content.startswith(ARCHIVE_BEGINS):
         raise ValueError(f"{name} is {ARCHIVE}")
+    if MARKUP_BEGINS.match(content):
+        raise ValueError(f"{name} is {MARKUP}")
+    if _is_table(content.decode(errors="replace"), len(content) >= FIRST_BYTES):
+        raise ValueError(f"{name} is {TABLE}")
     return None
+
+
+def _is_table(text: str, cut: bool) -> bool:
+    """Tell whether lines are those of a table: as many fields in each, and names of columns in the
+    first, or three rows without spaces behind the commas. cut: the last row is not whole.
+    """
+    for delimiter in ",;\t":
+        rows: list[list[str]] = []
+        reader = csv.reader(text.splitlines(), delimiter=delimiter)
+        for row in filter(None, reader):
+            if len(row) != len(rows[0] if rows else row) or len(row) < 2:
+                if not (cut and next(reader, None) is None):
+                    rows = []
+                break  # at once: most texts differ in their first lines
+            rows.append(row)
+        named = bool(rows) and all(map(_NAME.fullmatch, rows[0]))
+        tight = all(row[0] and not any(field[:1].isspace() for field in row) for row in rows)
+        if (named and (len(rows) > 1 or cut)) or (tight and len(rows) > 2):
+            return True
+    return False
 
 
 @cache

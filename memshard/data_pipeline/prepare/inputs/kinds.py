@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memshard.data_pipeline.prepare.inputs.encodings import known_encoding
+
 MAX_DOCUMENT = 65_536
 """Characters; longer documents are cut, so that one big file spreads over lanes and splits."""
 
@@ -28,8 +30,8 @@ class Source:
 
     read: "module:function"; function(files, options, counts, watch) yields the documents of one
     file, or of `unit` files that belong together, as strings. `options` maps names, as argparse
-    makes them of the flags, to values, and holds `language` and `longest`, the most characters of a
-    document; what is left out is counted in
+    makes them of the flags, to values, and holds `language`, `longest`, the most characters of a
+    document, and `encodings`, those of the files if they are text; what is left out is counted in
     `counts`; a step that may hang runs under `watch.item(number)`.
 
     endings: of files to take from folders, each also with .gz. named: endings of files that are
@@ -39,10 +41,11 @@ class Source:
     takes_all: with `--documents NAME`, every file is of this kind, whatever its ending.
 
     unit: files read together; None is as many small ones as make a unit of work. takes: what these
-    files are, for an error. utf8: leave out, and report, files that are not UTF-8. timed: items are
-    under the limit of --page-seconds. web: text of the open web, which by default is filtered.
-    packages: those whose versions decide what is read. record_kind: of the data folder
-    (`format/kinds.py`). separator: between the texts of a record.
+    files are, for an error. is_text: leave out, and report, files that are neither UTF-8 nor in
+    the encoding that the user names. timed: items are under the limit of --page-seconds. web: text
+    of the open web, which by default is filtered. packages: those whose versions decide what is
+    read. record_kind: of the data folder (`format/kinds.py`). separator: between the texts of a
+    record.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Source:
     options: Options = field(default_factory=dict)
     unit: int | None = None
     takes: str = ""
-    utf8: bool = True
+    is_text: bool = True
     timed: bool = False
     web: bool = False
     packages: tuple[str, ...] = ()
@@ -91,6 +94,15 @@ SOURCES = {
             read=f"{_TEXT}:read_articles_or_file",
             endings=(".txt", ".text", ".md", ".rst", ".py"),
             choice="articles if the file begins with '<doc ', else the whole file (default)",
+            options={
+                "--encoding": {
+                    "default": None,
+                    "type": known_encoding,
+                    "metavar": "NAME",
+                    "help": "of text files that are not UTF-8, e.g. latin-1 (default: leave them "
+                    "out)",
+                }
+            },
         ),
         Source(name="file", read=f"{_TEXT}:read_file", choice="the whole file"),
         Source(name="line", read=f"{_TEXT}:read_each_line", choice="a line"),
@@ -104,7 +116,7 @@ SOURCES = {
             read="memshard.data_pipeline.prepare.inputs.jsonl:read",
             endings=(".jsonl", ".ndjson"),
             named=(".json",),
-            begins=re.compile(rb"(\xef\xbb\xbf)?\s*(\{\s*\"|\[\s*\{)"),
+            begins=re.compile(rb"(\xef\xbb\xbf)?\s*(\{\s*\"|\[\s*[\[{\"])"),
             options={
                 "--text-key": {
                     "default": "text",
@@ -127,7 +139,7 @@ SOURCES = {
                 }
             },
             unit=1,
-            utf8=False,
+            is_text=False,
             timed=True,
             web=True,
             packages=("Resiliparse", "trafilatura", "py3langid"),
@@ -139,7 +151,6 @@ SOURCES = {
             takes_all=True,
             unit=2,
             takes="source and target files in turn",
-            utf8=False,
             record_kind="pairs",
             separator=PAIR,
         ),
@@ -191,10 +202,18 @@ ARCHIVE = (
     "crawl"
 )
 ARCHIVE_BEGINS = (b" CDX ",)
+TABLE = (
+    "a table: write its texts as jsonl, e.g. with pandas: read_csv(FILE).to_json("
+    '"texts.jsonl", orient="records", lines=True), or take it as it is with --documents line'
+)
+MARKUP = (
+    "markup (HTML or XML): extract its text, or take it as it is, tags and all, with "
+    "--documents file"
+)
+MARKUP_BEGINS = re.compile(rb"(?i)(\xef\xbb\xbf)?\s*<(\?xml|!doctype html|html|mediawiki)\b")
 REFUSED = {
     (".wat", ".cdx", ".cdxj"): ARCHIVE,
-    (".csv", ".tsv"): "a table: write its texts as jsonl, e.g. with pandas: read_csv(FILE).to_json("
-    '"texts.jsonl", orient="records", lines=True), or take it as it is with --documents line',
+    (".csv", ".tsv"): TABLE,
     (
         ".parquet",
         ".arrow",

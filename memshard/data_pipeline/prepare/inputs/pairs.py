@@ -6,7 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from memshard.data_pipeline.prepare.inputs.files import open_text
+from memshard.data_pipeline.prepare.inputs.encodings import open_known
 from memshard.data_pipeline.prepare.inputs.kinds import PAIR
 from memshard.data_pipeline.prepare.workers import Watch
 
@@ -19,7 +19,7 @@ def read(
     Counts `empty` pairs, those with an empty side, which are left out.
     """
     source, target = files
-    with open_text(source) as left, open_text(target) as right:
+    with open_known(source, options) as left, open_known(target, options) as right:
         for number, (one, other) in enumerate(zip_longest(left, right), 1):
             if one is None or other is None:
                 short, long = (source, target) if one is None else (target, source)

@@ -2,27 +2,62 @@
 
 import html
 import io
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from memshard.data_pipeline.prepare.inputs.files import open_text
+from memshard.data_pipeline.prepare.inputs.encodings import open_known
+from memshard.data_pipeline.prepare.inputs.files import reader
+from memshard.data_pipeline.prepare.inputs.kind_of_file import FIRST_BYTES, begun, ends_in
+from memshard.data_pipeline.prepare.inputs.kinds import Source
 from memshard.data_pipeline.prepare.workers import Watch
 
 _WIKI = "<doc "
+_WIKI_TAG = re.compile(r'^<doc .*title=".*">$', re.MULTILINE)
+PROSE_ENDINGS = (".txt", ".text")
+log = logging.getLogger(__name__)
 
 
 def read_articles_or_file(
     files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
-    """Yield the articles of a file that WikiExtractor wrote; of another the whole text."""
+    """Yield the articles of a file that WikiExtractor wrote; of another the whole text.
+
+    A file whose beginning is that of objects a line is read so, whatever its name. One that holds
+    something else than prose, such as a table, is left out, counted as `fault_structured_file`.
+    """
     (file,) = files
-    with open_text(file) as stream:
-        is_wiki = stream.read(len(_WIKI)) == _WIKI
-    read = read_wikiextractor if is_wiki else read_file
-    yield from read(files, options, counts, watch)
+    with open_known(file, options) as stream:
+        begin = stream.read(FIRST_BYTES)
+    if _is_wiki(begin):
+        yield from read_wikiextractor(files, options, counts, watch)
+        return
+    try:
+        if ends_in(file.name, PROSE_ENDINGS) and (source := begun(str(file), begin.encode())):
+            yield from _read_as(source, files, options, counts, watch)
+            return
+    except ValueError as error:
+        counts["fault_structured_file"] += 1
+        log.warning("%s; it is left out. As prose it is read with --documents file", error)
+        return
+    yield from read_file(files, options, counts, watch)
+
+
+def _read_as(
+    source: Source,
+    files: Sequence[Path],
+    options: Mapping[str, Any],
+    counts: Counter[str],
+    watch: Watch,
+) -> Iterator[str]:
+    """Yield the documents of a file that is called a text and is of this source."""
+    if source.web:
+        raise ValueError(f"{files[0]} is a web archive: call it .warc")
+    yield from reader(source)(files, options, counts, watch)
 
 
 def read_file(
@@ -30,7 +65,7 @@ def read_file(
 ) -> Iterator[str]:
     """Yield the whole text of a file."""
     (file,) = files
-    with open_text(file) as stream:
+    with open_known(file, options) as stream:
         yield from documents([stream], counts, options["longest"])
 
 
@@ -39,7 +74,7 @@ def read_each_line(
 ) -> Iterator[str]:
     """Yield every line of a file."""
     (file,) = files
-    with open_text(file) as stream:
+    with open_known(file, options) as stream:
         lines = (io.StringIO(line.rstrip("\r\n")) for line in stream)
         yield from documents(lines, counts, options["longest"])
 
@@ -47,15 +82,19 @@ def read_each_line(
 def read_wikiextractor(
     files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
-    """Yield every article of a file. ValueError if it is not WikiExtractor's."""
+    """Yield every article of a file, and the text between articles. ValueError if it is not
+    WikiExtractor's.
+    """
     (file,) = files
-    with open_text(file) as stream:
-        if stream.read(len(_WIKI)) != _WIKI:
+    with open_known(file, options) as stream:
+        if not _is_wiki(stream.read(FIRST_BYTES)):
             raise ValueError(
                 f"{file} does not begin with '<doc ' as WikiExtractor output does: use "
                 "--documents auto, file or line"
             )
-        yield from documents(map(io.StringIO, _articles(stream)), counts, options["longest"])
+        stream.seek(0)
+        articles = map(io.StringIO, _articles(stream, counts))
+        yield from documents(articles, counts, options["longest"])
 
 
 def documents(streams: Iterable[TextIO], counts: Counter[str], longest: int) -> Iterator[str]:
@@ -98,22 +137,32 @@ def _is_valid(text: str) -> bool:
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
-def _articles(stream: TextIO) -> Iterator[str]:
+def _is_wiki(begin: str) -> bool:
+    """Tell whether a file that begins so is WikiExtractor's."""
+    return begin.lstrip().startswith(_WIKI) or _WIKI_TAG.search(begin) is not None
+
+
+def _articles(stream: TextIO, counts: Counter[str]) -> Iterator[str]:
     """Yield the texts between <doc ... title="..."> and </doc>; an article whose text only repeats
-    its title is empty. `stream` is behind the first "<doc ".
+    its title is empty.
+
+    An article without its end goes to the next one's beginning, counted as `fault_doc_without_end`,
+    or to the end of the file, which was cut; text outside of articles is one as well, counted as
+    `fault_text_outside_doc`.
     """
-    tag = stream.readline()
-    lines: list[str] = []
-    for line in stream:
-        if line.startswith(_WIKI):
-            tag, lines = line, []
-        elif line.rstrip() == "</doc>":
-            yield _article(tag, lines)
-            lines = []
-        else:
+    tag, lines = "", list[str]()
+    for line in chain(stream, ["</doc>"]):
+        begins = line.startswith(_WIKI)
+        if not begins and line.rstrip() != "</doc>":
             lines.append(line)
-    if lines:  # the last article of a file that was cut
-        yield _article(tag, lines)
+            continue
+        if tag:
+            counts["fault_doc_without_end"] += begins
+            yield _article(tag, lines)
+        elif any(map(str.strip, lines)):
+            counts["fault_text_outside_doc"] += 1
+            yield "".join(lines)
+        tag, lines = line if begins else "", []
 
 
 def _article(tag: str, lines: list[str]) -> str:
