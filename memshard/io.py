@@ -41,6 +41,16 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk, as `sync`."""
+    with named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary file's name next to `path`; it becomes `path` if the block succeeds and
@@ -54,8 +64,7 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         with named(path):
             yield partial
             if durable:
-                with partial.open("rb") as file:
-                    sync(file.fileno())
+                to_disk(partial)
             partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -65,12 +74,16 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder next to `path`; it becomes `path`, which is not there or empty, if the
-    block succeeds, and is removed if it raises.
+    block succeeds, with all of its files on the disk, and is removed if it raises.
     """
     partial = partial_path(path)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with named(path):
+            yield partial
+        for file in partial.iterdir():
+            to_disk(file)
+        to_disk(partial)
         if path.exists():
             path.rmdir()
         partial.rename(path)
@@ -133,6 +146,23 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return the values of a file of JSON lines without a last line that a kill cut short; none if
+    there is no file. ValueError names a damaged line.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    values = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            values.append(parse_json(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}); cut the file before this line to go "
+                "on from there"
+            ) from error
+    return values
 
 
 def partial_path(path: Path) -> Path:

@@ -4,6 +4,7 @@ each time.
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -309,6 +310,24 @@ def test_real_wikipedia(tmp_path: Path) -> None:
     )  # most articles of this sample are a title only
     assert "<doc " not in "".join(documents) and "</doc>" not in "".join(documents)
     assert report["splits"]["train"]["bytes_per_token"] > 3
+
+
+def test_every_file_is_on_the_disk_before_a_data_set_has_its_name(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut would leave empty files in a folder that looks whole."""
+    synced = set()
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        facts = os.fstat(descriptor)
+        synced.add((facts.st_ino, facts.st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    build(corpus, tmp_path / "data")
+    files = [file.stat() for file in (tmp_path / "data").iterdir()]
+    assert {(facts.st_ino, facts.st_size) for facts in files} <= synced
 
 
 def test_a_disk_that_fills_up_while_shards_are_written_is_named(tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_an_item_that_hangs_or_kills_its_worker_is_left_out(tmp_path: Path) -> N
     ]
     with pytest.raises(ValueError, match="no item 3: mend it"):
         run_tasks(bad_task, [(tmp_path / "c", "raise")], 1, "testing", seconds=5)
+    with pytest.raises(RuntimeError, match="a worker process died with code -9"):
+        run_tasks(bad_task, [(tmp_path / "d", "die again")], 1, "testing", seconds=5)
 
 
 def bad_task(watch: Watch, out: Path, kind: str) -> None:
@@ -136,6 +138,8 @@ def bad_task(watch: Watch, out: Path, kind: str) -> None:
     for number in range(5):
         try:
             with watch.item(number):
+                if number == 3 and kind == "die again":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 if number in watch.skip:
                     continue
                 if number == 3 and kind == "sleep":

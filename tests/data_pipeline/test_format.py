@@ -165,10 +165,26 @@ def test_absurd_places_and_sizes_are_refused(column: int, value: int, copy: Path
 
 
 def test_a_sidecar_whose_header_promises_too_much_is_refused(copy: Path) -> None:
-    with (copy / "train-00000.index.npy").open("wb") as file:
+    path = copy / "train-00000.index.npy"
+    with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<i8", "fortran_order": False, "shape": (10**15, 3)}
         )
         file.write(bytes(48))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_index(
+        copy, lambda fields: fields["splits"]["train"]["shards"][0].update(sidecar_sha256=sha256)
+    )
     with pytest.raises(ValueError, match="damaged|does not list"):
+        TrainStream(copy, 16, 4, 0)
+
+
+@pytest.mark.parametrize("entry", [0, 2])
+def test_a_sidecar_with_a_flipped_bit_is_refused(entry: int, copy: Path) -> None:
+    """In an offset or a checksum it contradicts nothing, and would mask a sound document."""
+    path = copy / "train-00000.index.npy"
+    entries = np.load(path)
+    entries[0, entry] ^= 4
+    np.save(path, entries)
+    with pytest.raises(ValueError, match=r"train-00000\.index\.npy is damaged \(its content"):
         TrainStream(copy, 16, 4, 0)

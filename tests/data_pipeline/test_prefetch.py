@@ -9,13 +9,16 @@ from memshard.data_pipeline.stream.prefetch import Prefetched
 
 
 class _Damaged:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError("the data are damaged")
+        raise self._error
 
 
 def test_workers_end_while_a_traceback_holds_their_iterator() -> None:
     """They hear no SIGTERM, so Python would wait for them for ever when it ends."""
-    stream: Any = _Damaged.__new__(_Damaged)
+    stream: Any = _Damaged(RuntimeError("the data are damaged"))
     before = set(multiprocessing.active_children())
     steps = Prefetched(stream, 0, 4, 1, 0, 1, None, workers=2)
     with pytest.raises(RuntimeError, match="damaged") as held:
@@ -24,3 +27,23 @@ def test_workers_end_while_a_traceback_holds_their_iterator() -> None:
     steps.close()
     assert held.tb is not None and iterator is not None
     assert set(multiprocessing.active_children()) == before
+
+
+class _Unsendable(ValueError):
+    def __reduce__(self) -> Any:
+        raise TypeError("not sent")
+
+
+def test_an_error_of_a_worker_arrives_as_it_is() -> None:
+    """Its type decides the exit code, and its message is for people."""
+    stream: Any = _Damaged(FileNotFoundError(2, "No such file or directory", "data/train.tar"))
+    steps = Prefetched(stream, 0, 4, 1, 0, 1, None, workers=1)
+    with pytest.raises(FileNotFoundError) as caught:
+        next(steps)
+    steps.close()
+    assert str(caught.value) == "[Errno 2] No such file or directory: 'data/train.tar'"
+    stream = _Damaged(_Unsendable("odd"))
+    steps = Prefetched(stream, 0, 4, 1, 0, 1, None, workers=1)
+    with pytest.raises(TypeError, match="odd"):
+        next(steps)
+    steps.close()

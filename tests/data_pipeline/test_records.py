@@ -164,14 +164,8 @@ def test_images(tmp_path: Path) -> None:
     }
     assert len(set(records)) == 54 and all(record[-1] == 256 for record in records)
     verify_data(tmp_path / "data")
-    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="bad.png is no image that can be read"):
-        build_images(
-            [*files, tmp_path / "in" / "bad.png"], tmp_path / "other", size=8, held_out=6, workers=1
-        )
 
 
-@pytest.mark.skipif(not SAMPLES.exists(), reason="the sample data are not here")
 def images_in(folder: Path, **pictures: tuple[object, dict]) -> list[Path]:
     """Save pictures, each with its settings, beside some others, and return all files."""
     image = pytest.importorskip("PIL.Image")
@@ -205,13 +199,43 @@ def test_images_are_read_as_viewers_show_them(tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_too_large_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = pytest.importorskip("PIL.Image")
     files = images_in(tmp_path / "in", large_png=(image.new("L", (100, 100)), {}))
     monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="large.png is no image that can be read.*exceeds limit"):
-        build_images(files, tmp_path / "data", workers=1)
+    build_images(files, tmp_path / "data", held_out=4, workers=1)
+    assert "large.png is no image that can be read" in caplog.text
+    assert "exceeds limit" in caplog.text
+
+
+def test_images_that_cannot_be_read_are_left_out_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    files = images_in(tmp_path / "in", cut_png=(image.new("RGB", (64, 64)), {}))
+    (tmp_path / "in" / "cut.png").write_bytes((tmp_path / "in" / "cut.png").read_bytes()[:60])
+    (tmp_path / "in" / "no.jpg").write_bytes(b"no image")
+    files += [tmp_path / "in" / "no.jpg"]
+    report = build_images(files, tmp_path / "data", size=8, held_out=4, workers=1)
+    assert (report["images"], report["unreadable"]) == (9, 2)
+    assert sum(split["documents"] for split in report["splits"].values()) == 9
+    assert "is no image that can be read" in caplog.text and "it is left out" in caplog.text
+    verify_data(tmp_path / "data")
+    for number in range(10):
+        (tmp_path / "in" / f"bad{number}.png").write_bytes(b"no image %d" % number)
+    files += sorted((tmp_path / "in").glob("bad*"))
+    with pytest.raises(ValueError, match="is no image that can be read"):
+        build_images(files, tmp_path / "other", size=8, held_out=4, workers=1)
+
+
+def test_an_image_that_its_disk_does_not_return_is_no_damaged_one(tmp_path: Path) -> None:
+    """It would be left out of the data set for good."""
+    files = images_in(tmp_path / "in")
+    files[0].unlink()
+    files[0].symlink_to(files[0].name)  # ELOOP
+    with pytest.raises(OSError, match=files[0].name):
+        build_images(files, tmp_path / "data", size=8, workers=1)
 
 
 @pytest.mark.parametrize("amount", ["0", "-3", "1.5", "nan", "inf"])
@@ -227,6 +251,7 @@ def test_amounts_are_checked_before_anything_is_read(
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.skipif(not SAMPLES.exists(), reason="the sample data are not here")
 def test_real_pairs_and_images(tmp_path: Path) -> None:
     names = [SAMPLES / "parallel" / f"multi30k_val.{language}.gz" for language in ("de", "en")]
     report = build_data(

@@ -13,7 +13,7 @@ from typing import Any
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.kinds import RECORD_KINDS, RecordKind
 from memshard.data_pipeline.format.remote import local_copy
-from memshard.io import parse_json
+from memshard.io import named, parse_json
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -202,7 +202,7 @@ def _is_number(value: Any, limit: int) -> bool:
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hex, reading 1 MB at a time."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with named(path), path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from memshard.data_pipeline.prepare.inputs.encodings import text_encoding
 from memshard.data_pipeline.prepare.inputs.files import Sources, reader
 from memshard.data_pipeline.prepare.inputs.kinds import Source
 from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
-from memshard.io import named, partial_path, sync
+from memshard.io import atomic_write, named, partial_path, sync
 
 UNIT_BYTES = 1 << 26  # of small text files that make a unit
 SETTINGS_VERSION = 7  # counted up when units would be read otherwise: older ones are not reused
@@ -146,10 +146,8 @@ def write_unit(watch: Watch, unit: Unit, sources: Sources, filters: Filters) -> 
         for stream in (texts, table):
             stream.flush()
             sync(stream.fileno())
-    with named(partial):
-        (partial / COUNTS).write_text(
-            json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8"
-        )
+    with atomic_write(partial / COUNTS, durable=True) as file:
+        file.write_text(json.dumps({"counts": +counts, "not_utf8": skipped}), encoding="utf-8")
     try:
         # Renamed when whole: a folder under its name is finished. Another worker may have
         # been as quick.

@@ -4,16 +4,18 @@ followed by <eos>.
 
 import argparse
 import hashlib
+import logging
 import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Index
+from memshard.data_pipeline.format.index import HELD_OUT, TEST, TRAIN, Index, Split
 from memshard.data_pipeline.format.shards import ShardWriter
 from memshard.data_pipeline.prepare.inputs.files import count_endings, find_files
 from memshard.data_pipeline.prepare.pipeline import alone, check_target, digest, publish
@@ -24,6 +26,7 @@ from memshard.data_pipeline.prepare.split import (
     check_amounts,
     choose_sides,
 )
+from memshard.data_pipeline.prepare.tolerance import too_many
 from memshard.data_pipeline.prepare.workers import Watch, cores, run_tasks
 from memshard.data_pipeline.prepare.write_shards import finish_shard, finished_split
 from memshard.io import named
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EOS = 256
 IMAGES_PER_SHARD = 8192
+log = logging.getLogger(__name__)
 
 
 def build(args: argparse.Namespace) -> dict:
@@ -62,6 +66,7 @@ def describe(report: dict) -> str:
     return (
         f"{report['data']}: {report['images']:,} images ({report['equal']:,} files equal to "
         f"another) in {report['seconds']} s: {splits}"
+        + (f"; cannot be read: {report['unreadable']:,}" if report["unreadable"] else "")
         + (f"; passed over: {count_endings(passed_over)}" if passed_over else "")
     )
 
@@ -79,7 +84,8 @@ def build_images(
     """Write the data folder `out` and return its report.
 
     Every image is cut to its central square and scaled to size x size pixels; files with equal
-    bytes are taken once. ValueError with the fix; an image that cannot be read is named.
+    bytes are taken once. Images that cannot be read are left out, counted, and the first of a
+    shard is named; ValueError names it if there are too many of them.
     """
     target = Path(out).resolve()
     check_target(target)
@@ -87,10 +93,7 @@ def build_images(
     if size < 1:
         raise ValueError(f"--image-size is {size}; it must be at least 1")
     hashes = np.array(
-        [
-            int.from_bytes(hashlib.blake2b(file.read_bytes(), digest_size=8).digest(), "big")
-            for file in files
-        ],
+        [_hash(file) for file in files],
         np.uint64,
     )
     keep = np.zeros(len(files), dtype=bool)
@@ -110,10 +113,10 @@ def build_images(
                 selected[begin : begin + IMAGES_PER_SHARD]
                 for begin in range(0, len(selected), IMAGES_PER_SHARD)
             ]
-            names[split] = [f"{split}-{number:05d}" for number in range(len(parts))], len(selected)
+            names[split] = [f"{split}-{number:05d}" for number in range(len(parts))]
             tasks += [
                 (name, part, final, size, gray)
-                for name, part in zip(names[split][0], parts, strict=True)
+                for name, part in zip(names[split], parts, strict=True)
             ]
         # A shard's JSON is written last, so those that have one are whole, from a build
         # that was interrupted.
@@ -121,16 +124,18 @@ def build_images(
         run_tasks(write_image_shard, todo, min(workers or cores(), len(todo)), "reading images")
         values = size * size * channels
         splits = {
-            split: finished_split(final, shards, images * values, images)
-            for split, (shards, images) in names.items()
+            split: _finished_split(final, shards, values)
+            for split, shards in names.items()
             if shards or split != TEST
         }
+        images = sum(split.documents for split in splits.values())
         # No tokenizer: a token is a byte, and 256 the <eos> after each image, which needs 16 bits.
         index = Index("uint16", EOS + 1, EOS, "", "", splits, "images", (size, size, channels))
         report = {
             "files": len(files),
-            "images": int(keep.sum()),
+            "images": images,
             "equal": int((~keep).sum()),
+            "unreadable": int(keep.sum()) - images,
             "vocabulary": EOS + 1,
             "splits": {
                 name: {"documents": split.documents, "tokens": split.tokens}
@@ -145,27 +150,62 @@ def build_images(
 def write_image_shard(
     watch: Watch, name: str, files: Sequence[Path], folder: Path, size: int, gray: bool
 ) -> None:
-    """Write one shard of images."""
-    from PIL import Image, ImageOps
-
+    """Write one shard of images, without those that cannot be read, of which the first is logged.
+    ValueError names it if they are half of the shard, or `too_many`.
+    """
+    bad, first = 0, ""
     with named(folder / name), ShardWriter(folder, name, "uint16") as writer:
         for number, file in enumerate(files):
             with watch.item(number):
                 try:
-                    # Converted before it is scaled: means of a palette's numbers are no colours.
-                    with Image.open(file) as image:
-                        square = ImageOps.fit(
-                            _upright(image).convert("L" if gray else "RGB"),
-                            (size, size),
-                            Image.Resampling.BICUBIC,
-                        )
-                # Pillow raises SyntaxError for a damaged PNG.
-                except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise ValueError(
-                        f"{file} is no image that can be read ({error}): leave it out"
-                    ) from error
+                    square = _square(file, size, gray)
+                except ValueError as error:
+                    bad += 1
+                    first = first or str(error)
+                    if too_many(bad, number + 1):
+                        raise ValueError(
+                            f"{first}; {bad} of {number + 1:,} are like this"
+                        ) from error
+                    continue
                 writer.add(np.append(np.asarray(square, dtype=np.uint16), np.uint16(EOS)))
+        if bad and bad >= len(files) - bad:
+            raise ValueError(first)
+        if bad:
+            log.warning("%s; it is left out, as are %d more images of %s", first, bad - 1, name)
         finish_shard(writer, folder, name)
+
+
+def _square(file: Path, size: int, gray: bool) -> "Image.Image":
+    """Return an image's central square, scaled. ValueError if it is damaged, OSError if its disk
+    does not answer.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        # Converted before it is scaled: means of a palette's numbers are no colours.
+        with named(file), Image.open(file) as image:
+            return ImageOps.fit(
+                _upright(image).convert("L" if gray else "RGB"),
+                (size, size),
+                Image.Resampling.BICUBIC,
+            )
+    # Pillow raises SyntaxError for a damaged PNG, and OSError without a number for others.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{file} is no image that can be read ({error}): leave it out") from error
+
+
+def _hash(file: Path) -> int:
+    with named(file):
+        content = file.read_bytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def _finished_split(folder: Path, names: Sequence[str], values: int) -> Split:
+    """Return the index entry of a split of images with that many values each."""
+    split = finished_split(folder, names, 0, 0)
+    return replace(split, text_bytes=split.documents * values, words=split.documents)
 
 
 def _upright(image: "Image.Image") -> "Image.Image":

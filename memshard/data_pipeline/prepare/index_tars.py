@@ -213,10 +213,11 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
                 rows.append((offset, len(ids) + 1, zlib.crc32(content), len(content), signed))
                 words.append(len(text.split()))
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    with atomic_write(folder / f"{tar.name}.all.npy") as file, file.open("wb") as stream:
+    path = folder / f"{tar.name}.all.npy"
+    with atomic_write(path, durable=True) as file, file.open("wb") as stream:
         np.save(stream, table)
     totals = {"bytes": tar.stat().st_size, "sha256": sha256_file(tar), "words": words}
-    with atomic_write(folder / f"{tar.name}.json") as file:
+    with atomic_write(folder / f"{tar.name}.json", durable=True) as file:
         file.write_text(json.dumps(totals), encoding="utf-8")
 
 
@@ -276,7 +277,7 @@ def _split(
         begin += len(table)
         entries = np.ascontiguousarray(table[wanted][:, :4])
         sidecar = folder / f"{name}.{split}.index.npy"
-        with atomic_write(sidecar) as file, file.open("wb") as stream:
+        with atomic_write(sidecar, durable=True) as file, file.open("wb") as stream:
             np.save(stream, entries)
         text_bytes += int(entries[:, 3].sum())
         words += sum(np.array(totals["words"], dtype=np.int64)[wanted].tolist())

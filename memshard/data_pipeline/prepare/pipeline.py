@@ -46,7 +46,7 @@ from memshard.data_pipeline.tokenizer import (
     TokenizerModel,
     train_tokenizer,
 )
-from memshard.io import atomic_write, named
+from memshard.io import atomic_write, to_disk
 from memshard.lock import holding
 
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
@@ -116,8 +116,8 @@ def build_data(
         # The name says what goes in, so another tokenizer or split begins new shards.
         final = work / f"data-{digest(proto, splits.sides.tobytes(), shard_bytes, *names)}"
         final.mkdir(exist_ok=True)
-        with named(final):
-            (final / TOKENIZER_FILE).write_bytes(proto)
+        with atomic_write(final / TOKENIZER_FILE, durable=True) as file:
+            file.write_bytes(proto)
         written = write_shards(
             units,
             splits,
@@ -173,16 +173,22 @@ def _finer(units: list[Unit], amounts: tuple[float, float]) -> int | None:
 
 def publish(final: Path, target: Path, index: Index, report: dict) -> None:
     """Make the folder `final` of finished shards the data folder `target`."""
-    with named(final):
-        (final / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (final / INDEX_FILE).write_text(dump_index(index), encoding="utf-8")
+    for name, text in (
+        (REPORT_FILE, json.dumps(report, indent=1) + "\n"),
+        (INDEX_FILE, dump_index(index)),
+    ):
+        with atomic_write(final / name, durable=True) as file:
+            file.write_text(text, encoding="utf-8")
     for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
         if leftover.name not in (REPORT_FILE, INDEX_FILE):
             leftover.unlink()
     if target.exists():
         target.rmdir()  # it is empty: check_target refuses others
+    to_disk(final)
     # Until here `target` did not exist, so no reader ever sees half a data set.
     final.rename(target)
+    # The work folder, which could repeat all of it, is removed next.
+    to_disk(target.parent)
 
 
 def check_target(target: Path) -> None:
@@ -291,7 +297,7 @@ def _trained(
         train &= splits.hashes >> 40 >= int((1 - SAMPLE_BYTES / total) * (1 << 24))
     texts = _texts(units, splits, train)
     proto = train_tokenizer(sample_lines(texts, seed), vocab_size, model)
-    with atomic_write(cached) as file:
+    with atomic_write(cached, durable=True) as file:
         file.write_bytes(proto)
     return proto
 

@@ -48,7 +48,7 @@ class Watch:
         if self.parent is not None and os.getppid() != self.parent:
             os._exit(1)  # the build was killed: do not interfere with the one that resumes it
         # The time first, so that the parent never takes an older item's start for this one's.
-        self.state[1] = time.time()
+        self.state[1] = time.monotonic()
         self.state[0] = float(number)
         if self.seconds:
             signal.setitimer(signal.ITIMER_PROF, self.seconds)
@@ -136,7 +136,9 @@ class _Job:
         item, since = int(self._state[0]), self._state[1]
         if self.process.is_alive():
             if not (
-                self._seconds and item != NO_ITEM and time.time() - since > self._seconds * GRACE
+                self._seconds
+                and item != NO_ITEM
+                and time.monotonic() - since > self._seconds * GRACE
             ):
                 return False
             self.process.kill()
@@ -148,8 +150,9 @@ class _Job:
             raise error
         if code == 0:
             self.done = True
-        # Between items: no single one is to blame, so a retry would only die again.
-        elif item == NO_ITEM:
+        # Between items no single one is to blame, and a retry would only die again; as it did in an
+        # item that the task does not leave out.
+        elif item == NO_ITEM or item in self._skip:
             raise RuntimeError(
                 f"a worker process died with code {code}: the machine may be out of memory; run "
                 "the same command to resume"

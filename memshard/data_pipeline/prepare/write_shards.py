@@ -105,7 +105,7 @@ def write_shard(watch: Watch, plan: ShardPlan, folder: Path, threads: int) -> No
 
 def finish_shard(writer: ShardWriter, folder: Path, name: str) -> None:
     """Close the shard and write its entry of the index, which marks it as whole."""
-    with atomic_write(folder / f"{name}.json") as file:
+    with atomic_write(folder / f"{name}.json", durable=True) as file:
         file.write_text(json.dumps(dataclasses.asdict(writer.finish())), encoding="utf-8")
 
 

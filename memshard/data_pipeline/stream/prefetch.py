@@ -1,6 +1,7 @@
 """Steps read ahead by worker processes, for raw text, whose tokenizer training would wait for."""
 
 import multiprocessing
+import pickle
 import signal
 from typing import Any
 
@@ -13,12 +14,19 @@ from memshard.data_pipeline.stream.rank_share import rank_share
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class _Steps(Dataset[list[Batch]]):
+class _Steps(Dataset[list[Batch] | Exception]):
     def __init__(self, stream: AnyStream, share: tuple[int, int, int, int | None]) -> None:
         self._stream, self._share = stream, share
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return rank_share(self._stream, step, *self._share)
+    def __getitem__(self, step: int) -> list[Batch] | Exception:
+        """Return a step, or the error that reading it raised: torch would turn an error into one
+        whose message is the worker's traceback.
+        """
+        try:
+            return rank_share(self._stream, step, *self._share)
+        except Exception as error:
+            pickle.dumps(error)  # one that no queue takes is left to torch
+            return error
 
 
 class Prefetched:
@@ -56,7 +64,9 @@ class Prefetched:
 
     def __next__(self) -> list[Batch]:
         assert self._steps is not None
-        batch: list[Batch] = next(self._steps)
+        batch: list[Batch] | Exception = next(self._steps)
+        if isinstance(batch, Exception):
+            raise batch
         return batch
 
     def close(self) -> None:

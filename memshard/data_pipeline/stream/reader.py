@@ -4,6 +4,7 @@ is first read.
 
 import logging
 import os
+import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -15,8 +16,10 @@ from memshard.data_pipeline.format.index import Index, Shard, load_index
 from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
 from memshard.data_pipeline.tokenizer import Tokenizer
+from memshard.io import is_absence
 
 TOLERANCE = 0.001  # share of a split's tokens that may be damaged
+PAUSES = (1.0, 5.0)  # seconds before a read that a disk refused is tried again
 TOKENIZED_DOCUMENTS = 4096  # of raw text in memory, because the next rows continue in them
 log = logging.getLogger(__name__)
 
@@ -211,10 +214,26 @@ class _ShardFiles:
         facts = self.shards[shard]
         if self._remote is not None:
             return self._remote.read(facts.file, facts.sha256, facts.bytes, begin, begin + size)
+        for pause in PAUSES:
+            try:
+                return self._read_file(shard, begin, size)
+            except OSError as error:
+                if is_absence(error):
+                    raise
+                # A mount that comes back; masked, a sound document would be lost to the run.
+                log.warning("%s: %s; it is tried again", self._folder / facts.file, error)
+                time.sleep(pause)
+        return self._read_file(shard, begin, size)
+
+    def _read_file(self, shard: int, begin: int, size: int) -> bytes:
         if shard not in self._open:
-            self._open[shard] = os.open(self._folder / facts.file, os.O_RDONLY)
-        # pread has no file position, so threads can share the descriptor.
-        return os.pread(self._open[shard], size, begin)
+            self._open[shard] = os.open(self._folder / self.shards[shard].file, os.O_RDONLY)
+        try:
+            # pread has no file position, so threads can share the descriptor.
+            return os.pread(self._open[shard], size, begin)
+        except OSError:
+            os.close(self._open.pop(shard))  # a stale handle stays stale
+            raise
 
     def drop_cached(self, shard: int, begin: int, size: int) -> bool:
         """Forget these bytes if they came from a cache, and return whether they did."""

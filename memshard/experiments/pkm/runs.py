@@ -46,7 +46,7 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
         if not kept.exists():
             run = _set_up(point, folder)
             train_to_end(run)
-            with atomic_write(kept) as file:
+            with atomic_write(kept, durable=True) as file:
                 file.write_text(json.dumps(_measured(run)), encoding="utf-8")
             # Only now is the result on disk; checkpoints of all studies together would take
             # tens of GB.

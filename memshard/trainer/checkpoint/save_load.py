@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memshard.io import is_absence, named, parse_json, read_small, sync
+from memshard.io import is_absence, named, parse_json, read_small, to_disk
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
 from memshard.trainer.checkpoint.folders import COMMIT, partial_folder, set_aside
@@ -113,12 +113,12 @@ def _commit(temporary: Path, folder: Path) -> None:
     for file in sorted(temporary.iterdir()):
         if file.suffix != ".bin":
             hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-            _to_disk(file)
+            to_disk(file)
     # After all others: the marker on disk proves that everything it lists is.
     with named(temporary / COMMIT):
         (temporary / COMMIT).write_text(json.dumps(hashes), encoding="utf-8")
-    _to_disk(temporary / COMMIT)
-    _to_disk(temporary)
+    to_disk(temporary / COMMIT)
+    to_disk(temporary)
     # Atomic: a reader sees the whole checkpoint or none. The entry in the parent folder is on disk
     # only once that is flushed as well.
     try:
@@ -129,16 +129,7 @@ def _commit(temporary: Path, folder: Path) -> None:
         # Without a marker, such as an interrupted copy: whose it is, is not known.
         log.warning("%s was in the way: it is %s now", folder, set_aside(folder, "unfinished"))
         os.replace(temporary, folder)
-    _to_disk(folder.parent)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with named(path):
-            sync(descriptor)
-    finally:
-        os.close(descriptor)
+    to_disk(folder.parent)
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:

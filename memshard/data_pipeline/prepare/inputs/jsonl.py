@@ -10,13 +10,10 @@ from typing import Any, TextIO
 
 from memshard.data_pipeline.prepare.inputs.encodings import READ_CHARACTERS, open_known
 from memshard.data_pipeline.prepare.inputs.text import documents
+from memshard.data_pipeline.prepare.tolerance import too_many
 from memshard.data_pipeline.prepare.workers import Watch
 from memshard.io import parse_json
 
-BAD_LINES, BAD_SHARE = 10, 0.01
-"""A file with more bad lines than this number and this share of its lines together is refused:
-something else is wrong than a line.
-"""
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +24,7 @@ def read(
     an empty one.
 
     Lines without a text are left out, counted as `fault_bad_line`, and the first of a file is
-    logged. ValueError names it if too many lines have none: half of them, or BAD_LINES.
+    logged. ValueError names it if too many lines have none: half of them, or `too_many`.
     """
     (file,) = files
     with open_known(file, options) as stream:
@@ -49,7 +46,7 @@ def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterat
         except ValueError as error:
             bad += 1
             first = first or f"{file}, {what} {number} {error}"
-            if bad > BAD_LINES + BAD_SHARE * number:
+            if too_many(bad, number):
                 raise ValueError(f"{first}; {bad} of {number:,} {what}s are like this") from error
             continue
         good += 1
