@@ -5,6 +5,7 @@ which something failed.
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 
 from memshard.io import partial_path
-from memshard.search.evolve import pictures
+from memshard.search.evolve import child, pictures
 from memshard.search.evolve.child import Task
 from memshard.search.evolve.history import LOSSES
 from memshard.search.evolve.journal import JOURNAL_FILE, Event, Journal
@@ -85,6 +86,28 @@ def test_a_program_that_hangs_ends_as_timeout(tmp_path: Path) -> None:
     history = landscape.run_here(tmp_path, work, children=8, finalists=0, sizes=())
     ends = {child.id: child.status for child in history.searched()[4:] if child.lost == LOSSES}
     assert ends and all(status == ("crash" if id % 2 else "timeout") for id, status in ends.items())
+
+
+def test_a_full_disk_or_another_text_ends_the_search_and_blames_no_program(tmp_path: Path) -> None:
+    chosen = landscape.settings(tmp_path)
+    for settings, text, reason in (
+        (chosen, "of another text", "is not the text any more that the search began with"),
+        (replace(chosen, text="gone"), "a text", "there is no text gone"),
+    ):
+        *_, end = child.work(Task("propose", 0, settings, 1, text=text))
+        assert end["event"] == "failed" and reason in end["reason"]
+
+    def work(task: Task) -> Iterable[Event]:
+        if task.do == "train" and task.id == 2:
+            return [{"event": "failed", "id": 2, "reason": "No space left on device"}]
+        return landscape.work(task)
+
+    with pytest.raises(OSError, match="No space left on device: the same command goes on"):
+        landscape.run_here(tmp_path, work, children=8, finalists=0, sizes=())
+    history = landscape.run_here(tmp_path, children=8, finalists=0, sizes=())
+    (tmp_path / "whole").mkdir()
+    whole = landscape.run_here(tmp_path / "whole", children=8, finalists=0, sizes=())
+    assert landscape.outcome(history) == landscape.outcome(whole)
 
 
 def test_another_version_is_said(tmp_path: Path) -> None:

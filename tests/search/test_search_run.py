@@ -34,6 +34,7 @@ from memshard.search.evolve.settings import Settings, load_settings
 from memshard.search.evolve.text import read_text
 from memshard.search.evolve.workers import Processes, Workers
 from memshard.trainer.config.load import load_recipe
+from tests.data_pipeline.conftest import largest_file
 from tests.search.landscape import outcome
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "text" / "tinyshakespeare.txt"
@@ -316,6 +317,8 @@ def test_a_training_goes_on_from_a_stop_bit_for_bit(tmp_path: Path) -> None:
     assert [again.advance() for _ in range(3)] == losses[3:] and again.loss("valid") == whole.loss(
         "valid"
     )
+    with largest_file(1000), pytest.raises(OSError, match="state.safetensors could not be written"):
+        half.save(path, "this", rungs)
     path.write_bytes(path.read_bytes()[:1000])
     assert again.load(path, "this") == []
 

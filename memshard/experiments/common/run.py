@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from memshard.experiments.common import compact_json
 from memshard.experiments.common.catalogue import Point, Scale, find
 from memshard.experiments.common.training_runs import recipe_text
+from memshard.io import named, read_json_lines
+from memshard.lock import holding
 from memshard.search.processes import end_with_parent
 
 RESULTS_FILE, SUMMARY_FILE, REPORT_FILE = "points.jsonl", "result.json", "report.md"
@@ -29,11 +32,18 @@ def reproduce(
     `folder`, and return the summary, the content of result.json.
 
     Points that are in points.jsonl already are not run again, so an interrupted experiment goes on
-    where it stopped; another scale only adds the points that it does not share.
+    where it stopped; another scale only adds the points that it does not share. FolderHeld if
+    another process works in the folder.
     """
+    with holding(folder, "choose another folder with --out"):
+        return _reproduce(name, scale, folder, workers, say)
+
+
+def _reproduce(
+    name: str, scale: Scale, folder: Path, workers: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     experiment = find(name)
     points = experiment.points(scale)
-    folder.mkdir(parents=True, exist_ok=True)
     done = _read(folder / RESULTS_FILE)
     missing = [point for point in points if _key(point) not in done]
     hours = experiment.hours[scale] * len(missing) / len(points)
@@ -52,7 +62,8 @@ def reproduce(
         # an earlier call.
         done[_key(point)] = json.loads(line)
         # A line as soon as a point is done: an interruption loses the points in work and no others.
-        with (folder / RESULTS_FILE).open("a", encoding="utf-8") as file:
+        path = folder / RESULTS_FILE
+        with named(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         say(f"{_text(point)}: {_text(result)} ({seconds:.0f} s)")
     rows = [done[_key(point)] for point in points]
@@ -84,6 +95,12 @@ def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     point = waiting.pop(future)
                     yield point, *future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a worker process was killed at one of {len(waiting) + 1} points that are not "
+                "done: the machine may be out of memory; the same command goes on, with fewer "
+                "--workers in less memory"
+            ) from error
         finally:
             # Otherwise an error or Ctrl-C would wait for all points that have not begun, which may
             # be hours.
@@ -107,12 +124,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
     A last line that a kill cut short is removed from the file.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {row["key"]: row for row in rows}
+    rows = {row["key"]: row for row in read_json_lines(path)}
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return rows
 
 
 def _key(point: Point) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from memshard.experiments.common import catalogue
-from memshard.io import check_free
+from memshard.io import check_free, read_json_lines
 from memshard.launch.cli.outcome import UsageError, describe, usage_errors
 from memshard.launch.cli.parser import whole
+from memshard.lock import FolderHeld
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -57,10 +58,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.out or f"runs/reproduce/{args.name}")
     with usage_errors():
         catalogue.find(args.name)
-        if not (folder / RESULTS_FILE).exists():
+        if not read_json_lines(folder / RESULTS_FILE):
             check_free(folder, (SUMMARY_FILE, REPORT_FILE), "choose another folder with --out")
     try:
         return reproduce(args.name, args.scale, folder, args.workers or os.cpu_count() or 1)
     # Points look for their data; the message has the command that builds them.
-    except FileNotFoundError as error:
+    except (FileNotFoundError, FolderHeld) as error:
         raise UsageError(describe(error)) from error

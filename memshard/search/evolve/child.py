@@ -27,6 +27,7 @@ from memshard.search.evolve.settings import Settings, to_dict
 from memshard.search.evolve.text import Text, read_text
 
 MUTATIONS = ("delete", "insert", "replace", "field", "swap", "bank")  # in the order of the setting
+FAILED = "failed"
 FEWEST_STEPS = 5  # to the first stop; programs that make fewer are too slow to be judged
 BEAT = 2.0  # seconds between signs of life
 _text = cache(read_text)
@@ -43,7 +44,7 @@ class Task:
     a training outside the search, with other data, a curve, and the loss on the part of the text
     that the search never sees. steps, cost: what an earlier attempt measured; steps is 0 if there
     was none. size: multiple of parameters and budget. state: file with the training as it was at
-    its last stop, so that another attempt goes on from there.
+    its last stop, so that another attempt goes on from there. text: digest of the search's text.
     """
 
     do: Literal["propose", "train"]
@@ -58,22 +59,37 @@ class Task:
     steps: int = 0
     cost: float = 1.0
     state: Path | None = None
+    text: str | None = None
 
 
 def work(task: Task) -> Iterator[Event]:
-    """Do a task and yield its events; a training and a rejected program end with `done`."""
+    """Do a task and yield its events; a training and a rejected program end with `done`.
+
+    `failed` ends a task, and the search, that a full disk or a missing file stopped: the program is
+    not to blame.
+    """
     # One core a worker: times of steps then do not depend on how many workers there are.
     torch.set_num_threads(1)
     yield {"event": "beat", "id": task.id, "step": 0, "steps": 1}
     try:
+        _check_text(task)
         for event in propose(task) if task.do == "propose" else train(task):
             yield {"event": event.pop("event"), "id": task.id, **event}
+    except OSError as error:
+        yield {"event": FAILED, "id": task.id, "reason": str(error)}
     except (MemoryError, torch.OutOfMemoryError) as error:
         yield _done(task, "oom", str(error) or "MemoryError")
     except Exception as error:
         # torch's CPU allocator raises a plain RuntimeError.
         status = "oom" if "can't allocate memory" in str(error) else "crash"
         yield _done(task, status, f"{type(error).__name__}: {error}"[:500])
+
+
+def _check_text(task: Task) -> None:
+    """Raise OSError if the search's text has been replaced since it began."""
+    settings = task.settings
+    if task.text is not None and _text(settings.text, settings.length).digest != task.text:
+        raise OSError(f"{settings.text} is not the text any more that the search began with")
 
 
 def shape(settings: Settings, size: float = 1.0) -> Shape:

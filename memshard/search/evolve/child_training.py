@@ -90,7 +90,10 @@ class ChildTraining:
         # Whole or not at all: the worker may be killed at any time, and the next attempt
         # reads the file.
         with atomic_write(path, durable=True) as file:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, file, kept)
+            try:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, file, kept)
+            except SafetensorError as error:  # of a full disk, too
+                raise OSError(f"{path} could not be written ({error})") from error
 
     def load(self, path: Path, identity: str) -> list[Event]:
         """Restore a saved file, bit for bit, and return its rungs.

@@ -69,10 +69,13 @@ class Child:
 class History:
     """All children, and the rules that follow from them: who is a parent, what the hurdles are,
     what is born next.
+
+    text: digest of the text that they train on.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, text: str | None = None) -> None:
         self.settings = settings
+        self.text = text
         self.children: list[Child] = []
         self.ended: list[int] = []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from memshard.io import parse_json, sync
+from memshard.io import read_json_lines, sync
 from memshard.lock import holding
 
 JOURNAL_FILE = "journal.jsonl"
@@ -18,18 +18,7 @@ def read(folder: Path) -> list[Event]:
 
     ValueError names a damaged line.
     """
-    path = folder / JOURNAL_FILE
-    data = path.read_bytes() if path.exists() else b""
-    events = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            events.append(parse_json(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error}); cut the file before this line to go "
-                "on from there"
-            ) from error
-    return events
+    return read_json_lines(folder / JOURNAL_FILE)
 
 
 class Journal:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from memshard.search.evolve.child import Task
+from memshard.search.evolve.child import FAILED, Task
 from memshard.search.evolve.history import LOSSES, Child, History
 from memshard.search.evolve.journal import JOURNAL_FILE, Event, Journal, read
 from memshard.search.evolve.settings import Settings, from_dict, to_dict
@@ -92,7 +92,7 @@ def load(folder: Path) -> History:
 
 def replay(events: list[Event]) -> History:
     """Return the history that a journal's events make."""
-    history = History(from_dict(events[0]["settings"]))
+    history = History(from_dict(events[0]["settings"]), events[0]["text"])
     for event in events[1:]:
         history.apply(event)
     return history
@@ -139,6 +139,8 @@ def _loop(history: History, journal: Journal, workers: Workers, states: Path, sa
                 child = history.children[event["id"]]
                 if _known(child, event):
                     continue
+                if event["event"] == FAILED:
+                    raise OSError(f"{event['reason']}: the same command goes on from here")
                 if event["event"] == "beat":
                     in_work[child.id] = event["step"] / event["steps"]
                 else:
@@ -197,7 +199,17 @@ def _hand(
         )
     if child.dna is None:
         dna, hash = (parent.dna, parent.hash) if parent else (None, "")
-        workers.submit(Task("propose", child.id, settings, child.seed, dna=dna, parent_hash=hash))
+        workers.submit(
+            Task(
+                "propose",
+                child.id,
+                settings,
+                child.seed,
+                dna=dna,
+                parent_hash=hash,
+                text=history.text,
+            )
+        )
     elif (twin := history.twin(child)) is not None:
         record(
             {
@@ -222,6 +234,7 @@ def _hand(
                 hurdles,
                 verdict,
                 *known,
+                history.text,
             )
         )
 

@@ -12,6 +12,7 @@ import pytest
 from memshard.experiments.common import catalogue
 from memshard.experiments.common.run import RESULTS_FILE, reproduce
 from memshard.launch.cli.main import main
+from memshard.lock import holding
 
 
 def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -26,6 +27,20 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path) -> N
     assert {"result.json", "report.md", "capacity.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
+
+
+def test_a_damaged_or_busy_folder_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reproduce", "fast_weights/capacity", "--scale", "smoke", "--out", str(tmp_path)]
+    results = tmp_path / RESULTS_FILE
+    results.write_text('{"key": "a", "point": {}}\n{"key": \n')
+    assert main(command) == 2
+    assert f"{results}, line 2: not JSON" in capsys.readouterr().err
+    results.unlink()
+    with holding(tmp_path, "wait"):
+        assert main(command) == 2
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
