@@ -15,7 +15,7 @@ import memshard
 from memshard.io import file_time, parse_json
 from memshard.launch.env import lacks_kernels
 from memshard.models.kernels.backend import backend_for
-from memshard.trainer.checkpoint.folders import COMMIT, committed
+from memshard.trainer.checkpoint.folders import committed, unfinished
 from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, check_files, index_of
 from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
@@ -207,11 +207,9 @@ def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
                 + ("good" if deep else "complete, with files as long as they should be")
                 + ("" if deep else " (--deep reads them)")
             )
-    for path in sorted(root.glob("step-*")):
-        if not (path / COMMIT).exists():
-            yield Finding(
-                f"{path} is not complete: a save goes on, or was interrupted; the next one "
-                "removes it"
-            )
+    for path in sorted(unfinished(root)) if root.exists() else ():
+        yield Finding(
+            f"{path} is not complete: a save goes on, or was interrupted; the next one removes it"
+        )
     if not checkpoints:
         yield Finding(f"no checkpoint in {root} yet")

@@ -20,6 +20,9 @@ from memshard.trainer.watch.profile import StepProfiler
 
 log = logging.getLogger(__name__)
 
+_LAST_SECONDS = 20.0
+"""How long a run that ends by an error waits for the checkpoint that is being written."""
+
 
 def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) -> dict[str, Any]:
     """Train to the recipe's last step, to `stop_at` or until told to stop, and save the last step.
@@ -96,6 +99,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 # A save of this step may still be under way: this waits for it, and
                 # writes none twice.
                 checkpoint = save(run)
+    except Exception:
+        run.saving.finish_within(_LAST_SECONDS)
+        raise
     finally:
         run.stop_reading()
         metrics.close()

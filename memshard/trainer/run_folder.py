@@ -1,7 +1,7 @@
 """A run's folder: who may write to it, and which recipes may resume the run in it."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from memshard.io import atomic_write, check_free
 from memshard.lock import FolderLock, holding
 from memshard.parallel.collectives import broadcast_from_rank0
+from memshard.trainer.checkpoint.folders import committed
+from memshard.trainer.checkpoint.save_load import check_files
 from memshard.trainer.config.diff import diff
 from memshard.trainer.config.explain import fields
 from memshard.trainer.config.load import dump, load_recipe
@@ -48,12 +50,12 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
     or optimizer: of a recipe that differs in more than keys that may change on resume. ValueError
     as well if it has no run, but files with the names of a run's.
     """
-    config = folder / CONFIG_FILE
-    if not _is_run(folder):
+    checkpoints = committed(folder / CHECKPOINTS)
+    if not checkpoints and not _is_run(folder):
         check_free(folder, _OVERWRITTEN, "choose another folder with --run")
         return
     changeable = {key.name: key.may_change for key in fields()}
-    stored = load_recipe(str(config), [])
+    stored = _stored_recipe(folder, checkpoints)
     # Those of early versions leave the buckets of LSH to the length.
     stored = replace(stored, model=stored.model.for_length(stored.data.length))
     changes = [change for change in diff(stored, recipe) if not changeable[change[0]]]
@@ -63,6 +65,17 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
             f"{folder} holds another run ({listed}): choose the same settings, or another folder "
             f"with --run, where init_from={folder} begins with what this run has learned"
         )
+
+
+def _stored_recipe(folder: Path, checkpoints: list[Path]) -> Recipe:
+    """Return the recipe of the newest sound checkpoint, else the run's: that file has no hash, and
+    someone may have cut or removed it.
+    """
+    for checkpoint in reversed(checkpoints):
+        with suppress(ValueError):
+            check_files(checkpoint)
+            return load_recipe(str(checkpoint / CONFIG_FILE))
+    return load_recipe(str(folder / CONFIG_FILE))
 
 
 def _is_resolved(recipe: Path) -> bool:
@@ -83,5 +96,5 @@ def _is_run(folder: Path) -> bool:
 def write_config(folder: Path, recipe: Recipe) -> None:
     """Save the resolved recipe in the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / CONFIG_FILE) as file:
+    with atomic_write(folder / CONFIG_FILE, durable=True) as file:
         file.write_text(dump(recipe), encoding="utf-8")

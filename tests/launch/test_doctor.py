@@ -33,6 +33,7 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert not bad and "no heartbeats: the run has not started" in notes and set(good) < set(notes)
 
     (folder / "checkpoints/step-00000015.tmp").mkdir()
+    (folder / "checkpoints/step-20-is-best.txt").touch()  # the user's, of which nothing is said
     piece = max(
         (folder / "checkpoints/step-00000010").glob("*.bin"), key=lambda path: path.stat().st_size
     )
@@ -71,6 +72,7 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         "60% of the last steps' time went into reading data: raise data.workers"
     )
     assert good[1] in notes and any("step-00000015.tmp is not complete" in note for note in notes)
+    assert "is-best" not in str(notes)
     assert any(
         "rank 1 was at collective 812 of group default_pg, others at 813 (gloo:all_reduce" in note
         for note in notes

@@ -19,7 +19,7 @@ from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.loop import train
 from memshard.trainer.watch.heartbeat import read_beats
 from memshard.trainer.watch.line_file import LineFile
-from memshard.trainer.watch.metrics import METRICS_FILE
+from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.trainer.tiny_run import assert_same, checkpoint_state, numbers, prepare, train_run
 
 
@@ -117,6 +117,7 @@ def test_a_save_that_failed_is_tried_again_before_the_next(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(background, "RETRY_FACTOR", 0.0)  # under load a save takes long
     run = prepare(recipe, tmp_path / "run", "train.save_every=100", "train.steps=200")
     logging.getLogger("memshard").addHandler(lift := _Lift())
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -174,6 +175,31 @@ def test_lines_of_a_file_that_is_removed_are_written_again(
     lines.close()
     assert path.read_text() == "one\ntwo\nthree\n"
     assert caplog.text.count("was removed or replaced: it is made anew") == 2
+
+
+def test_lines_go_on_behind_a_file_that_is_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of a line that is left would make the next one unreadable."""
+    path = tmp_path / METRICS_FILE
+    lines = LineFile(path)
+    lines.write('{"step": 1}')
+    os.truncate(path, 5)
+    lines.write('{"step": 2}')
+    lines.write('{"step": 3}')
+    lines.close()
+    assert read_metrics(path) == [{"step": 2}, {"step": 3}]
+    assert caplog.text.count("was cut by something else: lines of it are lost") == 1
+
+
+def test_a_folder_that_takes_no_tensorboard_files_ends_no_run(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = prepare(recipe, tmp_path / "run", "train.steps=4")
+    (tmp_path / "run/tensorboard").write_text("a file of the user's")
+    train(run)
+    assert list(numbers(tmp_path / "run", "train/loss")) == [1, 2, 3, 4]
+    assert caplog.text.count("run/tensorboard cannot be written") == 1
 
 
 def test_a_file_system_that_cannot_sync_still_gets_files() -> None:

@@ -15,7 +15,7 @@ from memshard.trainer.checkpoint.save_load import save_checkpoint
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 60.0
+RETRY_SECONDS, RETRY_FACTOR = 60.0, 10.0
 """A save that the disk refused is tried again after this time, and ten times what it took."""
 
 
@@ -68,7 +68,7 @@ class BackgroundSave:
                 self.seconds = time.perf_counter() - begun
             except OSError as error:
                 # At once: training goes on, and may do so for hours until it looks.
-                pause = RETRY_SECONDS + 10 * (time.perf_counter() - begun)
+                pause = RETRY_SECONDS + RETRY_FACTOR * (time.perf_counter() - begun)
                 self._retry_at = time.monotonic() + pause
                 self.failed = error
                 log.warning("%s. The checkpoints before it stay", error)
@@ -86,6 +86,13 @@ class BackgroundSave:
     def retry_due(self) -> bool:
         """Return whether the last save failed, and long enough ago to try another one."""
         return self.failed is not None and time.monotonic() >= self._retry_at
+
+    def finish_within(self, seconds: float) -> None:
+        """Wait for the save in flight before a run ends by an error. Not without end: it needs all
+        ranks, and one may be gone.
+        """
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def wait(self) -> None:
         """Wait until the save in flight is committed, or the disk has refused it (`failed`). Any

@@ -76,13 +76,17 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             for path in committed(root)[:-keep]
             if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every
         ]
-        # Only by names that saves give: whatever else is here was put here by someone.
-        partial = [path for path in root.iterdir() if _PARTIAL.fullmatch(path.name)]
-        for path in old + partial:
+        for path in old + unfinished(root):
             if path.is_dir() and not path.is_symlink():
                 remove(path)
     except OSError as error:
         log.warning("an old checkpoint could not be removed: %s", error)
+
+
+def unfinished(root: Path) -> list[Path]:
+    """Return what saves that go on, or were interrupted, have written so far."""
+    # Only by names that saves give: whatever else is here was put here by someone.
+    return [path for path in root.iterdir() if _PARTIAL.fullmatch(path.name)]
 
 
 def is_committed(path: Path) -> bool:

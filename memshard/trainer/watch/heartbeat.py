@@ -129,6 +129,7 @@ class Heartbeat:
         # A full disk must not end a run for the sake of its heartbeat.
         with suppress(OSError):
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed it
                 with atomic_write(self.path) as file:
                     file.write_text(text, encoding="utf-8")
             except OSError:

@@ -12,7 +12,7 @@ class LineFile:
     """Appends lines to a file. Neither a full disk nor its removal ends the run.
 
     Lines that cannot be written now are kept and written with the next ones; a file that is gone is
-    made anew with all of its lines. Both are said once.
+    made anew with all of its lines; one that was cut is gone on with. All are said once.
 
     owned: asked then whether this process may write there, or another has made a file of its own.
     """
@@ -25,6 +25,7 @@ class LineFile:
         """Whether the last write failed."""
         # Readable, so that the lines of a file that was removed can be written again.
         self._file = path.open("ab+", buffering=0)
+        self._size = self._file.tell()
 
     def write(self, line: str) -> None:
         """Append a line. It is with the system when this returns, unless that failed: a run that is
@@ -42,9 +43,11 @@ class LineFile:
     def _write_waiting(self) -> None:
         try:
             self._make_anew_if_gone()
+            self._look_whether_cut()
             while self._waiting:
                 # A disk that is nearly full takes the first part.
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             if not self.failing:
                 log.warning(
@@ -55,6 +58,12 @@ class LineFile:
             self.failing = True
         else:
             self.failing = False
+
+    def _look_whether_cut(self) -> None:
+        if os.fstat(self._file.fileno()).st_size < self._size:
+            # What is left may end within a line, which must not take the next one with it.
+            self._waiting, self._size = b"\n" + self._waiting, 0
+            log.warning("%s was cut by something else: lines of it are lost", self._path)
 
     def _make_anew_if_gone(self) -> None:
         try:
@@ -69,4 +78,5 @@ class LineFile:
             if os.fstat(self._file.fileno()).st_size == 0:
                 gone.seek(0)
                 self._waiting = gone.read() + self._waiting
+        self._size = 0
         log.warning("%s was removed or replaced: it is made anew", self._path)

@@ -46,14 +46,15 @@ class Metrics:
         kept = (
             [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
         )
-        with atomic_write(path) as file:  # a kill must not cost the lines that are kept
+        # Neither a kill nor a power cut may cost the lines that are kept.
+        with atomic_write(path, durable=True) as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = LineFile(path, owned)
         self._folder = folder
-        # purge_step hides what an earlier start wrote after this step.
-        self._board: SummaryWriter | None = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first + 1
-        )
+        self._board: SummaryWriter | None = None
+        self._board_failing = False
+        # Hides what an earlier start wrote after its step.
+        self._purge: int | None = first + 1
         self._wandb = weights_and_biases.begin(folder, recipe, kept) if train.wandb else None
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         terminal = sys.stderr.isatty()
@@ -110,12 +111,22 @@ class Metrics:
     def _write_board(self, step: int, values: dict[str, float]) -> None:
         try:
             if self._board is None and not self._file.failing:
-                self._board = SummaryWriter(str(self._folder / "tensorboard"))
+                self._board = SummaryWriter(
+                    str(self._folder / "tensorboard"), purge_step=self._purge
+                )
+                self._purge = None
             if self._board is not None:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-        except OSError as error:  # of its thread, which is over then
-            log.warning("TensorBoard's file cannot be written (%s): a new one will be", error)
+                self._board_failing = False
+        except OSError as error:  # also of its thread, which is over then
+            if not self._board_failing:
+                log.warning(
+                    "TensorBoard's file in %s cannot be written (%s): a new one will be",
+                    self._folder / "tensorboard",
+                    error,
+                )
+            self._board_failing = True
             self._close_board()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:

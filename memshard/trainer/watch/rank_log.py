@@ -4,13 +4,17 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 
-class _RankFile(logging.FileHandler):
-    """A log file that says once that it cannot be written, in place of a traceback a line."""
+class _RankFile(WatchedFileHandler):
+    """A log file that is made anew when it was removed, and that says once that it cannot be
+    written, in place of a traceback a line.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -19,8 +23,15 @@ class _RankFile(logging.FileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         self._failed = False
-        super().emit(record)
+        try:
+            super().emit(record)
+        except OSError:  # of opening it anew
+            self.handleError(record)
         self._failing = self._failed
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say the first of several errors in a row."""
@@ -40,7 +51,6 @@ def rank_log(folder: Path, rank: int, step: Callable[[], int]) -> Iterator[Path]
     step: returns the number of finished steps, for the line that a failure leaves.
     """
     path = folder / "log" / f"rank{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [_RankFile(path)]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if rank == 0:
