@@ -91,7 +91,7 @@ def gold_pages(warcs: Iterable[Path], truth: Path, gold: Path) -> list[tuple[byt
     for warc in warcs:
         for page in read_pages(warc, Counter()):
             if ids.get(page.url) in texts:
-                bodies[ids[page.url]] = page.body
+                bodies[ids[page.url]] = bytes(page.body)
     return [(body, texts[key]) for key, body in sorted(bodies.items())]
 
 

@@ -133,6 +133,7 @@ def test_a_bomb_does_not_fill_the_memory(tmp_path: Path) -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n", None),
         (b"http/1.1 200 ok\r\ncontent-type: text/html\r\n\r\n", None),
         (b"HTTP/2 200\r\nContent-Type: text/html\r\n\r\n", None),
+        (b"HTTPX/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n", None),
         (b"HTTP/1.0  200\r\nContent-Type: text/html\r\n\r\n", None),
         (b"HTTP/1.1 200 OK\nContent-Type: text/html\nServer: x\n\n", None),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nServer: x\n\n", None),

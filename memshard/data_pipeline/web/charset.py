@@ -7,6 +7,8 @@ import re
 
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
+from memshard.data_pipeline.web.records import Content
+
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
@@ -31,29 +33,29 @@ SUPERSETS = {
 }
 
 
-def decode(body: bytes, content_type: str = "") -> str:
+def decode(body: Content, content_type: str = "") -> str:
     """Return the text of a page. What is no character in its encoding becomes U+FFFD.
 
     The encoding is that of a byte order mark, else of the HTTP header (content_type), else of a
     <meta> or XML declaration, else UTF-8 if the bytes are, else what statistics suggest.
     """
     for mark, codec in BYTE_ORDER_MARKS:
-        if body.startswith(mark):
-            return body[len(mark) :].decode(codec, "replace")
+        if body[: len(mark)] == mark:
+            return str(body[len(mark) :], codec, "replace")
     labels = LABEL.findall(content_type)
     codec = (_codec(labels[-1]) if labels else None) or _declared(body) or ""
     if not codec:
         try:
-            return body.decode()
+            return str(body, "utf-8")
         except UnicodeDecodeError:
-            detected = detect_encoding(body, html5_compatible=True) or "utf-8"
+            detected = detect_encoding(bytes(body), html5_compatible=True) or "utf-8"
             codec = SUPERSETS.get(detected, detected)
-    return body.decode(codec, "replace")
+    return str(body, codec, "replace")
 
 
-def _declared(body: bytes) -> str | None:
+def _declared(body: Content) -> str | None:
     """Return the codec of a declaration in the page, or None."""
-    match = DECLARED.search(COMMENT.sub(b"", body[:DECLARED_BYTES]))
+    match = DECLARED.search(COMMENT.sub(b"", bytes(body[:DECLARED_BYTES])))
     codec = _codec((match[1] or match[2]).decode("latin-1")) if match else None
     # It was read as ASCII, so it cannot be in UTF-16.
     return "utf-8" if codec in ("utf-16-le", "utf-16-be") else codec

@@ -36,9 +36,9 @@ def read_members(
     `fault_garbage` (bytes between members), and compressed bytes skipped in `skipped_bytes`.
     """
     place = 0
-    while _at(stream, place, 1):
+    while start := _at(stream, place, len(MAGIC)):
         broken: str | None = None
-        if _at(stream, place, len(MAGIC)) != MAGIC:
+        if start != MAGIC:
             counts["fault_garbage"] += 1
         else:
             yield Event.START, b""

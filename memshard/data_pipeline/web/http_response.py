@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from fastwarc.stream_io import BrotliReader, WarcReader, ZstdReader
 
+from memshard.data_pipeline.web.records import Content
+
 MAX_HEADER = 1 << 16
 MAX_BODY = 1 << 26  # bytes; 1 MB of gzip can be 1 GB, and no page is as large as this
-STATUS = re.compile(rb"\s*HTTP/?[\d.]*[ \t]+(\d{3})(?!\d)", re.IGNORECASE)
+STATUS = re.compile(rb"\s*HTTP[\w./]*[ \t]+(\d{3})(?!\d)", re.IGNORECASE)
 HEAD_END = re.compile(rb"\n\r?\n")
 CHUNK = re.compile(rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\n]*)?\r?\n")
 GZIP = b"\x1f\x8b\x08"
@@ -30,7 +32,7 @@ class Response:
 
     status: int
     fields: dict[str, str]
-    body: bytes
+    body: Content
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Decoded:
     took the digest of.
     """
 
-    content: bytes
+    content: Content
     as_said: bool
-    stages: tuple[bytes, ...]
+    stages: tuple[Content, ...]
 
 
 def parse_fields(lines: bytes) -> dict[str, str]:
@@ -60,15 +62,15 @@ def parse_fields(lines: bytes) -> dict[str, str]:
     return fields
 
 
-def parse_response(block: bytes) -> Response | None:
+def parse_response(block: Content) -> Response | None:
     """Return the response in a record's payload, the last one where there are several, as after
     `100 Continue` or a proxy's `200 Connection established`; None if it begins with no status line.
     """
     status = STATUS.match(block)
     while status:
         end = HEAD_END.search(block, status.end(), status.end() + MAX_HEADER)
-        first_line = block.find(b"\n", status.end()) + 1 or len(block)
-        fields = parse_fields(block[first_line : end.start() if end else len(block)])
+        lines = bytes(block[status.end() : end.start() if end else len(block)])
+        fields = parse_fields(lines.partition(b"\n")[2])
         behind = end.end() if end else len(block)
         code, following = int(status[1]), STATUS.match(block, behind)
         if following is None or (code >= 200 and "content-type" in fields):
@@ -85,7 +87,7 @@ def decode_body(response: Response) -> Decoded:
         for name in response.fields.get(field, "").split(",")
     ]
     content, as_said = response.body, True
-    stages = [content]
+    stages: list[Content] = [response.body]
     for encoding in reversed(encodings):
         if encoding == "chunked":
             content, whole = _dechunk(content)
@@ -101,16 +103,16 @@ def decode_body(response: Response) -> Decoded:
         if whole:
             content, as_said = chunks, False
             stages.append(content)
-    if content.startswith(GZIP):
+    if content[: len(GZIP)] == GZIP:
         content, as_said = _decompress(content, "gzip")[0], False
     return Decoded(content, as_said, tuple(stages))
 
 
-def _dechunk(body: bytes) -> tuple[bytes, bool]:
+def _dechunk(body: Content) -> tuple[Content, bool]:
     """Return the content of the chunks, and whether they end as they should. A body that is not, or
     no longer, in chunks is content as it is.
     """
-    parts: list[bytes] = []
+    parts: list[Content] = []
     place = 0
     while chunk := CHUNK.match(body, place):
         size = int(chunk[1], 16)
@@ -121,13 +123,13 @@ def _dechunk(body: bytes) -> tuple[bytes, bool]:
     return b"".join([*parts, body[place:]]), False
 
 
-def _decompress(body: bytes, encoding: str) -> tuple[bytes, bool]:
+def _decompress(body: Content, encoding: str) -> tuple[Content, bool]:
     """Return the content of a compressed body, and whether it is whole; else what there is of it.
 
     A body that is text is content as it is. ValueError if neither gives anything.
     """
     content = b""
-    for decode in _DECODERS["gzip" if body.startswith(GZIP) else encoding]:
+    for decode in _DECODERS["gzip" if body[: len(GZIP)] == GZIP else encoding]:
         part, whole = decode(body)
         if whole:
             return part, True
@@ -139,20 +141,20 @@ def _decompress(body: bytes, encoding: str) -> tuple[bytes, bool]:
     return content, False
 
 
-def _is_text(body: bytes) -> bool:
-    start = body[:1024]
+def _is_text(body: Content) -> bool:
+    start = bytes(body[:1024])
     # Of compressed bytes 1 in 10 is one of these; texts have none, or those of UTF-16.
     controls = len(start) - len(start.translate(None, CONTROLS))
     return start.startswith(BYTE_ORDER_MARKS) or controls <= len(start) // 50
 
 
-def _inflate(body: bytes, wbits: int) -> tuple[bytes, bool]:
+def _inflate(body: Content, wbits: int) -> tuple[bytes, bool]:
     """Return the content of gzip members, or of a deflate stream, and whether it is whole. What
     follows the end is not content.
     """
     parts: list[bytes] = []
     room, rest = MAX_BODY, body
-    while rest and room > 0 and (not parts or rest.startswith(GZIP)):
+    while rest and room > 0 and (not parts or rest[: len(GZIP)] == GZIP):
         stream = zlib.decompressobj(wbits)
         try:
             parts.append(stream.decompress(rest, room))
@@ -165,7 +167,7 @@ def _inflate(body: bytes, wbits: int) -> tuple[bytes, bool]:
     return b"".join(parts), bool(body)
 
 
-def _before_damage(body: bytes, wbits: int) -> bytes:
+def _before_damage(body: Content, wbits: int) -> bytes:
     """Return what stands before the damage; zlib keeps nothing of the call that meets it."""
     parts: list[bytes] = []
     stream = zlib.decompressobj(wbits)

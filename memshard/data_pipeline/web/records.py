@@ -19,6 +19,11 @@ MAX_RECORD = 1 << 26  # bytes; larger ones are videos and archives, which contai
 LONGEST_LINE = 4096  # of an ARC header, beyond which a stretch without line end is no header
 NEWLINES = re.compile(rb"[\r\n]*")
 GZIP = b"\x1f\x8b"
+Content = memoryview | bytes
+"""Bytes of an archive. A copy of a page costs as much as its digest, so they are views, if need be.
+"""
+Record = tuple[bytes, Content | None]
+"""Header and payload; None for a payload of more than MAX_RECORD bytes."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ ARC = Format(
 
 def read_records(
     stream: BinaryIO, counts: Counter[str], layout: Format | None = None
-) -> Iterator[tuple[bytes, bytes | None]]:
-    """Yield header and payload of every record; None for a payload of more than MAX_RECORD bytes.
+) -> Iterator[Record]:
+    """Yield every record.
 
     A wrong Content-Length is mended by where the next record begins. stream: seekable. layout: by
     default what the file begins like. Counts the faults of `gzip_members`, `fault_empty` (no byte
@@ -109,25 +114,34 @@ class _Framer:
         self._counts = counts
         self._layout = layout
         self._cut = cut  # the fault of a last record that is shorter than its Content-Length
-        self._buffer = bytearray()
+        self._buffer: bytes | bytearray = b""
+        self._place = 0  # in the buffer, where what is not cut yet begins
         self._skip = 0  # bytes of an oversized record still to pass over
         self._short = False  # the buffer's record has more Content-Length than its member has bytes
         self._lost = False  # no header where one should be, and none since
 
-    def feed(self, data: bytes, ended: bool = False) -> Iterator[tuple[bytes, bytes | None]]:
+    def feed(self, data: bytes, ended: bool = False) -> Iterator[Record]:
         """Add bytes, and yield the records that they complete."""
         passed = min(self._skip, len(data))
         self._skip -= passed
-        self._buffer += data[passed:]
-        while self._buffer:
-            record, used = self._split(ended)
+        data = data[passed:] if passed else data
+        if self._place == len(self._buffer):
+            # No copy: a member of gzip is most often one record.
+            self._buffer, self._place = data, 0
+        elif data:
+            # A new buffer, unless nothing was cut from this one: records are views of it.
+            if self._place or isinstance(self._buffer, bytes):
+                self._buffer, self._place = bytearray(self._buffer[self._place :]), 0
+            self._buffer.extend(data)
+        while self._place < len(self._buffer):
+            record, place = self._split(ended)
+            moved, self._place = place > self._place, place
             if record is not None:
                 yield record
-            if not used:
+            if not moved:
                 break
-            del self._buffer[:used]
 
-    def close(self, last: bool = True) -> Iterator[tuple[bytes, bytes | None]]:
+    def close(self, last: bool = True) -> Iterator[Record]:
         """End the member, or with `last` the file, and yield the record that ends with it. A short
         one waits, because the next member may continue it.
         """
@@ -137,16 +151,17 @@ class _Framer:
             self._counts[self._cut] += self._skip > 0
             self.drop()
 
-    def end_short_record(self) -> Iterator[tuple[bytes, bytes | None]]:
+    def end_short_record(self) -> Iterator[Record]:
         """Yield what there is of a record that waits: what comes next does not continue it."""
         if self._short:
             yield from self.close()
 
     def _is_short(self) -> bool:
-        end = self._layout.head_end.search(self._buffer, 0, MAX_HEADER)
+        place = self._place
+        end = self._layout.head_end.search(self._buffer, place, place + MAX_HEADER)
         length = (
-            self._layout.length.search(self._buffer, 0, end.end())
-            if end and self._layout.begins.match(self._buffer)
+            self._layout.length.search(self._buffer, place, end.end())
+            if end and self._layout.begins.match(self._buffer, place)
             else None
         )
         return (
@@ -157,25 +172,25 @@ class _Framer:
 
     def drop(self) -> None:
         """Drop what is left of a broken member, which cannot be trusted."""
-        self._counts["skipped_bytes"] += len(self._buffer.strip(b"\r\n"))
-        self._buffer.clear()
+        self._counts["skipped_bytes"] += len(self._buffer[self._place :].strip(b"\r\n"))
+        self._buffer, self._place = b"", 0
         self._skip, self._short, self._lost = 0, False, False
 
-    def _split(self, ended: bool) -> tuple[tuple[bytes, bytes | None] | None, int]:
-        """Return the record at the start of the buffer, if any, and the number of bytes to remove;
-        0 if more are needed first.
+    def _split(self, ended: bool) -> tuple[Record | None, int]:
+        """Return the next record of the buffer, if any, and the place behind it; that where it
+        stands now if more bytes are needed first.
         """
-        buffer, layout = self._buffer, self._layout
+        buffer, layout, place = self._buffer, self._layout, self._place
         known = len(buffer)
-        newlines = NEWLINES.match(buffer)
-        start = newlines.end() if newlines else 0
+        newlines = NEWLINES.match(buffer, place)
+        start = newlines.end() if newlines else place
         if start == known or (known - start < 16 and not ended):
-            return None, known if ended else 0
+            return None, known if ended else place
         if not layout.begins.match(buffer, start):
             return None, self._resync(start, ended)
         head = layout.head_end.search(buffer, start, start + MAX_HEADER)
         if head is None and known - start < MAX_HEADER and not ended:
-            return None, 0
+            return None, place
         length = layout.length.search(buffer, start, head.end()) if head else None
         if head is None or length is None:
             return None, self._resync(start, ended)
@@ -187,14 +202,13 @@ class _Framer:
             return (header, None), min(end, known)
         # 16 bytes beyond the payload show whether the next header is where the length says.
         if known < end + 16 and not ended:
-            return None, 0
+            return None, place
         if end <= known and layout.after.match(buffer[end : end + 16]):
-            with memoryview(buffer) as view:
-                return (header, bytes(view[begin:end])), end
+            return (header, memoryview(buffer)[begin:end]), end
         # The length is wrong: the record goes as far as the next header.
         following = layout.following.search(buffer, begin - 1)
         if following is None and not ended and known - start <= MAX_RECORD:
-            return None, 0
+            return None, place
         stop = following.start() + 1 if following else known
         if following is None and known < end and self._cut == "fault_truncated":
             self._counts["fault_truncated"] += 1
@@ -207,8 +221,8 @@ class _Framer:
         return (header, payload), stop
 
     def _resync(self, start: int, ended: bool) -> int:
-        """Return the bytes to skip up to the next header, 0 if more are needed to know; a lost
-        stretch is counted once.
+        """Return the place of the next header, or where it stands now if more bytes are needed to
+        know; a lost stretch is counted once.
         """
         buffer = self._buffer
         following = self._layout.following.search(buffer, start + 1)
@@ -219,7 +233,8 @@ class _Framer:
         else:
             # The last line may be the beginning of a header that the next block completes.
             end = buffer.rfind(b"\n", max(len(buffer) - LONGEST_LINE, start + 1))
-            end = len(buffer) if end < 0 and len(buffer) - start > LONGEST_LINE else max(end, 0)
+            if end < 0:
+                end = len(buffer) if len(buffer) - start > LONGEST_LINE else self._place
         self._counts["fault_bad_header"] += not self._lost
         self._lost = following is None
         self._counts["skipped_bytes"] += max(end - start, 0)

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memshard.data_pipeline.web.digest import is_wrong
-from memshard.data_pipeline.web.http_response import decode_body, parse_fields, parse_response
-from memshard.data_pipeline.web.records import ARC, Format, layout_of, read_records
+from memshard.data_pipeline.web.http_response import (
+    Decoded,
+    decode_body,
+    parse_fields,
+    parse_response,
+)
+from memshard.data_pipeline.web.records import ARC, Content, Format, layout_of, read_records
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 # How pages begin whose type no header says, as browsers tell it.
 HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body|title|meta)[\s>]", re.I)
+NOT_SPACE = re.compile(rb"\S")
 ARC_LINE = re.compile(r"(?P<url>.+?) \S+ \d+ (?P<type>\S+) .*")
 KINDS = {"response": "responses", "resource": "resources", "conversion": "conversions"}
 """The types of records with content, and what counts them."""
@@ -29,7 +35,7 @@ class Page:
 
     number: int
     url: str
-    body: bytes
+    body: Content
     content_type: str = ""
     html: bool = True
 
@@ -43,7 +49,7 @@ class _Record:
     kind: str
     url: str
     fields: dict[str, str]
-    block: bytes | None
+    block: Content | None
 
 
 def read_pages(path: Path, counts: Counter[str]) -> Iterator[Page]:
@@ -81,7 +87,7 @@ def read_pages(path: Path, counts: Counter[str]) -> Iterator[Page]:
         )
 
 
-def _record(head: bytes, block: bytes | None, layout: Format) -> _Record:
+def _record(head: bytes, block: Content | None, layout: Format) -> _Record:
     if layout is not ARC:
         # Behind the line with the version.
         fields = parse_fields(head.partition(b"\n")[2])
@@ -101,8 +107,7 @@ def _page(record: _Record, number: int, counts: Counter[str]) -> Page | str:
     block, content_type = record.block, record.fields.get("content-type", "")
     if block is None:
         return "too_large"
-    body, as_said = block, True
-    stages: tuple[bytes, ...] = (block,)
+    decoded = None
     if record.kind == "response" and (
         (response := parse_response(block)) or content_type.startswith("application/http")
     ):
@@ -117,15 +122,16 @@ def _page(record: _Record, number: int, counts: Counter[str]) -> Page | str:
             decoded = decode_body(response)
         except ValueError:
             return "fault_http"
-        body, stages, as_said = decoded.content, decoded.stages, decoded.as_said
-    if not body.strip():
+    decoded = decoded or Decoded(block, True, (block,))
+    body = decoded.content
+    if not NOT_SPACE.search(body):
         return "empty_body"
     html = _is_html(content_type) if content_type else HTML.match(body) is not None
     if not html and not (record.kind == "conversion" and content_type.startswith("text/")):
         return "not_html"
-    counts["fault_encoding"] += not as_said
+    counts["fault_encoding"] += not decoded.as_said
     if digest := record.fields.get("warc-payload-digest"):
-        counts["fault_digest"] += is_wrong(digest, stages)
+        counts["fault_digest"] += is_wrong(digest, decoded.stages)
     elif digest := record.fields.get("warc-block-digest"):
         counts["fault_digest"] += is_wrong(digest, (block,))
     return Page(number, record.url, body, content_type, html)
