@@ -14,10 +14,10 @@ format/: index.json, tars of tokens, sidecars of offsets
 
 stream/, in every run: sample n of a run is a pure function of (seed, n)
 
-    order            epoch_order.py       of an epoch's documents
+    order            order/*.py           which tokens of which documents sample n has (data.order)
       |              reader.py            ranges of tokens by document, with checksums
-    rows             train_stream.py      texts packed end to end; records.py: one record a row;
-      |                                   mixture.py: several folders; held_out.py: evaluation
+    rows             train_stream.py      texts; records.py: one record a row; mixture.py: several
+      |                                   folders; held_out.py: evaluation
     batch            batch.py             inputs, targets, documents, positions
       |              rank_share.py        the local rows, in micro-batches
       v              prefetch.py          the same, read ahead by worker processes

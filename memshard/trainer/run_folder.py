@@ -58,6 +58,9 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
     stored = _stored_recipe(folder, checkpoints)
     # Those of early versions leave the buckets of LSH to the length.
     stored = replace(stored, model=stored.model.for_length(stored.data.length))
+    # And the order of texts, which was contiguous; that of records has no name.
+    if stored.data.order == "auto" != recipe.data.order:
+        stored = replace(stored, data=replace(stored.data, order="contiguous"))
     changes = [change for change in diff(stored, recipe) if not changeable[change[0]]]
     if changes:
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in changes)

@@ -11,7 +11,12 @@ import torch.distributed as dist
 from memshard.data_pipeline.format.index import load_index
 from memshard.data_pipeline.format.remote import local_copy
 from memshard.data_pipeline.stream.held_out import HeldOutStream
-from memshard.data_pipeline.stream.open_stream import AnyStream, open_held_out, open_train
+from memshard.data_pipeline.stream.open_stream import (
+    AnyStream,
+    open_held_out,
+    open_train,
+    resolve_order,
+)
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.stream.train_stream import TrainStream
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
@@ -82,6 +87,7 @@ def open_data(recipe: Recipe, ranks: int) -> tuple[AnyStream, HeldOutStream | He
         data.damage_tolerance,
         data.mixture,
         by_epochs,
+        data.order,
     )
     rows = 1
     if train.carry_state:
@@ -173,7 +179,7 @@ def _kept_files(recipe: Recipe) -> dict[str, bytes]:
 
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with what its data decides filled in: vocabulary size, longest sequence,
-    buckets of LSH.
+    buckets of LSH, order of sequences.
     """
     if not recipe.data.path:
         raise ValueError("data.path is empty, as in exports: give data.path=DIR")
@@ -192,4 +198,6 @@ def resolve(recipe: Recipe) -> Recipe:
             "raise it or leave it out"
         )
     model = replace(model, vocab_size=model.vocab_size or vocabulary)
-    return replace(recipe, model=model.for_length(recipe.data.length))
+    data = recipe.data
+    order = resolve_order(data.path, data.order, data.mixture)
+    return replace(recipe, model=model.for_length(data.length), data=replace(data, order=order))

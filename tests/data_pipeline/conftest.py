@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from memshard.data_pipeline.format.index import Index, Split, dump_index
+from memshard.data_pipeline.format.kinds import Order
+from memshard.data_pipeline.format.shards import ShardWriter
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 
+ORDERS: tuple[Order, ...] = "contiguous", "shuffled", "best-fit"
 WORDS = [
     first + last
     for first in ("ba", "de", "fi", "go", "lu", "ma", "ne")
@@ -38,6 +43,24 @@ def build(
         shard_bytes=shard_bytes,
         workers=1,
     )
+
+
+def write_numbered(folder: Path, lengths: list[int]) -> None:
+    """Write a data folder whose training tokens are 1, 2, 3 and so on, in documents of these
+    lengths without an end: no two are equal. 0 is <eos>.
+    """
+    folder.mkdir(parents=True)
+    documents = np.split(1 + np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
+    splits = {}
+    for name, parts in (("train", documents), ("heldout", documents[:2])):
+        with ShardWriter(folder, f"{name}-00000", "uint32") as writer:
+            for part in parts:
+                writer.add(part)
+            shard = writer.finish()
+        splits[name] = Split(shard.documents, shard.tokens, 0, 0, (shard,))
+    (folder / "tokenizer.model").touch()
+    index = Index("uint32", sum(lengths) + 1, 0, "tokenizer.model", "", splits)
+    (folder / "index.json").write_text(dump_index(index), encoding="utf-8")
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from memshard.data_pipeline.format import load_index
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.format.shards import read_sidecar
 from memshard.data_pipeline.format.verify import verify_data
 from memshard.data_pipeline.stream import IGNORE, HeldOutStream, TrainStream
-from tests.data_pipeline.conftest import build
+from tests.data_pipeline.conftest import ORDERS, build
 
 LENGTH, LANES = 24, 6
 
@@ -37,13 +38,14 @@ def damage(folder: Path, document: int, split: str = "train") -> int:
     return tokens
 
 
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_bad_document_is_masked_and_nothing_else_changes(
-    data: Path, copy: Path, caplog: pytest.LogCaptureFixture
+    data: Path, copy: Path, order: Order, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = damage(copy, 5) + damage(copy, 17)
     good, bad = (
-        TrainStream(data, LENGTH, LANES, 0),
-        TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1),
+        TrainStream(data, LENGTH, LANES, 0, order=order),
+        TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1, order=order),
     )
     with caplog.at_level(logging.WARNING):
         whole, masked = good.batch(0, good.samples_per_epoch), bad.batch(0, good.samples_per_epoch)
@@ -51,8 +53,10 @@ def test_a_bad_document_is_masked_and_nothing_else_changes(
         "train-00000.tar, document 17",
         "train-00000.tar, document 5",
     ]
-    hidden = masked.targets == IGNORE
+    hidden = (masked.targets == IGNORE) & (whole.targets != IGNORE)
     assert lost - 4 * LENGTH <= int(hidden.sum()) <= lost + 2 + LENGTH
+    # What is lost to damage is counted, and padding is not.
+    assert bad.predicted(0, bad.samples_per_epoch) == (whole.targets != IGNORE).sum()
     assert torch.equal(masked.targets[~hidden], whole.targets[~hidden]) and torch.equal(
         masked.inputs[~hidden], whole.inputs[~hidden]
     )
@@ -63,7 +67,7 @@ def test_a_bad_document_is_masked_and_nothing_else_changes(
     changed = masked.inputs != whole.inputs
     assert (masked.inputs[changed] == eos).all() and hidden[changed].all()
     parts = [
-        TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1).batch(first, 5)
+        TrainStream(copy, LENGTH, LANES, 0, tolerance=0.1, order=order).batch(first, 5)
         for first in range(0, 60, 5)
     ]
     assert torch.equal(torch.cat([part.targets for part in parts]), masked.targets[:60])

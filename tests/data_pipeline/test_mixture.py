@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
-from memshard.data_pipeline.stream import TrainStream
+from memshard.data_pipeline.stream import IGNORE, TrainStream
 from memshard.data_pipeline.stream.mixture import PERIOD, MixtureStream
 from memshard.data_pipeline.stream.open_stream import open_train
 from memshard.data_pipeline.stream.rank_share import rank_share
-from tests.data_pipeline.conftest import build, write_corpus
+from tests.data_pipeline.conftest import ORDERS, build, write_corpus
 
 LENGTH, LANES, SEED = 24, 12, 3
 
@@ -33,16 +34,25 @@ def other(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mixture(
-    data: Path, other: Path, by_epochs: bool = False, weights: tuple[float, float] = (3, 1)
+    data: Path,
+    other: Path,
+    by_epochs: bool = False,
+    weights: tuple[float, float] = (3, 1),
+    order: Order = "auto",
 ) -> MixtureStream:
     shares = dict(zip((str(data), str(other)), weights, strict=True))
-    stream = open_train(str(data), LENGTH, LANES, SEED, mixture=shares, by_epochs=by_epochs)
+    stream = open_train(
+        str(data), LENGTH, LANES, SEED, mixture=shares, by_epochs=by_epochs, order=order
+    )
     assert isinstance(stream, MixtureStream)
     return stream
 
 
-def test_shares_are_exact_and_samples_come_in_each_corpus_order(data: Path, other: Path) -> None:
-    stream = mixture(data, other)
+@pytest.mark.parametrize("order", ORDERS)
+def test_shares_are_exact_and_samples_come_in_each_corpus_order(
+    data: Path, other: Path, order: Order
+) -> None:
+    stream = mixture(data, other, order=order)
     corpora = stream.corpora(0, 3 * PERIOD)
     assert (np.bincount(corpora.reshape(3, PERIOD)[1]) == [768, 256]).all() and len(
         set(corpora[:20])
@@ -50,10 +60,12 @@ def test_shares_are_exact_and_samples_come_in_each_corpus_order(data: Path, othe
     batch = stream.batch(0, 2000)
     for number, folder in enumerate((data, other)):
         rows = torch.from_numpy(np.flatnonzero(corpora[:2000] == number))
-        assert torch.equal(
-            batch.inputs[rows], TrainStream(folder, LENGTH, LANES, SEED).batch(0, len(rows)).inputs
-        )
+        alone = TrainStream(folder, LENGTH, LANES, SEED, order=order).batch(0, len(rows))
+        assert torch.equal(batch.inputs[rows], alone.inputs)
     assert batch.samples.tolist() == list(range(2000))
+    for step in (0, 100):
+        rows = batch.targets[step * LANES : (step + 1) * LANES]
+        assert stream.tokens_read(step) == (rows != IGNORE).sum()
 
 
 def test_epochs_set_the_shares(data: Path, other: Path) -> None:
@@ -62,14 +74,15 @@ def test_epochs_set_the_shares(data: Path, other: Path) -> None:
     assert read == pytest.approx([1, 4], rel=0.03)
 
 
-def test_any_restart_and_ranks_see_the_same_mixture(data: Path, other: Path) -> None:
-    whole = mixture(data, other).batch(0, 3000)
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_restart_and_ranks_see_the_same_mixture(data: Path, other: Path, order: Order) -> None:
+    whole = mixture(data, other, order=order).batch(0, 3000)
     draw = random.Random(1)
     for _ in range(15):
         step, ranks = draw.randrange(3000 // LANES), draw.choice([1, 2, 3, 4, 6])
         micro_batch = draw.choice([None, 1])
         shares = [
-            rank_share(mixture(data, other), step, LANES, rank, ranks, micro_batch)
+            rank_share(mixture(data, other, order=order), step, LANES, rank, ranks, micro_batch)
             for rank in range(ranks)
         ]
         for name in ("inputs", "targets", "samples"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memshard.data_pipeline.format import load_index
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.format.verify import verify_data
 from memshard.data_pipeline.prepare.index_tars import index_tars
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
@@ -19,6 +20,7 @@ from memshard.data_pipeline.stream import IGNORE, HeldOutStream, TrainStream
 from memshard.data_pipeline.stream.prefetch import Prefetched
 from memshard.data_pipeline.stream.rank_share import rank_share
 from memshard.data_pipeline.tokenizer import train_tokenizer
+from tests.data_pipeline.conftest import ORDERS
 
 LENGTH, LANES = 24, 6
 
@@ -51,13 +53,14 @@ def test_raw_text_gives_the_stream_of_token_shards(
 ) -> None:
     tokens = tmp_path / "tokens"
     build_data(Sources(find_files([corpus])), tokens, tokenizer=data, held_out=30, workers=1)
-    one, other = TrainStream(raw, LENGTH, LANES, 0), TrainStream(tokens, LENGTH, LANES, 0)
-    assert one.samples_per_epoch == other.samples_per_epoch
-    for first in (0, 777, one.samples_per_epoch - 5):
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(one.batch(first, 60), other.batch(first, 60), strict=True)
-        )
+    for order in ORDERS:
+        one, other = (TrainStream(path, LENGTH, LANES, 0, order=order) for path in (raw, tokens))
+        assert one.samples_per_epoch == other.samples_per_epoch
+        for first in (0, 777, one.samples_per_epoch - 5):
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(one.batch(first, 60), other.batch(first, 60), strict=True)
+            )
     held = HeldOutStream(raw, LENGTH)
     assert held.words == HeldOutStream(tokens, LENGTH).words
     assert torch.equal(
@@ -69,8 +72,9 @@ def test_raw_text_gives_the_stream_of_token_shards(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_workers_change_nothing(raw: Path, workers: int) -> None:
-    stream = TrainStream(raw, LENGTH, LANES, 0)
+@pytest.mark.parametrize("order", ORDERS)
+def test_workers_change_nothing(raw: Path, order: Order, workers: int) -> None:
+    stream = TrainStream(raw, LENGTH, LANES, 0, order=order)
     last = stream.samples_per_epoch // LANES + 3
     for rank in range(2):
         share = LANES, rank, 2, 2

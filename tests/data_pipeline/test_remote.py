@@ -24,7 +24,7 @@ from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, TrainStream
 from memshard.data_pipeline.tokenizer import Tokenizer
-from tests.data_pipeline.conftest import build, largest_file, write_corpus
+from tests.data_pipeline.conftest import ORDERS, build, largest_file, write_corpus
 
 
 @dataclass
@@ -95,7 +95,9 @@ def test_a_stream_over_http_is_the_local_one(
     data: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
-    assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))
+    for order in ORDERS:
+        streams = [TrainStream(path, 24, 6, 0, order=order) for path in (server.url, data)]
+        assert_same(streams[0], streams[1])
     assert Tokenizer(server.url).sha256 == load_index(data).tokenizer_sha256
     before = server.requests.copy()
     assert_same(TrainStream(server.url, 24, 6, 0), TrainStream(data, 24, 6, 0))

@@ -11,18 +11,36 @@ import numpy as np
 import pytest
 import torch
 
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.stream import IGNORE, Batch, HeldOutStream, TrainStream
-from memshard.data_pipeline.stream.epoch_order import epoch_order
+from memshard.data_pipeline.stream.order.documents import epoch_order
 from memshard.data_pipeline.stream.rank_share import deal_rows, rank_share
 from memshard.data_pipeline.stream.reader import SplitReader
-from tests.data_pipeline.conftest import build, write_corpus
+from tests.data_pipeline.conftest import ORDERS, build, write_corpus
 
 LENGTH, LANES, SEED = 24, 12, 7
 
 
+def opened(
+    data: Path, order: Order, length: int = LENGTH, lanes: int = LANES, seed: int = SEED
+) -> TrainStream:
+    return TrainStream(data, length, lanes, seed, order=order)
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest) -> Order:
+    order: Order = request.param
+    return order
+
+
 @pytest.fixture
-def stream(data: Path) -> TrainStream:
-    return TrainStream(data, LENGTH, LANES, SEED)
+def stream(data: Path, order: Order) -> TrainStream:
+    return opened(data, order)
+
+
+@pytest.fixture
+def contiguous(data: Path) -> TrainStream:
+    return opened(data, "contiguous")
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
@@ -37,13 +55,11 @@ def joined(batches: list[Batch]) -> Batch:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 8, 12])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_any_ranks_and_micro_batches_see_the_same_global_batches(
-    data: Path, stream: TrainStream, ranks: int, micro_batch: int
+    data: Path, order: Order, stream: TrainStream, ranks: int, micro_batch: int
 ) -> None:
     for step in (0, 1, 5):
         shares = [
-            rank_share(
-                TrainStream(data, LENGTH, LANES, SEED), step, LANES, rank, ranks, micro_batch
-            )
+            rank_share(opened(data, order), step, LANES, rank, ranks, micro_batch)
             for rank in range(ranks)
         ]
         rows = joined([part for parts in zip(*shares, strict=True) for part in parts])
@@ -87,7 +103,9 @@ def test_one_micro_batch_is_a_contiguous_share(batch: int) -> None:
                 assert [*part.rows] == [*rows] and part.size == share
 
 
-def test_resume_at_any_sample_equals_a_continuous_run(data: Path, stream: TrainStream) -> None:
+def test_resume_at_any_sample_equals_a_continuous_run(
+    data: Path, order: Order, stream: TrainStream
+) -> None:
     total = 2 * stream.samples_per_epoch + 5
     whole = stream.batch(0, total)  # crosses two epoch ends in one call
     assert whole.samples.tolist() == list(range(total))
@@ -98,14 +116,15 @@ def test_resume_at_any_sample_equals_a_continuous_run(data: Path, stream: TrainS
         stream.samples_per_epoch,
         *draw.integers(0, total - 30, 20).tolist(),
     ]:
-        fresh = TrainStream(data, LENGTH, LANES, SEED).batch(first, 30)
+        fresh = opened(data, order).batch(first, 30)
         assert_equal(fresh, Batch(*(tensor[first : first + 30] for tensor in whole)))
     assert_equal(joined([stream.batch(first, 1) for first in range(total)]), whole)
 
 
 def test_an_epoch_holds_every_token_at_most_once_and_nearly_all(
-    data: Path, stream: TrainStream
+    data: Path, contiguous: TrainStream
 ) -> None:
+    stream = contiguous
     reader = SplitReader(data, "train")
     order = np.arange(len(reader.lengths))
     starts = np.concatenate([[0], np.cumsum(reader.lengths)])
@@ -124,13 +143,15 @@ def test_an_epoch_holds_every_token_at_most_once_and_nearly_all(
     assert sum(seen.values()) >= len(documents) - 2 * LANES  # all but those at the ends of lanes
 
 
-def test_rows_of_a_lane_continue_each_other(stream: TrainStream) -> None:
+def test_rows_of_a_lane_continue_each_other(contiguous: TrainStream) -> None:
+    stream = contiguous
     this, following = stream.batch(0, LANES), stream.batch(LANES, LANES)
     assert torch.equal(this.inputs[:, 1:], this.targets[:, :-1])
     assert torch.equal(this.targets[:, -1], following.inputs[:, 0])
 
 
-def test_documents_and_positions(data: Path, stream: TrainStream) -> None:
+def test_documents_and_positions(data: Path, contiguous: TrainStream) -> None:
+    stream = contiguous
     batch = stream.batch(0, 200)
     ended = batch.inputs == SplitReader(data, "train").index.eos_id
     within = ended.cumsum(1) - ended.long()  # <eos> belongs to the document it ends
@@ -144,30 +165,33 @@ def test_documents_and_positions(data: Path, stream: TrainStream) -> None:
     assert torch.equal(batch.positions, torch.arange(LENGTH).expand(200, -1))
 
 
-def test_epochs_and_seeds_differ(data: Path, stream: TrainStream) -> None:
+def test_epochs_and_seeds_differ(data: Path, order: Order, stream: TrainStream) -> None:
     epoch = stream.samples_per_epoch
     first, second = stream.batch(0, epoch).inputs, stream.batch(epoch, epoch).inputs
-    other = TrainStream(data, LENGTH, LANES, SEED + 1).batch(0, epoch).inputs
+    other = opened(data, order, seed=SEED + 1).batch(0, epoch).inputs
     for one in (second, other):
         assert (one == first).all(1).float().mean() < 0.1
-    assert_equal(
-        stream.batch(5 * epoch, 3), TrainStream(data, LENGTH, LANES, SEED).batch(5 * epoch, 3)
-    )
+    assert_equal(stream.batch(5 * epoch, 3), opened(data, order).batch(5 * epoch, 3))
 
 
 def test_fingerprint_covers_all_that_decides_the_order(
-    data: Path, stream: TrainStream, corpus: Path, tmp_path: Path
+    data: Path, corpus: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
-    assert TrainStream(copy, LENGTH, LANES, SEED).fingerprint == stream.fingerprint
     build(corpus, tmp_path / "other", vocab_size=501)
-    settings = [(LENGTH + 1, LANES, SEED), (LENGTH, LANES + 1, SEED), (LENGTH, LANES, SEED + 1)]
-    fingerprints = {TrainStream(data, *other).fingerprint for other in settings}
-    fingerprints |= {
-        stream.fingerprint,
-        TrainStream(tmp_path / "other", LENGTH, LANES, SEED).fingerprint,
-    }
-    assert len(fingerprints) == 5
+    fingerprints = []
+    for order in ORDERS:
+        assert opened(copy, order).fingerprint == opened(data, order).fingerprint
+        streams = [
+            opened(data, order),
+            opened(tmp_path / "other", order),
+            opened(data, order, length=LENGTH + 1),
+            opened(data, order, seed=SEED + 1),
+            # Only contiguous lanes depend on the batch.
+            *([opened(data, order, lanes=LANES + 1)] if order == "contiguous" else []),
+        ]
+        fingerprints += [stream.fingerprint for stream in streams]
+    assert len(set(fingerprints)) == len(fingerprints) == 13
 
 
 @pytest.mark.parametrize(("documents", "lanes"), [(1, 4), (7, 2), (5000, 3), (100_000, 4)])

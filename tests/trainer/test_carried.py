@@ -288,6 +288,8 @@ def test_untruncated_evaluation_needs_states_of_constant_size(
         (("model.mixer.pattern=[delta, lsh]",), "model.mixer has lsh"),
         (("model.position=learned",), "needs a model with model.position=none"),
         (("model.encoder_layers=2", "model.memory.layers=[]"), "model.encoder_layers is"),
+        (("data.order=shuffled",), "data.order is shuffled: .* set data.order to contiguous"),
+        (("data.order=best-fit",), "needs rows that go on, and data.order is best-fit"),
         (("parallel.tensor=2",), "parallel.tensor is 2: set it to 1"),
         (("train.segments=2", "train.chunk=8"), "leave out train.chunk, or train.segments"),
         (

@@ -1,6 +1,7 @@
 """Runs on pairs, images, mixtures and damaged data."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 
 from memshard.data_pipeline.format import load_index
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.format.shards import read_sidecar
 from memshard.data_pipeline.prepare.images import build_images
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
-from tests.trainer.tiny_run import RECIPE, numbers, train_run
+from memshard.trainer.watch.heartbeat import FOLDER
+from tests.data_pipeline.conftest import ORDERS
+from tests.trainer.tiny_run import RECIPE, numbers, rewrite_config, train_run
 
 
 def recipe_for(data: Path, folder: Path, extra: str = "") -> Path:
@@ -40,12 +44,42 @@ def test_a_run_on_pairs_resumes(tmp_path: Path) -> None:
         workers=1,
     )
     recipe = recipe_for(tmp_path / "data", tmp_path)
+    with pytest.raises(ValueError, match="data.order is shuffled, and .* holds whole records"):
+        train_run(recipe, tmp_path / "ordered", "data.order=shuffled")
     whole = train_run(recipe, tmp_path / "whole")
     train_run(recipe, tmp_path / "parts", stop_at=4)
     parts = train_run(recipe, tmp_path / "parts")
     assert whole["finished"] and parts["loss"] == whole["loss"]
     losses = numbers(tmp_path / "whole", "train/loss")
     assert losses[10] < losses[1] and 3 < losses[1] < 7, "a mean over the tokens that are predicted"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_run_in_any_order_resumes_in_it_and_in_no_other(
+    data: Path, tmp_path: Path, order: Order
+) -> None:
+    recipe = recipe_for(data, tmp_path, f", order: {order}, document_mask: true")
+    whole = train_run(recipe, tmp_path / "whole")
+    train_run(recipe, tmp_path / "parts", stop_at=4)
+    other = "best-fit" if order == "shuffled" else "shuffled"
+    with pytest.raises(ValueError, match=f"data.order: {order} there, {other} here"):
+        train_run(recipe, tmp_path / "parts", f"data.order={other}")
+    parts = train_run(recipe, tmp_path / "parts", "data.workers=1")
+    assert whole["finished"] and parts["loss"] == whole["loss"]
+    # Padding is no damage.
+    assert set(numbers(tmp_path / "whole", "train/masked").values()) == {0.0}
+
+
+def test_a_run_from_before_there_were_orders_is_contiguous(data: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(data, tmp_path)
+    train_run(recipe, tmp_path / "run", "data.order=contiguous", stop_at=4)
+    rewrite_config(tmp_path / "run", lambda text: re.sub(r" *order: contiguous\n", "", text))
+    # Which is how a run of another version is known.
+    (tmp_path / "run" / FOLDER).mkdir(exist_ok=True)
+    (tmp_path / "run" / FOLDER / "rank0.json").touch()
+    with pytest.raises(ValueError, match="data.order: contiguous there, shuffled here"):
+        train_run(recipe, tmp_path / "run", "data.order=shuffled")
+    assert train_run(recipe, tmp_path / "run", "data.order=contiguous")["finished"]
 
 
 def test_a_run_on_images(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
-"""The kinds of records that a data folder can have, as its index says."""
+"""The kinds of records that a data folder can have, as its index says, and orders of texts."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Order = Literal["auto", "contiguous", "shuffled", "best-fit"]
+"""Orders of training sequences (data.order); stream/order/ has them. Of records it is auto."""
 
 
 class RecordKind(NamedTuple):

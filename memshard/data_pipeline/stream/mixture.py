@@ -72,8 +72,14 @@ class MixtureStream:
         return mixed._replace(samples=torch.arange(first, first + count))
 
     def tokens_read(self, step: int) -> int:
-        """Return the number of tokens read in a step, by all ranks."""
-        return self._streams[0].tokens_read(step)
+        """Return the number of tokens read to predict them in a step, by all ranks."""
+        batch = self._streams[0].text_lanes
+        begin, end = self._taken(step * batch), self._taken((step + 1) * batch)
+        return sum(
+            stream.predicted(int(first), int(last - first))
+            for stream, first, last in zip(self._streams, begin, end, strict=True)
+            if last > first
+        )
 
     def corpora(self, first: int, count: int) -> np.ndarray:
         """Return the number of the corpus that each sample comes from, int64 [count]."""
@@ -91,7 +97,7 @@ class MixtureStream:
 
     def _period(self, period: int) -> np.ndarray:
         """Return the corpus of each sample of a period, int64 [PERIOD]."""
-        # Keys from 2^40 on, apart from those of epochs (epoch_order.py) for the same seed.
+        # Keys from 2^40 on, apart from those of epochs (order/documents.py) for the same seed.
         keys = np.random.Philox(
             key=np.array([self._seed, (1 << 40) + period], dtype=np.uint64)
         ).random_raw(PERIOD)

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 
 from memshard.data_pipeline.format.index import load_index
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.mixture import MixtureStream
 from memshard.data_pipeline.stream.reader import TOLERANCE
 from memshard.data_pipeline.stream.records import HeldOutRecords, RecordStream
 from memshard.data_pipeline.stream.train_stream import TrainStream
 
+DEFAULT_ORDER: Order = "contiguous"
 AnyStream = TrainStream | RecordStream | MixtureStream
 
 
@@ -20,15 +22,33 @@ def open_train(
     tolerance: float = TOLERANCE,
     mixture: Mapping[str, float] | None = None,
     by_epochs: bool = False,
+    order: Order = "auto",
 ) -> AnyStream:
     """Return the training stream of a folder, or of the folders of a mixture (path -> share, or
-    number of epochs with `by_epochs`). batch: sequences or records a step.
+    number of epochs with `by_epochs`). batch: sequences or records a step. order: of sequences, see
+    `resolve_order`.
     """
+    order = resolve_order(path, order, mixture)
     if mixture:
-        streams = [TrainStream(folder, length, batch, seed, tolerance) for folder in mixture]
+        streams = [TrainStream(folder, length, batch, seed, tolerance, order) for folder in mixture]
         return MixtureStream(streams, list(mixture.values()), seed, by_epochs)
-    kind = TrainStream if load_index(path).records.packed else RecordStream
-    return kind(path, length, batch, seed, tolerance)
+    if order == "auto":
+        return RecordStream(path, length, batch, seed, tolerance)
+    return TrainStream(path, length, batch, seed, tolerance, order)
+
+
+def resolve_order(path: str, order: Order, mixture: Mapping[str, float] | None = None) -> Order:
+    """Return the order that data.order means for the sequences of a folder or a mixture: one of
+    ORDERS for texts, "auto" for records, whose order is their own. ValueError if it does not fit.
+    """
+    if mixture or load_index(path).records.packed:
+        return DEFAULT_ORDER if order == "auto" else order
+    if order != "auto":
+        raise ValueError(
+            f"data.order is {order}, and {path} holds whole records, which have an order of their "
+            "own: leave it out"
+        )
+    return "auto"
 
 
 def open_held_out(

@@ -20,7 +20,10 @@ from memshard.io import is_absence
 
 TOLERANCE = 0.001  # share of a split's tokens that may be damaged
 PAUSES = (1.0, 5.0)  # seconds before a read that a disk refused is tried again
-TOKENIZED_DOCUMENTS = 4096  # of raw text in memory, because the next rows continue in them
+# Of raw text in memory, because other rows continue in its documents: those of the sequences that
+# are shuffled together (order/permutation.py) in 2 bytes a token, and as much again.
+TOKENIZED_BYTES = 1 << 28
+_ARRAY_BYTES = 200  # of an array and its place in a dictionary, besides its tokens
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +57,7 @@ class SplitReader:
                 "with: copy it again, or build the data set again"
             )
         self._tokenized: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._tokenized_bytes = 0
         self._shard_of = np.repeat(
             np.arange(len(sidecars), dtype=np.int32), [len(sidecar) for sidecar in sidecars]
         )
@@ -85,15 +89,38 @@ class SplitReader:
         part_begin = np.maximum(starts[slots], begins[rows])
         sizes = np.minimum(starts[slots + 1], ends[rows]) - part_begin
         target = rows * count + part_begin - begins[rows]
-        chosen = order[slots]
-        for document in chosen[~self._checked[chosen]].tolist():
-            self._check(document)
+        tokens, masked = self.read_parts(
+            order[slots], part_begin - starts[slots], target, sizes, len(begins) * count
+        )
+        documents = np.zeros_like(tokens)
+        # A 1 where a row enters its next document; the running sum counts documents within the row.
+        documents[target[number > 0]] = 1
+        return (
+            tokens.reshape(-1, count),
+            first[:, None] + documents.reshape(-1, count).cumsum(axis=1),
+            masked.reshape(-1, count),
+        )
 
-        source = part_begin - starts[slots]
-        tokens = np.full(len(begins) * count, self.index.eos_id, dtype=np.int64)
-        masked = np.zeros(len(tokens), dtype=bool)
+    def read_parts(
+        self,
+        documents: np.ndarray,
+        sources: np.ndarray,
+        targets: np.ndarray,
+        sizes: np.ndarray,
+        count: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Copy parts of documents to `count` places, which are <eos> elsewhere.
+
+        Part n, all arrays int64 [n]: `sizes` tokens from number `sources` on of document
+        `documents`, to places from `targets` on. Returns tokens, int64 [count], and which are
+        masked, bool [count].
+        """
+        for document in documents[~self._checked[documents]].tolist():
+            self._check(document)
+        tokens = np.full(count, self.index.eos_id, dtype=np.int64)
+        masked = np.zeros(count, dtype=bool)
         for document, at, to, size in zip(
-            chosen.tolist(), source.tolist(), target.tolist(), sizes.tolist(), strict=True
+            documents.tolist(), sources.tolist(), targets.tolist(), sizes.tolist(), strict=True
         ):
             part = None if self.damaged[document] else self._token_range(document, at, size)
             if part is None:
@@ -105,14 +132,7 @@ class SplitReader:
                 f"a shard of {self._path} holds tokens outside the vocabulary: "
                 f"find it with `memshard data verify {self._path}` and copy it again"
             )
-        documents = np.zeros_like(tokens)
-        # A 1 where a row enters its next document; the running sum counts documents within the row.
-        documents[target[number > 0]] = 1
-        return (
-            tokens.reshape(-1, count),
-            first[:, None] + documents.reshape(-1, count).cumsum(axis=1),
-            masked.reshape(-1, count),
-        )
+        return tokens, masked
 
     def _check(self, document: int) -> None:
         """Test a document's checksum, once."""
@@ -136,14 +156,17 @@ class SplitReader:
             content = self._whole(document, int(self._raw_bytes[document]))
             if content is None:
                 return None
-            tokens = np.array([*tokenizer.encode(content.decode("utf-8-sig")), self.index.eos_id])
+            text = content.decode("utf-8-sig")
+            tokens = np.array([*tokenizer.encode(text), self.index.eos_id], dtype=self._dtype)
             if len(tokens) != self.lengths[document]:
                 raise ValueError(
                     f"{self._path} was indexed with another tokenizer: build the index again"
                 )
             self._tokenized[document] = tokens
-            while len(self._tokenized) > TOKENIZED_DOCUMENTS:
-                self._tokenized.popitem(last=False)
+            self._tokenized_bytes += tokens.nbytes + _ARRAY_BYTES
+            while self._tokenized_bytes > TOKENIZED_BYTES and len(self._tokenized) > 1:
+                _, oldest = self._tokenized.popitem(last=False)
+                self._tokenized_bytes -= oldest.nbytes + _ARRAY_BYTES
         return self._tokenized[document]
 
     def _whole(self, document: int, size: int) -> bytes | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from memshard.data_pipeline.format.index import HELD_OUT, TRAIN
 from memshard.data_pipeline.stream.batch import Batch, make_batch
-from memshard.data_pipeline.stream.epoch_order import epoch_order
+from memshard.data_pipeline.stream.order.documents import epoch_order
 from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
 # Records of this many batches are sorted by length: 1 or 2 % padding at 32 records a batch.
@@ -101,7 +101,7 @@ class RecordStream:
                 np.argsort(self._reader.lengths[part], kind="stable")
             ]
         # Batches are shuffled again, or an epoch would go from short records to long ones. Keys
-        # from 2^41 on, apart from those of epoch_order.py and mixture.py.
+        # from 2^41 on, apart from those of order/documents.py and mixture.py.
         keys = np.random.Philox(
             key=np.array([self._seed, (1 << 41) + epoch], dtype=np.uint64)
         ).random_raw(self._steps)

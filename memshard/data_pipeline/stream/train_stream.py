@@ -2,25 +2,31 @@
 
 import hashlib
 import os
+from typing import get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from memshard.data_pipeline.format.index import TRAIN
-from memshard.data_pipeline.stream.batch import Batch, make_batch
-from memshard.data_pipeline.stream.epoch_order import epoch_order
+from memshard.data_pipeline.format.kinds import Order
+from memshard.data_pipeline.stream.batch import Batch
+from memshard.data_pipeline.stream.order.best_fit import BestFit
+from memshard.data_pipeline.stream.order.joined import Joined
 from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
+
+ORDERS: tuple[Order, ...] = get_args(Order)[1:]
 
 
 class TrainStream:
-    """Training sequences of a data folder whose texts are packed: joined end to end and cut.
+    """Training sequences of a data folder of texts.
 
-    An epoch's tokens are cut into `text_lanes` equal lanes, as many as the global batch has
-    sequences. A batch takes one sequence of each lane, so that row r of a batch continues row r of
-    the one before: sample s is number s // text_lanes of lane s % text_lanes. Neighbouring
-    sequences of a lane overlap by one token, so every token but a lane's first is predicted once an
-    epoch. Nothing here knows about ranks (`rank_share` does). tolerance: share of the tokens that
-    may be damaged, see SplitReader.
+    order: contiguous, an epoch's documents are joined and cut into `text_lanes` equal lanes, as
+    many as the global batch has sequences, and a batch takes one sequence of each lane, so that row
+    r of a batch continues row r of the one before; shuffled, they are joined and cut in one lane,
+    whose sequences are permuted; best-fit, whole documents are packed into sequences, which are
+    permuted. Nothing here knows about ranks (`rank_share` does). tolerance: share of the tokens
+    that may be damaged, see SplitReader.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class TrainStream:
         text_lanes: int,
         seed: int,
         tolerance: float = TOLERANCE,
+        order: Order = "contiguous",
     ) -> None:
         for name, value, least in (
             ("data.length", length, 1),
@@ -38,29 +45,27 @@ class TrainStream:
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if order not in ORDERS:
+            raise ValueError(f"data.order is {order}; choose one of {', '.join(ORDERS)}")
         self._reader = SplitReader(path, TRAIN, tolerance)
-        self._length, self.text_lanes, self._seed = length, text_lanes, seed
+        self.text_lanes = text_lanes
         self.tokenizer = self._reader.index.tokenizer_sha256
-        tokens = int(self._reader.lengths.sum())
-        # The remainder, fewer tokens than lanes, is left out; each epoch's order leaves out others.
-        self._lane_tokens = tokens // text_lanes
-        # A sequence needs a token more than it has inputs, and shares it with the next one.
-        positions = (self._lane_tokens - 1) // length
-        if positions < 1:
+        self._contiguous = order == "contiguous"
+        self.order: BestFit | Joined
+        if order == "best-fit":
+            self.order = BestFit(self._reader, length, seed)
+        else:
+            lanes = text_lanes if self._contiguous else 1
+            self.order = Joined(self._reader, length, lanes, seed, not self._contiguous)
+        self.samples_per_epoch = self.order.samples
+        if self.samples_per_epoch < 1:
             raise ValueError(
-                f"{path} holds {tokens:,} training tokens, too few for one step of train.batch "
-                f"{text_lanes} x data.length {length} (+ 1 each, {text_lanes * (length + 1):,} "
-                "tokens): lower train.batch or data.length, or build from more text"
+                f"{path} holds {int(self._reader.lengths.sum()):,} training tokens, too few for "
+                f"one step of train.batch {text_lanes} x data.length {length} (+ 1 each, "
+                f"{text_lanes * (length + 1):,} tokens): lower train.batch or data.length, or "
+                "build from more text"
             )
-        self.samples_per_epoch = positions * text_lanes
-        identity = (
-            # "lanes 1" is the version of this rule: another rule would need another, so that no run
-            # resumes on another order.
-            f"lanes 1, index {self._reader.index.fingerprint}, seed {seed}, length "
-            f"{length}, lanes {text_lanes}"
-        )
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.fingerprint = hashlib.sha256(self.order.identity.encode()).hexdigest()
 
     def batch(self, first: int, count: int) -> Batch:
         """Return global samples first to first + count - 1, counted from the start of the run and
@@ -71,42 +76,42 @@ class TrainStream:
                 f"samples from {first}, {count} of them: the first must be at least 0 and the "
                 "count at least 1"
             )
-        samples = first + np.arange(count)
-        epochs, within = np.divmod(samples, self.samples_per_epoch)
-        lane, number = within % self.text_lanes, within // self.text_lanes
-        begins = lane * self._lane_tokens + number * self._length
-        parts = [
-            self._reader.read(*self._order(int(epoch)), begins[epochs == epoch], self._length + 1)
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        batches = [
+            self.order.batch(epoch, numbers, samples)
+            for epoch, numbers, samples in self._by_epoch(first, count)
         ]
-        tokens, documents, masked = (np.concatenate(fields) for fields in zip(*parts, strict=True))
-        return make_batch(tokens, documents, masked, samples)
+        if len(batches) == 1:
+            return batches[0]
+        return Batch(*(torch.cat(fields) for fields in zip(*batches, strict=True)))
+
+    def predicted(self, first: int, count: int) -> int:
+        """Return how many tokens these samples predict, damaged ones included."""
+        return sum(
+            self.order.predicted(epoch, numbers)
+            for epoch, numbers, _ in self._by_epoch(first, count)
+        )
 
     def continues(self, samples: Tensor) -> Tensor:
         """Tell which samples continue the one `text_lanes` before them, the last of their lane; the
-        others begin an epoch. Bool of the shape of `samples`.
+        others begin an epoch, and in other orders than contiguous all are others. Bool of the shape
+        of `samples`.
 
         A state carried from step to step belongs to a lane, samples % text_lanes: a row of the
         global batch, whatever the number of ranks. It starts afresh where this is False.
         """
-        return samples % self.samples_per_epoch >= self.text_lanes
+        return (samples % self.samples_per_epoch >= self.text_lanes) & self._contiguous
 
     def tokens_read(self, step: int) -> int:
-        """Return the number of tokens read in a step, by all ranks."""
-        return self.text_lanes * self._length
+        """Return the number of tokens read to predict them in a step, by all ranks."""
+        return self.predicted(step * self.text_lanes, self.text_lanes)
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents of an epoch in order, and where each begins in the epoch's tokens.
-        The last two epochs are remembered.
+    def _by_epoch(self, first: int, count: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Return (epoch, sequences of the epoch, samples) for each epoch with some of the samples,
+        int64.
         """
-        if epoch not in self._orders:
-            while len(self._orders) > 1:
-                # Two, since a batch may span the end of an epoch; an order of 10 million documents
-                # has 160 MB.
-                del self._orders[next(iter(self._orders))]
-            order = epoch_order(len(self._reader.lengths), self.text_lanes, self._seed, epoch)
-            self._orders[epoch] = (
-                order,
-                np.concatenate([[0], np.cumsum(self._reader.lengths[order])]),
-            )
-        return self._orders[epoch]
+        samples = first + np.arange(count)
+        epochs, numbers = np.divmod(samples, self.samples_per_epoch)
+        return [
+            (epoch, numbers[epochs == epoch], samples[epochs == epoch])
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]

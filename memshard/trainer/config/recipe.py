@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from memshard.data_pipeline.format.kinds import Order
 from memshard.models.config import ModelConfig
 from memshard.models.mixers.kinds import MixerKind, names
 from memshard.parallel.tables.layouts import LAYOUTS
@@ -40,6 +41,13 @@ class DataConfig:
     mixture_by: Literal["weight", "epochs"] = "weight"
     """Meaning of a weight in the mixture: weight, the folder's share of the samples; epochs, how
     often the folder is read in an epoch of the mixture.
+    """
+
+    order: Order = "auto"
+    """Order of the training sequences. contiguous: each row of a batch goes on where that of the
+    step before ended, as train.carry_state needs; shuffled: the sequences of joined documents,
+    permuted; best-fit: whole documents packed into sequences, which begin with a document or go on
+    in a long one, permuted. auto: contiguous. Records (pairs, images) have an order of their own.
     """
 
     document_mask: bool = False
@@ -302,6 +310,11 @@ def _check_states(recipe: Recipe) -> None:
         raise ValueError(
             "train.carry_state needs rows that go on, and data.mixture draws each from any "
             "folder: leave one of them out"
+        )
+    if train.carry_state and recipe.data.order not in ("auto", "contiguous"):
+        raise ValueError(
+            "train.carry_state needs rows that go on, and data.order is "
+            f"{recipe.data.order}: leave one of them out, or set data.order to contiguous"
         )
     reversible = model.residual == "reversible"
     if train.segments > 1 and (reversible or train.checkpointing != "none" or train.chunk):

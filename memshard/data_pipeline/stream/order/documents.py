@@ -1,7 +1,7 @@
-"""The order of an epoch: a pure function of (seed, epoch, number of documents, lanes).
+"""The order of an epoch's documents: a pure function of (seed, epoch, number of documents, lanes).
 
 Blocks of neighbouring documents are permuted, then documents are shuffled inside windows of some
-blocks. The streams join them in this order and cut the tokens into equal lanes: whatever the
+blocks. Streams of joined documents cut the tokens in this order into equal lanes: whatever the
 documents' sizes, every epoch has the same number of samples, and loses less than one a lane.
 """
 
@@ -14,13 +14,16 @@ WINDOW = 16  # blocks shuffled together
 BLOCKS_PER_LANE = 100
 
 
-def epoch_order(documents: int, lanes: int, seed: int, epoch: int) -> np.ndarray:
-    """Return document numbers in reading order, int64 [documents], each once.
+def epoch_order(
+    documents: int, lanes: int, seed: int, epoch: int, max_block: int = MAX_BLOCK
+) -> np.ndarray:
+    """Return document numbers in reading order, int64 [documents], each once. max_block: of
+    documents that stay neighbours until the window shuffle.
 
     Only raw Philox output is used, which numpy promises never to change; it does not promise that
     of its shuffles.
     """
-    block = int(np.clip(documents // (BLOCKS_PER_LANE * lanes), 1, MAX_BLOCK))
+    block = int(np.clip(documents // (BLOCKS_PER_LANE * lanes), 1, max_block))
     random = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     blocks = np.argsort(random.random_raw(-(-documents // block)), kind="stable")
     order: np.ndarray = (blocks[:, None] * block + np.arange(block)).ravel()
