@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from memshard.data_pipeline.format.index import TRAIN, load_index
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.stream.reader import SplitReader
-from memshard.data_pipeline.stream.train_stream import TrainStream
+from memshard.data_pipeline.stream.train_stream import ORDERS, TrainStream
 from memshard.data_pipeline.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 400_000
@@ -84,18 +85,20 @@ def show(result: dict[str, Any]) -> None:
 
 
 def stream_rates(path: str, lengths: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Return tokens a second of the training stream by row length, and of stock webdataset reading
-    and decoding the same shards.
+    """Return tokens a second of the training stream by order and row length, padding not counted,
+    and of stock webdataset reading and decoding the same shards.
     """
     actions: dict[str, Action] = {
-        f"stream, rows of {length}": _stream(path, length) for length in lengths
+        f"{order}, rows of {length}": _stream(path, length, order)
+        for length in lengths
+        for order in ORDERS
     }
     actions["webdataset, whole shards"] = lambda: _webdataset(path)
     return _rates(actions, rounds)
 
 
-def _stream(path: str, length: int) -> Action:
-    stream = TrainStream(path, length, LANES, 0)
+def _stream(path: str, length: int, order: Order) -> Action:
+    stream = TrainStream(path, length, LANES, 0, order=order)
     place = 0
 
     def read() -> float:
@@ -103,7 +106,8 @@ def _stream(path: str, length: int) -> Action:
         tokens = 0
         while tokens < 5 * SAMPLE_TOKENS:
             # The place only grows, as in training: beyond the first epoch, in a new order.
-            tokens += stream.batch(place, LANES).inputs.numel()
+            stream.batch(place, LANES)
+            tokens += stream.predicted(place, LANES)
             place += LANES
         return tokens
 

@@ -119,10 +119,17 @@ class SplitReader:
             self._check(document)
         tokens = np.full(count, self.index.eos_id, dtype=np.int64)
         masked = np.zeros(count, dtype=bool)
-        for document, at, to, size in zip(
-            documents.tolist(), sources.tolist(), targets.tolist(), sizes.tolist(), strict=True
+        # Looked up for all parts at once: one by one, numpy takes longer than reading the bytes.
+        looked_up = (self.damaged, self._shard_of, self._offsets)
+        for document, damaged, shard, offset, at, to, size in zip(
+            documents.tolist(),
+            *(values[documents].tolist() for values in looked_up),
+            sources.tolist(),
+            targets.tolist(),
+            sizes.tolist(),
+            strict=True,
         ):
-            part = None if self.damaged[document] else self._token_range(document, at, size)
+            part = None if damaged else self._token_range(document, shard, offset, at, size)
             if part is None:
                 masked[to : to + size] = True
             else:
@@ -142,12 +149,17 @@ class SplitReader:
         self._checked[document] = True
         self._whole(document, int(self.lengths[document]) * self._dtype.itemsize)
 
-    def _token_range(self, document: int, begin: int, size: int) -> np.ndarray | None:
-        """Return tokens begin to begin + size - 1 of a document, or None if they are damaged."""
+    def _token_range(
+        self, document: int, shard: int, offset: int, begin: int, size: int
+    ) -> np.ndarray | None:
+        """Return tokens begin to begin + size - 1 of the document at `offset` of a shard, or None
+        if they are damaged.
+        """
         if self._tokenizer is not None:
             tokens = self._tokens(document, self._tokenizer)
             return None if tokens is None else tokens[begin : begin + size]
-        content = self._bytes(document, begin * self._dtype.itemsize, size * self._dtype.itemsize)
+        width = self._dtype.itemsize
+        content = self._bytes(document, shard, offset + begin * width, size * width)
         return None if content is None else np.frombuffer(content, dtype=self._dtype)
 
     def _tokens(self, document: int, tokenizer: Tokenizer) -> np.ndarray | None:
@@ -173,27 +185,24 @@ class SplitReader:
         """Return a document's bytes, all `size`; mask it and return None if they cannot be read or
         fail their checksum.
         """
-        content = self._bytes(document, 0, size)
+        shard, offset = int(self._shard_of[document]), int(self._offsets[document])
+        content = self._bytes(document, shard, offset, size)
         if content is None or zlib.crc32(content) == self._checksums[document]:
             return content
         # What a cache holds may have been damaged there: only what comes from the source counts.
-        if self._files.drop_cached(
-            int(self._shard_of[document]), int(self._offsets[document]), size
-        ):
-            content = self._bytes(document, 0, size)
+        if self._files.drop_cached(shard, offset, size):
+            content = self._bytes(document, shard, offset, size)
             if content is None or zlib.crc32(content) == self._checksums[document]:
                 return content
         self._mask(document, "its content differs from its checksum")
         return None
 
-    def _bytes(self, document: int, begin: int, size: int) -> bytes | None:
-        """Return bytes begin to begin + size - 1 of a document; mask it and return None if they
-        cannot be read.
+    def _bytes(self, document: int, shard: int, begin: int, size: int) -> bytes | None:
+        """Return bytes begin to begin + size - 1 of a shard, which are of a document; mask it and
+        return None if they cannot be read.
         """
         try:
-            content = self._files.read(
-                int(self._shard_of[document]), int(self._offsets[document]) + begin, size
-            )
+            content = self._files.read(shard, begin, size)
             if len(content) == size:
                 return content
             self._mask(document, f"the file ends {size - len(content)} bytes early")

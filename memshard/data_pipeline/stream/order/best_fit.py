@@ -6,23 +6,26 @@ import numpy as np
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch, make_batch
 from memshard.data_pipeline.stream.order.packing import pack
-from memshard.data_pipeline.stream.order.permutation import WINDOW_TOKENS, permuted
+from memshard.data_pipeline.stream.order.permutation import BLOCK_TOKENS, WINDOW_TOKENS, permuted
 from memshard.data_pipeline.stream.reader import SplitReader
 
-# Neighbouring documents that are packed together have about as many tokens, and as many groups of
-# them are shuffled together as have WINDOW_TOKENS.
-PACK_TOKENS = 1 << 23
-_PACKS = WINDOW_TOKENS // PACK_TOKENS
+# Documents are packed together by blocks of neighbours, from all over the corpus: 32 blocks of 2^20
+# tokens, about as many as a fetch of a remote corpus. Larger packs have fewer sizes to count: 40
+# million documents take seconds. Two packs are shuffled together.
+PACK_BLOCKS = 32
+_PACKS = WINDOW_TOKENS // (PACK_BLOCKS * BLOCK_TOKENS)
 
 
 class Parts(NamedTuple):
-    """Parts of documents in rows; arrays int64 [parts] in the order of rows, but for the first.
+    """Parts of documents in rows; arrays int64 [parts] in the order of rows, but for the first two.
 
-    begins [rows + 1]: each row's first part. documents: their numbers. sources: first token in the
-    document. columns: first place in the row. sizes: tokens.
+    begins [rows + 1]: each row's first part. predicted [rows]: tokens that it predicts. documents:
+    their numbers. sources: first token in the document. columns: first place in the row. sizes:
+    tokens.
     """
 
     begins: np.ndarray
+    predicted: np.ndarray
     documents: np.ndarray
     sources: np.ndarray
     columns: np.ndarray
@@ -33,7 +36,7 @@ class BestFit:
     """Rows that begin with a document, or go on in one that is longer than a row.
 
     A long document is cut into rows from its beginning; its rest and all other documents of a pack
-    of neighbours go into rows by best-fit decreasing. Every token after a document's first is
+    go into rows by best-fit decreasing. Every token after a document's first is
     predicted once an epoch; the first ones are where another document goes before them. The rows
     are the same in every epoch. Their order is not: packs are permuted, then the rows of some packs
     together. samples, identity: as of Joined. padding: share of the places without a token.
@@ -41,23 +44,19 @@ class BestFit:
 
     def __init__(self, reader: SplitReader, length: int, seed: int) -> None:
         self._reader, self._length, self._seed = reader, length, seed
-        lengths = reader.lengths
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(reader.lengths)
         tokens = int(ends[-1]) if len(ends) else 0
-        inner = np.searchsorted(ends, np.arange(PACK_TOKENS, tokens, PACK_TOKENS))
-        # A document longer than a pack is one of its own, or ends one.
-        self._edges = np.unique(np.concatenate([[0], inner, [len(lengths)]]))
-        self._rows = np.array(
-            [
-                _count(lengths[begin:end], length)
-                for begin, end in zip(self._edges[:-1], self._edges[1:], strict=True)
-            ],
-            dtype=np.int64,
-        )
+        inner = np.searchsorted(ends, np.arange(BLOCK_TOKENS, tokens, BLOCK_TOKENS))
+        # A document longer than a block leaves none between its ends.
+        self._edges = np.unique(np.concatenate([[0], inner, [len(ends)]]))
+        self._packs = -(-(len(self._edges) - 1) // PACK_BLOCKS)
+        counts = [self._count(pack) for pack in range(self._packs)]
+        self._rows = np.array([rows for rows, _ in counts], dtype=np.int64)
         self.samples = int(self._rows.sum())
         # The first token of a row that goes on in a document is the last one of the row before.
-        placed = tokens + int(_whole_rows(lengths, length).sum())
-        self.padding = 1 - placed / max(self.samples * (length + 1), 1)
+        self.padding = 1 - (tokens + sum(filled for _, filled in counts)) / max(
+            self.samples * (length + 1), 1
+        )
         # As of Joined: the version of this rule.
         self.identity = (
             f"best-fit 1, index {reader.index.fingerprint}, seed {seed}, length {length}"
@@ -67,7 +66,8 @@ class BestFit:
 
     def batch(self, epoch: int, numbers: np.ndarray, samples: np.ndarray) -> Batch:
         """Return rows of an epoch, ascending numbers int64 [n], as a batch of `samples`."""
-        parts, width = self._parts(epoch, numbers), self._length + 1
+        parts = _join([_take(*chosen) for chosen in self._rows_of(epoch, numbers)])
+        width = self._length + 1
         counts = np.diff(parts.begins)
         rows = np.repeat(np.arange(len(numbers)), counts)
         tokens, masked = self._reader.read_parts(
@@ -91,11 +91,10 @@ class BestFit:
 
     def predicted(self, epoch: int, numbers: np.ndarray) -> int:
         """Return how many tokens these rows predict."""
-        parts = self._parts(epoch, numbers)
-        return int(parts.sizes.sum()) - len(numbers) - int(_goes_on(parts).sum())
+        return sum(int(plan.predicted[rows].sum()) for plan, rows in self._rows_of(epoch, numbers))
 
-    def _parts(self, epoch: int, numbers: np.ndarray) -> Parts:
-        """Return the parts in these rows of an epoch."""
+    def _rows_of(self, epoch: int, numbers: np.ndarray) -> list[tuple[Parts, np.ndarray]]:
+        """Return the plans that have these rows of an epoch, and which of their rows those are."""
         order, edges = self._order(epoch)
         groups = np.searchsorted(edges, numbers, side="right") - 1
         last = len(edges) - 2
@@ -105,8 +104,8 @@ class BestFit:
             places = numbers[groups == group] - begin
             rows = permuted(places, end - begin, self._seed, epoch, group)
             packs = order[group * _PACKS : None if group == last else (group + 1) * _PACKS]
-            chosen.append(_take(self._plan(epoch, group, packs), rows))
-        return chosen[0] if len(chosen) == 1 else _join(chosen)
+            chosen.append((self._plan(epoch, group, packs), rows))
+        return chosen
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the packs in the order of an epoch, and the first row of each group that is
@@ -117,7 +116,7 @@ class BestFit:
                 del self._orders[next(iter(self._orders))]
             # Apart from the keys of documents.py, mixture.py, records.py and permutation.py.
             key = np.array([self._seed, (1 << 43) + epoch], dtype=np.uint64)
-            random = np.random.Philox(key=key).random_raw(len(self._rows))
+            random = np.random.Philox(key=key).random_raw(self._packs)
             order = np.argsort(random, kind="stable")
             rows = self._rows[order]
             # The last group takes what is left over: a short one would mix little.
@@ -133,65 +132,63 @@ class BestFit:
         if (epoch, group) not in self._plans:
             while len(self._plans) > 1:
                 del self._plans[next(iter(self._plans))]
-            self._plans[epoch, group] = _join(
-                [
-                    _pack_rows(
-                        self._reader.lengths,
-                        int(self._edges[pack]),
-                        int(self._edges[pack + 1]),
-                        self._length,
-                    )
-                    for pack in packs
-                ]
-            )
+            self._plans[epoch, group] = _join([self._pack_rows(int(pack)) for pack in packs])
         return self._plans[epoch, group]
 
+    def _documents(self, pack: int) -> np.ndarray:
+        """Return the documents of a pack: blocks at equal distances."""
+        blocks = range(pack, len(self._edges) - 1, self._packs)
+        ranges = [np.arange(self._edges[block], self._edges[block + 1]) for block in blocks]
+        return np.concatenate(ranges)
 
-def _whole_rows(lengths: np.ndarray, length: int) -> np.ndarray:
-    """Return the rows that each document fills before its rest of 1 to length + 1 tokens."""
-    # A row predicts `length` tokens, and n tokens are n - 1 to predict: of length + 2 tokens one is
-    # left over.
-    return np.maximum(lengths - 2, 0) // length
+    def _sizes(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows that each document fills before its rest of at most length + 1 tokens,
+        the size of its rest, and how many have each size.
+        """
+        lengths = self._reader.lengths[documents]
+        # A row predicts `length` tokens, and of n tokens n - 1 are predicted: length + 2 tokens
+        # leave one to predict, a rest of two.
+        whole = np.maximum(lengths - 2, 0) // self._length
+        rests = lengths - whole * self._length
+        return whole, rests, np.bincount(rests, minlength=self._length + 2)
 
+    def _count(self, pack_number: int) -> tuple[int, int]:
+        """Return the number of rows of a pack, and of those that long documents fill."""
+        whole, _, counts = self._sizes(self._documents(pack_number))
+        filled = int(whole.sum())
+        return filled + pack(counts, self._length + 1)[1], filled
 
-def _count(lengths: np.ndarray, length: int) -> int:
-    """Return the number of rows that documents of these lengths are packed into."""
-    whole = _whole_rows(lengths, length)
-    counts = np.bincount(lengths - whole * length, minlength=length + 2)
-    return int(whole.sum()) + pack(counts, length + 1)[1]
+    def _pack_rows(self, pack_number: int) -> Parts:
+        """Return the rows of a pack."""
+        documents, length = self._documents(pack_number), self._length
+        whole, rests, counts = self._sizes(documents)
+        places, bins = pack(counts, length + 1)
+        # Those of falling size, as `pack` places them; empty documents are last and left out.
+        items = np.argsort(-rests, kind="stable")[: len(rests) - counts[0]]
+        bin_of = np.concatenate(
+            [np.zeros(0, dtype=np.int64)]
+            + [first + np.arange(count) // each for count, first, each in places]
+        )
+        by_bin = np.argsort(bin_of, kind="stable")
+        items, in_bins = items[by_bin], np.bincount(bin_of, minlength=bins)
+        starts = np.cumsum(in_bins) - in_bins
+        columns = np.cumsum(rests[items]) - rests[items]
+        columns -= np.repeat(columns[starts], in_bins)
 
-
-def _pack_rows(lengths: np.ndarray, first: int, stop: int, length: int) -> Parts:
-    """Return the rows of documents first to stop - 1."""
-    lengths = lengths[first:stop]
-    whole = _whole_rows(lengths, length)
-    rests = lengths - whole * length
-    counts = np.bincount(rests, minlength=length + 2)
-    places, bins = pack(counts, length + 1)
-    # Those of falling size, as `pack` places them; empty documents are last and left out.
-    items = np.argsort(-rests, kind="stable")[: len(rests) - counts[0]]
-    bin_of = np.concatenate(
-        [np.zeros(0, dtype=np.int64)]
-        + [first_bin + np.arange(count) // each for count, first_bin, each in places]
-    )
-    by_bin = np.argsort(bin_of, kind="stable")
-    items, in_bins = items[by_bin], np.bincount(bin_of, minlength=bins)
-    starts = np.cumsum(in_bins) - in_bins
-    ends = np.cumsum(rests[items])
-    columns = ends - rests[items]
-    columns -= np.repeat(columns[starts], in_bins)
-
-    longs = np.repeat(np.arange(len(lengths)), whole)
-    within = np.arange(len(longs)) - np.repeat(np.cumsum(whole) - whole, whole)
-    return Parts(
-        begins=np.concatenate(
-            [np.arange(len(longs)), len(longs) + starts, [len(longs) + len(items)]]
-        ),
-        documents=first + np.concatenate([longs, items]),
-        sources=length * np.concatenate([within, whole[items]]),
-        columns=np.concatenate([np.zeros_like(longs), columns]),
-        sizes=np.concatenate([np.full_like(longs, length + 1), rests[items]]),
-    )
+        longs = np.repeat(np.arange(len(documents)), whole)
+        within = np.arange(len(longs)) - np.repeat(np.cumsum(whole) - whole, whole)
+        begins = np.concatenate([np.arange(len(longs)), len(longs) + starts])
+        parts = Parts(
+            begins=np.append(begins, len(longs) + len(items)),
+            predicted=begins,
+            documents=documents[np.concatenate([longs, items])],
+            sources=length * np.concatenate([within, whole[items]]),
+            columns=np.concatenate([np.zeros_like(longs), columns]),
+            sizes=np.concatenate([np.full_like(longs, length + 1), rests[items]]),
+        )
+        # Without the first token of a row, and of what goes on in a document inside a row.
+        predicted = np.add.reduceat(parts.sizes - _goes_on(parts), begins) - 1
+        return parts._replace(predicted=predicted)
 
 
 def _take(parts: Parts, rows: np.ndarray) -> Parts:
@@ -200,11 +197,13 @@ def _take(parts: Parts, rows: np.ndarray) -> Parts:
     counts = parts.begins[rows + 1] - starts
     begins = np.concatenate([[0], np.cumsum(counts)])
     chosen = np.arange(begins[-1]) + np.repeat(starts - begins[:-1], counts)
-    return Parts(begins, *(field[chosen] for field in parts[1:]))
+    return Parts(begins, parts.predicted[rows], *(field[chosen] for field in parts[2:]))
 
 
 def _join(plans: list[Parts]) -> Parts:
     """Return the rows of all plans, one after the other."""
+    if len(plans) == 1:
+        return plans[0]
     offsets = np.cumsum([0] + [plan.begins[-1] for plan in plans])
     begins = [plan.begins[:-1] + offset for plan, offset in zip(plans, offsets, strict=False)]
     return Parts(

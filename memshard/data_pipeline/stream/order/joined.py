@@ -4,12 +4,12 @@ import numpy as np
 
 from memshard.data_pipeline.stream.batch import Batch, make_batch
 from memshard.data_pipeline.stream.order.documents import MAX_BLOCK, epoch_order
-from memshard.data_pipeline.stream.order.permutation import WINDOW_TOKENS, permuted
+from memshard.data_pipeline.stream.order.permutation import (
+    BLOCK_TOKENS,
+    WINDOW_TOKENS,
+    permuted,
+)
 from memshard.data_pipeline.stream.reader import SplitReader
-
-# Documents that stay neighbours where sequences are shuffled over the whole window anyway: fetches
-# of a remote corpus have 4 MiB.
-BLOCK_TOKENS = 1 << 20
 
 
 class Joined:

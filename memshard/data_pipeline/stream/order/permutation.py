@@ -1,17 +1,19 @@
 """Keyed permutations of sample numbers: any element alone, without a table."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
-# Sequences of this many tokens are shuffled together, consecutive ones in the order of documents.
-# A document of 64 k tokens is then spread over 2^26 tokens; and what a rank of a run on remote
-# shards touches at a time are as many, 128 MiB.
+# Sequences of this many tokens are shuffled together: a document of 65,536 tokens is spread over a
+# thousand times as many. They come from blocks of neighbouring documents of about BLOCK_TOKENS, in
+# half of which fetches of 4 MiB from a remote corpus find what they want.
 WINDOW_TOKENS = 1 << 26
+BLOCK_TOKENS = 1 << 20
 ROUNDS = 8
-# The constants of splitmix64 (Steele et al. 2014), a hash of 64 bits.
+# The multipliers of splitmix64 (Steele et al. 2014), a hash of 64 bits.
 _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_SHIFT_1, _SHIFT_2 = np.uint64(30), np.uint64(27)
+_HALF = np.uint64(32)
 
 
 def permuted(numbers: np.ndarray, size: int, seed: int, epoch: int, window: int) -> np.ndarray:
@@ -21,12 +23,7 @@ def permuted(numbers: np.ndarray, size: int, seed: int, epoch: int, window: int)
     and Rogaway 2002), whose two bases have a product of at least `size` and less than size +
     sqrt(size) + 1; what lands outside walks on along its cycle.
     """
-    keys = np.random.Philox(
-        # Keys from 2^42 on, apart from those of documents.py, mixture.py and records.py; the
-        # counter has a word of its own for the window.
-        key=np.array([seed, (1 << 42) + epoch], dtype=np.uint64),
-        counter=np.array([0, window, 0, 0], dtype=np.uint64),
-    ).random_raw(ROUNDS)
+    keys = _keys(seed, epoch, window)
     base = math.isqrt(size - 1) + 1
     return _walk(
         numbers.astype(np.uint64),
@@ -35,6 +32,17 @@ def permuted(numbers: np.ndarray, size: int, seed: int, epoch: int, window: int)
         np.uint64(base),
         keys,
     ).astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _keys(seed: int, epoch: int, window: int) -> np.ndarray:
+    """Return the keys of the rounds, uint64 [ROUNDS]."""
+    return np.random.Philox(
+        # Keys from 2^42 on, apart from those of documents.py, mixture.py and records.py; the
+        # counter has a word of its own for the window.
+        key=np.array([seed, (1 << 42) + epoch], dtype=np.uint64),
+        counter=np.array([0, window, 0, 0], dtype=np.uint64),
+    ).random_raw(ROUNDS)
 
 
 def _walk(
@@ -53,9 +61,7 @@ def _walk(
 
 
 def _hash(digits: np.ndarray, key: np.uint64) -> np.ndarray:
-    """Return 64 mixed bits of each digit; products wrap around at 2^64."""
-    mixed = digits ^ key
-    mixed = (mixed ^ (mixed >> _SHIFT_1)) * _MULTIPLIER_1
-    mixed = (mixed ^ (mixed >> _SHIFT_2)) * _MULTIPLIER_2
-    hashed: np.ndarray = mixed ^ (mixed >> np.uint64(31))
+    """Return 32 mixed bits of each digit; products wrap around at 2^64."""
+    mixed = (digits ^ key) * _MULTIPLIER_1
+    hashed: np.ndarray = ((mixed ^ (mixed >> _HALF)) * _MULTIPLIER_2) >> _HALF
     return hashed
