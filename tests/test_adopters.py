@@ -10,6 +10,8 @@ import torch
 import torch.distributed.checkpoint as DCP
 from torch import nn
 from torch.distributed.checkpoint import state_dict
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import AdamW, swa_utils
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -93,6 +95,79 @@ def test_a_memory_is_an_adapter_of_peft(tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     torch.testing.assert_close(loaded(tokens()).logits, wrapped.eval()(tokens()).logits)
+
+
+@pytest.mark.parametrize("part", ["values", "sub_keys"])
+def test_a_part_of_a_memory_is_trained_and_saved_by_peft(part: str, tmp_path: Path) -> None:
+    """With the statistics of its queries, which move in training."""
+    model = tiny_llama()
+    externalize_tables(model)
+    wrapped = _lora(model, modules_to_save=[part, "query_norm"])
+    tables = externalize_tables(wrapped)
+    before = copy.deepcopy(wrapped.state_dict())
+    train(wrapped, both_optimizers(wrapped, tables))
+    moved = [
+        name for name, new in wrapped.state_dict().items() if not torch.equal(new, before[name])
+    ]
+    assert [name for name in moved if f"mlp.{part}.modules_to_save.default" in name]
+    assert not [name for name in moved if "original_module.weight" in name]
+    wrapped.save_pretrained(tmp_path)
+    peft = pytest.importorskip("peft")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens()).logits, wrapped.eval()(tokens()).logits)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_memories_are_read(where: str, hidden: bool, tmp_path: Path) -> None:
+    """As device_map="auto" offloads models that are larger than a GPU."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_llama().eval()
+    externalize_tables(model) if hidden else None
+    logits = model(tokens()).logits
+    cpu = torch.device("cpu")
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=cpu)
+    assert model.model.layers[1].mlp.sub_keys.weight.is_meta
+    assert torch.equal(model(tokens()).logits, logits)
+
+
+def test_parts_that_are_pruned_or_parametrized_train() -> None:
+    """Visible values too; to hide those is refused."""
+    model = tiny_llama()
+    memory = model.model.layers[1].mlp
+    prune.l1_unstructured(memory.sub_keys, "weight", 0.5)
+    parametrizations.spectral_norm(memory.query)
+    tables = externalize_tables(model)
+    before = tables[0].weight.clone()
+    train(model, both_optimizers(model, tables))
+    assert float((memory.sub_keys.weight == 0).float().mean()) == 0.5
+    assert not torch.equal(tables[0].weight, before)
+    for change in (
+        lambda table: prune.l1_unstructured(table, "weight", 0.5),
+        lambda table: register_parametrization(table, "weight", nn.Identity()),
+    ):
+        model = tiny_llama()
+        table = model.model.layers[1].mlp.values
+        change(table)
+        before = table.weight.clone()
+        train(model, AdamW(model.parameters(), 1e-2))
+        model(tokens())
+        assert not torch.equal(table.weight, before)
+        with pytest.raises(ValueError, match="values are no plain parameter any more"):
+            externalize_tables(model)
+
+
+def test_values_that_are_assigned_as_a_parameter_go_on_learning() -> None:
+    """To a hidden table, for which there is an optimizer."""
+    model = tiny_llama()
+    (table,) = externalize_tables(model)
+    optimizer = both_optimizers(model, [table])
+    table.weight = nn.Parameter(torch.zeros_like(table.weight))
+    train(model, optimizer)
+    assert table.hidden and table.weight.any()
 
 
 def test_a_layer_that_peft_copies_after_hiding_is_refused() -> None:

@@ -259,6 +259,41 @@ def test_what_is_frozen_before_it_is_hidden_stays_frozen(only: str) -> None:
     assert hidden.first.values.reads
 
 
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+def test_a_table_that_learns_alone_before_it_is_hidden_goes_on(
+    kind: type[ProductKeyMemory],
+) -> None:
+    """As by a regular expression over the names of parameters."""
+    visible = _Model(kind, False, _call)
+    for name, parameter in visible.named_parameters():
+        parameter.requires_grad = "first.values" in name or "end" in name
+    hidden = deepcopy(visible)
+    _hide(hidden)
+    for model in (visible, hidden):
+        _loss(model).backward()
+    _assert_alike(visible, hidden)
+    assert hidden.first.values.reads and not hidden.second.values.reads
+
+
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+def test_a_shared_table_learns_from_the_layers_that_learn(kind: type[ProductKeyMemory]) -> None:
+    """Not from a frozen one; whether another's reads count, its flags cannot say. The table's own
+    `requires_grad_` decides for both.
+    """
+    separate, shared = (_Model(kind, share, _call) for share in (False, True))
+    separate.load_state_dict(shared.state_dict())
+    for model in (separate, shared):
+        _hide(model)
+        model.first.requires_grad_(False)
+        _loss(model).backward()
+    actual, expected = _gradients(shared), _gradients(separate)
+    torch.testing.assert_close(actual["first.values.weight"], expected["second.values.weight"])
+    shared.first.values.requires_grad_(False)
+    shared.first.values.drop_reads()
+    _loss(shared).backward()
+    assert not shared.first.values.reads
+
+
 def _transformer_ways() -> list[Callable[[Transformer, Tensor], None]]:
     def backward(model: Transformer, loss: Tensor) -> None:
         loss.backward()

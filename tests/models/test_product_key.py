@@ -158,6 +158,70 @@ def test_wrong_inputs_are_named() -> None:
         layer(torch.randn(3, 5))
     with pytest.raises(NotImplementedError, match="does not run under torch.func"):
         torch.func.vmap(layer)(torch.randn(3, 2, 6))
+    for x in (torch.tensor(1.0), torch.ones(3, 6, dtype=torch.int64), [1.0] * 6):
+        with pytest.raises(
+            TypeError, match=r"the input of ProductKeyMemory is a tensor \[..., 6\]"
+        ):
+            layer(x)
+
+
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+def test_a_mask_that_is_no_mask_of_tokens_is_refused(kind: type[ProductKeyMemory]) -> None:
+    """One of whole numbers, as tokenizers return, would number tokens: outputs of others."""
+    layer = kind(6, keys=5, heads=2, topk=3, key_dim=4)
+    x = torch.randn(2, 4, 6)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    for wrong in (mask, mask.float(), mask.tolist()):
+        with pytest.raises(TypeError, match=r"pass attention_mask.bool\(\)"):
+            layer(x, padding=wrong)
+    for shape in (mask[:, :3], mask[0], mask[..., None].expand(2, 4, 6)):
+        with pytest.raises(ValueError, match="padding has one number for each token"):
+            layer(x, padding=shape.bool())
+    assert not layer(x, padding=mask.bool())[mask == 0].any()
+
+
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer, ValueTable])
+def test_sizes_and_kinds_without_sense_are_named(kind: type[nn.Module]) -> None:
+    sizes: dict[str, Any] = {"dim": 6, "keys": 5, "heads": 2, "topk": 3, "key_dim": 4}
+    if kind is ValueTable:
+        sizes = {"dim": 6, "slots": 9}
+    for name in sizes:
+        for size in (0, -1):
+            with pytest.raises(ValueError, match=f"{name} is {size}; it must be at least 1"):
+                kind(**sizes | {name: size})
+        for odd in (4.0, "4", None, True):
+            with pytest.raises(ValueError, match=f"{name} is {odd!r}; it must be a whole number"):
+                kind(**sizes | {name: odd})
+    for dtype in ("bf16", torch.int8, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match="dtype is .*; it is torch.float32"):
+            kind(**sizes, dtype=dtype)
+    if kind is not ValueTable:
+        with pytest.raises(TypeError, match="values is Linear; it must be a ValueTable"):
+            kind(**sizes, values=nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("value_dim", [0, -3, 8.0])
+def test_a_width_of_values_without_sense_is_named(value_dim: Any) -> None:
+    """0 is not the default."""
+    with pytest.raises(ValueError, match=f"value_dim is {value_dim}; it must be"):
+        ProductKeyMemory(6, keys=5, topk=3, value_dim=value_dim, gate=True)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_reads_of_other_shapes_or_types_are_refused(hidden: bool) -> None:
+    table = ValueTable(9, 4)
+    table.hide() if hidden else None
+    rows = torch.tensor([[0, 1]])
+    for wrong, weights in (
+        (rows.float(), torch.ones(1, 2)),
+        (rows > 0, torch.ones(1, 2)),
+        (rows, torch.ones(1, 3)),
+        (rows[0], torch.ones(2)),
+    ):
+        with pytest.raises(ValueError, match=r"rows are integers \[tokens, reads\]"):
+            table.weighted_sum(wrong, weights)
+    with pytest.raises(ValueError, match=r"rows are integers \[tokens, reads\]"):
+        table.dot(rows, torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])

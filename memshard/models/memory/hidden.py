@@ -24,6 +24,7 @@ step leaves its reads behind, with a count that someone has scaled or cleared; w
 again and the count does not fit the reads, they are thrown away.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -43,6 +44,10 @@ ANCHOR_UNIT = 2.0**-40
 """Added to the anchor's gradient per read. Negligible in a global gradient norm; a power of two, so
 scaling it is exact.
 """
+
+
+_MANY_READS = 1000
+"""Far above the micro-batches of a step, times the layers that share a table."""
 
 
 class HideableTable(nn.Module):
@@ -84,7 +89,8 @@ class HideableTable(nn.Module):
     @property
     def hidden(self) -> bool:
         """True once the table is out of `parameters()`."""
-        return "weight" not in self._parameters
+        # Not by `_parameters`: pruning, parametrizations and FSDP take the weight out as well.
+        return "anchor" in self.__dict__
 
     @property
     def autograd_handle(self) -> Tensor:
@@ -112,6 +118,15 @@ class HideableTable(nn.Module):
     def hide(self) -> None:
         """Take the table out of `parameters()`; if it is frozen, it stays so."""
         if not self.hidden:
+            if not isinstance(self._parameters.get("weight"), nn.Parameter) or hasattr(
+                self.weight, "device_mesh"
+            ):
+                raise ValueError(
+                    "a table's values are no plain parameter any more: hide or split tables before "
+                    "FSDP wraps the model, and before its values are parametrized or pruned"
+                )
+            # Unfrozen in a frozen layer, it learns alone.
+            self.follows_layer = self.layer_learns or not self.weight.requires_grad
             # A table that was frozen together with its layer follows it from now on.
             learns = self.weight.requires_grad or not self.layer_learns
             values = self.weight.data
@@ -125,15 +140,15 @@ class HideableTable(nn.Module):
     @contextmanager
     def as_parameter(self) -> Iterator[None]:
         """Show the values of a hidden table as a parameter, for code that reads or writes these."""
-        hidden = self.hidden
-        if hidden:
+        shown = self.hidden and "weight" not in self._parameters
+        if shown:
             values = self.weight
             del self.weight
             self.weight = nn.Parameter(values, requires_grad=False)
         try:
             yield
         finally:
-            if hidden:
+            if shown:
                 values = self.weight.data
                 del self.weight
                 self.weight = values
@@ -169,6 +184,12 @@ class HideableTable(nn.Module):
             self.anchor.grad = None
         self.left_alone = not self.has_optimizer
         self.reads.append(read)
+        if len(self.reads) == _MANY_READS:
+            warnings.warn(
+                f"a hidden table has collected {_MANY_READS:,} reads since its RowAdam last "
+                "stepped, and keeps them all: is that optimizer in the training loop?",
+                stacklevel=1,
+            )
         # The maximum makes one pass without temporaries, and it keeps NaN.
         largest = [
             torch.linalg.vector_norm(x, torch.inf)

@@ -69,14 +69,20 @@ def experts_kept(size: MemorySize) -> float:
     )
 
 
+def check_sizes(prefix: str = "", **sizes: object) -> None:
+    """Raise ValueError for a size that is no whole number of at least 1, by its name."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{prefix}{name} is {value!r}; it must be a whole number")
+        if value < 1:
+            raise ValueError(f"{prefix}{name} is {value}; it must be at least 1")
+
+
 def check_product_keys(
     keys: int, heads: int, topk: int, key_dim: int, weighting: str, prefix: str = ""
 ) -> None:
     """Raise ValueError on sizes that do not fit. prefix: before the names, for the message."""
-    sizes = {"keys": keys, "heads": heads, "topk": topk, "key_dim": key_dim}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{prefix}{name} is {value}; it must be at least 1")
+    check_sizes(prefix, keys=keys, heads=heads, topk=topk, key_dim=key_dim)
     # Before anything is allocated: keys is easily mistaken for the number of slots.
     if keys > _MOST_KEYS:
         raise ValueError(
@@ -103,6 +109,8 @@ def check_value_dim(value_dim: int | None, dim: int, gate: bool, prefix: str = "
     """Raise ValueError unless values of this width can be added to the stream. prefix: before the
     names, for the message.
     """
+    if value_dim is not None:
+        check_sizes(prefix, value_dim=value_dim)
     if value_dim not in (None, dim) and not gate:
         raise ValueError(
             f"{prefix}value_dim is {value_dim} and the model's width {dim}: turn on {prefix}gate, "

@@ -91,7 +91,7 @@ class Peer(ProductKeyMemory):
         hidden = F.gelu(
             run_once(
                 replay,
-                partial(self.down.dot, rows),
+                partial(self.down, rows, product=True),
                 # fp32 at least: bf16 tokens with a bf16 table would ask for bf16 sums, which
                 # kernels do not form.
                 tokens.to(weights.dtype),
@@ -100,7 +100,7 @@ class Peer(ProductKeyMemory):
         )
         return run_once(
             replay,
-            partial(self.values.weighted_sum, rows),
+            partial(self.values, rows),
             # An expert's output is its value times a number, so it is read like any value,
             # with that number as weight; the weight's gradient leads on to the search and to
             # the down table.

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from memshard.models import compat
 from memshard.models.config import ModelConfig
+from memshard.models.memory.check_input import check_dtype, check_padding, kind_of
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.kinds import (
     QueryNormKind,
     WeightingKind,
     check_product_keys,
+    check_sizes,
     check_value_dim,
 )
 from memshard.models.memory.product_topk import product_topk
@@ -65,9 +67,13 @@ class ProductKeyMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(dim=dim)
         check_product_keys(keys, heads, topk, key_dim, weighting)
         check_value_dim(value_dim, dim, gate)
-        value_dim = value_dim or dim
+        value_dim = dim if value_dim is None else value_dim
+        check_dtype(dtype)
+        if not isinstance(values, ValueTable | None):
+            raise TypeError(f"values is {kind_of(values)}; it must be a ValueTable or None")
         if values is not None and (values.slots, values.dim) != (keys**2, value_dim):
             raise ValueError(
                 f"the shared table is {values.slots} x {values.dim}; this layer reads {keys**2} x "
@@ -120,8 +126,10 @@ class ProductKeyMemory(nn.Module):
         """
         parts = [part for part in self.children() if not isinstance(part, ValueTable)]
         own = [weight for part in parts for weight in part.parameters(recurse=False)]
-        # FSDP1 shows no weights at all.
-        return not own or any(weight.requires_grad for weight in own)
+        if not own:
+            # FSDP1 shows no weights at all; where adapters wrap all parts, there are theirs.
+            return not any(True for part in parts for _ in part.parameters())
+        return any(weight.requires_grad for weight in own)
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None
@@ -133,12 +141,18 @@ class ProductKeyMemory(nn.Module):
         replay: that of a pass which backward repeats; tables are then read, and statistics taken,
         only once.
         """
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim()):
+            raise TypeError(
+                f"the input of {type(self).__name__} is a tensor [..., {self.dim}] of floating "
+                f"point numbers, not {kind_of(x)}"
+            )
         if x.shape[-1] != self.dim:
             raise ValueError(
                 f"the input is {x.shape[-1]} wide, this {type(self).__name__} was made for "
                 f"{self.dim}: dim is the model's width"
             )
         if padding is not None:
+            check_padding(padding, x)
             # Not self(...): hooks on the layer act once.
             real = self.forward(x[padding], replay=replay)
             return real.new_zeros(x.shape).index_put((padding,), real)
@@ -160,7 +174,9 @@ class ProductKeyMemory(nn.Module):
         rows, weights = self.lookup(tokens, replay)
         return run_once(
             replay,
-            partial(self.values.weighted_sum, rows),
+            # Called, as all parts are: hooks of others, such as accelerate's that bring offloaded
+            # weights, act on calls.
+            partial(self.values, rows),
             weights,
             extra_inputs=[self.values.autograd_handle],
         )
@@ -192,7 +208,7 @@ class ProductKeyMemory(nn.Module):
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
         # multiplications a token.
         with torch.autocast(tokens.device.type, enabled=False):
-            first, second = self.sub_keys.scores(self.query_norm(z, replay))
+            first, second = self.sub_keys(self.query_norm(z, replay))
             watch = self.key_use if self.training else None
             if watch is not None:
                 first, second = watch.balanced(first, second)
@@ -247,7 +263,7 @@ class SubKeys(nn.Module):
         heads, _, keys, half = self.weight.shape
         return f"heads={heads}, keys=2 x {keys}, half={half}"
 
-    def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores of both halves, [tokens, heads, keys] each.
 
         queries: [tokens, heads, key_dim], fp32 at least.

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from memshard.models import compat
 from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.autograd import Dot, Fetch, FetchedDot, FetchedSum, WeightedSum
+from memshard.models.memory.check_input import check_dtype, check_reads
 from memshard.models.memory.hidden import HideableTable
 from memshard.models.memory.huge_pages import prefer_huge_pages
+from memshard.models.memory.kinds import check_sizes
 from memshard.models.memory.row_gradient import SortedReads, sort_reads
 from memshard.models.random import normal_rows
 
@@ -65,6 +67,8 @@ class ValueTable(HideableTable):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(slots=slots, dim=dim)
+        check_dtype(dtype)
         local_rows = range(slots) if local_rows is None else local_rows
         local_columns = range(dim) if local_columns is None else local_columns
         shape = len(local_rows), len(local_columns)
@@ -123,6 +127,10 @@ class ValueTable(HideableTable):
                 )
                 block.copy_(rows[:, columns] * self.dim**-0.5)
 
+    def forward(self, rows: Tensor, x: Tensor, product: bool = False) -> Tensor:
+        """Return `weighted_sum(rows, x)`, or with `product` `dot(rows, x)`."""
+        return self.dot(rows, x) if product else self.weighted_sum(rows, x)
+
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Return sum_j weights[t, j] * weight[rows[t, j]].
 
@@ -130,6 +138,7 @@ class ValueTable(HideableTable):
         of the two dtypes once the table is hidden and in the table's before. Gradients to weights
         are exact; those to the table are dense, or collected once it is hidden.
         """
+        check_reads(rows, weights.shape == rows.shape, weights)
         self._count(rows)
         return self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
 
@@ -139,6 +148,7 @@ class ValueTable(HideableTable):
         rows: [tokens, reads] integers; x: [tokens, dim]. Returns [tokens, reads], in the wider of
         the two dtypes. Gradients to x are exact; those to the table as in `weighted_sum`.
         """
+        check_reads(rows, x.shape[:1] == rows.shape[:1] and x.shape[1:] == (self.dim,), x)
         self._count(rows)
         return self._local_dot(rows.flatten(), x, bag_offsets(rows)).view(rows.shape)
 

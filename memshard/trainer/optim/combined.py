@@ -1,10 +1,10 @@
 """Several optimizers behind one, for trainers and schedulers that know a single one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
@@ -16,10 +16,14 @@ class CombinedOptimizer(Optimizer):
 
     `param_groups` and `state` are theirs, in order, so learning-rate schedulers, GradScaler,
     Lightning and Hugging Face's Trainer see one ordinary optimizer, with an ordinary `state_dict`.
+    TypeError for what is no optimizer, ValueError for none and for LBFGS.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers: tuple[Optimizer, ...] = ()
+        optimizers = tuple(_members(optimizers))
+        if not optimizers:
+            raise ValueError("no optimizers: CombinedOptimizer(AdamW(...), RowAdam(tables))")
         # Keys that all groups have: schedulers that cycle momentum look here for betas.
         shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
         defaults = {key: value for key, value in optimizers[0].defaults.items() if key in shared}
@@ -111,3 +115,22 @@ class CombinedOptimizer(Optimizer):
         """Gather again when one of the optimizers has loaded a state by itself."""
         for optimizer in self.optimizers:
             optimizer.register_load_state_dict_post_hook(lambda _: self._gather())
+
+
+def _members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """Yield the optimizers, those of a CombinedOptimizer in its place."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, CombinedOptimizer):
+            yield from optimizer.optimizers
+        elif isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS runs the model several times a step, which CombinedOptimizer does not: step "
+                "it by itself"
+            )
+        elif isinstance(optimizer, Optimizer):
+            yield optimizer
+        else:
+            raise TypeError(
+                f"CombinedOptimizer takes optimizers, not {type(optimizer).__name__}: "
+                "CombinedOptimizer(AdamW(...), RowAdam(tables))"
+            )

@@ -2,6 +2,7 @@
 clipping and checkpoints.
 """
 
+import copy
 import io
 from typing import Any
 
@@ -256,3 +257,39 @@ def test_tables_move_to_another_dtype_before_the_optimizer_is_built() -> None:
     table.weighted_sum(torch.tensor([[1]]), torch.ones(1, 1).double()).sum().backward()
     optimizer.step()
     assert table.weight.dtype == optimizer.state[table.anchor]["exp_avg"].dtype == torch.float64
+
+
+def test_what_is_no_optimizer_is_named() -> None:
+    with pytest.raises(ValueError, match="no optimizers"):
+        CombinedOptimizer()
+    model = nn.Linear(2, 2)
+    dense = AdamW(model.parameters())
+    for wrong in ([dense], 1, model):
+        with pytest.raises(TypeError, match=f"takes optimizers, not {type(wrong).__name__}"):
+            CombinedOptimizer(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LBFGS runs the model several times a step"):
+        CombinedOptimizer(torch.optim.LBFGS(model.parameters()))
+
+
+def test_an_optimizer_of_combined_ones_loads_what_it_saved() -> None:
+    """And a schedule reaches all of them after that."""
+    ends = []
+    for resumed in (False, True):
+        run, head = _Run(), nn.Linear(1, 1)
+        run.model.append(head)
+        run.optimizer = CombinedOptimizer(run.optimizer, AdamW(head.parameters(), 0.01))
+        for step in range(2):
+            run.step(step)
+        if resumed:
+            state = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+            run, head = _Run(), nn.Linear(1, 1)
+            run.model.append(head)
+            run.optimizer = CombinedOptimizer(run.optimizer, AdamW(head.parameters(), 0.01))
+            run.model.load_state_dict(state[0])
+            run.optimizer.load_state_dict(state[1])
+        for group in run.optimizer.param_groups:
+            group["lr"] *= 0.5
+        for step in range(2, 4):
+            run.step(step)
+        ends.append(run.model.state_dict())
+    torch.testing.assert_close(*ends, rtol=0, atol=0)

@@ -23,6 +23,57 @@ def test_numbers_out_of_range_are_refused(option: str, value: object) -> None:
         RowAdam(tables, **{option: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", "1e-3"), ("clip", None), ("betas", 0.9), ("betas", (0.9,))]
+)
+def test_what_is_no_number_is_named(option: str, value: Any) -> None:
+    tables = externalize_tables(ProductKeyMemory(8, **_SIZES))
+    with pytest.raises(ValueError, match=f"{option} is .*; it must be (a number|two numbers)"):
+        RowAdam(tables, **{option: value})
+
+
+def test_no_tables_are_named() -> None:
+    with pytest.raises(ValueError, match="there are no tables: externalize_tables"):
+        RowAdam(externalize_tables(nn.Linear(8, 8)))
+
+
+def test_a_group_that_would_never_be_stepped_is_refused() -> None:
+    tables = externalize_tables(ProductKeyMemory(8, **_SIZES))
+    other = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="a RowAdam takes no more groups"):
+        RowAdam(tables).add_param_group({"params": [other.weight]})
+
+
+def test_gradients_that_are_cleared_by_hand_are_gone() -> None:
+    """In a loop over param_groups, as over parameters."""
+    memory = ProductKeyMemory(8, **_SIZES)
+    optimizer = RowAdam(externalize_tables(memory))
+    memory(torch.ones(3, 8)).sum().backward()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    before = memory.values.weight.clone()
+    optimizer.step()
+    assert torch.equal(memory.values.weight, before) and not memory.values.reads
+
+
+def test_an_optimizer_that_never_steps_is_said() -> None:
+    """Once: every pass's reads are kept."""
+    memory = ProductKeyMemory(8, **_SIZES)
+    optimizer = RowAdam(externalize_tables(memory))
+
+    def passes(count: int) -> None:
+        for _ in range(count):
+            memory(torch.ones(1, 8)).sum().backward()
+
+    passes(999)
+    with pytest.warns(UserWarning, match="1,000 reads since its RowAdam last stepped"):
+        passes(1)
+    passes(1)
+    optimizer.step()
+    assert not memory.values.reads
+
+
 def test_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="externalize_tables"):
         RowAdam(ProductKeyMemory(8, **_SIZES).parameters())  # type: ignore[arg-type]

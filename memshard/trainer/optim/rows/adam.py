@@ -21,7 +21,7 @@ plain_rows.py says what `adam_rows` computes; cpu_rows.py and triton_rows.py do 
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -65,7 +65,7 @@ class RowAdam(Optimizer):
     In `param_groups` a table is represented by its `anchor` of two numbers (see hidden.py):
     GradScaler's unscaling and inf check, and clipping by the norm of all groups, act on the
     anchor's gradient, and `step` scales the row gradients accordingly. `zero_grad` forgets
-    collected reads. ValueError for tables that are not hidden, or unknown choices; `step` raises
+    collected reads. ValueError for no tables, visible ones or unknown choices; `step` raises
     RuntimeError for a table that `shard_tables` has not seen where there are several processes.
     """
 
@@ -80,7 +80,12 @@ class RowAdam(Optimizer):
         clip: float = 0.0,
         alone: bool = False,
     ) -> None:
-        self.tables = list(tables)
+        self.tables = [tables] if isinstance(tables, ValueTable) else list(tables)
+        if not self.tables:
+            raise ValueError(
+                "there are no tables: externalize_tables(model) returns those of the model's "
+                "memories, if it has any"
+            )
         for table in self.tables:
             if not (isinstance(table, ValueTable) and table.hidden):
                 raise ValueError(
@@ -93,6 +98,8 @@ class RowAdam(Optimizer):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
         for name, number, limit in (
             ("lr", lr, math.inf),
             ("betas[0]", betas[0], 1.0),
@@ -100,6 +107,8 @@ class RowAdam(Optimizer):
             ("eps", eps, math.inf),
             ("clip", clip, math.inf),
         ):
+            if not isinstance(number, float | int | Tensor):
+                raise ValueError(f"{name} is {number!r}; it must be a number")
             if not 0.0 <= number < limit:
                 raise ValueError(f"{name} is {number}; it must be at least 0 and below {limit}")
         self.semantics, self.rounding = semantics, rounding
@@ -131,6 +140,15 @@ class RowAdam(Optimizer):
         for table in self.tables:
             table.has_optimizer = True
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise ValueError: RowAdam updates the tables that it was made with, and no parameters."""
+        if self.param_groups:
+            raise ValueError(
+                "a RowAdam takes no more groups: make it with all tables, or make another for "
+                "other tables and combine them, CombinedOptimizer(first, second)"
+            )
+        super().add_param_group(param_group)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -143,6 +161,10 @@ class RowAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for table in self.tables:
+            if table.anchor.grad is None:
+                # Cleared by hand, over param_groups.
+                table.drop_reads()
         factor = self._clipping() if self.clip else 1.0
         group = {id(anchor): group for group in self.param_groups for anchor in group["params"]}
         for index, table in enumerate(self.tables):
