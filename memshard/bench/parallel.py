@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from memshard.bench.common.sizes import add_sizes, not_negative, positive
+from memshard.bench.common.sizes import add_sizes
 from memshard.experiments.common.repeated import median_low_high, range_text
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
 from memshard.models.context import Context
@@ -85,25 +85,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
         "--ranks",
-        type=positive,
+        type=int,
         default=2,
         metavar="N",
         help="processes of this machine, at least 2 (default 2)",
     )
     add_sizes(parser)
     parser.add_argument(
-        "--vocabulary", type=positive, default=8192, metavar="N", help="tokens (default 8,192)"
+        "--vocabulary", type=int, default=8192, metavar="N", help="tokens (default 8,192)"
     )
     parser.add_argument(
         "--keys",
-        type=not_negative,
+        type="from 0",
         default=0,
         metavar="N",
         help="sub-keys of a memory in the middle layer, 0 for none (default 0)",
     )
     parser.add_argument(
         "--rounds",
-        type=positive,
+        type=int,
         default=9,
         help="interleaved rounds whose median counts (default 9)",
     )

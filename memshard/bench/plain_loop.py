@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.bench.common.sizes import add_sizes, positive
+from memshard.bench.common.sizes import add_sizes
 from memshard.experiments.common.clock import interleave, now
 from memshard.experiments.common.repeated import median_low_high, range_text, ratios
 from memshard.models.config import MixerConfig, ModelConfig
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser)
     parser.add_argument(
         "--rounds",
-        type=positive,
+        type=int,
         default=9,
         help="interleaved rounds whose median counts (default 9)",
     )

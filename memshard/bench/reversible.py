@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from memshard.bench.common.peak_memory import freed_at_once, in_new_process
-from memshard.bench.common.sizes import not_negative
 from memshard.experiments.common.clock import interleave, now
 from memshard.experiments.common.repeated import median_range, ratios
 from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument(
         "--memory-every",
-        type=not_negative,
+        type="from 0",
         default=0,
         help="a product-key memory in every n-th layer (default none)",
     )

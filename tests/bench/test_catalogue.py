@@ -1,6 +1,5 @@
 """Every benchmark runs by `memshard bench NAME`, and no command of the docs has another name."""
 
-import argparse
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from memshard.bench.catalogue import BENCHMARKS
 from memshard.experiments.common import catalogue
+from memshard.launch.cli.bench import _BenchmarkParser
 from memshard.launch.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -105,8 +105,9 @@ def test_a_gpu_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_defaults_are_among_what_is_taken(name: str) -> None:
     """`memshard bench` refuses numbers below 1 of options that do not say otherwise."""
-    parser = argparse.ArgumentParser()
+    parser = _BenchmarkParser(benchmark=BENCHMARKS[name])
     import_module(BENCHMARKS[name].module).add_arguments(parser)
     for action in parser._actions:
-        values = action.default if isinstance(action.default, list) else [action.default]
-        assert action.type is not int or all(v is None or v >= 1 for v in values), action.dest
+        for value in action.default if isinstance(action.default, list) else [action.default]:
+            if isinstance(value, int) and action.type is not None:
+                assert parser._get_value(action, str(value)) == value, action.dest

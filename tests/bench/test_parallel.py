@@ -56,6 +56,6 @@ def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["bench", "parallel", "--ranks", "1"]) == 2
     assert "memshard bench plain-loop" in capsys.readouterr().err
     assert main(["bench", "parallel", "--layers", "0"]) == 2
-    assert "--layers: 0 is too small" in capsys.readouterr().err
+    assert "--layers is 0; it must be at least 1" in capsys.readouterr().err
     assert main(["bench", "data"]) == 2
     assert "name a data folder" in capsys.readouterr().err

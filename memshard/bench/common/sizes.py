@@ -16,24 +16,8 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     for name, (default, meaning) in _SIZES.items():
         parser.add_argument(
             f"--{name}",
-            type=positive,
+            type=int,
             default=default,
             metavar="N",
             help=f"{meaning} (default {default:,})",
         )
-
-
-def positive(text: str) -> int:
-    """Return a number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least 1")
-    return number
-
-
-def not_negative(text: str) -> int:
-    """Return a number of at least 0, for argparse."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"is {number}; it must be at least 0")
-    return number

@@ -8,7 +8,7 @@ from typing import Any
 from memshard.bench.catalogue import BENCHMARKS, Benchmark
 from memshard.experiments.common import compact_json
 from memshard.launch.cli.outcome import UsageError, usage_errors
-from memshard.launch.cli.parser import CommandParser
+from memshard.launch.cli.parser import CommandParser, whole
 
 
 class _BenchmarkParser(CommandParser):
@@ -20,19 +20,16 @@ class _BenchmarkParser(CommandParser):
     def __init__(self, *args: Any, benchmark: Benchmark, **kwargs: Any) -> None:
         super().__init__(*args, description=f"Measure {benchmark.measures}.", **kwargs)
         self.benchmark = benchmark
+        # For every option of every benchmark: 0 rounds or rows measure nothing.
+        self.register("type", int, whole())
+        self.register("type", "from 0", whole(0))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         module = import_module(self.benchmark.module)
         module.add_arguments(self)
         self.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
         self.set_defaults(run=run, module=module)
-        parsed, rest = super().parse_known_args(args, namespace)
-        for action in self._actions:
-            value = getattr(parsed, action.dest, None)
-            for number in value if isinstance(value, list) else [value]:
-                if action.type is int and number is not None and number < 1:
-                    self.error(f"{action.option_strings[0]} is {number}; it must be at least 1")
-        return parsed, rest
+        return super().parse_known_args(args, namespace)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

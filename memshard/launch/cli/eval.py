@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     "translation is evaluated on one process: start it without torchrun"
                 )
             if not loaded.recipe.model.translates:
-                refuse_options(args, "beam", "length_penalty", "pairs")
+                refuse_options(args, "translate", "beam", "length_penalty", "pairs")
         # After loading, which all three need.
         if args.tasks:
             return _run_tasks(args, loaded, device, ranks)
@@ -223,11 +223,6 @@ def _score_files(
     from memshard.trainer.precision import compute_dtype
 
     with usage_errors():
-        if not loaded.recipe.model.translates:
-            raise ValueError(
-                "--pairs is for models that translate (model.encoder_layers), which "
-                f"{loaded.path} is not: leave it out"
-            )
         source, reference = (read_lines(Path(file)) for file in args.pairs)
         scores = _scores(args, loaded, compute_dtype(args.precision, device), source, reference)
     if not args.json:

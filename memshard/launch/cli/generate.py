@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 100
 _TIMEOUT = 600.0
-_OF_TRANSLATORS = ("beam", "length_penalty", "pairs")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -97,12 +96,15 @@ def _given(args: argparse.Namespace, *names: str) -> list[str]:
     return [name for name in names if not any(getattr(args, name) is no for no in (None, False))]
 
 
-def refuse_options(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError if one of these options was given, which this model would ignore."""
+def refuse_options(args: argparse.Namespace, models: str, *names: str) -> None:
+    """Raise ValueError if one of these options was given, which this model would ignore.
+
+    models: what the models do that they are for.
+    """
     if given := _given(args, *names):
         raise ValueError(
             f"--{given[0].replace('_', '-')} does nothing with {args.checkpoint}: it is for models "
-            f"that {'translate' if given[0] in _OF_TRANSLATORS else 'continue text'}; leave it out"
+            f"that {models}; leave it out"
         )
 
 
@@ -135,9 +137,10 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
         prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
         loaded = load_model(args.checkpoint, args.memmap, device)
         if loaded.recipe.model.translates:
-            refuse_options(args, "max_tokens", "temperature", "greedy", "topk", "topp", "seed")
+            sampling_options = ("max_tokens", "temperature", "greedy", "topk", "topp", "seed")
+            refuse_options(args, "continue text", *sampling_options)
             return _translate(args, loaded, prompts, compute_dtype(args.precision, device))
-        refuse_options(args, "beam", "length_penalty")
+        refuse_options(args, "translate", "beam", "length_penalty")
         # A document begins after <eos>.
         eos = loaded.tokenizer.eos_id
         tokens, real = left_padded(
