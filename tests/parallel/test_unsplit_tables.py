@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.parallel.tables.shard_tables import shard_tables
@@ -49,6 +51,23 @@ def test_several_processes_with_unsplit_tables_are_refused() -> None:
 
 def _one_process(rank: int, world: int) -> Tensor:
     return _step(externalize_tables(_model()), torch.tensor([[0, 1]]))
+
+
+def _wrapped_first(rank: int, world: int) -> None:
+    wrapped = DistributedDataParallel(_model())
+    for hide in (externalize_tables, shard_tables):
+        with pytest.raises(ValueError, match="hide or split tables before it wraps the model"):
+            hide(wrapped)
+    sharded = _model()
+    fully_shard(sharded[0])
+    for hide in (externalize_tables, shard_tables):
+        with pytest.raises(ValueError, match="hide or split tables before FSDP wraps the model"):
+            hide(sharded)
+
+
+def test_tables_that_a_wrapper_has_taken_are_refused() -> None:
+    """Not first in the wrapper's words, in the second step."""
+    run_distributed(_wrapped_first, 1)
 
 
 def test_a_group_of_one_process_needs_no_split_tables() -> None:

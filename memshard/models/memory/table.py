@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from memshard.models import compat
 from memshard.models.kernels.backend import backend_for
@@ -333,9 +334,16 @@ def externalize_tables(model: nn.Module) -> list[ValueTable]:
 
     Call it before DDP or DeepSpeed wrap the model, which broadcast, cast and all-reduce whatever
     `parameters()` shows, and after PEFT, which copies layers. A frozen table stays frozen.
+    ValueError if DDP or FSDP has wrapped visible tables already.
     """
     readers = [module for module in model.modules() if isinstance(module, TableReader)]
     tables = [table for _, table in find_tables(model)]
+    visible = any(not table.hidden for table in tables)
+    if visible and any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+        raise ValueError(
+            "DDP waits for a gradient of every parameter that it has wrapped: hide or split tables "
+            "before it wraps the model"
+        )
     for table in tables:
         learns = [
             reader.learns for reader in readers if any(table is read for read in reader.tables)
