@@ -200,6 +200,16 @@ def test_sizes_and_kinds_without_sense_are_named(kind: type[nn.Module]) -> None:
             kind(**sizes, values=nn.Linear(3, 3))
 
 
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_output_is_no_view(kind: type[ProductKeyMemory], hidden: bool) -> None:
+    """FSDP2 warns of modules that return one."""
+    layer = kind(6, keys=5, heads=2, topk=3, key_dim=4)
+    externalize_tables(layer) if hidden else None
+    for shape in ((3, 6), (2, 3, 6)):
+        assert not layer(torch.randn(shape))._is_view()
+
+
 @pytest.mark.parametrize("value_dim", [0, -3, 8.0])
 def test_a_width_of_values_without_sense_is_named(value_dim: Any) -> None:
     """0 is not the default."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from memshard.models.memory.table import ValueTable, externalize_tables
@@ -60,9 +60,13 @@ def _wrapped_first(rank: int, world: int) -> None:
             hide(wrapped)
     sharded = _model()
     fully_shard(sharded[0])
-    for hide in (externalize_tables, shard_tables):
-        with pytest.raises(ValueError, match="hide or split tables before FSDP wraps the model"):
-            hide(sharded)
+    first = FullyShardedDataParallel(_model(), device_id=torch.device("cpu"), use_orig_params=True)
+    for model in (sharded, first):
+        for hide in (externalize_tables, shard_tables):
+            with pytest.raises(
+                ValueError, match="hide or split tables before FSDP wraps the model"
+            ):
+                hide(model)
 
 
 def test_tables_that_a_wrapper_has_taken_are_refused() -> None:

@@ -118,8 +118,10 @@ class HideableTable(nn.Module):
     def hide(self) -> None:
         """Take the table out of `parameters()`; if it is frozen, it stays so."""
         if not self.hidden:
-            if not isinstance(self._parameters.get("weight"), nn.Parameter) or hasattr(
-                self.weight, "device_mesh"
+            weight = self._parameters.get("weight")
+            # FSDP2's and FSDP1's marks.
+            if weight is None or any(
+                hasattr(weight, x) for x in ("device_mesh", "_fsdp_flattened")
             ):
                 raise ValueError(
                     "a table's values are no plain parameter any more: hide or split tables before "

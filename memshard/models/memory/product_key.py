@@ -163,7 +163,9 @@ class ProductKeyMemory(nn.Module):
         if self.output is not None:
             # Imported memories may have an output projection alone.
             y = self.output(y if self.gate is None else y * F.silu(self.gate(tokens)))
-        return y.view(x.shape)
+        # As nn.Linear does: a tensor of its own to autograd, not a view, of which FSDP2 warns.
+        shaped: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+        return shaped
 
     def extra_repr(self) -> str:
         """Return the sizes that the parts do not show."""
