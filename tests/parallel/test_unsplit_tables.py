@@ -69,6 +69,19 @@ def _wrapped_first(rank: int, world: int) -> None:
                 hide(model)
 
 
+def _split_twice(rank: int, world: int) -> None:
+    model = _model()
+    tables = shard_tables(model)
+    with pytest.raises(ValueError, match="split already"):
+        shard_tables(model)
+    assert externalize_tables(model) == tables
+
+
+def test_tables_are_split_once() -> None:
+    """A part would be split again."""
+    run_distributed(_split_twice, 2)
+
+
 def test_tables_that_a_wrapper_has_taken_are_refused() -> None:
     """Not first in the wrapper's words, in the second step."""
     run_distributed(_wrapped_first, 1)

@@ -30,7 +30,7 @@ def shard_tables(
     ranks, to match DDP, where each rank's loss is a mean over its own tokens; False where the
     losses of the ranks add up to the total. layout: a name in `layouts.LAYOUTS`, ValueError for
     any other. replicas: the ranks that store the same shard in other groups. RuntimeError
-    without a process group.
+    without a process group, ValueError if the tables are split already.
     """
     if not dist.is_initialized():
         raise RuntimeError(
@@ -42,7 +42,12 @@ def shard_tables(
     assert group is not None
     table_class: TableClass = load_class(layout_named(layout).table)
     sharded: dict[nn.Module, ShardedTable] = {}
-    for table in externalize_tables(model):
+    tables = externalize_tables(model)
+    if any(isinstance(table, ShardedTable) for table in tables):
+        raise ValueError(
+            "the model's tables are split already: use what shard_tables returned, or find_tables"
+        )
+    for table in tables:
         shard = sharded[table] = _shard(table, table_class, group, replicas)
         shard.gradient_scale = 1 / (shard.ranks * shard.replica_count) if average else 1.0
     for module in list(model.modules()):
