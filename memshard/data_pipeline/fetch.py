@@ -4,18 +4,20 @@ resume a transfer where it broke off.
 
 import errno
 import http.client
+import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,13 +25,22 @@ from memshard.io import named
 
 RETRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubles with every try
-TIMEOUT = 60.0
+# Seconds of silence, and for an answer to begin or a range of bytes to come. A range is given up
+# after 5 x 45 + 15 of them, before other ranks stop waiting for this one (guards.timeout, 300).
+TIMEOUT = 45.0
+SLOWEST = 10_000  # bytes a second of a whole file, on average, after TIMEOUT
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 S3_COMMAND = "aws s3 cp --quiet {url} -"  # another in MEMSHARD_S3_COMMAND, e.g. "s5cmd cat {url}"
 ALLOWED = ("connections", "commands")
 Allowed = Literal["connections", "commands"]
 """What names in files may do: be fetched from URLs, or also be commands that are run."""
 Result = TypeVar("Result")
+
+
+class Unreachable(OSError):
+    """What serves some data did not answer, or not with them, as often as it was tried. It may be
+    well later, unlike what is missing or damaged.
+    """
 
 
 def is_url(name: str | os.PathLike[str]) -> bool:
@@ -86,15 +97,17 @@ def read_range(url: str, begin: int, end: int) -> bytes:
     """
 
     def read() -> bytes:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-{end - 1}"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        with _answer(url, f"bytes={begin}-{end - 1}") as response:
             if response.status != 206:
                 raise OSError(
                     f"the server does not answer range requests (status {response.status})"
                 )
-            content: bytes = response.read(end - begin)
+            length = int(response.headers.get("Content-Length", end - begin))
+            content = b"".join(_pieces(response, end - begin, slowest=math.inf))
         if len(content) != end - begin:
-            raise OSError(f"{len(content)} bytes came instead of {end - begin}")
+            # A file that ends early is damaged, which more tries do not mend.
+            broken = ConnectionError if length == end - begin else OSError
+            raise broken(f"{len(content)} bytes came instead of {end - begin}")
         return content
 
     return retry(url, read)
@@ -105,11 +118,9 @@ def first_bytes(url: str, size: int) -> bytes:
 
     def read() -> bytes:
         if url.startswith(("http://", "https://")):
-            request = urllib.request.Request(url, headers={"Range": f"bytes=0-{size - 1}"})
             # A server without range requests sends everything, of which no more is read.
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                content: bytes = response.read(size)
-                return content
+            with _answer(url, f"bytes=0-{size - 1}") as response:
+                return b"".join(_pieces(response, size))
         with subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", _command(url)],
             stdout=subprocess.PIPE,
@@ -129,12 +140,16 @@ def first_bytes(url: str, size: int) -> bytes:
 def retry(url: str, action: Callable[[], Result]) -> Result:
     """Return the result of `action`, which is tried again after failures, with doubling waits,
     unless the server says that it has no such thing.
+
+    Raises OSError: Unreachable unless it is the thing itself that is missing or cut.
     """
     # 5 tries wait 1 + 2 + 4 + 8 = 15 seconds.
     for attempt in range(RETRIES):
         try:
             return action()
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, Unreachable):
+                raise  # of an action that has tried often enough itself
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise  # not the network's fault
             # Asking again does not help against these.
@@ -147,7 +162,7 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
             )
             if gone or attempt == RETRIES - 1:
                 times = "once" if attempt == 0 else f"{attempt + 1} times"
-                raise OSError(
+                raise (Unreachable if _may_recover(error) else OSError)(
                     f"{url} could not be read, tried {times}: {error}; check the address and the "
                     "network"
                 ) from error
@@ -155,20 +170,76 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
     raise AssertionError
 
 
+def _may_recover(error: Exception) -> bool:
+    """Tell whether what failed so may be well later: a network, a server, a login, a command."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code not in (400, 404, 410, 416)
+    return isinstance(
+        error, (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+    )
+
+
+def _answer(url: str, wanted: str | None = None) -> http.client.HTTPResponse:
+    """Return the answer to a request, whose headers are there. wanted: range of bytes.
+
+    TimeoutError if it has not begun after TIMEOUT.
+    """
+    request = urllib.request.Request(url, headers={"Range": wanted} if wanted else {})
+    answer: SimpleQueue[http.client.HTTPResponse | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(urllib.request.urlopen(request, timeout=TIMEOUT))
+        except urllib.error.HTTPError as error:
+            error.close()
+            answer.put(error)
+        except Exception as error:
+            answer.put(error)
+
+    # In a thread: urlopen's timeout is one of silence, and headers may come a byte at a time.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        response = answer.get(timeout=TIMEOUT)
+    except Empty:
+        raise TimeoutError(f"no answer in {TIMEOUT:.0f} s") from None
+    if isinstance(response, Exception):
+        raise response.with_traceback(None)
+    return response
+
+
+def _pieces(
+    response: http.client.HTTPResponse, size: int | None = None, slowest: float = SLOWEST
+) -> Iterator[bytes]:
+    """Yield what a server sends, `size` bytes or to the end. TimeoutError if it comes slower, after
+    TIMEOUT, than `slowest` bytes a second.
+    """
+    begun, done = time.monotonic(), 0
+    # read1 returns what has come; read would wait until there is a whole piece.
+    while size is None or done < size:
+        piece = response.read1(1 << 20 if size is None else min(size - done, 1 << 20))
+        if not piece:
+            return
+        yield piece
+        done += len(piece)
+        seconds = time.monotonic() - begun
+        if seconds > TIMEOUT + done / slowest and done != size:
+            raise TimeoutError(f"only {done} bytes came in {seconds:.0f} s")
+
+
 def _download(url: str, target: Path) -> None:
     done = target.stat().st_size if target.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    with _answer(url, f"bytes={done}-" if done else None) as response:
         if response.status != 206:
             done = 0
         length = response.headers.get("Content-Length")
         # A server without range requests sends everything, so the file begins anew.
         with target.open("r+b" if done else "wb") as stream:
             stream.seek(done)
-            shutil.copyfileobj(response, stream, 1 << 20)
+            for piece in _pieces(response):
+                stream.write(piece)
             stream.truncate()
     if length is not None and target.stat().st_size != done + int(length):
-        raise OSError(f"{target.stat().st_size - done} bytes came instead of {length}")
+        raise ConnectionError(f"{target.stat().st_size - done} bytes came instead of {length}")
 
 
 def _command(url: str) -> str:
@@ -190,7 +261,7 @@ def _run(command: str, target: Path) -> None:
         )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OSError(
+        raise ConnectionError(
             f"`{command}` ended with code {done.returncode}: "
             f"{lines[-1] if lines else 'it said nothing'}"
         )

@@ -8,6 +8,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from memshard.data_pipeline.fetch import Unreachable
 from memshard.parallel.collectives import set_timeout
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.resume import rewind, save
@@ -28,8 +29,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     """Train to the recipe's last step, to `stop_at` or until told to stop, and save the last step.
 
     stop: a StopSignal that already listens; by default the loop listens. Returns the result, whose
-    `finished` says whether the recipe's last step was reached. RuntimeError if too many steps in a
-    row were skipped.
+    `finished` says whether the recipe's last step was reached, and `outage`, if there was one, why
+    data could not be read, at which all ranks stop. RuntimeError if too many steps in a row were
+    skipped.
     """
     settings, guards = run.recipe.train, run.recipe.guards
     last = min(settings.steps, stop_at or settings.steps)
@@ -39,12 +41,18 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     if guards.loss_spike == "rewind":
         save(run)  # something to go back to
     evaluation: Evaluation | None = None
+    outage = ""
     try:
         with nullcontext(stop) if stop else StopSignal() as stop, profiled as profiler:
             stopping = save_owed = False
             while run.progress.step < last and not stopping:
                 profiler.begin(run.progress.step + 1)
-                outcome = train_step(run, stop)
+                try:
+                    outcome = train_step(run, stop)
+                except Unreachable as error:
+                    # Before anything of the step was computed: it is the next one of a resume.
+                    outage = str(error)
+                    break
                 profiler.end(run.progress.step)
                 _set_step_timeout(run)  # the first step connects and compiles, which takes longer
                 meter.add(outcome)
@@ -79,8 +87,12 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 if step == settings.steps or (
                     settings.eval_every and step % settings.eval_every == 0
                 ):
-                    with meter.paused(), _long_timeout(run):
-                        evaluation = evaluate_run(run)
+                    try:
+                        with meter.paused(), _long_timeout(run):
+                            evaluation = evaluate_run(run)
+                    except Unreachable as error:
+                        outage = str(error)
+                        break
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
                 save_owed |= step % settings.save_every == 0 or outcome.save_due
@@ -94,6 +106,8 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                         # written while the next steps run.
                         save(run, wait=False)
                     metrics.write(step, {"speed/save_s": perf_counter() - begun})
+            if outage:
+                log.warning("stopping, as data cannot be read: %s", outage)
             run.stop_reading()  # a reader that is killed now must not end the last save
             with _long_timeout(run):
                 # A save of this step may still be under way: this waits for it, and
@@ -114,7 +128,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     if evaluation is not None:
         result |= {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
         result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
-    finished = progress.step >= settings.steps
+    finished = progress.step >= settings.steps and not outage
+    if outage:
+        result["outage"] = outage
     run.phase = "done" if finished else "stopped"
     return result | {"finished": finished}
 

@@ -3,20 +3,17 @@ a limit, retries.
 """
 
 import gzip
-import http.server
 import os
 import shutil
-import threading
-from collections import Counter
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 from memshard.data_pipeline import fetch as fetching
-from memshard.data_pipeline.fetch import fetch, first_bytes
+from memshard.data_pipeline.fetch import Unreachable, fetch, first_bytes, read_range
 from memshard.data_pipeline.format import load_index, remote
 from memshard.data_pipeline.format.remote import BlockCache, cache_folder
 from memshard.data_pipeline.format.verify import verify_data
@@ -25,62 +22,15 @@ from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream import IGNORE, TrainStream
 from memshard.data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.conftest import ORDERS, build, largest_file, write_corpus
-
-
-@dataclass
-class Server:
-    """A server of `folder` on this machine. failures: how many times a path answers 503 or breaks
-    off half-way before it works.
-    """
-
-    folder: Path
-    url: str = ""
-    requests: Counter[str] = field(default_factory=Counter)
-    sent: Counter[str] = field(default_factory=Counter)
-    refuse: Counter[str] = field(default_factory=Counter)
-    break_off: Counter[str] = field(default_factory=Counter)
+from tests.data_pipeline.range_server import Server, serving
 
 
 @pytest.fixture
 def server(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    state = Server(Path(shutil.copytree(data, tmp_path / "served")))
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.path.lstrip("/").partition("?")[0]
-            state.requests[name] += 1
-            file = state.folder / name
-            if state.refuse[name] or not file.exists():
-                state.refuse[name] -= file.exists()
-                self.send_error(503 if file.exists() else 404)
-                return
-            content, begin = file.read_bytes(), 0
-            if wanted := self.headers.get("Range"):
-                first, _, last = wanted.removeprefix("bytes=").partition("-")
-                begin, end = int(first), int(last) + 1 if last else len(content)
-                content = content[begin:end]
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if state.break_off[name]:
-                state.break_off[name] -= 1
-                content = content[: len(content) // 2]
-            self.wfile.write(content)
-            state.sent[name] += len(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{running.server_address[1]}"
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
     monkeypatch.setenv("MEMSHARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching, "FIRST_WAIT", 0.001)
-    yield state
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with serving(Path(shutil.copytree(data, tmp_path / "served"))) as server:
+        yield server
 
 
 def assert_same(one: TrainStream, other: TrainStream, first: int = 0, count: int = 200) -> None:
@@ -140,6 +90,47 @@ def test_refused_and_broken_transfers_are_tried_again(
     with pytest.raises(OSError, match="absent could not be read, tried once: HTTP Error 404"):
         fetch(f"{server.url}/absent", tmp_path)
     assert server.requests["absent"] == before + 1
+
+
+@pytest.mark.parametrize("drip", ["body", "headers"])
+def test_a_server_that_drips_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drip: str
+) -> None:
+    """A byte at a time would never be silence."""
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.2)
+    server.drip = drip
+    begun = time.monotonic()
+    with pytest.raises(Unreachable, match="train-00000.tar could not be read, tried 5 times: "):
+        fetch(f"{server.url}/train-00000.tar", tmp_path)
+    with pytest.raises(Unreachable, match="only .* bytes came in|no answer in"):
+        read_range(f"{server.url}/train-00000.tar", 0, 5000)
+    with pytest.raises(Unreachable):
+        first_bytes(f"{server.url}/train-00000.tar", 5000)
+    assert time.monotonic() - begun < 15
+    server.drip = ""
+    fetched = fetch(f"{server.url}/train-00000.tar", tmp_path).read_bytes()
+    assert fetched == (server.folder / "train-00000.tar").read_bytes()
+
+
+def test_an_outage_masks_nothing(data: Path, server: Server) -> None:
+    """Neither in this stream nor, once the server is back, in the next steps."""
+    stream = TrainStream(server.url, 24, 6, 0)
+    for name in ("train-00000.tar", "train-00001.tar"):
+        server.refuse[name] = 10**6
+    with pytest.raises(Unreachable, match="tried 5 times: HTTP Error 503"):
+        stream.batch(0, 200)
+    server.refuse.clear()
+    assert_same(stream, TrainStream(data, 24, 6, 0))
+
+
+def test_what_is_cut_or_forbidden_is_told_from_an_outage(server: Server, tmp_path: Path) -> None:
+    size = (server.folder / "train-00000.tar").stat().st_size
+    with pytest.raises(OSError, match="bytes came instead of") as caught:
+        read_range(f"{server.url}/train-00000.tar", size - 100, size + 100)
+    assert not isinstance(caught.value, Unreachable)
+    for command in ("exit 1", "echo no network >&2; exit 255"):
+        with pytest.raises(Unreachable):
+            fetch(f"pipe:{command}", tmp_path)
 
 
 def test_a_shard_that_is_gone_is_masked_up_to_the_tolerance(server: Server) -> None:

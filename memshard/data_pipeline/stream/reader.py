@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memshard.data_pipeline.fetch import DISK_FULL, is_url
+from memshard.data_pipeline.fetch import DISK_FULL, Unreachable, is_url
 from memshard.data_pipeline.format.index import Index, Shard, load_index
 from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
@@ -32,7 +32,8 @@ class SplitReader:
 
     A document that cannot be read or fails its checksum is masked: it keeps its length, so that the
     order of all others does not change, but reads as <eos> only. It is logged by name. tolerance:
-    share of the split's tokens that may be masked before RuntimeError.
+    share of the split's tokens that may be masked before RuntimeError. Where nothing can be read
+    now, but perhaps later, Unreachable is raised, and nothing masked.
     """
 
     def __init__(
@@ -146,8 +147,8 @@ class SplitReader:
         # Raw text is read whole every time, and tested there.
         if self._checked[document] or self._tokenizer is not None:
             return
-        self._checked[document] = True
         self._whole(document, int(self.lengths[document]) * self._dtype.itemsize)
+        self._checked[document] = True  # last: what could not be fetched is not checked
 
     def _token_range(
         self, document: int, shard: int, offset: int, begin: int, size: int
@@ -207,8 +208,8 @@ class SplitReader:
                 return content
             self._mask(document, f"the file ends {size - len(content)} bytes early")
         except OSError as error:
-            if error.errno in DISK_FULL:
-                raise  # a cache without room says nothing about the document
+            if error.errno in DISK_FULL or isinstance(error, Unreachable):
+                raise  # a cache without room says nothing about the document, nor does a network
             self._mask(document, str(error))
         return None
 

@@ -126,9 +126,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not result["finished"]:
         # The same command line resumes; torchrun restarts nothing.
         command = shlex.join(train_command(args.recipe, args.overrides, str(folder), args.allow))
+        outage = f"data cannot be read ({result['outage']}); " if "outage" in result else ""
         raise Stopped(
-            f"at step {result['step']} of {prepared.recipe.train.steps}, saved; resume with: "
-            f"{command}",
+            f"{outage}at step {result['step']} of {prepared.recipe.train.steps}, saved; resume "
+            f"with: {command}",
             result,
         )
     if not args.json and prepared.rank == 0:

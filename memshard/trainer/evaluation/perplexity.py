@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memshard.data_pipeline.fetch import Unreachable
+from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.models.memory.slot_usage import UsageCounter, UsageReport
@@ -14,6 +16,7 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried_states import Carried
 from memshard.trainer.evaluation.slot_usage import observed_usage, usage_reports
+from memshard.trainer.outage import check_away
 from memshard.trainer.precision import autocast
 from memshard.trainer.tasks.build import Task
 
@@ -83,7 +86,7 @@ def evaluate(
     carry: bool = False,
 ) -> Evaluation:
     """Return the loss over all held-out windows, `rows` at a time on each rank. All ranks call it
-    with the same arguments.
+    with the same arguments. Unreachable on all ranks if one of them cannot read its windows.
 
     rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same
     share, and each computes its loss. carry: read the windows as one text, each with the states
@@ -99,7 +102,7 @@ def evaluate(
             # Every rank makes as many passes, the last ones perhaps on padding, because reads of
             # a sharded table need all ranks.
             for first in range(0, held_out.windows, rows * ranks):
-                batch = held_out.batch(first + rank * rows, rows)
+                batch = _read(held_out, first + rank * rows, rows, task.device)
                 counts = task.counted(batch)
                 # With a stride the first tokens of a window are only context: the window before
                 # counted them.
@@ -129,3 +132,18 @@ def evaluate(
         usage_reports(counters),
         counters,
     )
+
+
+def _read(
+    held_out: HeldOutStream | HeldOutRecords, first: int, rows: int, device: torch.device
+) -> Batch:
+    """Return this rank's next windows; Unreachable if there are none for some rank."""
+    away, batch = None, None
+    try:
+        batch = held_out.batch(first, rows)
+    except Unreachable as error:
+        away = error
+    # At every pass: the ranks that go on would wait in the model for the one that cannot.
+    check_away(away, int(all_sum(torch.tensor(int(away is not None), device=device))))
+    assert batch is not None
+    return batch
