@@ -75,6 +75,25 @@ def test_a_truncated_shard_is_named_wherever_it_is_cut(copy: Path) -> None:
             TrainStream(copy, 16, 4, 0)
 
 
+def test_verify_covers_the_report(copy: Path) -> None:
+    """Its hash is in the index, but no part of the data's fingerprint: it names files of the
+    machine that built the data.
+    """
+    before = load_index(copy).fingerprint
+    report = copy / "report.json"
+    report.write_text(report.read_text().replace('"documents": ', '"documents": 1', 1))
+    with pytest.raises(ValueError, match="report.json: content differs from its hash"):
+        verify_data(copy)
+    report.unlink()
+    with pytest.raises(ValueError, match="report.json: is missing"):
+        verify_data(copy)
+    index = json.loads((copy / "index.json").read_text())
+    del index["report_sha256"]
+    (copy / "index.json").write_text(json.dumps(index))
+    verify_data(copy)  # of an older version
+    assert load_index(copy).fingerprint == before
+
+
 def test_verify_finds_every_changed_file(copy: Path) -> None:
     for name, place in (
         ("train-00000.tar", 5000),

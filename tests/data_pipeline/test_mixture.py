@@ -99,6 +99,10 @@ def test_mixtures_that_cannot_be(data: Path, other: Path, corpus: Path, tmp_path
     for weight in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="a finite weight above 0"):
             mixture(data, other, weights=(1, weight))
+    for weights, place in (((1, 1e-4), 2), ((1e-300, 1), 1), ((2048, 1), 2), ((1e308, 1e-308), 2)):
+        with pytest.raises(ValueError, match=rf"folder {place} of data.mixture has a share of"):
+            mixture(data, other, weights=weights)
+    assert mixture(data, other, weights=(1023, 1)).quotas.tolist() == [1023, 1]
     assert mixture(data, other).fingerprint != mixture(data, other, weights=(1, 1)).fingerprint
 
 

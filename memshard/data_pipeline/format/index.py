@@ -17,6 +17,7 @@ from memshard.io import named, parse_json
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
+REPORT_FILE = "report.json"
 TRAIN, HELD_OUT, TEST = "train", "heldout", "test"
 
 
@@ -51,7 +52,7 @@ class Index:
     """Content of index.json.
 
     kind: one of RECORD_KINDS. shape: height, width, channels of every image. suffix: of the tar
-    members with raw text.
+    members with raw text. report_sha256: of REPORT_FILE; folders of older versions have none.
     """
 
     dtype: str
@@ -63,6 +64,7 @@ class Index:
     kind: str = "text"
     shape: tuple[int, int, int] | None = None
     suffix: str | None = None
+    report_sha256: str = ""
 
     @property
     def records(self) -> RecordKind:
@@ -71,8 +73,11 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the index, and so of the hashes of all shards and the tokenizer."""
-        return hashlib.sha256(dump_index(self).encode()).hexdigest()
+        """SHA-256 of the index, and so of the hashes of all shards and the tokenizer; without that
+        of the report, which names files on the machine that built the data.
+        """
+        data = dataclasses.replace(self, report_sha256="")
+        return hashlib.sha256(dump_index(data).encode()).hexdigest()
 
 
 def dump_index(index: Index) -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from memshard.data_pipeline.fetch import fetch, is_url
 from memshard.data_pipeline.format.index import (
     INDEX_FILE,
+    REPORT_FILE,
     Index,
     Shard,
     load_index,
@@ -39,11 +40,11 @@ def verify_data(path: str | os.PathLike[str]) -> dict:
     index = read_index(folder) if here else load_index(path)
     shards = [shard for split in index.splits.values() for shard in split.shards]
     problems = []
-    if index.records.tokenizer:
-        with _files(path, index.tokenizer) as (copied, missing):
-            problems += missing or _file_problems(
-                copied / index.tokenizer, None, index.tokenizer_sha256
-            )
+    hashes = {index.tokenizer: index.tokenizer_sha256, REPORT_FILE: index.report_sha256}
+    for name, sha256 in hashes.items():
+        if sha256:  # images have no tokenizer
+            with _files(path, name) as (copied, missing):
+                problems += missing or _file_problems(copied / name, None, sha256)
     for shard in tqdm(shards, "verifying", unit="shard", disable=None, leave=False):
         with _files(path, shard.sidecar, shard.file) as (copied, missing):
             problems += missing or _problems(copied, index, shard)

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from memshard.data_pipeline.format.index import INDEX_FILE, Index, dump_index
+from memshard.data_pipeline.format.index import INDEX_FILE, REPORT_FILE, Index, dump_index
 from memshard.data_pipeline.prepare.documents import (
     Filters,
     Unit,
@@ -53,7 +53,6 @@ SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
 HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
 LEAST_PIECE = 2048  # characters; a shorter piece would be a context for few of its tokens
 TRIED_DOCUMENTS = 200
-REPORT_FILE = "report.json"
 
 
 def build_data(
@@ -173,12 +172,11 @@ def _finer(units: list[Unit], amounts: tuple[float, float]) -> int | None:
 
 def publish(final: Path, target: Path, index: Index, report: dict) -> None:
     """Make the folder `final` of finished shards the data folder `target`."""
-    for name, text in (
-        (REPORT_FILE, json.dumps(report, indent=1) + "\n"),
-        (INDEX_FILE, dump_index(index)),
-    ):
+    text = json.dumps(report, indent=1) + "\n"
+    index = dataclasses.replace(index, report_sha256=hashlib.sha256(text.encode()).hexdigest())
+    for name, content in ((REPORT_FILE, text), (INDEX_FILE, dump_index(index))):
         with atomic_write(final / name, durable=True) as file:
-            file.write_text(text, encoding="utf-8")
+            file.write_text(content, encoding="utf-8")
     for leftover in (*final.glob("*.json"), *final.glob("*.partial")):
         if leftover.name not in (REPORT_FILE, INDEX_FILE):
             leftover.unlink()

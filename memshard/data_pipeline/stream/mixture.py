@@ -19,7 +19,7 @@ class MixtureStream:
     weights: shares of the samples, on any positive scale; with `by_epochs` the number of epochs of
     each corpus per epoch of the mixture, so that its share is that number times its size. The n-th
     sample taken from a corpus is sample n of its own stream, which continues with a new epoch at
-    its end. ValueError if the corpora have different tokenizers.
+    its end. ValueError if the corpora have different tokenizers or a share is below 1 / PERIOD.
     """
 
     def __init__(
@@ -113,12 +113,18 @@ class MixtureStream:
 
 
 def _quotas(weights: np.ndarray) -> np.ndarray:
-    """Return each corpus's samples in a period, by largest remainders; at least one."""
+    """Return each corpus's samples in a period, by largest remainders. ValueError if one would have
+    less than one sample.
+    """
     exact = weights / weights.sum() * PERIOD
-    quotas = np.maximum(np.floor(exact), 1).astype(np.int64)
+    if exact.min() < 1 - 1e-9:  # shares of 1 / PERIOD may be rounded
+        raise ValueError(
+            f"folder {int(exact.argmin()) + 1} of data.mixture has a share of "
+            f"{exact.min() / PERIOD:.2g}, and the smallest is 1 sample in {PERIOD:,}: raise its "
+            "weight or leave it out"
+        )
+    quotas = np.floor(exact).astype(np.int64)
     order = np.argsort(quotas - exact, kind="stable")
     for place in range(PERIOD - int(quotas.sum())):
         quotas[order[place % len(order)]] += 1
-    while quotas.sum() > PERIOD:
-        quotas[np.argmax(quotas)] -= 1
     return quotas
