@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ TOKENIZER_FILE = "tokenizer.model"
 SPACE_MARK = "\u2581"
 # A line that holds U+2585, sentencepiece's mark of unknown characters, is not trained on at all.
 _UNTRAINED = {ord(SPACE_MARK): " ", 0x2585: " "}
+BYTE_PIECES = 260  # 256 bytes, <unk>, <eos>, newline, space
 MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above 4192 bytes
 
 
@@ -40,33 +42,69 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, model: TokenizerModel
     """Train a vocabulary of exactly `vocab_size` pieces on `training_lines` and return the
     serialised model.
 
-    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, also runs of spaces. The
-    result depends only on the lines, not on the machine's cores. Raises ValueError if the text
-    cannot fill the vocabulary.
+    Pieces: <unk> 0, <eos> 1, newline, the 256 bytes, then learned ones, also runs of spaces. A
+    vocabulary that cannot hold all characters has the most frequent ones, at least the space; all
+    others are bytes. 256 to BYTE_PIECES are taken as the latter, with a warning. The result depends
+    only on the lines, not on the machine's cores. Raises ValueError if the text cannot fill the
+    vocabulary.
     """
-    proto = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line.translate(_UNTRAINED) for line in lines),
-            model_writer=proto,
-            vocab_size=vocab_size,
-            model_type=model,
-            normalization_rule_name="identity",
-            byte_fallback=True,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=False,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            eos_id=1,
-            eos_piece="<eos>",
-            bos_id=-1,
-            pad_id=-1,
-            num_threads=16,  # fixed: it decides the order of sums in unigram training
-            minloglevel=2,
+    if 256 <= vocab_size < BYTE_PIECES:
+        log.warning(
+            "a vocabulary of bytes has %d pieces (256 bytes, <unk>, <eos>, newline, space), which "
+            "--vocab %d is taken for",
+            BYTE_PIECES,
+            vocab_size,
         )
+        vocab_size = BYTE_PIECES
+    lines = list(lines)
+    try:
+        return _train(lines, vocab_size, model)
     except RuntimeError as error:
-        raise ValueError(_explain(str(error), vocab_size)) from error
+        if vocab_size < BYTE_PIECES or "required_chars" not in str(error):
+            raise ValueError(_explain(str(error), vocab_size)) from error
+    room = vocab_size - BYTE_PIECES
+    # Half of it first, so that pieces of several characters are learned, too; a short text may not
+    # have that many of those.
+    for number in (room // 2, room):
+        others = _all_but_frequent(lines, number)
+        try:
+            return _train((others.sub(" ", line) for line in lines), vocab_size, model)
+        except RuntimeError as error:
+            reason = str(error)
+    raise ValueError(_explain(reason, vocab_size))
+
+
+def _all_but_frequent(lines: Iterable[str], number: int) -> re.Pattern[str]:
+    """Return a pattern that matches all but the most frequent characters of the lines."""
+    counts = Counter[str]()
+    for line in lines:
+        counts.update(line.translate(_UNTRAINED))
+    # Of equally frequent ones the first by code point: the same on every machine.
+    order = sorted(counts, key=lambda character: (-counts[character], character))
+    return re.compile(f"[^{re.escape(''.join([' ', *order[:number]]))}]")
+
+
+def _train(lines: Iterable[str], vocab_size: int, model: TokenizerModel) -> bytes:
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line.translate(_UNTRAINED) for line in lines),
+        model_writer=proto,
+        vocab_size=vocab_size,
+        model_type=model,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        add_dummy_prefix=False,
+        user_defined_symbols=["\n"],
+        unk_id=0,
+        eos_id=1,
+        eos_piece="<eos>",
+        bos_id=-1,
+        pad_id=-1,
+        num_threads=16,  # fixed: it decides the order of sums in unigram training
+        minloglevel=2,
+    )
     return proto.getvalue()
 
 
@@ -76,10 +114,10 @@ def _explain(message: str, vocab_size: int) -> str:
             f"--vocab {vocab_size} is more than this text supports: set --vocab to at most "
             f"{largest[1]}, or give more text"
         )
-    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    if vocab_size < BYTE_PIECES:
         return (
             f"--vocab {vocab_size} cannot hold the characters of this text: set --vocab to at "
-            f"least {smallest[1]}"
+            "least 256, which holds them as bytes"
         )
     return f"the tokenizer could not be trained with --vocab {vocab_size}: {message}"
 

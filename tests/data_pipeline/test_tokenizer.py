@@ -5,13 +5,21 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 
+from memshard.data_pipeline.prepare import sample
 from memshard.data_pipeline.prepare.index_tars import index_tars
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
 from memshard.data_pipeline.prepare.pipeline import build_data
-from memshard.data_pipeline.tokenizer import Tokenizer, train_tokenizer, training_lines
+from memshard.data_pipeline.prepare.sample import sample_lines
+from memshard.data_pipeline.tokenizer import (
+    Tokenizer,
+    TokenizerModel,
+    train_tokenizer,
+    training_lines,
+)
 
 HARD = [
     "",
@@ -92,6 +100,24 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+MANY = [f"some text {number} of words {chr(0x4E00 + number)}" for number in range(3000)]
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+@pytest.mark.parametrize("size", [256, 259, 260, 261, 300, 512, 1000, 3000])
+def test_characters_that_a_vocabulary_cannot_hold_are_bytes(
+    model: TokenizerModel, size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "m").write_bytes(train_tokenizer(MANY, size, model))
+    tokenizer = Tokenizer(tmp_path / "m")
+    assert tokenizer.vocab_size == max(size, 260)
+    assert ("a vocabulary of bytes has 260 pieces" in caplog.text) == (size < 260)
+    for text in (MANY[7], "x  y\n\t\0 \u2581 \U0001f600 [^]-\\", " "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    # Frequent words are pieces where there is room; unigram finds too few others in this text.
+    assert len(tokenizer.encode(" of words")) <= (9 if size < 300 or model == "unigram" else 6)
+
+
 def test_lines_with_u2585_are_trained_on() -> None:
     bars = [f"zebra quokka \u2585\u2587 special words {number % 5}" for number in range(2000)]
     others = [f"common text number {number} with more words here" for number in range(300)]
@@ -116,6 +142,19 @@ def train_other(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "other.model"
 
     return train
+
+
+def test_the_sample_of_long_lines_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is as likely in it as any other, wherever it stands."""
+    texts = [f"{number:04d}" + "日" * 332 for number in range(2000)]  # 1000 bytes each
+    assert sample_lines(texts, 0) == texts
+    monkeypatch.setattr(sample, "SAMPLE_BYTES", 200_000)
+    counts = np.zeros(10)
+    for seed in range(20):
+        lines = sample_lines(texts, seed)
+        assert len(lines) == len(set(lines)) == 200
+        counts += np.bincount([int(line[:4]) // 200 for line in lines], minlength=10)
+    assert abs(counts - 400).max() < 100
 
 
 def test_a_lossy_tokenizer_is_named(
