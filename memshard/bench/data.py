@@ -198,7 +198,8 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
     # Every n-th page rather than the first ones, so that all files are in the sample.
     sample = bodies[:: max(len(bodies) // pages, 1)]
     html = [decode(body) for body in sample]
-    texts = [text for page in html if (text := main_text(page, "resiliparse"))]
+    quick = {page: main_text(page, "resiliparse") for page in html}
+    texts = [text for text in quick.values() if text]
     # Stages up to the main text count the bytes of raw pages, those after it the bytes of text:
     # each what it takes in.
     raw, kept = float(sum(map(len, sample))), float(sum(len(text.encode()) for text in texts))
@@ -207,7 +208,7 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
         return lambda: float(len([function(item) for item in items]))
 
     actions: dict[str, tuple[Action, float]] = {
-        "read WARC (FastWARC)": (
+        "read WARC": (
             lambda: float(sum(1 for warc in warcs for _ in read_pages(warc, Counter()))),
             sum(map(len, bodies)) / len(bodies),
         ),
@@ -217,7 +218,8 @@ def page_rates(warcs: list[Path], rounds: int, pages: int = 120) -> dict[str, di
             raw / len(html),
         ),
         "main text, trafilatura": (
-            over(lambda page: main_text(page, "trafilatura"), html),
+            # The quick text is a stage of its own.
+            over(lambda page: main_text(page, "trafilatura", quick[page]), html),
             raw / len(html),
         ),
         "language": (over(detect_language, texts), kept / len(texts)),

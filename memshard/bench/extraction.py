@@ -1,7 +1,7 @@
 """Main-text extraction against gold article bodies: precision, recall and F1 of 4-grams, mean over
 pages.
 
-    memshard bench extraction --pages news_pages-*.warc.gz --truth news_pages.truth.jsonl \\
+    memshard bench extraction --pages news_pages*.warc.gz --truth news_pages.truth.jsonl \\
         --gold ground-truth.json.gz
 
 The score of scrapinghub's article-extraction-benchmark: multisets of 4-grams of words. --truth maps

@@ -169,6 +169,19 @@ def test_a_short_quick_text_is_no_verdict_on_a_language(tmp_path: Path) -> None:
     assert report["documents"] == 20 and "page_language" not in report["stages"]
 
 
+def test_a_caption_is_not_taken_for_the_article() -> None:
+    """trafilatura's fast mode did it where an article was in a <div class=caption>, say."""
+    from memshard.data_pipeline.web.extract import main_text
+
+    paragraphs = "".join(f"<p>{line}</p>" for line in TEXTS[0].split("\n"))
+    page = (
+        "<!DOCTYPE html><html><head><title>t</title></head><body><article><p>The farmer near the "
+        "river, in a photograph that was taken in the spring of that year by a friend.</p>"
+        f"</article><div class=caption>{paragraphs}</div></body></html>"
+    )
+    assert TEXTS[0] in main_text(page, "trafilatura")
+
+
 def test_an_empty_result_says_what_became_of_the_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

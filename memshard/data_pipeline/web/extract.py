@@ -8,7 +8,7 @@ from resiliparse.extract.html2text import extract_plain_text
 Extractor = Literal["trafilatura", "resiliparse"]
 
 PAGES_BETWEEN_RESETS = 500  # trafilatura's caches grow without bound
-# trafilatura's fast mode sometimes takes a caption for the article. Where it gives at most this
+# trafilatura's fast mode sometimes takes a caption for the article. Where it gives less than this
 # share of resiliparse's text, its slow mode, which tries several extractors, is worth its time.
 SUSPICIOUS_SHARE = 1 / 3
 _pages = 0
@@ -28,7 +28,7 @@ def main_text(page: str, extractor: Extractor, quick: str | None = None) -> str:
     if extractor == "resiliparse":
         return quick
     text = _trafilatura(page, fast=True)
-    if len(text) <= SUSPICIOUS_SHARE * len(quick):
+    if len(text) < SUSPICIOUS_SHARE * len(quick):
         text = _trafilatura(page, fast=False)
     return text
 
