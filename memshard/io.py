@@ -5,6 +5,7 @@ reading what others may have written.
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_MOST_SMALL = 1 << 30
+MOST_SMALL = 1 << 30
 
 
 @contextmanager
@@ -104,6 +105,13 @@ def check_free(folder: Path, names: Iterable[str], otherwise: str) -> None:
             )
 
 
+def check_folder(path: Path) -> None:
+    """Raise ValueError if what has this name is no folder, but a file or a link to nothing."""
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a link to nothing" if not path.exists() else "a file"
+        raise ValueError(f"{path} is {what}, and no folder: remove it, or name another one")
+
+
 def file_time(folder: Path) -> float:
     """Return the Unix time by the clock of the folder's file server, which all of its hosts share
     and their own clocks may differ from; by this host's where nothing can be written.
@@ -125,17 +133,28 @@ def is_absence(error: OSError) -> bool:
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
-def read_small(path: Path) -> bytes:
-    """Return the content of a file of at most 1 GiB. ValueError if it is larger, or no file:
-    reading a pipe, or a link to /dev/zero, has no end.
+def read_small(path: Path, most: int = MOST_SMALL) -> bytes:
+    """Return the content of a file of at most `most` bytes, by default 1 GiB. ValueError if it is
+    larger, or no file: reading a pipe, or a link to /dev/zero, has no end.
     """
-    with named(path):
-        facts = path.stat()
+    return look_at(path, most)[0]
+
+
+def look_at(path: Path, most: int = MOST_SMALL) -> tuple[bytes, float]:
+    """Return what `read_small` does, and the file's time, of the file that was opened."""
+    # Opened, since a mere stat may be answered from a network file system's cache.
+    with named(path), open(path, "rb", opener=_without_waiting) as file:
+        facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{path.name} is no file")
-        if facts.st_size > _MOST_SMALL:
+        if facts.st_size > most:
             raise ValueError(f"{path.name} has {facts.st_size:,} bytes")
-        return path.read_bytes()
+        return file.read(), facts.st_mtime
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # Opening a pipe waits for somebody who writes to it.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -171,3 +190,8 @@ def partial_path(path: Path) -> Path:
     Random, because process numbers of two containers that share a disk are often the same.
     """
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def is_partial(name: str, whole: str) -> bool:
+    """Tell whether `partial_path` made a name, of one that the expression `whole` matches."""
+    return re.fullmatch(rf"(?:{whole})\.[0-9a-f]{{8}}\.partial", name) is not None

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memshard.io import file_time, named, partial_path
+from memshard.io import check_folder, file_time, look_at, named, parse_json, partial_path
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ REFRESH_SECONDS = 5.0
 """How often an owner renews its file's time."""
 STALE_SECONDS = 30.0
 """An owner on another host whose file is older is taken for dead."""
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class FolderLock:
                 os.utime(self.path)  # the file server's time, which all hosts share
         except OSError:
             return  # removed by hand, or a file system that is away for a while
+        except ValueError:
+            content = b""
         # An empty file is of a process that is about to write its name into it.
         if content != self._content and not self.lost:
             self.lost = True
@@ -95,7 +98,7 @@ class FolderLock:
         """Remove the file, unless another process has taken the folder."""
         self._released.set()
         self._thread.join()
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if _look(self.path)[0] == self._content:
                 self.path.unlink()
 
@@ -113,6 +116,7 @@ def holding(folder: Path, otherwise: str, wait: bool = False) -> Iterator[Folder
     else STALE_SECONDS after its last sign of life. A folder that was made here and is still empty
     is removed at the end.
     """
+    check_folder(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -192,10 +196,13 @@ def _silent(path: Path, content: bytes, name: "Owner | str") -> bool:
 
 
 def _look(path: Path) -> tuple[bytes, float]:
-    """Return the file's content and time."""
-    # Opened, since a mere stat may be answered from a network file system's cache.
-    with path.open("rb") as file:
-        return file.read(), os.fstat(file.fileno()).st_mtime
+    """Return the file's content and time. ValueError for what no owner has written."""
+    if path.is_symlink():  # one that leads nowhere could be neither made nor read, without end
+        raise ValueError(f"{path} is a link: remove it")
+    try:
+        return look_at(path, _MOST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path.parent}: {error}: remove it") from error
 
 
 def _this_process() -> Owner:
@@ -211,11 +218,12 @@ def _this_process() -> Owner:
 
 
 def _owner(content: bytes) -> Owner | None:
-    """Return what a lock file says; None if it was cut short."""
+    """Return what a lock file says; None if it was cut short, or is no owner's."""
     try:
-        return Owner(**json.loads(content))
+        owner = Owner(**parse_json(content))
     except (ValueError, TypeError):
         return None
+    return owner if type(owner.pid) is int and 0 < owner.pid < 1 << 31 else None
 
 
 def _machine() -> str:

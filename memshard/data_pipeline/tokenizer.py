@@ -17,6 +17,7 @@ import sentencepiece
 
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.remote import local_copy
+from memshard.io import read_small
 
 log = logging.getLogger(__name__)
 TokenizerModel = Literal["bpe", "unigram"]
@@ -130,7 +131,7 @@ class Tokenizer:
             local_copy(path, TOKENIZER_FILE) if is_url(path) or Path(path).is_dir() else Path(path)
         )
         try:
-            proto = file.read_bytes()
+            proto = read_small(file)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{file}: no such tokenizer; `memshard data build` writes one, and sentencepiece "
@@ -207,5 +208,8 @@ class Tokenizer:
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, without <eos>; an incomplete UTF-8 sequence becomes U+FFFD."""
-        return self._processor.decode([int(token) for token in ids])
+        """Return the text of `ids`, without <eos> and those beyond the vocabulary, which a model
+        with a larger one can draw; an incomplete UTF-8 sequence becomes U+FFFD.
+        """
+        known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+        return self._processor.decode(known)

@@ -8,16 +8,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import memshard
-from memshard.io import file_time, parse_json
+from memshard.io import file_time, parse_json, read_small
 from memshard.launch.env import lacks_kernels
 from memshard.models.kernels.backend import backend_for
 from memshard.trainer.checkpoint.folders import committed, unfinished
 from memshard.trainer.checkpoint.hashed_pieces import verify
-from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, check_files, index_of
+from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, index_of, load_state, step_of
 from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
 from memshard.trainer.watch.lost_ranks import FLIGHT
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
@@ -158,18 +159,19 @@ def _collectives(folder: Path) -> Iterator[Finding]:
     """Find the rank that has joined fewer collectives than the others, from the records that ranks
     wrote when they lost each other.
     """
-    last: dict[str, dict[int, dict[str, object]]] = {}
+    last: dict[str, dict[int, dict[str, Any]]] = {}
     for path in (folder / FLIGHT).glob("rank*.json"):
         try:
-            entries = parse_json(path.read_text(encoding="utf-8"))["entries"]
+            rank = int(path.stem[4:])
+            for entry in parse_json(read_small(path))["entries"]:
+                group, number = str(entry["process_group"][1]), int(str(entry["collective_seq_id"]))
+                # Entries are in order, so the last one of a group stays.
+                last.setdefault(group, {})[rank] = {**entry, "collective_seq_id": number}
         # A record may be cut short: its rank was killed while it wrote.
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             continue
-        for entry in entries:
-            # Entries are in order, so the last one of a group stays.
-            last.setdefault(str(entry["process_group"][1]), {})[int(path.stem[4:])] = entry
     for group, by_rank in sorted(last.items()):
-        numbers = {rank: int(str(entry["collective_seq_id"])) for rank, entry in by_rank.items()}
+        numbers = {rank: entry["collective_seq_id"] for rank, entry in by_rank.items()}
         # Every rank counts a group's collectives alike, so the lowest count is the rank that did
         # not come.
         if len(set(numbers.values())) > 1:
@@ -178,8 +180,8 @@ def _collectives(folder: Path) -> Iterator[Finding]:
             yield Finding(
                 f"when they lost each other, rank {behind} was at collective {numbers[behind]} of "
                 f"group {group}, "
-                f"others at {ahead['collective_seq_id']} ({ahead['profiling_name']}, sizes "
-                f"{ahead['input_sizes']})"
+                f"others at {ahead['collective_seq_id']} ({ahead.get('profiling_name')}, sizes "
+                f"{ahead.get('input_sizes')})"
             )
 
 
@@ -188,7 +190,7 @@ def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
     # The newest first: it is the one a run goes on from.
     for path in reversed(checkpoints):
         try:
-            check_files(path)
+            step_of(path, load_state(path))
             index = index_of(path)
             if deep:
                 verify(path, index)

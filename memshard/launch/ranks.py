@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from memshard.launch.launchers.kinds import LAUNCHERS
+from memshard.variables import read_number
 
 PORTS = 10_000
 """Jobs share this many port numbers, from 20,000 on."""
@@ -47,7 +48,7 @@ def from_variables(
     """Return what torch's names (RANK, WORLD_SIZE and so on) say; None if they are not set."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
-    rank, ranks = number(env, "RANK"), number(env, "WORLD_SIZE")
+    rank, ranks = read_number(env, "RANK"), read_number(env, "WORLD_SIZE")
     if rank >= ranks:
         raise ValueError(
             f"RANK is {rank} and WORLD_SIZE {ranks}: ranks count from 0, so set RANK below "
@@ -57,7 +58,7 @@ def from_variables(
         launcher,
         rank,
         ranks,
-        number(env, "LOCAL_RANK", "0"),
+        read_number(env, "LOCAL_RANK", "0"),
         *listening(env),
         parent_waits,
     )
@@ -65,22 +66,10 @@ def from_variables(
 
 def listening(env: Mapping[str, str]) -> tuple[str | None, int | None]:
     """Return MASTER_ADDR and MASTER_PORT, as far as they are set."""
-    port = number(env, "MASTER_PORT", "0")
+    port = read_number(env, "MASTER_PORT", "0")
     if port >= 1 << 16:
         raise ValueError(f"MASTER_PORT is {port}; ports are below 65536")
     return env.get("MASTER_ADDR"), port or None
-
-
-def number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
-    """Return an environment variable, or its default where it is not set. ValueError if it is no
-    number: an empty RANK is a script's mistake, and not one process alone.
-    """
-    text = env[name] if default is None else env.get(name) or default
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise ValueError(
-            f"the environment variable {name} is {text!r}; expected a number: correct or unset it"
-        )
-    return int(text)
 
 
 def job_port(job: int) -> int:
@@ -93,16 +82,16 @@ def _openmpi(env: Mapping[str, str]) -> Ranks | None:
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
     address, port = listening(env)
-    ranks = number(env, "OMPI_COMM_WORLD_SIZE", "1")
+    ranks = read_number(env, "OMPI_COMM_WORLD_SIZE", "1")
     # All ranks are on this host, so no one has to say where rank 0 is.
-    if address is None and ranks == number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", "1"):
+    if address is None and ranks == read_number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", "1"):
         address = "127.0.0.1"
     # crc32 of the job's name, since hash() differs from process to process and all must agree.
     return Ranks(
         "OpenMPI",
-        number(env, "OMPI_COMM_WORLD_RANK"),
+        read_number(env, "OMPI_COMM_WORLD_RANK"),
         ranks,
-        number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "0"),
+        read_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", "0"),
         address,
         port or job_port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())),  # the job's name
     )

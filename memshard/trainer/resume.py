@@ -28,8 +28,11 @@ from memshard.trainer.checkpoint.folders import (
 from memshard.trainer.checkpoint.init_from import init_from
 from memshard.trainer.checkpoint.save_load import (
     DamagedCheckpoint,
+    is_count,
     load_state_together,
     load_tensors,
+    step_of,
+    table_steps_of,
 )
 from memshard.trainer.guards import all_reduce_verdict
 from memshard.trainer.run import Progress, Run
@@ -221,12 +224,10 @@ def _rewind_target(run: Run, root: Path) -> Path:
 
 def _load(run: Run, folder: Path) -> None:
     state = load_state_together(folder)
-    try:
-        progress, steps = Progress(**state["progress"]), dict(state["table_steps"])
-        stream, loss_scale = state["stream"], state["loss_scale"]
-    except (KeyError, TypeError) as error:
-        raise DamagedCheckpoint(folder, f"state.json is no run's ({error})") from error
-    if stream != run.stream.fingerprint:
+    progress = _progress_of(folder, state)
+    tables = dict(find_tables(run.model))
+    steps = table_steps_of(folder, state, tables)
+    if state.get("stream") != run.stream.fingerprint:
         raise ValueError(
             f"{run.recipe.data.path} is not the data that {folder} was trained on: "
             "give the original folder as data.path, or another --run folder"
@@ -237,10 +238,29 @@ def _load(run: Run, folder: Path) -> None:
     if run.carried_states is not None:
         run.carried_states.restore(tensors, run.mesh)
     run.continue_from(progress)
-    run.loss_scale.restore(loss_scale)
-    for name, table in find_tables(run.model):
+    run.loss_scale.restore(state["loss_scale"])
+    for name, table in tables.items():
         assert run.table_optimizer is not None
         run.table_optimizer.state[table.anchor]["step"] = steps[name]
+
+
+def _progress_of(folder: Path, state: dict[str, Any]) -> Progress:
+    """Return the progress in a checkpoint's state. DamagedCheckpoint if a number of the state is
+    none that a run could have.
+    """
+    step_of(folder, state)
+    try:
+        progress, scale = Progress(**state["progress"]), dict(state["loss_scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(folder, f"state.json is no run's ({error})") from error
+    counts = {**vars(progress), "rewound_to": progress.rewound_to or 0}
+    losses = counts.pop("losses")
+    numbers = [*losses, *scale.values()] if isinstance(losses, list) else [losses]
+    if not all(map(is_count, counts.values())) or not all(
+        isinstance(number, int | float) for number in numbers
+    ):
+        raise DamagedCheckpoint(folder, "state.json has numbers that are none of a run's")
+    return progress
 
 
 def _state(run: Run) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run's folder: who may write to it, and which recipes may resume the run in it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from memshard.io import atomic_write, check_free
+from memshard.io import atomic_write, check_folder, check_free, read_small
 from memshard.lock import FolderLock, holding
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.folders import committed
@@ -50,6 +51,10 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
     or optimizer: of a recipe that differs in more than keys that may change on resume. ValueError
     as well if it has no run, but files with the names of a run's.
     """
+    check_folder(folder / CHECKPOINTS)
+    for name in _OVERWRITTEN:
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is no file: remove it")
     checkpoints = committed(folder / CHECKPOINTS)
     if not checkpoints and not _is_run(folder):
         check_free(folder, _OVERWRITTEN, "choose another folder with --run")
@@ -84,7 +89,7 @@ def _stored_recipe(folder: Path, checkpoints: list[Path]) -> Recipe:
 def _is_resolved(recipe: Path) -> bool:
     """Return whether a file holds a recipe as memshard writes it, with every key and no comment."""
     try:
-        return recipe.read_bytes() == dump(load_recipe(recipe)).encode()
+        return read_small(recipe) == dump(load_recipe(recipe)).encode()
     except ValueError:
         return False
 

@@ -90,6 +90,25 @@ def test_workers_change_nothing(raw: Path, order: Order, workers: int) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"size": str(1 << 45)}, "ends inside big.txt"),
+        ({"GNU.sparse.size": str(1 << 45), "GNU.sparse.map": "0,1"}, "big.txt has holes"),
+    ],
+)
+def test_sizes_that_a_tar_claims_are_not_believed(
+    header: dict[str, str], said: str, data: Path, tmp_path: Path
+) -> None:
+    tar = tmp_path / "hostile.tar"
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("big.txt")
+        member.size, member.pax_headers = 1, header
+        archive.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(ValueError, match=said):
+        index_tars([tar], tmp_path / "out", tokenizer=data, workers=1)
+
+
 def test_damaged_raw_text_is_masked_and_found(tars: list[Path], data: Path, tmp_path: Path) -> None:
     copies = [tmp_path / tar.name for tar in tars]
     for copy, tar in zip(copies, tars, strict=True):

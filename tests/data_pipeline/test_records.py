@@ -3,6 +3,7 @@ number of ranks.
 """
 
 import gzip
+import os
 import random
 import tarfile
 from collections import Counter
@@ -236,6 +237,22 @@ def test_an_image_that_its_disk_does_not_return_is_no_damaged_one(tmp_path: Path
     files[0].symlink_to(files[0].name)  # ELOOP
     with pytest.raises(OSError, match=files[0].name):
         build_images(files, tmp_path / "data", size=8, workers=1)
+
+
+def test_only_pictures_are_opened_whatever_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow has gs run a file that begins as PostScript, also when it is called .png."""
+    image = pytest.importorskip("PIL.Image")
+    images_in(tmp_path / "in", **{f"{n}_png": (image.new("L", (9, 9), n), {}) for n in range(4)})
+    program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "in/hostile.png").write_text(program)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/mark\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ValueError, match="hostile.png is no image that can be read"):
+        build_images(sorted((tmp_path / "in").iterdir()), tmp_path / "data", workers=1)
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("amount", ["0", "-3", "1.5", "nan", "inf"])

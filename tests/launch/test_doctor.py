@@ -14,7 +14,7 @@ from memshard.trainer.watch.metrics import METRICS_FILE
 from tests.trainer.tiny_run import train_run
 
 
-def _examine(
+def examine(
     capfd: pytest.CaptureFixture[str], *arguments: str | Path
 ) -> tuple[list[str], list[str]]:
     capfd.readouterr()
@@ -28,7 +28,7 @@ def _examine(
 def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     train_run(recipe, folder, "train.save_every=5")
-    bad, notes = _examine(capfd, folder, "--deep")
+    bad, notes = examine(capfd, folder, "--deep")
     good = [f"{folder}/checkpoints/step-{step:08d} is good" for step in (10, 5)]
     assert not bad and "no heartbeats: the run has not started" in notes and set(good) < set(notes)
 
@@ -59,7 +59,7 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         entry = {"process_group": ["0", "default_pg"], "collective_seq_id": number}
         entry |= {"profiling_name": "gloo:all_reduce", "input_sizes": [[3]]}
         (folder / f"flight/rank{rank}.json").write_text(json.dumps({"entries": [entry]}))
-    bad, notes = _examine(capfd, folder, "--deep")
+    bad, notes = examine(capfd, folder, "--deep")
     silent, damaged, waiting = bad
     assert silent.startswith(
         "rank 2 (process 100 on n1), in step 20, forward and backward, has been silent for 4"
@@ -87,7 +87,7 @@ def test_checkpoints_at_a_glance(
     older, newer = (folder / f"checkpoints/step-{step:08d}" for step in (5, 10))
     piece = max(newer.glob("*.bin"), key=lambda path: path.stat().st_size)
     os.truncate(piece, piece.stat().st_size - 1)
-    bad, notes = _examine(capfd, folder)
+    bad, notes = examine(capfd, folder)
     assert (
         len(bad) == 1
         and bad[0].startswith(f"{newer} is damaged (")
@@ -109,7 +109,7 @@ def test_an_installation(
         (tmp_path / name).touch()
     os.utime(tmp_path / "old/lock", (time.time() - 3600,) * 2)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    bad, notes = _examine(capfd)
+    bad, notes = examine(capfd)
     locks = [text for text in bad if "lock" in text]
     assert locks == [f"{tmp_path}/old/lock is 60 minutes old: if nothing is compiling, delete it"]
     assert any(note.startswith("torch 2.") for note in notes)

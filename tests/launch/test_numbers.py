@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from memshard.data_pipeline.format.remote import BlockCache
 from memshard.launch.cli.main import command_parser
+from memshard.models.kernels.backend import backend_for
 from tests.trainer.test_bad_input import refused
 
 
@@ -112,3 +114,45 @@ def test_a_variable_without_sense_is_named(
         monkeypatch.setenv(*variable.split("="))
     assert message in refused(capfd, "train", recipe, "--run", tmp_path / "run")
     assert message in refused(capfd, "generate", tmp_path, "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("LOCAL_WORLD_SIZE=x", "LOCAL_WORLD_SIZE is 'x'; expected a number from 1 on"),
+        ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE is '0'; expected a number from 1 on"),
+        ("MEMSHARD_KERNELS=Plain", "MEMSHARD_KERNELS is 'Plain'; expected 'plain'"),
+    ],
+)
+def test_a_variable_of_training_without_sense_is_named(
+    variable: str,
+    message: str,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    backend_for.cache_clear()
+    monkeypatch.setenv(*variable.split("="))
+    assert message in refused(capfd, "train", recipe, "--run", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ("MEMSHARD_CACHE_BYTES=64G", "MEMSHARD_CACHE_BYTES is '64G'; expected a number"),
+        ("MEMSHARD_CACHE={folder}/file", "file is a file, and no folder"),
+        ("MEMSHARD_CACHE={folder}/open", "open belongs to another user, or everybody can write"),
+    ],
+)
+def test_a_cache_that_cannot_be_used_is_named(
+    variables: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setenv("MEMSHARD_CACHE", str(tmp_path / "cache"))
+    for variable in variables.format(folder=tmp_path).split():
+        monkeypatch.setenv(*variable.split("="))
+    with pytest.raises(ValueError, match=message):
+        BlockCache("http://127.0.0.1:1/data")

@@ -90,7 +90,7 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_end_a_run(
         process.wait()
     text = output.read_text()
     assert "No space left on device: '" in text and "Traceback" not in text, text
-    assert not [path for path in (run / "checkpoints").iterdir() if path.suffix == ".tmp"]
+    assert not [path for path in (run / "checkpoints").iterdir() if path.suffix == ".partial"]
     (beat,) = read_beats(run)
     if freed:
         assert (process.returncode, beat.ended) == (75, "stopped"), text

@@ -74,9 +74,16 @@ def test_a_recipe_of_absurd_sizes_is_refused_at_once(
         ("a: &a [*a]\n", "nested too deeply"),
         ("[" * 20_000, "nested too deeply"),
         (f"a: {'1' * 60_000}", "a number of 60,000 digits"),
+        (f"a: {'x' * 2_000_000}", "2,000,003 characters"),
+        *((f"a: !!{kind} 1", "asks for a type") for kind in ("binary", "timestamp", "bool", "set")),
+        ("a: !!float ''", "asks for a type"),
+        ("a: !!python/object/apply:os.getcwd []", "asks for a type"),
+        ('a: "\\ud800"', "is no text"),
+        ('a: "b\\0c"', "is no text"),
+        ("a: \0", "special characters are not allowed"),
     ],
 )
-def test_yaml_that_grows_is_refused(text: str, message: str) -> None:
+def test_yaml_that_grows_or_is_no_plain_value_is_refused(text: str, message: str) -> None:
     begun = time.monotonic()
     with pytest.raises(ValueError, match=f"mine.yaml.*{message}"):
         parse(text, "mine.yaml")
@@ -126,7 +133,14 @@ def test_an_empty_tensor_of_an_overflowing_shape_is_refused(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", "[" * 100_000, '{"progress": []}', '{"progress": {"step": null}}']
+    "text",
+    [
+        *("", "{}", "[1]", "[" * 100_000, '{"progress": []}'),
+        *(
+            f'{{"progress": {{"step": {step}}}}}'
+            for step in ("null", "-1", "Infinity", "1.5", '"1"')
+        ),
+    ],
 )
 def test_a_malformed_state_is_named(
     text: str, run_and_export: Path, tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
@@ -135,14 +149,41 @@ def test_a_malformed_state_is_named(
     checkpoint = run / "checkpoints/step-00000001"
     (checkpoint / "state.json").write_text(text)
     rehash(checkpoint, "state.json")
-    with pytest.raises(DamagedCheckpoint, match=r"step-00000001 is damaged \(state.json is no"):
+    said = r"step-00000001 is damaged \(state.json (is no|says that)"
+    with pytest.raises(DamagedCheckpoint, match=said):
         load_model(run)
     for argv in (
         ("generate", run, "--prompt", "a"),
         ("train", recipe, "--run", tmp_path / "new", f"init_from={run}"),
         ("train", recipe, "--run", run),
     ):
-        assert "state.json is no" in refused(capfd, *argv)
+        assert re.search(said, refused(capfd, *argv))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *({"progress": {"left_out": value}} for value in (-1, 1 << 80, 1.5, "x")),
+        {"progress": {"losses": ["x"]}},
+        *({"table_steps": value} for value in ({}, [], "ab", {"blocks.0.memory.values": -3})),
+        *({"loss_scale": value} for value in (None, {"value": "x"})),
+    ],
+)
+def test_numbers_that_no_run_has_are_damage(
+    part: dict[str, Any],
+    run_and_export: Path,
+    tmp_path: Path,
+    recipe: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(shutil.copytree(run_and_export / "run", tmp_path / "run"))
+    checkpoint = run / "checkpoints/step-00000001"
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, value in part.items():
+        state[name] = state[name] | value if name == "progress" else value
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    rehash(checkpoint, "state.json")
+    assert "step-00000001 is damaged (state.json" in refused(capfd, "train", recipe, "--run", run)
 
 
 @pytest.mark.parametrize("name", ["COMMITTED", "index.json"])
@@ -174,7 +215,10 @@ def test_deep_json_elsewhere_is_an_error_of_the_file(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("vocab_size", 10**21), ("vocab_size", "x"), ("eos_id", 300), ("eos_id", -1)],
+    [
+        *(("vocab_size", 10**21), ("vocab_size", "x"), ("eos_id", 300), ("eos_id", -1)),
+        *(("tokenizer_sha256", value) for value in (5, "../../../../x")),
+    ],
 )
 def test_numbers_of_a_data_folder_are_checked(
     key: str, value: object, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -182,7 +226,9 @@ def test_numbers_of_a_data_folder_are_checked(
     copy = Path(shutil.copytree(data, tmp_path / "data"))
     fields = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(fields | {key: value}))
-    assert "index.json is damaged (vocab_size is" in refused(capfd, "data", "verify", copy)
+    said = "is no SHA-256" if key == "tokenizer_sha256" else "vocab_size is"
+    message = refused(capfd, "data", "verify", copy)
+    assert "index.json is damaged (" in message and said in message
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])

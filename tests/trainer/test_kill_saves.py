@@ -64,11 +64,11 @@ def _finish(processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
 
 def _phase(checkpoints: Path) -> str:
     """Return what a kill has interrupted, by what it left."""
-    if list(checkpoints.glob("*.tmp/COMMITTED")):
+    if list(checkpoints.glob("*.partial/COMMITTED")):
         return "before the rename, or while an old one was removed"
-    if list(checkpoints.glob("*.tmp/index.json")):
+    if list(checkpoints.glob("*.partial/index.json")):
         return "before the marker"
-    if list(checkpoints.glob("*.tmp")):
+    if list(checkpoints.glob("*.partial")):
         return "while tensors were written"
     return "between saves"
 

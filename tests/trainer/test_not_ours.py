@@ -35,12 +35,13 @@ def test_saves_leave_everything_else_in_checkpoints_alone(
     for name in ("step-00000003.tar.gz", "step-00000003-is-best.txt", "step-00000008"):
         (root / name).write_text(name)
     (root / "step-latest").symlink_to("step-00000004")
-    killed = root / "step-00000002.0123abcd.tmp"
-    killed.mkdir()
+    killed = [root / f"step-00000002.0123abcd.{ending}" for ending in ("partial", "tmp")]
+    for folder_of_kill in killed:
+        folder_of_kill.mkdir()
     before = _files(root) | _files(moved)
 
     train_run(recipe, folder, "train.save_every=2", "train.keep=2")
-    assert not killed.exists()
+    assert not any(path.exists() for path in killed)
     assert [path.name for path in committed(root)] == [
         "step-00000002",
         "step-00000008",

@@ -13,7 +13,7 @@ from typing import Any
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.kinds import RECORD_KINDS, RecordKind
 from memshard.data_pipeline.format.remote import local_copy
-from memshard.io import named, parse_json
+from memshard.io import named, parse_json, read_small
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -130,7 +130,7 @@ def read_index(folder: Path) -> Index:
     """Return the index of a local folder, without a look at its files. ValueError if damaged."""
     file = folder / INDEX_FILE
     try:
-        fields: dict[str, Any] = parse_json(file.read_bytes())
+        fields: dict[str, Any] = parse_json(read_small(file))
         version = fields.pop("format")
         if version == FORMAT_VERSION:
             splits = {
@@ -177,6 +177,10 @@ def _check(index: Index) -> None:
         # An index may come from a stranger: "../../x" must not be opened or removed.
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)):
             raise ValueError(f"it names {name!r}: only plain names inside the folder are allowed")
+    for sha256 in _hashes(index):
+        # Parts of them are in names of the cache's files.
+        if not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
+            raise ValueError(f"{sha256!r} is no SHA-256")
     for name, split in index.splits.items():
         counts = (split.documents, split.tokens, split.text_bytes, split.words)
         sizes = ((shard.documents, shard.tokens, shard.bytes) for shard in split.shards)
@@ -196,6 +200,16 @@ def _files(index: Index) -> list[str]:
         for split in index.splits.values()
         for shard in split.shards
         for name in (shard.file, shard.sidecar)
+    ]
+
+
+def _hashes(index: Index) -> list[str]:
+    """Return the hashes of the files that `_files` returns, in the same order."""
+    return [index.tokenizer_sha256] * index.records.tokenizer + [
+        sha256
+        for split in index.splits.values()
+        for shard in split.shards
+        for sha256 in (shard.sha256, shard.sidecar_sha256)
     ]
 
 

@@ -10,12 +10,14 @@ limit (default 64 GiB).
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
 from memshard.data_pipeline.fetch import DISK_FULL, fetch, is_url, read_range, retry
-from memshard.io import atomic_write
+from memshard.io import atomic_write, check_folder
+from memshard.variables import read_number
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 22
@@ -51,11 +53,21 @@ def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = Non
 
 
 def cache_folder(url: str) -> Path:
-    """Return the folder for local copies of files of the data folder at `url`; it exists."""
+    """Return the folder for local copies of files of the data folder at `url`; it exists.
+    ValueError if others than the user, root or the folder's group can write to the cache.
+    """
     root = Path(os.environ.get("MEMSHARD_CACHE") or Path.home() / ".cache" / "memshard")
-    # Ours alone: what another user put there would be trained on. One that exists may be shared.
+    # Ours alone: what another user put there would be trained on. One that exists may be shared
+    # with a group.
     root.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(root)
     root.mkdir(mode=0o700, exist_ok=True)
+    facts = root.stat()
+    if facts.st_uid not in (os.geteuid(), 0) or facts.st_mode & stat.S_IWOTH:
+        raise ValueError(
+            f"the cache {root} belongs to another user, or everybody can write to it: what they "
+            "put there would be trained on; name a folder of your own in MEMSHARD_CACHE"
+        )
     folder = root / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     return folder
@@ -76,9 +88,9 @@ class BlockCache:
         self._ranges = url.startswith(("http://", "https://"))
         self._folder = cache_folder(url) / "blocks"
         self._folder.mkdir(exist_ok=True)
-        self._limit = (
-            int(os.environ.get("MEMSHARD_CACHE_BYTES", DEFAULT_LIMIT)) if limit is None else limit
-        )
+        if limit is None:
+            limit = read_number(os.environ, "MEMSHARD_CACHE_BYTES", str(DEFAULT_LIMIT))
+        self._limit = limit
         self._written = self._limit  # look at the folder before the first block is added
         self._full = False
         self._memory: OrderedDict[str, bytes] = OrderedDict()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
+"""By content. Pillow opens others, whatever the name: PostScript, which it has gs run."""
 EOS = 256
 IMAGES_PER_SHARD = 8192
 log = logging.getLogger(__name__)
@@ -183,7 +185,7 @@ def _square(file: Path, size: int, gray: bool) -> "Image.Image":
 
     try:
         # Converted before it is scaled: means of a palette's numbers are no colours.
-        with named(file), Image.open(file) as image:
+        with named(file), Image.open(file, formats=_FORMATS) as image:
             return ImageOps.fit(
                 _upright(image).convert("L" if gray else "RGB"),
                 (size, size),

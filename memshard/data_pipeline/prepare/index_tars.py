@@ -225,17 +225,20 @@ def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
     """Yield offset and content of every member that is a document and not blank."""
     try:
         # "r:" refuses compressed tars: a document in one cannot be read by its offset.
+        size = tar.stat().st_size
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 if member.isfile() and member.name.endswith(f".{suffix}"):
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    content = stream.read()
-                    # tarfile returns what there is of a truncated member, without an error.
-                    if len(content) != member.size:
+                    # Before it is read: a header can claim any size, and holes of any size.
+                    if member.issparse():
+                        raise ValueError(f"{tar}: {member.name} has holes: leave the tar out")
+                    if member.size < 0 or member.offset_data + member.size > size:
                         raise ValueError(
                             f"{tar} ends inside {member.name}: fetch it again or leave it out"
                         )
+                    stream = archive.extractfile(member)
+                    assert stream is not None
+                    content = stream.read()
                     try:
                         if raw_text(content).strip():
                             yield member.offset_data, content

@@ -32,7 +32,14 @@ from memshard.launch.cli import (
     train,
 )
 from memshard.launch.cli import eval as evaluate
-from memshard.launch.cli.outcome import Failed, Stopped, UsageError, describe, rank
+from memshard.launch.cli.outcome import (
+    Failed,
+    Stopped,
+    UsageError,
+    describe,
+    printable,
+    rank,
+)
 from memshard.launch.cli.parser import CommandParser
 from memshard.launch.cli.streams import CLOSED_PIPE, nobody_reads, prepare_streams
 
@@ -115,10 +122,10 @@ def _fail(
         if "--debug" in argv:
             traceback.print_exc()
         if rank() == 0:
-            print(f"memshard: {kind}: {message}", file=sys.stderr)
+            print(f"memshard: {kind}: {printable(message)}", file=sys.stderr)
         # Any other error may be of one rank alone, so each speaks.
         elif code == 1:
-            print(f"memshard: {kind}: rank {rank()}: {message}", file=sys.stderr)
+            print(f"memshard: {kind}: rank {rank()}: {printable(message)}", file=sys.stderr)
     return code, {**result, kind: message}
 
 

@@ -54,6 +54,18 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Return text as a terminal may have it: names in files may hold its control sequences, and
+    bytes that are no UTF-8.
+    """
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def rank() -> int:
     """Return this process's number in the run that torchrun, srun or nothing has set up; 0 if that
     cannot be read, which is then what this process has to say.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memshard.data_pipeline.fetch import Allowed
+from memshard.io import check_folder
 from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.launch.cli.outcome import Stopped, usage_errors
 from memshard.launch.cli.parser import Subparsers, add_allow
@@ -205,9 +206,14 @@ def _path(prepared: "Run") -> str:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Return the run's folder: the given one, or one named after the recipe."""
-    if args.folder:
-        return Path(args.folder)
+    """Return the run's folder: the given one, or one named after the recipe. ValueError if it
+    cannot be one.
+    """
     named = Path(args.recipe)
     # A run folder as the recipe means that run.
-    return named if named.is_dir() else Path("runs") / named.stem
+    default = named if named.is_dir() else Path("runs") / named.stem
+    folder = Path(args.folder) if args.folder else default
+    if any("\ud800" <= character <= "\udfff" for character in str(folder)):
+        raise ValueError(f"--run {str(folder)!r} is no UTF-8 text: choose another name")
+    check_folder(folder)
+    return folder

@@ -26,7 +26,8 @@ from memshard.launch.launchers.start import (
     snapshot,
     torchrun_options,
 )
-from memshard.launch.ranks import PORTS, Ranks, from_variables, job_port, listening, number
+from memshard.launch.ranks import PORTS, Ranks, from_variables, job_port, listening
+from memshard.variables import read_number
 
 Flavour = Literal["srun", "torchrun", "deepspeed"]
 _FACTS = (
@@ -109,11 +110,11 @@ def detect(env: Mapping[str, str]) -> Ranks | None:
     address, port = listening(env)
     return Ranks(
         "SLURM",
-        number(env, "SLURM_PROCID"),
-        number(env, "SLURM_STEP_NUM_TASKS"),
-        number(env, "SLURM_LOCALID", "0"),
+        read_number(env, "SLURM_PROCID"),
+        read_number(env, "SLURM_STEP_NUM_TASKS"),
+        read_number(env, "SLURM_LOCALID", "0"),
         address or first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
-        port or job_port(number(env, "SLURM_JOB_ID", "0")),
+        port or job_port(read_number(env, "SLURM_JOB_ID", "0")),
     )
 
 

@@ -18,6 +18,7 @@ from memshard.models.kernels.compile_cpp import CompileError
 from memshard.models.kernels.plain_rows import AdamUpdate
 from memshard.models.kernels.plain_topk import product_search
 from memshard.models.kernels.self_test import row_backend_fault, search_agrees
+from memshard.variables import switch
 
 SWITCH = "MEMSHARD_KERNELS"
 """Environment variable; `plain` keeps everything to plain torch."""
@@ -49,7 +50,7 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     The first call for a device compiles the kernels, if need be, and tests
     them against plain torch.
     """
-    if os.environ.get(SWITCH) == "plain":
+    if switch(SWITCH, "plain"):
         return plain_rows, f"plain torch ({SWITCH}=plain)"
     # Triton's interpreter runs GPU kernels on a CPU, slowly: for tests.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,7 +76,7 @@ def search_for(scores: Tensor) -> ProductSearch:
 @cache
 def _cpu_search() -> ProductSearch:
     """Compile and test the search at the first call."""
-    if os.environ.get(SWITCH) == "plain":
+    if switch(SWITCH, "plain"):
         return product_search
     try:
         search = cpu_topk.build()

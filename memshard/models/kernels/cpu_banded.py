@@ -4,7 +4,6 @@ It computes only the pairs that see each other; the tiles of plain torch compute
 """
 
 import ctypes
-import os
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from memshard.models.kernels.backend import SWITCH
 from memshard.models.kernels.compile_cpp import CompileError, load_library
 from memshard.models.lsh.bucket_order import Order
+from memshard.variables import switch
 
 _SOURCE = Path(__file__).with_name("banded.cpp")
 _INPUTS, _OUTPUTS = ("q", "k", "v", "d_out"), ("out", "logs", "d_q", "d_k", "d_v")
@@ -35,7 +35,7 @@ def kernel() -> ctypes.CDLL | None:
     """Return the library, compiled at the first call; None without a compiler, or if
     MEMSHARD_KERNELS is plain.
     """
-    if os.environ.get(SWITCH) == "plain":
+    if switch(SWITCH, "plain"):
         return None
     try:
         return load_library(_SOURCE)

@@ -6,7 +6,6 @@ the values' dtype; sums and the state stay fp32. Everything else, and whatever t
 left to the reference, the chunks of `fast_weights/delta_rule.py`, which hands itself in.
 """
 
-import os
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.kernels.backend import SWITCH
+from memshard.variables import switch
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 _HALF, _MOST_FEATURES = (torch.float16, torch.bfloat16), 256
@@ -44,7 +44,7 @@ def choose_kernel(
             f"chunks in torch (the library's kernels take 16 bits, {_MOST_FEATURES} features at "
             "most, on a GPU)",
         )
-    if os.environ.get(SWITCH) == "plain":
+    if switch(SWITCH, "plain"):
         return None, f"chunks in torch ({SWITCH}=plain)"
     try:
         from fla.ops.delta_rule import chunk_delta_rule

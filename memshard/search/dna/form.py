@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from memshard.io import parse_json
+from memshard.io import parse_json, read_small
 from memshard.models.program.primitives import PRIMITIVES
 
 Dna = dict[str, Any]
@@ -36,7 +36,7 @@ OPERATIONS = tuple(PRIMITIVES)
 def load(path: Path | str) -> Dna:
     """Read a DNA from a JSON file. ValueError if the file has none."""
     try:
-        dna = parse_json(Path(path).read_text(encoding="utf-8"))
+        dna = parse_json(read_small(Path(path)))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if problem := invalid(dna):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from memshard.io import is_partial
 from memshard.search.evolve.child import FAILED, Task
 from memshard.search.evolve.history import LOSSES, Child, History
 from memshard.search.evolve.journal import JOURNAL_FILE, Event, Journal, read
@@ -19,6 +20,7 @@ from memshard.search.evolve.settings import Settings, from_dict, to_dict
 from memshard.search.evolve.text import read_text
 from memshard.search.evolve.workers import LOST, Workers
 
+_STATE = r"\d+\.safetensors"
 Say = Callable[[str], None]
 
 
@@ -60,7 +62,7 @@ def search(
         living = {_state(states, child.id) for child in history.living()}
         for path in set(states.glob("*")) - living:
             # The names that writing a state gives; a user's file stays.
-            if re.fullmatch(r"\d+\.safetensors(\.[0-9a-f]{8}\.partial)?", path.name):
+            if re.fullmatch(_STATE, path.name) or is_partial(path.name, _STATE):
                 path.unlink()
         if len(journal.events) > 1:
             say(

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from memshard.io import read_small
 from memshard.trainer.config.fields import check_finite
-from memshard.trainer.config.text import parse
+from memshard.trainer.config.text import MOST_BYTES, parse
 
 _POSITIVE = (
     *(
@@ -156,7 +157,7 @@ def load_settings(
     if path is not None:
         if not path.is_file():
             raise FileNotFoundError(f"there is no settings file {path}")
-        values = parse(path.read_text(encoding="utf-8"), str(path)) or {}
+        values = parse(read_small(path, MOST_BYTES).decode(), str(path)) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected keys such as 'text: FILE'")
     for override in overrides:

@@ -3,12 +3,11 @@
 import logging
 import os
 import re
-import secrets
 import shutil
 from itertools import count
 from pathlib import Path
 
-from memshard.io import is_absence
+from memshard.io import is_absence, is_partial, partial_path
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +15,8 @@ COMMIT = "COMMITTED"
 _PREFIX = "step-"
 # As `checkpoint_folder` writes it: a copy called step-20 would be newer than step-00000040.
 _WHOLE = re.compile(rf"{_PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")
-# Without the random part as well: earlier versions gave none.
-_PARTIAL = re.compile(rf"{_PREFIX}\d{{8}}(\.[0-9a-f]{{8}})?\.tmp")
+# The names that earlier versions gave to folders that were not whole yet.
+_OLD_PARTIAL = re.compile(rf"{_PREFIX}\d{{8}}(\.[0-9a-f]{{8}})?\.tmp")
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -25,9 +24,10 @@ def checkpoint_folder(root: Path, step: int) -> Path:
     return root / f"{_PREFIX}{step:08d}"
 
 
-def partial_folder(path: Path) -> Path:
-    """Return a new name next to a checkpoint's for one that is not whole yet, or no more."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+def named_step(folder: Path) -> int | None:
+    """Return the step in a checkpoint folder's name; None if it has another kind of name."""
+    match = _WHOLE.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def committed(root: Path) -> list[Path]:
@@ -37,8 +37,9 @@ def committed(root: Path) -> list[Path]:
         names = os.listdir(root)
     except FileNotFoundError:
         return []
-    steps = {int(name[len(_PREFIX) :]): name for name in names if _WHOLE.fullmatch(name)}
-    return [root / steps[step] for step in sorted(steps) if is_committed(root / steps[step])]
+    steps = sorted(step for name in names if (step := named_step(Path(name))) is not None)
+    folders = [checkpoint_folder(root, step) for step in steps]
+    return [folder for folder in folders if is_committed(folder)]
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -63,7 +64,7 @@ def remove(path: Path) -> None:
         path.unlink()
     else:
         # A half-removed folder must not look complete, nor like one that is being copied here.
-        shutil.rmtree(path.rename(partial_folder(path)))
+        shutil.rmtree(path.rename(partial_path(path)))
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
@@ -74,7 +75,7 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
         old = [
             path
             for path in committed(root)[:-keep]
-            if not keep_every or int(path.name[len(_PREFIX) :]) % keep_every
+            if not keep_every or (named_step(path) or 0) % keep_every
         ]
         for path in old + unfinished(root):
             if path.is_dir() and not path.is_symlink():
@@ -86,7 +87,11 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
 def unfinished(root: Path) -> list[Path]:
     """Return what saves that go on, or were interrupted, have written so far."""
     # Only by names that saves give: whatever else is here was put here by someone.
-    return [path for path in root.iterdir() if _PARTIAL.fullmatch(path.name)]
+    return [
+        path
+        for path in root.iterdir()
+        if is_partial(path.name, _WHOLE.pattern) or _OLD_PARTIAL.fullmatch(path.name)
+    ]
 
 
 def is_committed(path: Path) -> bool:

@@ -10,10 +10,11 @@ from memshard.models.memory.table import find_tables
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.grow import grow_sub_keys, grow_table, local_part
 from memshard.trainer.checkpoint.save_load import (
-    DamagedCheckpoint,
     index_of,
     load_state_together,
     load_tensors,
+    step_of,
+    table_steps_of,
 )
 from memshard.trainer.optim.rows.adam import RowAdam
 
@@ -30,10 +31,8 @@ def init_from(
     that a new memory replaces is dropped. ValueError, naming the parameter,
     for any other difference.
     """
-    try:
-        steps = dict(load_state_together(checkpoint)["table_steps"])
-    except (KeyError, TypeError) as error:
-        raise DamagedCheckpoint(checkpoint, f"state.json is no run's ({error})") from error
+    recorded = load_state_together(checkpoint)
+    step_of(checkpoint, recorded)
     saved = {name: Size(stored.shape) for name, stored in index_of(checkpoint).items()}
     fresh = [
         layer
@@ -47,6 +46,11 @@ def init_from(
     }
     new = *(f"blocks.{layer}.memory." for layer in fresh), *(f"{name}." for name in convolutions)
     tables = {f"{name}.weight": table for name, table in find_tables(model)}
+    steps = table_steps_of(
+        checkpoint,
+        recorded,
+        [name.removesuffix(".weight") for name in tables if not name.startswith(new)],
+    )
     _check_readers(model, fresh, [name for name in tables if not name.startswith(new)])
     _check_all_used(checkpoint, model, fresh, tensors, saved)
 

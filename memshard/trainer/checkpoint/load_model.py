@@ -79,9 +79,15 @@ def load_model(
             for first in range(0, table.slots, _BLOCK_ROWS):
                 rows = torch.arange(first, min(first + _BLOCK_ROWS, table.slots))
                 table.weight[rows[0] : rows[-1] + 1] = stored.tables[name](rows)
+    tokenizer = Tokenizer(stored.folder / TOKENIZER_FILE)
+    if tokenizer.vocab_size > (stored.recipe.model.vocab_size or 0):
+        raise ValueError(
+            f"{stored.folder} has a tokenizer of {tokenizer.vocab_size:,} tokens and a model of "
+            f"{stored.recipe.model.vocab_size or 0:,}: it is another model's, copy it again"
+        )
     return LoadedModel(
         model.eval().to(device),
-        Tokenizer(stored.folder / TOKENIZER_FILE),
+        tokenizer,
         stored.recipe,
         stored.step,
         stored.folder,

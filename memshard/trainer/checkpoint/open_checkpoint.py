@@ -17,7 +17,13 @@ from memshard.models.memory.table import find_tables
 from memshard.models.seq2seq import build_model
 from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.memmap import MappedTensor
-from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, index_of, load_state
+from memshard.trainer.checkpoint.save_load import (
+    DamagedCheckpoint,
+    index_of,
+    is_count,
+    load_state,
+    step_of,
+)
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.config.recipe import Recipe
 
@@ -54,7 +60,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
 
     check: compare everything with its hash first.
     """
-    state = load_state(folder)
+    step = step_of(folder, load_state(folder))
     recipe = _recipe(folder)
     index = {
         name.removeprefix(PREFIX): tensor
@@ -67,10 +73,6 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
             verify(folder, index)
         except ValueError as error:
             raise DamagedCheckpoint(folder, str(error)) from error
-    try:
-        step = int(state["progress"]["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpoint(folder, f"state.json is no run's ({error})") from error
     names = _table_names(folder, recipe, {name: tensor.shape for name, tensor in index.items()})
     stored = {name: MappedTensor(folder, tensor) for name, tensor in index.items()}
     tables = {name: stored.pop(f"{name}.weight") for name in names}
@@ -95,6 +97,8 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         for name in ("config.yaml", TOKENIZER_FILE):
             if hashlib.sha256(read_small(folder / name)).hexdigest() != about["files"][name]:
                 raise ValueError(f"{name} does not match its hash")
+        if not is_count(about["step"]):
+            raise ValueError(f"{CONFIG_JSON} says that it is of step {about['step']!r}"[:200])
         recipe = _recipe(folder)
         if check:
             with file.open("rb") as opened:
@@ -117,7 +121,7 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         return StoredModel(
             folder=folder,
             recipe=recipe,
-            step=int(about["step"]),
+            step=about["step"],
             dense={name: tensor.clone for name, tensor in tensors.items()},
             tables={name: partial(_read_slots, *pair, keys) for name, pair in tables.items()},
             table_dtype=next(

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memshard.io import is_absence, named, parse_json, read_small, to_disk
+from memshard.io import is_absence, named, parse_json, partial_path, read_small, to_disk
 from memshard.parallel.collectives import broadcast_from_rank0
 from memshard.trainer.checkpoint.dcp_storage import PieceReader, PieceWriter
-from memshard.trainer.checkpoint.folders import COMMIT, partial_folder, set_aside
+from memshard.trainer.checkpoint.folders import COMMIT, named_step, set_aside
 from memshard.trainer.checkpoint.index import StoredTensor, read_index
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def save_checkpoint(
     first = not dist.is_initialized() or dist.get_rank() == 0
     # Next to the final folder: a rename is atomic only within one file system.
     # A name that nothing else has, so that nothing of anyone's is in the way.
-    temporary = _from_rank0(partial_folder(folder), group)
+    temporary = _from_rank0(partial_path(folder), group)
     try:
         with _same_outcome(group, folder):
             if first:
@@ -160,6 +160,37 @@ def load_state(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpoint(folder, f"{_STATE} is no state: {error}") from error
     return state
+
+
+def step_of(folder: Path, state: dict[str, Any]) -> int:
+    """Return the step that a run's checkpoint was saved at. DamagedCheckpoint if its state says
+    none, or another than the folder's name.
+    """
+    try:
+        step = state["progress"]["step"]
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpoint(folder, f"{_STATE} is no run's ({error})") from error
+    if not is_count(step):
+        raise DamagedCheckpoint(folder, f"{_STATE} says that it is of step {step!r}"[:200])
+    if named_step(folder) not in (step, None):
+        raise DamagedCheckpoint(folder, f"it was saved at step {step}, and renamed")
+    return int(step)
+
+
+def table_steps_of(folder: Path, state: dict[str, Any], tables: Iterable[str]) -> dict[str, int]:
+    """Return the number of updates of each of these tables. DamagedCheckpoint if the state does not
+    say it.
+    """
+    steps = state.get("table_steps")
+    if not isinstance(steps, dict) or not all(is_count(steps.get(table)) for table in tables):
+        raise DamagedCheckpoint(folder, f"{_STATE} does not say how often tables were updated")
+    return steps
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a value of JSON is a whole number that torch can hold, from 0 on."""
+    # `type(...) is int` refuses true and false, which Python also counts as integers.
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def load_state_together(folder: Path) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from memshard.data_pipeline.fetch import Allowed, check_allowed, needed
+from memshard.io import read_small
 from memshard.trainer.config.explain import SECTION, Key, fields, suggestion
 from memshard.trainer.config.recipe import Recipe
-from memshard.trainer.config.text import parse, render
+from memshard.trainer.config.text import MOST_BYTES, parse, render
 
 BUNDLED = Path(__file__).parents[2] / "recipes"
 
@@ -135,11 +136,13 @@ def _lineage(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, MOST_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not a recipe: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a recipe: {error}") from error
     values = parse(text, str(path))
     if not isinstance(values, dict | None):
         raise ValueError(
@@ -229,9 +232,11 @@ def _with_program(recipe: Recipe) -> Recipe:
         raise FileNotFoundError(
             f"model.program: there is no file {path}: give what `memshard search compile` wrote"
         )
-    return replace(
-        recipe, model=replace(recipe.model, program=path.read_text(encoding="utf-8").strip())
-    )
+    try:
+        program = read_small(path, MOST_BYTES).decode().strip()
+    except ValueError as error:
+        raise ValueError(f"model.program: {path} is no program: {error}") from error
+    return replace(recipe, model=replace(recipe.model, program=program))
 
 
 def _readable(error: ValidationError, settings: dict[str, Setting], source: str) -> ValueError:

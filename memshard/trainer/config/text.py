@@ -19,11 +19,28 @@ FLOAT = re.compile(
 _MOST_DIGITS = 1000
 _MOST_NODES = 100_000
 """The longest recipe has some 300 values."""
+MOST_BYTES = 1 << 20
+"""Of a recipe, whose few kilobytes take milliseconds; 1 MiB takes PyYAML some 3 s."""
 
 
 # A separate table of resolvers: PyYAML's is shared by all loaders of the process.
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        # "\0" and "\ud800", which YAML can spell, no file has in its name or its text.
+        if re.search(r"[\0\ud800-\udfff]", getattr(event, "value", "")):
+            raise yaml.composer.ComposerError(
+                None, None, f"{event.value!r} is no text", event.start_mark
+            )
+        # Values are what they look like. PyYAML's constructors of types that are asked for by name
+        # make bytes, dates and sets, or raise whatever a wrong text makes them.
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.composer.ComposerError(
+                None, None, f"{event.tag} asks for a type: write the value alone", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -80,8 +97,10 @@ _Dumper.add_representer(
 
 def parse(text: str, source: str) -> Any:
     """Return the value of YAML text. ValueError with the line; `source` names the text in it."""
-    loader = _Loader(text)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{source}: {len(text):,} characters, too many for a recipe")
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None

@@ -9,6 +9,7 @@ import torch
 
 from memshard.trainer.cost.devices import CARD_FLOPS, CARDS, Device
 from memshard.trainer.precision import DTYPES
+from memshard.variables import read_number
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _LOOPBACK = 1e9
@@ -61,7 +62,7 @@ def available_memory(device: torch.device, ranks_here: int | None = None) -> flo
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    ranks_here = ranks_here or int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    ranks_here = ranks_here or read_number(os.environ, "LOCAL_WORLD_SIZE", "1", least=1)
     return min(_machine_memory(), *_cgroup_limits()) / ranks_here
 
 

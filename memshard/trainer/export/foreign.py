@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from memshard.io import parse_json
+from memshard.io import parse_json, read_small, whole_folder
 from memshard.models.memory.product_key import ProductKeyMemory, row_slots
 from memshard.trainer.export.safetensors import Entry, write_safetensors
 
@@ -72,6 +72,8 @@ def import_memories(
             'safetensors.torch.save_file(torch.load(file, weights_only=True)["model"], '
             '"memory.safetensors")'
         )
+    if not source.is_file():
+        raise ValueError(f"{source} is no file")
     try:
         with safe_open(source, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -97,16 +99,20 @@ def import_memories(
             if len(shared) == 1:
                 memory[_VALUES] = tensors[shared[0]]
         what = f"{source}: {place.rstrip('.') or 'memory'}"
-        converted.append((place, *_convert(what, memory, topk, weighting)))
+        converted.append(_convert(what, memory, topk, weighting))
+    names = [place.rstrip(".").replace("/", "_") for place in places]
+    if len({*names}) < len(names):
+        twice = max(names, key=names.count)
+        raise ValueError(f"{source} has two memories for the folder {twice or out}: rename one")
     imported = []
-    for place, family, settings, entries in converted:
-        folder = out / place.rstrip(".").replace("/", "_") if place else out
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / _WEIGHTS, entries)
-        (folder / MEMORY_JSON).write_text(
-            json.dumps({"family": family, **settings}, indent=2), encoding="utf-8"
-        )
-        imported.append(Imported(folder, family, settings))
+    with whole_folder(out) as partial_out:
+        for name, (family, settings, entries) in zip(names, converted, strict=True):
+            (partial_out / name).mkdir(exist_ok=True)
+            write_safetensors(partial_out / name / _WEIGHTS, entries)
+            (partial_out / name / MEMORY_JSON).write_text(
+                json.dumps({"family": family, **settings}, indent=2), encoding="utf-8"
+            )
+            imported.append(Imported(out / name, family, settings))
     return imported
 
 
@@ -116,7 +122,7 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
     """
     folder = Path(path)
     try:
-        settings = parse_json((folder / MEMORY_JSON).read_text(encoding="utf-8"))
+        settings = parse_json(read_small(folder / MEMORY_JSON))
         settings.pop("family")
         with safe_open(folder / _WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -151,6 +157,8 @@ def _convert(
 ) -> tuple[str, dict[str, Any], list[Entry]]:
     rest = dict(tensors)  # what no line below has taken is refused
     values, foreign_keys = rest.pop(_VALUES, None), rest.pop("keys")
+    if foreign_keys.ndim < 2 or not foreign_keys.numel():
+        raise ValueError(f"{what} has keys of shape {list(foreign_keys.shape)}")
     lucid = "to_queries.weight" in rest
     # `query_mlps` is one nn.Sequential where the network has one layer; the notebook's has no name.
     place = "query_proj.query_mlps" if "query_proj.query_mlps.0.weight" in rest else "query_proj"
@@ -240,6 +248,9 @@ def _convert(
 
 def _check(what: str, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless `load_memory` will be able to load the tensors."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():  # of a complex number, half would be lost
+            raise ValueError(f"{what}: {name} is {tensor.dtype}, expected floating point")
     try:
         expected = _empty(settings, tensors).state_dict()
     except ValueError as error:

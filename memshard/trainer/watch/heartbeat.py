@@ -16,9 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from memshard.io import atomic_write, parse_json
+from pydantic import Field, TypeAdapter
+
+from memshard.io import atomic_write, read_small
 
 FOLDER = "heartbeat"
 Phase = Literal[
@@ -34,6 +36,7 @@ Phase = Literal[
 ]
 """What a rank is doing, in the order of a step."""
 PHASES = get_args(Phase)
+_MOST_RANKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,20 @@ class Beat:
     failed. error: the message of a failure.
     """
 
-    rank: int
-    ranks: int
+    rank: Annotated[int, Field(ge=0)]
+    ranks: Annotated[int, Field(ge=1, le=_MOST_RANKS)]
     host: str
     pid: int
-    step: int
+    step: Annotated[int, Field(ge=0)]
     phase: Phase
     since: float
     time: float
     interval: float
     ended: str | None = None
     error: str | None = None
+
+
+_BEAT = TypeAdapter(Beat)
 
 
 class Heartbeat:
@@ -146,9 +152,10 @@ def read_beats(folder: Path) -> list[Beat]:
     beats = []
     for path in (folder / FOLDER).glob("rank*.json"):
         try:
-            beat = Beat(**parse_json(path.read_text(encoding="utf-8")))
+            # Doctor and ranks count with these numbers, whoever wrote them.
+            beat = _BEAT.validate_json(read_small(path), strict=True)
             ahead = path.stat().st_mtime - beat.time
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             continue
         # The rank's clock is off; by hours, the file was copied.
         if abs(ahead) < 3600:
