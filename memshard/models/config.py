@@ -6,6 +6,7 @@ explain` prints. The settings of mixers and memories are with the registries of 
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 from memshard.models.memory.kinds import MEMORIES, MemoryConfig
@@ -23,6 +24,13 @@ _LIMITS = {
     "axial": 1 << 40,
 }
 """Largest sizes by name, where not `_WIDEST`. Products of three stay below 2^63."""
+
+_NUMBERS: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    int | None: (Integral | None, "a whole number or None"),
+    float: (Real, "a number"),
+}
+"""What a field of a type takes; recipes were checked when they were read."""
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu", "squared_relu"]
 
@@ -181,6 +189,9 @@ def _check_limits(section: Any, prefix: str = "model.") -> None:
         if is_dataclass(value):
             _check_limits(value, f"{prefix}{item.name}.")
             continue
+        wanted, kind = _NUMBERS.get(item.type, (object, ""))
+        if not isinstance(value, wanted) or (kind and isinstance(value, bool)):
+            raise ValueError(f"{prefix}{item.name} is {value!r}; it must be {kind}")
         limit = _LIMITS.get(item.name, _WIDEST)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number > limit:

@@ -18,6 +18,7 @@ from memshard.models.layers.position import AxialPositions, near_square, sinusoi
 from memshard.models.layers.residual import Residual
 from memshard.models.load_class import load_class
 from memshard.models.loss import IGNORE, chunked, token_losses
+from memshard.models.memory.check_input import kind_of
 from memshard.models.memory.kinds import MEMORIES
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
@@ -93,6 +94,8 @@ class Transformer(nn.Module):
         one per block from `init_states`, when tokens continue what they have seen. targets: [batch,
         length] int64; the head is then computed `chunk` tokens at a time.
         """
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens are integers [batch, length], not {kind_of(tokens)}")
         if ctx is None:
             seen = states[0].length if states else 0
             self.check_length(seen + tokens.shape[1])

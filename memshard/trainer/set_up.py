@@ -42,8 +42,8 @@ from memshard.trainer.watch.weights_and_biases import check_installed
 
 def set_up(
     recipe: Recipe,
-    folder: Path,
-    device: torch.device,
+    folder: Path | str,
+    device: torch.device | str,
     build: Callable[[ModelConfig], Transformer] = build_model,
 ) -> Run:
     """Build the run and resume it where its folder has a checkpoint. All ranks call it with the
@@ -54,6 +54,7 @@ def set_up(
     all is well.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    folder, device = Path(folder), torch.device(device)
     recipe = resolve(recipe)
     check_identity(folder, recipe)
     # Now, not at the first log: a missing package would end the run after the set-up.

@@ -152,6 +152,10 @@ def test_learned_positions_can_be_filled_to_the_last(prompt: Tensor) -> None:
         ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"topk": 0}, "topk is 0"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be a whole number"),
+        ({"prompt": [[1, 2]]}, "the prompt is list; expected int64"),
+        ({"real": torch.ones(3, 2, dtype=torch.long)}, r"pass attention_mask.bool\(\)"),
+        ({"real": torch.ones(3, 9, dtype=torch.bool)}, "real is torch.bool .*; expected bool"),
         ({"topp": 0.0}, "topp is 0"),
         ({"topp": 1.5}, "topp is 1.5"),
         ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
@@ -162,6 +166,16 @@ def test_bad_requests_say_what_is_wrong(change: dict, message: str, prompt: Tens
     request = {"prompt": prompt, "max_tokens": 3, **change}
     with pytest.raises(ValueError, match=message):
         generate(build(), **request)
+
+
+def test_padding_after_a_prompt_is_refused(prompt: Tensor) -> None:
+    """As most tokenizers pad: the padding would be continued."""
+    real = torch.ones_like(prompt, dtype=torch.bool)
+    for column in (-1, 1):
+        right = real.clone()
+        right[0, column] = False
+        with pytest.raises(ValueError, match="pad on the left"):
+            generate(build(), prompt, 3, real=right)
 
 
 def test_training_mode_is_refused(prompt: Tensor) -> None:

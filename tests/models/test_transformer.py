@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memshard.models.config import MemoryConfig, ModelConfig
 from memshard.models.context import Context
 from memshard.models.initialize import initialize
 from memshard.models.layers.feedforward import FeedForward
@@ -234,3 +235,27 @@ def test_what_positions_tell(position: str, sees_order: bool, sees_place: bool) 
     assert torch.allclose(base, last([1, 0, 2, 3]), atol=1e-6) != sees_order
     # Angles are fp32.
     assert torch.allclose(base, last([0, 1, 2, 3], start=7), atol=1e-5) != sees_place
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(2), torch.zeros(2, 3), torch.zeros(3).long()])
+def test_what_is_no_batch_of_tokens_is_named(tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"tokens are integers \[batch, length\], not torch"):
+        tiny_model()(tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim": "8"}, "model.dim is '8'; it must be a whole number"),
+        ({"dim": 8.0}, "model.dim is 8.0"),
+        ({"layers": None}, "model.layers is None"),
+        ({"vocab_size": 8.5}, "model.vocab_size is 8.5"),
+        ({"dropout": "0.1"}, "model.dropout is '0.1'; it must be a number"),
+        ({"memory": MemoryConfig(keys=16.0)}, "model.memory.keys is 16.0"),  # type: ignore[arg-type]
+        ({"memory": MemoryConfig(value_dim=True)}, "model.memory.value_dim is True"),
+    ],
+)
+def test_settings_of_another_type_are_named(settings: dict[str, Any], message: str) -> None:
+    """Those of recipes are checked when they are read."""
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**settings)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.context import Context
+from memshard.models.memory.check_input import kind_of
 from memshard.models.program.cached import refusal
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.transformer import Transformer
@@ -36,7 +37,7 @@ def generate(
     give equal draws on one device. on_token: called with each new column, [batch].
     ValueError as in `check_request`.
     """
-    check_request(model, prompt, max_tokens, temperature=temperature, topk=topk, topp=topp)
+    check_request(model, prompt, max_tokens, real, temperature=temperature, topk=topk, topp=topp)
     prompt = prompt.to(model.embedding.weight.device)
     batch, length = prompt.shape
     real = torch.ones_like(prompt, dtype=torch.bool) if real is None else real.to(prompt.device)
@@ -84,6 +85,7 @@ def check_request(
     model: Transformer,
     prompt: Tensor,
     max_tokens: int,
+    real: Tensor | None = None,
     *,
     temperature: float = 1.0,
     topk: int | None = None,
@@ -103,17 +105,32 @@ def check_request(
             "the model has an encoder (model.encoder_layers): beam_search translates with it, and "
             "masked tokens go on nowhere"
         )
-    if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != torch.int64:
+    if not isinstance(prompt, Tensor) or (
+        prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != torch.int64
+    ):
         raise ValueError(
-            f"the prompt is {prompt.dtype} {list(prompt.shape)}; expected int64 [batch, length] "
-            "with at least one token a row"
+            f"the prompt is {kind_of(prompt)}; expected int64 [batch, length] with at least one "
+            "token a row"
         )
+    if real is not None:
+        if not isinstance(real, Tensor) or real.dtype != torch.bool or real.shape != prompt.shape:
+            raise ValueError(
+                f"real is {kind_of(real)}; expected bool {list(prompt.shape)}, as the prompt: of a "
+                "mask of zeros and ones, pass attention_mask.bool()"
+            )
+        if not bool((real[:, -1:] & (real[:, 1:] >= real[:, :-1])).all()):
+            raise ValueError(
+                "padding follows tokens of the prompt, and new tokens would follow it: pad on the "
+                "left (padding_side='left' of Hugging Face's tokenizers)"
+            )
     vocabulary = model.embedding.num_embeddings
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocabulary:
         raise ValueError(
             f"the prompt has tokens outside the model's vocabulary of {vocabulary}: encode it "
             "with the model's tokenizer"
         )
+    if not isinstance(max_tokens, int):
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number")
     if max_tokens < 1:
         raise ValueError(f"max_tokens (--max-tokens) is {max_tokens}; it must be at least 1")
     if not 0 <= temperature < float("inf"):

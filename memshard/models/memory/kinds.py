@@ -6,6 +6,7 @@ To add a memory, write a layer with a `from_config` in a file of this folder, an
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
 QueryNormKind = Literal["batch", "layer", "layer-half", "rms", "lagged", "none"]
@@ -72,7 +73,7 @@ def experts_kept(size: MemorySize) -> float:
 def check_sizes(prefix: str = "", **sizes: object) -> None:
     """Raise ValueError for a size that is no whole number of at least 1, by its name."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{prefix}{name} is {value!r}; it must be a whole number")
         if value < 1:
             raise ValueError(f"{prefix}{name} is {value}; it must be at least 1")
