@@ -1,5 +1,6 @@
 """A small corpus of made-up prose, and the data folder built from it."""
 
+import hashlib
 import random
 import resource
 from collections.abc import Iterator
@@ -59,7 +60,8 @@ def write_numbered(folder: Path, lengths: list[int]) -> None:
             shard = writer.finish()
         splits[name] = Split(shard.documents, shard.tokens, 0, 0, (shard,))
     (folder / "tokenizer.model").touch()
-    index = Index("uint32", sum(lengths) + 1, 0, "tokenizer.model", "", splits)
+    empty = hashlib.sha256(b"").hexdigest()
+    index = Index("uint32", sum(lengths) + 1, 0, "tokenizer.model", empty, splits)
     (folder / "index.json").write_text(dump_index(index), encoding="utf-8")
 
 

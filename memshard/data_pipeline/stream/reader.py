@@ -121,8 +121,8 @@ class SplitReader:
         tokens = np.full(count, self.index.eos_id, dtype=np.int64)
         masked = np.zeros(count, dtype=bool)
         # Looked up for all parts at once: one by one, numpy takes longer than reading the bytes.
-        looked_up = (self.damaged, self._shard_of, self._offsets)
-        for document, damaged, shard, offset, at, to, size in zip(
+        looked_up = (self._shard_of, self._offsets)
+        for document, shard, offset, at, to, size in zip(
             documents.tolist(),
             *(values[documents].tolist() for values in looked_up),
             sources.tolist(),
@@ -130,6 +130,8 @@ class SplitReader:
             sizes.tolist(),
             strict=True,
         ):
+            # Not looked up: an earlier part may have found the damage.
+            damaged = self.damaged[document]
             part = None if damaged else self._token_range(document, shard, offset, at, size)
             if part is None:
                 masked[to : to + size] = True

@@ -12,6 +12,7 @@ Point = dict[str, Any]
 """Settings of one run, as plain JSON values."""
 
 _PATHS = {
+    "data/order": "memshard.experiments.data.order",
     "fast_weights/capacity": "memshard.experiments.fast_weights.capacity",
     "fast_weights/language": "memshard.experiments.fast_weights.language",
     "fast_weights/translation": "memshard.experiments.fast_weights.translation",

@@ -18,6 +18,7 @@ _PAPERS = {
     "fast_weights": "Fast weights (Schlag et al. 2021)",
     "reformer": "Reformer (Kitaev et al. 2020)",
     "primer": "Primer (So et al. 2021)",
+    "data": "The order of training data",
 }
 _OPENING = """<!-- `make gallery` generates this page from results/: change those, not this. -->
 

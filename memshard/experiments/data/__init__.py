@@ -1,0 +1,1 @@
+"""What the order of training data does to what a model learns."""
