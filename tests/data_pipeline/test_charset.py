@@ -32,6 +32,7 @@ def page(text: str, codec: str, meta: str = "") -> bytes:
         (KOREAN, "cp949", 'text/html;charset="ks_c_5601-1987"'),
         (RUSSIAN, "cp1251", "text/html; charset=windows-1251"),
         (RUSSIAN, "koi8_r", "text/html; charset='koi8-r'"),
+        (RUSSIAN, "mac_cyrillic", "text/html; charset=x-mac-cyrillic"),
         (ICELANDIC, "cp1252", "text/html; charset=iso-8859-1"),
         (ICELANDIC + " “€”", "cp1252", "text/html; Charset = latin1"),
         (JAPANESE, "cp932", "text/html; charset=x-sjis"),
@@ -77,6 +78,7 @@ def test_a_byte_order_mark_wins_over_both(mark: bytes, codec: str, meta: str, he
         '<?xml version="1.0" encoding="koi8-r"?>',
         "<!-- <meta charset=utf-8> --><meta charset=koi8-r>",
         "<meta name=description content=utf-8>\n<meta\ncharset=koi8-r>",
+        "<meta charset=unknown><meta charset=koi8-r>",
         f"<style>{'p {} ' * 1000}</style><meta charset=koi8-r>",
     ],
 )

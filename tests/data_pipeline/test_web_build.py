@@ -94,12 +94,16 @@ def test_texts_of_wet_files_go_through_language_quality_and_duplicates(tmp_path:
     assert kept(tmp_path / "data") == {f"{text}\n" for text in TEXTS}
 
 
-@pytest.mark.parametrize("name", ["a.warc.wet.gz?sig=1", "wet.paths", "a.arc.gz?sig=1", "download"])
+@pytest.mark.parametrize(
+    "name", ["a.warc.gz?sig=1", "a.warc.wet.gz?sig=1", "wet.paths", "a.arc.gz?sig=1", "download"]
+)
 def test_archives_behind_urls(server: Server, tmp_path: Path, name: str) -> None:  # noqa: F811
     arc = [arc_head()]
     for number, text in enumerate(TEXTS):
         arc.append(arc_record(OK + b"\r\n" + web_page(text), f"http://{number}/"))
     (server.folder / "a.warc.wet.gz").write_bytes(wet(TEXTS))
+    warc = [record(OK + b"\r\n" + web_page(text)) for text in TEXTS]
+    (server.folder / "a.warc.gz").write_bytes(b"".join(map(gzip.compress, warc)))
     (server.folder / "wet.paths").write_text("a.warc.wet.gz?sig=1\n")
     for file in ("a.arc.gz", "download"):
         (server.folder / file).write_bytes(b"".join(map(gzip.compress, arc)))

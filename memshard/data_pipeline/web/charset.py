@@ -23,6 +23,12 @@ DECLARED = re.compile(
     re.IGNORECASE,
 )
 LABEL = re.compile(r"""charset\s*=\s*["']?\s*([^\s"';,]+)""", re.IGNORECASE)
+# Labels of browsers that resiliparse's table leaves out.
+MORE_LABELS = {
+    "x-user-defined": "cp1252",
+    "x-mac-cyrillic": "mac_cyrillic",
+    "x-mac-ukrainian": "mac_cyrillic",
+}
 # Python's codecs of these names lack characters that browsers read under them.
 SUPERSETS = {
     "euc_kr": "cp949",
@@ -54,17 +60,18 @@ def decode(body: Content, content_type: str = "") -> str:
 
 
 def _declared(body: Content) -> str | None:
-    """Return the codec of a declaration in the page, or None."""
-    match = DECLARED.search(COMMENT.sub(b"", bytes(body[:DECLARED_BYTES])))
-    codec = _codec((match[1] or match[2]).decode("latin-1")) if match else None
-    # It was read as ASCII, so it cannot be in UTF-16.
-    return "utf-8" if codec in ("utf-16-le", "utf-16-be") else codec
+    """Return the codec of the first declaration in the page that browsers know, or None."""
+    for match in DECLARED.finditer(COMMENT.sub(b"", bytes(body[:DECLARED_BYTES]))):
+        if codec := _codec((match[1] or match[2]).decode("latin-1")):
+            # It was read as ASCII, so it cannot be in UTF-16.
+            return "utf-8" if codec in ("utf-16-le", "utf-16-be") else codec
+    return None
 
 
 def _codec(label: str) -> str | None:
     """Return the codec that browsers use for a label, or None for one that they do not know."""
     label = label.strip().lower()
-    if label == "x-user-defined":
-        return "cp1252"
+    if label in MORE_LABELS:
+        return MORE_LABELS[label]
     codec = map_encoding_to_html5(label, fallback_utf8=False)
     return SUPERSETS.get(codec, codec) if codec else None
