@@ -5,6 +5,7 @@ out is counted and named.
 import gzip
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,14 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.txt")
     with pytest.raises(ValueError, match="p.txt is no regular file.*pipe:COMMAND"):
         find_files([tmp_path / "p.txt"])
+    os.mkfifo(tmp_path / "p.paths")
+    with pytest.raises(ValueError, match="p.paths is no regular file"):
+        find_files([tmp_path / "p.paths"])
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a.txt").write_text("text")
+    passed_over: Counter[str] = Counter()
+    assert find_files([tmp_path / "*"], passed_over=passed_over) == (tmp_path / "a.txt",)
+    assert passed_over == {"no regular file": 2, "broken link": 1}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")

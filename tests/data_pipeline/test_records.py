@@ -3,9 +3,12 @@ number of ranks.
 """
 
 import gzip
+import json
 import os
 import random
+import struct
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -178,16 +181,31 @@ def images_in(folder: Path, **pictures: tuple[object, dict]) -> list[Path]:
     return [Path(file) for file in find_files([folder], [".png", ".jpg"])]
 
 
+def deep_png(colours: np.ndarray) -> bytes:
+    """Return a PNG of 16 bits a colour, [height, width, 3], which Pillow reads but cannot write."""
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", colours.shape[1], colours.shape[0], 16, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    return content
+
+
 def test_images_are_read_as_viewers_show_them(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     ramp = np.arange(64).reshape(8, 8) * 4
-    turned = image.Exif()
-    turned[0x0112] = 6  # a quarter turn clockwise
-    files = images_in(
-        tmp_path / "in",
-        deep_png=(image.fromarray((ramp << 8).astype(np.uint16)), {}),
-        turned_png=(image.fromarray(ramp.astype(np.uint8)), {"exif": turned}),
-    )
+    deep = image.fromarray((ramp << 8).astype(np.uint16))
+    pictures: dict[str, tuple[object, dict]] = {"deep_png": (deep, {})}
+    for orientation in range(1, 9):
+        exif = image.Exif()
+        exif[0x0112] = orientation
+        picture = image.fromarray((ramp + 1).astype(np.uint8))
+        pictures[f"turned{orientation}_png"] = (picture, {"exif": exif})
+    files = images_in(tmp_path / "in", **pictures)
+    colours = np.repeat((ramp + 2)[:, :, None], 3, axis=2).astype(">u2") << 8
+    (tmp_path / "colours.png").write_bytes(deep_png(colours.astype(">u2")))
+    files.append(tmp_path / "colours.png")
     build_images(files, tmp_path / "data", size=8, gray=True, held_out=1, workers=1)
     records = []
     for split in ("train", "heldout"):
@@ -196,7 +214,24 @@ def test_images_are_read_as_viewers_show_them(tmp_path: Path) -> None:
         order = np.arange(len(reader.lengths))
         records += reader.read(order, starts, starts[:-1], 64)[0].tolist()
     assert ramp.ravel().tolist() in records
-    assert np.rot90(ramp, -1).ravel().tolist() in records
+    # As EXIF's table says where row 0 and column 0 are.
+    for quarters in range(4):
+        for shown in (ramp + 1, (ramp + 1).T):
+            assert np.rot90(shown, quarters).ravel().tolist() in records
+    # Those that show the same are equal only in pixels, not as files: each is there.
+    assert (ramp + 2).ravel().tolist() in records
+    assert len(records) == 9 + len(pictures) + 1
+
+
+def test_a_report_of_images_says_what_was_passed_over(tmp_path: Path) -> None:
+    images_in(tmp_path / "in")
+    for name in ("a.GIF", "b.tiff", "c.tiff"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    command = ["data", "build", str(tmp_path / "in"), "--images", "--out", str(tmp_path / "data")]
+    assert main([*command, "--held-out", "1"]) == 0
+    report = json.loads((tmp_path / "data" / "report.json").read_text())
+    assert report["files_passed_over"] == {".gif": 1, ".tiff": 2}
+    assert verify_data(tmp_path / "data")["train"]["documents"] == 8
 
 
 def test_an_image_that_is_too_large_is_named(

@@ -90,6 +90,14 @@ def test_an_encoding_that_there_is_not_is_refused(
         assert f"{name} is no encoding of text" in capsys.readouterr().err
 
 
+def test_pairs_are_read_in_the_encoding_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.de").write_bytes(LINES.replace("—", "-").encode("latin-1"))
+    (tmp_path / "a.en").write_text(LINES, encoding="utf-8")
+    files = (tmp_path / "a.de", tmp_path / "a.en")
+    report = report_of(tmp_path, *files, encoding="latin-1", documents="pairs")
+    assert report["documents"] == 300
+
+
 def test_articles_without_an_end_and_text_between_them_are_kept_and_counted(
     tmp_path: Path,
 ) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ def build(args: argparse.Namespace) -> dict:
     """Run `memshard data build --images` and return its report."""
     passed_over: Counter[str] = Counter()
     files = find_files(args.sources, IMAGE_SUFFIXES, args.exclude, passed_over=passed_over)
-    report = build_images(
+    return build_images(
         [Path(file) for file in files],
         args.out,
         size=args.image_size,
@@ -54,8 +54,8 @@ def build(args: argparse.Namespace) -> dict:
         held_out=0.01 if args.held_out is None else args.held_out,
         test=args.test or 0.0,
         workers=args.workers,
+        passed_over=passed_over,
     )
-    return report | {"files_passed_over": dict(passed_over)}
 
 
 def describe(report: dict) -> str:
@@ -82,8 +82,9 @@ def build_images(
     held_out: float = 0.01,
     test: float = 0.0,
     workers: int | None = None,
+    passed_over: Mapping[str, int] | None = None,
 ) -> dict:
-    """Write the data folder `out` and return its report.
+    """Write the data folder `out` and return its report. passed_over: of `find_files`, for it.
 
     Every image is cut to its central square and scaled to size x size pixels; files with equal
     bytes are taken once. Images that cannot be read are left out, counted, and the first of a
@@ -135,6 +136,7 @@ def build_images(
         index = Index("uint16", EOS + 1, EOS, "", "", splits, "images", (size, size, channels))
         report = {
             "files": len(files),
+            "files_passed_over": dict(passed_over or {}),
             "images": images,
             "equal": int((~keep).sum()),
             "unreadable": int(keep.sum()) - images,

@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def build(args: argparse.Namespace) -> dict:
     """Run `memshard data index` and return its report."""
     passed_over: Counter[str] = Counter()
     files = find_files(args.sources, (".tar",), passed_over=passed_over)
-    report = index_tars(
+    return index_tars(
         [Path(file) for file in files],
         args.out,
         suffix=args.member,
@@ -72,8 +72,8 @@ def build(args: argparse.Namespace) -> dict:
         held_out=0.01 if args.held_out is None else args.held_out,
         test=args.test or 0.0,
         workers=args.workers,
+        passed_over=passed_over,
     )
-    return report | {"files_passed_over": dict(passed_over)}
 
 
 def describe(report: dict) -> str:
@@ -103,9 +103,10 @@ def index_tars(
     test: float = 0.0,
     seed: int = 0,
     workers: int | None = None,
+    passed_over: Mapping[str, int] | None = None,
 ) -> dict:
     """Write a data folder with links to `tars`, whose members ending in .`suffix` are the
-    documents; returns its report.
+    documents; returns its report. passed_over: of `find_files`, for it.
 
     Counts every document's tokens once. Resumes by tar after a kill. ValueError names a tar or
     member that cannot be read.
@@ -181,7 +182,12 @@ def index_tars(
         counts = {
             name: {key: getattr(split, key) for key in keys} for name, split in splits.items()
         }
-        report = {"tars": len(tars), "vocabulary": used.vocab_size, "splits": counts}
+        report = {
+            "tars": len(tars),
+            "files_passed_over": dict(passed_over or {}),
+            "vocabulary": used.vocab_size,
+            "splits": counts,
+        }
         publish(final, target, index, report)
         shutil.rmtree(work)
     return report

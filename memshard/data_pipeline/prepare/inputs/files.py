@@ -106,7 +106,8 @@ def find_files(
             if not files:
                 raise ValueError(
                     f"{source} holds no file ending in {' '.join(endings)} (or with .gz), but "
-                    f"{count_endings(others) or 'nothing'}: name other endings with --suffix"
+                    f"{count_endings(others) or 'nothing'}: name other endings with --suffix, or "
+                    "the files, e.g. FOLDER/*"
                 )
         elif source.exists():
             if not source.is_file():
@@ -163,6 +164,8 @@ def _listed(sources: Iterable[str], prefix: str, allow: Allowed | None) -> Itera
         if not ends_in(name, (".paths",)) or name.startswith("pipe:"):
             yield name
             continue
+        if not is_url(name) and Path(name).exists() and not Path(name).is_file():
+            raise ValueError(f"{name} is no regular file: put the list into one")
         with tempfile.TemporaryDirectory() as scratch:
             lines = read_lines(fetch(name, Path(scratch)) if is_url(name) else Path(name))
         for line in filter(None, lines):
