@@ -238,3 +238,26 @@ def test_languages_agree_with_the_truth_file() -> None:
     assert sum(
         ("en" in accepted) == (language == "en") for language, accepted in detected
     ) >= 0.99 * len(detected)
+
+
+@pytest.mark.parametrize(
+    ("name", "pages"),
+    [
+        ("ccnews-before-2019-05.warc.gz", 20),
+        ("http-bodies.warc.gz", 11),
+        ("lf-http-headers.warc.gz", 20),
+        ("lf-all.warc", 20),
+        ("a.arc.gz", 60),
+        ("cc.warc.wet.gz", 60),
+        ("longtext.warc.gz", 61),
+    ],
+)
+def test_archives_that_were_lost_are_read(name: str, pages: int) -> None:
+    assert len(list(read_pages(SAMPLES / "faults" / name, Counter()))) == pages
+
+
+def test_charsets_that_only_http_headers_name_are_right() -> None:
+    file = SAMPLES / "faults" / "charset-in-http-header.warc.gz"
+    korean, russian = (decode(page.body, page.content_type) for page in read_pages(file, Counter()))
+    assert "모든 인류 구성원의 천부의 존엄성" in korean
+    assert "Принимая во внимание, что признание достоинства" in russian
