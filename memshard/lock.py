@@ -7,6 +7,7 @@ local to a host on some of them, missing on others, and outlive a dead node on N
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memshard.io import check_folder, file_time, look_at, named, parse_json, partial_path
+from memshard.redact import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -210,11 +212,17 @@ def _this_process() -> Owner:
         host=socket.gethostname(),
         pid=os.getpid(),
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
-        command=shlex.join(["memshard", *sys.argv[1:]]),
+        command=_command(),
         machine=_machine(),
         started=_start_time(os.getpid()),
         token=secrets.token_hex(8),
     )
+
+
+def _command() -> str:
+    """Return the command line as others may read it."""
+    words = [re.sub("pipe:.*", "pipe:...", word, flags=re.DOTALL) for word in sys.argv[1:]]
+    return without_secrets(shlex.join(["memshard", *words]))
 
 
 def _owner(content: bytes) -> Owner | None:

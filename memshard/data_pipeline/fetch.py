@@ -2,6 +2,7 @@
 resume a transfer where it broke off.
 """
 
+import base64
 import errno
 import http.client
 import math
@@ -19,9 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from memshard.io import named
+from memshard.redact import shown
 
 RETRIES = 5
 FIRST_WAIT = 1.0  # seconds; doubles with every try
@@ -163,8 +165,8 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
             if gone or attempt == RETRIES - 1:
                 times = "once" if attempt == 0 else f"{attempt + 1} times"
                 raise (Unreachable if _may_recover(error) else OSError)(
-                    f"{url} could not be read, tried {times}: {error}; check the address and the "
-                    "network"
+                    f"{shown(url)} could not be read, tried {times}: {error}; check the "
+                    "address and the network"
                 ) from error
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError
@@ -184,7 +186,14 @@ def _answer(url: str, wanted: str | None = None) -> http.client.HTTPResponse:
 
     TimeoutError if it has not begun after TIMEOUT.
     """
-    request = urllib.request.Request(url, headers={"Range": wanted} if wanted else {})
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(
+        urlunsplit(parts._replace(netloc=host)), headers={"Range": wanted} if wanted else {}
+    )
+    if at:  # which urllib takes for a port, and says so; not passed on to where it is redirected
+        basic = base64.b64encode(unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {basic}")
     answer: SimpleQueue[http.client.HTTPResponse | Exception] = SimpleQueue()
 
     def ask() -> None:
@@ -262,6 +271,6 @@ def _run(command: str, target: Path) -> None:
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise ConnectionError(
-            f"`{command}` ended with code {done.returncode}: "
+            f"the command ended with code {done.returncode}: "
             f"{lines[-1] if lines else 'it said nothing'}"
         )

@@ -142,15 +142,24 @@ def test_submitting_keeps_code_and_recipe(
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == [f"--parsable --dependency=afterany:{after} {script}" for after in (77, 1, 2)]
     text = script.read_text()
+    (code,) = (tmp_path / "runs/mine/code").iterdir()
     assert (
         f"{sys.executable} -m memshard train {tmp_path}/runs/mine/recipe.yaml --run "
         f"{tmp_path}/runs/mine" in text
     )
     assert (
-        f"export PYTHONPATH={tmp_path}/runs/mine/code\nexport PYTHONSAFEPATH=1\n" in text
+        f"export PYTHONPATH={code}\nexport PYTHONSAFEPATH=1\n" in text
         and "scontrol requeue" not in text
     )
-    assert (tmp_path / "runs/mine/code/memshard/launch/launchers/slurm.py").exists()
+    assert (code / "memshard/launch/launchers/slurm.py").exists()
+    # The code that an earlier job runs stays; other code gets a folder of its own.
+    code.rename(code.with_name("0123456789abcdef"))
+    again = ["launch", "slurm", "quickstart", "model.layers=3", "train.steps=7", "--run"]
+    for _ in range(2):
+        assert main([*again, "runs/mine"]) == 0
+        capfd.readouterr()
+        copies = {path.name for path in (tmp_path / "runs/mine/code").iterdir()}
+        assert copies == {"0123456789abcdef", code.name}
     assert main(["config", "show", "runs/mine/recipe.yaml"]) == 0
     shown = capfd.readouterr().out
     assert "\n  layers: 3\n" in shown and "\n  steps: 7\n" in shown

@@ -17,6 +17,7 @@ from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
 from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.io import is_absence
+from memshard.redact import shown
 
 TOLERANCE = 0.001  # share of a split's tokens that may be damaged
 PAUSES = (1.0, 5.0)  # seconds before a read that a disk refused is tried again
@@ -139,8 +140,8 @@ class SplitReader:
                 tokens[to : to + size] = part
         if tokens.max(initial=0) >= self.index.vocab_size:
             raise ValueError(
-                f"a shard of {self._path} holds tokens outside the vocabulary: "
-                f"find it with `memshard data verify {self._path}` and copy it again"
+                f"a shard of {shown(str(self._path))} holds tokens outside the vocabulary: "
+                f"find it with `memshard data verify {shown(str(self._path))}` and copy it again"
             )
         return tokens, masked
 
@@ -175,7 +176,8 @@ class SplitReader:
             tokens = np.array([*tokenizer.encode(text), self.index.eos_id], dtype=self._dtype)
             if len(tokens) != self.lengths[document]:
                 raise ValueError(
-                    f"{self._path} was indexed with another tokenizer: build the index again"
+                    f"{shown(str(self._path))} was indexed with another tokenizer: build the index "
+                    "again"
                 )
             self._tokenized[document] = tokens
             self._tokenized_bytes += tokens.nbytes + _ARRAY_BYTES
@@ -229,10 +231,10 @@ class SplitReader:
         )
         if tokens > allowed:
             raise RuntimeError(
-                f"{self._path}: {tokens:,} tokens of {int(self.damaged.sum())} documents are "
-                f"damaged, more than the {allowed:,.0f} "
+                f"{shown(str(self._path))}: {tokens:,} tokens of {int(self.damaged.sum())} "
+                f"documents are damaged, more than the {allowed:,.0f} "
                 f"that are tolerated, the last one {name} ({reason}): find all with `memshard "
-                f"data verify {self._path}`, copy them again"
+                f"data verify {shown(str(self._path))}`, copy them again"
             )
 
 

@@ -42,6 +42,7 @@ from memshard.launch.cli.outcome import (
 )
 from memshard.launch.cli.parser import CommandParser
 from memshard.launch.cli.streams import CLOSED_PIPE, nobody_reads, prepare_streams
+from memshard.redact import without_secrets
 
 # Modules that import what they run only when they run it, so that this tuple loads no model.
 COMMANDS = (
@@ -118,6 +119,7 @@ def _fail(
     """Say why, and return what JSON says. The user's mistakes and stops are the same on all
     ranks, so only rank 0 speaks of them.
     """
+    message = without_secrets(message)
     with suppress(OSError):  # without a terminal the exit code must still be right
         if "--debug" in argv:
             traceback.print_exc()

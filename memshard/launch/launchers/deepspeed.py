@@ -11,7 +11,7 @@ from typing import Any
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.launchers import foreground
 from memshard.launch.launchers.cluster import Cluster, add_cluster_options, cluster_of
-from memshard.launch.launchers.start import CODE, DEEPSPEED_ENV, Start, installed, snapshot
+from memshard.launch.launchers.start import DEEPSPEED_ENV, Start, installed, snapshot
 from memshard.launch.ranks import Ranks, from_variables
 
 _OWN_OPTIONS = {
@@ -96,7 +96,7 @@ def _environment(start: Start, cluster: Cluster) -> str:
     if start.code:
         # An absolute path: where a shell on another host begins is not known. PYTHONSAFEPATH keeps
         # a checkout that it begins in from coming before the copy.
-        values |= {"PYTHONPATH": str(Path(start.folder).resolve() / CODE), "PYTHONSAFEPATH": "1"}
+        values |= {"PYTHONPATH": str(Path(start.code).resolve()), "PYTHONSAFEPATH": "1"}
     if not cluster.gpus:
         # Otherwise it looks for an accelerator, and on hosts with GPUs takes them.
         values["DS_ACCELERATOR"] = "cpu"

@@ -1,7 +1,9 @@
 """The command that every launcher starts: `memshard train` with a recipe and a run folder."""
 
 import argparse
+import hashlib
 import os
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import memshard
 from memshard.data_pipeline.fetch import Allowed
-from memshard.io import check_free, partial_path
+from memshard.io import check_free, whole_folder
 from memshard.launch.cli.train import run_folder, train_command
 
 CODE, RECIPE, LOGS = "code", "recipe.yaml", "log"
+_PACKAGE = Path(memshard.__file__).parent
+_CONTENT = "[0-9a-f]{16}"
 SUBMIT, HOSTFILE, DEEPSPEED_ENV = "submit.sh", "hostfile", "deepspeed_env"
 RENDEZVOUS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it torchrun's restarts meet the addresses of dead processes (torch 2.13)."""
@@ -56,7 +60,9 @@ def snapshot(args: argparse.Namespace) -> Start:
     folder = run_folder(args)
     recipe = load_recipe(args.recipe, args.overrides, args.allow)
     code = folder / CODE
-    if not code.is_dir() or os.listdir(code) != [memshard.__name__]:
+    # A copy each, by content; earlier versions had one, which was written over.
+    ours = re.compile(rf"{memshard.__name__}|{_CONTENT}(\.[0-9a-f]{{8}}\.partial)?")
+    if not code.is_dir() or not all(ours.fullmatch(name) for name in os.listdir(code)):
         # Not of an earlier launch, which would be written over.
         check_free(
             folder,
@@ -68,17 +74,24 @@ def snapshot(args: argparse.Namespace) -> Start:
     # are in it.
     (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
     # The code as well: a queued job would otherwise run whatever the checkout has hours later.
-    copied = partial_path(code)
-    shutil.copytree(
-        Path(memshard.__file__).parent,
-        copied / memshard.__name__,
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    if code.exists():
-        shutil.rmtree(code)
-    copied.rename(code)
+    # Launched again, the run gets another copy: its job may be running, and be queued again.
+    copied = code / _hash_of_code()
+    if not copied.is_dir():
+        with whole_folder(copied) as partial:
+            shutil.copytree(
+                _PACKAGE, partial / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")
+            )
     # The overrides of this command line, which needed no leave, are in a file now.
-    return Start(str(folder / RECIPE), (), str(folder), str(code), needs(recipe))
+    return Start(str(folder / RECIPE), (), str(folder), str(copied), needs(recipe))
+
+
+def _hash_of_code() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*")):
+        if file.is_file() and file.parent.name != "__pycache__":
+            digest.update(f"{file.relative_to(_PACKAGE)} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def torchrun_options(shutdown: int, torch_version: str | None = None) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, TypeAdapter
 
 from memshard.io import atomic_write, read_small
+from memshard.redact import without_secrets
 
 FOLDER = "heartbeat"
 Phase = Literal[
@@ -110,9 +111,8 @@ class Heartbeat:
         if error is None:
             self._write(ended=self._current()[1])
         else:
-            self._write(
-                ended="failed", error=f"{type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            message = without_secrets(" ".join(str(error).split()))
+            self._write(ended="failed", error=f"{type(error).__name__}: {message}")
 
     def _keep_writing(self) -> None:
         # wait() returns as soon as the run ends, so leaving costs no interval.

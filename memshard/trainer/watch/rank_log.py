@@ -8,6 +8,8 @@ from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
+from memshard.redact import without_secrets
+
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,12 @@ class _RankFile(WatchedFileHandler):
             print(f"memshard: {self.baseFilename} cannot be written: {error}", file=sys.stderr)
 
 
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record, with its traceback, as others may read it."""
+        return without_secrets(super().format(record))
+
+
 @contextmanager
 def rank_log(folder: Path, rank: int, step: Callable[[], int]) -> Iterator[Path]:
     """Append what memshard logs, and everybody's warnings and errors, to log/rank<N>.log in the
@@ -52,7 +60,7 @@ def rank_log(folder: Path, rank: int, step: Callable[[], int]) -> Iterator[Path]
     """
     path = folder / "log" / f"rank{rank}.log"
     handlers: list[logging.Handler] = [_RankFile(path)]
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers[0].setFormatter(_WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if rank == 0:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setLevel(logging.WARNING)

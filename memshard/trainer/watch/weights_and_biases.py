@@ -1,9 +1,11 @@
 """Send a run's numbers to Weights & Biases; the only file that imports wandb."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memshard.redact import shown
 from memshard.trainer.config.load import to_dict
 from memshard.trainer.config.recipe import Recipe
 
@@ -18,6 +20,13 @@ def check_installed() -> None:
             "train.wandb needs the package wandb: pip install 'memshard[wandb]', or leave "
             "train.wandb out"
         )
+
+
+def _published(recipe: Recipe) -> Recipe:
+    """Return the recipe without passwords, which addresses and commands of data hold."""
+    data = recipe.data
+    mixture = {shown(name): weight for name, weight in data.mixture.items()}
+    return replace(recipe, data=replace(data, path=shown(data.path), mixture=mixture))
 
 
 def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.Run":
@@ -37,7 +46,7 @@ def begin(folder: Path, recipe: Recipe, lines: list[dict[str, Any]]) -> "wandb.R
             id=known.read_text(encoding="utf-8") if known.exists() else None,
             resume="allow",
             dir=folder,
-            config=to_dict(recipe),
+            config=to_dict(_published(recipe)),
             allow_val_change=True,
             settings=wandb.Settings(console="off"),
         )
