@@ -41,7 +41,8 @@ TABLE = "blocks.0.memory.values"
 
 def prepare(recipe: Path, folder: Path, *overrides: str) -> Run:
     """Return the run, ready to train, on the ranks that are there."""
-    return set_up(load_recipe(recipe, overrides), folder, torch.device("cpu"))
+    # Names do as well as a Path and a torch.device.
+    return set_up(load_recipe(recipe, overrides), str(folder), "cpu")
 
 
 def train_run(
