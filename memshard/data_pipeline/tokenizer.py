@@ -29,6 +29,7 @@ SPACE_MARK = "\u2581"
 # A line that holds U+2585, sentencepiece's mark of unknown characters, is not trained on at all.
 _UNTRAINED = {ord(SPACE_MARK): " ", 0x2585: " "}
 BYTE_PIECES = 260  # 256 bytes, <unk>, <eos>, newline, space
+MOST_LOST = 20  # lost characters that a warning names
 MAX_LINE = 1000  # characters; sentencepiece silently drops training lines above 4192 bytes
 
 
@@ -161,7 +162,9 @@ class Tokenizer:
         ]
 
     def warn_if_lossy(self, texts: Sequence[str]) -> None:
-        """Log a warning that shows where decoding the tokens of a text gives another text."""
+        """Log a warning that shows where decoding the tokens of a text gives another one, and names
+        characters that are lost.
+        """
         lossy, example = 0, ""
         for text, ids in zip(texts, self.encode_batch(texts), strict=True):
             decoded = self.decode(ids)
@@ -174,12 +177,25 @@ class Tokenizer:
                 lossy += 1
         if lossy:
             log.warning(
-                "the tokenizer loses text in %d of %d documents, e.g. %s: leave out --tokenizer "
+                "the tokenizer loses text in %d of %d documents, e.g. %s%s: leave out --tokenizer "
                 "to have a lossless one trained",
                 lossy,
                 len(texts),
                 example,
+                self._lost_characters(texts),
             )
+
+    def _lost_characters(self, texts: Sequence[str]) -> str:
+        """Return, as text, what is lost between two letters: characters, and runs of spaces."""
+        counts = Counter("".join(texts))
+        # A letter that the tokenizer surely knows.
+        letter = max(filter(str.isalpha, counts), key=counts.__getitem__, default="")
+        inner = {"runs of spaces": "  "} | {repr(one): one for one in sorted(counts)}
+        ids = self.encode_batch([letter + text + letter for text in inner.values()])
+        pairs = zip(inner.items(), ids, strict=True)
+        lost = [name for (name, text), of_text in pairs if text not in self.decode(of_text)]
+        more = f" and {len(lost) - MOST_LOST} others" if len(lost) > MOST_LOST else ""
+        return f"; it cannot write {', '.join(lost[:MOST_LOST])}{more}" if lost else ""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without <eos>."""

@@ -135,9 +135,7 @@ def train_other(tmp_path: Path) -> Callable[..., Path]:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(f"the quick brown fox number {n}" for n in range(500)),
             model_prefix=str(tmp_path / "other"),
-            vocab_size=60,
-            minloglevel=2,
-            **settings,
+            **{"vocab_size": 60, "minloglevel": 2, **settings},
         )
         return tmp_path / "other.model"
 
@@ -177,6 +175,50 @@ def test_a_lossy_tokenizer_is_named(
         [tmp_path / "a.tar"], tmp_path / "raw", tokenizer=tmp_path / "other.model", workers=1
     )
     assert "loses text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "lost"),
+    [
+        ({}, ["runs of spaces", r"'\t'", r"'\n'", "'é'", "'ﬁ'"]),
+        (
+            {"normalization_rule_name": "identity"},
+            ["runs of spaces", r"'\t'", r"'\n'", "'é'", "'ﬁ'"],
+        ),
+        ({"byte_fallback": True, "vocab_size": 330}, ["runs of spaces", r"'\t'", r"'\n'", "'ﬁ'"]),
+        (
+            {
+                "byte_fallback": True,
+                "vocab_size": 330,
+                "normalization_rule_name": "nmt_nfkc_cf",
+                "remove_extra_whitespaces": False,
+            },
+            [r"'\t'", r"'\n'", "'T'", "'ﬁ'"],
+        ),
+        (
+            {
+                "byte_fallback": True,
+                "vocab_size": 330,
+                "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False,
+                "add_dummy_prefix": False,
+            },
+            [],
+        ),
+    ],
+)
+def test_what_a_tokenizer_loses_is_named(
+    train_other: Callable[..., Path],
+    settings: dict,
+    lost: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = Tokenizer(train_other(**settings))
+    tokenizer.warn_if_lossy(["The quick\tbrown  fox\n", "the fée, ﬁne"])
+    for name in lost:
+        assert name in caplog.text
+    assert ("cannot write" in caplog.text) == bool(lost)
+    assert "'q'" not in caplog.text
 
 
 def test_a_tokenizer_without_eos_is_refused_before_anything_is_read(
