@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from memshard.data_pipeline.web.gzip_members import PIECE_BYTES, READ_BYTES, Event, read_members
+from memshard.data_pipeline.web.gzip_members import READ_BYTES, Event, read_members
 
 MAX_HEADER = 1 << 16
 MAX_RECORD = 1 << 26  # bytes; larger ones are videos and archives, which contain no article
@@ -92,7 +92,7 @@ def read_records(
         yield from framer.close()
     else:
         framer = _Framer(counts, "fault_truncated", layout)
-        while data := stream.read(PIECE_BYTES):
+        while data := stream.read(READ_BYTES):
             yield from framer.feed(data)
         yield from framer.close()
 
@@ -116,6 +116,7 @@ class _Framer:
         self._cut = cut  # the fault of a last record that is shorter than its Content-Length
         self._buffer: bytes | bytearray = b""
         self._place = 0  # in the buffer, where what is not cut yet begins
+        self._searched = 0  # bytes behind the place in which no next header begins
         self._skip = 0  # bytes of an oversized record still to pass over
         self._short = False  # the buffer's record has more Content-Length than its member has bytes
         self._lost = False  # no header where one should be, and none since
@@ -140,6 +141,7 @@ class _Framer:
                 yield record
             if not moved:
                 break
+            self._searched = 0
 
     def close(self, last: bool = True) -> Iterator[Record]:
         """End the member, or with `last` the file, and yield the record that ends with it. A short
@@ -173,7 +175,7 @@ class _Framer:
     def drop(self) -> None:
         """Drop what is left of a broken member, which cannot be trusted."""
         self._counts["skipped_bytes"] += len(self._buffer[self._place :].strip(b"\r\n"))
-        self._buffer, self._place = b"", 0
+        self._buffer, self._place, self._searched = b"", 0, 0
         self._skip, self._short, self._lost = 0, False, False
 
     def _split(self, ended: bool) -> tuple[Record | None, int]:
@@ -206,8 +208,9 @@ class _Framer:
         if end <= known and layout.after.match(buffer[end : end + 16]):
             return (header, memoryview(buffer)[begin:end]), end
         # The length is wrong: the record goes as far as the next header.
-        following = layout.following.search(buffer, begin - 1)
+        following = layout.following.search(buffer, max(begin - 1, place + self._searched))
         if following is None and not ended and known - start <= MAX_RECORD:
+            self._searched = known - place - 2 * LONGEST_LINE
             return None, place
         stop = following.start() + 1 if following else known
         if following is None and known < end and self._cut == "fault_truncated":
