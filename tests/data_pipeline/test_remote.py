@@ -15,6 +15,7 @@ import torch
 from memshard.data_pipeline import fetch as fetching
 from memshard.data_pipeline.fetch import Unreachable, fetch, first_bytes, read_range
 from memshard.data_pipeline.format import load_index, remote
+from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.format.remote import BlockCache, cache_folder
 from memshard.data_pipeline.format.verify import verify_data
 from memshard.data_pipeline.prepare.inputs import Sources, find_files
@@ -68,6 +69,24 @@ def test_a_rank_reads_only_what_its_rows_need(
         < sum(server.sent[shard.file] for shard in shards)
         < sum(shard.bytes for shard in shards) / 10
     )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_block_is_fetched_once_however_many_rows_come_from_it(
+    data: Path, server: Server, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer blocks in memory, and fewer open, than rows go to and fro between."""
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(remote, "BLOCKS_IN_MEMORY", 1)
+    monkeypatch.setattr(remote, "OPEN_BLOCKS", 3)
+    elsewhere = TrainStream(server.url, 24, 6, 0, order=order)
+    for first in (0, 300):
+        assert_same(elsewhere, TrainStream(data, 24, 6, 0, order=order), first)
+    for shard in load_index(data).splits["train"].shards:
+        assert 1 <= server.requests[shard.file] <= -(-shard.bytes // 4096)
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    blocks = os.path.realpath(cache_folder(server.url) / "blocks")
+    assert sum(name.startswith(blocks) for name in opened) == 3
 
 
 def test_refused_and_broken_transfers_are_tried_again(

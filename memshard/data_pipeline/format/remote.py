@@ -22,7 +22,8 @@ from memshard.variables import read_number
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 22
 DEFAULT_LIMIT = 64 << 30
-BLOCKS_IN_MEMORY = 8
+BLOCKS_IN_MEMORY = 8  # of those that were fetched last
+OPEN_BLOCKS = 128  # files: all that sequences are shuffled over at a time
 
 
 def local_copy(path: str | os.PathLike[str], name: str, sha256: str | None = None) -> Path:
@@ -94,6 +95,7 @@ class BlockCache:
         self._written = self._limit  # look at the folder before the first block is added
         self._full = False
         self._memory: OrderedDict[str, bytes] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, name: str, sha256: str, size: int, begin: int, end: int) -> bytes:
         """Return bytes begin to end - 1 of the file `name`, which has `size` bytes and this hash.
@@ -103,9 +105,13 @@ class BlockCache:
         parts = []
         for number in self._numbers(size, begin, end):
             first = number * step
+            last = min(first + step, size)
+            within = max(begin - first, 0), min(end, last) - first
             key = _key(name, sha256, number)
-            block = self._block(key, name, first, min(first + step, size))
-            parts.append(block[max(begin - first, 0) : end - first])
+            part = self._kept_part(key, last - first, *within)
+            if part is None:
+                part = self._fetched(key, name, first, last)[slice(*within)]
+            parts.append(part)
         return b"".join(parts)
 
     def drop(self, name: str, sha256: str, size: int, begin: int, end: int) -> None:
@@ -113,6 +119,8 @@ class BlockCache:
         for number in self._numbers(size, begin, end):
             key = _key(name, sha256, number)
             self._memory.pop(key, None)
+            if key in self._open:
+                os.close(self._open.pop(key))
             (self._folder / key).unlink(missing_ok=True)
 
     def _step(self, size: int) -> int:
@@ -123,26 +131,48 @@ class BlockCache:
         step = self._step(size)
         return range(begin // step, -(-end // step))
 
-    def _block(self, key: str, name: str, begin: int, end: int) -> bytes:
+    def _kept_part(self, key: str, size: int, begin: int, end: int) -> bytes | None:
+        """Return bytes begin to end - 1 of a block of `size` bytes, or None if it is not here."""
         if key in self._memory:
             self._memory.move_to_end(key)
-            return self._memory[key]
-        file = self._folder / key
-        try:
-            content = file.read_bytes()
-            # The time of modification serves as that of the last use; many file systems do not
-            # record reads.
-            os.utime(file)
-        except FileNotFoundError:
-            content = b""
-        # Absent, or cut by a full disk: fetch it.
-        if len(content) != end - begin:
-            content = self._fetch(name, begin, end)
-            self._keep(file, content)
+            return self._memory[key][begin:end]
+        # Only the part: rows of a shuffled order come from a hundred blocks in turn.
+        if key not in self._open:
+            try:
+                descriptor = os.open(self._folder / key, os.O_RDONLY)
+            except FileNotFoundError:
+                return None
+            self._open[key] = descriptor
+            if os.fstat(descriptor).st_size != size:
+                os.close(self._open.pop(key))
+                return None  # cut by a full disk
+        self._open.move_to_end(key)
+        while len(self._open) > OPEN_BLOCKS:
+            os.close(self._open.popitem(last=False)[1])
+        # The time of modification serves as that of the last use; many file systems do not record
+        # reads.
+        os.utime(self._open[key])
+        part = os.pread(self._open[key], end - begin, begin)
+        return part if len(part) == end - begin else None
+
+    def _fetched(self, key: str, name: str, begin: int, end: int) -> bytes:
+        """Fetch a block, bytes begin to end - 1 of the file `name`, and keep it."""
+        content = self._fetch(name, begin, end)
+        self._keep(self._folder / key, content)
+        if key in self._open:
+            os.close(self._open.pop(key))  # of the file that was there before
         self._memory[key] = content
         while len(self._memory) > (BLOCKS_IN_MEMORY if self._ranges else 1):
             self._memory.popitem(last=False)
         return content
+
+    def __getstate__(self) -> dict:
+        """Leave out open files: each worker process opens its own."""
+        return {**vars(self), "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in vars(self).get("_open", {}).values():
+            os.close(descriptor)
 
     def _keep(self, file: Path, content: bytes) -> None:
         """Write a block to the cache, which a full disk ends: blocks are then fetched again."""

@@ -280,5 +280,5 @@ EXPERIMENT = Experiment(
     points=_points,
     run=run_point,
     report=_report,
-    hours={"smoke": 0.02, "small": 1.2, "full": 8.0},
+    hours={"smoke": 0.02, "small": 0.9, "full": 5.5},
 )
