@@ -46,6 +46,11 @@ def test_an_outage_stops_a_run_that_resumes_as_if_nothing_had_happened(
         assert "data cannot be read" in error and "HTTP Error 503" in error
         assert "resume with: memshard train" in error and "Traceback" not in error
         assert 0 < checkpoint_state(tmp_path / "run")["progress"]["step"] < 10
+        server.refuse["index.json"] = 10**6
+        assert main(command) == 75, "a resume while the store is still away"
+        assert "the same command resumes the run" in capsys.readouterr().err
+        assert main([*command[:-1], str(tmp_path / "new")]) == 2, "perhaps the address is wrong"
+        server.refuse.clear()
         server.ranges_left = None
         assert main(command) == 0
         train_run(recipe, tmp_path / "whole", *words)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memshard.data_pipeline.fetch import Allowed
+from memshard.data_pipeline.fetch import Allowed, Unreachable
 from memshard.io import check_folder
 from memshard.launch.cli.cost_text import describe_ranks, describe_tables
 from memshard.launch.cli.outcome import Stopped, usage_errors
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.stop_at is not None and args.stop_at < 1:
             raise ValueError(f"--stop-at is {args.stop_at}; steps are counted from 1")
     from memshard.launch.env import joined_ranks
+    from memshard.trainer.checkpoint.folders import committed
     from memshard.trainer.loop import train
     from memshard.trainer.run_folder import held_by_rank0
     from memshard.trainer.set_up import set_up
@@ -87,7 +88,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with joined_ranks(recipe.guards.first_timeout) as (device, ranks), ExitStack() as held:
         with usage_errors():
             lock = held.enter_context(held_by_rank0(folder))
-            prepared = set_up(recipe, folder, device)
+            try:
+                prepared = set_up(recipe, folder, device)
+            except Unreachable as error:
+                if not committed(folder / "checkpoints"):
+                    raise  # perhaps a mistake in the address
+                # As in the middle of a run: a line of jobs goes on with the next one.
+                raise Stopped(
+                    f"data cannot be read ({error}); the same command resumes the run"
+                ) from error
         prepared.lock = lock
         if prepared.ranks > 1:
             # torchrun sends SIGTERM to the other ranks when the first one ends.
