@@ -42,7 +42,10 @@ def read_articles_or_file(
             return
     except ValueError as error:
         counts["fault_structured_file"] += 1
-        log.warning("%s; it is left out. As prose it is read with --documents file", error)
+        log.warning(
+            "%s; the file, or the rest of it, is left out. --documents file takes it as prose",
+            error,
+        )
         return
     yield from read_file(files, options, counts, watch)
 
