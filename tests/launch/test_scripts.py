@@ -84,9 +84,7 @@ def test_turns_do_not_requeue_themselves() -> None:
 
 def test_facts_of_a_cluster(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
-    path.write_text(
-        "partition: gpu\ngpus: 4\ntime: '2:00:00'\nsetup: [module load a]\nenv: {A: 1}\n"
-    )
+    path.write_text("partition: gpu\ngpus: 4\ntime: 2:00:00\nsetup: [module load a]\nenv: {A: 1}\n")
     cluster = load_cluster(path, {"gpus": 8, "nodes": None})
     assert cluster == Cluster(
         partition="gpu", gpus=8, time="2:00:00", setup=("module load a",), env={"A": "1"}
@@ -94,7 +92,9 @@ def test_facts_of_a_cluster(tmp_path: Path) -> None:
     assert cluster.ranks_per_node == 8
     for text, message in (
         ("partion: a\n", "unknown key 'partion'; did you mean 'partition'?"),
-        ("time: 2:00:00\n", "time is 7200; expected str, quoted, such as time: '24:00:00'"),
+        ("time: 2\n", "time is 2; expected str"),
+        ("a: &a [1]\n" + "a: [*a]\n", "'a' is given twice in one section"),
+        (f"env: {{A: &a [{'x, ' * 400}], B: [{'*a, ' * 400}]}}\n", "more than 100,000 values"),
         ("gpus: many\n", "gpus is 'many'; expected int"),
         ("- a\n", "expected `key: value` lines"),
         ("nodes: 0\n", "nodes is 0; it must be at least 1"),

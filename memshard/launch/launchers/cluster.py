@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from memshard.io import read_small
 from memshard.trainer.config.field_docs import field_docs
 
 FILE = "cluster.yaml"
@@ -105,12 +106,10 @@ def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
     if path is None and Path(FILE).exists():
         path = Path(FILE)
     if path is not None:
-        import yaml
+        from memshard.trainer.config.text import MOST_BYTES, parse
 
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+        # With its limits: of aliases of aliases, the text alone would fill memory.
+        values = parse(read_small(path, MOST_BYTES).decode(), str(path)) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected `key: value` lines, such as partition: gpu")
     types = {name: _kind(hint) for name, hint in get_type_hints(Cluster).items()}
@@ -119,10 +118,9 @@ def load_cluster(path: Path | None, options: Mapping[str, Any]) -> Cluster:
             close = difflib.get_close_matches(str(key), types, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(types)}"
             raise ValueError(f"{path}: unknown key '{key}'; {hint}")
-        # YAML reads 24:00:00 without quotes as the number 86400, and true is an int to Python.
+        # true is an int to Python.
         if not isinstance(value, types[key]) or isinstance(value, bool):
-            hint = ", quoted, such as time: '24:00:00'" if key == "time" else ""
-            raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}{hint}")
+            raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}")
     # After the checks, which are for what YAML makes of a file; argparse has checked options.
     values |= {key: value for key, value in options.items() if value is not None}
     if "env" in values:
