@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from memshard.data_pipeline.format.index import sha256_file
 from memshard.data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -164,3 +164,21 @@ def test_a_tokenizer_and_a_model_of_other_sizes(
     (folder / "config.json").write_text(json.dumps(about))
     message = refused(capfd, "generate", folder, "--prompt", "word299")
     assert "has a tokenizer of 700 tokens and a model of 300" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.complex64])
+def test_an_export_of_other_dtypes_is_refused(
+    dtype: torch.dtype, run_and_export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An int8 table has a scale for each of its rows."""
+    folder = Path(shutil.copytree(run_and_export / "export", tmp_path / "export"))
+    weights = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(weights).items()}
+    if dtype == torch.int8:
+        tensors["model.blocks.0.memory.values.scale"] = torch.ones(3)
+    save_file(tensors, weights)
+    about = json.loads((folder / "config.json").read_text())
+    about["memshard"]["sha256"] = sha256_file(weights)
+    (folder / "config.json").write_text(json.dumps(about))
+    message = refused(capfd, "generate", folder, "--prompt", "a")
+    assert "does not fit its recipe" in message and f"is {dtype} there" in message

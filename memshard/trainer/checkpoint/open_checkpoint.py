@@ -26,6 +26,7 @@ from memshard.trainer.checkpoint.save_load import (
 )
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.precision import DTYPES
 
 CONFIG_JSON = "config.json"
 WEIGHTS = "model.safetensors"
@@ -73,7 +74,8 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
             verify(folder, index)
         except ValueError as error:
             raise DamagedCheckpoint(folder, str(error)) from error
-    names = _table_names(folder, recipe, {name: tensor.shape for name, tensor in index.items()})
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in index.items()}
+    names = _table_names(folder, recipe, kinds)
     stored = {name: MappedTensor(folder, tensor) for name, tensor in index.items()}
     tables = {name: stored.pop(f"{name}.weight") for name in names}
     return StoredModel(
@@ -112,10 +114,14 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
             for name, tensor in tensors.items()
             if tensor.dtype == torch.int8
         }
-        shapes = {name: tuple(t.shape) for name, t in tensors.items() if name not in scales}
+        kinds = {
+            name: (tuple(tensor.shape), _read_dtype(name, tensor, tensors))
+            for name, tensor in tensors.items()
+            if name not in scales
+        }
         tables = {
             name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None))
-            for name in _table_names(folder, recipe, shapes)
+            for name in _table_names(folder, recipe, kinds)
         }
         keys = recipe.model.memory.keys
         return StoredModel(
@@ -152,31 +158,43 @@ def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -
     return values[slots] if scale is None else values[slots].float() * scale[slots, None]
 
 
-def _table_names(folder: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _read_dtype(name: str, values: Tensor, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype that a tensor of an export has once it is read."""
+    scale = tensors.get(f"{name.removesuffix('weight')}{SCALE}")
+    scaled = scale is not None and scale.shape == values.shape[:1] and scale.is_floating_point()
+    return torch.float32 if values.dtype == torch.int8 and scaled else values.dtype
+
+
+def _table_names(
+    folder: Path, recipe: Recipe, kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> list[str]:
     """Return the names of the model's tables. ValueError unless the tensors that the folder holds
     are the model's: a recipe of a terabyte is refused before anything is allocated.
     """
-    if recipe.model.layers > len(shapes):
+    if recipe.model.layers > len(kinds):
         raise ValueError(
             f"{folder} does not fit its recipe: {recipe.model.layers} layers, and "
-            f"{len(shapes)} tensors"
+            f"{len(kinds)} tensors"
         )
     # On meta a model of any size takes no memory, but a layer some milliseconds.
     with torch.device("meta"):
         model = build_model(recipe.model)
     wanted = {
-        name: tuple(tensor.shape)
+        name: (tuple(tensor.shape), tensor.is_floating_point())
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    if missing := wanted.keys() ^ shapes.keys():
+    if missing := wanted.keys() ^ kinds.keys():
         raise ValueError(
             f"{folder} does not fit its recipe: {', '.join(sorted(missing)[:3])} are in only one "
             "of them"
         )
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
+    for name, (shape, floating) in wanted.items():
+        there, dtype = kinds[name]
+        if there != shape:
             raise ValueError(
-                f"{folder} does not fit its recipe: {name} is {list(shapes[name])} there and "
+                f"{folder} does not fit its recipe: {name} is {list(there)} there and "
                 f"{list(shape)} here"
             )
+        if (dtype in DTYPES.values()) != floating:
+            raise ValueError(f"{folder} does not fit its recipe: {name} is {dtype} there")
     return [name for name, _ in find_tables(model)]
