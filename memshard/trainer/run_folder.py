@@ -51,10 +51,11 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
     or optimizer: of a recipe that differs in more than keys that may change on resume. ValueError
     as well if it has no run, but files with the names of a run's.
     """
-    check_folder(folder / CHECKPOINTS)
-    for name in _OVERWRITTEN:
-        if os.path.lexists(folder / name) and not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is no file: remove it")
+    for name in (CHECKPOINTS, HEARTBEATS, "log", "tensorboard"):
+        check_folder(folder / name)
+    for path in (*(folder / name for name in _OVERWRITTEN), *(folder / "log").glob("rank*.log")):
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"{path} is no file: remove it")
     checkpoints = committed(folder / CHECKPOINTS)
     if not checkpoints and not _is_run(folder):
         check_free(folder, _OVERWRITTEN, "choose another folder with --run")

@@ -39,11 +39,12 @@ def test_a_lock_that_nobody_wrote_is_not_waited_for(
     assert os.path.lexists(run / "lock")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "log/rank0.log", "heartbeat"])
 def test_a_pipe_in_place_of_a_runs_file_is_not_waited_for(
     name: str, run: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (run / name).unlink()
+    (run / name).unlink(missing_ok=True)
+    (run / name).parent.mkdir(exist_ok=True)
     os.mkfifo(run / name)
     assert name in refused(capfd, "train", recipe, "--run", run)
 
