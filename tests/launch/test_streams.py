@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +84,23 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (75, "memshard: stopped: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_does_so_as_by_ctrl_c(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """It releases its lock, and its exit code says that it can go on."""
+    command = ["data", "build", "pipe:sleep 10", "--out", str(tmp_path / "data")]
+    process = subprocess.Popen([sys.executable, "-m", "memshard", *command], stderr=subprocess.PIPE)
+    lock = tmp_path / ".data.work/lock"
+    while not lock.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75 and not lock.exists()
+    assert b"memshard: stopped: interrupted; run the same command again to resume" in error
 
 
 def test_a_terminal_that_is_closed_costs_no_step(recipe: Path, tmp_path: Path) -> None:

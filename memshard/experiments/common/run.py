@@ -85,6 +85,7 @@ def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
     """Yield (point, result, seconds) of every point as it is done."""
     # A forked process would inherit torch's thread pool in an undefined state.
     context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
     # At least one worker, since a pool refuses to have none, even for no points.
     with ProcessPoolExecutor(min(workers, max(1, len(points))), context, _prepare_worker) as pool:
         waiting: dict[Future[tuple[dict[str, Any], float]], Point] = {
@@ -95,6 +96,11 @@ def _results(name: str, points: list[Point], workers: int) -> Iterator[Any]:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     point = waiting.pop(future)
                     yield point, *future.result()
+        except KeyboardInterrupt:
+            # Else the points in work, which take up to hours, would be waited for.
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
+            raise
         except BrokenProcessPool as error:
             raise RuntimeError(
                 f"a worker process was killed at one of {len(waiting) + 1} points that are not "

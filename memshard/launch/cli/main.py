@@ -9,7 +9,9 @@ goes to standard error.
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> tuple[int, dict[str, Any]]:
     try:
         args = command_parser().parse_command(argv)
-        result = args.run(args) or {}
+        with _as_ctrl_c():
+            result = args.run(args) or {}
         # Here, so that a full disk or a closed pipe is an error of this command, and not a message
         # at the interpreter's end.
         sys.stdout.flush()
@@ -143,6 +146,27 @@ def command_parser() -> CommandParser:
     for command in COMMANDS:
         command.add_parser(subparsers)
     return parser
+
+
+@contextmanager
+def _as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: half-written folders are removed, locks
+    released, and the exit code says that it can go on. A training run saves first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone hears signals
+        return
+    ours = signal.default_int_handler
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, ours)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            # Ranks ignore them once their run has ended.
+            if signal.getsignal(number) is ours:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -38,8 +38,10 @@ def run(command: list[str], environment: str, start: Start) -> dict[str, Any]:
     """
     from memshard.trainer.watch.heartbeat import read_beats
 
+    before = read_beats(Path(start.folder))
     code = _wait(command, environment)
-    beats = read_beats(Path(start.folder))
+    # Not of an earlier start, if this one failed before its ranks had begun.
+    beats = [beat for beat in read_beats(Path(start.folder)) if beat not in before]
     if code and beats and beats[0].rank == 0 and beats[0].ended == "stopped":
         raise Stopped(
             f"at step {beats[0].step}, saved; the same command goes on", {"step": beats[0].step}
