@@ -1,7 +1,6 @@
 """Nothing that memshard did not write is removed or written over, whatever its name."""
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.folders import COMMIT, committed, prune
 from memshard.trainer.export.export import export
+from tests.data_pipeline.conftest import largest_file
 from tests.trainer.tiny_run import train_run
 
 
@@ -78,14 +78,27 @@ def test_an_export_leaves_a_folder_of_its_temporary_name_alone(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.partial", "m.tmp", "run"]
 
 
+def test_an_import_leaves_a_folder_of_its_temporary_name_alone(
+    recipe: Path, tmp_path: Path
+) -> None:
+    train_run(recipe, tmp_path / "run", stop_at=1)
+    export(tmp_path / "run", tmp_path / "export")
+    for name in ("m.tmp", "m.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.py").write_text("years of work")
+    with largest_file(1000):
+        assert main(["import", str(tmp_path / "export"), str(tmp_path / "m")]) == 2
+    names = ["export", "m.partial", "m.tmp", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names, "nothing of it stays"
+    assert main(["import", str(tmp_path / "export"), str(tmp_path / "m")]) == 0
+    assert (tmp_path / "m.tmp/thesis.py").exists() and (tmp_path / "m.partial/thesis.py").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "m"])
+
+
 def test_an_export_that_fails_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", stop_at=1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    try:
-        with pytest.raises(OSError, match="File too large.*model.safetensors"):
-            export(tmp_path / "run", tmp_path / "m")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with largest_file(1000), pytest.raises(OSError, match="File too large.*model.safetensors"):
+        export(tmp_path / "run", tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
