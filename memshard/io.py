@@ -82,7 +82,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         with named(path):
             yield partial
-        for file in partial.iterdir():
+        for file in partial.rglob("*"):
             to_disk(file)
         to_disk(partial)
         if path.exists():

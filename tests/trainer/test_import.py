@@ -26,6 +26,7 @@ import memshard
 from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.export.export import export
+from tests.data_pipeline.conftest import largest_file
 from tests.trainer.tiny_run import train_run
 
 DIM, KEYS, HEADS, HALF, TOPK = 10, 7, 3, 4, 5
@@ -291,6 +292,19 @@ def test_what_is_not_known_is_refused(
     changes = {name: _random(*shape) for name, shape in change.items()}
     assert _import(theirs.state_dict() | changes, tmp_path) == 2
     assert message in capfd.readouterr().err and not (tmp_path / "ours").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is left would be refused as a folder that is there already."""
+    network = _network(DIM, _WIDTH, norm=False)
+    theirs = _Theirs(_within("query_mlps", network), _random(HEADS, 2, KEYS, HALF)).state_dict()
+    assert _import(theirs, tmp_path) == 0
+    (tmp_path / "ours").rename(tmp_path / "first")
+    source, out = str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours")
+    with largest_file(1000):
+        assert main(["import", source, out, "--topk", str(TOPK)]) == 2
+    assert "File too large" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "theirs.safetensors"]
 
 
 def test_relu_is_refused_where_weights_are_a_softmax(
