@@ -1,6 +1,9 @@
 """Worker processes that read ahead end with the run, also after an error."""
 
 import multiprocessing
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +50,35 @@ def test_an_error_of_a_worker_arrives_as_it_is() -> None:
     with pytest.raises(TypeError, match="odd"):
         next(steps)
     steps.close()
+
+
+class _Deadly:
+    """Kills the process that reads step 3, as often as there are words in a file."""
+
+    def __init__(self, words: Path) -> None:
+        self._words = words
+
+    def batch(self, first: int, count: int) -> int:
+        words = self._words.read_text().split()
+        if first == 3 and words:
+            self._words.write_text(" ".join(words[1:]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return first
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_reader_that_is_killed_is_replaced_once(
+    times: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = tmp_path / "words"
+    words.write_text("again " * times)
+    stream: Any = _Deadly(words)
+    steps: Any = Prefetched(stream, 0, 6, 1, 0, 1, None, workers=1)
+    if times == 1:
+        assert list(steps) == [[step] for step in range(6)]
+    else:
+        assert [next(steps) for _ in range(3)] == [[0], [1], [2]]
+        with pytest.raises(RuntimeError, match="killed again and again \\(exit code -9\\)"):
+            next(steps)
+    steps.close()
+    assert caplog.text.count("a process that reads data was killed (-9): started again") == 1

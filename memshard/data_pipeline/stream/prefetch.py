@@ -1,8 +1,10 @@
 """Steps read ahead by worker processes, for raw text, whose tokenizer training would wait for."""
 
+import logging
 import multiprocessing
 import pickle
 import signal
+import threading
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -11,6 +13,7 @@ from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.open_stream import AnyStream
 from memshard.data_pipeline.stream.rank_share import rank_share
 
+log = logging.getLogger(__name__)
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -32,9 +35,9 @@ class _Steps(Dataset[list[Batch] | Exception]):
 class Prefetched:
     """An iterator over `rank_share` of steps first to last - 1, in order, read by processes.
 
-    They have no state, so their number changes nothing. Signals that stop a run do not reach them:
-    batch systems send those to every process, and a worker that ends makes torch raise an error in
-    the middle of whatever the run does, its last save included.
+    They have no state, so their number changes nothing, and one that is killed, as where memory is
+    short, is replaced; RuntimeError if that happens twice at a step. Signals that stop a run do not
+    reach them: batch systems send those to every process.
     """
 
     def __init__(
@@ -48,14 +51,28 @@ class Prefetched:
         micro_batch: int | None,
         workers: int,
     ) -> None:
-        steps = _Steps(stream, (batch, rank, ranks, micro_batch))
-        loader = DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers)
+        self._share = _Steps(stream, (batch, rank, ranks, micro_batch))
+        self._next, self._last, self._number = first, last, workers
+        self._killed_at: int | None = None
+        self._start()
+
+    def _start(self) -> None:
+        loader = DataLoader(
+            self._share,
+            batch_size=None,
+            sampler=range(self._next, self._last),
+            num_workers=self._number,
+        )
         before = set(multiprocessing.active_children())
         # Workers inherit the mask, so that not even their first moments hear a signal.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
             self._steps: Any = iter(loader)
         finally:
+            # torch's raises an error of a worker that was killed wherever this process is.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._workers = set(multiprocessing.active_children()) - before
 
@@ -64,9 +81,27 @@ class Prefetched:
 
     def __next__(self) -> list[Batch]:
         assert self._steps is not None
-        batch: list[Batch] | Exception = next(self._steps)
+        batch: list[Batch] | Exception
+        try:
+            batch = next(self._steps)
+        except RuntimeError as error:
+            dead = [worker for worker in self._workers if not worker.is_alive()]
+            if not dead:
+                raise
+            codes = ", ".join(str(worker.exitcode) for worker in dead)
+            self.close()
+            if self._next == self._killed_at:
+                raise RuntimeError(
+                    f"processes that read data are killed again and again (exit code {codes}): the "
+                    "machine may be out of memory; lower data.workers"
+                ) from error
+            log.warning("a process that reads data was killed (%s): started again", codes)
+            self._killed_at = self._next
+            self._start()
+            return next(self)
         if isinstance(batch, Exception):
             raise batch
+        self._next += 1
         return batch
 
     def close(self) -> None:
