@@ -7,22 +7,38 @@ import sys
 import threading
 import time
 
+LAUNCHER = "MEMSHARD_LAUNCHER"
+"""Variable with the number of the `memshard launch` that waits for ranks of its own host. DeepSpeed
+has two processes between, which go on when it is killed.
+"""
 _PR_SET_PDEATHSIG = 1
 
 
 def stop_without_parent() -> None:
-    """Watch the process that started this one from a thread, and send this one SIGTERM, which saves
-    and stops a run, when it is gone.
+    """Watch the process that started this one, and LAUNCHER, from a thread, and send this one
+    SIGTERM, which saves and stops a run, when one is gone.
     """
     # A thread, because the main one may be busy for minutes in a step. By asking, since the
     # kernel's own signal also comes when a parent's thread ends, and on Linux alone.
-    threading.Thread(target=_watch, args=(os.getppid(),), name="parent", daemon=True).start()
+    launcher = int(os.environ.get(LAUNCHER, os.getpid()))
+    watched = os.getppid(), launcher
+    threading.Thread(target=_watch, args=watched, name="parent", daemon=True).start()
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
+def _watch(parent: int, launcher: int) -> None:
+    while os.getppid() == parent and _lives(launcher):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # of another user
+    return True
 
 
 def end_child_with_parent() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from memshard.launch.cli.outcome import Stopped
 from memshard.launch.launchers.start import Start, shell
-from memshard.launch.orphans import end_child_with_parent
+from memshard.launch.orphans import LAUNCHER, end_child_with_parent
 from memshard.trainer.stop_signal import STOPS
 
 
@@ -62,7 +62,9 @@ def _wait(command: list[str], environment: str) -> int:
     # At the first "=" only: values may hold more of them.
     process = subprocess.Popen(
         command,
-        env=os.environ | dict(line.split("=", 1) for line in environment.splitlines()),
+        env=os.environ
+        | dict(line.split("=", 1) for line in environment.splitlines())
+        | {LAUNCHER: str(os.getpid())},
         preexec_fn=end_child_with_parent,
     )
 
