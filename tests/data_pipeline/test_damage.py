@@ -101,6 +101,17 @@ def test_a_file_that_shrinks_or_goes_while_it_is_read(copy: Path, data: Path) ->
     assert (strict.batch(0, strict.samples_per_epoch).targets != IGNORE).all()
 
 
+def test_a_data_set_that_is_built_anew_under_a_run_is_said(
+    copy: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Nothing is damaged then, and `data verify` would find nothing."""
+    stream = TrainStream(copy, LENGTH, LANES, 0)
+    shutil.rmtree(copy)
+    build(corpus, copy, vocab_size=400)
+    with pytest.raises(RuntimeError, match="has been built anew since"):
+        stream.batch(0, stream.samples_per_epoch)
+
+
 def test_held_out_text_may_be_damaged_too(copy: Path) -> None:
     damage(copy, 1, "heldout")
     with pytest.raises(RuntimeError, match="heldout-00000.tar, document 1"):

@@ -230,12 +230,24 @@ class SplitReader:
             self._tolerance * int(self.lengths.sum()),
         )
         if tokens > allowed:
+            if self._built_anew():
+                raise RuntimeError(
+                    f"{self._path} has been built anew since this process opened it: a run needs "
+                    "the data that it began with"
+                )
             raise RuntimeError(
                 f"{shown(str(self._path))}: {tokens:,} tokens of {int(self.damaged.sum())} "
                 f"documents are damaged, more than the {allowed:,.0f} "
                 f"that are tolerated, the last one {name} ({reason}): find all with `memshard "
                 f"data verify {shown(str(self._path))}`, copy them again"
             )
+
+    def _built_anew(self) -> bool:
+        """Return whether the folder holds another data set now, which is sound by itself."""
+        try:
+            return load_index(self._path).fingerprint != self.index.fingerprint
+        except (OSError, ValueError):
+            return False
 
 
 class _ShardFiles:
