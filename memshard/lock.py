@@ -150,7 +150,7 @@ def _acquire(path: Path, otherwise: str) -> FolderLock:
         try:
             with named(path), os.fdopen(descriptor, "wb") as file:
                 file.write(content)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             path.unlink()
             raise
         return FolderLock(path, content)

@@ -92,9 +92,13 @@ def test_a_command_that_is_told_to_end_does_so_as_by_ctrl_c(
 ) -> None:
     """It releases its lock, and its exit code says that it can go on."""
     command = ["data", "build", "pipe:sleep 10", "--out", str(tmp_path / "data")]
-    process = subprocess.Popen([sys.executable, "-m", "memshard", *command], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memshard", *command],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests' own nohup
+    )
     lock = tmp_path / ".data.work/lock"
-    while not lock.exists():
+    while not (lock.parent / "units").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
