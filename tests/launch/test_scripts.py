@@ -220,6 +220,17 @@ def test_deepspeed_refuses_words_that_other_hosts_would_read_as_something_else(
     assert "the working directory is" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["-oProxyCommand=id", "n2;id", "$(id)", "n%h", "'n2"])
+def test_a_name_in_a_hostfile_that_ssh_or_a_shell_would_run_is_refused(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"# all\n\nuser@n-1.site slots=2\n{name} slots=2\n")
+    argv = ["launch", "deepspeed", "quickstart", "--hostfile", str(hosts), "--dry-run"]
+    assert main(argv) == 2
+    assert f"holds the line {f'{name} slots=2'!r}" in capfd.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,10 +38,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
     """Train on the hosts of a hostfile."""
     with usage_errors():
         hosts = Path(args.hostfile)
-        if not hosts.is_file() or not re.search(
-            r"^\s*\S+\s+slots=\d+", hosts.read_text(encoding="utf-8"), re.MULTILINE
-        ):
-            raise ValueError(f"{hosts} is no hostfile: it must hold lines such as `n1 slots=8`")
+        _check_hosts(hosts)
         cluster = cluster_of(args)
         start = installed(args) if args.dry_run else snapshot(args)
     command = [
@@ -69,6 +66,24 @@ def detect(env: Mapping[str, str]) -> Ranks | None:
     """Return this process's place if DeepSpeed's launcher started it."""
     # RANK and WORLD_SIZE are torchrun's too; this one is DeepSpeed's alone.
     return from_variables(env, "DeepSpeed", parent_waits=True) if "CROSS_RANK" in env else None
+
+
+def _check_hosts(file: Path) -> None:
+    """Raise ValueError for what is no hostfile, or holds a name that ssh, which gets it from
+    DeepSpeed's launcher as it is, would take for an option: one runs a command.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = [line.strip() for line in text.splitlines()]
+    hosts = [line for line in lines if line and not line.startswith("#")]
+    # Of hosts in other words DeepSpeed's launcher says itself what is wrong.
+    if not any(re.search(r"^\S+\s+slots=\d+", line) for line in hosts):
+        raise ValueError(f"{file} is no hostfile: it must hold lines such as `n1 slots=8`")
+    for line in hosts:
+        if not re.match(r"[\w:][\w.@:-]*\s", line):
+            raise ValueError(
+                f"{file} holds the line {line!r}, whose first word is no host's name: write "
+                "`n1 slots=8`, with a name of letters, digits and .-_@: alone"
+            )
 
 
 def _check_words(words: Mapping[str, str], plain: str = r"[\w@+=:,./ -]*") -> None:
