@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import time
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("fastwarc", reason="pip install 'memshard[data]'")
 
+from memshard.data_pipeline.web.charset import decode
 from memshard.data_pipeline.web.warc import KINDS, OUTCOMES
 from tests.data_pipeline.web_archive import (
     HTML,
@@ -125,6 +127,46 @@ def test_a_bomb_does_not_fill_the_memory(tmp_path: Path) -> None:
     block = OK + b"Content-Encoding: gzip, gzip\r\n\r\n" + bomb
     pages, _ = pages_of(record(block), tmp_path / "a.warc")
     assert len(pages[0].body) == 1 << 26
+
+
+# Small files that took hours, or gigabytes, before they were bounded.
+BOMBS = {
+    "a head without an end": b"HTTP/1.1 200 OK\n" + b"a:b\n" * (1 << 20),
+    "a folded field without an end": b"HTTP/1.1 200 OK\na:b\n" + b" bcd\n" * (1 << 20),
+    "thousands of responses": b"HTTP/1.1 100\n\n" * (1 << 19),
+    "thousands of encodings": OK + b"Content-Encoding: " + b"br," * 9999 + b"\r\n\r\n" + HTML * 99,
+    "chunks of a byte": OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * (1 << 20),
+    "members of nothing": OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"") * (1 << 19),
+    "a charset behind spaces": OK + b"\r\n<meta charset=" + b" " * 16_000 + HTML,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pages_that_are_small_and_take_hours_are_bounded(tmp_path: Path, name: str) -> None:
+    """Seconds of CPU time, of which each took 10 to thousands before."""
+    content = gzip.compress(record(BOMBS[name]) + record(OK + b"\r\n" + HTML), 1)
+    began = time.process_time()
+    pages, counts = pages_of(content, tmp_path / "a.warc.gz")
+    for page in pages:
+        decode(page.body, page.content_type)
+    assert time.process_time() - began < 5
+    assert bytes(pages[-1].body) == HTML
+    assert counts["responses"] == 2
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "9" * 18, str(1 << 30)])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_length_that_no_file_has_costs_its_record_alone(
+    tmp_path: Path, length: str, zipped: bool
+) -> None:
+    """5,000 digits ended the build; others took the rest of the file with them."""
+    good, bad = record(OK + b"\r\n" + HTML), record(OK + b"\r\n" + HTML, length=123456)
+    bad = bad.replace(b"123456", length.encode())
+    parts = [good, bad, good]
+    content = b"".join(map(gzip.compress, parts)) if zipped else b"".join(parts)
+    pages, counts = pages_of(content, tmp_path / "a.warc")
+    assert [bytes(page.body) for page in pages] == [HTML, HTML]
+    assert counts["fault_bad_header"] + counts["fault_wrong_length"] == 1
 
 
 @pytest.mark.parametrize(

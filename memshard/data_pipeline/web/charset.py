@@ -18,11 +18,11 @@ BYTE_ORDER_MARKS = (
 DECLARED_BYTES = 16_384
 COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 DECLARED = re.compile(
-    rb"""<meta\s[^>]*?charset\s*=\s*["']?\s*([^\s"'/>;]+)"""
+    rb"""<meta\s[^>]*?charset\s*=\s*(?:["']\s*)?([^\s"'/>;]+)"""
     rb"""|^\s*<\?xml\s[^>]*?encoding\s*=\s*["']([^"']+)""",
     re.IGNORECASE,
 )
-LABEL = re.compile(r"""charset\s*=\s*["']?\s*([^\s"';,]+)""", re.IGNORECASE)
+LABEL = re.compile(r"""charset\s*=\s*(?:["']\s*)?([^\s"';,]+)""", re.IGNORECASE)
 # Labels of browsers that resiliparse's table leaves out.
 MORE_LABELS = {
     "x-user-defined": "cp1252",

@@ -23,6 +23,11 @@ GZIP = b"\x1f\x8b\x08"
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\f\r\x1b"))
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 READ_BYTES = 1 << 16
+# More than any server sends; the time that they take is not limited as that of an article is.
+MOST_RESPONSES = 100
+MOST_ENCODINGS = 8
+MOST_CHUNKS = 1 << 17
+MOST_MEMBERS = 100
 SMALL_STEP = 64  # bytes read at a time to get what stands before damage
 
 
@@ -64,12 +69,16 @@ def parse_fields(lines: bytes) -> dict[str, str]:
 
 def parse_response(block: Content) -> Response | None:
     """Return the response in a record's payload, the last one where there are several, as after
-    `100 Continue` or a proxy's `200 Connection established`; None if it begins with no status line.
+    `100 Continue` or a proxy's `200 Connection established`; None if it begins with no status line,
+    or has more than MOST_RESPONSES. Of headers without an end, the first MAX_HEADER bytes count.
     """
     status = STATUS.match(block)
-    while status:
-        end = HEAD_END.search(block, status.end(), status.end() + MAX_HEADER)
-        lines = bytes(block[status.end() : end.start() if end else len(block)])
+    for _ in range(MOST_RESPONSES):
+        if status is None:
+            break
+        most = status.end() + MAX_HEADER
+        end = HEAD_END.search(block, status.end(), most)
+        lines = bytes(block[status.end() : end.start() if end else most])
         fields = parse_fields(lines.partition(b"\n")[2])
         behind = end.end() if end else len(block)
         code, following = int(status[1]), STATUS.match(block, behind)
@@ -80,18 +89,23 @@ def parse_response(block: Content) -> Response | None:
 
 
 def decode_body(response: Response) -> Decoded:
-    """Return the body with its encodings undone. ValueError if what is left is binary."""
-    encodings = [
+    """Return the body with its encodings undone. ValueError if what is left is binary, or more than
+    MOST_ENCODINGS are named.
+    """
+    named = (
         name.strip().lower()
         for field in ("content-encoding", "transfer-encoding")
         for name in response.fields.get(field, "").split(",")
-    ]
+    )
+    encodings = [name for name in named if name == "chunked" or name in _DECODERS]
+    if len(encodings) > MOST_ENCODINGS:
+        raise ValueError(f"the body is said to be encoded {len(encodings)} times")
     content, as_said = response.body, True
     stages: list[Content] = [response.body]
     for encoding in reversed(encodings):
         if encoding == "chunked":
             content, whole = _dechunk(content)
-        elif encoding in _DECODERS and content:
+        elif content:
             content, whole = _decompress(content, encoding)
         else:
             continue
@@ -114,7 +128,7 @@ def _dechunk(body: Content) -> tuple[Content, bool]:
     """
     parts: list[Content] = []
     place = 0
-    while chunk := CHUNK.match(body, place):
+    while len(parts) < MOST_CHUNKS and (chunk := CHUNK.match(body, place)):
         size = int(chunk[1], 16)
         if not size:
             return b"".join(parts), True
@@ -155,6 +169,9 @@ def _inflate(body: Content, wbits: int) -> tuple[bytes, bool]:
     parts: list[bytes] = []
     room, rest = MAX_BODY, body
     while rest and room > 0 and (not parts or rest[: len(GZIP)] == GZIP):
+        # Each copies what follows it: empty ones of 20 bytes would take hours.
+        if len(parts) == MOST_MEMBERS:
+            return b"".join(parts), False
         stream = zlib.decompressobj(wbits)
         try:
             parts.append(stream.decompress(rest, room))

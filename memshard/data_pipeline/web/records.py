@@ -5,6 +5,7 @@ Cutting a file into records is done here, because no library notices a truncated
 after a damaged member.
 """
 
+import math
 import re
 import zlib
 from collections import Counter
@@ -47,7 +48,7 @@ WARC = Format(
     following=re.compile(rb"\nWARC/[01]\.\d"),
     # Some writers end lines with a line feed alone.
     head_end=re.compile(rb"\n\r?\n"),
-    length=re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE),
+    length=re.compile(rb"^content-length:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE),
 )
 # A line: URL, IP address, date, type, in version 2 more, and last the length.
 ARC = Format(
@@ -57,7 +58,7 @@ ARC = Format(
         rb"\n[a-zA-Z][a-zA-Z0-9+.-]{1,12}:[^\n]{1,4000} \d{14} [^\n]{0,999}\d\r?\n"
     ),
     head_end=re.compile(rb"\n"),
-    length=re.compile(rb" (\d+)[ \t]*\r?\n"),
+    length=re.compile(rb" (\d{1,18})[ \t]*\r?\n"),
 )
 
 
@@ -91,7 +92,8 @@ def read_records(
                 framer.drop()
         yield from framer.close()
     else:
-        framer = _Framer(counts, "fault_truncated", layout)
+        framer = _Framer(counts, "fault_truncated", layout, stream.seek(0, 2))
+        stream.seek(0)
         while data := stream.read(READ_BYTES):
             yield from framer.feed(data)
         yield from framer.close()
@@ -110,19 +112,23 @@ def layout_of(start: bytes) -> Format:
 class _Framer:
     """Cuts a byte stream into records; yields a record once what follows it is as it should be."""
 
-    def __init__(self, counts: Counter[str], cut: str, layout: Format) -> None:
+    def __init__(
+        self, counts: Counter[str], cut: str, layout: Format, size: float = math.inf
+    ) -> None:
         self._counts = counts
         self._layout = layout
         self._cut = cut  # the fault of a last record that is shorter than its Content-Length
         self._buffer: bytes | bytearray = b""
         self._place = 0  # in the buffer, where what is not cut yet begins
         self._searched = 0  # bytes behind the place in which no next header begins
+        self._ahead = size  # bytes of the file that are still to come
         self._skip = 0  # bytes of an oversized record still to pass over
         self._short = False  # the buffer's record has more Content-Length than its member has bytes
         self._lost = False  # no header where one should be, and none since
 
     def feed(self, data: bytes, ended: bool = False) -> Iterator[Record]:
         """Add bytes, and yield the records that they complete."""
+        self._ahead -= len(data)
         passed = min(self._skip, len(data))
         self._skip -= passed
         data = data[passed:] if passed else data
@@ -199,6 +205,11 @@ class _Framer:
         self._lost = False
         header, begin = bytes(buffer[start : head.start()]), head.end()
         end = begin + int(length[1])
+        if end - known > self._ahead and end - begin > MAX_RECORD:
+            # More than the file has: the rest of the file is not passed over for it.
+            self._counts["fault_wrong_length"] += 1
+            self._lost = True
+            return (header, None), begin
         if end - begin > MAX_RECORD:
             self._skip = max(end - known, 0)
             return (header, None), min(end, known)
