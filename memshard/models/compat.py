@@ -4,8 +4,11 @@ Tested with torch 2.13. Where a release renames one of them, the slower or narro
 over, and the tests of this file say which.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 
 
 def backward_keeps_graph() -> bool:
@@ -51,6 +54,49 @@ def in_transform(x: Tensor) -> bool:
     functorch = getattr(torch._C, "_functorch", None)
     wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
     return wrapped is not None and bool(wrapped(x))
+
+
+def is_traced(x: Tensor) -> bool:
+    """Return whether operations on x are recorded, or give shapes without numbers.
+
+    By a compiler, torch.jit.trace, make_fx, FakeTensorMode or the meta device: compiled code, which
+    takes addresses, would be missing in the record, or crash.
+
+    Without torch's answer only a compiler, torch.jit.trace and subclasses of Tensor are known.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch.jit.is_tracing() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return True
+    mode_of = getattr(torch._C, "_get_dispatch_mode", None)
+    keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+    if mode_of is None or keys is None:
+        return False
+    return any(mode_of(key) is not None for key in (keys.FAKE, keys.PROXY))
+
+
+def is_fake(x: Tensor) -> bool:
+    """Return whether x has a shape and no numbers, as under FakeTensorMode or on the meta device.
+
+    Without torch's answer only the meta device is known.
+    """
+    subclasses = getattr(torch, "_subclasses", None)
+    fake = getattr(subclasses, "FakeTensor", ())
+    return x.is_meta or isinstance(x, fake)
+
+
+def outside_modes() -> AbstractContextManager[object]:
+    """Return a context in which torch computes numbers although somebody records or fakes them.
+
+    Without torch's own nothing changes, and a self test of kernels under such a mode fails.
+    """
+    outside = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
+    return outside()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context without autocast, which torch refuses to name on the meta device."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def break_graph(reason: str) -> None:

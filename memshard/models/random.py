@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from memshard.models.compat import outside_modes
+
 _MASK_64 = (1 << 64) - 1
 _NORMAL_BITS = 16
 
@@ -119,5 +121,6 @@ def normal_at(seed: int, rows: Tensor, dim: int) -> Tensor:
 @cache
 def _normal_quantiles() -> Tensor:
     """Return the quantiles of the standard normal at (i + 1/2) / 2^16, rounded from fp64."""
-    steps = torch.arange(1 << _NORMAL_BITS, dtype=torch.float64, device="cpu")
-    return torch.special.ndtri((steps + 0.5) / (1 << _NORMAL_BITS)).float()
+    with outside_modes():
+        steps = torch.arange(1 << _NORMAL_BITS, dtype=torch.float64, device="cpu")
+        return torch.special.ndtri((steps + 0.5) / (1 << _NORMAL_BITS)).float()

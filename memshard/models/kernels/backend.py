@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memshard.models.compat import is_traced, outside_modes
 from memshard.models.kernels import cpu_rows, cpu_topk, plain_rows
 from memshard.models.kernels.compile_cpp import CompileError
 from memshard.models.kernels.plain_rows import AdamUpdate
@@ -59,16 +60,18 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
         return plain_rows, f"plain torch ({name})"
     # A wrong kernel would train on silently, so it is tested once in every
     # process, and never trusted.
-    if fault := row_backend_fault(kernels, device):
+    with outside_modes():
+        fault = row_backend_fault(kernels, device)
+    if fault:
         return plain_rows, f"plain torch ({name} {fault})"
     return kernels, f"{name} (they agree with plain torch)"
 
 
 def search_for(scores: Tensor) -> ProductSearch:
     """Return the search for the best product scores that serves such scores."""
-    # Other devices and dtypes take torch's own top-k; a compiled graph cannot enter C++ code it
+    # Other devices and dtypes take torch's own top-k; a traced graph cannot enter C++ code it
     # does not know.
-    if not scores.is_cpu or scores.dtype != torch.float32 or torch.compiler.is_compiling():
+    if not scores.is_cpu or scores.dtype != torch.float32 or is_traced(scores):
         return product_search
     return _cpu_search()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memshard.models.compat import is_traced
 from memshard.models.kernels import plain_rows
 from memshard.models.kernels.compile_cpp import load_library
 from memshard.models.kernels.plain_rows import AdamUpdate
@@ -105,7 +106,7 @@ class CpuRows:
     def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Do what `plain_rows.sort_reads` does; the order is int32."""
         # The kernel is a stable radix sort of 32-bit row numbers.
-        if rows.dtype != torch.int32 or not rows.is_cpu or torch.compiler.is_compiling():
+        if rows.dtype != torch.int32 or not rows.is_cpu or is_traced(rows):
             return plain_rows.sort_reads(rows)
         rows, slots = rows.contiguous(), int(rows.max()) + 1 if len(rows) else 0
         order = torch.empty_like(rows)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memshard.models.compat import is_traced
 from memshard.models.kernels.backend import SWITCH
 from memshard.variables import switch
 
@@ -24,7 +25,7 @@ _TOLERANCE = 0.03
 
 def kernel_for(q: Tensor, v: Tensor, reference: Kernel) -> Kernel | None:
     """Return the kernel that serves such tensors, or None. q: [B, H, L, D]; v: [B, H, L, M]."""
-    if torch.compiler.is_compiling():
+    if is_traced(q):
         return None
     return choose_kernel(q.device, v.dtype, q.shape[-1], v.shape[-1], reference)[0]
 

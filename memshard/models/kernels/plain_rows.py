@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models.compat import embedding_bag_weight_gradient
+from memshard.models.compat import embedding_bag_weight_gradient, is_traced
 from memshard.models.random import fold_tensor, random_bits
 
 _BLOCK_READS = 4096
@@ -22,7 +22,7 @@ def needed_for(values: Tensor, sums: Tensor, device_type: str) -> bool:
     """Return whether only plain torch takes these tensors, and not the kernels of a device type.
 
     sums: weights, gradients or whatever else is as wide as the sums. Kernels sum in fp32, index
-    rows by int32 and are opaque to torch.compile.
+    rows by int32 and are opaque to whatever traces torch.
     """
     return (
         values.device.type != device_type
@@ -31,7 +31,8 @@ def needed_for(values: Tensor, sums: Tensor, device_type: str) -> bool:
         or values.dtype not in _KERNEL_DTYPES
         or values.shape[1] == 0
         or len(values) >= 2**31
-        or torch.compiler.is_compiling()
+        or is_traced(values)
+        or is_traced(sums)
     )
 
 

@@ -5,6 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from memshard.models.compat import is_traced
+
 
 def product_search(first: Tensor, second: Tensor, k: int) -> Tensor:
     """Return i1 and i2 of the k highest first[i1] + second[i2], stacked: [2, ..., k] int32.
@@ -12,8 +14,8 @@ def product_search(first: Tensor, second: Tensor, k: int) -> Tensor:
     first, second: [..., keys]. Best first; ties in the order that `product_topk` documents.
     """
     i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
-    # torch.compile warns of caches.
-    pairs = _pairs(k) if torch.compiler.is_compiling() else candidate_pairs(k)
+    # torch.compile warns of caches, and a cache would keep tensors that are fake.
+    pairs = _pairs(k) if is_traced(first) else candidate_pairs(k)
     x, y = (ranks.to(first.device) for ranks in pairs)
     # Pairs number ranks, not sub-keys: 119 sums at k = 32, whatever the number of keys.
     sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)
@@ -46,7 +48,7 @@ def ranked_topk(scores: Tensor, k: int) -> Tensor:
     score more than asked for shows where they matter; those rows (one in some thousands, in fp32)
     are sorted in full.
     """
-    if torch.compiler.is_compiling():
+    if is_traced(scores):
         return _ranked_without_branch(scores, k)
     values, indices = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
     indices = indices[..., :k]

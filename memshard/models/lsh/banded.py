@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memshard.models.compat import is_traced
 from memshard.models.kernels import cpu_banded
 from memshard.models.lsh.bucket_order import Order, order_tokens
 
@@ -204,7 +205,7 @@ def _serves(q: Tensor) -> bool:
     return (
         q.device.type == "cpu"
         and q.dtype != torch.float64
-        and not torch.compiler.is_compiling()
+        and not is_traced(q)
         and _kernel_agrees()
     )
 

@@ -6,6 +6,8 @@ from functools import cache
 
 from torch import Tensor
 
+from memshard.models.compat import is_traced
+
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14
 
@@ -16,7 +18,7 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
     A row is about as large as a 4 KB page: with those each read of a row also misses the
     processor's table of page addresses (TLB).
     """
-    if tensor.device.type != "cpu" or sys.platform != "linux":
+    if tensor.device.type != "cpu" or sys.platform != "linux" or is_traced(tensor):
         return tensor
     start, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
     # Whole pages inside the tensor; madvise refuses an address within a page.

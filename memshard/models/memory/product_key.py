@@ -141,6 +141,11 @@ class ProductKeyMemory(nn.Module):
         replay: that of a pass which backward repeats; tables are then read, and statistics taken,
         only once.
         """
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                f"{type(self).__name__} is not recorded by torch.jit.trace, nor by the ONNX "
+                "exporter that uses it: torch.export.export(model, inputs)"
+            )
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim()):
             raise TypeError(
                 f"the input of {type(self).__name__} is a tensor [..., {self.dim}] of floating "
@@ -209,7 +214,7 @@ class ProductKeyMemory(nn.Module):
             )
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
         # multiplications a token.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with compat.without_autocast(tokens.device.type):
             first, second = self.sub_keys(self.query_norm(z, replay))
             watch = self.key_use if self.training else None
             if watch is not None:

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from memshard.models import compat
 from memshard.models.kernels.backend import search_for
 from memshard.models.memory.autograd import differentiable_once
 from memshard.models.recompute.replay import Replay, run_once
@@ -23,7 +24,7 @@ def product_topk(
     pass searches only once.
     """
     i1, i2 = run_once(replay, partial(_search, first.detach(), second.detach(), k)).long()
-    if torch.compiler.is_compiling():
+    if compat.is_traced(first):
         # A compiler sees by itself that the indices are enough for backward.
         return first.gather(-1, i1) + second.gather(-1, i2), i1, i2
     return _PickedSums.apply(first, second, i1, i2), i1, i2

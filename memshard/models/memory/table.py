@@ -114,8 +114,9 @@ class ValueTable(HideableTable):
         drawn as in the whole.
         """
         # Also where nothing is stored, so that later draws of the generator stay the same.
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
-        if self.weight.is_meta:
+        with compat.outside_modes():
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
+        if compat.is_fake(self.weight):
             return
         columns = slice(self.local_columns.start, self.local_columns.stop)
         with torch.no_grad():
