@@ -2,8 +2,10 @@
 
 import gc
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,17 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
     fields = json.loads((folder / "index.json").read_text())
     change(fields)
     (folder / "index.json").write_text(json.dumps(fields))
+
+
+def believe(folder: Path, *names: str) -> None:
+    """Write the hashes of a training shard's files, and its size, into the index."""
+    tar, sidecar = ((folder / name).read_bytes() for name in names)
+    facts = {
+        "bytes": len(tar),
+        "sha256": hashlib.sha256(tar).hexdigest(),
+        "sidecar_sha256": hashlib.sha256(sidecar).hexdigest(),
+    }
+    edit_index(folder, lambda fields: fields["splits"]["train"]["shards"][0].update(facts))
 
 
 @pytest.mark.filterwarnings(
@@ -196,6 +209,81 @@ def test_a_sidecar_whose_header_promises_too_much_is_refused(copy: Path) -> None
     )
     with pytest.raises(ValueError, match="damaged|does not list"):
         TrainStream(copy, 16, 4, 0)
+
+
+def npy(header: bytes, content: bytes = bytes(64)) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+def npy_of(array: np.ndarray, **keywords: Any) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, **keywords)
+    return stream.getvalue()
+
+
+PICKLE = npy_of(np.array([[Path("a")] * 3], dtype=object))
+HOSTILE_ARRAYS = {
+    "a pickle": PICKLE,
+    "nothing": b"",
+    "2 EB": npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (1152921504606846976,), }"),
+    "less than nothing": npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (-5,), }"),
+    "brackets": npy(b"[" * 9000),
+    "signs": npy(b"-" * 9000),
+    "no header": npy(b"{[1]: 2}"),
+    "no dtype": npy(b"{'descr': (), 'fortran_order': False, 'shape': (8,), }"),
+    "fractions": npy_of(np.ones((1, 3))),
+    "names": npy_of(np.array(["a", "b"])),
+    "fields": npy_of(np.zeros(3, dtype=[("a", "<u2")])),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ARRAYS)
+def test_hostile_arrays_in_shards_and_sidecars_are_named(name: str, copy: Path) -> None:
+    """Their hashes fit; numpy raised errors of six types, none with the name of a file."""
+    shard = load_index(copy).splits["train"].shards[0]
+    (copy / shard.sidecar).write_bytes(HOSTILE_ARRAYS[name])
+    believe(copy, shard.file, shard.sidecar)
+    with pytest.raises(ValueError, match=rf"{shard.sidecar} is damaged"):
+        verify_data(copy)
+    with pytest.raises(ValueError, match=rf"{shard.sidecar} is damaged"):
+        TrainStream(copy, 16, 4, 0)
+
+
+def members_of(content: bytes, kind: bytes = tarfile.REGTYPE, mode: str = "w") -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
+        for name in ("tokens.npy", "lengths.npy"):
+            member = tarfile.TarInfo(f"a.{name}")
+            member.type, member.size, member.linkname = kind, len(content), "/etc/passwd"
+            tar.addfile(member, io.BytesIO(content) if kind == tarfile.REGTYPE else None)
+    return stream.getvalue()
+
+
+HOSTILE_TARS = {name: members_of(content) for name, content in HOSTILE_ARRAYS.items()} | {
+    "a bomb": members_of(bytes(20 << 20), mode="w:gz"),
+    "links": members_of(b"", tarfile.SYMTYPE),
+    "hard links": members_of(b"", tarfile.LNKTYPE),
+    "pipes": members_of(b"", tarfile.FIFOTYPE),
+    "folders": members_of(b"", tarfile.DIRTYPE),
+    "half a sample": members_of(npy_of(np.zeros(3, dtype=np.uint16)))[:1024] + bytes(10240),
+    "rows": members_of(npy_of(np.zeros((2, 2), dtype=np.uint16))),
+    "no tar": b"hello" * 999,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TARS)
+def test_hostile_tars_are_named_by_verify(name: str, copy: Path) -> None:
+    shard = load_index(copy).splits["train"].shards[0]
+    (copy / shard.file).write_bytes(HOSTILE_TARS[name])
+    entries = np.zeros((shard.documents, 3), dtype=np.int64)
+    entries[0, 1] = shard.tokens
+    np.save(copy / shard.sidecar, entries)
+    # As long as it was, so that the sidecar's places fit.
+    with (copy / shard.file).open("ab") as file:
+        file.truncate(shard.bytes)
+    believe(copy, shard.file, shard.sidecar)
+    with pytest.raises(ValueError, match=rf"{shard.file}: is no shard of tokens"):
+        verify_data(copy)
 
 
 @pytest.mark.parametrize("entry", [0, 2])

@@ -2,7 +2,6 @@
 content.
 """
 
-import io
 import os
 import tarfile
 import tempfile
@@ -25,7 +24,7 @@ from memshard.data_pipeline.format.index import (
     sha256_file,
 )
 from memshard.data_pipeline.format.remote import file_url
-from memshard.data_pipeline.format.shards import read_sidecar
+from memshard.data_pipeline.format.shards import read_npy, read_sidecar
 
 
 def verify_data(path: str | os.PathLike[str]) -> dict:
@@ -108,11 +107,35 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
             [f"{shard.sidecar}: does not list the documents of {shard.file} ({bad})"] if bad else []
         )
     entries = read_sidecar(folder, shard)
+    try:
+        documents, largest = _documents(folder / shard.file, np.dtype(index.dtype))
+    except (ValueError, tarfile.TarError) as error:
+        return [f"{shard.file}: is no shard of tokens ({error})"]
+    # Files may match their hashes and still disagree, if the builder was interrupted or wrong.
+    if not np.array_equal(documents, entries[:, :2]) or _bad_documents(folder, index, shard):
+        return [f"{shard.sidecar}: does not list the documents of {shard.file}"]
+    return (
+        [f"{shard.file}: token {largest} is outside the vocabulary"]
+        if largest >= index.vocab_size
+        else []
+    )
+
+
+def _documents(shard: Path, dtype: np.dtype) -> tuple[np.ndarray, int]:
+    """Return where each document of a shard begins and how many tokens it has, int64 [documents,
+    2], and the largest token. TarError or ValueError if it is no tar of such arrays.
+    """
     documents, largest = [np.zeros((0, 2), dtype=np.int64)], 0
-    with tarfile.open(folder / shard.file) as archive:
+    # "r:", or a compressed tar, which may be of any size, would be decompressed.
+    with tarfile.open(shard, "r:") as archive:
         members = list(archive)
+        if len(members) % 2:
+            raise ValueError(f"{members[-1].name} has no lengths")
         for tokens, lengths in zip(members[::2], members[1::2], strict=True):
-            ids, counts = _array(archive, tokens), _array(archive, lengths)
+            ids, counts = (
+                _array(archive, member, kind)
+                for member, kind in ((tokens, dtype), (lengths, np.dtype(np.uint32)))
+            )
             begins = (
                 # The .npy header is shorter than the member, so the array starts at its end minus
                 # its bytes.
@@ -122,17 +145,8 @@ def _problems(folder: Path, index: Index, shard: Shard) -> list[str]:
                 + (np.cumsum(counts, dtype=np.int64) - counts) * ids.itemsize
             )
             documents.append(np.stack([begins, counts], axis=1))
-            largest = max(largest, int(ids.max()))
-    # Files may match their hashes and still disagree, if the builder was interrupted or wrong.
-    if not np.array_equal(np.concatenate(documents), entries[:, :2]) or _bad_documents(
-        folder, index, shard
-    ):
-        return [f"{shard.sidecar}: does not list the documents of {shard.file}"]
-    return (
-        [f"{shard.file}: token {largest} is outside the vocabulary"]
-        if largest >= index.vocab_size
-        else []
-    )
+            largest = max(largest, int(ids.max(initial=0)))
+    return np.concatenate(documents), largest
 
 
 def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
@@ -149,8 +163,12 @@ def _bad_documents(folder: Path, index: Index, shard: Shard) -> str:
     return f"documents {', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}" if bad else ""
 
 
-def _array(tar: tarfile.TarFile, member: tarfile.TarInfo) -> np.ndarray:
-    content = tar.extractfile(member)
-    assert content is not None
-    array: np.ndarray = np.lib.format.read_array(io.BytesIO(content.read()))
+def _array(tar: tarfile.TarFile, member: tarfile.TarInfo, dtype: np.dtype) -> np.ndarray:
+    """Return the array of a member, [n]. ValueError if it is no such .npy file."""
+    stream = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+    if stream is None:
+        raise ValueError(f"{member.name} is no file")
+    array = read_npy(stream.read(), dtype)
+    if array.ndim != 1:
+        raise ValueError(f"{member.name} has the shape {array.shape}")
     return array
