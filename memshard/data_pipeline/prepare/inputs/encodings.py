@@ -7,12 +7,13 @@ import io
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 GZIP = b"\x1f\x8b"
 READ_CHARACTERS = 1 << 20
+LONGEST_LINE = 1 << 26  # characters; 64 KB of gzip can be one line of as many
 UTF8 = "utf-8-sig"  # drops a byte order mark
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
@@ -49,6 +50,26 @@ def open_known(file: Path, options: Mapping[str, Any]) -> io.TextIOWrapper:
         # Bad characters are few and counted: other files are left out before they are read.
         return open_text(file, encoding, "replace")
     return open_text(file)
+
+
+def parts_of_lines(stream: TextIO) -> Iterator[str]:
+    """Yield the lines of a text; of one with more than LONGEST_LINE characters, parts."""
+    return iter(lambda: stream.readline(LONGEST_LINE), "")
+
+
+def whole_lines(stream: TextIO) -> Iterator[str]:
+    """Yield the lines of a text, of each no more than LONGEST_LINE characters: `is_too_long` tells
+    which have more.
+    """
+    for line in parts_of_lines(stream):
+        yield line
+        while is_too_long(line):
+            line = stream.readline(LONGEST_LINE)
+
+
+def is_too_long(line: str) -> bool:
+    """Tell whether a line of `whole_lines` has more characters than that yields."""
+    return len(line) == LONGEST_LINE and not line.endswith("\n")
 
 
 def text_encoding(file: Path, other: str | None, counts: Counter[str]) -> str | None:

@@ -1,5 +1,6 @@
 """From the names on the command line to input files and their kinds."""
 
+import io
 import os
 import tempfile
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from memshard.data_pipeline.fetch import Allowed, check_allowed, fetch, is_url
-from memshard.data_pipeline.prepare.inputs.encodings import open_text
+from memshard.data_pipeline.prepare.inputs.encodings import LONGEST_LINE, open_text
 from memshard.data_pipeline.prepare.inputs.kind_of_file import ends_in, kind_of, named_kind
 from memshard.data_pipeline.prepare.inputs.kinds import (
     DEFAULTS,
@@ -153,9 +154,14 @@ def reader(source: Source) -> Callable[..., Iterator[str]]:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text file, without the white space around them."""
+    """Return the lines of a text file, without the white space around them. ValueError if it has
+    more than LONGEST_LINE characters.
+    """
     with open_text(file) as stream:
-        return [line.strip() for line in stream]
+        text = stream.read(LONGEST_LINE + 1)
+    if len(text) > LONGEST_LINE:
+        raise ValueError(f"{file} has more than {LONGEST_LINE:,} characters: it is no list")
+    return [line.strip() for line in io.StringIO(text)]
 
 
 def _listed(sources: Iterable[str], prefix: str, allow: Allowed | None) -> Iterator[str]:

@@ -5,10 +5,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from memshard.data_pipeline.prepare.inputs.encodings import READ_CHARACTERS, open_known
+from memshard.data_pipeline.prepare.inputs.encodings import (
+    LONGEST_LINE,
+    READ_CHARACTERS,
+    is_too_long,
+    open_known,
+    whole_lines,
+)
 from memshard.data_pipeline.prepare.inputs.text import documents
 from memshard.data_pipeline.prepare.tolerance import too_many
 from memshard.data_pipeline.prepare.workers import Watch
@@ -38,8 +45,9 @@ def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterat
     is_array = stream.read(READ_CHARACTERS).lstrip().startswith("[")
     stream.seek(0)
     what = "element" if is_array else "line"
-    for number, line in enumerate(_elements(file, stream) if is_array else stream, 1):
-        if not line.strip():
+    lines = _elements(file, stream) if is_array else whole_lines(stream)
+    for number, line in enumerate(lines, 1):
+        if not (is_too_long(line) or line.strip()):
             continue
         try:
             text = _text(line, key)
@@ -60,7 +68,7 @@ def _texts(file: Path, stream: TextIO, key: str, counts: Counter[str]) -> Iterat
 
 def _elements(file: Path, stream: TextIO) -> Iterator[str]:
     """Yield the elements of a JSON array, each as JSON, with no more than some of them in memory.
-    ValueError if the array does not go on as one.
+    ValueError if the array does not go on as one, or with an element longer than LONGEST_LINE.
     """
     decoder, rest, number = json.JSONDecoder(), "", 0
     more = stream.read(READ_CHARACTERS)
@@ -87,14 +95,18 @@ def _elements(file: Path, stream: TextIO) -> Iterator[str]:
             yield rest[begin:end]
             place, separators = end, " \t\r\n,"
         rest = rest[place:]
+        if len(rest) > LONGEST_LINE:
+            break
     raise ValueError(
-        f"{file} is no JSON behind element {number:,} of its array: correct it there, or leave the "
-        "file out"
+        f"{file} is no JSON behind element {number:,} of its array, or the next one has more than "
+        f"{LONGEST_LINE:,} characters: correct it there, or leave the file out"
     )
 
 
 def _text(line: str, key: str) -> str:
     """Return the text of a line. ValueError says what the line is instead, and what to do."""
+    if is_too_long(line):
+        raise ValueError(f"has more than {LONGEST_LINE:,} characters: cut it or leave it out")
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -108,9 +120,9 @@ def _text(line: str, key: str) -> str:
             "object a line, or an array of objects"
         )
     if key not in record:
+        keys = ", ".join(name[:40] for name in islice(record, 20))
         raise ValueError(
-            f"has no key {key!r} (it has: {', '.join(map(str, record))}): name the text's key with "
-            "--text-key"
+            f"has no key {key!r} (it has: {keys}): name the text's key with --text-key"
         )
     text = record[key]
     if not isinstance(text, str | None):

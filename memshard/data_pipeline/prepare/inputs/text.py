@@ -10,14 +10,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from memshard.data_pipeline.prepare.inputs.encodings import open_known
+from memshard.data_pipeline.prepare.inputs.encodings import (
+    LONGEST_LINE,
+    open_known,
+    parts_of_lines,
+)
 from memshard.data_pipeline.prepare.inputs.files import reader
 from memshard.data_pipeline.prepare.inputs.kind_of_file import FIRST_BYTES, begun, ends_in
 from memshard.data_pipeline.prepare.inputs.kinds import Source
 from memshard.data_pipeline.prepare.workers import Watch
 
 _WIKI = "<doc "
-_WIKI_TAG = re.compile(r'^<doc .*title=".*">$', re.MULTILINE)
+_TITLE = 'title="'
+_LINE_BYTES = 60  # of memory, beside its characters
 PROSE_ENDINGS = (".txt", ".text")
 log = logging.getLogger(__name__)
 
@@ -75,10 +80,10 @@ def read_file(
 def read_each_line(
     files: Sequence[Path], options: Mapping[str, Any], counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
-    """Yield every line of a file."""
+    """Yield every line of a file, cut where it is long."""
     (file,) = files
     with open_known(file, options) as stream:
-        lines = (io.StringIO(line.rstrip("\r\n")) for line in stream)
+        lines = (io.StringIO(line.rstrip("\r\n")) for line in parts_of_lines(stream))
         yield from documents(lines, counts, options["longest"])
 
 
@@ -142,7 +147,11 @@ def _is_valid(text: str) -> bool:
 
 def _is_wiki(begin: str) -> bool:
     """Tell whether a file that begins so is WikiExtractor's."""
-    return begin.lstrip().startswith(_WIKI) or _WIKI_TAG.search(begin) is not None
+    # Not with an expression: on hostile lines its time grows with the square of their length.
+    return begin.lstrip().startswith(_WIKI) or any(
+        line.startswith(_WIKI) and line.endswith('">') and _TITLE in line[len(_WIKI) : -2]
+        for line in begin.split("\n")
+    )
 
 
 def _articles(stream: TextIO, counts: Counter[str]) -> Iterator[str]:
@@ -150,14 +159,18 @@ def _articles(stream: TextIO, counts: Counter[str]) -> Iterator[str]:
     its title is empty.
 
     An article without its end goes to the next one's beginning, counted as `fault_doc_without_end`,
-    or to the end of the file, which was cut; text outside of articles is one as well, counted as
-    `fault_text_outside_doc`.
+    or to the end of the file, which was cut; one longer than LONGEST_LINE comes in parts. Text
+    outside of articles is one as well, counted as `fault_text_outside_doc`.
     """
-    tag, lines = "", list[str]()
-    for line in chain(stream, ["</doc>"]):
+    tag, lines, size = "", list[str](), 0
+    for line in chain(parts_of_lines(stream), ["</doc>"]):
         begins = line.startswith(_WIKI)
         if not begins and line.rstrip() != "</doc>":
             lines.append(line)
+            size += len(line) + _LINE_BYTES
+            if size > LONGEST_LINE:
+                yield "".join(lines)
+                lines, size = [], 0
             continue
         if tag:
             counts["fault_doc_without_end"] += begins
@@ -165,13 +178,13 @@ def _articles(stream: TextIO, counts: Counter[str]) -> Iterator[str]:
         elif any(map(str.strip, lines)):
             counts["fault_text_outside_doc"] += 1
             yield "".join(lines)
-        tag, lines = line if begins else "", []
+        tag, lines, size = line if begins else "", [], 0
 
 
 def _article(tag: str, lines: list[str]) -> str:
     text = "".join(lines).strip()
-    title = re.search(r'title="(.*)">', tag)
+    title, closed, _ = tag.partition(_TITLE)[2].rpartition('">')
     # Unescaped on both sides: in the tag "&" and quotes may be escaped where the text
     # has them plain.
-    only_title = title is not None and html.unescape(text) == html.unescape(title[1])
+    only_title = bool(closed) and html.unescape(text) == html.unescape(title)
     return text + "\n" if text and not only_title else ""
