@@ -2,6 +2,8 @@
 
 import copy
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import AdamW, swa_utils
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import memshard
 from memshard import (
     AveragedModel,
     CombinedOptimizer,
@@ -321,3 +324,18 @@ def test_torch_checkpoints_hold_both_optimizers(tmp_path: Path) -> None:
         train(model, optimizer)
         results.append(model.state_dict())
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(memshard.train, nn.Linear(2, 2)), "train takes the run that set_up returns"),
+        (partial(memshard.count_parameters, None), "a model is a torch.nn.Module, not NoneType"),
+        (partial(memshard.externalize_tables, []), "a model is a torch.nn.Module, not list"),
+        (partial(memshard.load_model, 3), "a model is loaded from a path, not from int"),
+        (partial(memshard.load_memory, None), "a memory is loaded from a path"),
+    ],
+)
+def test_what_a_function_does_not_take_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -224,6 +225,25 @@ def test_numbers_of_settings_made_in_python_are_finite() -> None:
     ):
         with pytest.raises(ValueError, match=f"{name} is (nan|inf); it must be finite"):
             build_for_training(tiny_config(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        (OptimizerConfig, {"lr": "x"}, "optimizer.lr is 'x'; it must be a number"),
+        (OptimizerConfig, {"betas": 3}, "optimizer.betas is 3; it must be two numbers"),
+        (OptimizerConfig, {"betas": ("a", 0.9)}, "optimizer.betas is .*; it must be two numbers"),
+        (TableOptimizerConfig, {"eps": None}, "tables.eps is None; it must be a number"),
+        (TableOptimizerConfig, {"semantics": "x"}, "tables.semantics is 'x'; choose one of lazy"),
+        (TrainConfig, {"steps": "x"}, "train.steps is 'x'; it must be a whole number"),
+        (TrainConfig, {"batch": 8.5}, "train.batch is 8.5; it must be a whole number"),
+    ],
+)
+def test_settings_made_in_python_are_of_their_kind(
+    section: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        section(**settings)
 
 
 def test_a_run_folder_stands_for_its_recipe(write) -> None:

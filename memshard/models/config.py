@@ -7,7 +7,7 @@ explain` prints. The settings of mixers and memories are with the registries of 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from memshard.models.memory.kinds import MEMORIES, MemoryConfig
 from memshard.models.mixers.kinds import MixerConfig, names
@@ -180,6 +180,18 @@ class ModelConfig:
         return replace(self, max_length=self.longest(length), mixer=self.mixer.for_length(length))
 
 
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError for a number that is none, or a choice that is not there, in a setting that
+    was made in Python. kind: the type of its field.
+    """
+    wanted, words = _NUMBERS.get(kind, (object, ""))
+    if not isinstance(value, wanted) or (words and isinstance(value, bool)):
+        raise ValueError(f"{name} is {value!r}; it must be {words}")
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        choices = ", ".join(map(str, get_args(kind)))
+        raise ValueError(f"{name} is {value!r}; choose one of {choices}")
+
+
 def _check_limits(section: Any, prefix: str = "model.") -> None:
     """Raise ValueError for a size that no model has: recipes come with checkpoints, too, and even
     on the meta device a model is built layer by layer, of tensors of fewer than 2^62 values.
@@ -189,9 +201,7 @@ def _check_limits(section: Any, prefix: str = "model.") -> None:
         if is_dataclass(value):
             _check_limits(value, f"{prefix}{item.name}.")
             continue
-        wanted, kind = _NUMBERS.get(item.type, (object, ""))
-        if not isinstance(value, wanted) or (kind and isinstance(value, bool)):
-            raise ValueError(f"{prefix}{item.name} is {value!r}; it must be {kind}")
+        check_kind(f"{prefix}{item.name}", value, item.type)
         limit = _LIMITS.get(item.name, _WIDEST)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number > limit:

@@ -33,6 +33,11 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     data could not be read, at which all ranks stop. RuntimeError if too many steps in a row were
     skipped.
     """
+    if not isinstance(run, Run):
+        raise TypeError(
+            f"train takes the run that set_up returns, not {type(run).__name__}; a model of your "
+            "own trains in your own loop, with build_for_training and training_step"
+        )
     settings, guards = run.recipe.train, run.recipe.guards
     last = min(settings.steps, stop_at or settings.steps)
     metrics = _metrics(run)

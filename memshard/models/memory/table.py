@@ -314,8 +314,11 @@ def bag_offsets(rows: Tensor) -> Tensor:
 def find_tables(model: nn.Module) -> Iterator[tuple[str, ValueTable]]:
     """Yield (name, table) for every table in the model.
 
-    A table that several layers share comes once, under its first name.
+    A table that several layers share comes once, under its first name. TypeError for what is no
+    model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, ValueTable):
             yield name, module
@@ -325,8 +328,8 @@ def count_parameters(model: nn.Module) -> int:
     """Return the number of the model's weights, of which `parameters()` does not show the values in
     hidden tables. A table that is split over ranks counts whole.
     """
+    tables = [table for _, table in find_tables(model) if table.hidden]
     shown = sum(weight.numel() for weight in model.parameters())
-    tables = (table for _, table in find_tables(model) if table.hidden)
     return shown + sum(table.slots * table.dim for table in tables)
 
 
@@ -337,8 +340,8 @@ def externalize_tables(model: nn.Module) -> list[ValueTable]:
     `parameters()` shows, and after PEFT, which copies layers. A frozen table stays frozen.
     ValueError if DDP or FSDP has wrapped visible tables already.
     """
-    readers = [module for module in model.modules() if isinstance(module, TableReader)]
     tables = [table for _, table in find_tables(model)]
+    readers = [module for module in model.modules() if isinstance(module, TableReader)]
     visible = any(not table.hidden for table in tables)
     if visible and any(isinstance(part, DistributedDataParallel) for part in model.modules()):
         raise ValueError(

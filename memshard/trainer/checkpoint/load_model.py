@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
 
     check: compare everything with its hash first, not only the small files and the index.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"a model is loaded from a path, not from {type(path).__name__}: {path!r}")
     path = Path(path)
     if is_export(path):
         return open_export(path, check)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
+from memshard.models.config import check_kind
+
 MAY_CHANGE = "may_change"
 INFINITE = "infinite"
 
@@ -16,6 +18,12 @@ def may_change(default: Any = MISSING, **metadata: Any) -> Any:
     infinite: True for a number that may be infinite.
     """
     return field(default=default, metadata={MAY_CHANGE: True, **metadata})
+
+
+def check_kinds(settings: Any, name: str) -> None:
+    """Raise ValueError if a setting of a section is not of its kind. name: of the section."""
+    for item in fields(settings):
+        check_kind(f"{name}.{item.name}", getattr(settings, item.name), item.type)
 
 
 def check_finite(settings: Any, name: str = "") -> None:

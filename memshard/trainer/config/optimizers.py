@@ -1,9 +1,10 @@
 """The optimizers' part of a recipe: one for dense parameters, row-sparse Adam for value tables."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
-from memshard.trainer.config.fields import may_change
+from memshard.trainer.config.fields import check_kinds, may_change
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class OptimizerConfig:
     """Where the cosine ends, as a share of lr."""
 
     def __post_init__(self) -> None:
+        check_kinds(self, "optimizer")
         _check_adam("optimizer", self.lr, self.betas, self.eps)
         for name in ("weight_decay", "warmup", "final_lr"):
             if not getattr(self, name) >= 0:
@@ -98,6 +100,7 @@ class TableOptimizerConfig:
     """
 
     def __post_init__(self) -> None:
+        check_kinds(self, "tables")
         _check_adam("tables", self.lr, self.betas, self.eps)
         if not self.clip >= 0:
             raise ValueError(f"tables.clip is {self.clip}; it must be at least 0")
@@ -120,5 +123,8 @@ def _check_adam(section: str, lr: float, betas: tuple[float, float], eps: float)
     for name, value in (("lr", lr), ("eps", eps)):
         if not value >= 0:  # also refuses NaN
             raise ValueError(f"{section}.{name} is {value}; it must be at least 0")
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not (pair and all(isinstance(beta, Real) for beta in betas)):
+        raise ValueError(f"{section}.betas is {betas!r}; it must be two numbers")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{section}.betas is {list(betas)}; both must be at least 0 and below 1")

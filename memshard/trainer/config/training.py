@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memshard.trainer.config.fields import may_change
+from memshard.trainer.config.fields import check_kinds, may_change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,7 @@ class TrainConfig:
     """
 
     def __post_init__(self) -> None:
+        check_kinds(self, "train")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
                 f"train.profile is {list(self.profile)}; expected the first and last step, "

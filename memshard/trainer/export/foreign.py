@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ def load_memory(path: str | Path) -> ProductKeyMemory:
     """Return the memory in a folder that `memshard import` wrote, in evaluation mode; its values
     are an ordinary parameter.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"a memory is loaded from a path, not from {type(path).__name__}: {path!r}")
     folder = Path(path)
     try:
         settings = parse_json(read_small(folder / MEMORY_JSON))

@@ -35,6 +35,8 @@ def test_what_is_no_number_is_named(option: str, value: Any) -> None:
 def test_no_tables_are_named() -> None:
     with pytest.raises(ValueError, match="there are no tables: externalize_tables"):
         RowAdam(externalize_tables(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match="pass it what externalize_tables"):
+        RowAdam(ProductKeyMemory(8, **_SIZES))  # type: ignore[arg-type]
 
 
 def test_a_group_that_would_never_be_stepped_is_refused() -> None:

@@ -80,7 +80,7 @@ class RowAdam(Optimizer):
         clip: float = 0.0,
         alone: bool = False,
     ) -> None:
-        self.tables = [tables] if isinstance(tables, ValueTable) else list(tables)
+        self.tables = list(tables) if isinstance(tables, Iterable) else [tables]
         if not self.tables:
             raise ValueError(
                 "there are no tables: externalize_tables(model) returns those of the model's "
