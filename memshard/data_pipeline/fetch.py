@@ -39,7 +39,11 @@ Allowed = Literal["connections", "commands"]
 Result = TypeVar("Result")
 
 
-class Unreachable(OSError):
+class GivenUp(OSError):
+    """What was tried as often as it is worth."""
+
+
+class Unreachable(GivenUp):
     """What serves some data did not answer, or not with them, as often as it was tried. It may be
     well later, unlike what is missing or damaged.
     """
@@ -150,7 +154,7 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
         try:
             return action()
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, Unreachable):
+            if isinstance(error, GivenUp):
                 raise  # of an action that has tried often enough itself
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise  # not the network's fault
@@ -164,7 +168,7 @@ def retry(url: str, action: Callable[[], Result]) -> Result:
             )
             if gone or attempt == RETRIES - 1:
                 times = "once" if attempt == 0 else f"{attempt + 1} times"
-                raise (Unreachable if _may_recover(error) else OSError)(
+                raise (Unreachable if _may_recover(error) else GivenUp)(
                     f"{shown(url)} could not be read, tried {times}: {error}; check the "
                     "address and the network"
                 ) from error

@@ -245,6 +245,16 @@ def test_an_image_that_is_too_large_is_named(
     assert "exceeds limit" in caplog.text
 
 
+def test_an_image_of_many_pixels_is_left_out_before_it_is_decoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    files = images_in(tmp_path / "in", many_png=(image.new("1", (8200, 8200)), {}))
+    report = build_images(files, tmp_path / "data", size=8, held_out=4, workers=1)
+    assert (report["images"], report["unreadable"]) == (9, 1)
+    assert "many.png is no image that can be read (it has 67,240,000 pixels, more" in caplog.text
+
+
 def test_images_that_cannot_be_read_are_left_out_counted_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,6 +111,16 @@ def test_refused_and_broken_transfers_are_tried_again(
     assert server.requests["absent"] == before + 1
 
 
+@pytest.mark.parametrize("name", ["index.json", "train-00000.index.npy", "tokenizer.model"])
+def test_a_small_file_that_is_gone_is_asked_for_once(name: str, server: Server) -> None:
+    """Five times before, with 15 seconds of waits: one retry was inside another."""
+    (server.folder / name).unlink()
+    with pytest.raises(OSError, match=rf"{name} could not be read, tried once: HTTP Error 404"):
+        TrainStream(server.url, 24, 6, 0)
+        Tokenizer(server.url)
+    assert server.requests[name] == 1
+
+
 @pytest.mark.parametrize("drip", ["body", "headers"])
 def test_a_server_that_drips_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drip: str

@@ -5,6 +5,7 @@ followed by <eos>.
 import argparse
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections import Counter
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 """By content. Pillow opens others, whatever the name: PostScript, which it has gs run."""
+_MOST_PIXELS = 1 << 26  # 8192 x 8192, in a process up to 0.5 GB
 EOS = 256
 IMAGES_PER_SHARD = 8192
 log = logging.getLogger(__name__)
@@ -188,6 +190,9 @@ def _square(file: Path, size: int, gray: bool) -> "Image.Image":
     try:
         # Converted before it is scaled: means of a palette's numbers are no colours.
         with named(file), Image.open(file, formats=_FORMATS) as image:
+            # Before it is decoded: 169 million took 1.2 GB, of a file that may have 20 KB.
+            if (pixels := math.prod(image.size)) > _MOST_PIXELS:
+                raise ValueError(f"it has {pixels:,} pixels, more than {_MOST_PIXELS:,}")
             return ImageOps.fit(
                 _upright(image).convert("L" if gray else "RGB"),
                 (size, size),
@@ -201,9 +206,9 @@ def _square(file: Path, size: int, gray: bool) -> "Image.Image":
 
 
 def _hash(file: Path) -> int:
-    with named(file):
-        content = file.read_bytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+    with named(file), file.open("rb") as stream:  # of any size, whatever it is called
+        hashed = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8))
+    return int.from_bytes(hashed.digest(), "big")
 
 
 def _finished_split(folder: Path, names: Sequence[str], values: int) -> Split:
