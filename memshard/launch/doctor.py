@@ -21,7 +21,7 @@ from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, index_of, load_state, step_of
 from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
 from memshard.trainer.watch.lost_ranks import FLIGHT
-from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
+from memshard.trainer.watch.metrics import METRICS_FILE, numbers, read_metrics
 
 # Seconds; DeepSpeed's longest extension compiles in a few minutes.
 _STALE_LOCK = 600
@@ -89,9 +89,7 @@ def check_run(folder: Path, deep: bool = False) -> Iterator[Finding]:
     yield from _checkpoints(folder / "checkpoints", deep)
     lines = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
     # The last ten lines: a slow start, with cold caches, says nothing about now.
-    waits = [line["speed/data_wait"] for line in lines if line.get("speed/data_wait") is not None][
-        -10:
-    ]
+    waits = [wait for _, wait in numbers(lines, "speed/data_wait")][-10:]
     if waits:
         share = sum(waits) / len(waits)
         advice = (

@@ -79,6 +79,18 @@ def test_a_run(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     )
 
 
+def test_metrics_of_other_types_are_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    values = ["0.9", [1], {}, None, 10**400, 0.5]
+    lines = [{"step": 1, "speed/data_wait": value} for value in values]
+    lines += [{"step": 10**400, "speed/data_wait": 0.7, "train/loss": 1}, {"step": "2"}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bad, _ = examine(capfd, tmp_path)
+    assert any(text.startswith("50% of the last steps' time went into reading") for text in bad)
+
+
 def test_checkpoints_at_a_glance(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,6 +178,19 @@ def test_padding_after_a_prompt_is_refused(prompt: Tensor) -> None:
             generate(build(), prompt, 3, real=right)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite_are_named(
+    number: float, temperature: float, prompt: Tensor
+) -> None:
+    """The best of them was a token without a word, and draws failed in torch's."""
+    model = build()
+    with torch.no_grad():
+        model.embedding.weight[3] = number
+    with pytest.raises(ValueError, match=r"not finite, so its weights hold NaN"):
+        generate(model, prompt, 4, temperature=temperature)
+
+
 def test_training_mode_is_refused(prompt: Tensor) -> None:
     with pytest.raises(ValueError, match="eval"):
         generate(build().train(), prompt, 3)

@@ -167,7 +167,7 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
             print(piece, end="", flush=True)
 
     began = time.perf_counter()
-    with autocast(compute_dtype(args.precision, device), device):
+    with usage_errors(), autocast(compute_dtype(args.precision, device), device):
         new = generate(
             loaded.model,
             tokens,

@@ -135,15 +135,16 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
 
 def _measured_duplicates(recipe: str) -> float | None:
     """Return what a run last measured, if `recipe` is the folder of a run on several ranks."""
-    from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
+    from memshard.trainer.watch.metrics import METRICS_FILE, numbers, read_metrics
 
     file = Path(recipe) / METRICS_FILE
     lines = read_metrics(file) if file.exists() else []
     measured = [
         value
         for line in lines
-        for key, value in line.items()
+        for key in line
         if key.endswith("/micro_batch_duplicates")
+        for _, value in numbers([line], key)
     ]
     # The newest: how often rows are read again changes as the model learns.
     return measured[-1] if measured else None

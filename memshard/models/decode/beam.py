@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.context import Context
+from memshard.models.decode.generate import check_numbers
 from memshard.models.seq2seq import EncoderDecoder
 
 
@@ -64,6 +65,7 @@ def beam_search(
             source=(source, ctx) if length == 1 else None,
         )
         assert advanced is not None
+        check_numbers(logits)
         vocabulary = logits.shape[-1]
         candidates = scores[..., None] + logits[:, -1].float().log_softmax(-1).unflatten(
             0, scores.shape

@@ -35,7 +35,7 @@ def generate(
     among that many best tokens. topp: draw among the fewest best tokens whose probabilities, after
     temperature and topk, reach topp (nucleus sampling, Holtzman et al. 2020). seed: equal seeds
     give equal draws on one device. on_token: called with each new column, [batch].
-    ValueError as in `check_request`.
+    ValueError as in `check_request` and `check_numbers`.
     """
     check_request(model, prompt, max_tokens, real, temperature=temperature, topk=topk, topp=topp)
     prompt = prompt.to(model.embedding.weight.device)
@@ -52,6 +52,7 @@ def generate(
     fed = prompt
     while len(columns) < max_tokens and not bool(ended.all()):
         logits, advanced = model(fed, ctx, states)
+        check_numbers(logits)
         states = advanced
         ctx = Context(positions=ctx.positions[:, -1:] + 1)
         tokens = _draw(
@@ -152,6 +153,18 @@ def check_request(
             f"{max_tokens} new tokens were asked for and {possible} are possible: the model has "
             f"{model.config.max_length} "
             f"{model.config.position} positions and the prompt {prompt.shape[1]} tokens; {advice}"
+        )
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Raise ValueError if a logit is no number, or infinite: the best of those would be a token as
+    any other. logits: [batch, length, vocabulary].
+    """
+    # -inf is a token that cannot come; comparisons with NaN are False.
+    if not bool((logits[:, -1] < torch.inf).all()):
+        raise ValueError(
+            "the model answers with numbers that are not finite, so its weights hold NaN or are "
+            "too large for the precision: take an earlier checkpoint, or fp32"
         )
 
 

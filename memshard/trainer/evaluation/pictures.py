@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshard.trainer.evaluation.canvas import COLORS, INK, canvas, clean
-from memshard.trainer.watch.metrics import read_metrics
+from memshard.trainer.watch.metrics import numbers, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,10 +161,7 @@ def _read_losses(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.fl
     """Return (step, loss) rows of training and of evaluation."""
     lines = read_metrics(path)
     train, held_out = (
-        np.array(
-            [(line["step"], line[key]) for line in lines if line.get(key) is not None],
-            dtype=np.float64,
-        ).reshape(-1, 2)
+        np.array(numbers(lines, key), dtype=np.float64).reshape(-1, 2)
         for key in ("train/loss", "eval/loss")
     )
     if not len(train) and not len(held_out):

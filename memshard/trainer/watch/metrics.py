@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -160,3 +160,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of every line that has a number under the key, which a float can hold:
+    others may have written there.
+    """
+    pairs = ((line["step"], line.get(key)) for line in lines)
+    return [
+        (step, float(value))
+        for step, value in pairs
+        if isinstance(value, int | float)
+        # NaN and infinite losses are floats; integers of JSON may have any number of digits.
+        and all(isinstance(one, float) or one.bit_length() < 64 for one in (step, value))
+    ]
