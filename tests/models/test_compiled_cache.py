@@ -97,6 +97,21 @@ def test_a_folder_that_is_not_the_users_own_is_refused(source: Path, tmp_path: P
     assert list(elsewhere.iterdir()) == []
 
 
+def test_a_folder_above_that_others_could_swap_is_refused(source: Path, tmp_path: Path) -> None:
+    """A cache in /tmp, where somebody else made the folder `memshard` first."""
+    assert load_library(source).answer() == 42
+    above = tmp_path / "cache/memshard"
+    above.chmod(0o777)
+    with pytest.raises(OSError, match="memshard is another user's, or everybody can write to it"):
+        load_library(source)
+    above.chmod(0o1777)
+    assert load_library(source).answer() == 42
+    if os.geteuid() == 0:
+        os.chown(above, 65534, 65534)
+        with pytest.raises(OSError, match="memshard is another user's"):
+            load_library(source)
+
+
 def test_of_16_processes_one_compiles(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

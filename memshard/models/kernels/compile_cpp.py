@@ -61,6 +61,16 @@ def _cache_folder() -> Path:
     folder = cache / "memshard/kernels"
     for part in (*reversed(folder.parents), folder):
         part.mkdir(mode=0o700, exist_ok=True)
+    # Whoever owns the folder above, as in a cache in /tmp, could put another one in this one's
+    # place after it was looked at.
+    above = folder.parent.stat()
+    if {above.st_uid, folder.parent.lstat().st_uid} - {0, os.geteuid()} or above.st_mode & (
+        stat.S_IWOTH | stat.S_ISVTX
+    ) == stat.S_IWOTH:
+        raise OSError(
+            f"{folder.parent} is another user's, or everybody can write to it, who could put any "
+            "code there: set XDG_CACHE_HOME to a folder of your own"
+        )
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
         raise OSError(
