@@ -102,3 +102,12 @@ def test_batched_cached_beams_equal_single_uncached_ones(attention: str, beam: i
             assert hypothesis.tokens == expected.tokens and math.isclose(
                 hypothesis.score, expected.score, rel_tol=1e-6
             )
+
+
+def test_a_model_that_answers_with_nan_is_refused() -> None:
+    """The best hypothesis of NaN was one as any other, without a word."""
+    model = _model("softmax")
+    with torch.no_grad():
+        model.embedding.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite, so its weights hold NaN"):
+        beam_search(model, *padded(SOURCES, EOS), max_tokens=5, eos=EOS)
