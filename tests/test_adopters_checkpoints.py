@@ -37,6 +37,7 @@ _NAMES = {
     "CombinedOptimizer": CombinedOptimizer,
     "RowAdam": RowAdam,
     "externalize_tables": externalize_tables,
+    "full_state_dict": full_state_dict,
     "fully_shard": fully_shard,
     "shard_tables": shard_tables,
     "torch": torch,
@@ -168,6 +169,35 @@ def test_a_model_in_bf16_trains_as_on_the_page() -> None:
     before = table.weight.clone()
     assert all(loss < 7 for loss in _train(model, names["optimizer"]))
     assert table.weight.dtype == torch.bfloat16 and not torch.equal(table.weight, before)
+
+
+def _accelerated(rank: int, world: int, file: Path) -> list[float]:
+    accelerate = pytest.importorskip("accelerate")
+    # As torchrun sets it; without it accelerate takes the processes for several machines'.
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)
+    accelerator = accelerate.Accelerator(cpu=True)
+    names = {**_NAMES, "model": _model(0, 2), "accelerator": accelerator, "file": file}
+    names = _run_block("accelerate", 0, names)
+    losses = _train(names["model"], names["optimizer"])
+    _run_block("accelerate", 1, names)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        accelerator.save_state(file.parent / "state")
+    return losses
+
+
+def test_accelerate_trains_split_tables_as_one_process_does(tmp_path: Path) -> None:
+    model = _model(0, 2)
+    tables = externalize_tables(model)
+    optimizer = CombinedOptimizer(AdamW(model.parameters(), 3e-3), RowAdam(tables, 1e-2))
+    alone = _train(model, optimizer)
+    for losses in run_distributed(_accelerated, 2, tmp_path / "state.pt"):
+        assert losses == pytest.approx(alone, rel=1e-4)
+    saved = torch.load(tmp_path / "state.pt")
+    expected = tables[0].weight.clone()
+    optimizer.load_state_dict(saved["optimizer"])
+    model.load_state_dict(saved["model"])
+    torch.testing.assert_close(tables[0].weight, expected, rtol=0, atol=1e-3)
+    assert optimizer.state_dict()["state"][len(optimizer.state) - 1]["step"] == 3
 
 
 def _fsdp2(rank: int, world: int) -> list[float]:
