@@ -92,11 +92,7 @@ def test_a_command_that_is_told_to_end_does_so_as_by_ctrl_c(
 ) -> None:
     """It releases its lock, and its exit code says that it can go on."""
     command = ["data", "build", "pipe:sleep 10", "--out", str(tmp_path / "data")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "memshard", *command],
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests' own nohup
-    )
+    process = subprocess.Popen([sys.executable, "-m", "memshard", *command], stderr=subprocess.PIPE)
     lock = tmp_path / ".data.work/lock"
     while not (lock.parent / "units").exists():
         assert process.poll() is None
@@ -133,6 +129,7 @@ def test_a_terminal_that_is_closed_costs_no_step(recipe: Path, tmp_path: Path) -
         assert process.wait(60) == 75
     finally:
         process.kill()
+        process.wait()
     (checkpoint,) = committed(run / "checkpoints")
     assert int(checkpoint.name[5:]) == max(numbers(run, "train/loss"))
 

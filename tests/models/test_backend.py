@@ -129,7 +129,7 @@ def _train(dtype: torch.dtype, options: dict[str, Any], plainly: bool = False) -
     slots, steps = (12, 2) if INTERPRETED else (60, 6)
     table = ValueTable(slots, 37).to(DEVICE, dtype)
     table.hide()
-    assert table.backend is BACKEND
+    assert table.backend is backend_for(DEVICE)[0]
     if plainly:
         table.backend = plain_rows
     optimizer = RowAdam([table], lr=0.05, **options)
