@@ -8,7 +8,6 @@ from memshard.data_pipeline.fetch import Unreachable
 def check_away(away: Unreachable | None, ranks_away: int) -> None:
     """Raise Unreachable if a rank could not read its data. away: this rank's own error."""
     if away is not None:
-        # A process that reads ahead sends its traceback, too.
-        raise Unreachable(str(away).strip().splitlines()[-1]) from away
+        raise away
     if ranks_away:
         raise Unreachable(f"{ranks_away} other ranks could not read their data; their logs say why")
