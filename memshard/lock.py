@@ -20,7 +20,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memshard.io import check_folder, file_time, look_at, named, parse_json, partial_path
+from memshard.io import (
+    atomic_write,
+    check_folder,
+    file_time,
+    look_at,
+    named,
+    parse_json,
+    partial_path,
+)
 from memshard.redact import without_secrets
 
 log = logging.getLogger(__name__)
@@ -58,7 +66,8 @@ class FolderHeld(ValueError):
 
 
 class FolderLock:
-    """The file that makes this process the folder's owner, renewed from a thread.
+    """The file that makes this process the folder's owner, renewed from a thread, and made anew
+    where it was removed or damaged.
 
     lost: whether another process has taken the folder since, because this one was stopped or cut
     off for too long. The process then gets a SIGTERM, and must write nothing more.
@@ -68,6 +77,7 @@ class FolderLock:
         self.path = path
         self.lost = False
         self._content = content
+        self._nobodys_since: float | None = None
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name="lock", daemon=True)
         self._thread.start()
@@ -80,21 +90,44 @@ class FolderLock:
     def _renew(self) -> None:
         try:
             content, _ = _look(self.path)
-            if content == self._content:
-                os.utime(self.path)  # the file server's time, which all hosts share
+        except FileNotFoundError:  # removed by hand
+            with suppress(OSError):
+                _create(self.path, self._content)
+            return
         except OSError:
-            return  # removed by hand, or a file system that is away for a while
+            return  # a file system that is away for a while
         except ValueError:
-            content = b""
-        # An empty file is of a process that is about to write its name into it.
-        if content != self._content and not self.lost:
+            content = b""  # a link, a pipe, or of any size
+        if content == self._content:
+            self._nobodys_since = None
+            with suppress(OSError):
+                os.utime(self.path)  # the file server's time, which all hosts share
+        elif other := _owner(content):
+            self._lose(other)
+        else:
+            self._write_over_nobodys()
+
+    def _lose(self, other: Owner) -> None:
+        if not self.lost:
             self.lost = True
             log.error(
                 "%s was taken over by %s while this process did not answer: it ends",
                 self.path.parent,
-                _owner(content) or "another process",
+                other,
             )
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _write_over_nobodys(self) -> None:
+        """Make the file anew once it has held no owner's name for a while: damage, or of a process
+        that is about to write its name into it.
+        """
+        now = time.monotonic()
+        if self._nobodys_since is None:
+            self._nobodys_since = now
+        elif now - self._nobodys_since > REFRESH_SECONDS and not self.lost:
+            with suppress(OSError), atomic_write(self.path) as file:
+                file.write_bytes(self._content)
+                log.warning("%s was damaged by something else: it is made anew", self.path)
 
     def release(self) -> None:
         """Remove the file, unless another process has taken the folder."""
@@ -142,18 +175,23 @@ def _acquire(path: Path, otherwise: str) -> FolderLock:
     content = json.dumps(asdict(_this_process())).encode()
     while True:
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            _create(path, content)
         except FileExistsError:
             with suppress(FileNotFoundError):  # released at this moment
                 _take_over(path, otherwise)
-            continue
-        try:
-            with named(path), os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-        except BaseException:  # Ctrl-C, too
-            path.unlink()
-            raise
-        return FolderLock(path, content)
+        else:
+            return FolderLock(path, content)
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Write a new lock file. FileExistsError if there is one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        with named(path), os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except BaseException:  # Ctrl-C, too
+        path.unlink()
+        raise
 
 
 def _take_over(path: Path, otherwise: str) -> None:

@@ -124,6 +124,31 @@ def test_an_owner_that_was_taken_for_dead_ends_and_removes_nothing(tmp_path: Pat
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("damage", ["removed", "cut", "junk", "link", "large"])
+def test_a_lock_that_is_removed_or_damaged_is_made_anew(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner goes on; a second process would otherwise start beside it."""
+    path = tmp_path / LOCK_FILE
+    with holding(tmp_path, "go away") as held:
+        owner = _owner(tmp_path)
+        if damage in ("removed", "link"):
+            path.unlink()
+        if damage == "link":
+            path.symlink_to("/dev/zero")
+        if damage in ("cut", "large"):
+            os.truncate(path, 20 if damage == "cut" else 1 << 21)
+        if damage == "junk":
+            path.write_text('{"host": 3}')
+        assert held.holds(), "at first it may be of a process that is about to write its name"
+        monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.0)
+        assert held.holds()
+        assert _owner(tmp_path) == owner
+        with pytest.raises(FolderHeld), holding(tmp_path, "go away"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_stays_empty_is_removed_and_others_are_not(tmp_path: Path) -> None:
     with holding(tmp_path / "a" / "b", "go away"):
         pass

@@ -8,9 +8,10 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from memshard.data_pipeline.fetch import Unreachable
+from memshard.data_pipeline.stream.reader import DamagedData
 from memshard.parallel.collectives import set_timeout
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
+from memshard.trainer.outage import NO_DATA, NoData
 from memshard.trainer.resume import rewind, save
 from memshard.trainer.run import Run
 from memshard.trainer.step import RunStep, train_step
@@ -30,8 +31,8 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
 
     stop: a StopSignal that already listens; by default the loop listens. Returns the result, whose
     `finished` says whether the recipe's last step was reached, and `outage`, if there was one, why
-    data could not be read, at which all ranks stop. RuntimeError if too many steps in a row were
-    skipped.
+    data could not be read, at which all ranks stop. DamagedData if more are damaged than is
+    tolerated, once all is saved; RuntimeError if too many steps in a row were skipped.
     """
     if not isinstance(run, Run):
         raise TypeError(
@@ -46,7 +47,7 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     if guards.loss_spike == "rewind":
         save(run)  # something to go back to
     evaluation: Evaluation | None = None
-    outage = ""
+    no_data: NoData | None = None
     try:
         with nullcontext(stop) if stop else StopSignal() as stop, profiled as profiler:
             stopping = save_owed = False
@@ -54,9 +55,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                 profiler.begin(run.progress.step + 1)
                 try:
                     outcome = train_step(run, stop)
-                except Unreachable as error:
+                except NO_DATA as error:
                     # Before anything of the step was computed: it is the next one of a resume.
-                    outage = str(error)
+                    no_data = error
                     break
                 profiler.end(run.progress.step)
                 _set_step_timeout(run)  # the first step connects and compiles, which takes longer
@@ -95,8 +96,8 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                     try:
                         with meter.paused(), _long_timeout(run):
                             evaluation = evaluate_run(run)
-                    except Unreachable as error:
-                        outage = str(error)
+                    except NO_DATA as error:
+                        no_data = error
                         break
                     metrics.write(step, evaluation_values(evaluation))
                     metrics.say(_evaluation_line(step, evaluation))
@@ -111,13 +112,15 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
                         # written while the next steps run.
                         save(run, wait=False)
                     metrics.write(step, {"speed/save_s": perf_counter() - begun})
-            if outage:
-                log.warning("stopping, as data cannot be read: %s", outage)
+            if no_data is not None:
+                log.warning("stopping, as data cannot be read: %s", no_data)
             run.stop_reading()  # a reader that is killed now must not end the last save
             with _long_timeout(run):
                 # A save of this step may still be under way: this waits for it, and
                 # writes none twice.
                 checkpoint = save(run)
+            if isinstance(no_data, DamagedData):
+                raise no_data
     except Exception:
         run.saving.finish_within(_LAST_SECONDS)
         raise
@@ -133,9 +136,9 @@ def train(run: Run, stop_at: int | None = None, stop: StopSignal | None = None) 
     if evaluation is not None:
         result |= {"loss": evaluation.loss, "perplexity": evaluation.perplexity}
         result["usage"] = {name: asdict(report) for name, report in evaluation.usage.items()}
-    finished = progress.step >= settings.steps and not outage
-    if outage:
-        result["outage"] = outage
+    finished = progress.step >= settings.steps and no_data is None
+    if no_data is not None:
+        result["outage"] = str(no_data)
     run.phase = "done" if finished else "stopped"
     return result | {"finished": finished}
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memshard.data_pipeline.fetch import Unreachable
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.parallel.collectives import all_sum
 from memshard.parallel.mesh import tensor_size
 from memshard.trainer.guards import is_spike
 from memshard.trainer.optim.rows.revive import revive
-from memshard.trainer.outage import check_away
+from memshard.trainer.outage import NO_DATA, NoData, check_away, counted
 from memshard.trainer.run import Run
 from memshard.trainer.stop_signal import StopSignal
 from memshard.trainer.training import StepOutcome, training_step
@@ -44,15 +43,15 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     finite, if reversible streams left their grid (which gets coarser), or for a loss spike.
 
     stop: read at the end, so that a signal during the step stops after it. RuntimeError if too many
-    steps in a row were skipped; Unreachable, on all ranks, if one of them cannot read its data.
+    steps in a row were skipped; one of NO_DATA, on all ranks, if one of them cannot read its data.
     """
     guards, progress = run.recipe.guards, run.progress
     run.phase = "reading data"
     begun = time.perf_counter()
-    away: Unreachable | None = None
+    away: NoData | None = None
     try:
         batches = run.next_batches()
-    except Unreachable as error:
+    except NO_DATA as error:
         batches, away = [], error
     data_wait = time.perf_counter() - begun
     read = run.stream.tokens_read(progress.batch)
@@ -106,21 +105,21 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     )
 
 
-def _count_tokens(run: Run, batches: list[Batch], away: Unreachable | None) -> tuple[int, int]:
+def _count_tokens(run: Run, batches: list[Batch], away: NoData | None) -> tuple[int, int]:
     """Return, over all ranks, the tokens that have a loss, at least 1, and those of the batch whose
     target is known: all that were read but the damaged ones. batches: the local ones. away: why
-    there are none. Collective; Unreachable on all ranks if a rank has none.
+    there are none. Collective; an error on all ranks if a rank has none.
     """
     rows = [
         torch.stack([run.task.loss_tokens(batch), (batch.targets != IGNORE).sum()])
         for batch in batches
     ]
     counts = torch.stack(rows).sum(0) if rows else torch.zeros(2, dtype=torch.int64)
-    counts = torch.cat([counts, counts.new_tensor([away is not None])])
+    counts = torch.cat([counts, counts.new_tensor(counted(away))])
     if run.ranks > 1:  # one process has them on the CPU, and need not wait for the device
         counts = all_sum(counts.to(run.device))
-    losses, known, ranks_away = counts.tolist()
-    check_away(away, ranks_away)
+    losses, known, *ranks_away = counts.tolist()
+    check_away(away, *ranks_away)
     # Tensor-parallel ranks read the same rows, which are counted once. With all of a batch damaged,
     # the sum of no losses is 0 and so is their mean.
     same = tensor_size(run.mesh)

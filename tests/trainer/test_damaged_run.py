@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from memshard.data_pipeline.stream import reader
+from memshard.data_pipeline.stream.reader import DamagedData
+from memshard.launch.cli.main import main
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.loop import train
 from memshard.trainer.run import Run
@@ -75,13 +77,78 @@ def test_a_disk_that_is_away_for_a_while_damages_no_document(
     assert caplog.text.count("Stale file handle; it is tried again") == 2
 
 
-def test_a_disk_that_stays_away_is_named(
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_stays_away_stops_a_run_that_resumes_as_if_nothing_had_happened(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    workers: int,
+) -> None:
+    run, words = tmp_path / "run", (f"data.workers={workers}",)
+    train_run(recipe, run, *words, stop_at=4)
+    with monkeypatch.context() as away:
+        _refuse(away, 1000)
+        assert main(["train", str(recipe), *words, "--run", str(run)]) == 75
+    error = capsys.readouterr().err
+    assert "train-00000.tar: Stale file handle, tried 3 times); at step 4 of 10, saved" in error
+    assert "is masked" not in error
+    train_run(recipe, run, *words)
+    train_run(recipe, tmp_path / "whole", *words)
+    assert_same(checkpoint_state(run), checkpoint_state(tmp_path / "whole"))
+
+
+def test_a_data_folder_that_is_gone_stops_a_run_and_one_file_of_it_is_damage(
+    recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "PAUSES", (0.0, 0.0))
+    copy = shutil.copytree(data, tmp_path / "data")
+    gone = prepare(recipe, tmp_path / "run", f"data.path={copy}")
+    copy.rename(tmp_path / "unmounted")
+    assert "train-00000.tar: No such file" in train(gone)["outage"]
+    (tmp_path / "unmounted").rename(copy)
+    assert train_run(recipe, tmp_path / "run", f"data.path={copy}")["finished"]
+    less = prepare(recipe, tmp_path / "less", f"data.path={copy}")
+    (copy / "train-00000.tar").unlink()
+    with pytest.raises(DamagedData, match="train-00000.tar"):
+        train(less)
+
+
+def test_a_place_that_a_disk_cannot_read_is_damage(
+    recipe: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read, shard = os.pread, (data / "train-00000.tar").stat()
+
+    def refuse(descriptor: int, size: int, begin: int) -> bytes:
+        here = os.path.samestat(os.fstat(descriptor), shard)
+        if here and begin <= 1000 < begin + size:
+            raise OSError(5, "Input/output error")
+        return read(descriptor, size, begin)
+
+    monkeypatch.setattr(os, "pread", refuse)
+    monkeypatch.setattr(reader, "PAUSES", (0.0, 0.0))
+    assert train_run(recipe, tmp_path / "run", "data.damage_tolerance=0.9")["finished"]
+    assert caplog.text.count("is masked") == 1
+
+
+def test_a_run_whose_data_are_found_to_be_damaged_saves_before_it_ends(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = prepare(recipe, tmp_path / "run")
-    _refuse(monkeypatch, 1000)
-    with pytest.raises(RuntimeError, match="Stale file handle"):
+    run, read = prepare(recipe, tmp_path / "run"), Run.next_batches
+
+    def damage(self: Run) -> object:
+        if self.progress.step == 5:
+            raise DamagedData("most of it is damaged")
+        return read(self)
+
+    monkeypatch.setattr(Run, "next_batches", damage)
+    with pytest.raises(DamagedData, match="most of it"):
         train(run)
+    assert checkpoint_state(tmp_path / "run")["progress"]["step"] == 5
 
 
 def test_an_error_does_not_cut_off_the_save_before_it(

@@ -7,12 +7,13 @@ import os
 import time
 import zlib
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from memshard.data_pipeline.fetch import DISK_FULL, Unreachable, is_url
-from memshard.data_pipeline.format.index import Index, Shard, load_index
+from memshard.data_pipeline.format.index import INDEX_FILE, Index, Shard, load_index
 from memshard.data_pipeline.format.remote import BlockCache
 from memshard.data_pipeline.format.shards import SIDECAR_COLUMNS, read_sidecar
 from memshard.data_pipeline.tokenizer import Tokenizer
@@ -28,12 +29,16 @@ _ARRAY_BYTES = 200  # of an array and its place in a dictionary, besides its tok
 log = logging.getLogger(__name__)
 
 
+class DamagedData(RuntimeError):
+    """More of a split is damaged than is tolerated, or all of it is another than at the start."""
+
+
 class SplitReader:
     """The documents of one split, numbered through its shards.
 
     A document that cannot be read or fails its checksum is masked: it keeps its length, so that the
     order of all others does not change, but reads as <eos> only. It is logged by name. tolerance:
-    share of the split's tokens that may be masked before RuntimeError. Where nothing can be read
+    share of the split's tokens that may be masked before DamagedData. Where nothing can be read
     now, but perhaps later, Unreachable is raised, and nothing masked.
     """
 
@@ -218,7 +223,7 @@ class SplitReader:
         return None
 
     def _mask(self, document: int, reason: str) -> None:
-        """Mask a document; RuntimeError if too many tokens are."""
+        """Mask a document; DamagedData if too many tokens are."""
         shard = int(self._shard_of[document])
         self.damaged[document] = True
         name = f"{self._files.shards[shard].file}, document {document - self._first_of[shard]}"
@@ -231,11 +236,11 @@ class SplitReader:
         )
         if tokens > allowed:
             if self._built_anew():
-                raise RuntimeError(
+                raise DamagedData(
                     f"{self._path} has been built anew since this process opened it: a run needs "
                     "the data that it began with"
                 )
-            raise RuntimeError(
+            raise DamagedData(
                 f"{shown(str(self._path))}: {tokens:,} tokens of {int(self.damaged.sum())} "
                 f"documents are damaged, more than the {allowed:,.0f} "
                 f"that are tolerated, the last one {name} ({reason}): find all with `memshard "
@@ -263,16 +268,36 @@ class _ShardFiles:
         facts = self.shards[shard]
         if self._remote is not None:
             return self._remote.read(facts.file, facts.sha256, facts.bytes, begin, begin + size)
+        path = self._folder / facts.file
         for pause in PAUSES:
             try:
                 return self._read_file(shard, begin, size)
             except OSError as error:
-                if is_absence(error):
+                if is_absence(error) and self._is_damage(error, path):
                     raise
                 # A mount that comes back; masked, a sound document would be lost to the run.
-                log.warning("%s: %s; it is tried again", self._folder / facts.file, error)
+                log.warning("%s: %s; it is tried again", path, error)
                 time.sleep(pause)
-        return self._read_file(shard, begin, size)
+        try:
+            return self._read_file(shard, begin, size)
+        except OSError as error:
+            if self._is_damage(error, path):
+                raise
+            tries = len(PAUSES) + 1
+            raise Unreachable(f"{path}: {error.strerror}, tried {tries} times") from error
+
+    def _is_damage(self, error: OSError, path: Path) -> bool:
+        """Tell whether a read failed at this place alone, and not for a disk that is away."""
+        with suppress(OSError):
+            if is_absence(error):
+                return (self._folder / INDEX_FILE).exists()
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if hasattr(os, "posix_fadvise"):
+                    # Else the system answers from memory, also for a disk that is gone.
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                return any(_answers(file.fileno(), place) for place in (0, size // 2, size - 1))
+        return False
 
     def _read_file(self, shard: int, begin: int, size: int) -> bytes:
         if shard not in self._open:
@@ -299,3 +324,11 @@ class _ShardFiles:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+
+
+def _answers(descriptor: int, place: int) -> bool:
+    try:
+        os.pread(descriptor, 1, place)
+    except OSError:
+        return False
+    return True

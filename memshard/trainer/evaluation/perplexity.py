@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.data_pipeline.fetch import Unreachable
 from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.records import HeldOutRecords
@@ -16,7 +15,7 @@ from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried_states import Carried
 from memshard.trainer.evaluation.slot_usage import observed_usage, usage_reports
-from memshard.trainer.outage import check_away
+from memshard.trainer.outage import NO_DATA, NoData, check_away, counted
 from memshard.trainer.precision import autocast
 from memshard.trainer.tasks.build import Task
 
@@ -86,7 +85,7 @@ def evaluate(
     carry: bool = False,
 ) -> Evaluation:
     """Return the loss over all held-out windows, `rows` at a time on each rank. All ranks call it
-    with the same arguments. Unreachable on all ranks if one of them cannot read its windows.
+    with the same arguments. One of NO_DATA on all ranks if one of them cannot read its windows.
 
     rank, ranks: which of how many shares this rank evaluates; tensor-parallel ranks have the same
     share, and each computes its loss. carry: read the windows as one text, each with the states
@@ -137,13 +136,14 @@ def evaluate(
 def _read(
     held_out: HeldOutStream | HeldOutRecords, first: int, rows: int, device: torch.device
 ) -> Batch:
-    """Return this rank's next windows; Unreachable if there are none for some rank."""
-    away, batch = None, None
+    """Return this rank's next windows; one of NO_DATA if there are none for some rank."""
+    away: NoData | None = None
+    batch = None
     try:
         batch = held_out.batch(first, rows)
-    except Unreachable as error:
+    except NO_DATA as error:
         away = error
     # At every pass: the ranks that go on would wait in the model for the one that cannot.
-    check_away(away, int(all_sum(torch.tensor(int(away is not None), device=device))))
+    check_away(away, *all_sum(torch.tensor(counted(away), device=device)).tolist())
     assert batch is not None
     return batch
