@@ -21,12 +21,16 @@ applied it, a scaler or clipping or both. 2^-40 is too small to change a gradien
 anchor takes part, and as a power of two it makes scaling exact. The second number is 0, or NaN if
 a read had a gradient that is not finite: GradScaler then skips the step, as it should. A skipped
 step leaves its reads behind, with a count that someone has scaled or cleared; when backward runs
-again and the count does not fit the reads, they are thrown away.
+again and the count does not fit the reads, they are thrown away. If the layer's own weights still
+have their gradients, nobody has skipped the step, but clipped between micro-batches: then the
+reads take the factor (`keep_scaled_reads`).
 """
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, Self
 
@@ -48,6 +52,11 @@ scaling it is exact.
 
 _MANY_READS = 1000
 """Far above the micro-batches of a step, times the layers that share a table."""
+
+_COLLECTING = threading.Lock()
+"""One for all tables, since a lock in a table could not be copied: a read and its count belong
+together, and threads may train one model.
+"""
 
 
 class HideableTable(nn.Module):
@@ -175,8 +184,26 @@ class HideableTable(nn.Module):
                 "table.requires_grad_(False)"
             )
 
+    @torch.compiler.disable
+    def keep_scaled_reads(self, weights: Iterable[Tensor]) -> None:
+        """Bring a factor on the collected gradient, as of clipping after each micro-batch, into the
+        reads, unless a skipped step has left them. weights: of the layer that reads the table.
+        """
+        with _COLLECTING:
+            if not self.reads or self.anchor.grad is None:
+                return
+            factor = float(self.anchor.grad[0]) / (len(self.reads) * ANCHOR_UNIT)
+            # After a skipped step whoever trains has cleared the gradients that parameters() shows.
+            if factor != 1 and any(x.grad is not None and bool(x.grad.any()) for x in weights):
+                self.reads = [replace(read, weights=read.weights * factor) for read in self.reads]
+                self.anchor.grad[0] = len(self.reads) * ANCHOR_UNIT
+
     def collect(self, read: Read) -> None:
         """Keep a read's gradient for the optimizer, and count it in the anchor's gradient."""
+        with _COLLECTING:
+            self._collect(read)
+
+    def _collect(self, read: Read) -> None:
         if self.reads and (
             self.anchor.grad is None or float(self.anchor.grad[0]) != len(self.reads) * ANCHOR_UNIT
         ):

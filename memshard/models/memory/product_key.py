@@ -124,12 +124,17 @@ class ProductKeyMemory(nn.Module):
 
         Adapters that wrap its matrices are not its own.
         """
-        parts = [part for part in self.children() if not isinstance(part, ValueTable)]
-        own = [weight for part in parts for weight in part.parameters(recurse=False)]
+        own = self._own_weights()
         if not own:
             # FSDP1 shows no weights at all; where adapters wrap all parts, there are theirs.
-            return not any(True for part in parts for _ in part.parameters())
+            return not any(True for part in self._parts() for _ in part.parameters())
         return any(weight.requires_grad for weight in own)
+
+    def _parts(self) -> list[nn.Module]:
+        return [part for part in self.children() if not isinstance(part, ValueTable)]
+
+    def _own_weights(self) -> list[nn.Parameter]:
+        return [weight for part in self._parts() for weight in part.parameters(recurse=False)]
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None
@@ -164,6 +169,8 @@ class ProductKeyMemory(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         for table in self.tables:
             table.layer_learns = self.learns
+            if table.hidden and table.reads and torch.is_grad_enabled():
+                table.keep_scaled_reads(self._own_weights())
         y = self.read(tokens, replay).to(x.dtype)
         if self.output is not None:
             # Imported memories may have an output projection alone.

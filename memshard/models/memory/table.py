@@ -157,6 +157,12 @@ class ValueTable(HideableTable):
     def _count(self, rows: Tensor) -> None:
         if self.hidden and torch.is_grad_enabled():
             self.check_optimizer()
+            if self.weight.requires_grad and not isinstance(self.weight, nn.Parameter):
+                raise NotImplementedError(
+                    "a hidden table's values are a tensor that asks for a gradient and would get "
+                    "none: leave them out of what torch.func.functional_call is given, or do not "
+                    "hide the table; to let it learn, table.requires_grad_(True)"
+                )
             # Counted where they are asked for: a split table's ranks serve one another's reads.
             self.reads_asked += rows.numel()
 

@@ -40,6 +40,7 @@ from memshard.trainer.optim.rows.step import Step
 Semantics = Literal["lazy", "row-step", "catch-up", "dense"]
 Rounding = Literal["master", "stochastic"]
 _BLOCK_ROWS = 4096
+_SAMPLE_ROWS = 64
 
 
 class RowAdam(Optimizer):
@@ -218,10 +219,17 @@ class RowAdam(Optimizer):
         """
         table = self.tables[index]
         state, (values, version) = self.state[table.anchor], self._seen.get(index, (None, 0))
-        unchanged = values and values() is table.weight and version == table.weight._version
-        if unchanged or "master" not in state:
+        if "master" not in state:
             return
         _check_state(table, state, self.semantics, self.rounding)
+        unchanged = values and values() is table.weight and version == table.weight._version
+        if unchanged and table.reads:
+            # What is written through `weight.data` has no version: a few rows show it.
+            rows = table.reads[0].rows[:_SAMPLE_ROWS]
+            copy, now = state["master"][rows], table.weight[rows]
+            unchanged = torch.equal(copy.to(now.dtype), now)
+        if unchanged:
+            return
         for copy, now in zip(
             state["master"].split(_BLOCK_ROWS), table.weight.split(_BLOCK_ROWS), strict=True
         ):

@@ -1,0 +1,104 @@
+"""What happens to a hidden table's collected gradient between backward and the optimizer's step."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam
+
+from memshard.models.memory.peer import Peer
+from memshard.models.memory.product_key import ProductKeyMemory
+from memshard.models.memory.table import externalize_tables
+from memshard.trainer.optim.combined import CombinedOptimizer
+from memshard.trainer.optim.rows.adam import RowAdam
+
+_SIZES: dict[str, Any] = {"keys": 4, "heads": 2, "topk": 2, "key_dim": 8, "query_norm": "layer"}
+
+
+def _shown(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+@pytest.mark.parametrize("kind", [ProductKeyMemory, Peer])
+def test_gradients_that_are_scaled_after_each_micro_batch_count(
+    kind: type[ProductKeyMemory],
+) -> None:
+    """As those of parameters do, for a table that was hidden or not."""
+    torch.manual_seed(0)
+    visible = nn.Sequential(kind(8, **_SIZES), kind(8, **_SIZES)).double()
+    hidden = copy.deepcopy(visible)
+    tables = externalize_tables(hidden)
+    optimizers = (
+        Adam(visible.parameters(), 1e-2),
+        CombinedOptimizer(
+            Adam(hidden.parameters(), 1e-2), RowAdam(tables, 1e-2, semantics="dense")
+        ),
+    )
+    for model, optimizer in zip((visible, hidden), optimizers, strict=True):
+        torch.manual_seed(1)
+        for _ in range(3):
+            for tokens in (3, 1, 5):
+                model(torch.randn(tokens, 8).double()).square().sum().backward()
+                for weight in _shown(optimizer):
+                    if weight.grad is not None:
+                        weight.grad.mul_(0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(hidden.state_dict(), visible.state_dict(), rtol=0, atol=1e-11)
+
+
+def test_clipping_after_each_micro_batch_forgets_no_read() -> None:
+    memory = ProductKeyMemory(8, **_SIZES)
+    optimizer = CombinedOptimizer(
+        Adam(memory.parameters()), RowAdam(externalize_tables(memory), semantics="lazy")
+    )
+    for _ in range(3):
+        memory(torch.randn(4, 8)).square().sum().backward()
+        clip_grad_norm_(_shown(optimizer), 1e-3)
+    assert len(memory.values.reads) == 3
+
+
+def test_what_a_skipped_step_left_is_still_dropped() -> None:
+    """A scaler has unscaled it, and model.zero_grad() has not seen it."""
+    memory = ProductKeyMemory(8, **_SIZES)
+    optimizer = RowAdam(externalize_tables(memory))
+    memory(torch.randn(4, 8)).sum().backward()
+    optimizer.unscale(1024.0)
+    memory.zero_grad()
+    memory(torch.randn(4, 8)).sum().backward()
+    assert len(memory.values.reads) == 1
+
+
+def test_threads_that_train_one_model_lose_no_read() -> None:
+    memory = ProductKeyMemory(8, **_SIZES)
+    RowAdam(externalize_tables(memory))
+
+    def passes() -> None:
+        for _ in range(50):
+            memory(torch.randn(500, 8)).sum().backward()
+
+    threads = [threading.Thread(target=passes) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(memory.values.reads) == 200
+
+
+def test_values_that_are_given_with_a_gradient_are_refused() -> None:
+    """A hidden table's gradient goes to its RowAdam: what is given in its place would get none."""
+    memory = ProductKeyMemory(8, **_SIZES)
+    externalize_tables(memory)
+    x = torch.randn(4, 8)
+    given = {name: value.clone() for name, value in memory.state_dict().items()}
+    torch.testing.assert_close(torch.func.functional_call(memory, given, (x,)), memory(x))
+    given = {name: value.requires_grad_() for name, value in given.items()}
+    with pytest.raises(NotImplementedError, match=r"leave them out of what torch\.func"):
+        torch.func.functional_call(memory, given, (x,))
+    del given["values.weight"]
+    torch.func.functional_call(memory, given, (x,)).sum().backward()
+    assert given["query.weight"].grad is not None
