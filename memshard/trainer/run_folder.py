@@ -53,9 +53,12 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
     """
     for name in (CHECKPOINTS, HEARTBEATS, "log", "tensorboard"):
         check_folder(folder / name)
+        if name != "tensorboard":  # which a run does without
+            _check_access(folder / name, os.W_OK | os.X_OK)
     for path in (*(folder / name for name in _OVERWRITTEN), *(folder / "log").glob("rank*.log")):
         if os.path.lexists(path) and not path.is_file():
             raise ValueError(f"{path} is no file: remove it")
+        _check_access(path, os.R_OK | (os.W_OK if path.suffix == ".log" else 0))
     checkpoints = committed(folder / CHECKPOINTS)
     if not checkpoints and not _is_run(folder):
         check_free(folder, _OVERWRITTEN, "choose another folder with --run")
@@ -73,6 +76,16 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
         raise ValueError(
             f"{folder} holds another run ({listed}): choose the same settings, or another folder "
             f"with --run, where init_from={folder} begins with what this run has learned"
+        )
+
+
+def _check_access(path: Path, mode: int) -> None:
+    """Raise ValueError for what the run could not use: at its first save, or in silence."""
+    effective = os.access in os.supports_effective_ids
+    if path.exists() and not os.access(path, mode, effective_ids=effective):
+        raise ValueError(
+            f"{path} cannot be {'written' if mode & os.W_OK else 'read'}: mend its "
+            "permissions, or choose another folder with --run"
         )
 
 

@@ -3,12 +3,15 @@
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from memshard.launch.cli.main import main
+from memshard.trainer.config.load import load_recipe
+from memshard.trainer.run_folder import check_identity
 from tests.data_pipeline.conftest import build, write_corpus
-from tests.trainer.tiny_run import checkpoint_state, train_run
+from tests.trainer.tiny_run import ORDINARY_USER, bound_by_modes, checkpoint_state, train_run
 
 
 def refused(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -190,3 +193,33 @@ def test_evaluation_on_unfit_data(
         capfd, "eval", tmp_path / "run", "--data", tmp_path / "text"
     )
     assert "--batch is 0" in refused(capfd, "eval", tmp_path / "run", "--batch", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "said"),
+    [
+        ("heartbeat", 0o500, "cannot be written"),
+        ("checkpoints", 0o500, "cannot be written"),
+        ("log", 0o500, "cannot be written"),
+        ("log/rank0.log", 0o400, "cannot be written"),
+        ("metrics.jsonl", 0o200, "cannot be read"),
+    ],
+)
+def test_what_a_run_could_not_use_is_named_at_its_start(
+    name: str, mode: int, said: str, recipe: Path
+) -> None:
+    with TemporaryDirectory() as root:
+        folder = Path(root) / "run"
+        train_run(recipe, folder, "train.steps=1")
+        (folder / "log").mkdir()
+        (folder / "heartbeat").mkdir()
+        (folder / "log/rank0.log").touch()
+        for path in (Path(root), folder, *folder.rglob("*")):
+            if os.geteuid() == 0:
+                os.chown(path, ORDINARY_USER, ORDINARY_USER)
+        stored = load_recipe(str(folder / "config.yaml"))
+        with bound_by_modes():
+            check_identity(folder, stored)
+            (folder / name).chmod(mode)
+            with pytest.raises(ValueError, match=f"{folder / name} {said}: mend its permissions"):
+                check_identity(folder, stored)

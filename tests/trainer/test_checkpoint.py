@@ -3,14 +3,12 @@
 import functools
 import json
 import logging
-import os
 import pickle
 import re
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +30,7 @@ from memshard.trainer.checkpoint.save_load import (
 )
 from memshard.trainer.resume import save
 from tests.distributed import run_distributed
-from tests.trainer.tiny_run import assert_same, checkpoint_state, prepare, train_run
+from tests.trainer.tiny_run import assert_same, bound_by_modes, checkpoint_state, prepare, train_run
 
 FILES = ["state.json", "rank0.bin", "index.json", "config.yaml", "tokenizer.model"]
 
@@ -92,7 +90,7 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_command_and_stays(
         load_model(run)  # imports what another user may not read
         closed = newest if name == "." else newest.parent if name == ".." else newest / name
         closed.chmod(0)
-        with _bound_by_modes():
+        with bound_by_modes():
             for read in (load_model, functools.partial(load_model, memmap=True), _restore):
                 with pytest.raises(PermissionError, match=str(closed)):
                     read(run)
@@ -101,18 +99,6 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_command_and_stays(
             "step-00000002",
             "step-00000004",
         ]
-
-
-@contextmanager
-def _bound_by_modes() -> Iterator[None]:
-    """Be an ordinary user, also where root runs the tests."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def _restore(run: Path) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ optimizer: {{lr: 1e-2, schedule: constant, warmup: 3}}
 """All that could go wrong on resume at once: dropout, batch statistics, a shared table, and an
 epoch of 8 steps.
 """
+
+ORDINARY_USER = 65534
 
 TABLE = "blocks.0.memory.values"
 
@@ -113,3 +117,15 @@ def rehash(folder: Path, file: str) -> None:
                 hashes = hashes[key]
             hashes[file] = digest
             (folder / name).write_text(json.dumps(content))
+
+
+@contextmanager
+def bound_by_modes() -> Iterator[None]:
+    """Be an ordinary user, also where root runs the tests."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(ORDINARY_USER)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
