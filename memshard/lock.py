@@ -217,17 +217,18 @@ def _take_over(path: Path, otherwise: str) -> None:
 
 
 def _silent(path: Path, content: bytes, name: "Owner | str") -> bool:
-    """Return whether the file is not renewed until it is STALE_SECONDS old."""
+    """Return whether the file is not renewed until it is STALE_SECONDS old, nor for 2 renewals."""
     _, last = _look(path)
     left = STALE_SECONDS - (file_time(path.parent) - last)
-    if left > 0:
-        log.warning(
-            "%s is in use by %s, not on this host: waiting up to %.0f s for a sign of life",
-            path.parent,
-            name,
-            left,
-        )
-    deadline = time.monotonic() + min(left, STALE_SECONDS)
+    # However old it seems: clocks jump, and some file systems take times from their hosts.
+    left = max(min(left, STALE_SECONDS), 2 * REFRESH_SECONDS)
+    log.warning(
+        "%s is in use by %s, not on this host: waiting up to %.0f s for a sign of life",
+        path.parent,
+        name,
+        left,
+    )
+    deadline = time.monotonic() + left
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if _look(path) != (content, last):

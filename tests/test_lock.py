@@ -82,6 +82,7 @@ def test_an_owner_on_another_host_is_waited_for_until_it_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.4)
     away = replace(lock._this_process(), host="n17", machine="another")
     _write_owner(tmp_path / "run", away)
     renewed = threading.Timer(0.5, lambda: os.utime(tmp_path / "run" / LOCK_FILE))
@@ -92,18 +93,32 @@ def test_an_owner_on_another_host_is_waited_for_until_it_is_silent(
     with holding(tmp_path / "run", "go away"):
         assert 1 < time.monotonic() - begun < 4
     assert "on n17" in caplog.text and "waiting up to 2 s for a sign of life" in caplog.text
-    # Older than that by the file server's clock: no wait.
+    # Older than that by the file server's clock: a wait of two renewals.
     _write_owner(tmp_path / "run", away)
     os.utime(tmp_path / "run" / LOCK_FILE, (time.time() - 3, time.time() - 3))
     begun = time.monotonic()
     with holding(tmp_path / "run", "go away"):
-        assert time.monotonic() - begun < 1
+        assert 0.7 < time.monotonic() - begun < 1.8
+
+
+def test_an_owner_is_not_taken_for_dead_because_a_clock_jumped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.4)
+    path = tmp_path / LOCK_FILE
+    _write_owner(tmp_path, replace(lock._this_process(), host="n17", machine="another"))
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
+    renewed = threading.Timer(0.3, lambda: os.utime(path, (time.time() - 3599,) * 2))
+    renewed.start()
+    with pytest.raises(FolderHeld, match="on n17"), holding(tmp_path, "go away"):
+        pass
 
 
 def test_a_file_that_a_kill_left_empty_holds_nothing_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.1)
     (tmp_path / LOCK_FILE).touch()
     with holding(tmp_path, "go away"):
         pass

@@ -22,6 +22,8 @@ from memshard.trainer.watch.heartbeat import FOLDER as HEARTBEATS
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+MOST_METRICS = 1 << 34
+"""Bytes of a metrics.jsonl; a million lines have some 500 MB."""
 _OVERWRITTEN = (CONFIG_FILE, METRICS_FILE, "deepspeed.json")
 
 
@@ -59,6 +61,8 @@ def check_identity(folder: Path, recipe: Recipe) -> None:
         if os.path.lexists(path) and not path.is_file():
             raise ValueError(f"{path} is no file: remove it")
         _check_access(path, os.R_OK | (os.W_OK if path.suffix == ".log" else 0))
+        if path.name == METRICS_FILE and path.exists() and path.stat().st_size > MOST_METRICS:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes: move it away")
     checkpoints = committed(folder / CHECKPOINTS)
     if not checkpoints and not _is_run(folder):
         check_free(folder, _OVERWRITTEN, "choose another folder with --run")

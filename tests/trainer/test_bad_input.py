@@ -9,7 +9,7 @@ import pytest
 
 from memshard.launch.cli.main import main
 from memshard.trainer.config.load import load_recipe
-from memshard.trainer.run_folder import check_identity
+from memshard.trainer.run_folder import MOST_METRICS, check_identity
 from tests.data_pipeline.conftest import build, write_corpus
 from tests.trainer.tiny_run import ORDINARY_USER, bound_by_modes, checkpoint_state, train_run
 
@@ -223,3 +223,12 @@ def test_what_a_run_could_not_use_is_named_at_its_start(
             (folder / name).chmod(mode)
             with pytest.raises(ValueError, match=f"{folder / name} {said}: mend its permissions"):
                 check_identity(folder, stored)
+
+
+def test_metrics_larger_than_memory_are_named_at_the_start(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_run(recipe, tmp_path / "run", "train.steps=1")
+    os.truncate(tmp_path / "run/metrics.jsonl", MOST_METRICS + 1)  # takes no room on the disk
+    message = refused(capfd, "train", recipe, "--run", tmp_path / "run")
+    assert "run/metrics.jsonl has 17,179,869,185 bytes: move it away" in message

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from memshard.launch.cli.main import main
+from memshard.trainer.checkpoint import open_checkpoint
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.checkpoint.folders import committed
 from memshard.trainer.checkpoint.load_model import load_model
@@ -77,6 +78,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert [path.name for path in (run / "checkpoints").iterdir() if "damaged" in path.name] == [
         "damaged-step-00000004"
     ]
+
+
+def test_a_checkpoint_that_its_run_removes_under_a_reader_is_not_called_damaged(
+    saved_twice: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The next one is read, as whoever evaluates a run that trains expects."""
+    old, new = (tmp_path / "run/checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    shutil.copytree(saved_twice, tmp_path / "run")
+    new.rename(tmp_path / "later")
+    read = open_checkpoint.index_of
+
+    def save_and_prune(folder: Path) -> object:
+        if folder == old:
+            (tmp_path / "later").rename(new)
+            shutil.rmtree(old)
+        return read(folder)
+
+    monkeypatch.setattr(open_checkpoint, "index_of", save_and_prune)
+    assert load_model(tmp_path / "run").step == 4
+    assert "damaged" not in caplog.text
+    new.rename(tmp_path / "later")
+    shutil.copytree(saved_twice / "checkpoints" / old.name, old)
+    with pytest.raises(ValueError, match="step-00000002 does not exist: give a run folder"):
+        load_model(old)
 
 
 @pytest.mark.parametrize("name", [*FILES, "COMMITTED", ".", ".."])

@@ -15,7 +15,7 @@ from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.seq2seq import build_model
 from memshard.models.transformer import Transformer
-from memshard.trainer.checkpoint.folders import find_checkpoints
+from memshard.trainer.checkpoint.folders import find_checkpoints, is_committed
 from memshard.trainer.checkpoint.open_checkpoint import (
     StoredModel,
     is_export,
@@ -106,19 +106,24 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
     path = Path(path)
     if is_export(path):
         return open_export(path, check)
-    folders = find_checkpoints(path)
-    # An older checkpoint costs some steps; a damaged one would cost the evaluation. The oldest is
-    # opened outside the loop, so that its error, not a warning, ends the command.
-    for folder in folders[:-1]:
+    damaged: set[Path] = set()
+    while True:
+        # Anew each time: a run that trains removes old checkpoints under its readers.
+        folders = [folder for folder in find_checkpoints(path) if folder not in damaged]
         try:
-            return open_checkpoint(folder, check)
+            return open_checkpoint(folders[0], check)
         except DamagedCheckpoint as problem:
+            if not is_committed(folders[0]):
+                continue
+            # An older checkpoint costs some steps; a damaged one would cost the evaluation.
+            if len(folders) == 1:
+                raise
+            damaged.add(folders[0])
             log.warning(
                 "%s is damaged (%s): the checkpoint before it is read",
                 problem.folder,
                 problem.reason,
             )
-    return open_checkpoint(folders[-1], check)
 
 
 def _fill(model: nn.Module, stored: StoredModel) -> None:

@@ -15,14 +15,11 @@ from tqdm import tqdm
 
 from memshard.io import atomic_write, parse_json, read_small
 from memshard.trainer.config.recipe import Recipe
-from memshard.trainer.run_folder import METRICS_FILE
+from memshard.trainer.run_folder import METRICS_FILE, MOST_METRICS
 from memshard.trainer.watch import weights_and_biases
 from memshard.trainer.watch.line_file import LineFile
 
 log = logging.getLogger(__name__)
-
-_MOST_BYTES = 1 << 34
-"""Of a metrics.jsonl; a million lines have some 500 MB."""
 
 
 class Metrics:
@@ -152,7 +149,7 @@ def _console_may_be_gone() -> suppress:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl, without damaged ones (a kill may cut the last line)."""
     lines = []
-    for text in read_small(path, _MOST_BYTES).decode(errors="replace").splitlines():
+    for text in read_small(path, MOST_METRICS).decode(errors="replace").splitlines():
         try:
             line = parse_json(text)
         except ValueError:
