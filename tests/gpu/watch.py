@@ -1,0 +1,448 @@
+"""The mode in which CUDA tensors are fakes, and everything done to them is counted."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tests.gpu import fake_device
+
+PACKAGE = f"{Path(__file__).parents[2] / 'memshard'}/"
+CUDA = torch.device("cuda", 0)
+_SIZED_BY_VALUES = {
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "masked_select",
+    "bincount",
+    "equal",
+}
+"""Operations that wait for the device, because the shape of their result depends on values."""
+_NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "set_"}
+_NO_LAUNCH |= {"lift_fresh", "resize_", "detach", "alias", "_unsafe_view", "_reshape_alias"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+
+
+@dataclass
+class Counts:
+    """What was asked of the device, each as (what, line of memshard): how often.
+
+    launches: kernels; `autograd` is the place of torch's own backwards. waits: times the host
+    waited for a value or a shape, one for each `tolist`. blocking: copies between host and device
+    that wait; copies: those that do not. largest: bytes of the largest tensor made.
+    """
+
+    launches: Counter[tuple[str, str]] = field(default_factory=Counter)
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    blocking: Counter[tuple[str, str]] = field(default_factory=Counter)
+    copies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    largest: int = 0
+
+    def __str__(self) -> str:
+        lines = []
+        for name in ("waits", "blocking", "copies", "launches"):
+            counter: Counter[tuple[str, str]] = getattr(self, name)
+            lines.append(f"{name}: {counter.total()}")
+            if name != "launches":
+                lines += [
+                    f"    {n} x {what}  {place}" for (what, place), n in counter.most_common()
+                ]
+        return "\n".join(lines)
+
+
+def values_of(x: Tensor) -> Tensor | None:
+    """Return the numbers of a tensor, in host memory, any for one on the meta device; None for a
+    fake without them.
+    """
+    if isinstance(x, FakeTensor):
+        return getattr(x, "known_values", None)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x
+
+
+class Watch(TorchDispatchMode):
+    """Runs operations on CUDA tensors: shapes, dtypes and devices as FakeTensorMode has them, and
+    the numbers of tensors of at most `computed` elements on the CPU.
+
+    Where numbers are unknown, small results are assumed to be 1, True for `all` and `isfinite`, and
+    False for other questions; shapes are assumed to be the largest possible.
+    """
+
+    def __init__(self, computed: int) -> None:
+        super().__init__()
+        self.computed = computed
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True)
+        self.open: list[Counts] = []
+
+    @contextmanager
+    def counted(self) -> Iterator[Counts]:
+        """Count what is done inside."""
+        counts = Counts()
+        self.open.append(counts)
+        try:
+            yield counts
+        finally:
+            self.open.remove(counts)
+
+    def count(self, kind: str, what: str) -> None:
+        """Add one to a counter."""
+        if self.open:
+            key = what, memshard_line()
+            for counts in self.open:
+                getattr(counts, kind)[key] += 1
+
+    def fake(self, values: Tensor, known: bool = True) -> FakeTensor:
+        """Return a fake CUDA tensor, of the shape of values and with these, if they are known."""
+        fake = self._fake(values, CUDA)
+        fake.known_values = values if known else None
+        return fake
+
+    def _fake(self, x: Tensor, device: torch.device) -> FakeTensor:
+        meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return FakeTensor(self.fakes, meta, device)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        device = (kwargs or {}).get("device")
+        made_on_cuda = device is not None and torch.device(device).type == "cuda"
+        if not made_on_cuda and not any(isinstance(x, FakeTensor) for x in tensors):
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if name == "device":
+            return func(*args)
+        if name == "record_stream":
+            return None
+        known = not any(isinstance(x, FakeTensor) and values_of(x) is None for x in tensors)
+        self._count_waits(name, args, kwargs or {})
+        if name == "_local_scalar_dense":
+            return values_of(args[0]).item() if known else assumed(name, args[0]).item()
+        to_host = name == "_to_copy" and device is not None and torch.device(device).type == "cpu"
+        small = known and max((x.numel() for x in tensors), default=0) <= self.computed
+        if (
+            name in _SIZED_BY_VALUES
+            or (name in _INDEXING and _masks(args))
+            or _unsized_repeat(name, kwargs)
+        ):
+            result = self._compute(func, leaves, spec) if known else _largest(name, args, kwargs)
+            out = (
+                args[0]
+                if func._schema.is_mutable
+                else tree_map(lambda x: self.fake(x, known) if isinstance(x, Tensor) else x, result)
+            )
+            self._count_launch(func, name, out)
+            return out
+        out = result = None
+        if not to_host:
+            with self.fakes:
+                faked = [self._fake(x, x.device) if _real(x) else x for x in leaves]
+                for x in faked:
+                    if isinstance(x, FakeTensor):
+                        x.constant = None  # or FakeTensorMode would compute with it
+                fake_args, fake_kwargs = tree_unflatten(faked, spec)
+                fake_kwargs.pop("pin_memory", None)
+                out = func(*fake_args, **fake_kwargs)
+            small = small and _elements(out) <= self.computed
+        computed = small or (known and to_host)
+        result = self._compute(func, leaves, spec) if computed else None
+        if to_host:
+            # Real, whatever it holds.
+            return result if computed else assumed(name, args[0])
+        if func._schema.is_mutable and not isinstance(out, Tensor):
+            # A foreach or fused operation, which has written what it was given.
+            for x in tensors:
+                if not computed and isinstance(x, FakeTensor):
+                    x.known_values = None
+        elif func._schema.is_mutable and _real(args[0]):
+            out = args[0]
+        else:
+            out = self._with_values(func, name, out, result if computed else out)
+        self._count_launch(func, name, out)
+        return out
+
+    def _compute(self, func: Any, leaves: list[Any], spec: Any) -> Any:
+        """Run an operation on the numbers of its arguments, on the CPU."""
+        args, kwargs = tree_unflatten(
+            [values_of(x) if isinstance(x, Tensor) else x for x in leaves], spec
+        )
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return func(*args, **kwargs)
+
+    def _with_values(self, func: Any, name: str, out: Any, result: Any) -> Any:
+        """Keep the computed numbers with the fakes; a result that is `out` again has none."""
+        fakes, spec = tree_flatten(out)
+        for number, (x, values) in enumerate(zip(fakes, tree_flatten(result)[0], strict=True)):
+            if not isinstance(x, FakeTensor):
+                continue
+            if values is x:
+                few = x.numel() <= 16 and not func.is_view
+                values = assumed(name, x) if few or x.device.type == "cpu" else None
+            if x.device.type == "cpu":
+                fakes[number] = values
+            else:
+                x.known_values = values
+        return tree_unflatten(fakes, spec)
+
+    def _count_waits(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        if (
+            name == "_local_scalar_dense"
+            or name in _SIZED_BY_VALUES
+            or _unsized_repeat(name, kwargs)
+        ):
+            self.count("waits", name)
+        elif name in _INDEXING:
+            # Writing one number where a mask is set needs no shape.
+            if _masks(args) and (name in ("index", "_unsafe_index") or args[2].numel() > 1):
+                self.count("waits", "boolean indexing")
+            if any(_real(x) for x in args[1]):
+                self.count("blocking", "cpu->cuda of indices")
+        elif name in ("_to_copy", "copy_"):
+            self._count_copy(name, args, kwargs)
+
+    def _count_copy(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        if name == "copy_":
+            to, source = args[0], args[1]
+            target, ahead = to.device, len(args) > 2 and args[2]
+        else:
+            to, source = None, args[0]
+            target = torch.device(kwargs.get("device") or source.device)
+            ahead = kwargs.get("non_blocking", False)
+        if {source.device.type, target.type} != {"cpu", "cuda"}:
+            return
+        # A copy of pageable memory waits until all of it is staged.
+        host = source if source.device.type == "cpu" else to
+        free = ahead and (host is None or host.is_pinned())
+        what = f"{source.device.type}->{target.type} {str(source.dtype)[6:]}"
+        self.count("copies" if free else "blocking", what)
+
+    def _count_launch(self, func: Any, name: str, out: Any) -> None:
+        if func.is_view or name in _NO_LAUNCH or not self.open:
+            return
+        self.count("launches", name)
+        for x in tree_flatten(out)[0]:
+            if isinstance(x, Tensor):
+                for counts in self.open:
+                    counts.largest = max(counts.largest, x.numel() * x.itemsize)
+
+
+class Python(TorchFunctionMode):
+    """What torch does in C++ with the numbers of a CUDA tensor before the dispatcher sees it."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+            return self._from_python(func, args, kwargs)
+        if func in (Tensor.numpy, Tensor.__array__) and isinstance(args[0], FakeTensor):
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy "
+                "the tensor to host memory first."
+            )
+        if func is Tensor.data.__set__ and isinstance(args[1], FakeTensor):
+            become(args[0], args[1].detach())
+            return None
+        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _from_python(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Make a tensor on the host and copy it, as torch does."""
+        device = kwargs.pop("device", None)
+        if func is Tensor.new_tensor:
+            like, *args = args
+            kwargs.setdefault("dtype", like.dtype)
+            device, func = device or like.device, torch.tensor
+        if args and isinstance(args[0], Tensor) and func is not torch.tensor:
+            made: Tensor = args[0].to(device or args[0].device)
+            return made
+        grad = kwargs.pop("requires_grad", False)
+        made = func(*args, **kwargs, device="cpu") if device else func(*args, **kwargs)
+        if device is not None and torch.device(device).type != "cpu":
+            made = made.to(device)
+        return made.requires_grad_() if grad else made
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cuda"):
+            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+        # Flash attention takes no masks, the memory-efficient one no groups of heads.
+        fused = not enable_gqa or (attn_mask is None and q.dtype != torch.float32)
+        name = "fused attention" if fused else "attention in parts"
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        out: Tensor = _Attention.apply(self.watch, name, q, k, v, attn_mask, options)
+        return out
+
+
+class _Attention(torch.autograd.Function):
+    """One launch forward and one backward, as on a GPU; torch would choose another way here."""
+
+    @staticmethod
+    def forward(ctx, watch, name, q, k, v, mask, options):  # type: ignore[no-untyped-def]
+        tensors = [x for x in (q, k, v, mask) if x is not None]
+        if any(not isinstance(x, FakeTensor) for x in tensors):
+            raise RuntimeError(f"attention of tensors on {[str(x.device) for x in tensors]}")
+        if not q.dtype == k.dtype == v.dtype:
+            raise RuntimeError(f"attention of {q.dtype}, {k.dtype} and {v.dtype}")
+        ctx.watch, ctx.name, ctx.options, ctx.mask = watch, name, options, mask
+        ctx.save_for_backward(q, k, v)
+        watch.count("launches", name)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        numbers = [values_of(x) for x in tensors]
+        if all(x is not None for x in numbers):
+            out.known_values = F.scaled_dot_product_attention(*numbers, **options)
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        ctx.watch.count("launches", f"{ctx.name} backward")
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in inputs]
+        numbers = [values_of(x) for x in (upstream, *inputs)]
+        if all(x is not None for x in numbers):
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in numbers[1:]]
+                mask = None if ctx.mask is None else values_of(ctx.mask)
+                out = F.scaled_dot_product_attention(*leaves, mask, **ctx.options)
+            for gradient, values in zip(
+                gradients, torch.autograd.grad(out, leaves, numbers[0]), strict=True
+            ):
+                gradient.known_values = values
+        return None, None, *gradients, None, None
+
+
+def install() -> None:
+    """Change in this process what no mode sees."""
+
+    def tolist(x: FakeTensor) -> Any:
+        fake_device.waited("tolist")
+        values = values_of(x)
+        return (assumed("", x) if values is None else values).tolist()
+
+    FakeTensor.tolist = tolist
+    nn.Module._apply = _apply
+
+
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Do what `nn.Module._apply` does, whose parameters stay the same objects on another device."""
+    if recurse:
+        for child in module.children():
+            child._apply(function)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                new = function(parameter)
+            if parameter.is_meta is not new.is_meta:
+                module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+            elif new is not parameter:
+                become(parameter, new.detach())
+            if parameter.grad is not None:
+                raise NotImplementedError("a model with gradients moves")
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
+
+
+def become(x: Tensor, new: Tensor) -> None:
+    """Give a tensor the content of a fake one: it moves to the device, and stays the same object to
+    optimizers, as on a GPU.
+    """
+    parameter, grad = isinstance(x, nn.Parameter), x.requires_grad
+    new.requires_grad_(grad)
+    kept = dict(x.__dict__)
+    x.__class__, new.__class__ = type(new), type(x)
+    old, x.__dict__ = x.__dict__, new.__dict__
+    new.__dict__ = old
+    torch._C._swap_tensor_impl(x, new)
+    for name, value in kept.items():
+        x.__dict__.setdefault(name, value)
+    if parameter:
+        x._is_param = True
+
+
+def memshard_line() -> str:
+    """Return the innermost line of memshard that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "autograd"
+
+
+def assumed(name: str, like: Tensor) -> Tensor:
+    """Return what numbers are taken to be that are not known."""
+    value = like.dtype != torch.bool or name in ("all", "isfinite")
+    return torch.full(like.shape, value, dtype=like.dtype)
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, FakeTensor) and not x.is_meta
+
+
+def _masks(args: Any) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+
+
+def _unsized_repeat(name: str, kwargs: dict[str, Any] | None) -> bool:
+    return name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+
+
+def _elements(out: Any) -> int:
+    return max((x.numel() for x in tree_flatten(out)[0] if isinstance(x, Tensor)), default=0)
+
+
+def _largest(name: str, args: Any, kwargs: dict[str, Any] | None) -> Any:
+    """Return results of the largest possible shape, on the meta device."""
+    x = args[0]
+    n = x.numel()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if name == "equal":
+        return True
+    if name == "nonzero":
+        return empty(n, x.dim())
+    if name in ("_unique2", "unique_consecutive"):
+        inverse = empty(*x.shape) if name == "_unique2" else empty(0)
+        return empty(n, dtype=x.dtype), inverse, empty(n)
+    if name == "bincount":
+        least = args[2] if len(args) > 2 else (kwargs or {}).get("minlength", 0)
+        return empty(max(least, 1))
+    if name == "masked_select":
+        return empty(n, dtype=x.dtype)
+    if name.startswith("index_put") or name == "_index_put_impl_":
+        return x
+    if name in ("index", "_unsafe_index"):
+        (mask,) = [i for i in args[1] if i is not None]
+        return empty(mask.numel(), *x.shape[mask.dim() :], dtype=x.dtype)
+    if name == "repeat_interleave":
+        return empty(n)
+    raise NotImplementedError(name)
