@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -88,6 +89,8 @@ class FolderLock:
         return not self.lost
 
     def _renew(self) -> None:
+        if self._released.is_set():
+            return
         try:
             content, _ = _look(self.path)
         except FileNotFoundError:  # removed by hand
@@ -131,11 +134,27 @@ class FolderLock:
 
     def release(self) -> None:
         """Remove the file, unless another process has taken the folder."""
-        self._released.set()
-        self._thread.join()
+        self._stop_renewing()
         with suppress(OSError, ValueError):
             if _look(self.path)[0] == self._content:
                 self.path.unlink()
+
+    def remove_folder(self) -> None:
+        """Release the folder by removing it with all that it holds. What cannot be removed is named
+        in a warning.
+        """
+        self._stop_renewing()  # or the file would be made anew in the middle
+        folder = self.path.parent
+        try:
+            # Under another name: a next owner may make the folder while this one goes.
+            folder = folder.rename(partial_path(folder))
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.warning("%s is not needed any more and could not be removed: %s", folder, error)
+
+    def _stop_renewing(self) -> None:
+        self._released.set()
+        self._thread.join()
 
     def _keep_renewing(self) -> None:
         while not self._released.wait(REFRESH_SECONDS):

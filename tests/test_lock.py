@@ -164,6 +164,23 @@ def test_a_lock_that_is_removed_or_damaged_is_made_anew(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_is_removed_with_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.001)
+    folder = tmp_path / "work"
+    with holding(folder, "go away") as held:
+        for number in range(300):
+            (folder / f"{number}").touch()
+        held.remove_folder()
+        assert held.holds() and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    with holding(folder, "go away") as held:
+        folder.rename(tmp_path / "gone")
+        held.remove_folder()
+    assert "work is not needed any more and could not be removed" in caplog.text
+
+
 def test_a_folder_that_stays_empty_is_removed_and_others_are_not(tmp_path: Path) -> None:
     with holding(tmp_path / "a" / "b", "go away"):
         pass

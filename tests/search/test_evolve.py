@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from memshard.lock import LOCK_FILE
 from memshard.search.evolve.history import History, saving, stops
 from memshard.search.evolve.journal import JOURNAL_FILE, Journal, read
 from memshard.search.evolve.run import load
@@ -146,6 +147,20 @@ def test_parents_are_the_best_of_a_tournament_among_the_latest() -> None:
 def test_a_second_search_in_the_folder_is_refused(tmp_path: Path) -> None:
     with Journal(tmp_path), pytest.raises(ValueError, match="is in use by process"):
         Journal(tmp_path)
+
+
+def test_a_search_whose_folder_was_taken_over_writes_nothing(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the lock sends as well
+    try:
+        with Journal(tmp_path) as journal:
+            journal.write({"event": "ours"})
+            owner = json.loads((tmp_path / LOCK_FILE).read_text())
+            (tmp_path / LOCK_FILE).write_text(json.dumps({**owner, "token": "another"}))
+            with pytest.raises(RuntimeError, match="belongs to another process now"):
+                journal.write({"event": "too late"})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert read(tmp_path) == [{"event": "ours"}]
 
 
 def test_another_search_in_the_folder_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -108,7 +107,7 @@ def build_images(
     channels = 1 if gray else 3
     work = target.parent / f".{target.name}.work"
     work.parent.mkdir(parents=True, exist_ok=True)
-    with alone(work):
+    with alone(work) as lock:
         final = work / f"data-{digest(hashes.tobytes(), size, gray, held_out, test)}"
         final.mkdir(exist_ok=True)
         names, tasks = {}, []
@@ -149,7 +148,7 @@ def build_images(
             },
         }
         publish(final, target, index, report)
-        shutil.rmtree(work)
+        lock.remove_folder()
     return report
 
 

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import tarfile
 import zlib
 from collections import Counter
@@ -122,7 +121,7 @@ def index_tars(
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
-    with alone(work):
+    with alone(work) as lock:
         no_text = ValueError(
             f"no member of {names[0]} and the other tars ends in .{suffix}: name the text's ending "
             "with --member"
@@ -189,7 +188,7 @@ def index_tars(
             "splits": counts,
         }
         publish(final, target, index, report)
-        shutil.rmtree(work)
+        lock.remove_folder()
     return report
 
 

@@ -47,7 +47,7 @@ from memshard.data_pipeline.tokenizer import (
     train_tokenizer,
 )
 from memshard.io import atomic_write, to_disk
-from memshard.lock import holding
+from memshard.lock import FolderLock, holding
 
 SAMPLE_BYTES = 1 << 28  # of text that the lines are drawn from
 HELD_OUT_SHARE, HELD_OUT_ARTICLES = 0.01, 5000
@@ -90,7 +90,7 @@ def build_data(
     filters = filters or Filters()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.work"
-    with alone(work):
+    with alone(work) as lock:
         units = _read(sources, filters, work, page_seconds, workers)
         amounts = _amounts(held_out, test, web, units)
         if longest := _finer(units, amounts):
@@ -138,7 +138,7 @@ def build_data(
         )
         report = make_report(len(sources.files), sources.passed_over, not_utf8, stages, index)
         publish(final, target, index, report)
-        shutil.rmtree(work)
+        lock.remove_folder()
     return report
 
 
@@ -220,20 +220,20 @@ def _check(
 
 
 @contextmanager
-def alone(work: Path) -> Iterator[None]:
+def alone(work: Path) -> Iterator[FolderLock]:
     """Lock the work folder and clear it of half-written units; remove it at the end if it has no
     finished ones. FolderHeld if another build has it.
     """
-    with holding(work, "choose another --out"):
+    with holding(work, "choose another --out") as lock:
         (work / "units").mkdir(exist_ok=True)
         _remove_partial(work)
         try:
-            yield
+            yield lock
         finally:
             if work.exists():
                 _remove_partial(work)
-                if not any((work / "units").iterdir()):
-                    shutil.rmtree(work)
+                if not any(work.glob("units/*")):
+                    lock.remove_folder()
 
 
 def _remove_partial(work: Path) -> None:

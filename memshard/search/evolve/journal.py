@@ -29,7 +29,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         with ExitStack() as stack:
-            stack.enter_context(holding(folder, "choose another folder"))
+            self._lock = stack.enter_context(holding(folder, "choose another folder"))
             self._file = stack.enter_context((folder / JOURNAL_FILE).open("ab+"))
             self._file.seek(0)
             data = self._file.read()
@@ -38,7 +38,11 @@ class Journal:
             self._held = stack.pop_all()
 
     def write(self, event: Event) -> None:
-        """Append an event. It is on disk when this returns."""
+        """Append an event. It is on disk when this returns. RuntimeError if another process has
+        taken the folder over, whose journal this is now.
+        """
+        if not self._lock.holds():
+            raise RuntimeError(f"{self._lock.path.parent} belongs to another process now")
         self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
         # A child must not be handed out before its birth is on disk: a kill would
