@@ -2,8 +2,11 @@
 without that item.
 """
 
+import json
+import math
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections import deque
@@ -20,6 +23,8 @@ NO_ITEM = -1
 # Times an item's seconds, on the clock, before its process is killed: it sleeps, or hangs where no
 # signal gets through.
 GRACE = 10
+# Bytes of memory of a process that works apart; a page of 1.5 MB takes 0.2 GB.
+MOST_MEMORY = 1 << 32
 
 
 class ItemTimeout(BaseException):
@@ -58,6 +63,38 @@ class Watch:
             if self.seconds:
                 signal.setitimer(signal.ITIMER_PROF, 0)
             self.state[0] = float(NO_ITEM)
+
+
+def run_apart(function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+    """Return what `function(*arguments)` returns, a value of JSON, computed in a copy of this
+    process that ends after `seconds` of CPU time (rounded up), in C code too, or at MOST_MEMORY.
+
+    Raises ItemTimeout if it was killed, as after that time, and RuntimeError for every exception.
+    """
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            for kind, most in (
+                (resource.RLIMIT_CPU, math.ceil(seconds)),
+                (resource.RLIMIT_DATA, MOST_MEMORY),
+            ):
+                hard = resource.getrlimit(kind)[1]
+                most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+                resource.setrlimit(kind, (most, most))
+            with open(writer, "w", encoding="ascii") as pipe:
+                json.dump(function(*arguments), pipe)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, encoding="ascii") as pipe:
+        text = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        raise ItemTimeout
+    if status:
+        raise RuntimeError(f"{function.__name__} failed in a process of its own")
+    return json.loads(text)
 
 
 def cores() -> int:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from memshard.data_pipeline.prepare.inputs.text import documents
-from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch
+from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch, run_apart
 from memshard.data_pipeline.web.charset import decode
 from memshard.data_pipeline.web.extract import Extractor, main_text, tidy
 from memshard.data_pipeline.web.language import may_be
 from memshard.data_pipeline.web.warc import Page, read_pages
 
 MAX_PAGE = 10_000_000  # bytes of HTML; larger ones are lists and data
+# Characters, and tags, of pages that parsers in C may take hours or all memory for, where no signal
+# gets through: 260,000 nested <div>, or 10,000 <b> that are left open. Of news pages 1 in 50.
+LONG_PAGE = 400_000
+MANY_TAGS = 4_000
 # Characters. "Skip to content" is all that the quick look finds in some layouts, and any language.
 LEAST_FOR_LANGUAGE = 200
 
@@ -47,7 +51,7 @@ def _articles(
                 elif len(page.body) > MAX_PAGE:
                     reason = "page_large"
                 else:
-                    reason, text = _article(page, extractor, language)
+                    reason, text = _article(page, extractor, language, watch)
         except ItemTimeout:
             reason = "page_timeout"
         # Parsers meet every kind of broken HTML; one page must not end a build of millions.
@@ -68,20 +72,25 @@ def _articles(
             yield text
 
 
-def _article(page: Page, extractor: Extractor, language: str | None) -> tuple[str, str]:
+def _article(
+    page: Page, extractor: Extractor, language: str | None, watch: Watch
+) -> tuple[str, str]:
     """Return (why there is no text, or "", and the text)."""
     content = decode(page.body, page.content_type)
     if not page.html:
         text = tidy(content)
-    else:
-        # A seventh of the slow extractor's time; for pages in other languages, often most of them,
-        # it is all that is spent.
-        quick = main_text(content, "resiliparse")
-        if (
-            language is not None
-            and len(quick) >= LEAST_FOR_LANGUAGE
-            and not may_be(quick, language)
-        ):
-            return "page_language", ""
-        text = main_text(content, extractor, quick)
+        return ("", text + "\n") if text else ("page_empty", "")
+    if watch.seconds and (len(content) > LONG_PAGE or content.count("<") > MANY_TAGS):
+        reason, text = run_apart(_main_text, watch.seconds, content, extractor, language)
+        return reason, text
+    return _main_text(content, extractor, language)
+
+
+def _main_text(content: str, extractor: Extractor, language: str | None) -> tuple[str, str]:
+    # A seventh of the slow extractor's time; for pages in other languages, often most of them, it
+    # is all that is spent.
+    quick = main_text(content, "resiliparse")
+    if language is not None and len(quick) >= LEAST_FOR_LANGUAGE and not may_be(quick, language):
+        return "page_language", ""
+    text = main_text(content, extractor, quick)
     return ("", text + "\n") if text else ("page_empty", "")
