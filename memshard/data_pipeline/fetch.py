@@ -131,6 +131,7 @@ def first_bytes(url: str, size: int) -> bytes:
             ["bash", "-o", "pipefail", "-c", _command(url)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=_environment(),
             start_new_session=True,
         ) as process:
             assert process.stdout is not None
@@ -261,6 +262,11 @@ def _command(url: str) -> str:
     return os.environ.get("MEMSHARD_S3_COMMAND", S3_COMMAND).replace("{url}", shlex.quote(url))
 
 
+def _environment() -> dict[str, str]:
+    """Return the variables for the user's commands: their scripts import what is beside them."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+
+
 def _run(command: str, target: Path) -> None:
     """Write the standard output of a shell command to a file. An exit code other than 0 is a
     failure, whatever came.
@@ -271,6 +277,7 @@ def _run(command: str, target: Path) -> None:
             ["bash", "-o", "pipefail", "-c", command],
             stdout=stream,
             stderr=subprocess.PIPE,
+            env=_environment(),
         )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()

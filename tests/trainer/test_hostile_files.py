@@ -3,8 +3,11 @@ unless the command line does.
 """
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from memshard.trainer.export.export import export
 from tests.data_pipeline.conftest import write_corpus
 from tests.trainer.test_bad_input import refused
 from tests.trainer.tiny_run import rewrite_config, train_run
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass
@@ -241,6 +246,33 @@ def test_a_file_whose_name_looks_like_a_command_is_a_file(
     message = refused(capfd, "data", "build", name, "--out", tmp_path / "out")
     assert f"write ./{name} for the file" in message
     assert find_files([f"./{name}"]) == (Path(name).absolute(),)
+
+
+def test_python_files_in_the_folder_that_a_command_is_started_in_are_not_run(
+    tmp_path: Path,
+) -> None:
+    """Workers begin with `python -c`, which looks there first; but a user's script does import what
+    is beside it.
+    """
+    mark = tmp_path / "ran"
+    for name in ("multiprocessing", "pickle", "struct", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close(); raise SystemExit")
+    script = tmp_path / "scripts/text.py"
+    script.parent.mkdir()
+    script.write_text("import words\nfor line in range(2000): print(line, words.TEXT)")
+    (script.parent / "words.py").write_text("TEXT = 'words of a text.'")
+    start = "import sys; from memshard.__main__ import main; sys.exit(main())"
+    command = f"pipe:{sys.executable} {script}"
+    arguments = ["--documents", "line", "--vocab", "270", "--out", "data", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, "data", "build", command, command, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not mark.exists()
 
 
 def test_a_run_in_a_folder_called_like_a_command(
