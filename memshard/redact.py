@@ -1,5 +1,5 @@
 """Text as others may read it: run folders, logs and trackers are shared, and addresses hold
-passwords and signatures.
+passwords and signatures; and a terminal does what control sequences say.
 """
 
 import re
@@ -7,6 +7,13 @@ import re
 _ADDRESS = re.compile(
     r"\b([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"`]*@)?([^\s?'\"`]*)(\?[^\s'\"`]*)?"
 )
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def spelled(text: str) -> str:
+    """Return text with its control characters, but for tabs and line feeds, spelled out."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def without_secrets(text: str) -> str:

@@ -39,6 +39,28 @@ def test_a_run_ends_well_without_its_streams(closed: str, recipe: Path, tmp_path
     assert "Error" not in done.stderr, done.stderr
 
 
+def test_a_terminal_gets_text_and_no_control_sequences() -> None:
+    """Names of files and what a stranger's model generates may hold those of the clipboard."""
+    text = "a\x1b]52;c;eA==\x07b\x9b2J\tc\u3000\xe4"
+    code = (
+        "import logging, sys; from memshard.launch.cli.streams import prepare_streams\n"
+        f"prepare_streams(); prepare_streams(); print({text!r})\n"
+        f"logging.getLogger().warning({text!r})"
+    )
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        subprocess.run(
+            [sys.executable, "-X", "utf8", "-c", code],
+            stdout=terminal,
+            stderr=terminal,
+            check=True,
+        )
+        shown = os.read(reader, 4096).decode()
+    os.close(reader)
+    spelled = "a\\x1b]52;c;eA==\\x07b\\x9b2J\tc\u3000\xe4"
+    assert shown.split("\r\n") == [spelled, spelled, ""]
+
+
 def test_a_data_set_is_built_without_standard_error(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text", documents=8, seed=2)
     out = tmp_path / "out"

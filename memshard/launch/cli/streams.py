@@ -1,16 +1,38 @@
-"""Standard streams that are closed, or lead to a pipe that nobody reads or to a full disk."""
+"""Standard streams that are closed, or lead to a pipe that nobody reads, to a full disk, or to a
+terminal.
+"""
 
 import io
+import logging
 import os
 import select
 import sys
+
+from memshard.redact import spelled
 
 CLOSED_PIPE = 141
 """Exit code where nobody read the output to its end: what a shell reports for SIGPIPE."""
 
 
+class _Terminal(io.TextIOWrapper):
+    """Standard output on a terminal: a name in a file, or a stranger's model, may say control
+    sequences, which change its title and the clipboard.
+    """
+
+    def write(self, text: str) -> int:
+        """Write text with its control characters spelled out."""
+        return super().write(spelled(text))
+
+
+class _Spelled(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return spelled(super().format(record))
+
+
 def prepare_streams() -> None:
-    """Open what is closed of standard input, output and error, and let output be any text."""
+    """Open what is closed of standard input, output and error, and let output be any text, and no
+    more than text on a terminal.
+    """
     # Else the next file that is opened would get the number of a closed one, and what libraries
     # print would land in it.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -23,6 +45,14 @@ def prepare_streams() -> None:
         # As standard error does by itself: names of files may hold any bytes, and a locale of
         # ISO-8859-1 knows few letters.
         sys.stdout.reconfigure(errors="backslashreplace")
+        if sys.stdout.isatty() and not isinstance(sys.stdout, _Terminal):
+            encoding = sys.stdout.encoding
+            sys.stdout = _Terminal(
+                sys.stdout.detach(), encoding, "backslashreplace", line_buffering=True
+            )
+    # Prints warnings where no log is set up.
+    if logging.lastResort:
+        logging.lastResort.setFormatter(_Spelled())
 
 
 def nobody_reads(error: BaseException) -> bool:

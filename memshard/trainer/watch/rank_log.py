@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
-from memshard.redact import without_secrets
+from memshard.redact import spelled, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class _RankFile(WatchedFileHandler):
 class _WithoutSecrets(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record, with its traceback, as others may read it."""
-        return without_secrets(super().format(record))
+        return spelled(without_secrets(super().format(record)))
 
 
 @contextmanager
