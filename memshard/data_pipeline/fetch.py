@@ -108,7 +108,8 @@ def read_range(url: str, begin: int, end: int) -> bytes:
                 raise OSError(
                     f"the server does not answer range requests (status {response.status})"
                 )
-            length = int(response.headers.get("Content-Length", end - begin))
+            # Before it is read, which counts it down; None if it is absent or no number.
+            length = end - begin if response.length is None else response.length
             content = b"".join(_pieces(response, end - begin, slowest=math.inf))
         if len(content) != end - begin:
             # A file that ends early is damaged, which more tries do not mend.
@@ -245,14 +246,14 @@ def _download(url: str, target: Path) -> None:
     with _answer(url, f"bytes={done}-" if done else None) as response:
         if response.status != 206:
             done = 0
-        length = response.headers.get("Content-Length")
+        length = response.length
         # A server without range requests sends everything, so the file begins anew.
         with target.open("r+b" if done else "wb") as stream:
             stream.seek(done)
             for piece in _pieces(response):
                 stream.write(piece)
             stream.truncate()
-    if length is not None and target.stat().st_size != done + int(length):
+    if length is not None and target.stat().st_size != done + length:
         raise ConnectionError(f"{target.stat().st_size - done} bytes came instead of {length}")
 
 

@@ -17,7 +17,7 @@ class Server:
 
     refuse, break_off: how many times a path answers 503 or breaks off half-way before it works.
     drip: what is sent a byte at a time. ranges_left: how many requests for ranges are answered
-    before all others get 503; None for all.
+    before all others get 503; None for all. length: said in place of a body's own.
     """
 
     folder: Path
@@ -28,6 +28,7 @@ class Server:
     break_off: Counter[str] = field(default_factory=Counter)
     drip: Literal["", "body", "headers"] = ""
     ranges_left: int | None = None
+    length: str = ""
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def serving(folder: Path) -> Iterator[Server]:
                 self.drip(b"HTTP/1.0 200 OK\r\nX-A: " + b"x" * 10_000)
                 return
             self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", state.length or str(len(content)))
             self.end_headers()
             if state.drip == "body":
                 self.drip(content)

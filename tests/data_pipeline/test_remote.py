@@ -141,6 +141,16 @@ def test_a_server_that_drips_is_given_up(
     assert fetched == (server.folder / "train-00000.tar").read_bytes()
 
 
+@pytest.mark.parametrize("length", ["many", "-5", "9" * 5000])
+def test_a_length_that_is_no_number_is_not_believed(
+    server: Server, tmp_path: Path, length: str
+) -> None:
+    server.length = length
+    whole = (server.folder / "train-00000.tar").read_bytes()
+    assert fetch(f"{server.url}/train-00000.tar", tmp_path).read_bytes() == whole
+    assert read_range(f"{server.url}/train-00000.tar", 5, 500) == whole[5:500]
+
+
 def test_an_outage_masks_nothing(data: Path, server: Server) -> None:
     """Neither in this stream nor, once the server is back, in the next steps."""
     stream = TrainStream(server.url, 24, 6, 0)
