@@ -6,7 +6,7 @@ else asks whether there are kernels: a backend hands to plain torch whatever it 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -18,12 +18,14 @@ from memshard.models.kernels import cpu_rows, cpu_topk, plain_rows
 from memshard.models.kernels.compile_cpp import CompileError
 from memshard.models.kernels.plain_rows import AdamUpdate
 from memshard.models.kernels.plain_topk import product_search
-from memshard.models.kernels.self_test import row_backend_fault, search_agrees
+from memshard.models.kernels.self_test import lookup_agrees, row_backend_fault, search_agrees
 from memshard.variables import switch
 
 SWITCH = "MEMSHARD_KERNELS"
 """Environment variable; `plain` keeps everything to plain torch."""
 _TRITON_FROM = (8, 0)
+_LOOKUP_FROM = (7, 0)
+"""The search alone compiles for Volta and Turing as well, without spilling; its test decides."""
 
 ProductSearch = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -44,6 +46,23 @@ class RowBackend(Protocol):
     def adam_rows(self, update: AdamUpdate) -> None: ...
 
 
+class Lookup(Protocol):
+    """A search from queries to rows and weights; triton_lookup.py documents it."""
+
+    def serves(self, queries: Tensor, sub_keys: Tensor, k: int) -> bool: ...
+    def look_up(self, queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> Tensor: ...
+    def gradients(
+        self,
+        queries: Tensor,
+        sub_keys: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        upstream: Tensor,
+        weighting: str,
+        wanted: Sequence[bool] = ...,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+
 @cache
 def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     """Return the backend for tables on a device, and in words which it is and why.
@@ -53,9 +72,7 @@ def backend_for(device: torch.device) -> tuple[RowBackend, str]:
     """
     if switch(SWITCH, "plain"):
         return plain_rows, f"plain torch ({SWITCH}=plain)"
-    # Triton's interpreter runs GPU kernels on a CPU, slowly: for tests.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    kernels, name = _triton(device) if device.type == "cuda" or interpreted else _compiled(device)
+    kernels, name = _triton(device) if _takes_triton(device) else _compiled(device)
     if kernels is None:
         return plain_rows, f"plain torch ({name})"
     # A wrong kernel would train on silently, so it is tested once in every
@@ -86,6 +103,37 @@ def _cpu_search() -> ProductSearch:
     except CompileError:
         return product_search
     return search if search_agrees(search) else product_search
+
+
+def lookup_for(queries: Tensor, sub_keys: Tensor, k: int) -> Lookup | None:
+    """Return the search without stored scores that serves these, or None where plain torch has to
+    score all sub-keys and `search_for` says what searches.
+    """
+    # A traced graph cannot enter Triton either.
+    if is_traced(queries) or not _takes_triton(queries.device):
+        return None
+    kernels = _lookup(queries.device)
+    return kernels if kernels is not None and kernels.serves(queries, sub_keys, k) else None
+
+
+@cache
+def _lookup(device: torch.device) -> Lookup | None:
+    """Compile and test the search at a device's first call."""
+    if switch(SWITCH, "plain"):
+        return None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LOOKUP_FROM:
+        return None
+    try:
+        from memshard.models.kernels import triton_lookup
+    except ImportError:
+        return None
+    with outside_modes():
+        return triton_lookup if lookup_agrees(triton_lookup, device) else None
+
+
+def _takes_triton(device: torch.device) -> bool:
+    # Triton's interpreter runs GPU kernels on a CPU, slowly: for tests.
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _compiled(device: torch.device) -> tuple[RowBackend | None, str]:

@@ -12,7 +12,7 @@ from memshard.models.kernels.plain_rows import AdamUpdate
 from memshard.models.kernels.plain_topk import product_search
 
 if TYPE_CHECKING:
-    from memshard.models.kernels.backend import RowBackend
+    from memshard.models.kernels.backend import Lookup, RowBackend
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +50,49 @@ def search_agrees(search: CpuSearch) -> bool:
         if not torch.equal(search(first, second, 5), product_search(first, second, 5)):
             return False
     return True
+
+
+@torch.no_grad()
+def lookup_agrees(lookup: "Lookup", device: torch.device) -> bool:
+    """Return whether a search without stored scores finds the rows, weights and gradients that
+    plain torch does, of scores with and without ties.
+    """
+    draw, k = _Draws(device), 5
+    # More sub-keys than a tile, in widths that fill none.
+    for tied in (True, False):
+        queries, sub_keys = draw.normal(5, 2, 2 * 37), draw.normal(2, 2, 66, 37)
+        if tied:
+            # Whole numbers: their products are exact in any order, and many are equal.
+            queries, sub_keys = (x.clamp(-1, 1).round() for x in (queries, sub_keys))
+        upstream = draw.normal(5, 2, k)
+        try:
+            rows, bits = lookup.look_up(queries, sub_keys, k, "softmax")
+            weights = bits.view(torch.float32)
+            ours = lookup.gradients(queries, sub_keys, rows, weights, upstream, "softmax")
+        # As in `row_backend_fault`.
+        except Exception:
+            return False
+        right_rows, *right = _looked_up(queries, sub_keys, k, upstream)
+        if not torch.equal(rows.long(), right_rows) or not all(
+            a is not None and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+            for a, b in zip((weights, *ours), right, strict=True)
+        ):
+            return False
+    return True
+
+
+@torch.enable_grad()
+def _looked_up(queries: Tensor, sub_keys: Tensor, k: int, upstream: Tensor) -> list[Tensor]:
+    """Return rows, weights, and the gradients to queries and sub-keys, by plain torch."""
+    leaves = queries.detach().requires_grad_(), sub_keys.detach().requires_grad_()
+    halves, keys = leaves[0].unflatten(-1, (2, -1)).unbind(-2), sub_keys.shape[2]
+    first, second = (
+        torch.einsum("thd,hnd->thn", half, leaves[1][:, side]) for side, half in enumerate(halves)
+    )
+    i1, i2 = product_search(first.detach(), second.detach(), k).long()
+    weights = (first.gather(-1, i1) + second.gather(-1, i2)).softmax(-1)
+    gradients = torch.autograd.grad(weights, leaves, upstream)
+    return [(i1 + i2) % keys * keys + i1, weights.detach(), *gradients]
 
 
 class _Draws:

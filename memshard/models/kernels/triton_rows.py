@@ -32,7 +32,7 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
     if plain_rows.needed_for(values, weights, device_type):
         return plain_rows.gather_sum(values, rows, weights, offsets)
     lasts = offsets[1:]
-    return _bag_sums(
+    return bag_sums(
         values.contiguous(),
         rows.contiguous(),
         weights.contiguous(),
@@ -160,7 +160,7 @@ def adam_rows(update: AdamUpdate) -> None:
     return None
 
 
-def _bag_sums(
+def bag_sums(
     values: Tensor, rows: Tensor, weights: Tensor, firsts: Tensor, lasts: Tensor
 ) -> Tensor:
     """Return the sums of reads firsts[i] <= j < lasts[i], to the end where `lasts` is shorter."""
@@ -199,7 +199,7 @@ def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> T
         & (segment > 0)
         & (segment < len(starts))
     )
-    return _bag_sums(values, rows, weights, firsts, firsts + whole * _WINDOW)
+    return bag_sums(values, rows, weights, firsts, firsts + whole * _WINDOW)
 
 
 def _width(dim: int) -> int:

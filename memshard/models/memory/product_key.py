@@ -1,6 +1,6 @@
 """Product-key memory (Lample et al. 2019) and its gated form Memory+ (Berges et al. 2024)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memshard.models import compat
 from memshard.models.config import ModelConfig
+from memshard.models.kernels.backend import lookup_for
 from memshard.models.memory.check_input import check_dtype, check_padding, kind_of
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.kinds import (
@@ -19,6 +20,7 @@ from memshard.models.memory.kinds import (
     check_sizes,
     check_value_dim,
 )
+from memshard.models.memory.look_up import look_up
 from memshard.models.memory.product_topk import product_topk
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import ValueTable
@@ -222,16 +224,35 @@ class ProductKeyMemory(nn.Module):
         # Scores in half precision would tie by the dozen; they cost heads * keys * key_dim
         # multiplications a token.
         with compat.without_autocast(tokens.device.type):
-            first, second = self.sub_keys(self.query_norm(z, replay))
-            watch = self.key_use if self.training else None
+            rows, weights = self.sub_keys(
+                self.query_norm(z, replay), partial(self._search, replay=replay)
+            )
+        return rows.flatten(1), weights.flatten(1)
+
+    def _search(
+        self, queries: Tensor, sub_keys: Tensor, replay: Replay | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return rows and weights, [tokens, heads, topk] each.
+
+        queries: [tokens, heads, key_dim], fp32 at least; sub_keys: [heads, 2, keys, half].
+        """
+        keys, watch = sub_keys.shape[2], self.key_use if self.training else None
+        lookup = lookup_for(queries, sub_keys, self.topk)
+        # The gradient of balance goes to all scores, so these have to be there.
+        if lookup is not None and not (watch and watch.balance):
+            rows, weights = look_up(lookup, queries, sub_keys, self.topk, self.weighting, replay)
+            i1, i2 = slot_sub_keys(rows, keys) if watch else (rows, rows)
+        else:
+            first, second = half_scores(queries, sub_keys)
             if watch is not None:
                 first, second = watch.balanced(first, second)
             scores, i1, i2 = product_topk(first, second, self.topk, replay)
-            # The repetition in backward would count each read twice.
-            if watch is not None and not (replay and replay.repeating):
-                watch.count_reads(i1, i2)
             weights = weigh(scores, self.weighting)
-        return slot_rows(i1, i2, first.shape[-1]).flatten(1), weights.flatten(1)
+            rows = slot_rows(i1, i2, keys)
+        # The repetition in backward would count each read twice.
+        if watch is not None and not (replay and replay.repeating):
+            watch.count_reads(i1, i2)
+        return rows, weights
 
 
 def weigh(scores: Tensor, weighting: str) -> Tensor:
@@ -277,22 +298,27 @@ class SubKeys(nn.Module):
         heads, _, keys, half = self.weight.shape
         return f"heads={heads}, keys=2 x {keys}, half={half}"
 
-    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores of both halves, [tokens, heads, keys] each.
+    def forward(
+        self, queries: Tensor, search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return search(queries, weight), inside a call, on which hooks of others act."""
+        return search(queries, self.weight)
 
-        queries: [tokens, heads, key_dim], fp32 at least.
-        """
-        halves, keys = (
-            queries.unflatten(-1, (2, -1)).unbind(-2),
-            # In the queries' dtype, fp32 at least: see `lookup`.
-            self.weight.to(queries.dtype).unbind(1),
-        )
-        # Tokens t, heads h, sub-keys n, channels d of a half. One einsum over both halves would
-        # have to stack the gradients of their scores, [tokens, heads, 2, keys], in backward.
-        first, second = (
-            torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True)
-        )
-        return first, second
+
+def half_scores(queries: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores of both halves, [tokens, heads, keys] each.
+
+    queries: [tokens, heads, key_dim], fp32 at least; sub_keys: [heads, 2, keys, half].
+    """
+    halves, keys = (
+        queries.unflatten(-1, (2, -1)).unbind(-2),
+        # In the queries' dtype, fp32 at least: see `lookup`.
+        sub_keys.to(queries.dtype).unbind(1),
+    )
+    # Tokens t, heads h, sub-keys n, channels d of a half. One einsum over both halves would
+    # have to stack the gradients of their scores, [tokens, heads, 2, keys], in backward.
+    first, second = (torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True))
+    return first, second
 
 
 def slot_rows(i1: Tensor, i2: Tensor, keys: int) -> Tensor:
@@ -314,5 +340,11 @@ def slot_rows(i1: Tensor, i2: Tensor, keys: int) -> Tensor:
 
 def row_slots(rows: Tensor, keys: int) -> Tensor:
     """Return the slot number i1 * keys + i2 stored in each row; the inverse of `slot_rows`."""
+    i1, i2 = slot_sub_keys(rows, keys)
+    return i1 * keys + i2
+
+
+def slot_sub_keys(rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """Return the sub-keys i1 and i2 of the slot stored in each row."""
     i1, diagonal = rows % keys, rows // keys
-    return i1 * keys + (diagonal - i1) % keys
+    return i1, (diagonal - i1) % keys
