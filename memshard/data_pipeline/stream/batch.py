@@ -35,11 +35,16 @@ def make_batch(
     tokens are neither predicted nor predicted from.
     """
     count, length = tokens.shape[0], tokens.shape[1] - 1
+    targets = tokens[:, 1:].copy()
+    if masked.any():
+        targets[masked[:, 1:] | masked[:, :-1]] = IGNORE
+    positions = np.empty((count, length), dtype=np.int64)
+    positions[:] = np.arange(length)  # a third of the time of torch's repeat
     return Batch(
         # Copies, because inputs and targets of a single row would share memory.
         inputs=torch.from_numpy(tokens[:, :-1].copy()),
-        targets=torch.from_numpy(np.where(masked[:, 1:] | masked[:, :-1], IGNORE, tokens[:, 1:])),
+        targets=torch.from_numpy(targets),
         documents=torch.from_numpy(documents[:, :-1].copy()),
-        positions=torch.arange(length).repeat(count, 1),
+        positions=torch.from_numpy(positions),
         samples=torch.from_numpy(samples),
     )

@@ -13,9 +13,12 @@ from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.stream.batch import Batch
 from memshard.data_pipeline.stream.order.best_fit import BestFit
 from memshard.data_pipeline.stream.order.joined import Joined
+from memshard.data_pipeline.stream.parts import Parts, take_range
 from memshard.data_pipeline.stream.reader import TOLERANCE, SplitReader
 
 ORDERS: tuple[Order, ...] = get_args(Order)[1:]
+PLANNED_STEPS, PLANNED_ROWS = 16, 1024  # at most as many, planned at once
+MAX_PLANNED = 1 << 16  # rows that are remembered, of some 50 bytes
 
 
 class TrainStream:
@@ -65,6 +68,7 @@ class TrainStream:
                 f"{text_lanes * (length + 1):,} tokens): lower train.batch or data.length, or "
                 "build from more text"
             )
+        self._planned: dict[tuple[int, int, int], Parts | None] = {}
         self.fingerprint = hashlib.sha256(self.order.identity.encode()).hexdigest()
 
     def batch(self, first: int, count: int) -> Batch:
@@ -77,7 +81,7 @@ class TrainStream:
                 "count at least 1"
             )
         batches = [
-            self.order.batch(epoch, numbers, samples)
+            self.order.batch(epoch, self._plan(epoch, numbers), samples)
             for epoch, numbers, samples in self._by_epoch(first, count)
         ]
         if len(batches) == 1:
@@ -86,10 +90,15 @@ class TrainStream:
 
     def predicted(self, first: int, count: int) -> int:
         """Return how many tokens these samples predict, damaged ones included."""
-        return sum(
-            self.order.predicted(epoch, numbers)
-            for epoch, numbers, _ in self._by_epoch(first, count)
-        )
+        tokens = 0
+        for epoch, numbers, _ in self._by_epoch(first, count):
+            planned = self._planned.get((epoch, int(numbers[0]), len(numbers)))
+            tokens += (
+                self.order.predicted(epoch, numbers)
+                if planned is None
+                else int(planned.predicted.sum())
+            )
+        return tokens
 
     def continues(self, samples: Tensor) -> Tensor:
         """Tell which samples continue the one `text_lanes` before them, the last of their lane; the
@@ -105,13 +114,40 @@ class TrainStream:
         """Return the number of tokens read to predict them in a step, by all ranks."""
         return self.predicted(step * self.text_lanes, self.text_lanes)
 
+    def _plan(self, epoch: int, numbers: np.ndarray) -> Parts:
+        """Return the parts of neighbouring sequences of an epoch.
+
+        Where a caller reads the same rows of step after step, those of the next steps are planned
+        with them: numpy takes little longer for a thousand rows than for 64.
+        """
+        first, count = int(numbers[0]), len(numbers)
+        key = epoch, first, count
+        if (planned := self._planned.get(key)) is not None:
+            return planned
+        steps = 1
+        # None stands for what is expected next.
+        if key in self._planned and count <= self.text_lanes:
+            left = 1 + (self.samples_per_epoch - first - count) // self.text_lanes
+            steps = max(min(left, PLANNED_STEPS, PLANNED_ROWS // count), 1)
+        if len(self._planned) * max(count, 64) > MAX_PLANNED:
+            self._planned.clear()
+        firsts = first + self.text_lanes * np.arange(steps)
+        plan = self.order.plan(epoch, (firsts[:, None] + np.arange(count)).ravel())
+        if steps > 1:
+            for step, begin in enumerate(firsts.tolist()):
+                rows = take_range(plan, step * count, (step + 1) * count)
+                self._planned[epoch, begin, count] = rows
+        self._planned[epoch, first + steps * self.text_lanes, count] = None
+        return take_range(plan, 0, count)
+
     def _by_epoch(self, first: int, count: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Return (epoch, sequences of the epoch, samples) for each epoch with some of the samples,
         int64.
         """
-        samples = first + np.arange(count)
-        epochs, numbers = np.divmod(samples, self.samples_per_epoch)
-        return [
-            (epoch, numbers[epochs == epoch], samples[epochs == epoch])
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
+        parts = []
+        while count > 0:
+            epoch, number = divmod(first, self.samples_per_epoch)
+            size = min(count, self.samples_per_epoch - number)
+            parts.append((epoch, np.arange(number, number + size), np.arange(first, first + size)))
+            first, count = first + size, count - size
+        return parts

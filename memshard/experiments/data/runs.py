@@ -133,7 +133,7 @@ def cut_corpus(source: str, tokens: int) -> Path:
             for document in range(0, len(reader.lengths), stride):
                 size = int(reader.lengths[document])
                 numbers, nothing, sizes = (np.array([number]) for number in (document, 0, size))
-                writer.add(reader.read_parts(numbers, nothing, nothing, sizes, size)[0])
+                writer.add(reader.read_parts(numbers, nothing, sizes, sizes)[0])
             shard = writer.finish()
         names = [name for part in held_out.shards for name in (part.file, part.sidecar)]
         for name in (index.tokenizer, *names):

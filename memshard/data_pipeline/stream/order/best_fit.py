@@ -1,12 +1,11 @@
 """Whole documents packed into sequences: data.order best-fit (Ding et al. 2024)."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch, make_batch
 from memshard.data_pipeline.stream.order.packing import pack
 from memshard.data_pipeline.stream.order.permutation import BLOCK_TOKENS, WINDOW_TOKENS, permuted
+from memshard.data_pipeline.stream.parts import Parts, join, take
 from memshard.data_pipeline.stream.reader import SplitReader
 
 # Documents are packed together by blocks of neighbours, from all over the corpus: 32 blocks of 2^20
@@ -14,22 +13,6 @@ from memshard.data_pipeline.stream.reader import SplitReader
 # million documents take seconds. Two packs are shuffled together.
 PACK_BLOCKS = 32
 _PACKS = WINDOW_TOKENS // (PACK_BLOCKS * BLOCK_TOKENS)
-
-
-class Parts(NamedTuple):
-    """Parts of documents in rows; arrays int64 [parts] in the order of rows, but for the first two.
-
-    begins [rows + 1]: each row's first part. predicted [rows]: tokens that it predicts. documents:
-    their numbers. sources: first token in the document. columns: first place in the row. sizes:
-    tokens.
-    """
-
-    begins: np.ndarray
-    predicted: np.ndarray
-    documents: np.ndarray
-    sources: np.ndarray
-    columns: np.ndarray
-    sizes: np.ndarray
 
 
 class BestFit:
@@ -64,29 +47,27 @@ class BestFit:
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._plans: dict[tuple[int, int], Parts] = {}
 
-    def batch(self, epoch: int, numbers: np.ndarray, samples: np.ndarray) -> Batch:
-        """Return rows of an epoch, ascending numbers int64 [n], as a batch of `samples`."""
-        parts = _join([_take(*chosen) for chosen in self._rows_of(epoch, numbers)])
+    def plan(self, epoch: int, numbers: np.ndarray) -> Parts:
+        """Return the parts of rows of an epoch, ascending numbers int64 [n]."""
+        return join([take(*chosen) for chosen in self._rows_of(epoch, numbers)])
+
+    def batch(self, epoch: int, parts: Parts, samples: np.ndarray) -> Batch:
+        """Return rows of an epoch, as `plan` returns them, as a batch of `samples`."""
         width = self._length + 1
-        counts = np.diff(parts.begins)
-        rows = np.repeat(np.arange(len(numbers)), counts)
         tokens, masked = self._reader.read_parts(
-            parts.documents,
-            parts.sources,
-            rows * width + parts.columns,
-            parts.sizes,
-            len(numbers) * width,
+            parts.documents, parts.sources, parts.sizes, parts.spans
         )
-        tokens, masked = tokens.reshape(-1, width), masked.reshape(-1, width)
-        used = np.add.reduceat(parts.sizes, parts.begins[:-1])
-        masked |= np.arange(width) >= used[:, None]
-        # Padding goes on with the number of the document before it.
-        sizes = parts.sizes.copy()
-        sizes[parts.begins[1:] - 1] += width - used
-        documents = np.repeat(parts.documents, sizes).reshape(-1, width)
-        batch = make_batch(tokens, documents, masked, samples)
-        twice = _goes_on(parts)
-        batch.targets.numpy()[rows[twice], parts.columns[twice] - 1] = IGNORE
+        batch = make_batch(
+            tokens.reshape(-1, width),
+            # Padding goes on with the number of the document before it.
+            np.repeat(parts.documents, parts.spans).reshape(-1, width),
+            masked.reshape(-1, width),
+            samples,
+        )
+        goes_on = _goes_on(parts)
+        if goes_on.any():
+            rows, columns = np.divmod((np.cumsum(parts.spans) - parts.spans)[goes_on], width)
+            batch.targets.numpy()[rows, columns - 1] = IGNORE
         return batch
 
     def predicted(self, epoch: int, numbers: np.ndarray) -> int:
@@ -132,7 +113,7 @@ class BestFit:
         if (epoch, group) not in self._plans:
             while len(self._plans) > 1:
                 del self._plans[next(iter(self._plans))]
-            self._plans[epoch, group] = _join([self._pack_rows(int(pack)) for pack in packs])
+            self._plans[epoch, group] = join([self._pack_rows(int(pack)) for pack in packs])
         return self._plans[epoch, group]
 
     def _documents(self, pack: int) -> np.ndarray:
@@ -172,49 +153,32 @@ class BestFit:
         by_bin = np.argsort(bin_of, kind="stable")
         items, in_bins = items[by_bin], np.bincount(bin_of, minlength=bins)
         starts = np.cumsum(in_bins) - in_bins
-        columns = np.cumsum(rests[items]) - rests[items]
-        columns -= np.repeat(columns[starts], in_bins)
-
         longs = np.repeat(np.arange(len(documents)), whole)
         within = np.arange(len(longs)) - np.repeat(np.cumsum(whole) - whole, whole)
         begins = np.concatenate([np.arange(len(longs)), len(longs) + starts])
+        sizes = np.concatenate([np.full_like(longs, length + 1), rests[items]])
+        spans = sizes.copy()
+        if len(begins):
+            spans[np.append(begins[1:], len(sizes)) - 1] += (
+                length + 1 - np.add.reduceat(sizes, begins)
+            )
         parts = Parts(
-            begins=np.append(begins, len(longs) + len(items)),
+            begins=np.append(begins, len(sizes)),
             predicted=begins,
             documents=documents[np.concatenate([longs, items])],
             sources=length * np.concatenate([within, whole[items]]),
-            columns=np.concatenate([np.zeros_like(longs), columns]),
-            sizes=np.concatenate([np.full_like(longs, length + 1), rests[items]]),
+            sizes=sizes,
+            spans=spans,
         )
         # Without the first token of a row, and of what goes on in a document inside a row.
         predicted = np.add.reduceat(parts.sizes - _goes_on(parts), begins) - 1
         return parts._replace(predicted=predicted)
 
 
-def _take(parts: Parts, rows: np.ndarray) -> Parts:
-    """Return the parts of some rows."""
-    starts = parts.begins[rows]
-    counts = parts.begins[rows + 1] - starts
-    begins = np.concatenate([[0], np.cumsum(counts)])
-    chosen = np.arange(begins[-1]) + np.repeat(starts - begins[:-1], counts)
-    return Parts(begins, parts.predicted[rows], *(field[chosen] for field in parts[2:]))
-
-
-def _join(plans: list[Parts]) -> Parts:
-    """Return the rows of all plans, one after the other."""
-    if len(plans) == 1:
-        return plans[0]
-    offsets = np.cumsum([0] + [plan.begins[-1] for plan in plans])
-    begins = [plan.begins[:-1] + offset for plan, offset in zip(plans, offsets, strict=False)]
-    return Parts(
-        np.concatenate([*begins, offsets[-1:]]),
-        *(np.concatenate(fields) for fields in zip(*(plan[1:] for plan in plans), strict=True)),
-    )
-
-
 def _goes_on(parts: Parts) -> np.ndarray:
     """Return which parts go on in a document behind another part of their row: their first token is
     predicted in the row before theirs, bool [parts].
     """
-    goes_on: np.ndarray = (parts.sources > 0) & (parts.columns > 0)
+    goes_on: np.ndarray = parts.sources > 0
+    goes_on[parts.begins[:-1]] = False
     return goes_on

@@ -9,6 +9,7 @@ from memshard.data_pipeline.stream.order.permutation import (
     WINDOW_TOKENS,
     permuted,
 )
+from memshard.data_pipeline.stream.parts import Parts, cut
 from memshard.data_pipeline.stream.reader import SplitReader
 
 
@@ -45,13 +46,24 @@ class Joined:
         )
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def batch(self, epoch: int, numbers: np.ndarray, samples: np.ndarray) -> Batch:
-        """Return sequences of an epoch, ascending numbers int64 [n], as a batch of `samples`."""
+    def plan(self, epoch: int, numbers: np.ndarray) -> Parts:
+        """Return the parts of sequences of an epoch, ascending numbers int64 [n]."""
         if self._shuffled:
             numbers = self._permuted(epoch, numbers)
-        begins = numbers % self._lanes * self._lane_tokens + numbers // self._lanes * self._length
+        places, lanes = np.divmod(numbers, self._lanes)
+        begins = lanes * self._lane_tokens + places * self._length
+        return cut(self._order(epoch)[1], begins, self._length + 1)
+
+    def batch(self, epoch: int, parts: Parts, samples: np.ndarray) -> Batch:
+        """Return sequences of an epoch, as `plan` returns them, as a batch of `samples`."""
+        tokens, masked = self._reader.read_parts(
+            self._order(epoch)[0][parts.documents], parts.sources, parts.sizes, parts.spans
+        )
         return make_batch(
-            *self._reader.read(*self._order(epoch), begins, self._length + 1), samples
+            tokens.reshape(len(samples), -1),
+            np.repeat(parts.documents, parts.spans).reshape(len(samples), -1),
+            masked.reshape(len(samples), -1),
+            samples,
         )
 
     def predicted(self, epoch: int, numbers: np.ndarray) -> int:
