@@ -13,6 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Ranks are forked from a server: importing torch and the trainer would take each of them 3 s of
+# CPU time.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [__name__, "pytest", "memshard.parallel.apply", "memshard.trainer.loop"]
+)
+
 
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120
@@ -24,18 +31,18 @@ def run_distributed(
     With backend="nccl" rank r has GPU r. Raises AssertionError with the traceback of the rank that
     failed first, or after `timeout` seconds.
     """
-    context = multiprocessing.get_context("spawn")
     # Bytes, because multiprocessing's own pickling would let all ranks share the memory of one
     # tensor.
     call = pickle.dumps((fn, args))
+    environment = dict(os.environ)  # the server has that of its start
     readers, processes = [], []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             for rank in range(world_size):
-                reader, writer = context.Pipe(duplex=False)
-                process = context.Process(
+                reader, writer = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(
                     target=_run_rank,
-                    args=(call, rank, world_size, backend, f"{folder}/store", writer),
+                    args=(call, environment, rank, world_size, backend, f"{folder}/store", writer),
                 )
                 process.start()
                 writer.close()
@@ -52,8 +59,16 @@ def run_distributed(
 
 
 def _run_rank(
-    call: bytes, rank: int, world_size: int, backend: str, store: str, writer: Connection
+    call: bytes,
+    environment: dict[str, str],
+    rank: int,
+    world_size: int,
+    backend: str,
+    store: str,
+    writer: Connection,
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
     )
