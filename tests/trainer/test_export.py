@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,23 @@ def test_an_export_of_shards_gives_the_same_logits(
     assert exported.difference == 0 and exported.step == 2
     for memmap in (False, True):
         torch.testing.assert_close(_logits(tmp_path / "out", memmap), expected)
+
+
+def test_a_run_may_remove_a_checkpoint_while_it_is_exported(
+    run_and_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that trains on does, whose saves come sooner than a large export ends."""
+    run = Path(shutil.copytree(run_and_export / "run", tmp_path / "run"))
+    expected, open_model = _logits(run), export_module.open_model
+
+    def open_and_prune(source: Path) -> object:
+        stored = open_model(source)
+        shutil.rmtree(stored.folder)
+        return stored
+
+    monkeypatch.setattr(export_module, "open_model", open_and_prune)
+    assert export(run, tmp_path / "out").difference == 0
+    torch.testing.assert_close(_logits(tmp_path / "out"), expected)
 
 
 # Rounding flips buckets, too, and with them all that a token sees.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memshard.data_pipeline.format.index import load_index
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from memshard.data_pipeline.tokenizer import Tokenizer
 from memshard.models.memory.disk_table import map_tables
 from memshard.models.memory.table import externalize_tables, find_tables
 from memshard.models.recompute.checkpointing import Recompute
@@ -60,7 +60,13 @@ def load_model(
     memmap: leave the tables' values on disk and copy only the rows that are read to the device;
     tables are then not compared with their hashes. device: of the model.
     """
-    stored = open_model(path, check=not memmap)
+    return load_opened(open_model(path, check=not memmap), memmap, device)
+
+
+def load_opened(
+    stored: StoredModel, memmap: bool = False, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Load what `open_model` has opened, as `load_model`."""
     with torch.device("meta"):
         model = build_model(stored.recipe.model)
     model.configure(Recompute(chunk=stored.recipe.train.chunk))
@@ -80,7 +86,7 @@ def load_model(
             for first in range(0, table.slots, _BLOCK_ROWS):
                 rows = torch.arange(first, min(first + _BLOCK_ROWS, table.slots))
                 table.weight[rows[0] : rows[-1] + 1] = stored.tables[name](rows)
-    tokenizer = Tokenizer(stored.folder / TOKENIZER_FILE)
+    tokenizer = stored.tokenizer
     if tokenizer.vocab_size > (stored.recipe.model.vocab_size or 0):
         raise ValueError(
             f"{stored.folder} has a tokenizer of {tokenizer.vocab_size:,} tokens and a model of "
@@ -112,11 +118,11 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
         folders = [folder for folder in find_checkpoints(path) if folder not in damaged]
         try:
             return open_checkpoint(folders[0], check)
-        except DamagedCheckpoint as problem:
+        except (DamagedCheckpoint, FileNotFoundError) as problem:
             if not is_committed(folders[0]):
                 continue
             # An older checkpoint costs some steps; a damaged one would cost the evaluation.
-            if len(folders) == 1:
+            if len(folders) == 1 or not isinstance(problem, DamagedCheckpoint):
                 raise
             damaged.add(folders[0])
             log.warning(

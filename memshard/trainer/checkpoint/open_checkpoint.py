@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.io import is_absence, parse_json, read_small
 from memshard.models.memory.product_key import row_slots
 from memshard.models.memory.table import find_tables
@@ -37,7 +37,8 @@ SCALE = "scale"
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model whose tensors are read on demand; names are those of the model.
+    """A model whose tensors are read on demand; names are those of the model. All files are open,
+    so that a run may remove its checkpoint under whoever reads it.
 
     dense: functions that return a parameter or buffer. tables: functions that return rows of a
     table, [n, dim] in table_dtype, for row numbers [n] int64 as in training.
@@ -46,6 +47,7 @@ class StoredModel:
     folder: Path
     recipe: Recipe
     step: int
+    tokenizer: Tokenizer
     dense: dict[str, Callable[[], Tensor]]
     tables: dict[str, Callable[[Tensor], Tensor]]
     table_dtype: torch.dtype
@@ -82,6 +84,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
         folder=folder,
         recipe=recipe,
         step=step,
+        tokenizer=Tokenizer(folder / TOKENIZER_FILE),
         dense={name: tensor.whole for name, tensor in stored.items()},
         tables={name: tensor.rows for name, tensor in tables.items()},
         # All tables of a model have one dtype.
@@ -128,6 +131,7 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
             folder=folder,
             recipe=recipe,
             step=about["step"],
+            tokenizer=Tokenizer(folder / TOKENIZER_FILE),
             dense={name: tensor.clone for name, tensor in tensors.items()},
             tables={name: partial(_read_slots, *pair, keys) for name, pair in tables.items()},
             table_dtype=next(

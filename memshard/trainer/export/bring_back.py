@@ -49,7 +49,7 @@ def bring_back(source: Path, out: Path) -> int:
     }
     files = {
         CONFIG_FILE: dump(recipe).encode(),
-        TOKENIZER_FILE: (loaded.path / TOKENIZER_FILE).read_bytes(),
+        TOKENIZER_FILE: loaded.tokenizer.proto,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, tensors, state, files)

@@ -1,7 +1,6 @@
 """Export a sharded checkpoint as one safetensors file, without loading the whole model."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,19 @@ import torch
 from torch import Tensor
 
 from memshard.data_pipeline.format.index import sha256_file
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.io import whole_folder
 from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
 from memshard.models.memory.table import find_tables
 from memshard.models.random import fold
 from memshard.models.seq2seq import build_model
-from memshard.trainer.checkpoint.load_model import LoadedModel, load_model, open_model
+from memshard.trainer.checkpoint.load_model import (
+    LoadedModel,
+    load_model,
+    load_opened,
+    open_model,
+)
 from memshard.trainer.checkpoint.open_checkpoint import (
     CONFIG_JSON,
     PREFIX,
@@ -84,14 +88,13 @@ def export(
     with whole_folder(out) as temporary:
         digest = write_safetensors(temporary / WEIGHTS, list(_entries(stored, dtype, tables)))
         (temporary / CONFIG_FILE).write_text(dump(_published(stored.recipe)), encoding="utf-8")
-        shutil.copy2(stored.folder / TOKENIZER_FILE, temporary / TOKENIZER_FILE)
+        (temporary / TOKENIZER_FILE).write_bytes(stored.tokenizer.proto)
         config = _config(stored, dtype, tables, digest)
         config["memshard"]["files"] = {
             name: sha256_file(temporary / name) for name in (CONFIG_FILE, TOKENIZER_FILE)
         }
         if huggingface:
-            eos = Tokenizer(temporary / TOKENIZER_FILE).eos_id
-            config |= write_code(temporary, stored.recipe.model, eos)
+            config |= write_code(temporary, stored.recipe.model, stored.tokenizer.eos_id)
         (temporary / CONFIG_JSON).write_text(json.dumps(config, indent=2), encoding="utf-8")
         difference = _compare(stored, temporary, dtype, tables)
     return Exported(out, stored.step, (out / WEIGHTS).stat().st_size, difference)
@@ -188,7 +191,7 @@ def _compare(stored: StoredModel, folder: Path, dtype: str, tables: str) -> floa
     """Return the largest difference of a logit between source and export. ValueError if it is not
     what rounding the source's weights alone causes.
     """
-    source, exported = load_model(stored.folder, memmap=True), load_model(folder, memmap=True)
+    source, exported = load_opened(stored, memmap=True), load_model(folder, memmap=True)
     length = min(64, stored.recipe.model.max_length or 64)
     tokens = torch.randint(
         stored.recipe.model.vocab_size or 1,
