@@ -35,6 +35,13 @@ def purple_share(pixels: np.ndarray) -> float:
     return float((np.abs(pixels - np.array([0.267, 0.005, 0.329])).max(-1) < 0.02).mean())
 
 
+@pytest.mark.parametrize("name", ["a$\\frac{$b", "${{$", "\udcff"])
+def test_a_name_that_is_no_formula_and_no_unicode_is_drawn(name: str, tmp_path: Path) -> None:
+    file = write_metrics(tmp_path / "a.jsonl")
+    loss_curve({name: file}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_loss_curves_of_several_runs(tmp_path: Path) -> None:
     file = write_metrics(tmp_path / "a.jsonl")
     loss_curve({"with": file, "without": str(file)}, tmp_path / "loss.png")

@@ -31,6 +31,8 @@ def loss_curve(metrics_files: Mapping[str, str | Path], out_png: str | Path) -> 
     clean(axes)
     for number, (label, (train, held_out)) in enumerate(curves.items()):
         color = COLORS[number % len(COLORS)]
+        # Names of folders are neither formulas nor always Unicode.
+        label = label.replace("$", r"\$").encode(errors="backslashreplace").decode()
         prefix = f"{label}, " if label else ""
         if len(train):
             alpha = 0.45 if len(held_out) else 1
