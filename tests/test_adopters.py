@@ -334,6 +334,22 @@ def test_torch_checkpoints_hold_both_optimizers(tmp_path: Path) -> None:
         (partial(memshard.externalize_tables, []), "a model is a torch.nn.Module, not list"),
         (partial(memshard.load_model, 3), "a model is loaded from a path, not from int"),
         (partial(memshard.load_memory, None), "a memory is loaded from a path"),
+        (partial(memshard.slot_usage, None, []), "a model is a torch.nn.Module, not NoneType"),
+        (
+            partial(memshard.slot_usage, nn.Linear(2, 2), torch.ones(2)),
+            r"several batches.*\[batch\]",
+        ),
+        (partial(memshard.slot_usage, nn.Linear(2, 2), {"x": torch.ones(2)}), "several batches"),
+        (partial(memshard.slot_usage, nn.Linear(2, 2), None), "several batches.*not NoneType"),
+        (partial(memshard.full_state_dict, None, None), "a model is a torch.nn.Module"),
+        (
+            partial(memshard.full_state_dict, nn.Linear(2, 2), None),
+            "an optimizer is one of torch's",
+        ),
+        (
+            partial(memshard.load_full_state_dict, nn.Linear(2, 2), None, {}, {}),
+            "an optimizer is one of torch's",
+        ),
     ],
 )
 def test_what_a_function_does_not_take_is_named(call: Callable[[], Any], message: str) -> None:

@@ -133,7 +133,14 @@ def _all_to_all(
 ) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
     begun = time.perf_counter()
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    try:
+        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    except RuntimeError as error:
+        error.add_note(
+            "All processes that split a table read it at the same time, in evaluation as well: if "
+            "none has ended, one may have called the model alone."
+        )
+        raise
     if traffic is not None:
         traffic.seconds += time.perf_counter() - begun
         # What a rank sends to itself is a copy in its memory.

@@ -89,6 +89,18 @@ def test_threads_that_train_one_model_lose_no_read() -> None:
     assert len(memory.values.reads) == 200
 
 
+def test_a_model_that_is_cast_between_passes_is_refused_at_the_step() -> None:
+    """The gradient is cast with it, as a parameter's is."""
+    memory = ProductKeyMemory(8, **_SIZES)
+    optimizer = RowAdam(externalize_tables(memory))
+    memory(torch.randn(4, 8)).sum().backward()
+    memory.double()
+    memory(torch.randn(4, 8).double()).sum().backward()
+    assert len(memory.values.reads) == 2
+    with pytest.raises(RuntimeError, match="move and cast the model first"):
+        optimizer.step()
+
+
 def test_values_that_are_given_with_a_gradient_are_refused() -> None:
     """A hidden table's gradient goes to its RowAdam: what is given in its place would get none."""
     memory = ProductKeyMemory(8, **_SIZES)

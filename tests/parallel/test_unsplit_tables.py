@@ -2,6 +2,9 @@
 silence.
 """
 
+import io
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,6 +78,23 @@ def _split_twice(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="split already"):
         shard_tables(model)
     assert externalize_tables(model) == tables
+
+
+def _alone(rank: int, world: int) -> None:
+    model = _model()
+    tables = shard_tables(model, dist.new_group(timeout=timedelta(seconds=1)))
+    with pytest.raises(TypeError, match=r"pickled whole.*save full_state_dict"):
+        torch.save(model, io.BytesIO())
+    if rank == 0:
+        with pytest.raises(RuntimeError) as raised, torch.no_grad():
+            tables[0].weighted_sum(torch.tensor([[0, 1]]), torch.ones(1, 2))
+        assert "in evaluation as well" in raised.value.__notes__[0]
+    dist.barrier()
+
+
+def test_what_split_tables_cannot_do_is_explained() -> None:
+    """Be pickled whole, and be read by one process alone, as in evaluation on the first."""
+    run_distributed(_alone, 2)
 
 
 def test_tables_are_split_once() -> None:

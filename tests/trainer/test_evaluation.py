@@ -189,6 +189,14 @@ def test_reads_of_a_single_slot_and_none_at_all() -> None:
     assert memshard.slot_usage(memory, [])["values"] == UsageReport(0, 0, 0, 0, 0, 0, 0, 0)
 
 
+def test_usage_leaves_each_part_in_its_mode() -> None:
+    """Also a part that was in evaluation mode within a training model."""
+    model = nn.Sequential(ProductKeyMemory(4, keys=2, heads=1, topk=1, key_dim=2), nn.Dropout())
+    model[0].eval()
+    memshard.slot_usage(model, [torch.zeros(5, 4)])
+    assert [part.training for part in (model, *model)] == [True, False, True]
+
+
 def _evaluate_on_ranks(rank: int, world: int, run: Path) -> dict[str, Any]:
     loaded = load_model(run, memmap=True)
     task = LanguageModelTask(torch.device("cpu"), document_mask=False, seed=0)

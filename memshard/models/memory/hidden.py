@@ -294,7 +294,9 @@ class HideableTable(nn.Module):
             self.anchor = self._new_anchor().requires_grad_(self.anchor.requires_grad)
         else:
             # An optimizer may know the table by its anchor, so that stays the same object.
+            gradient, self.anchor.grad = self.anchor.grad, None
             self.anchor.data = self._new_anchor()
+            self.anchor.grad = None if gradient is None else gradient.to(self.anchor)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -23,7 +23,9 @@ def full_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[State, Stat
 
     They are returned on the first rank of the tables' group, None on the others; all ranks must
     call it. model: not wrapped (`ddp.module`); optimizer: one that contains the tables' RowAdam.
+    TypeError for what is no model or optimizer, ValueError for an optimizer of other tables.
     """
+    _numbers(model, optimizer)  # before what is none of them fails in Python's words
     model_state, optimizer_state = model.state_dict(), _copy(optimizer.state_dict())
     first = True
     for table, holder, key in _parts(model, optimizer, model_state, optimizer_state):
@@ -38,7 +40,7 @@ def load_full_state_dict(
 ) -> None:
     """Load what `full_state_dict` or one process has saved; every rank takes its shards.
 
-    ValueError for an optimizer of other tables.
+    TypeError for what is no model or optimizer, ValueError for an optimizer of other tables.
     """
     _numbers(model, optimizer)  # refuses an optimizer of other tables
     model.load_state_dict(model_state)
@@ -73,10 +75,17 @@ def _parts(
 
 def _numbers(model: nn.Module, optimizer: Optimizer) -> dict[ShardedTable, int]:
     """Return each split table's number in the optimizer's state. ValueError if it has none."""
+    names = dict(find_tables(model))
+    # Not by its class: trainers wrap optimizers.
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"an optimizer is one of torch's, such as CombinedOptimizer, not "
+            f"{type(optimizer).__name__}"
+        )
     shown = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(shown)}
     tables = {}
-    for name, table in find_tables(model):
+    for name, table in names.items():
         if isinstance(table, ShardedTable):
             if id(table.anchor) not in numbers:
                 raise ValueError(

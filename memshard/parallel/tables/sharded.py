@@ -130,6 +130,13 @@ class ShardedTable(ValueTable):
             self.duplicates = rows.numel() / len(torch.unique(rows))
         self._calls += 1
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a model whose tables are split cannot be pickled whole, as torch.save(model) does: "
+            "save full_state_dict(model, optimizer), called on all processes, or use "
+            "torch.distributed.checkpoint"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedTable":
         # A process group cannot be copied; the copy works with the same ranks.
         memo[id(self.group)] = self.group

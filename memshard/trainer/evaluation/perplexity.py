@@ -14,7 +14,7 @@ from memshard.models.memory.slot_usage import UsageCounter, UsageReport
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import all_sum
 from memshard.trainer.carried_states import Carried
-from memshard.trainer.evaluation.slot_usage import observed_usage, usage_reports
+from memshard.trainer.evaluation.slot_usage import in_evaluation, observed_usage, usage_reports
 from memshard.trainer.outage import NO_DATA, NoData, check_away, counted
 from memshard.trainer.precision import autocast
 from memshard.trainer.tasks.build import Task
@@ -91,35 +91,28 @@ def evaluate(
     share, and each computes its loss. carry: read the windows as one text, each with the states
     that the previous one left; rows and ranks are then 1, see `check_states`.
     """
-    training = model.training
-    model.eval()
     assert not carry or (rows == ranks == 1 and not held_out.overlap)
     carried = Carried(model, 1, lambda samples: samples > 0) if carry else None
-    try:
-        positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
-        with observed_usage(model) as counters:
-            # Every rank makes as many passes, the last ones perhaps on padding, because reads of
-            # a sharded table need all ranks.
-            for first in range(0, held_out.windows, rows * ranks):
-                batch = _read(held_out, first + rank * rows, rows, task.device)
-                counts = task.counted(batch)
-                # With a stride the first tokens of a window are only context: the window before
-                # counted them.
-                counts[batch.samples > 0, : held_out.overlap] = False
-                with autocast(dtype, task.device):
-                    losses = task.each_loss(model, batch, carried=carried, wanted=counts)
-                if carried is not None:
-                    carried.commit()
-                counts = counts.to(task.device)
-                # fp64: added to a sum of a million losses, fp32 keeps one digit of the next.
-                sums = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
-                positions = (
-                    torch.cat((positions, sums))
-                    if carry or not len(positions)
-                    else positions + sums
-                )
-    finally:
-        model.train(training)
+    positions = torch.zeros(0, 2, dtype=torch.float64, device=task.device)
+    with in_evaluation(model), observed_usage(model) as counters:
+        # Every rank makes as many passes, the last ones perhaps on padding, because reads of
+        # a sharded table need all ranks.
+        for first in range(0, held_out.windows, rows * ranks):
+            batch = _read(held_out, first + rank * rows, rows, task.device)
+            counts = task.counted(batch)
+            # With a stride the first tokens of a window are only context: the window before
+            # counted them.
+            counts[batch.samples > 0, : held_out.overlap] = False
+            with autocast(dtype, task.device):
+                losses = task.each_loss(model, batch, carried=carried, wanted=counts)
+            if carried is not None:
+                carried.commit()
+            counts = counts.to(task.device)
+            # fp64: added to a sum of a million losses, fp32 keeps one digit of the next.
+            sums = torch.stack((losses.double().sum(0), counts.sum(0)), 1)
+            positions = (
+                torch.cat((positions, sums)) if carry or not len(positions) else positions + sums
+            )
     # Tensor-parallel ranks have summed the same losses: divide by how many they are.
     same = dist.get_world_size() // ranks if dist.is_initialized() else 1
     positions = all_sum(positions).cpu() / same

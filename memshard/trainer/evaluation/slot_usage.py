@@ -5,12 +5,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from memshard.models.memory.check_input import kind_of
 from memshard.models.memory.slot_usage import UsageCounter, UsageReport
 from memshard.models.memory.table import find_tables
 from memshard.parallel.collectives import all_rows, all_sum
 from memshard.parallel.tables.sharded import ShardedTable
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards each part has the mode that it had."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Not model.train(): some parts may have been in evaluation mode within a training model.
+        for part, training in modes:
+            part.training = training
 
 
 @contextmanager
@@ -51,14 +65,20 @@ def slot_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, UsageRepor
     """Return how the slots of every value table are read over some batches, by the table's name.
     The model runs without gradients and in evaluation mode.
 
-    batches: arguments of the model, tensors or mappings of keyword arguments.
+    batches: arguments of the model, tensors or mappings of keyword arguments. TypeError for what is
+    no model, or a single batch.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), observed_usage(model) as counters:
+    with observed_usage(model) as counters:
+        if (
+            isinstance(batches, Tensor)
+            or hasattr(batches, "keys")
+            or not hasattr(batches, "__iter__")
+        ):
+            raise TypeError(
+                f"slot_usage takes several batches, such as [batch] or a DataLoader, not "
+                f"{kind_of(batches)}"
+            )
+        with torch.no_grad(), in_evaluation(model):
             for batch in batches:
                 model(**batch) if hasattr(batch, "keys") else model(batch)
-    finally:
-        model.train(training)
     return usage_reports(counters)
