@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.memory.table import externalize_tables
+from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.trainer.optim.rows.adam import RowAdam
 
 _SIZES: dict[str, Any] = {"keys": 4, "heads": 1, "topk": 2, "key_dim": 4}
@@ -153,3 +153,20 @@ def test_a_shared_table_that_was_frozen_with_a_layer_stays_frozen(frozen: int) -
     sum(layer(torch.ones(3, 8)) for layer in layers).sum().backward()  # type: ignore[union-attr]
     optimizer.step()
     torch.testing.assert_close(table.weight, before, rtol=0, atol=0)
+
+
+def test_a_compiled_step_updates_as_a_plain_one() -> None:
+    """torch.compile(optimizer.step), or of a whole training step."""
+    values = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        table = ValueTable(6, 4)
+        table.hide()
+        optimizer = RowAdam([table], lr=0.1, semantics="row-step")
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for reads in (2, 3, 4):
+            rows = torch.arange(reads)[None]
+            table.weighted_sum(rows, torch.ones(1, reads)).square().sum().backward()
+            step()
+        values.append(table.weight)
+    assert torch.equal(*values)

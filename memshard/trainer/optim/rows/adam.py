@@ -236,6 +236,7 @@ class RowAdam(Optimizer):
             # Only what differs: the copy knows more digits of the others.
             copy.copy_(torch.where(copy.to(now.dtype) == now, copy, now.to(copy.dtype)))
 
+    @torch.compiler.disable
     def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
         """Take one step on a table; return the number of reads and of updated rows."""
         # Without reads a rank still takes part in the sum over replicas, which may have some.
