@@ -114,6 +114,10 @@ def test_an_input_of_another_dtype_is_explained() -> None:
         ({"value_dim": 4}, "turn on gate"),
         ({"query_norm": "bath"}, "query_norm.*bath.*batch"),
         ({"topk": 0}, "topk is 0"),
+        (
+            {"score_precision": "bf16"},
+            "score_precision is .bf16.; expected one of fp32, tf32, bf16x3",
+        ),
     ],
 )
 def test_wrong_sizes_are_explained(changes: dict[str, Any], message: str) -> None:

@@ -209,6 +209,24 @@ def test_a_repeated_pass_searches_once(searches: list[int]) -> None:
 
 
 @in_its_process
+@pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
+def test_scores_on_tensor_cores(precision: str) -> None:
+    """Rounding leaves small whole numbers as they are; for others three bf16 products make up."""
+    generator = torch.Generator().manual_seed(0)
+    queries, sub_keys = (
+        torch.randn(shape, generator=generator).to(DEVICE) for shape in ((5, 1, 6), (1, 2, 9, 3))
+    )
+    if precision == "tf32":
+        queries, sub_keys = queries.round(), sub_keys.round()
+    lookup = lookup_for(queries, sub_keys, 4, precision)
+    assert lookup is not None
+    rows, weights = look_up_module.look_up(lookup, queries, sub_keys, 4, "softmax", precision)
+    right, expected = _by_plain_torch(queries, sub_keys, 4, "softmax")
+    assert torch.equal(rows, right)
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
+
+
+@in_its_process
 # The interpreter computes with numpy, which says so.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 def test_scores_that_are_not_numbers_stay_inside_the_table() -> None:
@@ -257,9 +275,9 @@ def test_the_search_proves_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         def gradients(self, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
             return gradients(*arguments)
 
-    assert not lookup_agrees(Wrong(), DEVICE)  # type: ignore[arg-type]
+    assert not lookup_agrees(Wrong(), DEVICE, "fp32")  # type: ignore[arg-type]
     monkeypatch.setenv(SWITCH, "plain")
-    assert _lookup.__wrapped__(DEVICE) is None
+    assert _lookup.__wrapped__(DEVICE, "fp32") is None
 
 
 def test_a_cpu_scores_all_sub_keys() -> None:
@@ -293,7 +311,8 @@ def test_on_a_gpu() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "capability", ["80", *(pytest.param(c, marks=pytest.mark.slow) for c in ("70", "90", "100"))]
+    "capability",
+    ["80", *(pytest.param(c, marks=pytest.mark.slow) for c in ("70", "75", "90", "100"))],
 )
 def test_kernels_of_the_search_compile_without_spilling(capability: str, tmp_path: Path) -> None:
     """At the size of a memory of a million slots; registers leave room for 12 warps or more."""

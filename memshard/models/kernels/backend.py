@@ -50,7 +50,9 @@ class Lookup(Protocol):
     """A search from queries to rows and weights; triton_lookup.py documents it."""
 
     def serves(self, queries: Tensor, sub_keys: Tensor, k: int) -> bool: ...
-    def look_up(self, queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> Tensor: ...
+    def look_up(
+        self, queries: Tensor, sub_keys: Tensor, k: int, weighting: str, precision: str = ...
+    ) -> Tensor: ...
     def gradients(
         self,
         queries: Tensor,
@@ -105,30 +107,31 @@ def _cpu_search() -> ProductSearch:
     return search if search_agrees(search) else product_search
 
 
-def lookup_for(queries: Tensor, sub_keys: Tensor, k: int) -> Lookup | None:
+def lookup_for(queries: Tensor, sub_keys: Tensor, k: int, precision: str = "fp32") -> Lookup | None:
     """Return the search without stored scores that serves these, or None where plain torch has to
     score all sub-keys and `search_for` says what searches.
     """
     # A traced graph cannot enter Triton either.
     if is_traced(queries) or not _takes_triton(queries.device):
         return None
-    kernels = _lookup(queries.device)
+    kernels = _lookup(queries.device, precision)
     return kernels if kernels is not None and kernels.serves(queries, sub_keys, k) else None
 
 
 @cache
-def _lookup(device: torch.device) -> Lookup | None:
+def _lookup(device: torch.device, precision: str) -> Lookup | None:
     """Compile and test the search at a device's first call."""
     if switch(SWITCH, "plain"):
         return None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LOOKUP_FROM:
+    least = _LOOKUP_FROM if precision == "fp32" else _TRITON_FROM
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
         return None
     try:
         from memshard.models.kernels import triton_lookup
     except ImportError:
         return None
     with outside_modes():
-        return triton_lookup if lookup_agrees(triton_lookup, device) else None
+        return triton_lookup if lookup_agrees(triton_lookup, device, precision) else None
 
 
 def _takes_triton(device: torch.device) -> bool:

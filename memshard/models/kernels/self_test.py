@@ -53,20 +53,20 @@ def search_agrees(search: CpuSearch) -> bool:
 
 
 @torch.no_grad()
-def lookup_agrees(lookup: "Lookup", device: torch.device) -> bool:
+def lookup_agrees(lookup: "Lookup", device: torch.device, precision: str) -> bool:
     """Return whether a search without stored scores finds the rows, weights and gradients that
-    plain torch does, of scores with and without ties.
+    plain torch does, of scores with ties, and in fp32 without: rounded ones choose other rows.
     """
     draw, k = _Draws(device), 5
     # More sub-keys than a tile, in widths that fill none.
-    for tied in (True, False):
+    for tied in (True, False) if precision == "fp32" else (True,):
         queries, sub_keys = draw.normal(5, 2, 2 * 37), draw.normal(2, 2, 66, 37)
         if tied:
-            # Whole numbers: their products are exact in any order, and many are equal.
+            # Small whole numbers: sums are exact in any precision and order, and many are equal.
             queries, sub_keys = (x.clamp(-1, 1).round() for x in (queries, sub_keys))
         upstream = draw.normal(5, 2, k)
         try:
-            rows, bits = lookup.look_up(queries, sub_keys, k, "softmax")
+            rows, bits = lookup.look_up(queries, sub_keys, k, "softmax", precision)
             weights = bits.view(torch.float32)
             ours = lookup.gradients(queries, sub_keys, rows, weights, upstream, "softmax")
         # As in `row_backend_fault`.

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from memshard.models.compat import is_traced
@@ -17,7 +18,9 @@ from memshard.models.kernels.plain_topk import candidate_pairs
 MOST_READS = 64
 """The largest k: its 280 pairs fill the registers of a program."""
 _TOKENS, _KEYS, _WIDTH = 32, 64, 32
-"""Size of a tile: queries, sub-keys, and numbers of each that are multiplied at a time."""
+"""Size of a tile: queries, sub-keys, and numbers of each that are multiplied at a time. For tensor
+cores twice as many queries: with fewer, a query's scores lie in more threads and some spill.
+"""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,13 +40,16 @@ def serves(queries: Tensor, sub_keys: Tensor, k: int) -> bool:
     )
 
 
-def look_up(queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> Tensor:
+def look_up(
+    queries: Tensor, sub_keys: Tensor, k: int, weighting: str, precision: str = "fp32"
+) -> Tensor:
     """Return rows and weights of the k best slots of each query: [2, tokens, heads, k] int32, the
     second half of which is the bits of fp32.
 
-    queries: [tokens, heads, 2 * half]; sub_keys: [heads, 2, keys, half]; fp32, fp16 or bf16, scored
-    in fp32. Rows are in the order of `slot_rows`; best first, ties in the order that `product_topk`
-    documents.
+    queries: [tokens, heads, 2 * half]; sub_keys: [heads, 2, keys, half]; fp32, fp16 or bf16.
+    Rows are in the order of `slot_rows`; best first, ties in the order that `product_topk`
+    documents. precision: of the products that scores are sums of: fp32, or on tensor cores tf32 or
+    bf16x3; sums are fp32.
     """
     queries, sub_keys = queries.contiguous(), sub_keys.contiguous()
     tokens, (heads, _, keys, half) = len(queries), sub_keys.shape
@@ -52,9 +58,10 @@ def look_up(queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> Tensor
         return found
     best = queries.new_empty(tokens, heads, 2, k, dtype=torch.int64)
     width, ranks = _power(k), _ranks(k, queries.device)
+    size = 1 if precision == "fp32" else 2
     pairs = ranks.shape[1]
     with torch.cuda.device_of(queries):
-        triton_search.best_sub_keys[(triton.cdiv(tokens, _TOKENS), 2 * heads)](
+        triton_search.best_sub_keys[(triton.cdiv(tokens, _TOKENS * size), 2 * heads)](
             queries,
             sub_keys,
             best,
@@ -63,12 +70,15 @@ def look_up(queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> Tensor
             keys,
             half,
             k,
-            PRECISION="fp32",
-            TOKENS=_TOKENS,
+            PRECISION=precision,
+            # The interpreter would multiply the bits of bf16 as whole numbers.
+            PARTS=tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
+            TOKENS=_TOKENS * size,
             KEYS=max(_KEYS, width),
-            WIDTH=_WIDTH,
+            # Parts of both take twice the registers.
+            WIDTH=_WIDTH // 2 if precision == "bf16x3" else _WIDTH,
             K=width,
-            num_warps=4,
+            num_warps=4 * size,
         )
         bags = 8 if pairs <= 128 else 2
         triton_search.best_pairs[(triton.cdiv(tokens * heads, bags),)](

@@ -38,12 +38,20 @@ def index_of(pack):
 
 
 @triton.jit
-def add_products(sums, x, y, PRECISION: tl.constexpr):
-    """Return sums + x @ y, of fp32 [M, D] and [D, N]."""
+def bf16_parts(x, PARTS: tl.constexpr):
+    """Return two bf16 numbers of which x is the sum, to 16 bits of mantissa, as PARTS."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return high.to(PARTS), low.to(PARTS)
+
+
+@triton.jit
+def add_products(sums, x, y, PRECISION: tl.constexpr, PARTS: tl.constexpr):
+    """Return sums + x @ y, of fp32 [M, D] and [D, N]. PARTS: bf16, or fp32 in the interpreter."""
     if PRECISION == "bf16x3":
-        # x = x1 + x2 to 16 bits of mantissa; the product of both rests is below that.
-        x1, y1 = x.to(tl.bfloat16), y.to(tl.bfloat16)
-        x2, y2 = (x - x1.to(tl.float32)).to(tl.bfloat16), (y - y1.to(tl.float32)).to(tl.bfloat16)
+        x1, x2 = bf16_parts(x, PARTS)
+        y1, y2 = bf16_parts(y, PARTS)
+        # The product of both rests is below the 16 bits.
         return tl.dot(x1, y1, tl.dot(x1, y2, tl.dot(x2, y1, sums)))
     elif PRECISION == "tf32":
         return tl.dot(x, y, sums, input_precision="tf32")
@@ -62,6 +70,7 @@ def best_sub_keys(
     half,
     k,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -93,7 +102,7 @@ def best_sub_keys(
                 mask=(key < keys)[None, :] & (columns < half)[:, None],
                 other=0.0,
             ).to(tl.float32)
-            scores = add_products(scores, x, y, PRECISION)
+            scores = add_products(scores, x, y, PRECISION, PARTS)
         index = tl.broadcast_to(key[None, :], (TOKENS, KEYS))
         tile = largest(tl.where(index < keys, packed(scores, index), -(1 << 63)), K)
         kept = larger(kept, tile)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 QueryNormKind = Literal["batch", "layer", "layer-half", "rms", "lagged", "none"]
 WeightingKind = Literal["softmax", "sigmoid", "relu"]
+ScorePrecision = Literal["fp32", "tf32", "bf16x3"]
 # fp32 arrays of [heads, key_dim] that a query's way from projection to scores keeps for backward.
 _QUERY_COPIES = {"batch": 2, "layer": 3, "layer-half": 3, "rms": 3, "lagged": 2, "none": 1}
 _MOST_KEYS = 1_000_000
@@ -80,7 +81,13 @@ def check_sizes(prefix: str = "", **sizes: object) -> None:
 
 
 def check_product_keys(
-    keys: int, heads: int, topk: int, key_dim: int, weighting: str, prefix: str = ""
+    keys: int,
+    heads: int,
+    topk: int,
+    key_dim: int,
+    weighting: str,
+    score_precision: str = "fp32",
+    prefix: str = "",
 ) -> None:
     """Raise ValueError on sizes that do not fit. prefix: before the names, for the message."""
     check_sizes(prefix, keys=keys, heads=heads, topk=topk, key_dim=key_dim)
@@ -99,11 +106,12 @@ def check_product_keys(
         raise ValueError(
             f"{prefix}key_dim is {key_dim}; it is split into two halves and must be even"
         )
-    if weighting not in get_args(WeightingKind):
-        raise ValueError(
-            f"{prefix}weighting is {weighting!r}; expected one of "
-            f"{', '.join(get_args(WeightingKind))}"
-        )
+    for name, value, kinds in (
+        ("weighting", weighting, get_args(WeightingKind)),
+        ("score_precision", score_precision, get_args(ScorePrecision)),
+    ):
+        if value not in kinds:
+            raise ValueError(f"{prefix}{name} is {value!r}; expected one of {', '.join(kinds)}")
 
 
 def check_value_dim(value_dim: int | None, dim: int, gate: bool, prefix: str = "") -> None:
@@ -135,7 +143,8 @@ def _check_experts(settings: "MemoryConfig", dim: int) -> None:
 
 def _check_search(settings: "MemoryConfig") -> None:
     sizes = settings.keys, settings.heads, settings.topk, settings.key_dim
-    check_product_keys(*sizes, settings.weighting, "model.memory.")
+    kinds = settings.weighting, settings.score_precision
+    check_product_keys(*sizes, *kinds, "model.memory.")
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,11 @@ class MemoryConfig:
     weighting: WeightingKind = "softmax"
     """How the scores of the slots that a head reads become weights: softmax over them, or each
     score separately: sigmoid(score) / topk or relu(score) / topk.
+    """
+
+    score_precision: ScorePrecision = "fp32"
+    """Arithmetic of scores where a GPU's kernels search: fp32, or on tensor cores tf32 or bf16x3
+    (three bf16 products). On CPUs and in plain torch scores are fp32 whatever this says.
     """
 
     gate: bool = False

@@ -16,15 +16,17 @@ def look_up(
     sub_keys: Tensor,
     k: int,
     weighting: str,
+    precision: str = "fp32",
     replay: Replay | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return rows int64 and weights fp32 of the k best slots of each query, [tokens, heads, k].
 
     They are those of `half_scores`, `product_topk`, `weigh` and `slot_rows`; gradients flow to
     queries [tokens, heads, key_dim] and sub_keys [heads, 2, keys, half]. A repeated pass searches
-    only once.
+    only once. precision: of the scores.
     """
-    search = partial(_search, lookup, queries.detach(), sub_keys.detach(), k, weighting)
+    inputs = queries.detach(), sub_keys.detach()
+    search = partial(_search, lookup, *inputs, k, weighting, precision)
     rows, bits = run_once(replay, search)
     weights: Tensor = _Weights.apply(
         queries, sub_keys, rows, bits.view(torch.float32), lookup, weighting
@@ -33,8 +35,10 @@ def look_up(
 
 
 @torch.no_grad()
-def _search(lookup: Lookup, queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> Tensor:
-    return lookup.look_up(queries, sub_keys, k, weighting)
+def _search(
+    lookup: Lookup, queries: Tensor, sub_keys: Tensor, k: int, weighting: str, precision: str
+) -> Tensor:
+    return lookup.look_up(queries, sub_keys, k, weighting, precision)
 
 
 class _Weights(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.config import ModelConfig
-from memshard.models.memory.kinds import QueryNormKind, WeightingKind
+from memshard.models.memory.kinds import QueryNormKind, ScorePrecision, WeightingKind
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.table import ValueTable
 from memshard.models.recompute.replay import Replay, run_once
@@ -37,6 +37,7 @@ class Peer(ProductKeyMemory):
         values: ValueTable | None = None,
         down: ValueTable | None = None,
         weighting: WeightingKind = "softmax",
+        score_precision: ScorePrecision = "fp32",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -50,6 +51,7 @@ class Peer(ProductKeyMemory):
             query_norm=query_norm,
             values=values,
             weighting=weighting,
+            score_precision=score_precision,
             device=device,
             dtype=dtype,
         )
@@ -76,6 +78,7 @@ class Peer(ProductKeyMemory):
             values=tables[0],
             down=tables[1],
             weighting=settings.weighting,
+            score_precision=settings.score_precision,
         )
 
     @property

@@ -15,6 +15,7 @@ from memshard.models.memory.check_input import check_dtype, check_padding, kind_
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.kinds import (
     QueryNormKind,
+    ScorePrecision,
     WeightingKind,
     check_product_keys,
     check_sizes,
@@ -46,6 +47,8 @@ class ProductKeyMemory(nn.Module):
     values: a table to share with other layers; by default a new one.
     weighting: weights of the rows read, from their scores: "softmax" over the topk, or "sigmoid" or
         "relu" of each score, divided by topk.
+    score_precision: arithmetic of scores where a GPU's kernels search: "fp32", or on tensor cores
+        "tf32" or "bf16x3" (three bf16 products); docs/memory.md has their errors. Elsewhere fp32.
     device, dtype: of all weights, as in torch's layers; running statistics of queries are fp32 at
         least.
 
@@ -64,13 +67,14 @@ class ProductKeyMemory(nn.Module):
         gate: bool = False,
         values: ValueTable | None = None,
         weighting: WeightingKind = "softmax",
+        score_precision: ScorePrecision = "fp32",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes(dim=dim)
-        check_product_keys(keys, heads, topk, key_dim, weighting)
+        check_product_keys(keys, heads, topk, key_dim, weighting, score_precision)
         check_value_dim(value_dim, dim, gate)
         value_dim = dim if value_dim is None else value_dim
         check_dtype(dtype)
@@ -82,6 +86,7 @@ class ProductKeyMemory(nn.Module):
                 f"{value_dim}"
             )
         self.dim, self.heads, self.topk, self.weighting = dim, heads, topk, weighting
+        self.score_precision = score_precision
         self.query = nn.Linear(dim, heads * key_dim, device=device, dtype=dtype)
         self.query_norm = QueryNorm(query_norm, heads, key_dim, device=device, dtype=dtype)
         self.sub_keys = SubKeys(heads, keys, key_dim // 2, device=device, dtype=dtype)
@@ -113,6 +118,7 @@ class ProductKeyMemory(nn.Module):
             gate=settings.gate,
             values=tables[0],
             weighting=settings.weighting,
+            score_precision=settings.score_precision,
         )
 
     @property
@@ -237,10 +243,12 @@ class ProductKeyMemory(nn.Module):
         queries: [tokens, heads, key_dim], fp32 at least; sub_keys: [heads, 2, keys, half].
         """
         keys, watch = sub_keys.shape[2], self.key_use if self.training else None
-        lookup = lookup_for(queries, sub_keys, self.topk)
+        lookup = lookup_for(queries, sub_keys, self.topk, self.score_precision)
         # The gradient of balance goes to all scores, so these have to be there.
         if lookup is not None and not (watch and watch.balance):
-            rows, weights = look_up(lookup, queries, sub_keys, self.topk, self.weighting, replay)
+            rows, weights = look_up(
+                lookup, queries, sub_keys, self.topk, self.weighting, self.score_precision, replay
+            )
             i1, i2 = slot_sub_keys(rows, keys) if watch else (rows, rows)
         else:
             first, second = half_scores(queries, sub_keys)
