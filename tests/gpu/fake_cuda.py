@@ -57,12 +57,17 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
     capability: of the GPU; below 8.0 memshard takes plain torch. computed: number of elements up to
     which tensors have numbers; in models too large to compute, a few thousand.
     """
-    from memshard.models.kernels.backend import backend_for
+    from memshard.models.kernels import backend
 
     fake_device.capability = capability
-    backend_for.cache_clear()
+    for choice in (backend.backend_for, backend._lookup):
+        choice.cache_clear()
     watch = Watch(computed)
     fake_device.waited = lambda what: watch.count("waits", what)
     fake_triton.launched = lambda what: watch.count("launches", what)
-    with watch, Python(watch):
-        yield watch
+    own_process.modes = watch, Python(watch)
+    try:
+        with watch, own_process.modes[1]:
+            yield watch
+    finally:
+        own_process.modes = ()

@@ -86,7 +86,7 @@ def install() -> None:
         "device_of": lambda tensor: nullcontext(),
         "get_device_capability": lambda device=None: capability,
         "get_device_name": lambda device=None: "NVIDIA H200",
-        "get_arch_list": lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
+        "get_arch_list": lambda: ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
         "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda device=None: (139 << 30, 141 << 30),
         "memory_allocated": lambda device=None: 0,

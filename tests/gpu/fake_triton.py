@@ -1,9 +1,10 @@
 """Triton's kernels on fake CUDA tensors: counted, not run; plain torch computes their numbers."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tests.gpu.watch import values_of
@@ -29,13 +30,17 @@ def install() -> None:
     compat.is_fake = lambda x: not x.is_cuda and fake(x)
     from triton.runtime.jit import JITFunction
 
-    from memshard.models.kernels import backend, triton_rows
+    from memshard.models.kernels import backend, plain_rows, triton_lookup, triton_rows
 
-    # It compares numbers, which kernels that do not run have none of.
+    # They compare numbers, which kernels that do not run have none of.
     backend.row_backend_fault = lambda *_: None
+    backend.lookup_agrees = lambda *_: True
     JITFunction.run = _launch
     for name in ("gather_sum", "score_gradients", "segment_sums", "adam_rows"):
-        setattr(triton_rows, name, _with_numbers(name, getattr(triton_rows, name)))
+        plain = getattr(plain_rows, name)
+        setattr(triton_rows, name, _with_numbers(getattr(triton_rows, name), plain))
+    triton_lookup.look_up = _with_numbers(triton_lookup.look_up, _look_up)
+    triton_lookup.gradients = _with_numbers(triton_lookup.gradients, _gradients)
 
 
 def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -45,29 +50,65 @@ def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> 
     launched(f"triton {kernel.__name__}")
 
 
-def _with_numbers(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_numbers(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of the Triton backend whose results have the numbers of plain torch."""
-    from memshard.models.kernels import plain_rows
-
-    plain = getattr(plain_rows, name)
 
     def run(*args: Any) -> Any:
         out = function(*args)
         numbers = [_numbers(x) for x in args]
-        if None not in numbers:
-            result = plain(*numbers)
-            if out is not None:
-                out.known_values = result
+        if any(x is None for x in numbers):
+            return out
+        result = plain(*numbers)
+        pairs = zip(out, result, strict=True) if isinstance(out, tuple) else [(out, result)]
+        for fake, values in pairs:
+            if fake is not None:
+                fake.known_values = values
         return out
 
     return run
+
+
+def _look_up(
+    queries: Tensor, sub_keys: Tensor, k: int, weighting: str, precision: str = "fp32"
+) -> Tensor:
+    """Do what `triton_lookup.look_up` does, in plain torch."""
+    rows, weights = _looked_up(queries.float(), sub_keys.float(), k, weighting)
+    return torch.stack((rows.int(), weights.view(torch.int32)))
+
+
+def _gradients(
+    queries: Tensor,
+    sub_keys: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    upstream: Tensor,
+    weighting: str,
+    wanted: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor, ...]:
+    """Do what `triton_lookup.gradients` does, in plain torch."""
+    with torch.enable_grad():
+        leaves = [x.detach().float().requires_grad_() for x in (queries, sub_keys)]
+        looked_up = _looked_up(*leaves, rows.shape[-1], weighting)[1]
+    gradients = torch.autograd.grad(looked_up, leaves, upstream)
+    return tuple(x.to(of.dtype) for x, of in zip(gradients, (queries, sub_keys), strict=True))
+
+
+def _looked_up(queries: Tensor, sub_keys: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
+    from memshard.models.memory.product_key import slot_rows, weigh
+    from memshard.models.memory.product_topk import product_topk
+
+    halves, keys = queries.unflatten(-1, (2, -1)).unbind(-2), sub_keys.unbind(1)
+    first, second = (torch.einsum("thd,hnd->thn", *pair) for pair in zip(halves, keys, strict=True))
+    scores, i1, i2 = product_topk(first, second, k)
+    return slot_rows(i1, i2, sub_keys.shape[2]), weigh(scores, weighting)
 
 
 def _numbers(argument: Any) -> Any:
     """Return the argument with numbers in place of fakes; None if they are not known."""
     if isinstance(argument, Tensor):
         return values_of(argument)
-    # An AdamUpdate.
+    if not is_dataclass(argument):
+        return argument
     tensors = {
         field.name: getattr(argument, field.name)
         for field in fields(argument)

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,10 @@ from typing import Any
 SOURCE = Path(__file__).with_name("guard.cpp")
 BUILD_SECONDS = 240
 BODY_SECONDS = 240
+
+
+modes: tuple[Any, ...] = ()
+"""Modes of torch, which are a thread's own, that every thread shall have."""
 
 
 @cache
@@ -42,6 +48,16 @@ def call(body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         faulthandler.cancel_dump_traceback_later()
 
 
+def _run_watched(thread: threading.Thread) -> None:
+    with ExitStack() as entered:
+        for mode in modes:
+            entered.enter_context(mode)
+        _run(thread)
+
+
+_run = threading.Thread.run
+
+
 def _prepare(guard: Path) -> None:
     assert "torch" not in sys.modules
     ctypes.CDLL(str(guard), mode=ctypes.RTLD_GLOBAL)
@@ -50,6 +66,7 @@ def _prepare(guard: Path) -> None:
     from tests.gpu import fake_device, fake_triton, watch
 
     torch.set_num_threads(1)
+    threading.Thread.run = _run_watched
     fake_device.install()
     watch.install()
     fake_triton.install()

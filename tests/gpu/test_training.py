@@ -107,10 +107,11 @@ def test_a_run_is_that_of_a_cpu(recipe: Path, tmp_path: Path, overrides: tuple[s
     assert counts.launches.total() > 100 and not on_cpu.launches
 
 
-def test_a_v100_takes_plain_torch(recipe: Path, tmp_path: Path) -> None:
+def test_kernels_are_chosen_by_the_capability(recipe: Path, tmp_path: Path) -> None:
     _, counts = on_fake_cuda(train, recipe, tmp_path / "9", (), "cuda:0")
-    assert {what for what, _ in counts.launches} >= {"triton gather_sum", "triton adam_rows"}
-    _, counts = on_fake_cuda(train, recipe, tmp_path / "7", (), "cuda:0", (7, 0))
+    kernels = {"triton gather_sum", "triton adam_rows", "triton best_pairs"}
+    assert {what for what, _ in counts.launches} >= kernels
+    _, counts = on_fake_cuda(train, recipe, tmp_path / "6", (), "cuda:0", (6, 0))
     assert not any("triton" in what for what, _ in counts.launches)
 
 

@@ -42,18 +42,20 @@ class Counts:
 
     launches: kernels; `autograd` is the place of torch's own backwards. waits: times the host
     waited for a value or a shape, one for each `tolist`. blocking: copies between host and device
-    that wait; copies: those that do not. largest: bytes of the largest tensor made.
+    that wait; copies: those that do not. exchanges: collectives, with the devices of their tensors.
+    largest: bytes of the largest tensor made.
     """
 
     launches: Counter[tuple[str, str]] = field(default_factory=Counter)
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     blocking: Counter[tuple[str, str]] = field(default_factory=Counter)
     copies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    exchanges: Counter[tuple[str, str]] = field(default_factory=Counter)
     largest: int = 0
 
     def __str__(self) -> str:
         lines = []
-        for name in ("waits", "blocking", "copies", "launches"):
+        for name in ("waits", "blocking", "copies", "exchanges", "launches"):
             counter: Counter[tuple[str, str]] = getattr(self, name)
             lines.append(f"{name}: {counter.total()}")
             if name != "launches":
@@ -116,6 +118,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         leaves, spec = tree_flatten((args, kwargs or {}))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if func.namespace == "c10d":
+            return self._exchange(func, leaves, spec)
         device = (kwargs or {}).get("device")
         made_on_cuda = device is not None and torch.device(device).type == "cuda"
         if not made_on_cuda and not any(isinstance(x, FakeTensor) for x in tensors):
@@ -171,6 +175,19 @@ class Watch(TorchDispatchMode):
             out = self._with_values(func, name, out, result if computed else out)
         self._count_launch(func, name, out)
         return out
+
+    def _exchange(self, func: Any, leaves: list[Any], spec: Any) -> Any:
+        """Let a group of fake ranks do on the CPU what it does; torch ignores what is returned, but
+        for whether it is over.
+        """
+        devices = {x.device.type for x in leaves if isinstance(x, Tensor)}
+        self.count("exchanges", " ".join((func._schema.name, *sorted(devices))))
+        for number, x in enumerate(leaves):
+            if isinstance(x, FakeTensor):
+                values = values_of(x)
+                leaves[number] = torch.zeros(x.shape) if values is None else values
+        args, kwargs = tree_unflatten(leaves, spec)
+        return func(*args, **kwargs)
 
     def _compute(self, func: Any, leaves: list[Any], spec: Any) -> Any:
         """Run an operation on the numbers of its arguments, on the CPU."""
@@ -255,7 +272,7 @@ class Python(TorchFunctionMode):
                 "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy "
                 "the tensor to host memory first."
             )
-        if func is Tensor.data.__set__ and isinstance(args[1], FakeTensor):
+        if func == Tensor.data.__set__ and isinstance(args[1], FakeTensor):
             become(args[0], args[1].detach())
             return None
         if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
@@ -291,9 +308,10 @@ class Python(TorchFunctionMode):
     ) -> Tensor:
         if torch.is_autocast_enabled("cuda"):
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-        # Flash attention takes no masks, the memory-efficient one no groups of heads.
-        fused = not enable_gqa or (attn_mask is None and q.dtype != torch.float32)
-        name = "fused attention" if fused else "attention in parts"
+        # Flash attention takes no masks and 16 bits only, the memory-efficient one no groups.
+        name = "attention in parts" if enable_gqa else "efficient attention"
+        if attn_mask is None and q.dtype != torch.float32:
+            name = "flash attention"
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         out: Tensor = _Attention.apply(self.watch, name, q, k, v, attn_mask, options)
         return out
