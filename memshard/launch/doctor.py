@@ -15,13 +15,15 @@ import torch
 import memshard
 from memshard.io import file_time, parse_json, read_small
 from memshard.launch.env import lacks_kernels
-from memshard.models.kernels.backend import backend_for
+from memshard.models.kernels import plain_rows
+from memshard.models.kernels.backend import SWITCH, backend_for
 from memshard.trainer.checkpoint.folders import committed, unfinished
 from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, index_of, load_state, step_of
 from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
 from memshard.trainer.watch.lost_ranks import FLIGHT
 from memshard.trainer.watch.metrics import METRICS_FILE, numbers, read_metrics
+from memshard.variables import switch
 
 # Seconds; DeepSpeed's longest extension compiles in a few minutes.
 _STALE_LOCK = 600
@@ -117,6 +119,19 @@ def _devices() -> Iterator[Finding]:
             f"{major}.{minor}{advice}",
             bad=problem is not None,
         )
+        if problem is None:
+            yield _tables_on(number, (major, minor))
+
+
+def _tables_on(number: int, capability: tuple[int, int]) -> Finding:
+    """Return which code serves tables on a GPU; bad where Triton's kernels should and do not."""
+    backend, which = backend_for(torch.device("cuda", number))
+    # On older GPUs plain torch is all there is.
+    slow = backend is plain_rows and capability >= (8, 0) and not switch(SWITCH, "plain")
+    advice = (
+        ": Triton compiles with gcc and Python's headers (Debian: gcc, python3-dev)" if slow else ""
+    )
+    return Finding(f"tables on GPU {number}: {which}{advice}", bad=slow)
 
 
 def _name() -> Iterator[Finding]:

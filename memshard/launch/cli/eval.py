@@ -339,8 +339,9 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
     keys = loaded.recipe.model.memory.keys
     for name, counter in evaluation.counters.items():
         # Rows are stored diagonal by diagonal; the map shows slots i1 * keys + i2 as a square.
-        in_slot_order = torch.empty_like(counter.counts)
-        in_slot_order[row_slots(torch.arange(len(counter.counts)), keys)] = counter.counts
+        counts = counter.counts.cpu()  # a table's are on its device
+        in_slot_order = torch.empty_like(counts)
+        in_slot_order[row_slots(torch.arange(len(counts)), keys)] = counts
         picture = folder / f"{name.removesuffix('.memory.values')}.png"
         usage_map(in_slot_order, keys, picture)
         drawn.append(str(picture))
