@@ -334,3 +334,15 @@ def test_gradient_scale() -> None:
 def test_visible_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="externalize_tables"):
         RowAdam([ValueTable(4, 2)])
+
+
+def test_an_update_between_forward_and_backward_is_refused_as_for_a_parameter() -> None:
+    """Compiled kernels write values without torch: it has to be told."""
+    table = _table(dim=4, dtype=torch.float32)
+    optimizer = RowAdam([table])
+    rows, weights = torch.tensor([[1, 2]]), torch.ones(1, 2, requires_grad=True)
+    late = table.weighted_sum(rows, weights).sum()
+    table.weighted_sum(rows, weights).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memshard.models.memory.hidden import ANCHOR_UNIT
@@ -174,6 +175,7 @@ class RowAdam(Optimizer):
                     "a table has got new values since RowAdam was made for it, maybe since it was "
                     "on the meta device: load the values first, then make the optimizer"
                 )
+            _follow_device(table, self.state[table.anchor])
             self._follow_values(index)
             self.touched[index] = self._update(table, group[id(table.anchor)], factor)
             self._seen[index] = weakref.ref(table.weight), table.weight._version
@@ -255,9 +257,21 @@ class RowAdam(Optimizer):
         for part in _with_all_rows(parts, table) if self.semantics == "dense" else parts:
             updated += len(part.rows)
             table.backend.adam_rows(step.update(table, state, part))
+            # Kernels write where autograd does not see it: a backward pass through the old values
+            # must fail, as it does with a parameter.
+            increment_version(table.weight)
             state["last_step"][_read_rows(part)] = step.number
         table.drop_reads()
         return asked, updated
+
+
+def _follow_device(table: ValueTable, state: dict[str, Any]) -> None:
+    """Bring a table's state to where the table is: trainers move models after their optimizers are
+    made. torch's own optimizers have no state until their first step.
+    """
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.device != table.weight.device:
+            state[name] = prefer_huge_pages(value.to(table.weight.device))
 
 
 def _check_processes(table: ValueTable) -> None:
@@ -280,7 +294,7 @@ def _check_state(
     table: ValueTable, state: dict[str, Any], semantics: Semantics, rounding: Rounding
 ) -> None:
     """Raise RuntimeError if the state is that of another table or of other semantics, or if the
-    table has another dtype or device than when its state was made.
+    table has another dtype than when its state was made.
     """
     shape = tuple(table.weight.shape)
     for name, value in state.items():
@@ -294,10 +308,10 @@ def _check_state(
         raise RuntimeError("the state that was loaded was not saved with the semantics 'row-step'")
     moments, dtype = state["exp_avg"], torch.promote_types(table.weight.dtype, torch.float32)
     lacks_copy = rounding == "master" and table.weight.dtype != dtype and "master" not in state
-    if moments.dtype != dtype or moments.device != table.weight.device or lacks_copy:
+    if moments.dtype != dtype or lacks_copy:
         raise RuntimeError(
-            f"a table has become {table.weight.dtype} on {table.weight.device} since RowAdam was "
-            "made for it: move and cast the model first, then make the optimizer"
+            f"a table has become {table.weight.dtype} since RowAdam was made for it: cast the "
+            "model first, then make the optimizer"
         )
 
 
