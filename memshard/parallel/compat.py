@@ -6,10 +6,14 @@ only file that imports fairscale.)
 
 from collections.abc import Iterable
 from datetime import timedelta
+from inspect import signature
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 
 def process_groups() -> Iterable[dist.ProcessGroup]:
@@ -24,6 +28,29 @@ def flatten(mesh: DeviceMesh) -> DeviceMesh:
     if not hasattr(mesh, "_flatten"):
         raise RuntimeError("this torch cannot join axes of a device mesh: use 2.13")
     return mesh._flatten()
+
+
+def all_gather_single(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `out` with every rank's x, one after the other; by its old name before torch 2.13."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=group)
+
+
+def reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `out` with this rank's part of the sum of every rank's x; by its old name before torch
+    2.13.
+    """
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(out, x, group=group)
+
+
+def without_buffer_broadcasts() -> dict[str, Any]:
+    """Return the argument of DistributedDataParallel with which forward passes leave buffers alone;
+    torch 2.13 renamed it.
+    """
+    names = signature(DistributedDataParallel).parameters
+    new = "forward_sync_buffers"
+    return {new if new in names else "broadcast_buffers": False}
 
 
 def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:

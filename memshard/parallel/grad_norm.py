@@ -50,12 +50,20 @@ def gradient_norm(
         (name in placement, p.grad) for name, p in parameters.items() if p.grad is not None
     ]
     # Copies are the same on all ranks, so this norm needs no exchange.
-    copied = nn.utils.get_total_norm([gradient for is_split, gradient in gradients if not is_split])
+    copied = _norm([gradient for is_split, gradient in gradients if not is_split], parameters)
     if tensor_size(mesh) == 1:
         return copied
     assert mesh is not None
-    local = nn.utils.get_total_norm([gradient for is_split, gradient in gradients if is_split])
+    local = _norm([gradient for is_split, gradient in gradients if is_split], parameters)
     split = local.square()
     dist.all_reduce(split, group=mesh["tensor"].get_group())
     # Norms of disjoint sets add by their squares; the all-reduce is of one number.
     return (copied.square() + split).sqrt()
+
+
+def _norm(gradients: list[Tensor], parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """Return the 2-norm of the gradients together, on the parameters' device."""
+    if gradients:
+        return nn.utils.get_total_norm(gradients)
+    # torch's of none is on the CPU, from where a GPU's group would not take it.
+    return torch.zeros((), device=next((p.device for p in parameters.values()), None))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.context import Context
+from memshard.parallel import compat
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -42,7 +43,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return all segments in order, without gradient."""
     ranks = dist.get_world_size(group)
     segments = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(segments, x.contiguous(), group=group)
+    compat.all_gather_single(segments, x.contiguous(), group)
     # all_gather puts ranks first; sequences have them inside, between batch and tokens.
     return segments.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
 
@@ -79,7 +80,7 @@ def _summed_segment(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     # reduce_scatter deals out the first dim, so the segments go before the batch.
     segments = x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
     segment = torch.empty_like(segments[0])
-    dist.reduce_scatter_single(segment, segments.flatten(0, 1), group=group)
+    compat.reduce_scatter_single(segment, segments.flatten(0, 1), group)
     return segment
 
 

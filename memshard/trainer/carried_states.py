@@ -5,7 +5,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from memshard.data_pipeline.stream.rank_share import deal_rows
 from memshard.models.mixers.mixer import MixerState
 from memshard.models.transformer import Transformer
+from memshard.parallel import compat
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.global_tensors import global_tensor
@@ -135,7 +135,7 @@ def _by_lane(local: Tensor, dealt: Sequence[Sequence[int]], mesh: DeviceMesh) ->
     of every rank, in the order of its states.
     """
     everywhere = local.new_empty(len(dealt) * len(local), *local.shape[1:])
-    dist.all_gather_single(everywhere, local.contiguous(), group=group(mesh, DATA))
+    compat.all_gather_single(everywhere, local.contiguous(), group(mesh, DATA))
     places = torch.empty(sum(map(len, dealt)), dtype=torch.int64)
     for rank, lanes in enumerate(dealt):
         places[lanes] = rank * len(local) + torch.arange(len(lanes))

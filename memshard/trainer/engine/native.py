@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from memshard.parallel.compat import without_buffer_broadcasts
 from memshard.parallel.grad_norm import complete_gradients, gradient_norm
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
@@ -53,8 +54,8 @@ class NativeEngine:
             self.model = DistributedDataParallel(
                 model,
                 process_group=self.data,
-                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
+                **without_buffer_broadcasts(),
             )
             self.model.register_comm_hook(self.data, _sum_gradients)
             if shard_states:
