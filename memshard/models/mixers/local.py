@@ -3,13 +3,12 @@
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.lsh.banded import banded_attention
-from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer, cached_mask
+from memshard.models.mixers.softmax import KeyValueState, SoftmaxMixer, attend_where, cached_mask
 
 
 class LocalMixer(SoftmaxMixer):
@@ -68,7 +67,4 @@ class LocalMixer(SoftmaxMixer):
 
     def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
         seen, mask = cached_mask(state, ctx, q.shape[2], self.window)
-        keys, values = state.keys[:, :, seen], state.values[:, :, seen]
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads
-        )
+        return attend_where(mask, q, state.keys[:, :, seen], state.values[:, :, seen])

@@ -76,7 +76,11 @@ class SoftmaxMixer(HeadProjections):
     def init_state(self, batch: int, capacity: int) -> KeyValueState:
         """Return an empty cache of `capacity` tokens for each of `batch` rows; see `Mixer`."""
         weight = self.key.weight
-        keys = weight.new_zeros(batch, self.kv_heads, capacity, weight.shape[0] // self.kv_heads)
+        # As attention computes: under autocast, fp32 would be cast anew at every token.
+        casts = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if casts else weight.dtype
+        shape = batch, self.kv_heads, capacity, weight.shape[0] // self.kv_heads
+        keys = weight.new_zeros(shape, dtype=dtype)
         visible = torch.zeros(batch, capacity, dtype=torch.bool, device=weight.device)
         documents = torch.zeros_like(visible, dtype=torch.long)
         return KeyValueState(
@@ -125,16 +129,32 @@ class SoftmaxMixer(HeadProjections):
         if masked and q.shape[2] > DENSE_LENGTH:
             return attend_per_document(q, k, v, ctx)
         mask = ctx.attention_mask
+        if mask is not None:
+            return attend_where(mask, q, k, v)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads < self.heads
+            q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.heads
         )
 
     def _attend_cached(self, q: Tensor, state: KeyValueState, ctx: Context) -> Tensor:
         seen, mask = cached_mask(state, ctx, q.shape[2])
-        keys, values = state.keys[:, :, seen], state.values[:, :, seen]
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, enable_gqa=self.kv_heads < self.heads
-        )
+        return attend_where(mask, q, state.keys[:, :, seen], state.values[:, :, seen])
+
+
+def attend_where(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax attention where the mask is True, like q.
+
+    mask: [batch, 1, queries, keys] bool; q: [batch, heads, queries, head dim]; k, v: [batch, kv
+    heads, keys, head dim], each for a group of neighbouring query heads.
+    """
+    heads, kv_heads, queries = q.shape[1], k.shape[1], q.shape[2]
+    if not q.is_cuda or heads == kv_heads:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=kv_heads < heads)
+    # No fused kernel of CUDA takes groups of heads and a mask, and without one all scores are in
+    # memory. The heads of a group are as many more queries of its keys.
+    grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    mask = mask.repeat(1, 1, heads // kv_heads, 1)
+    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    return y.unflatten(2, (-1, queries)).flatten(1, 2)
 
 
 def _append(state: KeyValueState, k: Tensor, v: Tensor, ctx: Context) -> KeyValueState:
