@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.ranks import Ranks, read_ranks
+from memshard.trainer.watch.lost_ranks import NCCL_GRACE
 
 _SIOCGIFADDR = 0x8915
 
@@ -44,7 +45,7 @@ def joined_ranks(timeout: float) -> Iterator[tuple[torch.device, Ranks]]:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=timeout + (NCCL_GRACE if device.type == "cuda" else 0)),
     )
     try:
         yield device, ranks

@@ -16,6 +16,7 @@ from memshard.trainer.resume import rewind, save
 from memshard.trainer.run import Run
 from memshard.trainer.step import RunStep, train_step
 from memshard.trainer.stop_signal import StopSignal
+from memshard.trainer.watch.lost_ranks import NCCL_GRACE
 from memshard.trainer.watch.meter import Meter
 from memshard.trainer.watch.metrics import Metrics
 from memshard.trainer.watch.profile import StepProfiler
@@ -153,14 +154,19 @@ def _metrics(run: Run) -> Metrics:
 def _long_timeout(run: Run) -> Iterator[None]:
     """Let collectives wait long during an evaluation or save, when a rank may be busy alone."""
     # Not undone after an error: the run then ends.
-    set_timeout(run.recipe.guards.first_timeout)
+    set_timeout(run.recipe.guards.first_timeout + _grace(run))
     yield
     _set_step_timeout(run)
 
 
 def _set_step_timeout(run: Run) -> None:
     """Let collectives wait guards.timeout, except those of a save in the background."""
-    set_timeout(run.recipe.guards.timeout, but=run.saving.group)
+    set_timeout(run.recipe.guards.timeout + _grace(run), but=run.saving.group)
+
+
+def _grace(run: Run) -> float:
+    """Return by how much NCCL, which aborts the process, waits longer than we do."""
+    return NCCL_GRACE if run.device.type == "cuda" else 0.0
 
 
 def evaluate_run(run: Run) -> Evaluation:

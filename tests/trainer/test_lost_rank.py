@@ -157,3 +157,59 @@ def test_who_is_late() -> None:
         "rank 1 (process 101 on n1), in step 41, forward and backward, failed first: bug"
     ]
     assert describe_stragglers([replace(beat, ended="done") for beat in beats], now + 1000) == []
+
+
+_WAITS_FOR_A_GPU = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from memshard.launch.cli.train import _end
+from memshard.trainer.watch.heartbeat import Heartbeat
+from memshard.trainer.watch.lost_ranks import end_if_ranks_are_lost
+
+rank = int(sys.argv[2])
+phase = ("agreeing on a verdict", sys.argv[3])[rank]
+heartbeat = Heartbeat(Path(sys.argv[1]), rank, 2, lambda: (7, phase))
+with heartbeat, end_if_ranks_are_lost(heartbeat, lambda _: 2.0, partial(_end, heartbeat)):
+    time.sleep(8 if sys.argv[3] == "agreeing on a verdict" else 60)
+"""
+
+
+def _waiting(folder: Path, phase: str) -> list[subprocess.Popen[str]]:
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", _WAITS_FOR_A_GPU, str(folder), str(rank), phase],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(("number", "phase"), [(signal.SIGKILL, "updating"), (0, "reading data")])
+def test_a_rank_that_waits_for_its_gpu_names_who_holds_it_up(
+    number: int, phase: str, tmp_path: Path
+) -> None:
+    """NCCL raises nothing, but aborts; a thread ends the process before it does."""
+    waiting, other = _waiting(tmp_path, phase)
+    try:
+        while len(read_beats(tmp_path)) < 2:
+            time.sleep(0.1)
+        other.send_signal(number)
+        _, err = waiting.communicate(timeout=40)
+        assert other.poll() == (-number or None)  # who is behind waits for nobody
+    finally:
+        waiting.kill()
+        other.kill()
+        other.communicate()
+    assert waiting.returncode == 1
+    culprit = f"rank 1 (process {other.pid} on "
+    assert culprit in err and "rank 0 (" not in err
+    first = read_beats(tmp_path)[0]
+    assert first.ended == "failed" and culprit in (first.error or "")
+
+
+def test_ranks_that_are_slow_together_are_left_alone(tmp_path: Path) -> None:
+    for process in _waiting(tmp_path, "agreeing on a verdict"):
+        process.communicate(timeout=60)
+        assert process.returncode == 0

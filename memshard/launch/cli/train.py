@@ -5,8 +5,10 @@ import logging
 import os
 import shlex
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from memshard.trainer.stop_signal import PREEMPTED, StopSignal
 if TYPE_CHECKING:
     from memshard.trainer.cost.estimate import Estimate
     from memshard.trainer.run import Run
-
+    from memshard.trainer.watch.heartbeat import Heartbeat, Phase
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from memshard.trainer.run_folder import held_by_rank0
     from memshard.trainer.set_up import set_up
     from memshard.trainer.watch.heartbeat import Heartbeat
-    from memshard.trainer.watch.lost_ranks import describe_lost_ranks, is_collective_error
+    from memshard.trainer.watch.lost_ranks import (
+        describe_lost_ranks,
+        end_if_ranks_are_lost,
+        is_collective_error,
+    )
     from memshard.trainer.watch.rank_log import rank_log
 
     with usage_errors():
@@ -111,7 +117,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             lambda: (prepared.progress.step, prepared.phase),
             prepared.owns_folder,
         )
-        with rank_log(folder, rank, lambda: prepared.progress.step), heartbeat, stop:
+        with (
+            rank_log(folder, rank, lambda: prepared.progress.step),
+            heartbeat,
+            stop,
+            ExitStack() as watched,
+        ):
+            if prepared.ranks > 1 and device.type == "cuda":
+                watched.enter_context(
+                    end_if_ranks_are_lost(
+                        heartbeat, partial(_patience, prepared), partial(_end, heartbeat)
+                    )
+                )
             log.info(
                 "rank %d of %d starts at step %d: %s, process %d, %s",
                 rank,
@@ -145,6 +162,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json and prepared.rank == 0:
         show(f"done: {result['checkpoint']}")
     return result
+
+
+def _patience(run: "Run", phase: "Phase") -> float:
+    """Return how many seconds a rank waits for others in a phase."""
+    guards = run.recipe.guards
+    slow = run.steps_here == 0 or phase in ("starting", "evaluating", "saving")
+    return guards.first_timeout if slow else guards.timeout
+
+
+def _end(heartbeat: "Heartbeat", error: RuntimeError) -> None:
+    """End a process whose main thread waits for a GPU that waits for a lost rank."""
+    heartbeat.fail(error)
+    rank = heartbeat.beat.rank
+    log.error("rank %d ends at step %d: %s", rank, heartbeat.beat.step, error)
+    if rank:  # whose log does not reach the terminal
+        print(f"memshard: error: rank {rank}: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def train_command(

@@ -81,6 +81,7 @@ class Heartbeat:
         owned: Callable[[], bool] = lambda: True,
     ) -> None:
         self._owned = owned
+        self.folder = folder
         self.path = folder / FOLDER / f"rank{rank}.json"
         self._current = current
         now = time.time()
@@ -106,13 +107,19 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
-        self._over.set()
-        self._thread.join()
         if error is None:
+            self._over.set()
+            self._thread.join()
             self._write(ended=self._current()[1])
         else:
-            message = without_secrets(" ".join(str(error).split()))
-            self._write(ended="failed", error=f"{type(error).__name__}: {message}")
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Write, as the last beat, that the rank failed, and why."""
+        self._over.set()
+        self._thread.join()
+        message = without_secrets(" ".join(str(error).split()))
+        self._write(ended="failed", error=f"{type(error).__name__}: {message}")
 
     def _keep_writing(self) -> None:
         # wait() returns as soon as the run ends, so leaving costs no interval.
