@@ -126,7 +126,7 @@ def _devices() -> Iterator[Finding]:
 def _tables_on(number: int, capability: tuple[int, int]) -> Finding:
     """Return which code serves tables on a GPU; bad where Triton's kernels should and do not."""
     backend, which = backend_for(torch.device("cuda", number))
-    # On older GPUs plain torch is all there is.
+    # On older GPUs the kernels are only tried.
     slow = backend is plain_rows and capability >= (8, 0) and not switch(SWITCH, "plain")
     advice = (
         ": Triton compiles with gcc and Python's headers (Debian: gcc, python3-dev)" if slow else ""

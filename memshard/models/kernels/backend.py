@@ -23,9 +23,10 @@ from memshard.variables import switch
 
 SWITCH = "MEMSHARD_KERNELS"
 """Environment variable; `plain` keeps everything to plain torch."""
-_TRITON_FROM = (8, 0)
-_LOOKUP_FROM = (7, 0)
-"""The search alone compiles for Volta and Turing as well, without spilling; its test decides."""
+_TRITON_FROM = (7, 0)
+"""Compute capability from which Triton's kernels are tried; their self tests decide."""
+_TENSOR_CORES_FROM = (8, 0)
+"""The same for searches that score in tf32 or bf16."""
 
 ProductSearch = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -123,7 +124,7 @@ def _lookup(device: torch.device, precision: str) -> Lookup | None:
     """Compile and test the search at a device's first call."""
     if switch(SWITCH, "plain"):
         return None
-    least = _LOOKUP_FROM if precision == "fp32" else _TRITON_FROM
+    least = _TRITON_FROM if precision == "fp32" else _TENSOR_CORES_FROM
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
         return None
     try:

@@ -153,11 +153,17 @@ def adam_rows(update: AdamUpdate) -> None:
             TILE=_UPDATE_TILE,
             WIDTH=width,
             num_warps=max(1, width // 128),
-            # It takes 66 registers otherwise; with 64 a fourth row fits on each multiprocessor,
-            # without spilling.
-            maxnreg=64,
+            **_registers(values),
         )
     return None
+
+
+def _registers(values: Tensor) -> dict[str, int]:
+    """Return the limit of registers for `adam_rows`, as an option of its launch."""
+    # It takes 66 otherwise; with 64 a fourth row fits on each multiprocessor, without spilling.
+    # Code for older GPUs would spill 80 to 96 bytes.
+    old = values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 0)
+    return {} if old else {"maxnreg": 64}
 
 
 def bag_sums(
