@@ -178,7 +178,7 @@ def train(task: Task) -> Iterator[Event]:
     identity = _identity(task, program, text, steps)
     rungs = training.load(task.state, identity) if task.state is not None else []
     # Processor time goes on from where an earlier attempt stopped.
-    begun, beat = time.process_time() - (rungs[-1]["seconds"] if rungs else 0.0), time.monotonic()
+    begun, beat = _clock(settings) - (rungs[-1]["seconds"] if rungs else 0.0), time.monotonic()
     for number, share in enumerate(shares):
         if number == len(rungs):
             stop = max(1, round(share * steps))
@@ -206,7 +206,7 @@ def train(task: Task) -> Iterator[Event]:
                     "rung": number,
                     "step": stop,
                     "loss": loss,
-                    "seconds": round(time.process_time() - begun, 3),
+                    "seconds": round(_clock(settings) - begun, 3),
                 }
             )
             if task.state is not None:
