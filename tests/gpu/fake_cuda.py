@@ -32,7 +32,8 @@ from typing import Any
 import pytest
 
 from tests.gpu import fake_device, fake_triton, own_process
-from tests.gpu.watch import Counts, Python, Watch
+from tests.gpu.python_side import Python
+from tests.gpu.watch import Counts, Watch
 
 __all__ = ["Counts", "Watch", "fake_cuda", "on_fake_cuda"]
 

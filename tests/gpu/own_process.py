@@ -63,12 +63,12 @@ def _prepare(guard: Path) -> None:
     ctypes.CDLL(str(guard), mode=ctypes.RTLD_GLOBAL)
     import torch
 
-    from tests.gpu import fake_device, fake_triton, watch
+    from tests.gpu import fake_device, fake_triton, python_side
 
     torch.set_num_threads(1)
     threading.Thread.run = _run_watched
     fake_device.install()
-    watch.install()
+    python_side.install()
     fake_triton.install()
 
 
