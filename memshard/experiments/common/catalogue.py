@@ -18,6 +18,7 @@ _PATHS = {
     "fast_weights/translation": "memshard.experiments.fast_weights.translation",
     "fast_weights/update": "memshard.experiments.fast_weights.update",
     "pkm/headline": "memshard.experiments.pkm.studies:HEADLINE",
+    "pkm/shuffled": "memshard.experiments.pkm.studies:SHUFFLED",
     "pkm/depth": "memshard.experiments.pkm.studies:DEPTH",
     "pkm/position": "memshard.experiments.pkm.studies:POSITION",
     "pkm/heads": "memshard.experiments.pkm.studies:HEADS",

@@ -19,14 +19,14 @@ KINDS = ("training", "inference")
 def draw(
     learned: dict[str, list[dict[str, Any]]], clocks: list[tuple[Point, dict[str, Any]]], file: Path
 ) -> None:
-    """Draw perplexity against parameters and against time, usage and KL where there are several
-    memories to compare, and further comparisons of speed.
+    """Draw perplexity against parameters and, where it was measured, time, usage and KL where there
+    are several memories to compare, and further comparisons of speed.
     """
     memories = {label: results for label, results in learned.items() if "usage" in results[0]}
     further = clocks[1:]
-    panels = 2 + (len(memories) > 1) + len(further)
+    panels = 1 + bool(clocks) + (len(memories) > 1) + len(further)
     figure = canvas(4.4 * panels, 4)
-    parameters, speed, *rest = figure.subplots(1, panels)
+    parameters, *rest = figure.subplots(1, panels, squeeze=False)[0]
     sizes = {
         label: [(results[0]["dense"] + results[0]["table"]) / 1e6]
         for label, results in learned.items()
@@ -36,12 +36,9 @@ def draw(
     parameters.xaxis.set_major_formatter("{x:g}")
     # Sizes span less than a decade or two: without minor numbers the axis would have one or two.
     parameters.xaxis.set_minor_formatter("{x:g}")
-    _scatter(
-        speed,
-        clocks[0][1]["inference"] if clocks else {},
-        learned,
-        "inference, us a token (bars: range of rounds)",
-    )
+    if clocks:
+        title = "inference, us a token (bars: range of rounds)"
+        _scatter(rest.pop(0), clocks[0][1]["inference"], learned, title)
     if len(memories) > 1:
         _draw_usage(rest.pop(0), memories)
     for axes, (point, result) in zip(rest, further, strict=True):

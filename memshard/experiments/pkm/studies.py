@@ -152,6 +152,13 @@ def _headline(size: Size) -> dict[str, Model]:
     }
 
 
+def _shuffled(size: Size) -> dict[str, Model]:
+    return {
+        label: {**model, "overrides": (*model["overrides"], "data.order=shuffled")}
+        for label, model in _headline(size).items()
+    }
+
+
 def _depth(size: Size) -> dict[str, Model]:
     models = {}
     for memories, published in enumerate(_BY_DEPTH):
@@ -242,9 +249,9 @@ def _alternatives(size: Size) -> dict[str, Model]:
 
 
 def _points(
-    models: Callable[[Size], dict[str, Model]], headline: bool, scale: Scale
+    models: Callable[[Size], dict[str, Model]], headline: bool, timed: bool, scale: Scale
 ) -> list[Point]:
-    """Return the training runs, seed by seed, and the comparisons of speed."""
+    """Return the training runs, seed by seed, and the comparisons of speed if timed."""
     size = _SIZES[scale]
     recipes = {
         label: {
@@ -266,10 +273,11 @@ def _points(
         for seed in range(1, size.seeds[headline] + 1)
         for label, model in recipes.items()
     ]
-    points.append(
-        {"clock": size.clock, "title": "Speed", "models": recipes, "trained": list(recipes)}
-    )
-    if headline and size.wide:
+    if timed:
+        points.append(
+            {"clock": size.clock, "title": "Speed", "models": recipes, "trained": list(recipes)}
+        )
+    if timed and headline and size.wide:
         points.append(_wide_clock(size))
     return points
 
@@ -301,11 +309,12 @@ def _study(
     models: Callable[[Size], dict[str, Model]],
     hours: float,
     headline: bool = False,
+    timed: bool = True,
 ) -> Experiment:
     """Return a study. hours: processor time at scale small, if no other study shares its models."""
     return Experiment(
         what=f"{what} (needs data/pkm, at scale smoke data/smoke)",
-        points=partial(_points, models, headline),
+        points=partial(_points, models, headline, timed),
         run=run_point,
         report=partial(report, name=name),
         hours={"smoke": 0.01, "small": hours, "full": 1e6},
@@ -316,6 +325,14 @@ def _study(
 _TIMES = "perplexity, training and inference time a token"
 HEADLINE = _study(
     "headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.1, headline=True
+)
+SHUFFLED = _study(
+    "shuffled",
+    "the headline's models on shuffled sequences",
+    _shuffled,
+    1.0,
+    headline=True,
+    timed=False,
 )
 DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 3.0)
 POSITION = _study("position", "which layer of six holds the memory", _position, 1.4)
