@@ -24,6 +24,10 @@ TEXTS = {
 _CONTIGUOUS, _SHUFFLED, _BEST_FIT = ORDERS
 _RATES = (1e-3, 3e-3, 1e-2)
 _RATE = 3e-3
+_HIGHEST = {"long": 1e-2, "short": 3e-3}
+"""Of the rates tried in all settings: the next is 0.4 nats worse on short documents."""
+_TUNED = {"long": 3e-3, "short": 1e-3}
+"""The best rate of seed 0 in nearly all settings and orders: the one of the other seeds."""
 _STEPS = 300
 _CUT = 150  # steps an epoch of the cut text: the run goes through it twice
 _SIZE = (
@@ -104,13 +108,18 @@ def _points(scale: Scale) -> list[Point]:
     points += [_point(*of, seed=seed) for seed in (1, 2) for of in product(texts, pair)]
     points += [_point(*of, memory=True) for of in product(texts, pair)]
     if scale == "full":
-        for seed, memory, text in product(range(3), (False, True), texts):
-            points += [
-                _point(text, name, lr, seed, memory, cut)
-                for cut in (None, _CUT)
-                for name in ORDERS
-                for lr in _RATES
-            ]
+        settings = list(product((False, True), (None, _CUT), texts, ORDERS))
+        points += [
+            _point(text, name, lr, 0, memory, cut)
+            for memory, cut, text, name in settings
+            for lr in _RATES
+            if lr <= _HIGHEST[text]
+        ]
+        points += [
+            _point(text, name, _TUNED[text], seed, memory, cut)
+            for seed in (1, 2)
+            for memory, cut, text, name in settings
+        ]
         points += [
             _point(text, name, seed=seed)
             for seed, text, name in product((1, 2), texts, (PERMUTED, BURSTS))
