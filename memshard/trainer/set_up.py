@@ -200,5 +200,5 @@ def resolve(recipe: Recipe) -> Recipe:
         )
     model = replace(model, vocab_size=model.vocab_size or vocabulary)
     data = recipe.data
-    order = resolve_order(data.path, data.order, data.mixture)
+    order = resolve_order(data.path, data.order, data.mixture, recipe.train.carry_state)
     return replace(recipe, model=model.for_length(data.length), data=replace(data, order=order))

@@ -11,6 +11,7 @@ import torch
 
 from memshard.data_pipeline.format.kinds import Order
 from memshard.data_pipeline.stream import IGNORE, Batch, TrainStream
+from memshard.data_pipeline.stream.open_stream import resolve_order
 from memshard.data_pipeline.stream.order import best_fit, joined
 from memshard.data_pipeline.stream.order.packing import pack
 from memshard.data_pipeline.stream.order.permutation import ROUNDS, permuted
@@ -206,3 +207,9 @@ def test_rows_of_a_long_document_are_scattered(tmp_path: Path, order: Order) -> 
 def test_an_order_that_is_none_is_named(data: Path) -> None:
     with pytest.raises(ValueError, match="data.order is random; choose one of contiguous, shuf"):
         TrainStream(data, LENGTH, LANES, 0, order="random")  # type: ignore[arg-type]
+
+
+def test_the_default_is_shuffled_unless_rows_have_to_go_on(data: Path) -> None:
+    assert resolve_order(str(data), "auto") == "shuffled"
+    assert resolve_order(str(data), "auto", {str(data): 1.0}) == "shuffled"
+    assert resolve_order(str(data), "auto", carry_state=True) == "contiguous"

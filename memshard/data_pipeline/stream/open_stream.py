@@ -10,7 +10,7 @@ from memshard.data_pipeline.stream.reader import TOLERANCE
 from memshard.data_pipeline.stream.records import HeldOutRecords, RecordStream
 from memshard.data_pipeline.stream.train_stream import TrainStream
 
-DEFAULT_ORDER: Order = "contiguous"
+DEFAULT_ORDER: Order = "shuffled"
 AnyStream = TrainStream | RecordStream | MixtureStream
 
 
@@ -37,12 +37,16 @@ def open_train(
     return TrainStream(path, length, batch, seed, tolerance, order)
 
 
-def resolve_order(path: str, order: Order, mixture: Mapping[str, float] | None = None) -> Order:
+def resolve_order(
+    path: str, order: Order, mixture: Mapping[str, float] | None = None, carry_state: bool = False
+) -> Order:
     """Return the order that data.order means for the sequences of a folder or a mixture: one of
     ORDERS for texts, "auto" for records, whose order is their own. ValueError if it does not fit.
+    carry_state: rows have to go on where those of the step before ended.
     """
     if mixture or load_index(path).records.packed:
-        return DEFAULT_ORDER if order == "auto" else order
+        default: Order = "contiguous" if carry_state else DEFAULT_ORDER
+        return default if order == "auto" else order
     if order != "auto":
         raise ValueError(
             f"data.order is {order}, and {path} holds whole records, which have an order of their "

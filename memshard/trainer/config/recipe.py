@@ -47,7 +47,8 @@ class DataConfig:
     """Order of the training sequences. contiguous: each row of a batch goes on where that of the
     step before ended, as train.carry_state needs; shuffled: the sequences of joined documents,
     permuted; best-fit: whole documents packed into sequences, which begin with a document or go on
-    in a long one, permuted. auto: contiguous. Records (pairs, images) have an order of their own.
+    in a long one, permuted. auto: shuffled, but contiguous for train.carry_state. Records (pairs,
+    images) have an order of their own.
     """
 
     document_mask: bool = False
