@@ -4,6 +4,7 @@ Tested with torch 2.13. Where a release renames one of them, the slower or narro
 over, and the tests of this file say which.
 """
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -44,6 +45,15 @@ def in_backward() -> bool:
     """
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
+
+
+def in_compiled_backward() -> bool:
+    """Return whether torch's compiled autograd runs the backward pass that is running.
+
+    Without torch's answer it is taken not to, and hidden tables would learn nothing under it.
+    """
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "in_compiled_autograd_region", False))
 
 
 def in_transform(x: Tensor) -> bool:

@@ -95,3 +95,25 @@ torch.compile(_layer(Peer, True), fullgraph=True, backend="aot_eager")(torch.ran
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "Unsupported" in done.stderr and "hidden table collects its gradient" in done.stderr
+
+
+def test_compiled_backward_passes_of_a_hidden_table_are_refused() -> None:
+    """In a process of its own, as above. Those of a visible table are as others."""
+    script = """
+from copy import deepcopy
+import torch
+from torch._dynamo.compiled_autograd import _enable
+from tests.models.test_compile_memory import Peer, _layer
+x = torch.randn(2, 5, 6)
+layer, hidden = _layer(Peer, False), _layer(Peer, True)
+twin = deepcopy(layer)
+twin(x).square().sum().backward()
+with _enable(torch.compile(backend="eager")):
+    layer(x).square().sum().backward()
+    for name, weight in twin.named_parameters():
+        torch.testing.assert_close(layer.get_parameter(name).grad, weight.grad)
+    print("equal")
+    hidden(x).square().sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "equal" in done.stdout and "learns nothing under compiled autograd" in done.stderr

@@ -215,4 +215,11 @@ def _table_learns(ctx: Any, table: HideableTable) -> bool:
     """Return whether this backward pass adds to the gradient of a hidden table, as it would to that
     of a parameter: not if the table is frozen, nor if the pass was asked for other gradients only.
     """
-    return ctx.needs_input_grad[1] and table.hidden and compat.backward_wants(table.anchor)
+    learns = ctx.needs_input_grad[1] and table.hidden and compat.backward_wants(table.anchor)
+    if learns and compat.in_compiled_backward():
+        # It gives the anchor no gradient, and without one a step drops the reads.
+        raise NotImplementedError(
+            "a hidden table learns nothing under compiled autograd: turn that off, or keep the "
+            "table visible (no externalize_tables)"
+        )
+    return learns
