@@ -94,14 +94,14 @@ def test_a_run_may_remove_a_checkpoint_while_it_is_exported(
 # Rounding flips buckets, too, and with them all that a token sees.
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"lsh"}))
 def test_every_kind_of_model_in_every_dtype(kind: str, recipe: Path, tmp_path: Path) -> None:
-    """An export is exported again without a change. bf16 flips which slots such an untrained model
-    reads, hence the wide bound.
+    """An export is exported again without a change. 16 bits flip which slots such an untrained
+    model reads, hence the wide bounds.
     """
     train_run(recipe, tmp_path / "run", "train.steps=1", *KINDS[kind])
     expected = _logits(tmp_path / "run")
     for dtype, tables, tolerance in (
         ("fp32", None, 1e-5),
-        ("fp16", None, 1e-2),
+        ("fp16", None, 0.2),
         ("bf16", "int8", 1),
     ):
         out, again = tmp_path / dtype, tmp_path / f"{dtype} again"
