@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [__name__, "pytest", "memshard.parallel.apply", "memshard.trainer.loop"]
 )
+
+
+class _Streams:
+    """Carries standard output and error to a rank as they are now, as pytest may have replaced them
+    since the server's start.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _replace_streams, (DupFd(1), DupFd(2))
+
+
+def _replace_streams(*streams: Any) -> None:
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream.detach(), number)
 
 
 def run_distributed(
@@ -42,7 +57,16 @@ def run_distributed(
                 reader, writer = CONTEXT.Pipe(duplex=False)
                 process = CONTEXT.Process(
                     target=_run_rank,
-                    args=(call, environment, rank, world_size, backend, f"{folder}/store", writer),
+                    args=(
+                        call,
+                        environment,
+                        rank,
+                        world_size,
+                        backend,
+                        f"{folder}/store",
+                        writer,
+                        _Streams(),
+                    ),
                 )
                 process.start()
                 writer.close()
@@ -66,6 +90,7 @@ def _run_rank(
     backend: str,
     store: str,
     writer: Connection,
+    streams: None,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)

@@ -57,7 +57,6 @@ def refused(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
             "eval), or make one with `memshard data build SRC --out nowhere`",
         ),
         ("data.length=0", "data.length is 0; it must be at least 1"),
-        ("train.batch=100", "too few for one step of train.batch 100 x data.length 32"),
         ("train.micro_batch=0", "train.micro_batch is 0; it must be at least 1"),
         ("train.eval_every=-1", "train.eval_every is -1; it must be at least 0"),
         (
@@ -78,6 +77,15 @@ def test_bad_settings(
 ) -> None:
     assert message in refused(capfd, "train", recipe, "--run", tmp_path / "run", override)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_larger_than_the_data(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("data.order=contiguous", "train.batch=100")
+    assert "too few for one step of train.batch 100 x data.length 32" in refused(
+        capfd, "train", recipe, "--run", tmp_path / "run", *settings
+    )
 
 
 def test_a_broken_recipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

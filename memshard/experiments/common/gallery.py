@@ -29,7 +29,9 @@ all settings, seeds and versions; `make gallery` writes this page from them.
 [experiments.md](experiments.md) says how to run them and which data they need. Small models and
 little text: differences count, not absolute numbers. Published figures were partly taken from
 secondary sources and are there for the direction, not for the digits. Hours leave out runs that
-another study had made before: studies of memories share their models.
+another study had made before: studies of memories share their models. Language models were trained
+on contiguous sequences (data.order), unless an entry says otherwise; on shuffled ones losses are
+lower, and a memory gained more ([log](log.md#order-of-sequences)).
 """
 
 
