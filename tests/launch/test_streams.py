@@ -25,7 +25,8 @@ def _shell(line: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         capture_output=True,
         text=True,
         errors="surrogateescape",
-        env={**os.environ, **variables},
+        # Buffered, as by default, standard error keeps what it could not write.
+        env={**os.environ, "PYTHONUNBUFFERED": "", **variables},
     )
 
 
@@ -135,6 +136,7 @@ def test_a_terminal_that_is_closed_costs_no_step(recipe: Path, tmp_path: Path) -
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
         # The terminal becomes the session's, as a login's is.
         preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
     )

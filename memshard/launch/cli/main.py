@@ -43,7 +43,12 @@ from memshard.launch.cli.outcome import (
     rank,
 )
 from memshard.launch.cli.parser import CommandParser
-from memshard.launch.cli.streams import CLOSED_PIPE, nobody_reads, prepare_streams
+from memshard.launch.cli.streams import (
+    CLOSED_PIPE,
+    forget_errors,
+    nobody_reads,
+    prepare_streams,
+)
 from memshard.redact import without_secrets
 
 # Modules that import what they run only when they run it, so that this tuple loads no model.
@@ -68,7 +73,13 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return the exit code."""
     prepare_streams()
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _report(sys.argv[1:] if argv is None else argv)
+    finally:
+        forget_errors()
+
+
+def _report(argv: list[str]) -> int:
     # Looked up before parsing: a wrong command line has to end in a JSON object as well.
     if "--json" not in argv:
         return _run(argv)[0]

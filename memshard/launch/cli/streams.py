@@ -78,6 +78,16 @@ def lead_nowhere(descriptor: int) -> None:
     os.close(nowhere)
 
 
+def forget_errors() -> None:
+    """Let go of what standard error did not take, as on a full disk: at the interpreter's end it
+    would make the exit code 120.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        lead_nowhere(2)
+
+
 def show(text: str) -> None:
     """Print to standard output if that is possible: a run is worth more than its output."""
     try:
