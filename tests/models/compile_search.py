@@ -1,8 +1,6 @@
 """Compile the kernels of the product-key search, as triton_lookup.py launches them, for a compute
 capability given as 80, 90 and so on; print name, warps, registers and spilled bytes of each. Needs
-no GPU.
-
-A process of its own, because it tells Triton that there is one.
+no GPU, and a process of its own.
 """
 
 import re
@@ -10,34 +8,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from memshard.models.kernels import triton_lookup, triton_rows
+from memshard.models.kernels import triton_lookup
+from tests.models.without_gpu import compile_only
 
-_launch = JITFunction.run
 _DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-class _Device:
-    """What Triton's compiler asks a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def _compile(kernel: JITFunction, *arguments: object, **options: object) -> None:
-    result = _launch(kernel, *arguments, **options | {"warmup": True})
+def _print_usage(kernel: Any, result: Any) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
@@ -50,9 +32,7 @@ def _compile(kernel: JITFunction, *arguments: object, **options: object) -> None
 
 
 if __name__ == "__main__":
-    driver.set_active(_Device())
-    triton_rows.device_type = "cpu"  # tensors of the CPU stand in: nothing is run
-    JITFunction.run = _compile
+    compile_only(sys.argv[1], _print_usage)
     queries, sub_keys = torch.zeros(64, 2, 512), torch.zeros(2, 2, 512, 256)
     # Tensor cores of 7.0 and 7.5 know neither tf32 nor bf16.
     for precision in ("bf16x3", "tf32", "fp32") if int(sys.argv[1]) >= 80 else ("fp32",):

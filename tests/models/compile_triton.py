@@ -1,45 +1,25 @@
 """Compile every Triton kernel, as triton_rows.py launches it, for a compute capability given as 80,
-90 and so on; needs no GPU.
-
-A process of its own, because it tells Triton that there is one.
+90 and so on. Needs no GPU, and a process of its own.
 """
 
 import sys
+from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from memshard.models.kernels import triton_rows
 from memshard.models.kernels.plain_rows import AdamUpdate
+from tests.models.without_gpu import compile_only
 
-_launch = JITFunction.run
 compiled: set[str] = set()
 
 
-class _Device:
-    """What Triton's compiler asks a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def _compile(kernel: JITFunction, *arguments: object, **options: object) -> None:
-    result = _launch(kernel, *arguments, **options | {"warmup": True})
+def _keep_name(kernel: Any, result: Any) -> None:
     assert result.asm["cubin"], kernel
     compiled.add(kernel.__name__)
 
 
-driver.set_active(_Device())
-triton_rows.device_type = "cpu"  # tensors of the CPU stand in: nothing is run
-JITFunction.run = _compile
+compile_only(sys.argv[1], _keep_name)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for dim, by_row in ((1024, False), (37, True)):
         values, upstream = torch.zeros(6, dim, dtype=dtype), torch.zeros(3, dim)

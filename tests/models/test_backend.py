@@ -21,6 +21,7 @@ from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import SWITCH, backend_for
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
+from tests.models.without_gpu import ROOT, compiled
 
 DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
 BACKEND, WHY = backend_for(DEVICE)
@@ -33,7 +34,6 @@ needs_triton = pytest.mark.skipif(
 )
 # The interpreter computes with numpy, and what it leaves out as well: 0 / 0 beyond the last column.
 numpy_overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
-ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VALUES = [(torch.float32, "master"), *product(DTYPES[1:], ["master", "stochastic"])]
 STEPS = [
@@ -334,15 +334,8 @@ def test_in_tritons_interpreter() -> None:
     "capability", ["80", *(pytest.param(x, marks=pytest.mark.slow) for x in ("70", "75", "90"))]
 )
 def test_triton_kernels_compile_without_a_gpu(capability: str, tmp_path: Path) -> None:
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "tests/models/compile_triton.py", capability]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.split() == ["adam_rows", "gather_sum", "score_gradients", "segment_sums"]
+    names = compiled("compile_triton.py", capability, tmp_path).split()
+    assert names == ["adam_rows", "gather_sum", "score_gradients", "segment_sums"]
 
 
 @pytest.mark.gpu

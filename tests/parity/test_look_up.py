@@ -7,7 +7,6 @@ file again in a process of its own: in Triton's interpreter, and on a GPU where 
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +30,9 @@ from memshard.models.memory.product_key import (
 )
 from memshard.models.memory.product_topk import product_topk
 from memshard.models.recompute.replay import Replay
+from tests.models.without_gpu import ROOT, compiled
 
 DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
-ROOT = Path(__file__).parents[2]
 in_its_process = pytest.mark.skipif(
     "KERNELS_ON" not in os.environ, reason="runs in a process of its own, started below"
 )
@@ -316,15 +315,9 @@ def test_on_a_gpu() -> None:
 )
 def test_kernels_of_the_search_compile_without_spilling(capability: str, tmp_path: Path) -> None:
     """At the size of a memory of a million slots; registers leave room for 12 warps or more."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "tests/models/compile_search.py", capability]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-    lines = [re.split(r"\s+", line) for line in done.stdout.splitlines()]
+    lines = [
+        line.split() for line in compiled("compile_search.py", capability, tmp_path).splitlines()
+    ]
     assert {line[0] for line in lines} == {"best_sub_keys", "best_pairs", "merge_reads"}
     for name, _, registers, spilled in lines:
         assert int(spilled) == 0, (name, spilled)

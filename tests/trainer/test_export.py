@@ -94,21 +94,23 @@ def test_a_run_may_remove_a_checkpoint_while_it_is_exported(
 # Rounding flips buckets, too, and with them all that a token sees.
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"lsh"}))
 def test_every_kind_of_model_in_every_dtype(kind: str, recipe: Path, tmp_path: Path) -> None:
-    """An export is exported again without a change. 16 bits flip which slots such an untrained
-    model reads, hence the median, and the wide bounds of the largest difference.
+    """An export is exported again without a change. bf16 flips which slots such an untrained model
+    reads, hence the wide bound; fp16 does not after a step on this order's first batch.
     """
-    train_run(recipe, tmp_path / "run", "train.steps=1", *KINDS[kind])
+    train_run(recipe, tmp_path / "run", "train.steps=1", "data.order=contiguous", *KINDS[kind])
     expected = _logits(tmp_path / "run")
-    for dtype, tables, tolerance, largest in (
-        ("fp32", None, 1e-5, 1e-5),
-        ("fp16", None, 1e-2, 1),
-        ("bf16", "int8", 0.1, 2),
+    for dtype, tables, tolerance in (
+        ("fp32", None, 1e-5),
+        ("fp16", None, 1e-2),
+        ("bf16", "int8", 1),
     ):
         out, again = tmp_path / dtype, tmp_path / f"{dtype} again"
         exported = export(tmp_path / "run", out, dtype, tables)
-        error, scale = (_logits(out) - expected).abs(), expected.abs().max()
-        assert error.median() < tolerance * scale and error.max() < largest * scale
-        assert exported.difference < largest * scale
+        error = (_logits(out) - expected).abs().max()
+        assert (
+            error < tolerance * expected.abs().max()
+            and exported.difference < tolerance * expected.abs().max()
+        )
         torch.testing.assert_close(_logits(out), _logits(out, memmap=True))
         assert export(out, again, dtype, tables).difference < 1e-3
         assert (
