@@ -31,7 +31,7 @@ little text: differences count, not absolute numbers. Published figures were par
 secondary sources and are there for the direction, not for the digits. Hours leave out runs that
 another study had made before: studies of memories share their models. Language models were trained
 on contiguous sequences (data.order), unless an entry says otherwise; on shuffled ones losses are
-lower, and a memory gained more ([log](log.md#order-of-sequences)).
+lower ([data/order](#dataorder)).
 """
 
 

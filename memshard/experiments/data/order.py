@@ -142,7 +142,8 @@ def _report(rows: Rows, folder: Path) -> str:
         f"Two layers of width 128, {_STEPS} steps of 32 x 64 tokens at a constant rate after "
         f'warm-up; nats a held-out token. Text "long": the Python standard library, "short": '
         f'English Wikipedia; "cut": a part of it that {_CUT} steps go through, twice a run. '
-        "Mean +- standard deviation where there are several seeds; bold: the best rate.\n\n"
+        "Mean +- standard deviation where there are several seeds; bold: the best rate of those "
+        "with the most seeds.\n\n"
     )
     text += _losses(runs) + _differences(runs) + _causes(rows)
     _draw(runs, folder / "order.png")
