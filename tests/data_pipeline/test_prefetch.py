@@ -53,14 +53,14 @@ def test_an_error_of_a_worker_arrives_as_it_is() -> None:
 
 
 class _Deadly:
-    """Kills the process that reads step 3, as often as there are words in a file."""
+    """Kills the process that reads a step, as often as there are words in a file."""
 
-    def __init__(self, words: Path) -> None:
-        self._words = words
+    def __init__(self, step: int, words: Path) -> None:
+        self._step, self._words = step, words
 
     def batch(self, first: int, count: int) -> int:
         words = self._words.read_text().split()
-        if first == 3 and words:
+        if first == self._step and words:
             self._words.write_text(" ".join(words[1:]))
             os.kill(os.getpid(), signal.SIGKILL)
         return first
@@ -72,12 +72,13 @@ def test_a_reader_that_is_killed_is_replaced_once(
 ) -> None:
     words = tmp_path / "words"
     words.write_text("again " * times)
-    stream: Any = _Deadly(words)
+    # A kill may take with it steps before its own that were not sent yet, which are read again:
+    # the second kill comes at the same step for certain only where there is none before it.
+    stream: Any = _Deadly(3 if times == 1 else 0, words)
     steps: Any = Prefetched(stream, 0, 6, 1, 0, 1, None, workers=1)
     if times == 1:
         assert list(steps) == [[step] for step in range(6)]
     else:
-        assert [next(steps) for _ in range(3)] == [[0], [1], [2]]
         with pytest.raises(RuntimeError, match="killed again and again \\(exit code -9\\)"):
             next(steps)
     steps.close()

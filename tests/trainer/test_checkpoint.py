@@ -107,6 +107,23 @@ def test_a_checkpoint_that_its_run_removes_under_a_reader_is_not_called_damaged(
         load_model(old)
 
 
+def test_the_damage_is_named_where_the_checkpoint_before_it_is_removed(
+    saved_twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (tmp_path / "run/checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    shutil.copytree(saved_twice, tmp_path / "run")
+    _truncate(new / "rank0.bin")
+    read = open_checkpoint.index_of
+
+    def prune(folder: Path) -> object:
+        shutil.rmtree(old)
+        return read(folder)
+
+    monkeypatch.setattr(open_checkpoint, "index_of", prune)
+    with pytest.raises(DamagedCheckpoint, match="step-00000004"):
+        load_model(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", [*FILES, "COMMITTED", ".", ".."])
 def test_a_checkpoint_that_cannot_be_read_ends_the_command_and_stays(
     name: str, saved_twice: Path

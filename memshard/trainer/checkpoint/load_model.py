@@ -112,10 +112,12 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
     path = Path(path)
     if is_export(path):
         return open_export(path, check)
-    damaged: set[Path] = set()
+    damaged: dict[Path, DamagedCheckpoint] = {}
     while True:
         # Anew each time: a run that trains removes old checkpoints under its readers.
         folders = [folder for folder in find_checkpoints(path) if folder not in damaged]
+        if not folders:
+            raise list(damaged.values())[-1]
         try:
             return open_checkpoint(folders[0], check)
         except (DamagedCheckpoint, FileNotFoundError) as problem:
@@ -124,7 +126,7 @@ def open_model(path: str | Path, check: bool = True) -> StoredModel:
             # An older checkpoint costs some steps; a damaged one would cost the evaluation.
             if len(folders) == 1 or not isinstance(problem, DamagedCheckpoint):
                 raise
-            damaged.add(folders[0])
+            damaged[folders[0]] = problem
             log.warning(
                 "%s is damaged (%s): the checkpoint before it is read",
                 problem.folder,
