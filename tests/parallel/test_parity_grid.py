@@ -48,7 +48,7 @@ def check(world: int, grid: list[Point]) -> None:
     """Compare every point on every rank with one process, which keeps all activations; a reversible
     model is another function.
     """
-    for rank, results in enumerate(run_distributed(_train_all, world, grid, timeout=900)):
+    for rank, results in enumerate(run_distributed(_train_all, world, grid, timeout=7200)):
         for point, result in results.items():
             residual = "reversible" if point.residual == "reversible" else "standard"
             expected = alone(point.model, residual, point.accumulation, point.wide, point.precision)
