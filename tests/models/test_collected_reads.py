@@ -12,7 +12,7 @@ from torch.optim import Adam
 
 from memshard.models.memory.peer import Peer
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.memory.table import externalize_tables
+from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.trainer.optim.combined import CombinedOptimizer
 from memshard.trainer.optim.rows.adam import RowAdam
 
@@ -49,6 +49,70 @@ def test_gradients_that_are_scaled_after_each_micro_batch_count(
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(hidden.state_dict(), visible.state_dict(), rtol=0, atol=1e-11)
+
+
+class _Rows(nn.Module):
+    """A layer of a user's, which reads a table by its own rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = ValueTable(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(x))[:, None] % 6
+        return x + self.table(rows, x[:, :1])
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, at_once: bool) -> None:
+    """Train with gradients scaled after each backward pass. at_once: all of a step's forward passes
+    come before them.
+    """
+    torch.manual_seed(1)
+    for _ in range(3):
+        batches = [torch.randn(tokens, 8).double() for tokens in (3, 1, 5)]
+        losses = (model(x).square().sum() for x in batches)
+        for loss in list(losses) if at_once else losses:
+            loss.backward()
+            for weight in _shown(optimizer):
+                if weight.grad is not None:
+                    weight.grad.mul_(0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("case", ["frozen layer", "a user's layer", "passes at once"])
+def test_scaled_gradients_count_wherever_the_layer_does_not_show_its_own(case: str) -> None:
+    torch.manual_seed(0)
+    memory = ProductKeyMemory(8, **_SIZES)
+    middle = _Rows() if case == "a user's layer" else memory
+    visible = nn.Sequential(nn.Linear(8, 8), middle).double()
+    if case == "frozen layer":
+        memory.requires_grad_(False)
+        memory.values.requires_grad_(True)
+    hidden = copy.deepcopy(visible)
+    tables = externalize_tables(hidden)
+    rows = RowAdam(tables, 1e-2, semantics="dense")
+    _train(visible, Adam(visible.parameters(), 1e-2), case == "passes at once")
+    combined = CombinedOptimizer(Adam(hidden.parameters(), 1e-2), rows)
+    _train(hidden, combined, case == "passes at once")
+    torch.testing.assert_close(hidden.state_dict(), visible.state_dict(), rtol=0, atol=1e-11)
+
+
+def test_a_scaled_gradient_that_nothing_explains_is_refused() -> None:
+    """A table learns alone: whether a step was skipped does not show in any parameter."""
+    memory = ProductKeyMemory(8, **_SIZES).requires_grad_(False)
+    tables = externalize_tables(memory)
+    tables[0].requires_grad_(True)
+    optimizer = RowAdam(tables)
+    memory(torch.randn(4, 8)).sum().backward()
+    optimizer.unscale(3.0)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        memory(torch.randn(4, 8))
+    optimizer.zero_grad()
+    (memory(torch.randn(4, 8)) * torch.inf).sum().backward()
+    optimizer.unscale(3.0)
+    memory(torch.randn(4, 8)).sum().backward()
+    assert len(tables[0].reads) == 1, "an overflow explains it"
 
 
 def test_clipping_after_each_micro_batch_forgets_no_read() -> None:

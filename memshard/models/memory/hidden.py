@@ -20,19 +20,19 @@ reads give, that is 1/1024: exactly the factor the collected row gradients still
 applied it, a scaler or clipping or both. 2^-40 is too small to change a gradient norm in which the
 anchor takes part, and as a power of two it makes scaling exact. The second number is 0, or NaN if
 a read had a gradient that is not finite: GradScaler then skips the step, as it should. A skipped
-step leaves its reads behind, with a count that someone has scaled or cleared; when backward runs
-again and the count does not fit the reads, they are thrown away. If the layer's own weights still
-have their gradients, nobody has skipped the step, but clipped between micro-batches: then the
-reads take the factor (`keep_scaled_reads`).
+step leaves its reads behind, with a count that someone has scaled or cleared, and gradients of
+parameters cleared: the next forward pass then throws the reads away. If parameters still have their
+gradients, nobody has skipped the step, but clipped between micro-batches: then the reads take the
+factor (`settle_reads`).
 """
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class HideableTable(nn.Module):
     """
 
     weight: Tensor
+    split: ClassVar[bool] = False
+    """Whether several processes may have parts, so that FSDP may have the layer's weights."""
     backend: RowBackend
     """Reads and updates the rows; chosen wherever the table is placed on a device."""
 
@@ -86,6 +88,10 @@ class HideableTable(nn.Module):
         """Whether an optimizer takes the collected reads; `RowAdam` sets it. A copy of the table
         has none, since the optimizer does not know it.
         """
+        self.trained_beside: Sequence[Tensor] = ()
+        """Parameters that the same CombinedOptimizer trains."""
+        self.settled = False
+        """Whether the layer that reads next has called `settle_reads`."""
         self.left_alone = False
         """Whether reads were collected although no optimizer would take them."""
         self.reads_asked = 0
@@ -185,18 +191,55 @@ class HideableTable(nn.Module):
             )
 
     @torch.compiler.disable
-    def keep_scaled_reads(self, weights: Iterable[Tensor]) -> None:
+    def settle_reads(self, weights: Sequence[Tensor] = ()) -> None:
         """Bring a factor on the collected gradient, as of clipping after each micro-batch, into the
-        reads, unless a skipped step has left them. weights: of the layer that reads the table.
+        reads, or forget them if a skipped step has left them; before each pass. weights: of the
+        layer that reads the table. RuntimeError if there is no telling.
         """
         with _COLLECTING:
-            if not self.reads or self.anchor.grad is None:
-                return
-            factor = float(self.anchor.grad[0]) / (len(self.reads) * ANCHOR_UNIT)
-            # After a skipped step whoever trains has cleared the gradients that parameters() shows.
-            if factor != 1 and any(x.grad is not None and bool(x.grad.any()) for x in weights):
-                self.reads = [replace(read, weights=read.weights * factor) for read in self.reads]
-                self.anchor.grad[0] = len(self.reads) * ANCHOR_UNIT
+            self.settled = True
+            factor = self._factor()
+            if factor != 1:
+                self._scale_reads(factor if factor and self._gradients_wait(weights) else 0)
+
+    def _gradients_wait(self, weights: Sequence[Tensor]) -> bool:
+        """Return whether parameters still have the gradients that belong to the reads.
+
+        After a skipped step whoever trains has cleared those that `parameters()` shows.
+        """
+        own = [x for x in weights if x.requires_grad]
+        beside = [x for x in self.trained_beside if x.requires_grad]
+        if _any_gradient(own):
+            return True
+        # FSDP shows a layer other tensors during a pass, without gradients.
+        if own and not self.split:
+            return False
+        if beside:
+            return _any_gradient(beside)
+        assert self.anchor.grad is not None
+        if bool(self.anchor.grad[1].isnan()):
+            return False  # a loss scaler's overflow
+        raise RuntimeError(
+            "a hidden table's gradient has been scaled since the last backward pass, and whether "
+            "that step was skipped does not show, as other optimizers train the parameters: step "
+            "all by one, CombinedOptimizer(AdamW(...), RowAdam(tables)), or call zero_grad() of "
+            "RowAdam where a step is skipped"
+        )
+
+    def _factor(self) -> float:
+        """Return what has scaled the collected gradient since backward; 0 if it was cleared."""
+        if not self.reads:
+            return 1.0
+        if self.anchor.grad is None:
+            return 0.0
+        return float(self.anchor.grad[0]) / (len(self.reads) * ANCHOR_UNIT)
+
+    def _scale_reads(self, factor: float) -> None:
+        if factor == 0 or self.anchor.grad is None:
+            self.drop_reads()
+        else:
+            self.reads = [replace(read, weights=read.weights * factor) for read in self.reads]
+            self.anchor.grad[0] = len(self.reads) * ANCHOR_UNIT
 
     def collect(self, read: Read) -> None:
         """Keep a read's gradient for the optimizer, and count it in the anchor's gradient."""
@@ -204,13 +247,9 @@ class HideableTable(nn.Module):
             self._collect(read)
 
     def _collect(self, read: Read) -> None:
-        if self.reads and (
-            self.anchor.grad is None or float(self.anchor.grad[0]) != len(self.reads) * ANCHOR_UNIT
-        ):
-            # A loss scaler has unscaled these and skipped the step, and model.zero_grad() does not
-            # see hidden tables.
-            self.reads.clear()
-            self.anchor.grad = None
+        # Since the forward pass, which has settled what was there, someone has scaled or cleared.
+        if (factor := self._factor()) != 1:
+            self._scale_reads(factor)
         self.left_alone = not self.has_optimizer
         self.reads.append(read)
         if len(self.reads) == _MANY_READS:
@@ -318,16 +357,23 @@ class HideableTable(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Loaded libraries cannot be copied or pickled, and a copy may wake up on another device.
         # Gradients stay behind, as a parameter's do.
-        left_out = ("backend", "reads")
+        left_out = ("backend", "reads", "trained_beside")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.has_optimizer = self.left_alone = False
+        self.trained_beside = ()
         if self.hidden:
             self.reads = []
             self.drop_reads()
         self._choose_backend()
+
+
+def _any_gradient(weights: Iterable[Tensor]) -> bool:
+    # Of a DTensor this rank's part: others may not ask at this time.
+    gradients = [getattr(x.grad, "_local_tensor", x.grad) for x in weights if x.grad is not None]
+    return any(bool(gradient.any()) for gradient in gradients)
 
 
 @cache

@@ -178,7 +178,7 @@ class ProductKeyMemory(nn.Module):
         for table in self.tables:
             table.layer_learns = self.learns
             if table.hidden and table.reads and torch.is_grad_enabled():
-                table.keep_scaled_reads(self._own_weights())
+                table.settle_reads(self._own_weights())
         y = self.read(tokens, replay).to(x.dtype)
         if self.output is not None:
             # Imported memories may have an output projection alone.

@@ -157,6 +157,9 @@ class ValueTable(HideableTable):
     def _count(self, rows: Tensor) -> None:
         if self.hidden and torch.is_grad_enabled():
             self.check_optimizer()
+            if self.reads and not self.settled:
+                self.settle_reads()
+            self.settled = False
             if self.weight.requires_grad and not isinstance(self.weight, nn.Parameter):
                 raise NotImplementedError(
                     "a hidden table's values are a tensor that asks for a gradient and would get "

@@ -28,6 +28,7 @@ class ShardedTable(ValueTable):
     """
 
     layout: ClassVar[Layout]
+    split = True
 
     def __init__(
         self,

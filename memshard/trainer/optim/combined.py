@@ -112,7 +112,18 @@ class CombinedOptimizer(Optimizer):
             self.state.update(optimizer.state)
 
     def _watch(self) -> None:
-        """Gather again when one of the optimizers has loaded a state by itself."""
+        """Gather again when one of the optimizers has loaded a state by itself, and tell tables
+        what is trained with them.
+        """
+        dense = [
+            weight
+            for optimizer in self.optimizers
+            if not isinstance(optimizer, RowAdam)
+            for group in optimizer.param_groups
+            for weight in group["params"]
+        ]
+        for table in self._tables():
+            table.trained_beside = dense
         for optimizer in self.optimizers:
             optimizer.register_load_state_dict_post_hook(lambda _: self._gather())
 
