@@ -42,6 +42,19 @@ def test_a_name_that_is_no_formula_and_no_unicode_is_drawn(name: str, tmp_path: 
     assert (tmp_path / "loss.png").exists()
 
 
+def test_a_strangers_matplotlibrc_in_the_current_folder_changes_no_picture(tmp_path: Path) -> None:
+    """With `text.usetex` it would run LaTeX on a preamble of his."""
+    file = write_metrics(tmp_path / "a.jsonl")
+    loss_curve({"run": file}, tmp_path / "usual.png")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
+    draw = (
+        "from memshard.trainer.evaluation.pictures import loss_curve\n"
+        "loss_curve({'run': 'a.jsonl'}, 'his.png')"
+    )
+    subprocess.run([sys.executable, "-P", "-c", draw], cwd=tmp_path, check=True)
+    assert (tmp_path / "his.png").read_bytes() == (tmp_path / "usual.png").read_bytes()
+
+
 def test_loss_curves_of_several_runs(tmp_path: Path) -> None:
     file = write_metrics(tmp_path / "a.jsonl")
     loss_curve({"with": file, "without": str(file)}, tmp_path / "loss.png")

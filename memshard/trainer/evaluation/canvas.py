@@ -1,5 +1,6 @@
 """The common style of all pictures. Needs matplotlib (extra `eval`)."""
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,9 +25,14 @@ INK, GRID = "#2b2b2b", "#e3e3e3"
 def canvas(width: float, height: float) -> "Figure":
     """Return an empty figure; sizes in inches. ValueError without matplotlib."""
     try:
+        from matplotlib import rcdefaults
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError("pictures need matplotlib: pip install 'memshard[eval]'") from error
+    if "matplotlib.pyplot" not in sys.modules:
+        # A matplotlibrc in the current folder, maybe a stranger's, has been read: `text.usetex`
+        # would run LaTeX on its preamble. A program with pictures of its own keeps its style.
+        rcdefaults()
     return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
 
 
