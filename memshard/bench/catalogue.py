@@ -34,6 +34,12 @@ BENCHMARKS = {
             "table reads and row updates on a GPU, as shares of the bandwidth of a copy",
             "values.gpu",
         ),
+        _benchmark(
+            "gpu",
+            "a GPU in minutes: kernels, twins of every configuration, waits, bandwidths, MFU, "
+            "a memory against twice the depth, in one file",
+            "gpu.run",
+        ),
         _benchmark("product-topk", "product-key search: what tie order costs and pruning saves"),
         _benchmark("lsh", "LSH attention on long sequences: time and memory, against its peers"),
         _benchmark("million-tokens", "one training step on a million tokens: time and memory"),

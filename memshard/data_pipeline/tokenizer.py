@@ -13,8 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import sentencepiece
-
 from memshard.data_pipeline.fetch import is_url
 from memshard.data_pipeline.format.remote import local_copy
 from memshard.io import read_small
@@ -87,6 +85,8 @@ def _all_but_frequent(lines: Iterable[str], number: int) -> re.Pattern[str]:
 
 
 def _train(lines: Iterable[str], vocab_size: int, model: TokenizerModel) -> bytes:
+    import sentencepiece
+
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line.translate(_UNTRAINED) for line in lines),
@@ -138,6 +138,9 @@ class Tokenizer:
                 f"{file}: no such tokenizer; `memshard data build` writes one, and sentencepiece "
                 "models of others are taken, but not Hugging Face's tokenizer.json"
             ) from None
+        # Here: training needs token shards alone, and a machine may have nothing else.
+        import sentencepiece
+
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:

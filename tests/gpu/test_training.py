@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from memshard.bench.gpu.configurations import MAIN, OTHERS
 from memshard.models.decode.generate import generate
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.loop import evaluate_run
@@ -12,67 +13,6 @@ from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 from memshard.trainer.watch.meter import Meter
 from tests.gpu.fake_cuda import Counts, fake_cuda, on_fake_cuda
-
-LSH = ("model.mixer.kind=lsh", "model.mixer.chunk=8", "model.mixer.buckets=4")
-DELTA = ("model.mixer.kind=delta", "model.position=none")
-FAST = {
-    "plain": (),
-    "micro-batches": ("train.micro_batch=2", "tables.clip=1.0", "tables.semantics=catch-up"),
-    "stochastic": ("tables.dtype=bf16", "tables.rounding=stochastic", "tables.semantics=row-step"),
-    "host": ("tables.place=host", "tables.dtype=fp16"),
-    "peer": ("model.memory.kind=peer", "model.memory.query_norm=rms"),
-    "lsh": (*LSH, "model.residual=reversible", "model.memory.query_norm=lagged"),
-    "delta": (*DELTA, "train.carry_state=true", "data.document_mask=true"),
-}
-SLOW = {
-    "fp16": ("train.precision=fp16", "tables.dtype=fp16"),
-    "gate": ("model.memory.gate=true", "model.memory.value_dim=24"),
-    "revive": ("tables.revive=true", "tables.dead_after=1", "train.key_balance=0.01"),
-    "dense steps": ("tables.semantics=dense",),
-    "swiglu": (
-        "model.position=rotary",
-        "model.norm=rms",
-        "model.feedforward.activation=swiglu",
-        "model.mixer.kv_heads=1",
-    ),
-    "axial": ("model.position=axial",),
-    "sinusoidal": ("model.position=sinusoidal", "model.memory.weighting=sigmoid"),
-    "published lsh": (*LSH, "model.mixer.rule=hf_compat", "model.mixer.heads_at_once=1"),
-    "causal lsh": (*LSH, "model.mixer.rule=paper_causal"),
-    "local": ("model.mixer.kind=local", "model.mixer.window=8", "data.document_mask=true"),
-    "linear": ("model.mixer.kind=linear", "train.segments=2", "model.position=none"),
-    "favor": (
-        "model.mixer.kind=linear",
-        "model.mixer.features=favor",
-        "model.mixer.feature_width=16",
-    ),
-    "dpfp": (*DELTA, "model.mixer.features=dpfp", "model.mixer.attention_norm=true"),
-    "check inversion": ("model.residual=reversible", "train.check_inversion=true"),
-    "primer": (
-        "model.mixer.convolution=3",
-        "model.mixer.share_qk=true",
-        "model.feedforward.activation=squared_relu",
-        "model.norm=primer",
-    ),
-    "host, shared": ("tables.place=host", "train.micro_batch=4", "tables.clip=1.0"),
-    "host, dense steps": ("tables.place=host", "tables.semantics=dense"),
-    "host, revive": ("tables.place=host", "tables.revive=true", "tables.dead_after=1"),
-    "adaptive": (
-        "model.tie_head=false",
-        "model.adaptive_cutoffs=[64,256]",
-        "model.adaptive_division=2",
-    ),
-    "smoothing": (
-        "train.label_smoothing=0.1",
-        "train.chunk=16",
-        "model.memory.query_norm=lagged",
-    ),
-    "checkpointing": ("train.checkpointing=full", "model.memory.kind=peer", "tables.place=host"),
-    "selective": ("train.checkpointing=selective",),
-    "masked tokens": ("model.encoder_layers=2",),
-    "added": ("model.memory.mode=add", "model.residual=post"),
-    "no memory": ("model.memory.layers=[]",),
-}
 
 
 def train(
@@ -95,8 +35,8 @@ def train(
 @pytest.mark.parametrize(
     "overrides",
     [
-        *(pytest.param(overrides, id=name) for name, overrides in FAST.items()),
-        *(pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in SLOW.items()),
+        *(pytest.param(overrides, id=name) for name, overrides in MAIN.items()),
+        *(pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in OTHERS.items()),
     ],
 )
 def test_a_run_is_that_of_a_cpu(recipe: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from memshard.bench.gpu.configurations import RECIPE as RECIPE
 from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.folders import find_checkpoints
 from memshard.trainer.checkpoint.index import read_index
@@ -22,21 +23,6 @@ from memshard.trainer.resume import checkpoint_tensors
 from memshard.trainer.run import Run
 from memshard.trainer.set_up import set_up
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
-
-RECIPE = """\
-data: {{path: {data}, length: 32}}
-model:
-  layers: 2
-  dim: 16
-  mixer: {{heads: 2}}
-  memory: {{layers: [0, 1], share: true, keys: 8, heads: 2, topk: 3, key_dim: 8}}
-  dropout: 0.1
-train: {{steps: 10, batch: 8, log_every: 1, eval_every: 0, save_every: 1000}}
-optimizer: {{lr: 1e-2, schedule: constant, warmup: 3}}
-"""
-"""All that could go wrong on resume at once: dropout, batch statistics, a shared table, and an
-epoch of 8 steps.
-"""
 
 ORDINARY_USER = 65534
 

@@ -9,12 +9,12 @@ written as well. Medians; the cache is emptied before each repetition.
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from memshard.bench.gpu.clock import copy_rate, seconds
 from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.table import ValueTable
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "CPU"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    bandwidth = copy_bandwidth(device)
+    bandwidth = copy_rate(device)
     sizes = {name: getattr(args, name) for name in ("slots", "dim", "reads", "tokens")}
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -73,14 +73,6 @@ def show(result: dict[str, Any]) -> None:
             print(f"| {dtype} | {what} | {line['seconds'] * 1e3:.3f} | {line['share']:.0%} |")
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Return bytes a second, read and written, of copying 1 GiB."""
-    # 1 GiB, some twenty times the cache of an H200 (50 MB).
-    source = torch.zeros(1 << 28, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * source.itemsize / seconds(lambda: target.copy_(source))
-
-
 def reads(
     args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[float, int]]:
@@ -96,13 +88,17 @@ def reads(
         # EmbeddingBag takes weights of the table's dtype only; ours takes fp32 beside any.
         half = weights.to(dtype)
         bag = seconds(
-            lambda: F.embedding_bag(rows, table.weight, mode="sum", per_sample_weights=half)
+            lambda: F.embedding_bag(rows, table.weight, mode="sum", per_sample_weights=half),
+            device,
         )
         return {
             # Our sums are fp32 whatever the table's dtype, EmbeddingBag's have its dtype.
-            "memshard": (seconds(lambda: table.weighted_sum(rows, weights)), gathered + 4 * sums),
+            "memshard": (
+                seconds(lambda: table.weighted_sum(rows, weights), device),
+                gathered + 4 * sums,
+            ),
             "EmbeddingBag": (bag, gathered + dtype.itemsize * sums),
-            "gather": (seconds(lambda: table.weight[flat]), 2 * gathered),
+            "gather": (seconds(lambda: table.weight[flat], device), 2 * gathered),
         }
 
 
@@ -136,9 +132,12 @@ def updates(
     with torch.no_grad():
         # Otherwise both lines would be one.
         if table.backend is not plain_rows:
-            result["row Adam"] = seconds(lambda: table.backend.adam_rows(update)), size
-        result["row Adam, plain torch"] = seconds(lambda: plain_rows.adam_rows(update)), size
-    result["optimizer step"] = seconds(whole), size
+            result["row Adam"] = seconds(lambda: table.backend.adam_rows(update), device), size
+        result["row Adam, plain torch"] = (
+            seconds(lambda: plain_rows.adam_rows(update), device),
+            size,
+        )
+    result["optimizer step"] = seconds(whole, device), size
     return result
 
 
@@ -152,11 +151,3 @@ def new_table(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     table.to(dtype).to_empty(device=device)
     table.weight.fill_(0.01)
     return table
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Return the median time of a call."""
-    from triton.testing import do_bench
-
-    # It returns milliseconds, and overwrites the cache before each call.
-    return do_bench(run, return_mode="median") / 1e3

@@ -27,7 +27,10 @@ class _BenchmarkParser(CommandParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         module = import_module(self.benchmark.module)
         module.add_arguments(self)
-        self.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+        if "--out" not in self._option_string_actions:
+            self.add_argument(
+                "--out", type=Path, metavar="FILE", help="also write the result as JSON"
+            )
         self.set_defaults(run=run, module=module)
         return super().parse_known_args(args, namespace)
 
@@ -61,6 +64,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = args.module.run(args)
     if not args.json:
         args.module.show(result)
-    if args.out:
+    if getattr(args, "out", None):  # one that writes a folder takes that under another name
         compact_json.write(result, args.out)
     return result

@@ -1,0 +1,1 @@
+"""The stages of `memshard bench gpu`, one a file."""
