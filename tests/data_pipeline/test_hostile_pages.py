@@ -1,14 +1,18 @@
 """Web archives made to cost a reader hours, or its memory, are bounded."""
 
 import io
+import os
+import signal
 import struct
+import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from memshard.data_pipeline.prepare.inputs import warc
-from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch, run_apart
+from memshard.data_pipeline.prepare.workers import Apart, ItemTimeout, Watch
 from memshard.data_pipeline.web.records import read_records
 from tests.data_pipeline.web_archive import HTML, OK, record
 
@@ -36,22 +40,58 @@ def test_pages_that_parsers_take_hours_for_are_ended_and_counted(kind: str, tmp_
     assert counts["page_timeout.documents"] + counts["page_failed.documents"] == 1
 
 
-def test_a_page_that_is_worked_on_apart_has_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_is_worked_on_apart_has_the_same_text(tmp_path: Path) -> None:
     pytest.importorskip("resiliparse")
-    page = warc.Page(0, "http://a/", HTML.replace(b"</p>", " ä \U0001f600</p>".encode()))
+    page = HTML.replace(b"</p>", " ä \U0001f600</p>".encode())
+    file = tmp_path / "a.warc"
+    file.write_bytes(record(OK + b"\r\n" + page))
+    options = {"extractor": "resiliparse", "language": None, "longest": 1_000_000}
+
+    def texts() -> list[str]:
+        return list(warc.read([file], options, Counter(), Watch(seconds=20)))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warc, "MANY_TAGS", 0)
-        apart = warc._article(page, "resiliparse", None, Watch(seconds=20))
-    assert apart == warc._article(page, "resiliparse", None, Watch(seconds=20))
-    assert apart[1].endswith("ä \U0001f600\n")
+        apart = texts()
+    assert apart == texts() and apart[0].endswith("ä \U0001f600\n")
 
 
 def test_work_apart_ends_at_its_time_its_memory_and_its_errors() -> None:
-    assert run_apart(lambda text: [text, "\ud800"], 5, "ä") == ["ä", "\ud800"]
-    with pytest.raises(ItemTimeout):
-        run_apart(lambda: sum(iter(int, 1)), 1)
-    with pytest.raises(RuntimeError, match="bytearray"):
-        run_apart(bytearray, 5, 1 << 33)
+    def work(text: str) -> list[str] | None:
+        if text == "time":
+            sum(iter(int, 1))
+        if text == "memory":
+            bytearray(1 << 33)
+        return [text, str(os.getpid())]
+
+    with closing(Apart(work, 1)) as apart:
+        (text, process), (other, same) = apart("ä\ud800"), apart("b")
+        assert (text, other, process) == ("ä\ud800", "b", same)
+        for name, error in (("time", ItemTimeout), ("memory", RuntimeError)):
+            with pytest.raises(error):
+                apart(name)
+            assert apart("c")[0] == "c", "the next text has another copy"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process), 0)
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next_text() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise ItemTimeout
+
+    def work(text: str) -> str:
+        time.sleep(float(text))
+        return text
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with closing(Apart(work, 5)) as apart:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(ItemTimeout):
+                apart("1.5")
+            assert apart("0") == "0"
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_members_of_gzip_that_lie_in_each_other_take_no_quadratic_time() -> None:

@@ -4,12 +4,14 @@ limit.
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from memshard.data_pipeline.prepare.inputs.text import documents
-from memshard.data_pipeline.prepare.workers import ItemTimeout, Watch, run_apart
+from memshard.data_pipeline.prepare.workers import Apart, ItemTimeout, Watch
 from memshard.data_pipeline.web.charset import decode
 from memshard.data_pipeline.web.extract import Extractor, main_text, tidy
 from memshard.data_pipeline.web.language import may_be
@@ -42,6 +44,18 @@ def read(
 def _articles(
     file: Path, extractor: Extractor, language: str | None, counts: Counter[str], watch: Watch
 ) -> Iterator[str]:
+    extract = partial(_main_text, extractor=extractor, language=language)
+    with closing(Apart(extract, watch.seconds)) if watch.seconds else nullcontext() as apart:
+        yield from _texts(file, extract, apart, counts, watch)
+
+
+def _texts(
+    file: Path,
+    extract: Callable[[str], tuple[str, str]],
+    apart: Apart | None,
+    counts: Counter[str],
+    watch: Watch,
+) -> Iterator[str]:
     for page in read_pages(file, counts):
         reason, text = "", ""
         try:
@@ -51,7 +65,7 @@ def _articles(
                 elif len(page.body) > MAX_PAGE:
                     reason = "page_large"
                 else:
-                    reason, text = _article(page, extractor, language, watch)
+                    reason, text = _article(page, extract, apart)
         except ItemTimeout:
             reason = "page_timeout"
         # Parsers meet every kind of broken HTML; one page must not end a build of millions.
@@ -73,17 +87,19 @@ def _articles(
 
 
 def _article(
-    page: Page, extractor: Extractor, language: str | None, watch: Watch
+    page: Page, extract: Callable[[str], tuple[str, str]], apart: Apart | None
 ) -> tuple[str, str]:
-    """Return (why there is no text, or "", and the text)."""
+    """Return (why there is no text, or "", and the text). extract: from HTML; apart: the same for
+    pages that may take hours.
+    """
     content = decode(page.body, page.content_type)
     if not page.html:
         text = tidy(content)
         return ("", text + "\n") if text else ("page_empty", "")
-    if watch.seconds and (len(content) > LONG_PAGE or content.count("<") > MANY_TAGS):
-        reason, text = run_apart(_main_text, watch.seconds, content, extractor, language)
+    if apart and (len(content) > LONG_PAGE or content.count("<") > MANY_TAGS):
+        reason, text = apart(content)
         return reason, text
-    return _main_text(content, extractor, language)
+    return extract(content)
 
 
 def _main_text(content: str, extractor: Extractor, language: str | None) -> tuple[str, str]:
