@@ -48,3 +48,51 @@ def test_ranks_hear_of_a_launcher_that_was_killed_above_their_parent() -> None:
             launcher.kill()
             launcher.wait()
             assert rank.wait(30) == -signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the runner is found by /proc")
+@pytest.mark.parametrize("name", ["deepspeed", "another"])
+def test_ranks_hear_of_a_deepspeed_runner_that_was_killed(tmp_path: Path, name: str) -> None:
+    """Of no other program above their parent, which may be a script that has done its work."""
+    seconds = 60 if name == "deepspeed" else 4
+    watch = (
+        "import time; from memshard.launch.orphans import stop_without_parent; "
+        f"stop_without_parent(); print(flush=True); time.sleep({seconds}); print('on')"
+    )
+    below = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {watch!r}])"
+    (tmp_path / name).write_text(
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {below!r}])"
+    )
+    with subprocess.Popen([sys.executable, tmp_path / name], stdout=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        runner.stdout.readline()
+        runner.kill()
+        runner.wait()
+        assert runner.stdout.read() == (b"" if name == "deepspeed" else b"on\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are found by /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_that_still_save_when_their_launcher_is_gone_are_waited_for(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """As under DeepSpeed's launcher, which dies of a signal; else the run would count as failed."""
+    rank = (
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "from memshard.trainer.watch.heartbeat import Heartbeat\n"
+        "def save(*of):\n"
+        "    time.sleep(2)\n"
+        "    with Heartbeat(Path(sys.argv[1]), 0, 1, lambda: (7, 'stopped')): pass\n"
+        "    os._exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(int(sys.argv[2]), int(sys.argv[3]))\n"
+        "time.sleep(60)"
+    )
+    launcher = (
+        "import os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {rank!r}, sys.argv[1], str(os.getpid()), "
+        f"'{number:d}'])"
+    )
+    start = Start("recipe.yaml", (), str(tmp_path))
+    with pytest.raises(Stopped, match="at step 7, saved"):
+        run([sys.executable, "-c", launcher, str(tmp_path)], "", start)

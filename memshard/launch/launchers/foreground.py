@@ -12,7 +12,7 @@ from typing import Any
 
 from memshard.launch.cli.outcome import Stopped
 from memshard.launch.launchers.start import Start, shell
-from memshard.launch.orphans import LAUNCHER, end_child_with_parent
+from memshard.launch.orphans import LAUNCHER, end_child_with_parent, outliving_launcher
 from memshard.trainer.stop_signal import STOPS
 
 
@@ -39,7 +39,8 @@ def run(command: list[str], environment: str, start: Start) -> dict[str, Any]:
     from memshard.trainer.watch.heartbeat import read_beats
 
     before = read_beats(Path(start.folder))
-    code = _wait(command, environment)
+    with outliving_launcher():
+        code = _wait(command, environment)
     # Not of an earlier start, if this one failed before its ranks had begun.
     beats = [beat for beat in read_beats(Path(start.folder)) if beat not in before]
     if code and beats and beats[0].rank == 0 and beats[0].ended == "stopped":

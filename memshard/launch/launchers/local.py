@@ -10,10 +10,8 @@ from memshard.launch.cli.outcome import usage_errors
 from memshard.launch.cli.parser import whole
 from memshard.launch.launchers import foreground
 from memshard.launch.launchers.start import RENDEZVOUS, installed, torchrun_options
+from memshard.launch.orphans import SAVE_SECONDS
 from memshard.launch.ranks import Ranks, from_variables
-
-_SAVE_SECONDS = 180
-"""Time that ranks have to save after a signal."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +42,7 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={ranks}", f"--max-restarts={args.restarts}"),
-        *torchrun_options(_SAVE_SECONDS),
+        *torchrun_options(SAVE_SECONDS),
         # "--" ends torchrun's options: it would read the command's own as its own.
         *("-m", "--", *start.train),
     ]
