@@ -119,7 +119,7 @@ def updates(
     step = Step("lazy", 1, 1e-3, 0.9, 0.98, 1e-8)
     update = step.update(table, state, part)
     # Read and written: a value, and two moments of 4 bytes each.
-    size = 2 * len(part.rows) * args.dim * (dtype.itemsize + 8)
+    size = 2 * len(rows.unique()) * args.dim * (dtype.itemsize + 8)
 
     def whole() -> None:
         for read in kept:

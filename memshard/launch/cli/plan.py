@@ -5,15 +5,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.outcome import UsageError, usage_errors
 from memshard.launch.cli.parser import Subparsers, real, whole
+from memshard.launch.cli.plan_explained import explanation
 from memshard.launch.cli.plan_report import report
-from memshard.trainer.cost.devices import CARDS
+from memshard.trainer.cost.devices import CARDS, SHORT_NAMES
 
 if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
 
 ASSUMED_VOCABULARY = 32_768
+EXPLAINED = "wide"
+"""The recipe whose step GPU work is held to."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -22,7 +25,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "plan", help="what a recipe costs: bytes per rank, traffic, operations; allocates nothing"
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a bundled name, a YAML file or a run folder"
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help="a bundled name, a YAML file or a run folder; may be left out with --explain, which "
+        f"then takes {EXPLAINED}",
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="such as model.layers=12"
@@ -30,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--world", type=whole(), default=1, metavar="N", help="ranks (default 1)")
     parser.add_argument(
         "--device",
-        choices=(*CARDS, "cpu"),
+        choices=(*CARDS, *SHORT_NAMES, "cpu"),
         default="cpu",
         help="of every rank; cpu is this machine, shared by all ranks",
     )
@@ -54,11 +61,22 @@ def add_parser(subparsers: Subparsers) -> None:
         help="reads of a row by a rank in a micro-batch (default: as a run folder has measured "
         "it, else as if reads were spread evenly)",
     )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="a step on an H200 part by part, with the memory and without: counted operations and "
+        "bytes, and the rates by which they become seconds",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print what the recipe takes, and what would fit better."""
+    args.device = SHORT_NAMES.get(args.device, args.device)
+    if args.recipe is None:
+        if not args.explain:
+            raise UsageError("name a recipe (see memshard plan --help)")
+        args.recipe = EXPLAINED
     with usage_errors():
         from memshard.trainer.config.load import load_recipe
         from memshard.trainer.cost.alternatives import (
@@ -89,6 +107,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cost = estimate(recipe, args.world, vocab_size, half, duplicates)
         seconds = step_time(recipe, cost, device, precision, args.node)
         parts = dry_run(recipe, args.world, vocab_size)
+        explained = None
+        if args.explain:
+            from memshard.trainer.cost.counted.rates import rates_of
+            from memshard.trainer.cost.counted.step import explain
+
+            rates = rates_of(args.device)
+            explained = explain(recipe, vocab_size, precision, rates, duplicates)
     site = Site(device, args.world, vocab_size, precision, args.node)
     # Host memory is not compared: how much of it a node has is not known here.
     fits = cost.bytes.total <= device.memory
@@ -110,8 +135,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "suggestion": suggestion(recipe, site),
         "dry_run": [asdict(part) for part in parts],
     }
+    if explained is not None:
+        result["explained"] = {**asdict(explained), "ratio": explained.ratio}
     if not args.json:
         print(report(args, recipe, cost, result))
+        if explained is not None:
+            print(f"\n{explanation(explained, rates)}")
     return result
 
 

@@ -65,3 +65,6 @@ CARDS = {
 direction) from NVIDIA's data sheets, SXM versions. Network: a card's share of the adapters of
 NVIDIA's own nodes of 8: DGX-1 4 x 100 Gb/s, DGX A100 8 x 200 Gb/s, DGX H100 and H200 8 x 400 Gb/s.
 """
+
+SHORT_NAMES = {"v100": "v100-16g", "a100": "a100-80g", "h100": "h100-80g", "h200": "h200-141g"}
+"""What `memshard plan --device` takes as well: the usual card of a kind."""

@@ -76,9 +76,8 @@ def gradients(
     result = {"gradients of weights": (time, rows.numel() * sizes.dim * dtype.itemsize + once)}
     sums.backward(upstream)
     (part,) = table.gradients(1.0)
-    distinct = len(part.rows)
-    size = (rows.numel() + distinct) * sizes.dim * 4
-    result["gradients of rows"] = (seconds(lambda: part.sums(0, distinct), device), size)
+    size = (rows.numel() + len(rows.unique())) * sizes.dim * 4
+    result["gradients of rows"] = (seconds(lambda: part.sums(0, len(part.rows)), device), size)
     flat = rows.flatten().int()
     # Numbers of rows read, in order written, with their places.
     result["sort of reads"] = (

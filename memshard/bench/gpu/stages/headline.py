@@ -46,7 +46,7 @@ _EPOCHS = 3
 """Most passes over the data: with more, what a memory learns by heart decides."""
 _POINTS = 40
 """Points of a curve."""
-_WARM = 3
+_WARM, _REHEARSED = 3, 20
 
 
 def run(bench: Bench) -> Iterator[tuple[str, Result]]:
@@ -62,7 +62,8 @@ def run(bench: Bench) -> Iterator[tuple[str, Result]]:
     a_step = sizes["batch"] * sizes["length"]
     # A tenth is for the set-up and the evaluations.
     steps = int(0.9 * bench.left() / sum(timed.values()))
-    steps = max(2 * _WARM, min(steps, _EPOCHS * tokens // a_step))
+    most = _EPOCHS * tokens // a_step if bench.cuda else _REHEARSED
+    steps = max(2 * _WARM, min(steps, most))
     yield (
         "data",
         {

@@ -28,11 +28,11 @@ STEPS = 3
 TOLERANCES = {
     "fp32": {"losses": 1e-4, "gradients": 1e-3, "tables": 1e-3},
     "bf16": {"losses": 1e-2, "gradients": 0.3, "tables": 0.5},
-    "fp16": {"losses": 5e-3, "gradients": 0.1, "tables": 0.3},
+    "fp16": {"losses": 5e-3, "gradients": 0.2, "tables": 0.3},
 }
 """Largest differences by precision. losses: of a step, relative. gradients: norm of the difference
 of all dense gradients of the first step over their norm; tables: the same of the tables' gradients,
-whose rows are others where rounding changes a search. On a CPU, bf16 gives two thirds of
+whose rows are others where rounding changes a search. On a CPU, bf16 and fp16 give half of
 these at most.
 """
 MOVED = ("plain", "stochastic", "host", "lsh")
@@ -106,7 +106,8 @@ def trained(
         for name, table in find_tables(run.model):
             for part in table.gradients(1 / run.loss_scale.value) if table.reads else ():
                 whole = torch.zeros(table.weight.shape)
-                whole[part.rows.cpu()] = part.sums(0, len(part.rows)).float().cpu()
+                sums = part.sums(0, len(part.rows)).float().cpu()
+                whole.index_add_(0, part.rows.cpu(), sums)
                 result.tables.setdefault(name, whole)
 
     hooks = [run.engine.optimizer.register_step_pre_hook(keep_dense)]
