@@ -39,14 +39,11 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 def all_rows(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """Return every rank's x, [rows, ...], whose numbers of rows may differ."""
-    ranks = dist.get_world_size(group)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(ranks)]
-    dist.all_gather(lengths, torch.tensor([len(x)], device=x.device), group=group)
-    rows = [int(length) for length in lengths]
+    rows = share_count(len(x), group, x.device)
     # all_gather wants equal shapes, so all send as many rows as the longest.
     padded = x.new_zeros(max(rows), *x.shape[1:])
     padded[: len(x)] = x
-    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    gathered = [torch.empty_like(padded) for _ in rows]
     dist.all_gather(gathered, padded, group=group)
     return [part[:length] for part, length in zip(gathered, rows, strict=True)]
 
@@ -88,12 +85,30 @@ def exchange(
     return _Exchange.apply(x, list(send), list(receive), group, traffic)
 
 
-def share_counts(
-    counts: Sequence[int], group: dist.ProcessGroup, device: torch.device
-) -> list[int]:
-    """Send counts[r] to every rank r and return the counts received. Waits for the device."""
-    ranks = len(counts)
-    return exchange(torch.tensor(counts, device=device), [1] * ranks, [1] * ranks, group).tolist()
+def share_count(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Return every rank's count. device: used, and waited for, where the group takes no tensors in
+    host memory.
+    """
+    ranks = dist.get_world_size(group)
+    local = torch.full((ranks,), count, device=host_or(device, group))
+    return exchange(local, [1] * ranks, [1] * ranks, group).tolist()
+
+
+def share_sizes(sizes: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """Return how many rows this rank sends to each rank, and receives from it. sizes: [ranks], the
+    first of the two. Waits for the device, once.
+    """
+    ones = [1] * len(sizes)
+    ours, theirs = torch.stack((sizes, exchange(sizes, ones, ones, group))).tolist()
+    return ours, theirs
+
+
+def host_or(device: torch.device, group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return where to put numbers that ranks exchange and that no device has computed: host memory,
+    which no device has to be waited for, or `device` where the group (default: all) takes nothing
+    else.
+    """
+    return torch.device("cpu") if compat.takes(group, "cpu") else device
 
 
 class _AllReduce(torch.autograd.Function):

@@ -23,6 +23,12 @@ def process_groups() -> Iterable[dist.ProcessGroup]:
     return groups
 
 
+def takes(group: dist.ProcessGroup | None, device: str) -> bool:
+    """Return whether a group (None: all) takes tensors on a type of device; no without the name."""
+    group = group or dist.group.WORLD
+    return device in {x.type for x in getattr(group, "_device_types", ())}
+
+
 def flatten(mesh: DeviceMesh) -> DeviceMesh:
     """Return the one-dimensional mesh over all axes of a mesh. RuntimeError without the name."""
     if not hasattr(mesh, "_flatten"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
-from memshard.parallel.collectives import all_sum
+from memshard.parallel.collectives import all_sum, host_or
 from memshard.parallel.mesh import tensor_size
 from memshard.trainer.guards import is_spike
 from memshard.trainer.optim.rows.revive import revive
@@ -116,8 +116,8 @@ def _count_tokens(run: Run, batches: list[Batch], away: NoData | None) -> tuple[
     ]
     counts = torch.stack(rows).sum(0) if rows else torch.zeros(2, dtype=torch.int64)
     counts = torch.cat([counts, counts.new_tensor(counted(away))])
-    if run.ranks > 1:  # one process has them on the CPU, and need not wait for the device
-        counts = all_sum(counts.to(run.device))
+    if run.ranks > 1:
+        counts = all_sum(counts.to(host_or(run.device)))
     losses, known, *ranks_away = counts.tolist()
     check_away(away, *ranks_away)
     # Tensor-parallel ranks read the same rows, which are counted once. With all of a batch damaged,

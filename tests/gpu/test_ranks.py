@@ -10,16 +10,23 @@ from memshard.trainer.step import train_step
 from tests.gpu.fake_cuda import Counts, fake_cuda, on_fake_cuda
 from tests.gpu.fake_ranks import fake_ranks
 
+SEQUENCE = ("parallel.tensor=2", "parallel.share=sequence", "model.mixer.kind=delta")
 FAST = {
-    "columns": ("parallel.layout=columns", "tables.clip=1.0"),
-    "replicas": ("parallel.layout=rows", "parallel.memory=4"),
-    "sequence": ("parallel.tensor=2", "parallel.share=sequence", "model.mixer.kind=delta"),
+    "columns": (0, 2, ("parallel.layout=columns", "tables.clip=1.0")),
+    "replicas": (2 + 1, 2 + 1, ("parallel.layout=rows", "parallel.memory=4")),
+    "sequence": (0, 8, ("parallel.layout=columns", "train.micro_batch=1", *SEQUENCE)),
 }
+"""Waits for sizes that the search decides, exchanges from host memory of numbers that it knows, and
+the settings. Two layers read one table: a split by rows waits once a read, replicas once a step.
+"""
 SLOW = {
-    "rows, unique": ("parallel.layout=rows-unique",),
-    "zero": ("parallel.layout=columns", "train.zero=1"),
-    "peer": ("parallel.layout=rows", "model.memory.kind=peer"),
-    "tensor": ("parallel.tensor=2", "parallel.layout=tensor-columns"),
+    "rows, unique": (2, 0, ("parallel.layout=rows-unique",)),
+    "micro-batches": (0, 4, ("parallel.layout=columns", "train.micro_batch=1")),
+    "replicas of columns": (1, 2 + 1, ("parallel.layout=columns", "parallel.memory=4")),
+    "zero": (0, 2, ("parallel.layout=columns", "train.zero=1")),
+    "peer": (4, 4, ("parallel.layout=rows", "model.memory.kind=peer")),
+    "tensor": (1, 1, ("parallel.tensor=2", "parallel.layout=tensor-columns")),
+    "tensor, rows": (2, 2, ("parallel.tensor=2", "parallel.layout=rows")),
 }
 
 
@@ -35,16 +42,22 @@ def train(recipe: Path, folder: Path, overrides: tuple[str, ...]) -> Counts:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("waits", "host", "overrides"),
     [
-        *(pytest.param(overrides, id=name) for name, overrides in FAST.items()),
-        *(pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in SLOW.items()),
+        *(pytest.param(*setting, id=name) for name, setting in FAST.items()),
+        *(pytest.param(*x, id=name, marks=pytest.mark.slow) for name, x in SLOW.items()),
     ],
 )
-def test_nothing_is_exchanged_from_host_memory(
-    recipe: Path, tmp_path: Path, overrides: tuple[str, ...]
+def test_a_step_exchanges_on_gpus_and_waits_for_sizes_alone(
+    recipe: Path, tmp_path: Path, waits: int, host: int, overrides: tuple[str, ...]
 ) -> None:
-    """NCCL takes tensors on the GPU only; others would go another way, and wait."""
+    """NCCL takes tensors on the GPU only. What it sends must not pass through the host, and what
+    the host knows must not pass through the GPU.
+    """
     counts = on_fake_cuda(train, recipe, tmp_path / "run", overrides)
-    assert counts.exchanges
-    assert not [what for what, _ in counts.exchanges if "cpu" in what.split()], counts
+    from_host = sum(n for (what, _), n in counts.exchanges.items() if "cpu" in what.split())
+    # The step's number of tokens besides.
+    assert from_host == host + 1 < counts.exchanges.total(), counts
+    here = ("parallel/", "trainer/step.py")
+    assert sum(n for (_, line), n in counts.waits.items() if line.startswith(here)) == waits, counts
+    assert not [line for _, line in counts.blocking if line.startswith(here)], counts

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from memshard.models import compat
 from memshard.models.kernels.backend import RowBackend
+from memshard.models.kernels.plain_rows import bag_of_each_read
 from memshard.models.memory.hidden import HideableTable
 from memshard.models.memory.host import to_device
-from memshard.models.memory.row_gradient import Read, row_gradients, sort_reads
+from memshard.models.memory.row_gradient import Read, row_gradients
 
 _BLOCK_ROWS = 4096
 Backward = Callable[..., Any]
@@ -132,13 +133,17 @@ class Fetch:
     """Rows to fetch from a table, and the reads of them.
 
     wanted: the rows of the local part that are asked for; inverse: [reads] int32, which of the
-    fetched rows each read is, all of which are read; offsets: [bags] int64, where each bag's reads
-    start; backend: sums the fetched rows where the reads are, which need not be where the table is.
+    fetched rows each read is, all of which are read; order: [reads], the reads by row, stably;
+    starts: [distinct + 1] int64, where each row's begin in it; offsets: [bags] int64, where each
+    bag's reads start; backend: sums the fetched rows where the reads are, which need not be where
+    the table is.
     """
 
     table: HideableTable
     wanted: Tensor
     inverse: Tensor
+    order: Tensor
+    starts: Tensor
     offsets: Tensor
     backend: RowBackend
 
@@ -204,11 +209,12 @@ class FetchedDot(torch.autograd.Function):
 
 def _row_gradients(fetch: Fetch, weights: Tensor, upstream: Tensor) -> Tensor:
     """Return the gradients of the fetched rows, [distinct, dim], in the weights' dtype."""
-    # Every fetched row has been read, so row i of the merged reads is the i-th fetched one.
-    merged = sort_reads([Read(fetch.inverse, weights, fetch.offsets, upstream)], fetch.backend)
-    if merged is None:
-        return weights.new_zeros(0, upstream.shape[1])
-    return merged.sums(0, len(merged.rows)).to(weights.dtype)
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    bags = bag_of_each_read(fetch.offsets, len(weights)).to(torch.int32)
+    sums = fetch.backend.segment_sums(
+        upstream.to(dtype), bags[fetch.order], weights[fetch.order].to(dtype), fetch.starts
+    )
+    return sums.to(weights.dtype)
 
 
 def _table_learns(ctx: Any, table: HideableTable) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memshard.models import compat
 from memshard.models.kernels.backend import backend_for
+from memshard.models.kernels.plain_rows import bag_of_each_read
 from memshard.models.memory.autograd import Dot, Fetch, FetchedDot, FetchedSum, WeightedSum
 from memshard.models.memory.check_input import check_dtype, check_reads
 from memshard.models.memory.hidden import HideableTable
@@ -237,7 +238,8 @@ class ValueTable(HideableTable):
         """
         if not (self.host and self.hidden):
             return None
-        distinct, inverse = torch.unique(rows, return_inverse=True)
+        backend, _ = backend_for(rows.device)
+        order, distinct, starts = backend.sort_reads(rows)
         dim = self.weight.shape[1]
         # Fetching: each distinct row and its number, and an fp32 gradient back. Pooling: number,
         # weight and its gradient for each read, a sum and its gradient for each bag.
@@ -245,8 +247,9 @@ class ValueTable(HideableTable):
         pooled = len(offsets) * dim * 8 + len(rows) * (rows.itemsize + 8)
         if fetched >= pooled:
             return None
-        backend, _ = backend_for(rows.device)
-        return Fetch(self, distinct, inverse.to(torch.int32), offsets, backend)
+        inverse = torch.empty_like(rows, dtype=torch.int32)
+        inverse[order] = bag_of_each_read(starts[:-1], len(rows)).to(torch.int32)
+        return Fetch(self, distinct, inverse, order, starts, offsets, backend)
 
     def gradients(self, scale: float) -> Iterator[SortedReads]:
         """Yield the collected gradient times `scale`, in ascending parts without common rows.

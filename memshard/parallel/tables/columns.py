@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.models.memory.table import bag_offsets
-from memshard.parallel.collectives import exchange, share_counts
+from memshard.parallel.collectives import exchange, share_count
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
@@ -42,8 +42,7 @@ class ColumnShardedTable(ShardedTable):
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
         # Ranks may have different numbers of tokens, so these are exchanged first.
-        ours = [tokens] * ranks
-        theirs = share_counts(ours, self.group, rows.device)
+        ours, theirs = [tokens] * ranks, share_count(tokens, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
@@ -63,8 +62,7 @@ class ColumnShardedTable(ShardedTable):
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        ours = [tokens] * ranks
-        theirs = share_counts(ours, self.group, rows.device)
+        ours, theirs = [tokens] * ranks, share_count(tokens, self.group, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
         widths, width = self._widths(), len(self.local_columns)

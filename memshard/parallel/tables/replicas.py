@@ -8,13 +8,14 @@ from torch import Tensor
 
 from memshard.models.kernels.backend import RowBackend
 from memshard.models.memory.row_gradient import SortedReads
-from memshard.parallel.collectives import Traffic
+from memshard.parallel.collectives import Traffic, share_count
 
 _BLOCK_BYTES = 1 << 24
 
 
 def add_replicas(
     merged: SortedReads | None,
+    slots: int,
     dim: int,
     like: Tensor,
     group: dist.ProcessGroup,
@@ -23,14 +24,14 @@ def add_replicas(
 ) -> Iterator[SortedReads]:
     """Yield the sum over the ranks of a group of their gradients, the same bits on every rank.
 
-    merged: this rank's gradients, of width `dim`; None if it read nothing. like: a tensor of the
-    gradient's dtype and device. All ranks must take part. The ranks first agree on the rows that
-    any of them read (an all-gather of row numbers), then sum 16 MB of these rows' gradients at a
-    time: 2 (R - 1) / R bytes sent for a byte of gradient, R ranks.
+    merged: this rank's gradients, of width `dim`, of some of `slots` rows; None if it read nothing.
+    like: a tensor of the gradient's dtype and device. All ranks must take part. The ranks first
+    agree on the rows that any of them read (an all-gather of row numbers), then sum 16 MB of these
+    rows' gradients at a time: 2 (R - 1) / R bytes sent for a byte of gradient, R ranks.
     """
     local_rows = like.new_empty(0, dtype=torch.int64) if merged is None else merged.rows
     # The same sorted list on every rank, so position k of every block is the same row everywhere.
-    rows = torch.unique(_gather_rows(local_rows, group, traffic))
+    rows = torch.unique(_gather_rows(local_rows, slots, group, traffic))
     if not len(rows):
         return
     ranks = dist.get_world_size(group)
@@ -58,19 +59,12 @@ def add_replicas(
         )
 
 
-def _gather_rows(local: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+def _gather_rows(local: Tensor, slots: int, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
     """Return the row numbers of all ranks, one rank after another; sent in int32 if all fit."""
-    ranks = dist.get_world_size(group)
-    # Rows are ascending, so the last one says whether int32 is enough.
-    most = int(local[-1]) if len(local) else 0
-    facts = [torch.empty(2, dtype=torch.int64, device=local.device) for _ in range(ranks)]
-    dist.all_gather(facts, torch.tensor([len(local), most], device=local.device), group=group)
-    counts, highest = torch.stack(facts).T.tolist()
+    ranks, counts = dist.get_world_size(group), share_count(len(local), group, local.device)
     if not max(counts):
         return local
-    padded = local.new_zeros(
-        max(counts), dtype=torch.int32 if max(highest) < 2**31 else torch.int64
-    )
+    padded = local.new_zeros(max(counts), dtype=torch.int32 if slots < 2**31 else torch.int64)
     padded[: len(local)] = local
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded, group=group)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.parallel.collectives import exchange, share_counts
+from memshard.parallel.collectives import exchange, share_count, share_sizes
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
@@ -79,8 +79,7 @@ class RowShardedTable(ShardedTable):
         slots = slots or self.slots
         owner = torch.div(rows, -(-slots // self.ranks), rounding_mode="floor")
         order = torch.sort(owner, stable=True).indices
-        ours = torch.bincount(owner, minlength=self.ranks).tolist()
-        theirs = share_counts(ours, self.group, rows.device)
+        ours, theirs = share_sizes(_histogram(owner, self.ranks), self.group)
         asked = (
             exchange(rows[order], ours, theirs, self.group) - shard_range(slots, self.group).start
         )
@@ -102,11 +101,10 @@ class RowShardedTable(ShardedTable):
         # How many of each token's reads go to each owner, [ranks, tokens]: the lengths of the bags
         # that the owner sums.
         bags = owner * tokens + torch.arange(tokens, device=rows.device)[:, None]
-        lengths = torch.bincount(bags.flatten(), minlength=ranks * tokens).view(ranks, tokens)
-        reads = lengths.sum(1)
-        sizes = torch.stack((reads, torch.full_like(reads, tokens)), dim=1)
-        their_reads, their_tokens = exchange(sizes, [1] * ranks, [1] * ranks, self.group).T.tolist()
-        our_reads = reads.tolist()
+        lengths = _histogram(bags.flatten(), ranks * tokens).view(ranks, tokens)
+        their_tokens = share_count(tokens, self.group, rows.device)
+        # The one wait of a read: NCCL wants sizes from the host, and these depend on the search.
+        our_reads, their_reads = share_sizes(lengths.sum(1), self.group)
         their_lengths = exchange(
             lengths.flatten().int(), [tokens] * ranks, their_tokens, self.group, self.traffic
         ).long()
@@ -132,6 +130,12 @@ class RowShardedTable(ShardedTable):
     def _wire(self, rows: Tensor) -> Tensor:
         """Return row numbers in the dtype in which they are sent."""
         return rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
+
+
+def _histogram(numbers: Tensor, size: int) -> Tensor:
+    """Return how often each number below `size` occurs, int64."""
+    # torch.bincount waits for the device, to look for the largest number.
+    return numbers.new_zeros(size).scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 @dataclass(frozen=True)

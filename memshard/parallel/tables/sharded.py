@@ -47,12 +47,16 @@ class ShardedTable(ValueTable):
         )
         self.replica_count = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.traffic = Traffic()
-        self.duplicates: float | None = None
-        """Mean number of reads of a row that this rank reads at all, in one micro-batch; measured
-        in one of 64.
-        """
+        self._duplicates: Tensor | None = None
         self._calls = 0
         self.hide()
+
+    @property
+    def duplicates(self) -> float | None:
+        """Mean number of reads of a row that this rank reads at all, in one micro-batch; measured
+        in one of 64. Waits for the device.
+        """
+        return None if self._duplicates is None else float(self._duplicates)
 
     @property
     def spec_dim(self) -> int:
@@ -70,6 +74,7 @@ class ShardedTable(ValueTable):
         if self.replicas is not None:
             yield from add_replicas(
                 merged,
+                len(self.weight),
                 self.weight.shape[1],
                 self.anchor,
                 self.replicas,
@@ -127,8 +132,9 @@ class ShardedTable(ValueTable):
     def _count(self, rows: Tensor) -> None:
         super()._count(rows)
         if self._calls % _SAMPLE_EVERY == 0 and rows.numel():
-            # `unique` sorts: in each call it would cost as much as the lookup's own bookkeeping.
-            self.duplicates = rows.numel() / len(torch.unique(rows))
+            # In each call, sorting would cost as much as the lookup's own bookkeeping.
+            ascending = rows.flatten().sort().values
+            self._duplicates = rows.numel() / (1 + (ascending.diff() != 0).sum())
         self._calls += 1
 
     def __reduce_ex__(self, protocol: Any) -> Any:

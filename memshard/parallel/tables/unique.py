@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memshard.models.kernels.backend import backend_for
 from memshard.models.memory.autograd import Fetch, FetchedDot, FetchedSum
 from memshard.models.memory.table import bag_offsets
-from memshard.parallel.collectives import exchange, share_counts
+from memshard.parallel.collectives import exchange, share_sizes
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.rows import RowShardedTable
 
@@ -45,10 +46,18 @@ class UniqueRowTable(RowShardedTable):
 
     def _plan(self, rows: Tensor, weights: Tensor) -> "_Fetch":
         """Tell the owners which rows this rank wants; return what they need to answer."""
-        # Ascending, so each owner's rows are contiguous.
-        distinct, inverse = torch.unique(rows.flatten(), return_inverse=True)
-        ours = torch.bincount(self._owner(distinct), minlength=self.ranks).tolist()
-        theirs = share_counts(ours, self.group, rows.device)
+        # Ascending, so each owner's rows are contiguous. What torch.unique does, without asking the
+        # device how many there are: that comes with the sizes, the one wait of a read.
+        ascending, order = torch.sort(rows.flatten(), stable=True)
+        new = torch.ones_like(ascending, dtype=torch.bool)
+        torch.ne(ascending[1:], ascending[:-1], out=new[1:])
+        number = new.cumsum(0)
+        ends = torch.arange(1, self.ranks + 1, device=rows.device) * self.rows_per_rank
+        before = F.pad(number, (1, 0))[torch.searchsorted(ascending, ends)]
+        ours, theirs = share_sizes(before.diff(prepend=before.new_zeros(1)), self.group)
+        starts = torch.searchsorted(number, torch.arange(1, sum(ours) + 2, device=rows.device))
+        distinct = ascending[starts[:-1]]
+        inverse = torch.empty_like(number).scatter_(0, order, number - 1)
         wanted = (
             exchange(self._wire(distinct), ours, theirs, self.group, self.traffic) - self.first_row
         )
@@ -62,7 +71,15 @@ class UniqueRowTable(RowShardedTable):
             self.observer.on_read(wanted, seen[:, 0], seen[:, 1])
         backend, _ = backend_for(rows.device)
         return _Fetch(
-            self, wanted, inverse.to(torch.int32), bag_offsets(rows), backend, ours, theirs
+            self,
+            wanted,
+            inverse.to(torch.int32),
+            order.to(torch.int32),
+            starts,
+            bag_offsets(rows),
+            backend,
+            ours,
+            theirs,
         )
 
 
