@@ -35,7 +35,7 @@ from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
-from memshard.parallel.mesh import AXES, DATA, group, tensor_size
+from memshard.parallel.mesh import AXES, DATA, group, groups_beside_ddp, tensor_size
 from memshard.parallel.segments import segment_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
@@ -83,21 +83,20 @@ def apply(
             placement = split_dense(model, mesh)
     row = layout_named(layout)
     copies = tuple(axis for axis in AXES if axis not in row.axes)
-    tables = shard_tables(model, group(mesh, row.axes), False, layout, replicas=group(mesh, copies))
-    reading: tuple[str, ...] = AXES
+    # Ranks along the tensor axis may read the same.
+    sharing, reading = groups_beside_ddp(mesh, row.axes, DATA if row.within_tensor_group else AXES)
+    tables = shard_tables(model, sharing, False, layout, replicas=group(mesh, copies))
     if row.within_tensor_group:
-        reading = DATA  # ranks along the tensor axis read the same
         for table in tables:
             table.gradient_scale = ranks  # see _gather_sequence_for_memory
         for module in model.modules():
             if isinstance(module, ProductKeyMemory):
                 _gather_sequence_for_memory(module, group(mesh, row.axes), ranks)
-    tokens = group(mesh, reading)
     for module in model.modules():
         if isinstance(module, QueryNorm):
             # The sum's backward sums as well: a query's gradient goes through the statistics of
             # every rank.
-            module.reduce = lambda x: differentiable_sum(x, tokens)
+            module.reduce = lambda x: differentiable_sum(x, reading)
     # `state_dict()` lists a shared table under the name of every reader.
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedTable):

@@ -34,15 +34,38 @@ def build_mesh(device_type: str, memory: int | None = None, tensor: int = 1) -> 
 
 def flat(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
     """Return the flat mesh of the ranks that differ from this one along some axes only."""
-    # Axes of size 1 are left out, so that equal sets of ranks share a process group: each group
-    # costs NCCL buffers and a connection.
-    used = tuple(axis for axis in axes if mesh[axis].size() > 1) or axes[:1]
+    used = _used(mesh, axes)
     return mesh[used[0]] if len(used) == 1 else compat.flatten(mesh[used])
+
+
+def _used(mesh: DeviceMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the axes of more than one rank, or else the first."""
+    # Equal sets of ranks then share a process group: each costs NCCL buffers and a connection.
+    return tuple(axis for axis in axes if mesh[axis].size() > 1) or axes[:1]
 
 
 def group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
     """Return the process group of the ranks that differ from this one along some axes only."""
     return flat(mesh, axes).get_group()
+
+
+def groups_beside_ddp(mesh: DeviceMesh, *sets: tuple[str, ...]) -> list[dist.ProcessGroup]:
+    """Return the process group of each set of axes, never that along `DATA`: DDP sends its buckets
+    there, and in one communicator what backward exchanges would queue behind them. All ranks call
+    it.
+    """
+    ddp = _used(mesh, DATA)
+    groups = [group(mesh, axes) for axes in sets]
+    shared = [_used(mesh, axes) == ddp for axes in sets]
+    if any(shared) and flat(mesh, DATA).size() > 1:
+        along, other = (
+            [AXES.index(axis) for axis in AXES if (axis in ddp) is inside]
+            for inside in (True, False)
+        )
+        sharers = mesh.mesh.permute(*other, *along).flatten(-len(along)).flatten(0, -2)
+        new, _ = dist.new_subgroups_by_enumeration(sharers.tolist())
+        groups = [new if same else old for same, old in zip(shared, groups, strict=True)]
+    return groups
 
 
 def tensor_size(mesh: DeviceMesh | None) -> int:
