@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.parallel.collectives import all_sum, host_or
 from memshard.parallel.mesh import tensor_size
+from memshard.parallel.tables.sharded import equal_shares
 from memshard.trainer.guards import is_spike
 from memshard.trainer.optim.rows.revive import revive
 from memshard.trainer.outage import NO_DATA, NoData, check_away, counted
 from memshard.trainer.run import Run
 from memshard.trainer.stop_signal import StopSignal
+from memshard.trainer.tasks.language_model import LanguageModelTask
 from memshard.trainer.training import StepOutcome, training_step
 
 _EARLY_CHECKS = (1, 2, 10)
@@ -56,7 +58,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     data_wait = time.perf_counter() - begun
     read = run.stream.tokens_read(progress.batch)
     # Of the whole batch: the losses of all ranks and micro-batches then add up to its mean.
-    tokens, predicted = _count_tokens(run, batches, away)
+    tokens, predicted, missing = _count_tokens(run, batches, away)
     _balance_keys(run, tokens)
     spiked = False
 
@@ -72,7 +74,13 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
         # Judged before the update: a spike's gradients must not reach the weights.
         return not spiked or guards.loss_spike == "warn"
 
-    outcome = training_step(run, batches, loss, progress.step, accept, stop, run.saving.retry_due)
+    tables = run.table_optimizer.tables if run.table_optimizer else ()
+    # Passes have the same shape on all ranks, and only pairs are cut to their lengths.
+    alike = not missing and isinstance(run.task, LanguageModelTask)
+    with equal_shares(tables, alike):
+        outcome = training_step(
+            run, batches, loss, progress.step, accept, stop, run.saving.retry_due
+        )
     if outcome.skipped:
         _left_out(run)
     else:
@@ -105,25 +113,26 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     )
 
 
-def _count_tokens(run: Run, batches: list[Batch], away: NoData | None) -> tuple[int, int]:
-    """Return, over all ranks, the tokens that have a loss, at least 1, and those of the batch whose
-    target is known: all that were read but the damaged ones. batches: the local ones. away: why
-    there are none. Collective; an error on all ranks if a rank has none.
+def _count_tokens(run: Run, batches: list[Batch], away: NoData | None) -> tuple[int, int, int]:
+    """Return, over all ranks, the tokens that have a loss, at least 1, those of the batch whose
+    target is known (all that were read but the damaged ones), and those whose target is not.
+    batches: the local ones. away: why there are none. Collective; an error on all ranks if a rank
+    has none.
     """
-    rows = [
-        torch.stack([run.task.loss_tokens(batch), (batch.targets != IGNORE).sum()])
-        for batch in batches
-    ]
-    counts = torch.stack(rows).sum(0) if rows else torch.zeros(2, dtype=torch.int64)
+    rows = []
+    for batch in batches:
+        known = batch.targets != IGNORE
+        rows.append(torch.stack([run.task.loss_tokens(batch), known.sum(), (~known).sum()]))
+    counts = torch.stack(rows).sum(0) if rows else torch.zeros(3, dtype=torch.int64)
     counts = torch.cat([counts, counts.new_tensor(counted(away))])
     if run.ranks > 1:
         counts = all_sum(counts.to(host_or(run.device)))
-    losses, known, *ranks_away = counts.tolist()
+    losses, known, missing, *ranks_away = counts.tolist()
     check_away(away, *ranks_away)
     # Tensor-parallel ranks read the same rows, which are counted once. With all of a batch damaged,
     # the sum of no losses is 0 and so is their mean.
     same = tensor_size(run.mesh)
-    return max(losses // same, 1), known // same
+    return max(losses // same, 1), known // same, missing // same
 
 
 def _balance_keys(run: Run, tokens: float) -> None:

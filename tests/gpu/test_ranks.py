@@ -12,21 +12,21 @@ from tests.gpu.fake_ranks import fake_ranks
 
 SEQUENCE = ("parallel.tensor=2", "parallel.share=sequence", "model.mixer.kind=delta")
 FAST = {
-    "columns": (0, 2, ("parallel.layout=columns", "tables.clip=1.0")),
-    "replicas": (2 + 1, 2 + 1, ("parallel.layout=rows", "parallel.memory=4")),
-    "sequence": (0, 8, ("parallel.layout=columns", "train.micro_batch=1", *SEQUENCE)),
+    "columns": (0, 0, ("parallel.layout=columns", "tables.clip=1.0")),
+    "replicas": (2 + 1, 1, ("parallel.layout=rows", "parallel.memory=4")),
+    "sequence": (0, 0, ("parallel.layout=columns", "train.micro_batch=1", *SEQUENCE)),
 }
 """Waits for sizes that the search decides, exchanges from host memory of numbers that it knows, and
 the settings. Two layers read one table: a split by rows waits once a read, replicas once a step.
 """
 SLOW = {
     "rows, unique": (2, 0, ("parallel.layout=rows-unique",)),
-    "micro-batches": (0, 4, ("parallel.layout=columns", "train.micro_batch=1")),
-    "replicas of columns": (1, 2 + 1, ("parallel.layout=columns", "parallel.memory=4")),
-    "zero": (0, 2, ("parallel.layout=columns", "train.zero=1")),
-    "peer": (4, 4, ("parallel.layout=rows", "model.memory.kind=peer")),
+    "micro-batches": (0, 0, ("parallel.layout=columns", "train.micro_batch=1")),
+    "replicas of columns": (1, 1, ("parallel.layout=columns", "parallel.memory=4")),
+    "zero": (0, 0, ("parallel.layout=columns", "train.zero=1")),
+    "peer": (4, 0, ("parallel.layout=rows", "model.memory.kind=peer")),
     "tensor": (1, 1, ("parallel.tensor=2", "parallel.layout=tensor-columns")),
-    "tensor, rows": (2, 2, ("parallel.tensor=2", "parallel.layout=rows")),
+    "tensor, rows": (2, 0, ("parallel.tensor=2", "parallel.layout=rows")),
 }
 
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memshard.models.memory.table import bag_offsets
-from memshard.parallel.collectives import exchange, share_count
+from memshard.parallel.collectives import exchange
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
@@ -41,8 +41,7 @@ class ColumnShardedTable(ShardedTable):
         """Do what `ValueTable.weighted_sum` does. Each rank passes its own tokens."""
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
-        # Ranks may have different numbers of tokens, so these are exchanged first.
-        ours, theirs = [tokens] * ranks, share_count(tokens, self.group, rows.device)
+        ours, theirs = [tokens] * ranks, self.tokens_of_ranks(tokens, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         weights = weights.to(torch.promote_types(weights.dtype, self.weight.dtype))
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
@@ -62,7 +61,7 @@ class ColumnShardedTable(ShardedTable):
         self._count(rows)
         tokens, ranks = len(rows), self.ranks
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        ours, theirs = [tokens] * ranks, share_count(tokens, self.group, rows.device)
+        ours, theirs = [tokens] * ranks, self.tokens_of_ranks(tokens, rows.device)
         wire = rows.to(torch.int32 if self.slots < 2**31 else torch.int64)
         all_rows = exchange(wire.repeat(ranks, 1), ours, theirs, self.group, self.traffic)
         widths, width = self._widths(), len(self.local_columns)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memshard.parallel.collectives import exchange, share_count, share_sizes
+from memshard.parallel.collectives import exchange, share_sizes
 from memshard.parallel.tables.layouts import LAYOUTS
 from memshard.parallel.tables.sharded import ShardedTable, shard_range
 
@@ -102,7 +102,7 @@ class RowShardedTable(ShardedTable):
         # that the owner sums.
         bags = owner * tokens + torch.arange(tokens, device=rows.device)[:, None]
         lengths = _histogram(bags.flatten(), ranks * tokens).view(ranks, tokens)
-        their_tokens = share_count(tokens, self.group, rows.device)
+        their_tokens = self.tokens_of_ranks(tokens, rows.device)
         # The one wait of a read: NCCL wants sizes from the host, and these depend on the search.
         our_reads, their_reads = share_sizes(lengths.sum(1), self.group)
         their_lengths = exchange(

@@ -1,6 +1,7 @@
 """The base of all tables that are split over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from memshard.models.memory.row_gradient import SortedReads, sort_reads
 from memshard.models.memory.table import ValueTable
-from memshard.parallel.collectives import Traffic, all_sum
+from memshard.parallel.collectives import Traffic, all_sum, share_count
 from memshard.parallel.tables.layouts import Layout
 from memshard.parallel.tables.replicas import add_replicas
 
@@ -49,6 +50,8 @@ class ShardedTable(ValueTable):
         self.traffic = Traffic()
         self._duplicates: Tensor | None = None
         self._calls = 0
+        self.equal_shares = False
+        """Whether all ranks are known to read for as many tokens; see `equal_shares`."""
         self.hide()
 
     @property
@@ -62,6 +65,14 @@ class ShardedTable(ValueTable):
     def spec_dim(self) -> int:
         """The dim of the whole table that the ranks split, as `torch.chunk` cuts it."""
         return self.layout.split_dim
+
+    def tokens_of_ranks(self, tokens: int, device: torch.device) -> list[int]:
+        """Return for how many tokens each rank reads at this time, as this one does for `tokens`.
+        device: of the tokens.
+        """
+        if self.equal_shares:
+            return [tokens] * self.ranks
+        return share_count(tokens, self.group, device)
 
     def sum_over_shards(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks of the group, which must all call it."""
@@ -152,6 +163,21 @@ class ShardedTable(ValueTable):
         memo[id(self)] = copy
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
         return copy
+
+
+@contextmanager
+def equal_shares(tables: Iterable[ValueTable], equal: bool) -> Iterator[None]:
+    """In the block, where `equal`, spare split tables asking how many tokens the other ranks have:
+    as many as this one, in each read.
+    """
+    split = [table for table in tables if isinstance(table, ShardedTable)]
+    for table in split:
+        table.equal_shares = equal
+    try:
+        yield
+    finally:
+        for table in split:
+            table.equal_shares = False
 
 
 def shard_range(size: int, group: dist.ProcessGroup, rank: int | None = None) -> range:

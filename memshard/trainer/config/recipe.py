@@ -92,7 +92,7 @@ class ParallelConfig:
 
     layout: LayoutSetting = may_change("auto", choices=LAYOUTS)
     """How a value table is split over ranks, and what they send to read it; auto takes the layout
-    that sends the fewest bytes (`memshard plan` shows the comparison).
+    that costs least to send and sort (`memshard plan` shows the comparison).
     """
 
     checksum_every: int = may_change(1000)

@@ -64,7 +64,8 @@ def layout_choice(recipe: Recipe, ranks: int, duplicates: float | None = None) -
 
 
 def choose_layout(asked: str, lookup: Lookup) -> LayoutChoice:
-    """Return the layout that a recipe asks for, or for `auto` the one that sends the fewest bytes.
+    """Return the layout that a recipe asks for, or for `auto` the one that costs least, counted in
+    bytes: those that a rank sends, and those that it could send while it sorts reads.
 
     `auto` leaves out layouts within tensor groups, where every rank also searches for the tokens of
     the others, and those whose slices of a row would be too narrow. ValueError for an unknown name.
@@ -79,14 +80,20 @@ def choose_layout(asked: str, lookup: Lookup) -> LayoutChoice:
     narrow = [
         layout.name for layout in allowed if width * lookup.row_bytes < layout.narrowest_slice
     ]
-    # Fewest bytes sent; a slice below two cache lines would waste the memory's bandwidth instead.
-    # On one rank all send nothing, and a table split by columns sorts no reads by their owner.
+    # A slice below two cache lines would waste bandwidth of memory. On one rank all send nothing,
+    # and columns sort no reads by their owner.
     best = min(
         (layout for layout in allowed if layout.name not in narrow),
-        key=lambda layout: (by_name[layout.name], -layout.split_dim),
+        key=lambda layout: layout.cost(lookup),
     ).name
-    listed = ", ".join(f"{name} {size / 1e3:,.1f}" for name, size in by_name.items())
-    reason = f"sends least; KB a token: {listed}, at {lookup.duplicates:.1f} reads of a row"
+    listed = ", ".join(
+        f"{layout.name} {by_name[layout.name] / 1e3:,.1f} + {layout.sorted_reads(lookup):,.0f}"
+        for layout in allowed
+    )
+    reason = (
+        f"costs least; KB sent + reads sorted, a token: {listed}, at {lookup.duplicates:.1f} reads "
+        "of a row"
+    )
     if narrow:
         reason += f"; {' and '.join(narrow)} of {width} values would be too narrow"
     return LayoutChoice(best, lookup, by_name, reason)

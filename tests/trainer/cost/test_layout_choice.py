@@ -73,13 +73,20 @@ def test_a_whole_table_sends_nothing(layout: Any) -> None:
     ("ranks", "duplicates", "expected"),
     [(2, 1.0, "columns"), (64, 1.0, "rows"), (64, 16.0, "rows-unique"), (8, 16.0, "columns")],
 )
-def test_the_layout_that_sends_least_is_chosen(
+def test_the_layout_that_costs_least_is_chosen(
     ranks: int, duplicates: float, expected: str
 ) -> None:
     choice = choose_layout("auto", replace(WIDE, ranks=ranks, duplicates=duplicates))
     assert choice.name == expected and expected in choice.reason
-    others = {**choice.sent, "columns": float("inf")} if choice.name != "columns" else choice.sent
-    assert choice.sent[expected] == min(others.values())
+    costs = {name: LAYOUTS[name].cost(choice.lookup) for name in choice.sent}
+    others = {**costs, "columns": float("inf")} if choice.name != "columns" else costs
+    assert costs[expected] == min(others.values())
+
+
+def test_the_choice_knows_that_columns_sort_the_reads_of_all_ranks() -> None:
+    choice = choose_layout("auto", Lookup(ranks=8, value_dim=512, reads=256))
+    assert choice.name == "rows" and choice.sent["columns"] < choice.sent["rows"]
+    assert "columns 25.1 + 2,048" in choice.reason and "rows 31.4 + 512" in choice.reason
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
