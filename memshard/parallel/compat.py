@@ -4,6 +4,7 @@ All of them are here, and each says what happens without it. (fairscale's are in
 only file that imports fairscale.)
 """
 
+import json
 from collections.abc import Iterable
 from datetime import timedelta
 from inspect import signature
@@ -69,15 +70,20 @@ def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:
 
 
 def last_collectives() -> bytes:
-    """Return the last collectives of this rank as JSON. RuntimeError without the name, or if torch
-    has not recorded them.
+    """Return the last collectives of this rank as JSON, NCCL's if there are any. RuntimeError
+    without the names, or if torch has not recorded them.
     """
     from torch._C import _distributed_c10d
 
-    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
-    if dump is None:
+    record: bytes | None = None
+    # Two recorders: NCCL, in builds that have it, writes into its own.
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        if (dump := getattr(_distributed_c10d, name, None)) is not None:
+            record = dump()
+            if json.loads(record).get("entries"):
+                break
+    if record is None:
         raise RuntimeError("this torch does not record its last collectives")
-    record: bytes = dump()
     return record
 
 

@@ -1,5 +1,6 @@
 """Names of torch.distributed that releases before 2.13 do not have."""
 
+import json
 from typing import Any
 
 import pytest
@@ -38,3 +39,15 @@ def test_sequences_are_joined_and_dealt_out_by_the_old_names() -> None:
     for ours, theirs in zip(old, new, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert new[1][0].flatten().tolist() == [*range(6), *range(10, 16)]
+
+
+def test_the_last_collectives_of_a_gpu_are_those_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which records them apart; what hosts told one another over gloo would explain nothing."""
+    from torch._C import _distributed_c10d
+
+    gloo, nccl = (json.dumps({"entries": [{"pg_id": number}]}).encode() for number in (0, 1))
+    monkeypatch.setattr(_distributed_c10d, "_dump_fr_trace_json", lambda: gloo)
+    monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace_json", lambda: nccl, raising=False)
+    assert compat.last_collectives() == nccl
+    monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace_json", lambda: b'{"entries": []}')
+    assert compat.last_collectives() == gloo  # a run on CPUs with a build for GPUs

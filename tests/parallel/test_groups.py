@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from memshard.models.loss import token_losses
+from memshard.models.memory.table import ValueTable
 from memshard.parallel.collectives import set_timeout
 from memshard.parallel.mesh import build_mesh
+from memshard.parallel.tables.shard_tables import shard_tables
+from memshard.parallel.tables.sharded import ShardedTable
 from memshard.trainer.training import build_for_training
 from memshard.trainer.watch.lost_ranks import is_collective_error
 from tests.distributed import run_distributed
@@ -42,6 +46,8 @@ def _groups_in_backward(rank: int, world: int, memory: int | None) -> tuple[set[
             training.model(tokens)
         assert is_collective_error(raised.value)
     set_timeout(60)
+    (table,) = shard_tables(nn.Sequential(ValueTable(slots=8, dim=2)))
+    assert isinstance(table, ShardedTable) and table.group is not dist.group.WORLD
     return buckets, rest
 
 

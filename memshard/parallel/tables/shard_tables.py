@@ -22,8 +22,8 @@ def shard_tables(
     layout: LayoutName = "rows",
     replicas: dist.ProcessGroup | None = None,
 ) -> list[ValueTable]:
-    """Split every table of the model over the ranks of a group (default: all), hide the tables,
-    and return them.
+    """Split every table of the model over the ranks of a group (default: all, in a new group), hide
+    the tables, and return them. All ranks call it.
 
     Values are kept: each rank cuts its shard from its own copy, so all ranks must have the same
     model; a table on the meta device stays there. average: divide row gradients by the number of
@@ -38,7 +38,8 @@ def shard_tables(
             "(Hugging Face's TrainingArguments do, under torchrun), or externalize_tables(model) "
             "for a single process"
         )
-    group = group or dist.group.WORLD
+    # DDP sends its buckets through the default group, where reads would queue behind them.
+    group = group or dist.new_group()
     assert group is not None
     table_class: TableClass = load_class(layout_named(layout).table)
     sharded: dict[nn.Module, ShardedTable] = {}
