@@ -19,7 +19,8 @@ class Context:
     length] bool, True for real tokens. random: key of this pass's draws; None draws nothing
     (evaluation, or a model without dropout). source: [batch, source length, dim], the encoder's
     output that a decoder reads; source_padding: [batch, source length] bool, True
-    for its real tokens.
+    for its real tokens. predicted: [n] int64, the places in the flat batch whose losses are wanted;
+    None leaves it to the targets.
 
     Where ranks share the tokens of a sequence, mixers see all of them and other layers only this
     rank's: local_part has the facts of those. padding_tokens: how many tokens at the end of the
@@ -34,6 +35,7 @@ class Context:
     padding_tokens: int = 0
     source: Tensor | None = None
     source_padding: Tensor | None = None
+    predicted: Tensor | None = None
 
     @property
     def local(self) -> "Context":

@@ -27,6 +27,11 @@ def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Ten
     return flat.view(targets.shape)
 
 
+def places_of(predicted: Tensor) -> Tensor:
+    """Return where a mask is set, [n] int64, as places in the mask laid out flat."""
+    return predicted.flatten().nonzero().squeeze(1)
+
+
 def chunked(losses: Callable[..., Tensor], *inputs: Tensor, chunk: int) -> Tensor:
     """Return losses(*inputs), [batch, length], computed for `chunk` tokens of a sequence at a time,
     so that intermediate results (logits) are never in memory for all of them.

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from memshard.models.compat import outside_modes
+from memshard.models.compat import is_fake, outside_modes
 
 _MASK_64 = (1 << 64) - 1
 _NORMAL_BITS = 16
@@ -115,7 +115,14 @@ def normal_at(seed: int, rows: Tensor, dim: int) -> Tensor:
     bits = random_bits(keys[:, None], pairs)
     # 32 bits are two values of 16, each an index into the table.
     halves = torch.stack((bits & 0xFFFF, bits >> 16 & 0xFFFF), dim=-1).flatten(1)[:, :dim]
-    return _normal_quantiles().to(rows.device)[halves.long()]
+    table = _normal_quantiles().to(rows.device) if is_fake(rows) else quantiles_on(rows.device)
+    return table[halves.long()]
+
+
+@cache
+def quantiles_on(device: torch.device) -> Tensor:
+    """Return the table of `normal_at` on a device, copied there once: 256 KB."""
+    return _normal_quantiles().to(device)
 
 
 @cache

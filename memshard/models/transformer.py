@@ -17,7 +17,7 @@ from memshard.models.layers.norm import build_norm
 from memshard.models.layers.position import AxialPositions, near_square, sinusoids
 from memshard.models.layers.residual import Residual
 from memshard.models.load_class import load_class
-from memshard.models.loss import IGNORE, chunked, token_losses
+from memshard.models.loss import IGNORE, chunked, places_of, token_losses
 from memshard.models.memory.check_input import kind_of
 from memshard.models.memory.kinds import MEMORIES
 from memshard.models.memory.product_key import ProductKeyMemory
@@ -176,21 +176,28 @@ class Transformer(nn.Module):
             streams = [x]
         if targets is not None:
             assert self.share_sequence is None
-            return self._losses(*streams, targets), advanced or None
+            return self._losses(*streams, targets, places=ctx.predicted), advanced or None
         logits = self._logits(*streams)
         # Without what `share_sequence` appended.
         return logits if logits.shape[1] == length else logits[:, :length], advanced or None
 
-    def _losses(self, *inputs: Tensor) -> Tensor:
-        """Return losses, [batch, length], 0 where a target is IGNORE. inputs: streams, targets."""
-        predicted = inputs[-1] != IGNORE
+    def _losses(self, *inputs: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return losses, [batch, length], 0 where a target is IGNORE. inputs: streams, targets.
+        places: see `Context.predicted`.
+        """
+        shape = inputs[-1].shape
         # Sliding windows and masked tokens ask for few losses, and the head is most of a small
-        # model's work: compute only those.
-        # A language model in training predicts nearly everywhere, and asking would wait
-        # for the device.
-        if (self.config.encoder_layers or not torch.is_grad_enabled()) and not predicted.all():
-            losses = self._losses(*(x[predicted][None] for x in inputs))
-            return losses.new_zeros(predicted.shape).masked_scatter(predicted, losses)
+        # model's work: compute only those. A language model in training predicts nearly everywhere,
+        # and asking would wait for the device.
+        if places is None and not torch.is_grad_enabled():
+            places = places_of(inputs[-1] != IGNORE)
+        if places is not None and len(places) < shape.numel():
+            few = (x.flatten(0, 1).index_select(0, places)[None] for x in inputs)
+            losses = self._chunked_losses(*few)
+            return losses.new_zeros(shape.numel()).index_copy(0, places, losses[0]).view(shape)
+        return self._chunked_losses(*inputs)
+
+    def _chunked_losses(self, *inputs: Tensor) -> Tensor:
         return (
             chunked(self._chunk_losses, *inputs, chunk=self.recompute.chunk)
             if self.recompute.chunk

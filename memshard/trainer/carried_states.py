@@ -16,6 +16,7 @@ from memshard.parallel import compat
 from memshard.parallel.mesh import DATA, group
 from memshard.parallel.spec import ShardSpec
 from memshard.trainer.checkpoint.global_tensors import global_tensor
+from memshard.trainer.tasks.to_device import to_device
 
 
 class Carried:
@@ -49,15 +50,15 @@ class Carried:
         # Ranks with only filler rows also have states, which are never stored.
         # Capacity 0: these mixers' states have a constant size.
         self._states = model.init_states(self.share, 0)
+        self._device = next(iter(state_tensors(self._states[0]).values())).device
         self._advanced: list[tuple[Tensor, Sequence[MixerState]]] = []
 
     def begin(self, samples: Tensor) -> list[Any]:
         """Return the states that the rows of a micro-batch continue from. samples: [rows], on the
         CPU; -1 for filler rows.
         """
-        device = next(iter(state_tensors(self._states[0]).values())).device
-        rows = self._rows(samples).to(device)
-        fresh = (~self._continues(samples) | (samples < 0)).to(device)
+        fresh = ~self._continues(samples) | (samples < 0)
+        rows, fresh = to_device(self._device, self._rows(samples), fresh)
         return [
             mixer.reset(mixer.reorder(state, rows), fresh)
             for mixer, state in zip(self._mixers, self._states, strict=True)
@@ -71,13 +72,13 @@ class Carried:
     def commit(self) -> None:
         """Store the advanced states: the step is done."""
         for samples, states in self._advanced:
-            real = samples >= 0
+            # Places and not masks, whose number a GPU would be asked for.
+            real = (samples >= 0).nonzero().squeeze(1)
+            rows, real = to_device(self._device, self._rows(samples[real]), real)
             for mine, new in zip(self._states, states, strict=True):
                 for name, kept in state_tensors(mine).items():
                     # In place: checkpoints keep references to these tensors.
-                    kept[self._rows(samples[real]).to(kept.device)] = state_tensors(new)[name][
-                        real.to(kept.device)
-                    ]
+                    kept[rows] = state_tensors(new)[name][real]
         self.discard()
 
     def discard(self) -> None:

@@ -18,8 +18,12 @@ def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> Tensor:
     return torch.cat([norm.view(1), *anchors]).isfinite().all()
 
 
-def all_reduce_verdict(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list[bool]]:
-    """Sum the loss and OR the flags over all ranks, with one all-reduce and one device sync."""
+def all_reduce_verdict(
+    loss: Tensor, norm: Tensor, *flags: Tensor | bool
+) -> tuple[float, float, list[bool]]:
+    """Sum the loss and OR the flags over all ranks, with one all-reduce and one device sync, which
+    also brings the norm, the same on all of them, to the host.
+    """
     # Python values are filled in: copying them to the device would wait for it a second time.
     # fp64 for all: a flag is 0 or 1, and a sum of losses must not depend on the number of ranks.
     values = (
@@ -31,8 +35,8 @@ def all_reduce_verdict(loss: Tensor, *flags: Tensor | bool) -> tuple[float, list
     verdict = torch.stack([*values])
     if dist.is_initialized():
         dist.all_reduce(verdict)
-    total, *votes = verdict.tolist()
-    return total, [bool(vote) for vote in votes]
+    total, *votes, length = torch.cat((verdict, norm.double().view(1))).tolist()
+    return total, length, [bool(vote) for vote in votes]
 
 
 def is_spike(loss: float, recent: Sequence[float], threshold: float) -> bool:

@@ -16,6 +16,7 @@ from memshard.models.transformer import Transformer
 from memshard.trainer.carried_states import Carried
 from memshard.trainer.checkpoint.background import BackgroundSave
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.outage import NO_DATA, NoData
 from memshard.trainer.tasks.build import Task
 from memshard.trainer.training import Training
 
@@ -71,10 +72,28 @@ class Run(Training):
     progress: Progress = field(default_factory=Progress)
     steps_here: int = 0
     _prefetched: Prefetched | None = None
+    _ahead: list[Batch] | NoData | None = None
 
     def next_batches(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step; call it once a step."""
-        train, batch, workers = self.recipe.train, self.progress.batch, self.recipe.data.workers
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, NO_DATA):
+            raise ahead
+        return self._read(self.progress.batch) if ahead is None else ahead
+
+    def read_ahead(self) -> None:
+        """Read the micro-batches of the step after this one, if a GPU computes meanwhile. Data that
+        cannot be read are an error when that step asks for them.
+        """
+        if self.device.type == "cuda" and self.progress.step + 1 < self.recipe.train.steps:
+            self.phase = "reading data"
+            try:
+                self._ahead = self._read(self.progress.batch + 1)
+            except NO_DATA as error:
+                self._ahead = error
+
+    def _read(self, batch: int) -> list[Batch]:
+        train, workers = self.recipe.train, self.recipe.data.workers
         share = train.batch, self.data_rank, self.data_ranks, train.micro_batch
         if not workers:
             return rank_share(self.stream, batch, *share)
@@ -87,7 +106,7 @@ class Run(Training):
 
     def continue_from(self, progress: Progress) -> None:
         """Go on from another place in the data; batches read ahead are forgotten."""
-        self.progress, self.steps_here = progress, 0
+        self.progress, self.steps_here, self._ahead = progress, 0, None
         self.stop_reading()
 
     def stop_reading(self) -> None:

@@ -79,7 +79,7 @@ def train_step(run: Run, stop: StopSignal | None = None) -> RunStep:
     alike = not missing and isinstance(run.task, LanguageModelTask)
     with equal_shares(tables, alike):
         outcome = training_step(
-            run, batches, loss, progress.step, accept, stop, run.saving.retry_due
+            run, batches, loss, progress.step, accept, stop, run.saving.retry_due, run.read_ahead
         )
     if outcome.skipped:
         _left_out(run)

@@ -260,6 +260,7 @@ def training_step(
     accept: Callable[[float], bool] | None = None,
     stop: StopSignal | None = None,
     save_due: Callable[[], bool] = lambda: False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepOutcome:
     """Train on this rank's micro-batches, or skip the update on all ranks if any of them has a
     gradient that is not finite or a reversible stream beyond its grid. All ranks call it.
@@ -269,7 +270,7 @@ def training_step(
     whole batch. step: counted from 0; decides the learning rate. accept: asked with the step's loss
     before the update, with the same answer on all ranks; False skips it. stop: read when the ranks
     agree on a verdict, so that a signal on one rank stops all after the same step. save_due: asked
-    then as well.
+    then as well. meanwhile: called before the verdict, while a GPU still computes the gradients.
     """
     model, engine, grid = training.model, training.engine, training.grid
     scale = training.loss_scale.value
@@ -295,11 +296,12 @@ def training_step(
     tables = training.table_optimizer.tables if training.table_optimizer else ()
     finite = gradients_finite(norm, tables)
     left_range = grid is not None and grid.left_range().any()
+    meanwhile()
     training.phase = "agreeing on a verdict"
     # Tensor-parallel ranks compute the same loss, so it is counted once for each group.
     total = total / tensor_size(training.mesh)
-    batch_loss, (overflow, left_grid, stopping, due) = all_reduce_verdict(
-        total, ~finite, left_range, stop is not None and stop.received, save_due()
+    batch_loss, length, (overflow, left_grid, stopping, due) = all_reduce_verdict(
+        total, norm, ~finite, left_range, stop is not None and stop.received, save_due()
     )
     skipped = overflow or left_grid or not (accept is None or accept(batch_loss))
     training.phase = "updating"
@@ -315,7 +317,7 @@ def training_step(
         training.loss_scale.update(overflow)
     return StepOutcome(
         loss=batch_loss,
-        norm=float(norm),
+        norm=length,
         rate=rate,
         skipped=skipped,
         overflow=overflow,

@@ -58,10 +58,13 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
     capability: of the GPU; below 8.0 memshard takes plain torch. computed: number of elements up to
     which tensors have numbers; in models too large to compute, a few thousand.
     """
+    from memshard.models import random
     from memshard.models.kernels import backend
+    from memshard.models.lsh import hashing
 
     fake_device.capability = capability
-    for choice in (backend.backend_for, backend._lookup):
+    # Choices are for a capability, and fakes of another watch are not for this one.
+    for choice in (backend.backend_for, backend._lookup, hashing.rotations, random.quantiles_on):
         choice.cache_clear()
     watch = Watch(computed)
     fake_device.waited = lambda what: watch.count("waits", what)

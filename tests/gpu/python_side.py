@@ -120,6 +120,7 @@ def install() -> None:
         return (assumed("", x) if values is None else values).tolist()
 
     FakeTensor.tolist = tolist
+    FakeTensor.record_stream = lambda x, stream: None
     nn.Module._apply = _apply
 
 

@@ -1,5 +1,8 @@
-"""A run on a CUDA device is the run on a CPU: no mixed devices, and the same losses."""
+"""A run on a CUDA device is the run on a CPU: no mixed devices, and the same losses. The host waits
+once a step, for the verdict.
+"""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,12 @@ from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
 from memshard.trainer.watch.meter import Meter
 from tests.gpu.fake_cuda import Counts, fake_cuda, on_fake_cuda
+
+_OF_MEMORIES = ("models/memory/", "models/kernels/", "trainer/optim/rows/")
+_MORE_WAITS = {
+    "adaptive": 4,  # torch's module asks which tokens each cluster has
+    "check inversion": 2,  # each block asks whether it rebuilt its input
+}
 
 
 def train(
@@ -39,12 +48,23 @@ def train(
         *(pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in OTHERS.items()),
     ],
 )
-def test_a_run_is_that_of_a_cpu(recipe: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_a_run_is_that_of_a_cpu_and_waits_for_its_verdict_alone(
+    recipe: Path, tmp_path: Path, overrides: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
     losses, counts = on_fake_cuda(train, recipe, tmp_path / "cuda", overrides, "cuda:0")
     twin, on_cpu = on_fake_cuda(train, recipe, tmp_path / "cpu", overrides, "cpu")
     tolerance = 1e-3 if "train.precision=fp16" in overrides else 1e-5
     assert losses == pytest.approx(twin, rel=tolerance)
     assert counts.launches.total() > 100 and not on_cpu.launches
+    name = request.node.callspec.id
+    assert len(_elsewhere(counts.waits)) == 1 + _MORE_WAITS.get(name, 0), counts
+    # The gradients of tables in host memory are copied from there.
+    assert "tables.place=host" in overrides or not _elsewhere(counts.blocking), counts
+
+
+def _elsewhere(counter: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return what was counted outside of memories."""
+    return [key for key in counter.elements() if not key[1].startswith(_OF_MEMORIES)]
 
 
 def test_kernels_are_chosen_by_the_capability(recipe: Path, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@ often share a bucket.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from memshard.models.compat import is_traced
 from memshard.models.random import fold, normal_rows
 
 _MOST_DIRECTIONS = 128
@@ -39,33 +41,59 @@ def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int, first_head: in
     """
     if buckets == 1:
         return torch.zeros(x.shape[0], rounds, *x.shape[1:-1], dtype=torch.int64, device=x.device)
+    drawn = rotations.__wrapped__ if is_traced(x) else rotations
+    directions = [
+        drawn(
+            fold(seed, _ROTATIONS, number),
+            first_head,
+            len(x),
+            rounds * (factor // 2),
+            x.shape[-1],
+            x.device,
+        )
+        for number, factor in enumerate(factorise(buckets))
+    ]
+    # One head at a time stays in a CPU's cache; on a GPU each would be a dozen launches.
+    step = len(x) if x.is_cuda else 1
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return torch.stack(
+        return torch.cat(
             [
-                _hash_head(part.flatten(0, -2), head, buckets, rounds, seed)
-                for head, part in enumerate(x, first_head)
+                _hash_heads(part.flatten(1, -2), rounds, *some)
+                for part, *some in zip(*(y.split(step) for y in (x, *directions)), strict=True)
             ]
         ).unflatten(-1, x.shape[1:-1])
 
 
-def _hash_head(x: Tensor, head: int, buckets: int, rounds: int, seed: int) -> Tensor:
-    hashed = torch.zeros(rounds, len(x), dtype=torch.int64, device=x.device)
+def _hash_heads(x: Tensor, rounds: int, *rotated: Tensor) -> Tensor:
+    """Return buckets, [heads, rounds, tokens]. x: [heads, tokens, d]; rotated: for each factor,
+    [heads, rounds x half of it, d].
+    """
+    heads, tokens, _ = x.shape
+    hashed = torch.zeros(heads, rounds, tokens, dtype=torch.int64, device=x.device)
     scale = 1
-    for number, factor in enumerate(factorise(buckets)):
-        half = factor // 2
-        # Each head takes rounds x half rows of the endless matrix, so heads never share directions.
-        key = fold(seed, _ROTATIONS, number)
-        directions = normal_rows(key, head * rounds * half, rounds * half, x.shape[-1], x.device)
-        for first in range(0, len(x), _HASH_BLOCK):
-            part = (x[first : first + _HASH_BLOCK].float() @ directions.mT).unflatten(
-                -1, (rounds, half)
-            )
+    for directions in rotated:
+        half = directions.shape[1] // rounds
+        for first in range(0, tokens, _HASH_BLOCK):
+            block = slice(first, first + _HASH_BLOCK)
+            part = (x[:, block].float() @ directions.mT).unflatten(-1, (rounds, half))
             # Each direction gives two buckets, itself and its opposite: half the products of an
             # argmax over [x R, -x R].
             highest, lowest = part.max(-1), part.min(-1)
             index = torch.where(
                 highest.values >= -lowest.values, highest.indices, lowest.indices + half
             )
-            hashed[:, first : first + _HASH_BLOCK] += scale * index.mT
-        scale *= factor
+            hashed[:, :, block] += scale * index.mT
+        scale *= 2 * half
     return hashed
+
+
+@lru_cache(maxsize=256)  # a layer's are some 100 KB
+def rotations(
+    key: int, first_head: int, heads: int, count: int, dim: int, device: torch.device
+) -> Tensor:
+    """Return the directions of some heads, [heads, count, dim]. Drawing them takes 60 launches,
+    several times those of hashing.
+    """
+    # Each head takes `count` rows of the endless matrix, so heads never share directions.
+    rows = normal_rows(key, first_head * count, heads * count, dim, device)
+    return rows.unflatten(0, (heads, count))

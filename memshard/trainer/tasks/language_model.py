@@ -11,6 +11,7 @@ from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.random import RandomKey
 from memshard.trainer.carried_states import Carried
+from memshard.trainer.tasks.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class LanguageModelTask:
         # After `predicts`: what is not wanted is context, and must not become padding.
         if wanted is not None:
             batch = batch._replace(targets=torch.where(wanted, batch.targets, IGNORE))
-        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
+        real, *fields = to_device(self.device, predicts, *batch)
+        batch = Batch(*fields)
         ctx = Context(
             positions=batch.positions,
             documents=batch.documents if self.document_mask else None,
-            padding=predicts.to(self.device, non_blocking=True) if padded else None,
+            padding=real if padded else None,
             random=None if step is None else RandomKey(self.seed, step, batch.samples),
         )
         if carried is not None:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.models.context import Context
+from memshard.models.loss import places_of
 from memshard.models.random import RandomKey, fold, fold_tensor, random_bits
 from memshard.trainer.carried_states import Carried
+from memshard.trainer.tasks.to_device import to_device
 
 MASK = 0
 """Replaces a hidden token: <unk>, which no text has, as unknown characters are spelt in bytes."""
@@ -51,14 +53,17 @@ class MaskedTokenTask:
         wanted: Tensor | None = None,
     ) -> Tensor:
         """Return losses in nats, [batch, length], 0 except at targets that are `wanted`."""
-        inputs, targets, ctx = self.hidden(batch, step)
-        if wanted is not None:
-            targets = targets.where(wanted.to(targets.device), IGNORE)
+        inputs, targets, ctx = self.hidden(batch, step, wanted)
         losses: Tensor = model(inputs, ctx, targets=targets)[0]
         return losses
 
-    def hidden(self, batch: Batch, step: int | None = None) -> tuple[Tensor, Tensor, Context]:
-        """Return the model's inputs, the targets (IGNORE elsewhere) and the context."""
+    def hidden(
+        self, batch: Batch, step: int | None = None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Context]:
+        """Return the model's inputs, the targets (IGNORE elsewhere) and the context.
+
+        wanted: [batch, length] bool, where to keep targets.
+        """
         targets_at, real = self.counted(batch, step), batch.targets != IGNORE
         how = self._bits(batch, step, _HOW) % 10
         other = self._bits(batch, step, _OTHER) % self.vocabulary
@@ -66,17 +71,18 @@ class MaskedTokenTask:
         inputs = torch.where(
             targets_at & (how >= _TENTHS_HIDDEN) & (how < _TENTHS_HIDDEN_OR_OTHER), other, inputs
         )
+        if wanted is not None:
+            targets_at &= wanted
         targets = torch.where(targets_at, batch.inputs, IGNORE)
-        inputs, targets, positions, samples = (
-            x.to(self.device) for x in (inputs, targets, batch.positions, batch.samples)
+        padded, places = not bool(real.all()), places_of(targets_at)
+        inputs, targets, real, positions, samples, places = to_device(
+            self.device, inputs, targets, real, batch.positions, batch.samples, places
         )
         random = None if step is None else RandomKey(self.seed, step, samples)
         return (
             inputs,
             targets,
-            Context(
-                positions, padding=None if bool(real.all()) else real.to(self.device), random=random
-            ),
+            Context(positions, padding=real if padded else None, random=random, predicted=places),
         )
 
     def counted(self, batch: Batch, step: int | None = None) -> Tensor:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.models.context import Context
+from memshard.models.loss import places_of
 from memshard.models.random import RandomKey
 from memshard.trainer.carried_states import Carried
+from memshard.trainer.tasks.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,20 @@ class TranslationTask:
         """Return losses in nats, shaped like `batch.inputs`: a row's target tokens, then 0."""
         length = batch.inputs.shape[1]
         source, real, inputs, targets = split_pairs(batch, self.eos)
-        source, inputs, targets, samples = (
-            x.to(self.device, non_blocking=True) for x in (source, inputs, targets, batch.samples)
+        padded, places = not bool(real.all()), places_of(targets != IGNORE)
+        source, real, inputs, targets, samples, places = to_device(
+            self.device, source, real, inputs, targets, batch.samples, places
         )
         random = None if step is None else RandomKey(self.seed, step, samples)
         source_ctx = Context(
             _positions(source),
             # None lets attention run without a mask, on its fused kernels.
-            padding=None if bool(real.all()) else real.to(self.device),
+            padding=real if padded else None,
             random=random,
         )
-        ctx = Context(_positions(inputs), padding=targets != IGNORE, random=random)
+        ctx = Context(
+            _positions(inputs), padding=targets != IGNORE, random=random, predicted=places
+        )
         losses: Tensor = model(inputs, ctx, targets=targets, source=(source, source_ctx))[0]
         return torch.nn.functional.pad(losses, (0, length - losses.shape[1]))
 
