@@ -87,7 +87,18 @@ def dropout(
     x: [batch, length, dim]; positions: [batch, length] int64, of each token in its sample; layer,
     branch: place in the model. A token of a sample gets the same mask in every parallel layout.
     """
-    keys = fold_tensor(fold(key.seed, key.step, layer, branch), key.samples.to(x.device))
+    # Not at the top: what chooses among kernels asks this module for the bits to compare with.
+    from memshard.models.kernels.dropout import dropout_for
+
+    folded = fold(key.seed, key.step, layer, branch)
+    return dropout_for(x, plain_dropout)(x, rate, folded, key.samples.to(x.device), positions)
+
+
+def plain_dropout(x: Tensor, rate: float, key: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """Do what `dropout` does, in plain torch. key: of the run, the step and the place in the model,
+    folded; samples: [batch] int64.
+    """
+    keys = fold_tensor(key, samples)
     channels = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
     # Numbers of (position, channel) wrap around after 2^32 of them, far beyond any sequence.
     counters = (positions * x.shape[-1]).to(torch.int32)[..., None] + channels

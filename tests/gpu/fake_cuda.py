@@ -59,13 +59,15 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
     which tensors have numbers; in models too large to compute, a few thousand.
     """
     from memshard.models import random
-    from memshard.models.kernels import backend
+    from memshard.models.kernels import backend, dropout
     from memshard.models.lsh import hashing
 
     fake_device.capability = capability
     # Choices are for a capability, and fakes of another watch are not for this one.
-    for choice in (backend.backend_for, backend._lookup, hashing.rotations, random.quantiles_on):
+    for choice in (backend.backend_for, backend._lookup, dropout._kernel):
         choice.cache_clear()
+    for made in (hashing.rotations, random.quantiles_on):
+        made.cache_clear()
     watch = Watch(computed)
     fake_device.waited = lambda what: watch.count("waits", what)
     fake_triton.launched = lambda what: watch.count("launches", what)

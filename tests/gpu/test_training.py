@@ -75,6 +75,16 @@ def test_kernels_are_chosen_by_the_capability(recipe: Path, tmp_path: Path) -> N
     assert not any("triton" in what for what, _ in counts.launches)
 
 
+def test_dropout_is_one_launch_each_way(recipe: Path, tmp_path: Path) -> None:
+    counts = [
+        on_fake_cuda(train, recipe, tmp_path / str(rate), (f"model.dropout={rate}",), "cuda:0")[1]
+        for rate in (0.0, 0.1)
+    ]
+    without, with_dropout = (count.launches.total() for count in counts)
+    # The embedding's, and two in each of two layers.
+    assert with_dropout - without == 2 * 5
+
+
 def _after_training(recipe: Path, folder: Path, device: str) -> tuple[float, float, list[int]]:
     with fake_cuda():
         run = set_up(load_recipe(recipe, ("train.precision=fp32",)), folder, device)

@@ -1,8 +1,19 @@
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.random import RandomKey, dropout
+from memshard.models.kernels.dropout import agrees
+from memshard.models.random import RandomKey, dropout, plain_dropout
+from tests.models.without_gpu import ROOT, compiled
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
 def _mask(
@@ -60,3 +71,46 @@ def test_gradient_passes_where_values_do() -> None:
     y = dropout(x, 0.5, RandomKey(0, 0, torch.arange(2)), torch.arange(3).expand(2, -1), 0, 0)
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, y.detach())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, see the last tests")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_is_plain_torch_in_one_launch(dtype: torch.dtype) -> None:
+    from memshard.models.kernels.triton_dropout import dropout as kernel
+
+    assert agrees(kernel, plain_dropout, torch.device("cpu"), dtype)
+    assert not agrees(
+        lambda x, rate, key, *of: kernel(x, rate, key + 1, *of),
+        plain_dropout,
+        torch.device("cpu"),
+        dtype,
+    )
+    x = torch.randn(2, 5, 16).to(dtype).requires_grad_()
+    draw = 0.5, 7, torch.arange(2), torch.arange(5).expand(2, -1)
+    ours, theirs = (
+        torch.autograd.grad(drop(x * 1, *draw).float().square().sum(), x)[0]
+        for drop in (kernel, plain_dropout)
+    )
+    assert torch.equal(ours, theirs)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_tritons_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kernel"]
+    done = subprocess.run(
+        [*command, str(Path(__file__))],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "capability", ["80", *(pytest.param(x, marks=pytest.mark.slow) for x in ("70", "90", "100"))]
+)
+def test_the_program_compiles_without_a_gpu(capability: str, tmp_path: Path) -> None:
+    assert compiled("compile_dropout.py", capability, tmp_path).split() == ["drop"] * 3

@@ -6,6 +6,7 @@ A program sums one row's gradient and updates its values and moments in the same
 import triton
 import triton.language as tl
 
+from memshard.models.kernels.triton_random import random_bits
 from memshard.models.kernels.triton_reads import add_segment
 
 
@@ -77,12 +78,12 @@ def adam_rows(
         tl.store(master + place, value, mask=mask)
     elif values.dtype.element_ty == tl.float16:
         value = _round(
-            value, _random(key, row + first_row, columns + first_column), 10, -14, 65504.0
+            value, random_bits(key, row + first_row, columns + first_column), 10, -14, 65504.0
         )
     elif values.dtype.element_ty == tl.bfloat16:
         value = _round(
             value,
-            _random(key, row + first_row, columns + first_column),
+            random_bits(key, row + first_row, columns + first_column),
             7,
             -112,
             3.3895313892515355e38,
@@ -105,23 +106,3 @@ def _round(x, bits, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.
     # The sign of x, of -0 as well.
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _random(key, row, columns):
-    """Return the counter-based bits of models/random.py."""
-    # Unsigned: shifts of negative numbers would copy the sign.
-    x = (row ^ key).to(tl.uint64) + 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    x = x ^ (x >> 31)
-    return _mix(
-        _mix(columns.to(tl.uint32) ^ (x & 0xFFFFFFFF).to(tl.uint32)) ^ (x >> 32).to(tl.uint32)
-    )
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
