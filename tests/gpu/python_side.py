@@ -120,6 +120,8 @@ def install() -> None:
         return (assumed("", x) if values is None else values).tolist()
 
     FakeTensor.tolist = tolist
+    # A GPU's tensors are of a type that torch takes many of at once.
+    torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     FakeTensor.record_stream = lambda x, stream: None
     nn.Module._apply = _apply
 

@@ -10,7 +10,6 @@ C places a chunk.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,9 +20,8 @@ from torch.autograd.function import once_differentiable
 from memshard.models.compat import is_traced
 from memshard.models.kernels import cpu_banded
 from memshard.models.lsh.bucket_order import Order, order_tokens
+from memshard.models.lsh.tiles import outside_window, tiles_of
 
-_TILE_BYTES = 1 << 20  # scores of a block of tiles: about a core's second-level cache
-_DEVICE_TILE_BYTES = 1 << 28
 # Scores are in powers of 2, and those that must not be seen are far below the others instead of
 # -inf: on CPU exp takes 12 to 65 times as long where its result is 0.
 _LOG2_E = 1 / math.log(2)
@@ -66,8 +64,12 @@ class _Banded(torch.autograd.Function):
     ) -> Tensor:
         settings = window, chunk, itself
         outs, totals = [], []
+        ctx.orders = {}
         for rows in _row_groups(q):
-            orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
+            orders = _orders(groups[rows], window, chunk)
+            if q.is_cuda:
+                # 24 bytes a token and round, which making them again would take 17 launches for.
+                ctx.orders[rows.start] = orders
             out, total = (cpu_banded.forward if _serves(q) else _forward)(
                 q[rows], k[rows], v[rows], orders, *settings
             )
@@ -85,7 +87,7 @@ class _Banded(torch.autograd.Function):
         window, chunk, _ = ctx.settings
         parts = []
         for rows in _row_groups(q):
-            orders = [order_tokens(groups[rows, r], window, chunk) for r in range(groups.shape[1])]
+            orders = ctx.orders.get(rows.start) or _orders(groups[rows], window, chunk)
             tensors = q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows]
             parts.append(
                 (cpu_banded.backward if _serves(q) else _backward)(*tensors, *ctx.settings)
@@ -111,8 +113,9 @@ def _forward(
     total = v.new_zeros(rows * length + 1, dim, dtype=exact)
     # bf16 products on CPU add in pairs and round each time.
     summed = v.to(exact) if v.device.type == "cpu" else v
+    outside = outside_window(window, chunk, itself, v.device)
     for number, order in enumerate(orders):
-        for tiles, unseen in _tiles(orders, number, window, chunk, itself):
+        for tiles, unseen in tiles_of(orders, number, window, chunk, itself, outside):
             keys, values = tiles.keys(k), tiles.keys(summed)
             scores = (
                 torch.bmm(tiles.queries(q), keys.mT)
@@ -166,8 +169,9 @@ def _backward(
     mean = (d_out.to(exact) * out.to(exact)).sum(-1, keepdim=True)
     # Sums over rounds, with one row more for places without a token.
     d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
+    outside = outside_window(window, chunk, itself, v.device)
     for number, order in enumerate(orders):
-        for tiles, unseen in _tiles(orders, number, window, chunk, itself):
+        for tiles, unseen in tiles_of(orders, number, window, chunk, itself, outside):
             queries, upstream, keys, values = (
                 tiles.queries(q),
                 tiles.queries(d_out),
@@ -192,8 +196,8 @@ def _backward(
             )
             _add_rows(d_q, order.places[tiles.places], torch.bmm(d_scores, keys))
             seen = order.places[tiles.with_previous]
-            _add_rows(d_k, seen, _overlapped(torch.bmm(d_scores.mT, queries)))
-            _add_rows(d_v, seen, _overlapped(torch.bmm(weights.to(v.dtype).mT, upstream)))
+            _add_overlapped(d_k, seen, torch.bmm(d_scores.mT, queries))
+            _add_overlapped(d_v, seen, torch.bmm(weights.to(v.dtype).mT, upstream))
     d_q, d_k, d_v = (x[:-1].view(*logs.shape[:2], -1) for x in (d_q, d_k, d_v))
     d_k *= math.log(2)  # its queries were scaled
     d_v += torch.where(logs.isinf(), d_out, 0)
@@ -254,71 +258,19 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Consecutive chunks. places: theirs; with_previous: theirs and those of the chunk before."""
-
-    order: Order
-    chunk: int
-    places: slice
-    with_previous: slice
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Gather [N, L, d] into [tiles, C, d]."""
-        return (
-            x.flatten(0, 1)
-            .index_select(0, self.order.tokens[self.places])
-            .view(-1, self.chunk, x.shape[-1])
-        )
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Gather [N, L, d] into [tiles, 2C, d], each chunk after the one before: a view."""
-        rows, dim = (
-            x.flatten(0, 1).index_select(0, self.order.tokens[self.with_previous]),
-            x.shape[-1],
-        )
-        # Neighbouring tiles share a chunk: a view of overlapping tiles instead of a
-        # copy twice as large.
-        return rows.as_strided(
-            (len(rows) // self.chunk - 1, 2 * self.chunk, dim), (self.chunk * dim, dim, 1)
-        )
+def _orders(groups: Tensor, window: int, chunk: int) -> list[Order]:
+    return [order_tokens(groups[:, r], window, chunk) for r in range(groups.shape[1])]
 
 
-def _tiles(
-    orders: list[Order], number: int, window: int, chunk: int, itself: bool
-) -> Iterator[tuple[_Tiles, Tensor]]:
-    """Yield blocks of tiles, and the pairs that do not count, [tiles, C, 2C] bool: those that do
-    not meet in this round, or already met in an earlier one.
-    """
-    order = orders[number]
-    device = order.tokens.device
-    distance = (
-        torch.arange(chunk, device=device)[:, None] + chunk - torch.arange(2 * chunk, device=device)
-    )
-    nearest = 0 if itself else 1
-    outside = (distance < nearest) | (distance >= nearest + window)
-    earlier = [other.codes[order.places] for other in orders[:number]]
-    size = chunk * max(
-        1, (_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // (8 * chunk * chunk)
-    )
-    # The first chunk comes before all rows and contains no token.
-    for first in range(chunk, len(order.groups), size):
-        last = min(first + size, len(order.groups))
-        tiles = _Tiles(order, chunk, slice(first, last), slice(first - chunk, last))
-        query, key = _pairs(order.groups, tiles)
-        unseen = (query != key).logical_or_(outside)
-        for codes in earlier:
-            query, key = _pairs(codes, tiles)
-            apart = query - key
-            unseen |= (apart >= nearest) & (apart < nearest + window)
-        yield tiles, unseen
-
-
-def _pairs(numbers: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    """Return the numbers at the places of queries, [tiles, C, 1], and of keys, [tiles, 1, 2C]."""
-    return numbers[tiles.places].view(-1, tiles.chunk, 1), numbers[tiles.with_previous].unfold(
-        0, 2 * tiles.chunk, tiles.chunk
-    )[:, None]
+def _add_overlapped(total: Tensor, rows: Tensor, x: Tensor) -> None:
+    """Do total[rows] += x, [tiles, 2C, d], where neighbouring tiles share a chunk of rows."""
+    chunk = x.shape[1] // 2
+    if x.is_cuda:
+        # Two launches for seven. Rows are distinct but for empty places, which nobody reads.
+        total.index_add_(0, rows[:-chunk], x[:, :chunk].to(total.dtype).flatten(0, 1))
+        total.index_add_(0, rows[chunk:], x[:, chunk:].to(total.dtype).flatten(0, 1))
+    else:
+        _add_rows(total, rows, _overlapped(x))
 
 
 def _overlapped(x: Tensor) -> Tensor:
@@ -334,4 +286,7 @@ def _overlapped(x: Tensor) -> Tensor:
 
 def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
     """Do total[rows] += x for distinct rows; index_add_ adds them one by one on CPU."""
-    total.index_copy_(0, rows, total.index_select(0, rows).add_(x.view(len(rows), -1)))
+    if x.is_cuda:
+        total.index_add_(0, rows, x.view(len(rows), -1).to(total.dtype))
+    else:
+        total.index_copy_(0, rows, total.index_select(0, rows).add_(x.view(len(rows), -1)))

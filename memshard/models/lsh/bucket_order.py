@@ -47,6 +47,11 @@ def order_tokens(groups: Tensor, window: int, chunk: int) -> Order:
     )
     # The empty chunk in front gives the first real one a predecessor to look back at.
     missing, empty = -length % chunk, rows * length
-    places = F.pad(F.pad(places, (0, missing), value=empty).flatten(), (chunk, 0), value=empty)
-    numbers = F.pad(F.pad(numbers, (0, missing), value=-1).flatten(), (chunk, 0), value=-1)
+    if missing:
+        places, numbers = (
+            F.pad(x, (0, missing), value=value) for x, value in ((places, empty), (numbers, -1))
+        )
+    places, numbers = (
+        F.pad(x.flatten(), (chunk, 0), value=value) for x, value in ((places, empty), (numbers, -1))
+    )
     return Order(places, places.clamp(max=empty - 1), numbers, codes)
