@@ -27,13 +27,13 @@ from memshard.trainer.step import train_step
 STEPS = 3
 TOLERANCES = {
     "fp32": {"losses": 1e-4, "gradients": 1e-3, "tables": 1e-3},
-    "bf16": {"losses": 1e-2, "gradients": 0.3, "tables": 0.5},
+    "bf16": {"losses": 1e-2, "gradients": 0.5, "tables": 0.5},
     "fp16": {"losses": 5e-3, "gradients": 0.2, "tables": 0.3},
 }
 """Largest differences by precision. losses: of a step, relative. gradients: norm of the difference
 of all dense gradients of the first step over their norm; tables: the same of the tables' gradients,
-whose rows are others where rounding changes a search. On a CPU, bf16 and fp16 give half of
-these at most.
+whose rows are others where rounding changes a search. On a CPU, bf16 gives two thirds of
+these at most (PEER, whose queries are normalised over a small batch).
 """
 MOVED = ("plain", "stochastic", "host", "lsh")
 """Configurations whose checkpoints go from the device to the CPU and back."""
