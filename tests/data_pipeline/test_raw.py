@@ -70,6 +70,27 @@ def test_raw_text_gives_the_stream_of_token_shards(
     assert verify_data(raw)["train"]["documents"] == 270 and (raw / "part-0.tar").is_symlink()
 
 
+@pytest.mark.parametrize("damage", ["a header", "cut", "cut between members", "joined", "a number"])
+def test_a_tar_that_is_not_whole_is_refused(
+    damage: str, tars: list[Path], data: Path, tmp_path: Path
+) -> None:
+    """Members behind the damage would be left out in silence."""
+    content = bytearray(tars[0].read_bytes())
+    with tarfile.open(tars[0]) as archive:
+        at = archive.getmembers()[100].offset
+    if damage == "a header":
+        content[at] ^= 1
+    elif damage == "a number":
+        content[at + 124 : at + 136] = b"not a number"
+    elif damage == "joined":
+        content += bytes(content)
+    else:
+        del content[at + (100 if damage == "cut" else 0) :]
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar .*fetch it again"):
+        index_tars([tmp_path / "a.tar"], tmp_path / "out", tokenizer=data, held_out=30, workers=1)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("order", ORDERS)

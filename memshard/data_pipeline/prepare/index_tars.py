@@ -54,6 +54,7 @@ from memshard.data_pipeline.tokenizer import (
 )
 from memshard.io import atomic_write, named
 
+_END = 2 * tarfile.BLOCKSIZE  # empty blocks that end a tar
 BATCH_DOCUMENTS = 512
 
 
@@ -232,7 +233,7 @@ def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
         # "r:" refuses compressed tars: a document in one cannot be read by its offset.
         size = tar.stat().st_size
         with tarfile.open(tar, "r:") as archive:
-            for member in archive:
+            for member in _headers(tar, archive):
                 if member.isfile() and member.name.endswith(f".{suffix}"):
                     # Before it is read: a header can claim any size, and holes of any size.
                     if member.issparse():
@@ -252,10 +253,36 @@ def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
                             f"{tar}: {member.name} is not UTF-8 text ({error}): leave the tar out"
                         ) from error
     except tarfile.TarError as error:
+        raise _no_tar(tar, error) from error
+
+
+def _headers(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield all members. ValueError if the tar does not end behind the last one: tarfile takes a
+    damaged header for the end, and so the first of two tars that were joined.
+    """
+    try:
+        yield from archive
+    except ValueError as error:  # of numbers in a header
+        raise _no_tar(tar, error) from error
+    with tar.open("rb") as file:
+        file.seek(archive.offset)
+        rest = file.read(_END)
+        whole = len(rest) == _END
+        while rest:
+            whole &= not rest.strip(b"\0")
+            rest = file.read(1 << 20)
+    if not whole:
         raise ValueError(
-            f"{tar} is no tar that can be read by ranges ({error}): fetch it again, uncompressed, "
-            "or leave it out"
-        ) from error
+            f"{tar} was cut, is damaged or goes on with another tar behind byte {archive.offset}, "
+            "where no member begins: fetch it again or leave it out"
+        )
+
+
+def _no_tar(tar: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{tar} is no tar that can be read by ranges ({error}): fetch it again, uncompressed, or "
+        "leave it out"
+    )
 
 
 def _batches(members: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
