@@ -47,7 +47,7 @@ def report(rows: Rows, folder: Path, name: str) -> str:
     )
     text += (
         "Perplexity, gain (nats a token, seed by seed), usage and KL: "
-        f"{seeds(len(learned[first]))}. Inference: us a token.\n\n"
+        f"{seeds(len(learned[first]))}.{' Inference: us a token.' if speed else ''}\n\n"
     )
     titles = [
         "model",
