@@ -2,13 +2,24 @@
 delta rule, sequence by sequence.
 """
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models.fast_weights.delta_rule import delta_rule
+from memshard.models.fast_weights.delta_rule import delta_rule, plain_scan
 from memshard.models.kernels.fla_delta_rule import by_kernel, choose_kernel, difference
+from memshard.models.kernels.scan import agrees
+from tests.models.without_gpu import ROOT, compiled
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
 def _sequences(
@@ -104,3 +115,33 @@ def test_other_devices_and_dtypes_take_chunks() -> None:
     assert kernel is None and "on a GPU" in why
     assert choose_kernel(torch.device("cuda"), torch.float32, 32, 16, delta_rule)[0] is None
     assert choose_kernel(torch.device("cuda"), torch.bfloat16, 512, 16, delta_rule)[0] is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, see the next test")
+def test_the_scan_of_all_chunks_is_that_of_plain_torch() -> None:
+    from memshard.models.kernels.triton_scan import scan
+
+    assert agrees(scan, plain_scan, torch.device("cpu"))
+    assert not agrees(lambda state, *rest: scan(2 * state, *rest), plain_scan, torch.device("cpu"))
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_tritons_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "all_chunks"]
+    done = subprocess.run(
+        [*command, str(Path(__file__))],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "capability", ["80", *(pytest.param(x, marks=pytest.mark.slow) for x in ("70", "90", "100"))]
+)
+def test_the_scan_compiles_without_a_gpu(capability: str, tmp_path: Path) -> None:
+    assert compiled("compile_scan.py", capability, tmp_path).split() == ["scan_chunks"] * 4

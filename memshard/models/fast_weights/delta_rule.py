@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from memshard.models.fast_weights.chunks import Fading, cut, fading, join, start
 from memshard.models.kernels.fla_delta_rule import by_kernel, kernel_for
+from memshard.models.kernels.scan import scan_for
 
 
 def delta_rule(
@@ -70,7 +71,8 @@ class _DeltaRule(torch.autograd.Function):
         # = key_writes S.
         key_writes, writes = inverse @ (beta * _carried(k, faded)), inverse @ (beta * v)
         ends = _kept(k, faded).mT
-        states, read, state = _scan(state, ends @ writes, ends, key_writes, faded)
+        scan, whole = scan_for(state, key_writes, plain_scan), _whole(faded)
+        states, read, state = scan(state, ends @ writes, ends, key_writes, whole, False)
         writes = writes - read
         out = _carried(q, faded) @ states + _pairs(q @ k.mT, faded) @ writes
         ctx.save_for_backward(q, k, v, beta, inverse, states, *fade)
@@ -115,7 +117,8 @@ def _backward(
     d_starts = _carried(q, faded).mT @ d_out - key_writes.mT @ d_writes
     # The state's gradient obeys the same recursion from the last chunk to the first, with the two
     # factors transposed and exchanged.
-    d_ends, passed, d_state = _scan(d_state, d_starts, key_writes.mT, k_kept, faded, backward=True)
+    scan = scan_for(d_state, k_kept, plain_scan)
+    d_ends, passed, d_state = scan(d_state, d_starts, key_writes.mT, k_kept, _whole(faded), True)
     d_writes = d_writes + passed
     # U = (I + A)^-1 R, so dR = (I + A)^-T dU, and dA = -dR U^T below the diagonal.
     d_right = inverse.mT @ d_writes
@@ -145,21 +148,22 @@ def _backward(
     return d_q, d_k, d_values, d_beta, d_state, *shaped
 
 
-def _scan(
+def plain_scan(
     state: Tensor,
     added: Tensor,
     left: Tensor,
     right: Tensor,
-    faded: Fading | None,
-    backward: bool = False,
+    whole: Tensor | None,
+    backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the only serial part: state = whole state + added - left (right state), chunk by chunk.
 
-    Returns the states that chunks begin with, right times these, and the last state.
+    whole: see `Fading`. Returns the states that chunks begin with, right times these, and the last
+    state.
     """
-    whole = [None] * added.shape[2] if faded is None else list(faded.whole.unbind(2))
+    kepts = [None] * added.shape[2] if whole is None else list(whole.unbind(2))
     parts = list(
-        zip(*(x.flatten(0, 1).unbind(1) for x in (added, left, right)), whole, strict=True)
+        zip(*(x.flatten(0, 1).unbind(1) for x in (added, left, right)), kepts, strict=True)
     )
     states, products = [], []
     # One batch dimension: bmm and baddbmm take no more, and each step is two calls.
@@ -186,6 +190,10 @@ def _inverse(k: Tensor, beta: Tensor, faded: Fading | None) -> Tensor:
     return torch.linalg.solve_triangular(
         _faded(beta * (k @ k.mT), faded), identity, upper=False, unitriangular=True
     )
+
+
+def _whole(faded: Fading | None) -> Tensor | None:
+    return None if faded is None else faded.whole
 
 
 def _faded(x: Tensor, faded: Fading | None) -> Tensor:

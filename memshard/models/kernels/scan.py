@@ -1,0 +1,54 @@
+"""The delta rule's scan by a Triton kernel, where there is one and it agrees with plain torch."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from memshard.models.compat import is_traced, outside_modes
+from memshard.models.kernels.backend import SWITCH
+from memshard.variables import switch
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, ...]]
+_MOST_FEATURES, _LONGEST_CHUNK = 256, 64
+
+
+def scan_for(state: Tensor, right: Tensor, plain: Scan) -> Scan:
+    """Return what scans such tensors; `plain` is the reference, in torch."""
+    fits = right.shape[-1] <= _MOST_FEATURES and right.shape[-2] <= _LONGEST_CHUNK
+    if not state.is_cuda or state.dtype != torch.float32 or not fits or is_traced(state):
+        return plain
+    return _kernel(state.device, plain) or plain
+
+
+@cache
+def _kernel(device: torch.device, plain: Scan) -> Scan | None:
+    """Compile and test the kernel at a device's first call."""
+    if switch(SWITCH, "plain") or torch.cuda.get_device_capability(device) < (7, 0):
+        return None
+    try:
+        from memshard.models.kernels.triton_scan import scan
+
+        with outside_modes():
+            return scan if agrees(scan, plain, device) else None
+    # As for dropout: nothing that goes wrong here may stop a run.
+    except Exception:
+        return None
+
+
+@torch.no_grad()
+def agrees(scan: Scan, plain: Scan, device: torch.device) -> bool:
+    """Return whether both give the same states and products, forward and backward."""
+    random = torch.Generator().manual_seed(0)
+    for features, width, chunk, chunks in ((20, 35, 7, 3), (64, 64, 32, 2)):
+        state = torch.randn(2, 2, features, width, generator=random).to(device)
+        added = torch.randn(2, 2, chunks, features, width, generator=random).to(device)
+        keys = torch.randn(2, 2, 2, chunks, chunk, features, generator=random).to(device) / 10
+        whole = torch.rand(2, 1, chunks, 1, 1, generator=random).to(device)
+        for rest in ((None, False), (whole, False), (whole, True)):
+            tensors = state, added, keys[0].mT, keys[1]
+            pairs = zip(scan(*tensors, *rest), plain(*tensors, *rest), strict=True)
+            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs):
+                return False
+    return True
