@@ -14,8 +14,13 @@ def gradients_finite(norm: Tensor, tables: Iterable[ValueTable]) -> Tensor:
     """Return whether this rank's dense gradient and the reads collected for its tables are finite,
     as one bool on the device.
     """
-    anchors = [table.anchor.grad.to(norm) for table in tables if table.anchor.grad is not None]
-    return torch.cat([norm.view(1), *anchors]).isfinite().all()
+    anchors = [table.anchor.grad for table in tables if table.anchor.grad is not None]
+    # The numbers of tables in host memory are filled in: a copy would wait for the device.
+    sums = [
+        grad.sum().to(norm) if grad.device == norm.device else norm.new_full((), float(grad.sum()))
+        for grad in anchors
+    ]
+    return torch.stack([norm.view(()), *sums]).isfinite().all()
 
 
 def all_reduce_verdict(

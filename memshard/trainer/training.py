@@ -151,6 +151,7 @@ def build_for_training(
     for table in hidden:
         # Before the model moves: such a table must not follow it.
         table.host = tables.place == "host"
+        table.checks_anchor = False
     if empty:
         model.to_empty(device=device)
         initialize(model, train.seed)

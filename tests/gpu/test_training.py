@@ -60,6 +60,10 @@ def test_a_run_is_that_of_a_cpu_and_waits_for_its_verdict_alone(
     assert len(_elsewhere(counts.waits)) == 1 + _MORE_WAITS.get(name, 0), counts
     # The gradients of tables in host memory are copied from there.
     assert "tables.place=host" in overrides or not _elsewhere(counts.blocking), counts
+    # Rows in host memory are looked up there; sub-keys are split once in tables.dead_after steps.
+    if not {"tables.place=host", "tables.revive=true"} & {*overrides}:
+        asked = counts.waits + counts.blocking
+        assert not [key for key in asked if key[1].startswith(_OF_MEMORIES)], counts
 
 
 def _elsewhere(counter: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -101,4 +105,5 @@ def _after_training(recipe: Path, folder: Path, device: str) -> tuple[float, flo
 def test_evaluation_metrics_and_generation_are_those_of_a_cpu(recipe: Path, tmp_path: Path) -> None:
     ours = on_fake_cuda(_after_training, recipe, tmp_path / "cuda", "cuda:0")
     theirs = on_fake_cuda(_after_training, recipe, tmp_path / "cpu", "cpu")
-    assert ours[:2] == pytest.approx(theirs[:2], rel=1e-5) and ours[2] == theirs[2]
+    # Batch norm is torch's on a GPU; Adam's first step takes the signs of tiny gradients.
+    assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4) and ours[2] == theirs[2]

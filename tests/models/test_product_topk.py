@@ -18,7 +18,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(("k", "pairs"), [(1, 1), (16, 50), (32, 119)])
 def test_few_pairs_need_a_look(k: int, pairs: int) -> None:
-    assert len(candidate_pairs(k)[0]) == pairs
+    assert len(candidate_pairs(k, torch.device("cpu"))[0]) == pairs
 
 
 def _brute_force(first: list[float], second: list[float], k: int) -> list[tuple[int, int]]:

@@ -16,7 +16,12 @@ def _norm(kind: str) -> QueryNorm:
     return QueryNorm(kind, HEADS, KEY_DIM).double()
 
 
-def test_batch_is_torchs_batch_norm_in_training_and_evaluation() -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_batch_is_torchs_batch_norm_in_training_and_evaluation(
+    as_on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if as_on_a_gpu:
+        monkeypatch.setattr(QueryNorm, "_fits_torch", lambda norm, z: norm.training)
     ours, theirs = _norm("batch"), nn.BatchNorm1d(HEADS * KEY_DIM, dtype=torch.float64)
     assert ours.weight is not None and ours.bias is not None
     with torch.no_grad():
@@ -38,8 +43,11 @@ def test_batch_is_torchs_batch_norm_in_training_and_evaluation() -> None:
         torch.testing.assert_close(ours.running_var.flatten(), theirs.running_var)
 
 
-@pytest.mark.parametrize("kind", ["batch", "lagged"])
-def test_deferred_statistics_wait_for_commit(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["batch", "lagged", "batch on a GPU"])
+def test_deferred_statistics_wait_for_commit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "batch on a GPU":
+        kind = "batch"
+        monkeypatch.setattr(QueryNorm, "_fits_torch", lambda norm, z: norm.training)
     deferred, single = _norm(kind), _norm(kind)
     deferred.deferred = True
     a, b, c = _batches(3)
@@ -105,3 +113,12 @@ def test_statistics_stay_in_fp32_when_the_layer_is_cast(kind: str) -> None:
     norm.running_mean = kept.bfloat16()
     norm(z)
     assert norm.running_mean.dtype == torch.float32
+
+
+def test_a_batch_without_tokens_on_any_rank_moves_no_statistics() -> None:
+    norm = _norm("batch")
+    norm.reduce = lambda x: x.clone()
+    norm(_batches(1)[0])
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    norm(_batches(1)[0][:0])
+    assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var)

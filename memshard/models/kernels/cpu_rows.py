@@ -103,11 +103,12 @@ class CpuRows:
         span = slice(int(starts[0]), int(starts[-1]))
         return self.gather_sum(values, rows[span], weights[span], starts[:-1] - starts[0])
 
-    def sort_reads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sort_reads(self, rows: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Do what `plain_rows.sort_reads` does; the order is int32."""
         # The kernel is a stable radix sort of 32-bit row numbers.
         if rows.dtype != torch.int32 or not rows.is_cpu or is_traced(rows):
-            return plain_rows.sort_reads(rows)
+            return plain_rows.sort_reads(rows, slots)
+        # Fewer than there are, maybe, which saves passes.
         rows, slots = rows.contiguous(), int(rows.max()) + 1 if len(rows) else 0
         order = torch.empty_like(rows)
         distinct = torch.empty_like(rows, dtype=torch.int64)

@@ -31,7 +31,7 @@ class CpuSearch:
 
         first, second: [..., heads, keys] fp32, on the CPU.
         """
-        shape, keys, (x, y) = first.shape[:-1], first.shape[-1], candidate_pairs(k)
+        shape, keys, (x, y) = first.shape[:-1], first.shape[-1], candidate_pairs(k, first.device)
         halves = [scores.reshape(-1, shape[-1], keys) for scores in (first, second)]
         halves = [scores if scores.stride(-1) == 1 else scores.contiguous() for scores in halves]
         slots = torch.empty(2, *shape, k, dtype=torch.int32, device="cpu")

@@ -15,8 +15,7 @@ def product_search(first: Tensor, second: Tensor, k: int) -> Tensor:
     """
     i1, i2 = ranked_topk(first, k), ranked_topk(second, k)
     # torch.compile warns of caches, and a cache would keep tensors that are fake.
-    pairs = _pairs(k) if is_traced(first) else candidate_pairs(k)
-    x, y = (ranks.to(first.device) for ranks in pairs)
+    x, y = (_pairs if is_traced(first) else candidate_pairs)(k, first.device)
     # Pairs number ranks, not sub-keys: 119 sums at k = 32, whatever the number of keys.
     sums = first.gather(-1, i1).index_select(-1, x) + second.gather(-1, i2).index_select(-1, y)
     chosen = ranked_topk(sums, k)
@@ -24,21 +23,21 @@ def product_search(first: Tensor, second: Tensor, k: int) -> Tensor:
 
 
 @cache
-def candidate_pairs(k: int) -> tuple[Tensor, Tensor]:
-    """Return the pairs of ranks (x, y), from 0, that can be among the k best sums.
+def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the pairs of ranks (x, y), from 0, that can be among the k best sums, on a device.
 
     A pair is beaten by the (x + 1)(y + 1) - 1 pairs of lower or equal ranks, so (x + 1)(y + 1) <= k
     for all that count: 119 of 1,024 pairs at k = 32. In lexicographic order, which is that of ties.
     """
-    return _pairs(k)
+    return _pairs(k, device)
 
 
-def _pairs(k: int) -> tuple[Tensor, Tensor]:
+def _pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     pairs = [(x, y) for x in range(k) for y in range(k // (x + 1))]
     first, second = ([pair[half] for pair in pairs] for half in (0, 1))
-    # Named, since the cache serves all devices: made under torch.device("meta"), it would keep
-    # numbers without values.
-    return torch.tensor(first, device="cpu"), torch.tensor(second, device="cpu")
+    # The device is named: made under torch.device("meta"), the cache would keep numbers without
+    # values.
+    return torch.tensor(first, device=device), torch.tensor(second, device=device)
 
 
 def ranked_topk(scores: Tensor, k: int) -> Tensor:
@@ -48,7 +47,8 @@ def ranked_topk(scores: Tensor, k: int) -> Tensor:
     score more than asked for shows where they matter; those rows (one in some thousands, in fp32)
     are sorted in full.
     """
-    if is_traced(scores):
+    # A GPU would have to be asked whether there are ties.
+    if is_traced(scores) or scores.is_cuda:
         return _ranked_without_branch(scores, k)
     values, indices = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
     indices = indices[..., :k]
@@ -62,7 +62,7 @@ def ranked_topk(scores: Tensor, k: int) -> Tensor:
 
 
 def _ranked_without_branch(scores: Tensor, k: int) -> Tensor:
-    """Return the same for a compiled graph, in which nothing may depend on whether there are ties.
+    """Return the same where nothing may depend on whether there are ties, as in compiled graphs.
 
     A score and its index make one integer, so there are none: 1.1 times the seconds of topk on 512
     fp32 scores, where a full sort takes 4.7 times as many.

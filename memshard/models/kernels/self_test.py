@@ -139,7 +139,7 @@ def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device)
                 backend.segment_sums(*reads, offsets[2:]),
                 plain_rows.segment_sums(*reads, offsets[2:]),
             ),
-            (backend.sort_reads(rows)[0].long(), plain_rows.sort_reads(rows)[0]),
+            (backend.sort_reads(rows, 29)[0].long(), plain_rows.sort_reads(rows, 29)[0]),
         )
         if not all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs):
             return False
@@ -155,7 +155,7 @@ def _updates_agree(
     values = (draw.uniform(slots, dim) - 0.5).to(dtype)
     rows, weights = draw.rows(slots, 40), draw.uniform(40)
     offsets = torch.tensor([0, 9, 9, 31], device=device)
-    order, distinct, starts = plain_rows.sort_reads(rows)
+    order, distinct, starts = plain_rows.sort_reads(rows, slots)
     step_sizes, decay1, decay2 = (draw.uniform(len(distinct)) for _ in range(3))
     update = AdamUpdate(
         values=values,

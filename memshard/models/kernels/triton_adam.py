@@ -46,16 +46,20 @@ def adam_rows(
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     row = tl.load(rows + segment)
+    # Repeated rows fill up the number of distinct ones, which only the device knows.
+    if tl.load(rows + segment - 1, mask=segment > 0, other=-1) == row:
+        return
     # A read outside the table has given NaN already; here it must not write.
     mask = (columns < dim) & (row >= 0) & (row < slots)
     place = row * dim + columns
     # Loaded before the sum, so that both loads are under way together.
     m = tl.load(exp_avg + place, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
+    value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
     if master is not None:
-        value = tl.load(master + place, mask=mask, other=0.0)
-    else:
-        value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
+        # Values that somebody has written since do not round from their copies.
+        copy = tl.load(master + place, mask=mask, other=0.0)
+        value = tl.where(copy.to(values.dtype.element_ty).to(tl.float32) == value, copy, value)
     first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
     gradient = add_segment(
         upstream, bags, weights, windows, first, last, tokens, dim, columns, WINDOW, TILE, WIDTH

@@ -163,7 +163,7 @@ def gradients(
 @cache
 def _ranks(k: int, device: torch.device) -> Tensor:
     """Return `candidate_pairs` on a device, [2, pairs] int32: copied once, not in every pass."""
-    return torch.stack(candidate_pairs(k)).to(device, torch.int32)
+    return torch.stack(candidate_pairs(k, device)).int()
 
 
 def _power(number: int) -> int:

@@ -98,6 +98,43 @@ def score_gradients(
         tl.store(out + read, tl.where(inside, products, float("nan")), mask=asked)
 
 
+@triton.jit(do_not_specialize=["borders", "slots"])
+def window_sums(
+    values,
+    rows,
+    weights,
+    starts,
+    borders,
+    out,
+    slots,
+    dim,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store in out[window] the sum of its reads, if all of them are inside one segment.
+
+    starts: [borders], of segments; the last is the end of the last segment.
+    """
+    window = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    first = window * WINDOW
+    # The first border behind the window's first read.
+    low, high = borders * 0, borders
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) <= first:
+            low = middle + 1
+        else:
+            high = middle
+    inside = (low > 0) & (low < borders)
+    if tl.load(starts + low, mask=inside, other=0) >= first + WINDOW:
+        sums = add_rows(
+            values, rows, weights, first, first + WINDOW, slots, dim, columns, TILE, WIDTH
+        )
+        tl.store(out + window * dim + columns, sums, mask=columns < dim)
+
+
 @triton.jit
 def add_segment(
     values,

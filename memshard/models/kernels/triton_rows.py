@@ -24,7 +24,7 @@ _WINDOW = 256
 such window is a program.
 """
 
-sort_reads = plain_rows.sort_reads
+sort_reads = plain_rows.sort_reads_on_device
 
 
 def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -195,17 +195,28 @@ def bag_sums(
 def _windows(values: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """Return the sum of each window of reads inside one segment, [reads // window, dim].
 
-    Windows that cross a border get zeros, which nobody reads.
+    Windows that cross a border get nothing: nobody reads them.
     """
+    (slots, dim), width = values.shape, _width(values.shape[1])
     # As many windows as reads allow, without asking the device how many there are.
-    firsts = torch.arange(len(rows) // _WINDOW, device=starts.device) * _WINDOW
-    segment = torch.searchsorted(starts, firsts, right=True)
-    whole = (
-        (segment == torch.searchsorted(starts, firsts + (_WINDOW - 1), right=True))
-        & (segment > 0)
-        & (segment < len(starts))
-    )
-    return bag_sums(values, rows, weights, firsts, firsts + whole * _WINDOW)
+    out = weights.new_empty(len(rows) // _WINDOW, dim)
+    if len(out):
+        with torch.cuda.device_of(values):
+            triton_reads.window_sums[(len(out), triton.cdiv(dim, width))](
+                values,
+                rows,
+                weights,
+                starts,
+                len(starts),
+                out,
+                slots,
+                dim,
+                WINDOW=_WINDOW,
+                TILE=_TILE,
+                WIDTH=width,
+                num_warps=max(1, width // 256),
+            )
+    return out
 
 
 def _width(dim: int) -> int:

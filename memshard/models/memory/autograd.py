@@ -121,7 +121,8 @@ class Dot(torch.autograd.Function):
             # A visible table gets the dense gradient that autograd expects, 4,096 rows at a time:
             # 16 MB of 1,024 values on top of it.
             for distinct, gradients in row_gradients([read], _BLOCK_ROWS, table.backend):
-                to_weight[distinct] = gradients.to(values.dtype)
+                # Added, since the last row may come again with zeros.
+                to_weight.index_add_(0, distinct, gradients.to(values.dtype))
         if not ctx.needs_input_grad[0]:
             return None, to_weight, None, None, None
         to_x = table.backend.gather_sum(values, rows, upstream, offsets)

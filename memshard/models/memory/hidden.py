@@ -35,6 +35,7 @@ from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import swa_utils
@@ -92,6 +93,11 @@ class HideableTable(nn.Module):
         """Parameters that the same CombinedOptimizer trains."""
         self.settled = False
         """Whether the layer that reads next has called `settle_reads`."""
+        self.checks_anchor = True
+        """Whether each pass asks the anchor what has been done to the gradient since the last, for
+        which it waits for a GPU. The trainer, which scales no gradient between passes and forgets
+        the reads of a skipped step, need not.
+        """
         self.left_alone = False
         """Whether reads were collected although no optimizer would take them."""
         self.reads_asked = 0
@@ -228,7 +234,7 @@ class HideableTable(nn.Module):
 
     def _factor(self) -> float:
         """Return what has scaled the collected gradient since backward; 0 if it was cleared."""
-        if not self.reads:
+        if not (self.reads and self.checks_anchor):
             return 1.0
         if self.anchor.grad is None:
             return 0.0
@@ -264,17 +270,9 @@ class HideableTable(nn.Module):
             for x in (read.upstream, read.weights)
             if x.numel()
         ]
-        finite = (
-            torch.isfinite(torch.stack(largest)).all()
-            if largest
-            else torch.tensor(True, device=self.anchor.device)
-        )
-        count = torch.stack(
-            (
-                torch.full_like(self.anchor[0], ANCHOR_UNIT),
-                torch.where(finite, 0.0, torch.nan).to(self.anchor.dtype),
-            )
-        )
+        # 0 for finite numbers, else NaN.
+        finite = torch.stack(largest).mul(0).sum() if largest else self.anchor.new_zeros(())
+        count = F.pad(finite.view(1).to(self.anchor), (1, 0), value=ANCHOR_UNIT)
         self.anchor.grad = count if self.anchor.grad is None else self.anchor.grad.add_(count)
 
     def drop_reads(self) -> None:

@@ -57,8 +57,8 @@ class KeyUse:
         totals = reads.sum(-1, keepdim=True)
         # After a step without reads (a batch of padding) the shares stay; reads / 1 would draw
         # them to 0.
-        if bool(totals.any()):
-            self.share.lerp_(reads / totals.clamp(min=1), _MOMENTUM)
+        momentum = totals.any().to(self.share.dtype) * _MOMENTUM
+        self.share.lerp_((reads / totals.clamp(min=1)).to(self.share.dtype), momentum)
         self.last_read.masked_fill_(reads > 0, step)
         self._reads.zero_()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels.backend import RowBackend
-from memshard.models.kernels.plain_rows import bag_of_each_read, row_blocks
+from memshard.models.kernels.plain_rows import bag_of_each_read, block_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class SortedReads:
     The gradient of rows[i] is the sum of weights[j] * upstream[bags[j]] over starts[i] <= j <
     starts[i + 1]. rows: [distinct] int64, ascending; starts: [distinct + 1] int64; bags: [reads]
     integers; weights: [reads]; upstream: [bags, dim], of the weights' dtype; backend: forms sums.
+    On a GPU, which alone knows how many are distinct, the last row is repeated, without reads.
     """
 
     rows: Tensor
@@ -40,11 +41,18 @@ class SortedReads:
     upstream: Tensor
     backend: RowBackend
 
-    def scaled(self, scale: float) -> "SortedReads":
+    @property
+    def count(self) -> int | Tensor:
+        """The number of distinct rows; on a GPU a number on the device."""
+        return len(self.rows) if not self.rows.is_cuda else self.rows.diff().count_nonzero() + 1
+
+    def scaled(self, scale: float | Tensor) -> "SortedReads":
         """Return the same reads with a gradient `scale` times as large."""
+        if not (isinstance(scale, Tensor) and scale.is_cuda) and scale == 1:
+            return self
         # One factor a read in place of one for each of its dim values: a gradient is
         # linear in weights.
-        return self if scale == 1 else replace(self, weights=self.weights * scale)
+        return replace(self, weights=self.weights * scale)
 
     def sums(self, first: int, last: int) -> Tensor:
         """Return the gradients of rows[first:last], [last - first, dim]."""
@@ -54,7 +62,9 @@ class SortedReads:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows whose gradients fit into cache or bounded memory."""
-        return row_blocks(self.upstream, len(self.rows))
+        size = block_rows(self.upstream, len(self.rows))
+        for first in range(0, len(self.rows), size):
+            yield first, min(first + size, len(self.rows))
 
     def of(self, rows: Tensor) -> "SortedReads":
         """Return the same gradients for other ascending rows, which include all of these.
@@ -70,10 +80,11 @@ class SortedReads:
         )
 
 
-def sort_reads(reads: Sequence[Read], backend: RowBackend) -> SortedReads | None:
+def sort_reads(reads: Sequence[Read], backend: RowBackend, slots: int) -> SortedReads | None:
     """Merge reads so that each row comes once over all of them; None if nothing was read.
 
-    A row's gradients must be summed before they are squared for Adam's second moment.
+    slots: the number of rows there are. A row's gradients must be summed before they are squared
+    for Adam's second moment.
     """
     if not sum(len(read.rows) for read in reads):
         return None
@@ -86,12 +97,13 @@ def sort_reads(reads: Sequence[Read], backend: RowBackend) -> SortedReads | None
         firsts.append(firsts[-1] + len(read.offsets))
     bags = _cat(
         [
-            bag_of_each_read(read.offsets, len(read.rows)) + first
+            bags + first if first else bags
             # `firsts` has one entry more, the number of all bags.
             for read, first in zip(reads, firsts, strict=False)
+            for bags in [bag_of_each_read(read.offsets, len(read.rows))]
         ]
     )
-    order, distinct, starts = backend.sort_reads(rows)
+    order, distinct, starts = backend.sort_reads(rows, slots)
     weights = _cat([read.weights for read in reads])[order].to(dtype)
     # Numbers of bags as narrow as those of rows, int32 for tables below 2^31: 4 bytes a read.
     return SortedReads(
@@ -104,9 +116,10 @@ def row_gradients(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the gradient of a table as (rows, gradients), at most `block` rows at a time.
 
-    Rows are ascending and distinct; gradients are [rows, dim].
+    Rows are ascending and distinct, but that on a GPU the last one comes again, with zeros;
+    gradients are [rows, dim].
     """
-    merged = sort_reads(reads, backend)
+    merged = sort_reads(reads, backend, sum(len(read.rows) for read in reads))
     if merged is not None:
         for first in range(0, len(merged.rows), block):
             last = min(first + block, len(merged.rows))

@@ -239,7 +239,11 @@ class ValueTable(HideableTable):
         if not (self.host and self.hidden):
             return None
         backend, _ = backend_for(rows.device)
-        order, distinct, starts = backend.sort_reads(rows)
+        order, distinct, starts = backend.sort_reads(rows, len(self.weight))
+        if rows.is_cuda and len(rows):
+            # The choice below needs their number, as the copies do.
+            count = int(distinct.diff().count_nonzero()) + 1
+            distinct, starts = distinct[:count], starts[: count + 1]
         dim = self.weight.shape[1]
         # Fetching: each distinct row and its number, and an fp32 gradient back. Pooling: number,
         # weight and its gradient for each read, a sum and its gradient for each bag.
@@ -251,12 +255,12 @@ class ValueTable(HideableTable):
         inverse[order] = bag_of_each_read(starts[:-1], len(rows)).to(torch.int32)
         return Fetch(self, distinct, inverse, order, starts, offsets, backend)
 
-    def gradients(self, scale: float) -> Iterator[SortedReads]:
+    def gradients(self, scale: float | Tensor) -> Iterator[SortedReads]:
         """Yield the collected gradient times `scale`, in ascending parts without common rows.
 
         Gradients of micro-batches, of layers that share the table and of replicas are summed.
         """
-        merged = sort_reads(self.reads, self.backend)
+        merged = sort_reads(self.reads, self.backend, len(self.weight))
         # None where nothing was read since the last step: no row is updated.
         if merged is not None:
             yield merged.scaled(scale)

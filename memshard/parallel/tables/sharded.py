@@ -78,9 +78,9 @@ class ShardedTable(ValueTable):
         """Return the sum over the ranks of the group, which must all call it."""
         return all_sum(x, self.group)
 
-    def gradients(self, scale: float) -> Iterator[SortedReads]:
+    def gradients(self, scale: float | Tensor) -> Iterator[SortedReads]:
         """Do what `ValueTable.gradients` does; all replicas must call it."""
-        merged = sort_reads(self.reads, self.backend)
+        merged = sort_reads(self.reads, self.backend, len(self.weight))
         merged = merged if merged is None else merged.scaled(scale)
         if self.replicas is not None:
             yield from add_replicas(

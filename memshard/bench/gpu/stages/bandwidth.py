@@ -81,7 +81,7 @@ def gradients(
     flat = rows.flatten().int()
     # Numbers of rows read, in order written, with their places.
     result["sort of reads"] = (
-        seconds(lambda: table.backend.sort_reads(flat), device),
+        seconds(lambda: table.backend.sort_reads(flat, len(table.weight)), device),
         rows.numel() * (4 + 4 + 8),
     )
     table.drop_reads()

@@ -64,7 +64,7 @@ def _reads(
 def _rows(bench: Bench, backend: RowBackend, dtype: torch.dtype, dim: int) -> Result:
     values, rows, weights, offsets, upstream = _reads(bench, 20_000, dim, dtype)
     reads = values, rows, weights
-    order, distinct, starts = plain_rows.sort_reads(rows)
+    order, distinct, starts = plain_rows.sort_reads(rows, len(values))
     result: Result = {
         "gather_sum": difference(
             backend.gather_sum(*reads, offsets), plain_rows.gather_sum(*reads, offsets)
@@ -85,7 +85,7 @@ def _rows(bench: Bench, backend: RowBackend, dtype: torch.dtype, dim: int) -> Re
         name: difference(getattr(update, name), getattr(twin, name))
         for name in ("exp_avg", "exp_avg_sq", "values")
     }
-    ours = backend.sort_reads(rows)
+    ours = backend.sort_reads(rows, len(values))
     sorted_ok = all(
         torch.equal(a.long(), b) for a, b in zip(ours, (order, distinct, starts), strict=True)
     )
@@ -101,7 +101,7 @@ def _update(
     values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, upstream: Tensor
 ) -> AdamUpdate:
     """Return an Adam step, without a master copy: 16-bit values are rounded at random."""
-    order, distinct, starts = plain_rows.sort_reads(rows)
+    order, distinct, starts = plain_rows.sort_reads(rows, len(values))
     return AdamUpdate(
         values=values,
         exp_avg=torch.zeros(values.shape, device=values.device),

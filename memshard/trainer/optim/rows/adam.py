@@ -116,12 +116,8 @@ class RowAdam(Optimizer):
         self.semantics, self.rounding = semantics, rounding
         self.clip = clip
         self.alone = alone
-        self.touched = [(0, 0) for _ in self.tables]
-        """For every table, the reads by this rank's tokens and the local rows updated,
-        in the last step.
-        """
-        self.norm: float | None = None
-        """Norm of all tables' gradients in the last step before clipping; None without clipping."""
+        self._touched: list[tuple[int, int | Tensor]] = [(0, 0) for _ in self.tables]
+        self._norm: Tensor | None = None
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         """For every table, its values after the last step, and their version."""
         super().__init__(
@@ -133,7 +129,7 @@ class RowAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's leaves out what a subclass adds.
-        names = ("tables", "semantics", "rounding", "clip", "alone", "touched", "norm")
+        names = ("tables", "semantics", "rounding", "clip", "alone", "_touched", "_norm")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,6 +137,18 @@ class RowAdam(Optimizer):
         self._seen = {}
         for table in self.tables:
             table.has_optimizer = True
+
+    @property
+    def touched(self) -> list[tuple[int, int]]:
+        """For every table, the reads by this rank's tokens and the local rows updated, in the last
+        step. Waits for a GPU, as `norm` does.
+        """
+        return [(reads, int(rows)) for reads, rows in self._touched]
+
+    @property
+    def norm(self) -> float | None:
+        """The norm of all tables' gradients in the last step before clipping; None without."""
+        return None if self._norm is None else float(self._norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise ValueError: RowAdam updates the tables that it was made with, and no parameters."""
@@ -167,7 +175,7 @@ class RowAdam(Optimizer):
             if table.anchor.grad is None:
                 # Cleared by hand, over param_groups.
                 table.drop_reads()
-        factor = self._clipping() if self.clip else 1.0
+        factor = self._clipping() if self.clip else None
         group = {id(anchor): group for group in self.param_groups for anchor in group["params"]}
         for index, table in enumerate(self.tables):
             if id(table.anchor) not in group:
@@ -177,7 +185,7 @@ class RowAdam(Optimizer):
                 )
             _follow_device(table, self.state[table.anchor])
             self._follow_values(index)
-            self.touched[index] = self._update(table, group[id(table.anchor)], factor)
+            self._touched[index] = self._update(table, group[id(table.anchor)], factor)
             self._seen[index] = weakref.ref(table.weight), table.weight._version
         return loss
 
@@ -200,19 +208,19 @@ class RowAdam(Optimizer):
             if table.anchor.grad is not None:
                 table.anchor.grad.div_(scale)
 
-    def _clipping(self) -> float:
+    def _clipping(self) -> Tensor:
         """Return the factor that brings the norm of all tables' gradients down to `clip`."""
-        squares = 0.0
+        squares = torch.zeros((), dtype=torch.float64, device=self.tables[0].weight.device)
         for table in self.tables:
             total = torch.zeros((), dtype=torch.float64, device=table.weight.device)
             for part in table.gradients(_scale(table)):
                 for first, last in part.blocks():
                     total += part.sums(first, last).double().square().sum()
             # The rows of a table's shards are different rows: their squares add up.
-            squares += float(table.sum_over_shards(total))
-        self.norm = math.sqrt(squares)
+            squares += table.sum_over_shards(total).to(squares.device)
+        self._norm = squares.sqrt()
         # With the 1e-6 of torch's clip_grad_norm_, to the same result.
-        return min(1.0, self.clip / (self.norm + 1e-6))
+        return torch.clamp(self.clip / (self._norm + 1e-6), max=1.0)
 
     def _follow_values(self, index: int) -> None:
         """Take over values that were loaded or written into a table since the last step.
@@ -225,8 +233,9 @@ class RowAdam(Optimizer):
             return
         _check_state(table, state, self.semantics, self.rounding)
         unchanged = values and values() is table.weight and version == table.weight._version
-        if unchanged and table.reads:
-            # What is written through `weight.data` has no version: a few rows show it.
+        if unchanged and table.reads and not table.weight.is_cuda:
+            # What is written through `weight.data` has no version: a few rows show it. Not on a
+            # GPU, which it would wait for: kernels there take over the rows that they update.
             rows = table.reads[0].rows[:_SAMPLE_ROWS]
             copy, now = state["master"][rows], table.weight[rows]
             unchanged = torch.equal(copy.to(now.dtype), now)
@@ -239,7 +248,9 @@ class RowAdam(Optimizer):
             copy.copy_(torch.where(copy.to(now.dtype) == now, copy, now.to(copy.dtype)))
 
     @torch.compiler.disable
-    def _update(self, table: ValueTable, group: dict[str, Any], factor: float) -> tuple[int, int]:
+    def _update(
+        self, table: ValueTable, group: dict[str, Any], factor: Tensor | None
+    ) -> tuple[int, int | Tensor]:
         """Take one step on a table; return the number of reads and of updated rows."""
         # Without reads a rank still takes part in the sum over replicas, which may have some.
         if not table.reads and table.replica_count == 1:
@@ -252,15 +263,22 @@ class RowAdam(Optimizer):
         state["step"] += 1
         beta1, beta2 = group["betas"]
         step = Step(self.semantics, state["step"], group["lr"], beta1, beta2, group["eps"])
-        updated = 0
-        parts = table.gradients(_scale(table) * factor)
+        updated: int | Tensor = 0
+        scale = _scale(table)
+        parts = table.gradients(scale if factor is None else scale * factor.to(scale.device))
         for part in _with_all_rows(parts, table) if self.semantics == "dense" else parts:
-            updated += len(part.rows)
+            updated = updated + part.count
             table.backend.adam_rows(step.update(table, state, part))
             # Kernels write where autograd does not see it: a backward pass through the old values
             # must fail, as it does with a parameter.
             increment_version(table.weight)
-            state["last_step"][_read_rows(part)] = step.number
+            last: Tensor = state["last_step"]
+            if self.semantics == "dense":
+                # Rows without reads are among them.
+                read = part.starts.diff() > 0
+                last[part.rows] = torch.where(read, step.number, last[part.rows])
+            else:
+                last.index_fill_(0, part.rows, step.number)
         table.drop_reads()
         return asked, updated
 
@@ -315,31 +333,30 @@ def _check_state(
         )
 
 
-def _scale(table: ValueTable) -> float:
+def _scale(table: ValueTable) -> Tensor:
     """Return the factor the row gradients still need: what has scaled the anchor's gradient since
     backward (a loss scaler, clipping), times the table's own.
     """
     if table.anchor.grad is None:
-        return 1.0
+        return torch.ones((), dtype=torch.float64)
     # Each read added ANCHOR_UNIT, so after n reads the gradient is n units times whatever a loss
     # scaler or clipping has multiplied it by since; dividing by n units leaves that factor.
-    return float(table.anchor.grad[0]) / (len(table.reads) * ANCHOR_UNIT) * table.gradient_scale
-
-
-def _read_rows(part: SortedReads) -> Tensor:
-    """Return the rows of a part that have reads."""
-    return part.rows[part.starts.diff() > 0]
+    units = table.anchor.grad[0].double() / (len(table.reads) * ANCHOR_UNIT)
+    return units * table.gradient_scale
 
 
 def _with_all_rows(parts: Iterable[SortedReads], table: ValueTable) -> Iterator[SortedReads]:
     """Yield the same gradients, and zero for the rows that have none."""
     start, end, device = 0, len(table.weight), table.weight.device
-    for part in parts:
-        stop = int(part.rows[-1]) + 1
-        yield part.of(torch.arange(start, stop, device=device))
+    parts = iter(parts)
+    part = next(parts, None)
+    while part is not None:
+        after = next(parts, None)
         # Rows between those that were read belong to the part before, so each
         # row comes exactly once.
-        start = stop
+        stop = end if after is None else int(part.rows[-1]) + 1
+        yield part.of(torch.arange(start, stop, device=device))
+        start, part = stop, after
     if start < end:
         rows = torch.arange(start, end, device=device)
         upstream = table.weight.new_zeros(
