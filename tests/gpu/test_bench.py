@@ -27,7 +27,8 @@ def test_twins_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "most"), [("kernels", 5), ("bandwidth", 9), ("speed", 3)])
+# Not speed: the profiler of torch for CPUs ends a process where an operation is on a GPU.
+@pytest.mark.parametrize(("stage", "most"), [("kernels", 5), ("bandwidth", 9)])
 def test_stages_mix_no_devices(tmp_path: Path, stage: str, most: int) -> None:
     results = on_fake_cuda(_results, stage, tmp_path, most)
     assert not [name for name, result in results.items() if "problem" in result], results
