@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Rates:
     """A second: products in bf16 or fp16 at width 1,024; attention; scores, by their precision;
     scores that a fused search keeps the best of; memory, bytes read and written; cache, bytes that
-    lie in the second level; sorted, keys of 32 bits with their places. launch, wait: seconds that
-    the device idles or works for nothing at each.
+    lie in the second level; sorted, keys of 32 bits with their places. launch: the seconds that one
+    costs the device beside its work.
     """
 
     products: float = 600e12
@@ -23,7 +23,6 @@ class Rates:
     cache: float = 6.0e12
     sorted: float = 8e9
     launch: float = 3e-6
-    wait: float = 50e-6
 
 
 H200 = Rates()
