@@ -13,6 +13,7 @@ import torch
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.layers.feedforward import FeedForward
+from memshard.models.memory.kinds import MemoryConfig
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.seq2seq import build_model
 from memshard.trainer.config.recipe import Recipe
@@ -73,7 +74,7 @@ def explain(
     tables in host memory.
     """
     model, settings = recipe.model, recipe.model.memory
-    if len(settings.layers) != 1 or settings.kind != "pkm" or settings.gate:
+    if len(settings.layers) != 1 or settings.kind != MemoryConfig().kind or settings.gate:
         raise ValueError("--explain counts models with one product-key memory without a gate")
     if recipe.tables.place == "host" or settings.mode == "add":
         raise ValueError("--explain counts a memory on the device in place of a feedforward")
