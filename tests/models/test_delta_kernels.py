@@ -3,8 +3,6 @@ delta rule, sequence by sequence.
 """
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from memshard.models.fast_weights.delta_rule import delta_rule, plain_scan
 from memshard.models.kernels.fla_delta_rule import by_kernel, choose_kernel, difference
 from memshard.models.kernels.scan import agrees
-from tests.models.without_gpu import ROOT, compiled
+from tests.models.without_gpu import compiled, passed_in_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -128,15 +126,7 @@ def test_the_scan_of_all_chunks_is_that_of_plain_torch() -> None:
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "all_chunks"]
-    done = subprocess.run(
-        [*command, str(Path(__file__))],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+    assert "1 passed" in passed_in_interpreter(__file__, "all_chunks")
 
 
 @needs_triton

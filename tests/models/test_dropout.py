@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from memshard.models.kernels.dropout import agrees
 from memshard.models.random import RandomKey, dropout, plain_dropout
-from tests.models.without_gpu import ROOT, compiled
+from tests.models.without_gpu import compiled, passed_in_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -97,15 +95,7 @@ def test_the_kernel_is_plain_torch_in_one_launch(dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kernel"]
-    done = subprocess.run(
-        [*command, str(Path(__file__))],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:]
+    assert "3 passed" in passed_in_interpreter(__file__, "kernel")
 
 
 @needs_triton

@@ -27,6 +27,17 @@ def compiled(script: str, capability: str, cache: Path) -> str:
     return done.stdout
 
 
+def passed_in_interpreter(file: str, tests: str) -> str:
+    """Run those tests of a file whose names have a word in Triton's interpreter; return what pytest
+    says. AssertionError with it if one fails.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
 def compile_only(capability: str, see: Callable[[Any, Any], None]) -> None:
     """Let every launch of a kernel compile it instead, and call see(kernel, result). Tensors of the
     CPU stand in for the GPU's.

@@ -2,9 +2,9 @@
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,3 +59,14 @@ def tried(work: Callable[[], Result]) -> Result:
     except Exception as error:
         traceback.print_exc()
         return {"problem": f"{type(error).__name__}: {error}"[:500], "ok": False}
+
+
+def tried_each(
+    bench: Bench, names: Iterable[str], work: Callable[[str], Result]
+) -> Iterator[tuple[str, Result]]:
+    """Yield the result of some work for every name, as long as the stage has time."""
+    for name in names:
+        if bench.left() < 0:
+            yield name, {"skipped": "no time left"}
+        else:
+            yield name, tried(partial(work, name))

@@ -26,7 +26,6 @@ GRACE = 10
 # Bytes of memory of a process that works apart; a page of 1.5 MB takes 0.2 GB.
 MOST_MEMORY = 1 << 32
 TEXTS_A_COPY = 100
-_FAILURE = RuntimeError("it failed in a process of its own")
 
 
 class ItemTimeout(BaseException):
@@ -91,13 +90,13 @@ class Apart:
             self._connection.send_bytes(text.encode("utf-8", "surrogatepass"))
             answer = self._connection.recv_bytes()
         except (EOFError, OSError):
-            raise ItemTimeout if os.WIFSIGNALED(self.close()) else _FAILURE from None
+            raise ItemTimeout if os.WIFSIGNALED(self.close()) else _failed() from None
         except BaseException:
             self.close()  # or the next text would get this one's answer
             raise
         if not answer:
             self.close()
-            raise _FAILURE
+            raise _failed()
         return json.loads(answer)
 
     def close(self) -> int:
@@ -120,6 +119,10 @@ class Apart:
                 os._exit(1)
         other.close()
         self._child, self._left = child, TEXTS_A_COPY
+
+
+def _failed() -> RuntimeError:
+    return RuntimeError("it failed in a process of its own")
 
 
 def _serve(connection: Connection, function: Callable[[str], Any], seconds: float) -> None:

@@ -6,9 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from memshard.models.compat import is_traced, outside_modes
-from memshard.models.kernels.backend import SWITCH
-from memshard.variables import switch
+from memshard.models.compat import is_traced
+from memshard.models.kernels.tested import tested_kernel
 
 Dropout = Callable[[Tensor, float, int, Tensor, Tensor], Tensor]
 
@@ -23,17 +22,9 @@ def dropout_for(x: Tensor, plain: Dropout) -> Dropout:
 @cache
 def _kernel(device: torch.device, dtype: torch.dtype, plain: Dropout) -> Dropout | None:
     """Compile and test the kernel at a device's first call."""
-    if switch(SWITCH, "plain") or torch.cuda.get_device_capability(device) < (7, 0):
-        return None
-    try:
-        from memshard.models.kernels.triton_dropout import dropout
-
-        with outside_modes():
-            return dropout if agrees(dropout, plain, device, dtype) else None
-    # Triton is not installed with torch on every platform, and compiles here: whatever goes wrong
-    # must not stop a run.
-    except Exception:
-        return None
+    return tested_kernel(
+        device, "triton_dropout:dropout", lambda ours: agrees(ours, plain, device, dtype)
+    )
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from memshard.models.compat import is_traced, outside_modes
-from memshard.models.kernels.backend import SWITCH
-from memshard.variables import switch
+from memshard.models.compat import is_traced
+from memshard.models.kernels.tested import tested_kernel
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, ...]]
 _MOST_FEATURES, _LONGEST_CHUNK = 256, 64
@@ -25,16 +24,7 @@ def scan_for(state: Tensor, right: Tensor, plain: Scan) -> Scan:
 @cache
 def _kernel(device: torch.device, plain: Scan) -> Scan | None:
     """Compile and test the kernel at a device's first call."""
-    if switch(SWITCH, "plain") or torch.cuda.get_device_capability(device) < (7, 0):
-        return None
-    try:
-        from memshard.models.kernels.triton_scan import scan
-
-        with outside_modes():
-            return scan if agrees(scan, plain, device) else None
-    # As for dropout: nothing that goes wrong here may stop a run.
-    except Exception:
-        return None
+    return tested_kernel(device, "triton_scan:scan", lambda ours: agrees(ours, plain, device))
 
 
 @torch.no_grad()

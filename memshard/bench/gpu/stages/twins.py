@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memshard.bench.gpu.bench import Bench, Result, tried
+from memshard.bench.gpu.bench import Bench, Result, tried_each
 from memshard.bench.gpu.configurations import CONFIGURATIONS, MAIN, RECIPE
 from memshard.bench.gpu.data import random_shards
 from memshard.models.decode.generate import generate
@@ -52,11 +52,7 @@ class Trained:
 def run(bench: Bench) -> Iterator[tuple[str, Result]]:
     """Yield the differences of every configuration by precision, and of checkpoints and text."""
     recipe = tiny_recipe(bench)
-    for name in CONFIGURATIONS:
-        if bench.left() < 0:
-            yield name, {"skipped": "no time left"}
-        else:
-            yield name, tried(partial(_twins, bench, recipe, name))
+    yield from tried_each(bench, CONFIGURATIONS, partial(_twins, bench, recipe))
 
 
 def _twins(bench: Bench, recipe: Path, name: str) -> Result:

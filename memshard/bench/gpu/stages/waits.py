@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from memshard.bench.gpu.bench import Bench, Result, tried
+from memshard.bench.gpu.bench import Bench, Result, tried_each
 from memshard.bench.gpu.configurations import CONFIGURATIONS
 from memshard.bench.gpu.stages.twins import tiny_recipe
 from memshard.trainer.config.load import load_recipe
@@ -34,11 +34,7 @@ _PACKAGE = str(Path(__file__).parents[3])
 def run(bench: Bench) -> Iterator[tuple[str, Result]]:
     """Yield the number of waits of a third step of every configuration, and where they are."""
     recipe = tiny_recipe(bench)
-    for name in CONFIGURATIONS:
-        if bench.left() < 0:
-            yield name, {"skipped": "no time left"}
-        else:
-            yield name, tried(partial(_waits, bench, recipe, name))
+    yield from tried_each(bench, CONFIGURATIONS, partial(_waits, bench, recipe))
 
 
 def _waits(bench: Bench, recipe: Path, name: str) -> Result:
