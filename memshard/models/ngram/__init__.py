@@ -1,0 +1,1 @@
+"""Memories whose rows are chosen by the last tokens' ids: n-gram tables."""
