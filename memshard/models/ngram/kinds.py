@@ -1,6 +1,6 @@
 """The rules by which token ids choose rows, and the settings of n-gram tables. Loads no torch.
 
-To add a rule, write its `Addresses` in a file of this folder, and its row in `RULES` here.
+To add a rule, write what builds its `Addresses` in rules.py, and its row in `RULES` here.
 """
 
 from collections.abc import Callable
@@ -45,10 +45,11 @@ def prime_sizes(settings: "NgramConfig", token_ids: int, table: int) -> tuple[in
 class NgramRule:
     """One row of the registry.
 
-    path: of the addresses' class, "module:Class". description: for `memshard config explain`.
-    order, heads: defaults. orders: shortest and longest `order` that the rule has; most_heads: of
-    an order, None if any number. sizes: rows of each read's part of a table. multiple: the table's
-    rows are rounded up to it. pad: what stands for a token before the first, by default.
+    path: of what builds the addresses, "module:function". description: for `memshard config
+    explain`. order, heads: defaults. orders: shortest and longest `order` that the rule has;
+    most_heads: of an order, None if any number. sizes: rows of each read's part of a table.
+    multiple: the table's rows are rounded up to it. pad: what stands for a token before the first,
+    by default.
     """
 
     name: str
@@ -68,7 +69,7 @@ RULES = {
     for rule in (
         NgramRule(
             "bigram",
-            "memshard.models.ngram.addresses:BigramAddresses",
+            "memshard.models.ngram.rules:bigram",
             "the last two ids times two constants, combined by XOR, modulo rows - 1 "
             "(modded-nanogpt).",
             order=2,
@@ -79,7 +80,7 @@ RULES = {
         ),
         NgramRule(
             "longcat",
-            "memshard.models.ngram.addresses:PolynomialAddresses",
+            "memshard.models.ngram.rules:longcat",
             "an n-gram's ids as digits of one number, modulo successive odd numbers above rows "
             "(over-encoding; LongCat).",
             order=3,
@@ -88,7 +89,7 @@ RULES = {
         ),
         NgramRule(
             "engram",
-            "memshard.models.ngram.addresses:EngramAddresses",
+            "memshard.models.ngram.rules:engram",
             "ids times random odd numbers, combined by XOR, modulo successive primes from rows "
             "(DeepSeek Engram).",
             order=3,
@@ -97,7 +98,7 @@ RULES = {
         ),
         NgramRule(
             "qwen",
-            "memshard.models.ngram.addresses:QwenAddresses",
+            "memshard.models.ngram.rules:qwen",
             "as engram, with splitmix64's multipliers, and eos before the first token (Qwen PLE).",
             order=3,
             heads=8,
@@ -107,7 +108,7 @@ RULES = {
         ),
         NgramRule(
             "token",
-            "memshard.models.ngram.addresses:TokenAddresses",
+            "memshard.models.ngram.rules:token",
             "a row for each id (value embeddings, per-layer embeddings, STEM).",
             order=1,
             heads=1,
