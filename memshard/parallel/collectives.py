@@ -85,12 +85,16 @@ def exchange(
     return _Exchange.apply(x, list(send), list(receive), group, traffic)
 
 
-def share_count(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+def share_count(count: int | Tensor, group: dist.ProcessGroup, device: torch.device) -> list[int]:
     """Return every rank's count. device: used, and waited for, where the group takes no tensors in
-    host memory.
+    host memory, or where counts are numbers on it, on all ranks.
     """
     ranks = dist.get_world_size(group)
-    local = torch.full((ranks,), count, device=host_or(device, group))
+    local = (
+        count.repeat(ranks)
+        if isinstance(count, Tensor)
+        else torch.full((ranks,), count, device=host_or(device, group))
+    )
     return exchange(local, [1] * ranks, [1] * ranks, group).tolist()
 
 

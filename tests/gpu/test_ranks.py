@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from memshard.models.memory.row_gradient import Read, sort_reads
+from memshard.models.memory.table import ValueTable
+from memshard.parallel.collectives import Traffic
+from memshard.parallel.tables.replicas import add_replicas
 from memshard.trainer.config.load import load_recipe
 from memshard.trainer.set_up import set_up
 from memshard.trainer.step import train_step
@@ -13,16 +19,17 @@ from tests.gpu.fake_ranks import fake_ranks
 SEQUENCE = ("parallel.tensor=2", "parallel.share=sequence", "model.mixer.kind=delta")
 FAST = {
     "columns": (0, 0, ("parallel.layout=columns", "tables.clip=1.0")),
-    "replicas": (2 + 1, 1, ("parallel.layout=rows", "parallel.memory=4")),
+    "replicas": (2 + 2, 0, ("parallel.layout=rows", "parallel.memory=4")),
     "sequence": (0, 0, ("parallel.layout=columns", "train.micro_batch=1", *SEQUENCE)),
 }
 """Waits for sizes that the search decides, exchanges from host memory of numbers that it knows, and
-the settings. Two layers read one table: a split by rows waits once a read, replicas once a step.
+the settings. Two layers read one table: a split by rows waits once a read, replicas twice a step:
+for the number of rows that each has, and that all have together.
 """
 SLOW = {
     "rows, unique": (2, 0, ("parallel.layout=rows-unique",)),
     "micro-batches": (0, 0, ("parallel.layout=columns", "train.micro_batch=1")),
-    "replicas of columns": (1, 1, ("parallel.layout=columns", "parallel.memory=4")),
+    "replicas of columns": (2, 0, ("parallel.layout=columns", "parallel.memory=4")),
     "zero": (0, 0, ("parallel.layout=columns", "train.zero=1")),
     "peer": (4, 0, ("parallel.layout=rows", "model.memory.kind=peer")),
     "tensor": (1, 1, ("parallel.tensor=2", "parallel.layout=tensor-columns")),
@@ -61,3 +68,20 @@ def test_a_step_exchanges_on_gpus_and_waits_for_sizes_alone(
     here = ("parallel/", "trainer/step.py")
     assert sum(n for (_, line), n in counts.waits.items() if line.startswith(here)) == waits, counts
     assert not [line for _, line in counts.blocking if line.startswith(here)], counts
+
+
+def _summed_over_copies() -> tuple[list[int], int]:
+    """Return the rows that two of two ranks' reads are summed for, and the bytes sent for it."""
+    with fake_cuda(), fake_ranks(2):
+        table = ValueTable(10, 4).cuda()
+        rows, traffic = torch.tensor([5, 5, 2, 5]).cuda(), Traffic()
+        read = Read(rows, torch.ones(4).cuda(), torch.arange(4).cuda(), torch.ones(4, 4).cuda())
+        merged = sort_reads([read], table.backend, 10)
+        group, like = dist.group.WORLD, torch.zeros(1).cuda()
+        (part,) = add_replicas(merged, 10, 4, like, group, traffic, table.backend)
+        return part.rows.tolist(), traffic.replicas
+
+
+def test_copies_of_a_table_send_each_row_once() -> None:
+    """Two row numbers of 4 bytes, and half of two sums of 4 values there and back."""
+    assert on_fake_cuda(_summed_over_copies) == ([2, 5], 2 * 4 + 2 * 4 * 4)

@@ -29,9 +29,12 @@ def add_replicas(
     agree on the rows that any of them read (an all-gather of row numbers), then sum 16 MB of these
     rows' gradients at a time: 2 (R - 1) / R bytes sent for a byte of gradient, R ranks.
     """
-    local_rows = like.new_empty(0, dtype=torch.int64) if merged is None else merged.rows
+    nothing = like.new_empty(0, dtype=torch.int64)
+    local_rows, count = (nothing, 0) if merged is None else (merged.rows, merged.count)
+    if like.is_cuda and merged is None:
+        count = nothing.sum()
     # The same sorted list on every rank, so position k of every block is the same row everywhere.
-    rows = torch.unique(_gather_rows(local_rows, slots, group, traffic))
+    rows = torch.unique(_gather_rows(local_rows, count, slots, group, traffic))
     if not len(rows):
         return
     ranks = dist.get_world_size(group)
@@ -59,13 +62,18 @@ def add_replicas(
         )
 
 
-def _gather_rows(local: Tensor, slots: int, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
-    """Return the row numbers of all ranks, one rank after another; sent in int32 if all fit."""
-    ranks, counts = dist.get_world_size(group), share_count(len(local), group, local.device)
-    if not max(counts):
-        return local
-    padded = local.new_zeros(max(counts), dtype=torch.int32 if slots < 2**31 else torch.int64)
-    padded[: len(local)] = local
+def _gather_rows(
+    local: Tensor, count: int | Tensor, slots: int, group: dist.ProcessGroup, traffic: Traffic
+) -> Tensor:
+    """Return the first `count` row numbers of all ranks, one rank after another; sent in int32 if
+    all fit. A GPU, which alone knows its count, is waited for.
+    """
+    ranks, counts = dist.get_world_size(group), share_count(count, group, local.device)
+    most = max(counts)
+    if not most:
+        return local[:0]
+    padded = local.new_zeros(most, dtype=torch.int32 if slots < 2**31 else torch.int64)
+    padded[: len(local)] = local[:most]
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded, group=group)
     traffic.replicas += (ranks - 1) * padded.numel() * padded.element_size()
