@@ -22,7 +22,7 @@ def _pass(capability: tuple[int, int], dtype: torch.dtype) -> Counts:
             x = torch.empty(16384, 1024, device="cuda", requires_grad=True)
             upstream = torch.empty_like(x)
             with watch.counted() as counts:
-                with torch.autocast("cuda", torch.float16):
+                with torch.autocast("cuda", torch.bfloat16 if capability >= (8, 0) else torch.half):
                     y = memory(x)
                 y.backward(upstream)
                 optimizer.step()

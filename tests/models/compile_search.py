@@ -34,10 +34,12 @@ def _print_usage(kernel: Any, result: Any) -> None:
 if __name__ == "__main__":
     compile_only(sys.argv[1], _print_usage)
     queries, sub_keys = torch.zeros(64, 2, 512), torch.zeros(2, 2, 512, 256)
+    # 2^15 sub-keys, which 16 bits do not number.
+    many = torch.zeros(1, 16, 4), torch.zeros(16, 2, 1024, 2)
     # Tensor cores of 7.0 and 7.5 know neither tf32 nor bf16.
     for precision in ("bf16x3", "tf32", "fp32") if int(sys.argv[1]) >= 80 else ("fp32",):
-        rows, bits = triton_lookup.look_up(queries, sub_keys, 32, "softmax", precision)
-    weights = bits.view(torch.float32)
-    triton_lookup.gradients(
-        queries, sub_keys, rows, weights, weights, "softmax", wanted=(False, False)
-    )
+        triton_lookup.look_up(queries, sub_keys, 32, "softmax", precision)
+    for x, keys in (queries, sub_keys), many:
+        rows = torch.zeros(*x.shape[:2], 32, dtype=torch.int32)
+        weights = rows.float()
+        triton_lookup.gradients(x, keys, rows, weights, weights, "softmax", wanted=(False, False))

@@ -30,9 +30,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         )
         triton_rows.gather_sum(values, rows, weights, offsets)
         triton_rows.score_gradients(values, rows, offsets, upstream)
+        triton_rows.score_gradients(values, rows, offsets, upstream.bfloat16())
         triton_rows.segment_sums(upstream, rows, weights, torch.tensor([0, 600]))
+        # As the search numbers sub-keys.
+        triton_rows.gather_sum(values, rows.short(), weights, offsets)
         factor = torch.ones(1) if by_row else None
-        for master in (None, torch.zeros(6, dim)):
+        for master, of in (None, torch.float32), (torch.zeros(6, dim), torch.bfloat16):
             triton_rows.adam_rows(
                 AdamUpdate(
                     values=values,
@@ -43,7 +46,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
                     starts=torch.tensor([0, 600]),
                     bags=rows,
                     weights=weights,
-                    upstream=upstream,
+                    upstream=upstream.to(of),
                     step_sizes=factor,
                     decay1=factor,
                     decay2=factor,

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import SWITCH, backend_for
+from memshard.models.memory.row_gradient import Read, sort_reads
 from memshard.models.memory.table import ValueTable
 from memshard.trainer.optim.rows.adam import RowAdam
+from memshard.trainer.optim.rows.step import Step
 from tests.models.without_gpu import ROOT, compiled
 
 DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
@@ -65,6 +68,12 @@ def test_sums_and_score_gradients(dtype: torch.dtype, dim: int, lengths: tuple[i
         plain_rows.score_gradients(values, rows, offsets, upstream),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    if TRITON:
+        # Kernels of GPUs take gradients in bf16, and sum in fp32 all the same.
+        narrow = upstream.bfloat16()
+        wide = plain_rows.score_gradients(values, rows, offsets, narrow.float())
+        scores = BACKEND.score_gradients(values, rows, offsets, narrow)
+        torch.testing.assert_close(scores, wide, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
@@ -118,8 +127,8 @@ def test_order_of_reads(reads: int, slots: int) -> None:
     rows = torch.randint(slots, (reads,), dtype=torch.int32, device=DEVICE)
     ascending, expected = torch.sort(rows, stable=True)
     rest, counts = torch.unique_consecutive(ascending, return_counts=True)
-    for sort_reads in (BACKEND.sort_reads, plain_rows.sort_reads_on_device):
-        order, distinct, starts = sort_reads(rows, slots)
+    for sort in (BACKEND.sort_reads, plain_rows.sort_reads_on_device):
+        order, distinct, starts = sort(rows, slots)
         assert torch.equal(order.long(), expected)
         # On a GPU nobody asks how many there are: the last one is repeated, without reads.
         assert len(distinct) in (len(rest), min(reads, slots))
@@ -172,6 +181,35 @@ def test_steps(dtype: torch.dtype, rounding: str, semantics: str) -> None:
     cut = INTERPRETED and dtype == torch.bfloat16 and rounding == "master"
     if dtype != torch.float32 and not cut:
         assert (ours[0] == theirs[0]).float().mean() > 0.95
+
+
+@pytest.mark.skipif(not TRITON, reason="kernels of the CPU want fp32")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_on_a_gradient_in_bf16_is_that_on_the_same_numbers_in_fp32(
+    dtype: torch.dtype,
+) -> None:
+    slots, dim = 9, 37
+    rows = torch.randint(slots, (300,), device=DEVICE)
+    read = Read(
+        rows,
+        torch.randn(300, device=DEVICE),
+        torch.arange(0, 300, 50, device=DEVICE),
+        torch.randn(6, dim, device=DEVICE).bfloat16(),
+    )
+    tables = []
+    for upstream in (read.upstream, read.upstream.float()):
+        table = ValueTable(slots, dim).to(DEVICE, dtype)
+        table.hide()
+        torch.manual_seed(0)
+        table.reset_parameters()
+        optimizer = RowAdam([table], rounding="stochastic")
+        reads = sort_reads([read], BACKEND, slots)
+        assert reads is not None
+        step = Step("lazy", 1, 0.1, 0.9, 0.99, 1e-8)
+        state = optimizer.state[table.anchor]
+        BACKEND.adam_rows(step.update(table, state, replace(reads, upstream=upstream)))
+        tables.append((table.weight.float(), state["exp_avg"], state["exp_avg_sq"]))
+    torch.testing.assert_close(*tables, rtol=0, atol=0)
 
 
 def _rounded(values: Tensor, lr: float, gradient: Tensor, backend: Any = BACKEND) -> Tensor:
@@ -337,7 +375,8 @@ def test_in_tritons_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "capability", ["80", *(pytest.param(x, marks=pytest.mark.slow) for x in ("70", "75", "90"))]
+    "capability",
+    ["80", *(pytest.param(x, marks=pytest.mark.slow) for x in ("70", "75", "90", "100"))],
 )
 def test_triton_kernels_compile_without_a_gpu(capability: str, tmp_path: Path) -> None:
     names = compiled("compile_triton.py", capability, tmp_path).split()

@@ -108,6 +108,19 @@ def test_rows_weights_and_gradients(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@in_its_process
+def test_sub_keys_that_16_bits_do_not_number() -> None:
+    queries = torch.randn(2, 8, 2, device=DEVICE, requires_grad=True)
+    sub_keys = torch.randn(8, 2, 2048, 1, device=DEVICE)
+    upstream = torch.randn(2, 8, 3, device=DEVICE)
+    rows, weights = _by_plain_torch(queries, sub_keys, 3, "softmax")
+    lookup = lookup_for(queries, sub_keys, 3)
+    assert lookup is not None
+    arguments = (queries.detach(), sub_keys, rows.int(), weights.detach(), upstream)
+    ours, _ = lookup.gradients(*arguments, "softmax", wanted=(True, False))
+    torch.testing.assert_close(ours, *torch.autograd.grad(weights, queries, upstream))
+
+
 def _memory(**changes: Any) -> ProductKeyMemory:
     torch.manual_seed(0)
     memory = ProductKeyMemory(**{"query_norm": "layer", **SIZES, **changes}).to(DEVICE)

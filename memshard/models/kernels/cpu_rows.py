@@ -127,7 +127,8 @@ class CpuRows:
         """Do what `plain_rows.adam_rows` does, in one pass: a row is updated while its gradient
         is cached.
         """
-        if plain_rows.needed_for_update(update, "cpu"):
+        narrow = update.upstream.dtype != torch.float32
+        if narrow or plain_rows.needed_for_update(update, "cpu"):
             return plain_rows.adam_rows(update)
         tensors = {name: getattr(update, name) for name in _STORED}
         # Named until the call is over: a temporary's memory could be given away before.

@@ -15,7 +15,7 @@ from memshard.models.random import fold_tensor, random_bits
 
 _BLOCK_READS = 4096
 """Rows of a half-precision table that are widened at a time; on a GPU 16 times as many."""
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def needed_for(values: Tensor, sums: Tensor, device_type: str) -> bool:
@@ -28,7 +28,7 @@ def needed_for(values: Tensor, sums: Tensor, device_type: str) -> bool:
         values.device.type != device_type
         or values.device != sums.device
         or sums.dtype != torch.float32
-        or values.dtype not in _KERNEL_DTYPES
+        or values.dtype not in KERNEL_DTYPES
         or values.shape[1] == 0
         or len(values) >= 2**31
         or is_traced(values)
@@ -61,10 +61,11 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
 def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor:
     """Return the gradient of `gather_sum` to its weights: values[rows[j]] . upstream[bag of j].
 
-    upstream: [bags, dim]; returns [reads].
+    upstream: [bags, dim]; returns [reads] in the wider dtype of values and upstream.
     """
     if not values.shape[1]:
         return upstream.new_zeros(len(rows))
+    upstream = upstream.to(torch.promote_types(values.dtype, upstream.dtype))
     # Not len(rows), which would fix the number of reads in an exported graph.
     bags = bag_of_each_read(offsets, rows.shape[0])
     if values.dtype == upstream.dtype:
@@ -176,7 +177,8 @@ class AdamUpdate:
 def needed_for_update(update: AdamUpdate, device_type: str) -> bool:
     """Return whether only plain torch takes this step, as `needed_for` says for reads."""
     return (
-        needed_for(update.values, update.upstream, device_type)
+        needed_for(update.values, update.weights, device_type)
+        or update.upstream.dtype not in KERNEL_DTYPES
         or update.exp_avg.dtype != torch.float32
         or not update.values.is_contiguous()
     )

@@ -128,12 +128,18 @@ def _sums_agree(backend: "RowBackend", dtype: torch.dtype, device: torch.device)
         values, rows = draw.normal(29, dim).to(dtype), draw.rows(29, 50)
         weights, upstream = draw.normal(50), draw.normal(6, dim)
         offsets = torch.tensor([0, 0, 7, 8, 30, 50], device=device)
+        # Of two in bf16 plain torch makes one in bf16.
+        narrow = upstream if dtype == torch.bfloat16 else upstream.to(torch.bfloat16)
         reads = (values, rows, weights)
         pairs = (
             (backend.gather_sum(*reads, offsets), plain_rows.gather_sum(*reads, offsets)),
             (
                 backend.score_gradients(values, rows, offsets, upstream),
                 plain_rows.score_gradients(values, rows, offsets, upstream),
+            ),
+            (
+                backend.score_gradients(values, rows, offsets, narrow),
+                plain_rows.score_gradients(values, rows, offsets, narrow),
             ),
             (
                 backend.segment_sums(*reads, offsets[2:]),
@@ -151,6 +157,8 @@ def _updates_agree(
 ) -> bool:
     """Return whether a step agrees, with an fp32 master and factors for each row, or without."""
     draw, slots = _Draws(device), 23
+    # GPUs train such tables under autocast to bf16, which gradients of sums then have.
+    in_bf16 = device.type == "cuda" and dtype == torch.bfloat16 and not with_master
     dim = 48 if with_master else 37
     values = (draw.uniform(slots, dim) - 0.5).to(dtype)
     rows, weights = draw.rows(slots, 40), draw.uniform(40)
@@ -166,7 +174,7 @@ def _updates_agree(
         starts=starts,
         bags=plain_rows.bag_of_each_read(offsets, len(rows))[order],
         weights=weights[order],
-        upstream=draw.uniform(4, dim) - 0.5,
+        upstream=(draw.uniform(4, dim) - 0.5).to(torch.bfloat16 if in_bf16 else torch.float32),
         step_sizes=step_sizes if with_master else None,
         decay1=decay1 if with_master else None,
         decay2=decay2 if with_master else None,

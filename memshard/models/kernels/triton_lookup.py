@@ -118,7 +118,9 @@ def gradients(
     (tokens, heads, k), (_, _, keys, half) = rows.shape, sub_keys.shape
     if not tokens:
         return torch.zeros_like(queries), torch.zeros_like(sub_keys)
-    read = queries.new_empty(tokens * heads * 2 * k, dtype=torch.int32)
+    # Half as many digits to sort where sub-keys have numbers of 16 bits.
+    number = torch.int16 if 2 * heads * keys < 2**15 else torch.int32
+    read = queries.new_empty(tokens * heads * 2 * k, dtype=number)
     slopes = queries.new_empty(len(read), dtype=torch.float32)
     firsts, lasts = queries.new_empty(2, tokens * heads * 2, dtype=torch.int64)
     width = _power(k)
@@ -149,7 +151,7 @@ def gradients(
     if wanted[1]:
         # A stable sort: a sub-key's gradient is summed over the tokens in their order.
         ascending, order = torch.sort(read, stable=True)
-        numbers = torch.arange(2 * heads * keys + 1, dtype=torch.int32, device=read.device)
+        numbers = torch.arange(2 * heads * keys + 1, dtype=number, device=read.device)
         sums = triton_rows.segment_sums(
             queries.view(-1, half),
             order // k,

@@ -93,7 +93,9 @@ def score_gradients(
             x = tl.load(values + row[:, None] * dim + columns[None, :], mask=mask, other=0.0).to(
                 tl.float32
             )
-            y = tl.load(upstream + bag * dim + columns, mask=columns < dim, other=0.0)
+            y = tl.load(upstream + bag * dim + columns, mask=columns < dim, other=0.0).to(
+                tl.float32
+            )
             products += tl.sum(x * y[None, :], 1)
         tl.store(out + read, tl.where(inside, products, float("nan")), mask=asked)
 

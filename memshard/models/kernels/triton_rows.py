@@ -42,8 +42,10 @@ def gather_sum(values: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -
 
 
 def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Tensor) -> Tensor:
-    """Do what `plain_rows.score_gradients` does."""
-    if plain_rows.needed_for(values, upstream, device_type):
+    """Do what `plain_rows.score_gradients` does; the result is fp32."""
+    out = upstream.new_empty(len(rows), dtype=torch.float32)
+    narrow = upstream.dtype in plain_rows.KERNEL_DTYPES
+    if not narrow or plain_rows.needed_for(values, out, device_type):
         return plain_rows.score_gradients(values, rows, offsets, upstream)
     values, rows, offsets, upstream = (
         values.contiguous(),
@@ -51,7 +53,7 @@ def score_gradients(values: Tensor, rows: Tensor, offsets: Tensor, upstream: Ten
         offsets.contiguous(),
         upstream.contiguous(),
     )
-    out, (slots, dim), lasts = upstream.new_empty(len(rows)), values.shape, offsets[1:]
+    (slots, dim), lasts = values.shape, offsets[1:]
     if len(offsets):
         width = _width(dim)
         with torch.cuda.device_of(values):

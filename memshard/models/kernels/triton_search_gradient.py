@@ -54,11 +54,12 @@ def merge_reads(
         start = (bag * 2 + side) * k
         out = start[:, None] + number
         table_row = ((head * 2 + side) * keys)[:, None] + index
-        tl.store(sub_keys + out, table_row.to(tl.int32), mask=distinct)
+        tl.store(sub_keys + out, table_row.to(sub_keys.dtype.element_ty), mask=distinct)
         tl.store(gradients + out, sums, mask=distinct)
         rest = start[:, None] + rank[None, :]
         unused = mask & (rank[None, :] >= count[:, None])
-        tl.store(sub_keys + rest, tl.zeros((BAGS, K), tl.int32) + heads * 2 * keys, mask=unused)
+        none = (tl.zeros((BAGS, K), tl.int32) + heads * 2 * keys).to(sub_keys.dtype.element_ty)
+        tl.store(sub_keys + rest, none, mask=unused)
         tl.store(gradients + rest, tl.zeros((BAGS, K), tl.float32), mask=unused)
         tl.store(firsts + bag * 2 + side, start, mask=bag < bags)
         tl.store(lasts + bag * 2 + side, start + count, mask=bag < bags)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import RowBackend
 from memshard.models.kernels.plain_rows import bag_of_each_read, block_rows
 
@@ -30,8 +31,9 @@ class SortedReads:
 
     The gradient of rows[i] is the sum of weights[j] * upstream[bags[j]] over starts[i] <= j <
     starts[i + 1]. rows: [distinct] int64, ascending; starts: [distinct + 1] int64; bags: [reads]
-    integers; weights: [reads]; upstream: [bags, dim], of the weights' dtype; backend: forms sums.
-    On a GPU, which alone knows how many are distinct, the last row is repeated, without reads.
+    integers; weights: [reads]; upstream: [bags, dim], of the weights' dtype, or on a GPU narrower;
+    backend: forms sums. On a GPU, which alone knows how many are distinct, the last row is
+    repeated, without reads.
     """
 
     rows: Tensor
@@ -90,7 +92,10 @@ def sort_reads(reads: Sequence[Read], backend: RowBackend, slots: int) -> Sorted
         return None
     dtype = torch.promote_types(reads[0].weights.dtype, torch.float32)
     rows = _cat([read.rows for read in reads])
-    upstream = _cat([read.upstream for read in reads]).to(dtype)
+    upstream = _cat([read.upstream for read in reads])
+    if not upstream.is_cuda or backend is plain_rows:
+        # Kernels of GPUs read it as narrow as it is.
+        upstream = upstream.to(dtype)
     # Each read numbers its bags from 0; in the joined `upstream` they follow one another.
     firsts = [0]
     for read in reads:

@@ -52,6 +52,13 @@ def test_a_memory_is_that_of_formulas(explained: Explained) -> None:
     reads = TOKENS * READS
     row, sums = 4 * DIM, 4 * TOKENS * DIM
     assert memory["reads"].bytes == reads * (row + 8) + sums
+    # Queries, in fp32: the norm reads them twice and writes them, backward reads them and their
+    # gradients twice and writes one.
+    queries = 4 * TOKENS * HEADS * 2 * half
+    assert memory["query: other elementwise"].bytes == pytest.approx(8 * queries, rel=0.35)
+    # The gradient of the sums is cast to bf16, and gathered for each read.
+    assert memory["gradient of their weights"].bytes == reads * (row + 8) + 2 * sums
+    assert memory["gradients of rows"].bytes == reads * (row / 2 + 8)
     distinct = SLOTS * (1 - (1 - 1 / SLOTS) ** reads)
     # Values and two moments, read and written.
     assert memory["update of rows"].bytes == pytest.approx(distinct * DIM * 24, rel=1e-6)

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1)}
 """Where the factors are among the arguments."""
+_READ_AGAIN = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
+"""How many of the first arguments kernels read a second time: for statistics, and to normalise."""
 _ATTENTION = "_scaled_dot_product"
 _MOVE_NOTHING = {"_unsafe_view", "_reshape_alias", "detach", "empty", "empty_like", "device"}
 
@@ -42,6 +44,7 @@ class _Counter(TorchDispatchMode):
             count = self.counts[name]
             count.calls += 1
             count.bytes += sum(x.nbytes for x in tensors.values())
+            count.bytes += sum(x.nbytes for x in args[: _READ_AGAIN.get(name, 0)])
             if name in _PRODUCTS:
                 first, second = (args[place] for place in _PRODUCTS[name])
                 count.flops += 2 * first.numel() * second.shape[-1]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Rates:
     """A second: products in bf16 or fp16 at width 1,024; attention; scores, by their precision;
     scores that a fused search keeps the best of; memory, bytes read and written; cache, bytes that
-    lie in the second level; sorted, keys of 32 bits with their places. launch: the seconds that one
-    costs the device beside its work.
+    lie in the second level, which holds `cached` bytes; sorted, keys of 32 bits with their places.
+    launch: the seconds that one costs the device beside its work.
     """
 
     products: float = 600e12
@@ -21,6 +21,7 @@ class Rates:
     selected: float = 1.1e11
     memory: float = 4.0e12
     cache: float = 6.0e12
+    cached: float = 50e6
     sorted: float = 8e9
     launch: float = 3e-6
 

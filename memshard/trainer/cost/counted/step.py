@@ -23,6 +23,10 @@ from memshard.trainer.cost.parameters import count_parameters
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
 from memshard.trainer.precision import DTYPES
 
+_DISTINCT = 0.37
+"""So many of the sub-keys of a query's reads are distinct, with 1,024 keys and normal scores, 32
+reads; 0.42 with 128 keys and 16. Others are merged before their rows are gathered.
+"""
 LAUNCHES = 70
 """At most so many more has a step with a memory than one without, on the fake CUDA device of the
 tests, and no wait more.
@@ -159,31 +163,64 @@ def _memory(
     even = -settings.slots * math.expm1(-reads / settings.slots)
     distinct = reads / duplicates if duplicates else even
 
-    def moved(name: str, size: float, cached: float = 0.0, sorts: float = 0.0) -> Part:
-        seconds = size / rates.memory + cached / rates.cache + sorts / rates.sorted
-        return Part(name, 0, size + cached, seconds)
+    def moved(name: str, size: float, sorts: float = 0.0) -> Part:
+        return Part(name, 0, size, size / rates.memory + sorts / rates.sorted)
+
+    def gathered(size: float, array: float, part: Part) -> Part:
+        """Return a part that also reads `size` bytes, at random, of an array of so many: from the
+        cache, as far as it holds that.
+        """
+        share = min(1.0, rates.cached / array)
+        seconds = size * (share / rates.cache + (1 - share) / rates.memory)
+        return replace(part, bytes=part.bytes + size, seconds=part.seconds + seconds)
 
     with unallocated():
         layer = torch.nn.Linear(dim, heads * settings.key_dim)
         norm = QueryNorm(settings.query_norm, heads, settings.key_dim)
         x = torch.empty(tokens, dim, requires_grad=True)
-        query = count_pass(lambda: norm(layer(x).unflatten(-1, (heads, -1)).float()).sum(), dtype)
+        # What the layer does on a GPU, where it trains alone.
+        normalise = norm.by_torch if norm.kind == "batch" else norm
+        query = count_pass(
+            lambda: normalise(layer(x).unflatten(-1, (heads, -1)).float()).sum(), dtype
+        )
     scores = 2.0 * queries * keys * half * 2
     picked = 2.0 * reads
+    read_keys = _DISTINCT * picked
+    # As wide as the sub-keys of a side of a head; searches go from one of these to the next.
+    side = queries / heads * half * 4
+    # 16 bits have half as many digits.
+    digits = 0.5 if 2 * heads * keys < 2**15 else 1.0
     sums, weights = tokens * dim * 4.0, reads * 4.0
+    # Under autocast to bf16.
+    upstream = tokens * dim * (2.0 if dtype == torch.bfloat16 else 4.0)
+    cast = sums + upstream if dtype == torch.bfloat16 else 0.0
     return [
         *(replace(part, name=f"query: {part.name}") for part in _parts(query, rates)),
         Part("scores", scores, 0, scores / getattr(rates, settings.score_precision)),
         Part("the best of them", 0, 0, 2 * queries * keys / rates.selected),
         # 64-bit scores with numbers of both halves, written and read; rows and weights.
         moved("pairs of sub-keys", picked * 16 + reads * 8),
-        # Sub-keys lie in the cache, queries do not.
-        moved("gradient of queries", queries * half * 8, picked * half * 4),
-        moved("gradient of sub-keys", picked * (half * 4 + 16), sorts=picked),
+        # Rows, weights and their gradients; sub-keys and slopes.
+        moved("sub-keys of each query", reads * 12 + picked * (4 * digits + 4)),
+        gathered(
+            read_keys * half * 4,
+            2 * heads * keys * half * 4.0,
+            moved("gradient of queries", queries * half * 8 + read_keys * 8),
+        ),
+        # Sorted numbers with places, tokens and slopes in their order, written and read.
+        gathered(
+            read_keys * half * 4,
+            side,
+            moved("gradient of sub-keys", queries * half * 8 + picked * 44, picked * digits),
+        ),
         moved("reads", reads * dim * values + sums + 2 * weights),
-        moved("gradient of their weights", reads * dim * values + sums + 2 * weights),
+        moved("gradient of their weights", reads * dim * values + cast + upstream + 2 * weights),
         moved("sort of reads", reads * 44.0, sorts=reads),
-        moved("gradients of rows", reads * 8, reads * dim * 4),
+        gathered(
+            reads * dim * upstream / (tokens * dim),
+            upstream,
+            moved("gradients of rows", reads * 8),
+        ),
         moved("update of rows", distinct * dim * 2 * (values + states)),
         Part("launches", 0, 0, LAUNCHES * rates.launch),
     ]
