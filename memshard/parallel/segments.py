@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memshard.models.context import Context
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
 from memshard.models.loss import IGNORE, token_losses
+from memshard.models.once import Saved, differentiable_once
 from memshard.models.transformer import Transformer
 from memshard.parallel.sequence import fill_up, gather, gathered, local_segment
 
@@ -78,9 +78,11 @@ class _States(torch.autograd.Function):
         return before, state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_before: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
-        before, *throughs = ctx.saved_tensors
+    @differentiable_once
+    def backward(
+        ctx: Any, saved: Saved, d_before: Tensor, d_after: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        before, *throughs = saved
         rank, width = dist.get_rank(ctx.ranks), before.shape[-1]
         gradients = gathered(torch.cat((d_before, d_after), -1)[:, None], ctx.ranks)
         total = gradients[..., width:].sum(1)

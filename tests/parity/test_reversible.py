@@ -259,7 +259,7 @@ def test_a_graph_may_be_kept_but_not_differentiated_twice() -> None:
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
     loss = model(tiny_tokens(3, LENGTH), tiny_context())[0].sum()
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="have no second derivative"):
         sum(
             gradient.sum() for gradient in torch.autograd.grad(loss, weights, create_graph=True)
         ).backward()  # type: ignore[union-attr]

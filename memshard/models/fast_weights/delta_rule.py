@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memshard.models.fast_weights.chunks import Fading, cut, fading, join, start
 from memshard.models.kernels.fla_delta_rule import by_kernel, kernel_for
 from memshard.models.kernels.scan import scan_for
+from memshard.models.once import Saved, differentiable_once
 
 
 def delta_rule(
@@ -79,9 +79,11 @@ class _DeltaRule(torch.autograd.Function):
         return out, state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, inverse, states, *fade = ctx.saved_tensors
+    @differentiable_once
+    def backward(
+        ctx: Any, saved: Saved, d_out: Tensor, d_state: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, inverse, states, *fade = saved
         with torch.autocast(q.device.type, enabled=False):
             return _backward(
                 q,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from memshard.models.context import Context
 from memshard.models.fast_weights.segments import Neighbours
+from memshard.models.once import Saved, differentiable_once
 
 # Numbers processed at a time: small enough that all passes over them but the first hit the cache.
 _BLOCK = 1 << 17
@@ -230,9 +230,9 @@ class _CausalConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel, *same = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel, *same = saved
         dtype = torch.promote_types(x.dtype, torch.float32)
         lags = kernel.to(dtype).t().contiguous()
         to_x, to_lags = (

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from memshard.models.once import Saved, differentiable_once
 
 _LARGEST_FP16 = 255.875
 """The largest fp16 number whose square is finite in fp16."""
@@ -29,7 +30,7 @@ class _SquaredReLU(torch.autograd.Function):
         return positive * positive
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, gradient: Tensor) -> Tensor:
+        (positive,) = saved
         return (gradient * positive).mul_(2)

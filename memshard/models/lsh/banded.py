@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memshard.models.compat import is_traced
 from memshard.models.kernels import cpu_banded
 from memshard.models.lsh.bucket_order import Order, order_tokens
 from memshard.models.lsh.tiles import outside_window, tiles_of
+from memshard.models.once import Saved, differentiable_once
 
 # Scores are in powers of 2, and those that must not be seen are far below the others instead of
 # -inf: on CPU exp takes 12 to 65 times as long where its result is 0.
@@ -81,9 +81,9 @@ class _Banded(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, groups, out, total = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, groups, out, total = saved
         window, chunk, _ = ctx.settings
         parts = []
         for rows in _row_groups(q):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from memshard.models.once import Saved, differentiable_once
 
 SPAN = 1 << 14  # tokens to normalise and project at a time
 
@@ -94,9 +95,9 @@ class _ByHeads(torch.autograd.Function):
         return total.to(part.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        plan, norm, (x, output, *parameters) = ctx.plan, ctx.norm, ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        plan, norm, (x, output, *parameters) = ctx.plan, ctx.norm, saved
         whole, trained = parameters[: ctx.count], parameters[ctx.count :]
         d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         d_output, *d_parameters = (

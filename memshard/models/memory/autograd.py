@@ -6,14 +6,11 @@ memory): each distinct row is fetched once, and its summed gradient is returned 
 table's anchor, so that backward reaches them even if nothing else needs a gradient.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memshard.models import compat
 from memshard.models.kernels import plain_rows
@@ -22,31 +19,9 @@ from memshard.models.kernels.plain_rows import bag_of_each_read
 from memshard.models.memory.hidden import HideableTable
 from memshard.models.memory.host import to_device
 from memshard.models.memory.row_gradient import Read, row_gradients
+from memshard.models.once import Saved, differentiable_once
 
 _BLOCK_ROWS = 4096
-Backward = Callable[..., Any]
-
-
-def differentiable_once(backward: Backward) -> Backward:
-    """As torch's `once_differentiable`, but a second derivative raises an error of ours."""
-    plain = once_differentiable(backward)
-
-    @wraps(backward)
-    def wrapped(ctx: Any, *upstream: Tensor) -> Any:
-        gradients = plain(ctx, *upstream)
-        for gradient in gradients if isinstance(gradients, tuple) else (gradients,):
-            if gradient is not None and gradient.grad_fn is not None:
-                gradient.grad_fn.register_prehook(_refuse_second_derivative)
-        return gradients
-
-    return wrapped
-
-
-def _refuse_second_derivative(upstream: Any) -> None:
-    raise NotImplementedError(
-        "a memory has no second derivative: differentiate its output once, or give it x.detach() "
-        "where gradients of gradients are taken"
-    )
 
 
 class WeightedSum(torch.autograd.Function):
@@ -79,8 +54,8 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (values, rows, weights, offsets), table = ctx.saved_tensors, ctx.table
+    def backward(ctx: Any, saved: Saved, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (values, rows, weights, offsets), table = saved, ctx.table
         # Contiguous: a sum's gradient may be one number expanded to all rows,
         # and kernels read rows.
         (upstream,) = table.to_table_device(upstream.contiguous())
@@ -120,8 +95,8 @@ class Dot(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (values, rows, x, offsets), table = ctx.saved_tensors, ctx.table
+    def backward(ctx: Any, saved: Saved, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (values, rows, x, offsets), table = saved, ctx.table
         (upstream,) = table.to_table_device(upstream.contiguous())
         read = Read(rows, upstream, offsets, x.contiguous())
         to_weight = None
@@ -184,8 +159,8 @@ class FetchedSum(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (fetched, weights), fetch = ctx.saved_tensors, ctx.fetch
+    def backward(ctx: Any, saved: Saved, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (fetched, weights), fetch = saved, ctx.fetch
         upstream = upstream.contiguous()
         # Before the early return: in a split table the other ranks wait in this exchange.
         gradients = _row_gradients(fetch, weights, upstream)
@@ -208,8 +183,8 @@ class FetchedDot(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (fetched, x), fetch = ctx.saved_tensors, ctx.fetch
+    def backward(ctx: Any, saved: Saved, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (fetched, x), fetch = saved, ctx.fetch
         upstream = upstream.contiguous()
         gradients = _row_gradients(fetch, upstream, x.contiguous())
         fetch.return_gradients(gradients, _table_learns(ctx, fetch.table))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memshard.models.once import Saved, differentiable_once
+
 _MOMENTUM = 0.1
 
 
@@ -81,9 +83,9 @@ class _Balanced(torch.autograd.Function):
         return scores.view_as(scores)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        scores, load = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, gradient: Tensor) -> tuple[Tensor, None, None]:
+        scores, load = saved
         # L = sum_i load_i p_i with p = softmax(s), so dL/ds_j = p_j (load_j - sum_i load_i p_i).
         chosen = scores.softmax(-1)
         return (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.kernels.backend import Lookup
-from memshard.models.memory.autograd import differentiable_once
+from memshard.models.once import differentiable_once
 from memshard.models.recompute.replay import Replay, run_once
 
 
@@ -55,7 +55,7 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+    def backward(ctx, saved, upstream):  # type: ignore[no-untyped-def]
         wanted = ctx.needs_input_grad[:2]
-        gradients = ctx.lookup.gradients(*ctx.saved_tensors, upstream, ctx.weighting, wanted)
+        gradients = ctx.lookup.gradients(*saved, upstream, ctx.weighting, wanted)
         return *gradients, None, None, None, None

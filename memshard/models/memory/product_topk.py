@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memshard.models import compat
 from memshard.models.kernels.backend import search_for
-from memshard.models.memory.autograd import differentiable_once
+from memshard.models.once import differentiable_once
 from memshard.models.recompute.replay import Replay, run_once
 
 
@@ -50,10 +50,9 @@ class _PickedSums(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, saved, gradient):  # type: ignore[no-untyped-def]
         # scatter_add_, since one sub-key may take part in many of the k pairs.
         scattered = (
-            gradient.new_zeros(ctx.shape).scatter_add_(-1, i.long(), gradient)
-            for i in ctx.saved_tensors
+            gradient.new_zeros(ctx.shape).scatter_add_(-1, i.long(), gradient) for i in saved
         )
         return *scattered, None, None

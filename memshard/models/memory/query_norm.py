@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from memshard.models import compat
-from memshard.models.memory.autograd import differentiable_once
 from memshard.models.memory.kinds import QueryNormKind
+from memshard.models.once import differentiable_once
 from memshard.models.recompute.replay import Replay, run_once
 
 _EPS = 1e-5
@@ -234,8 +234,8 @@ class _SumSquares(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
+    def backward(ctx, saved, gradient):  # type: ignore[no-untyped-def]
+        (x,) = saved
         return x * (2 * gradient)
 
 

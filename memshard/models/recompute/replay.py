@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memshard.models import compat
+from memshard.models.once import Saved, differentiable_once
 
 
 class Replay:
@@ -120,8 +120,8 @@ class _Once(torch.autograd.Function):
         return kept.output.detach()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kept, keep_graph = ctx.kept, compat.backward_keeps_graph()
         sources = [*kept.inputs, *ctx.extra_inputs]
         # autograd.grad refuses inputs that need no gradient, such as integer row numbers.

@@ -33,6 +33,7 @@ from memshard.models.block import Block
 from memshard.models.context import Context
 from memshard.models.memory.hidden import HideableTable
 from memshard.models.mixers.mixer import MixerState
+from memshard.models.once import Saved, differentiable_once
 from memshard.models.recompute.grid import Grid
 from memshard.models.recompute.replay import Replay
 
@@ -270,13 +271,9 @@ class _ReversibleBlock(torch.autograd.Function):
         return y1, y2
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
-        step, saved, keep_graph = (
-            ctx.step,
-            ctx.saved_tensors,
-            compat.backward_keeps_graph(),
-        )
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
+        step, keep_graph = ctx.step, compat.backward_keeps_graph()
         y1, y2 = saved[:2] if step.last else step.rebuilt
         # Asked here, since the passes inside name all they are given. A table would learn from it.
         wanted = [compat.backward_wants(tensor) for tensor in ctx.trained]
@@ -300,8 +297,8 @@ class _CopyGradients(torch.autograd.Function):
         return x1.view_as(x1), x2.view_as(x2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
         return d1.clone(), d2.clone()
 
 
