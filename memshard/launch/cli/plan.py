@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from memshard.launch.cli.outcome import UsageError, usage_errors
 from memshard.launch.cli.parser import Subparsers, real, whole
-from memshard.launch.cli.plan_explained import explanation
 from memshard.launch.cli.plan_report import report
 from memshard.trainer.cost.devices import CARDS, SHORT_NAMES
 
@@ -109,11 +108,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         parts = dry_run(recipe, args.world, vocab_size)
         explained = None
         if args.explain:
+            from memshard.launch.cli.plan_explained import explanation
             from memshard.trainer.cost.counted.rates import rates_of
-            from memshard.trainer.cost.counted.step import explain
+            from memshard.trainer.cost.counted.step import explain, suggest
 
             rates = rates_of(args.device)
             explained = explain(recipe, vocab_size, precision, rates, duplicates)
+            suggested = suggest(recipe, explained, precision, rates, duplicates)
     site = Site(device, args.world, vocab_size, precision, args.node)
     # Host memory is not compared: how much of it a node has is not known here.
     fits = cost.bytes.total <= device.memory
@@ -136,11 +137,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dry_run": [asdict(part) for part in parts],
     }
     if explained is not None:
-        result["explained"] = {**asdict(explained), "ratio": explained.ratio}
+        result["explained"] = {
+            **asdict(explained),
+            "ratio": explained.ratio,
+            "suggested_ratio": suggested.ratio if suggested else None,
+        }
     if not args.json:
         print(report(args, recipe, cost, result))
         if explained is not None:
-            print(f"\n{explanation(explained, rates)}")
+            print(f"\n{explanation(explained, suggested, rates)}")
     return result
 
 

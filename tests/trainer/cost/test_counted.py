@@ -82,6 +82,8 @@ def test_the_command_prints_parts_rates_and_the_ratio(capfd: pytest.CaptureFixtu
     assert main(["plan", "--device", "h200", "--explain", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)["explained"]
     assert f"{result['ratio']:.3f} times" in out
+    assert f"{result['suggested_ratio']:.3f} times" in out
+    assert result["suggested_ratio"] == pytest.approx(_explained(*BF16).ratio)
 
 
 @pytest.mark.parametrize(

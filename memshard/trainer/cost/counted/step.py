@@ -17,6 +17,7 @@ from memshard.models.memory.kinds import MemoryConfig
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.seq2seq import build_model
 from memshard.trainer.config.recipe import Recipe
+from memshard.trainer.cost.alternatives import changed_by
 from memshard.trainer.cost.counted.counter import Count, count_pass, unallocated
 from memshard.trainer.cost.counted.rates import Rates
 from memshard.trainer.cost.parameters import count_parameters
@@ -27,6 +28,12 @@ _DISTINCT = 0.37
 """So many of the sub-keys of a query's reads are distinct, with 1,024 keys and normal scores, 32
 reads; 0.42 with 128 keys and 16. Others are merged before their rows are gathered.
 """
+SUGGESTED = {
+    "tables.dtype": "bf16",
+    "tables.rounding": "stochastic",
+    "model.memory.score_precision": "tf32",
+}
+"""What makes a memory cheaper on a GPU from capability 8.0, at the same loss (docs/gpu.md)."""
 LAUNCHES = 70
 """At most so many more has a step with a memory than one without, on the fake CUDA device of the
 tests, and no wait more.
@@ -104,6 +111,24 @@ def explain(
         ],
         _parts(_feedforward(model, tokens, dtype), rates),
     )
+
+
+def suggest(
+    recipe: Recipe,
+    explained: Explained,
+    precision: str,
+    rates: Rates,
+    duplicates: float | None = None,
+) -> Explained | None:
+    """Return what becomes of a step that `explain` has counted with `SUGGESTED`; None where it has
+    that already, or does not compute in bf16.
+    """
+    changed = changed_by(recipe, SUGGESTED)
+    if changed == recipe or precision != "bf16":
+        return None
+    tokens = recipe.data.length * recipe.train.batch
+    memory = _memory(changed, tokens, DTYPES[precision], rates, duplicates)
+    return replace(explained, memory=[*memory, explained.memory[-1]])
 
 
 _KINDS = {
