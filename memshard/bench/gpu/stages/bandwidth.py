@@ -65,18 +65,20 @@ def gradients(
     weights = torch.rand(sizes.tokens, sizes.reads, device=device).requires_grad_()
     upstream = torch.randn(sizes.tokens, sizes.dim, device=device)
     table.has_optimizer = True  # an optimizer takes the reads: here, `drop_reads`
-    sums = table.weighted_sum(rows, weights)
+    # In training a GPU keeps the gradients of sums in bf16.
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        sums = table.weighted_sum(rows, weights)
 
     def backward() -> None:
         torch.autograd.grad(sums, weights, upstream, retain_graph=True)
         table.drop_reads()
 
     time = seconds(backward, device)
-    once = upstream.numel() * 4
+    once = upstream.nbytes
     result = {"gradients of weights": (time, rows.numel() * sizes.dim * dtype.itemsize + once)}
     sums.backward(upstream)
     (part,) = table.gradients(1.0)
-    size = (rows.numel() + len(rows.unique())) * sizes.dim * 4
+    size = (rows.numel() * part.upstream.itemsize + len(rows.unique()) * 4) * sizes.dim
     result["gradients of rows"] = (seconds(lambda: part.sums(0, len(part.rows)), device), size)
     flat = rows.flatten().int()
     # Numbers of rows read, in order written, with their places.
