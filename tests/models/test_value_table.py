@@ -55,6 +55,25 @@ def test_states_load_into_hidden_and_visible_tables(source: bool, target: bool) 
 
 
 @pytest.mark.parametrize("hidden", [False, True])
+def test_rows_are_gathered_as_an_embedding_gathers_them(hidden: bool) -> None:
+    table = ValueTable(7, 3).double()
+    rows, upstream = torch.tensor([[0, 6], [6, 6], [2, 0]]), torch.randn(3, 2, 3).double()
+    expected = torch.nn.functional.embedding(rows, weight := table.weight.detach().clone())
+    if hidden:
+        externalize_tables(table)
+    values = table(rows)
+    assert torch.equal(values, expected)
+    values.backward(upstream)
+    dense = torch.zeros_like(weight).index_add_(0, rows.flatten(), upstream.flatten(0, 1))
+    ours = (
+        torch.cat([part.sums(0, len(part.rows)) for part in table.gradients(1)])
+        if hidden
+        else table.weight.grad
+    )
+    torch.testing.assert_close(ours, dense[[0, 2, 6]] if hidden else dense)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
 def test_wrong_states_are_refused(hidden: bool) -> None:
     model = _model(hidden)
     state = dict(model.state_dict())

@@ -132,6 +132,13 @@ def _compare(
         torch.testing.assert_close(
             results[-1][1], results[-2][1][mine], rtol=1e-12, atol=1e-12, msg=case
         )
+        for table, tokens_of in ((whole, slice(None)), (shard, mine)):
+            values = table.gather(rows[tokens_of])
+            values.backward(upstream[tokens_of, None] * weights[tokens_of, :, None])
+            results.append((values,))
+        torch.testing.assert_close(
+            results[-1][0], results[-2][0][mine], rtol=1e-12, atol=1e-12, msg=case
+        )
         for optimizer in optimizers:
             optimizer.step()
         expected = _piece(whole.weight, part[1], part[2], part[0])

@@ -130,8 +130,10 @@ class ValueTable(HideableTable):
                 )
                 block.copy_(rows[:, columns] * self.dim**-0.5)
 
-    def forward(self, rows: Tensor, x: Tensor, product: bool = False) -> Tensor:
-        """Return `weighted_sum(rows, x)`, or with `product` `dot(rows, x)`."""
+    def forward(self, rows: Tensor, x: Tensor | None = None, product: bool = False) -> Tensor:
+        """Return `weighted_sum(rows, x)`, `dot(rows, x)` with `product`, or `gather(rows)`."""
+        if x is None:
+            return self.gather(rows)
         return self.dot(rows, x) if product else self.weighted_sum(rows, x)
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -144,6 +146,15 @@ class ValueTable(HideableTable):
         check_reads(rows, weights.shape == rows.shape, weights)
         self._count(rows)
         return self._local_sum(rows.flatten(), weights.flatten(), bag_offsets(rows))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return weight[rows[t, j]], [tokens, reads, dim], fp32 at least once the table is hidden
+        and in the table's dtype before. rows: [tokens, reads] integers.
+        """
+        # A sum of one row with a weight that needs no gradient: every layout knows those.
+        single = rows.reshape(-1, 1)
+        values = self.weighted_sum(single, torch.ones_like(single, dtype=torch.float32))
+        return values.view(*rows.shape, self.dim)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
         """Return x[t] . weight[rows[t, j]].
