@@ -37,16 +37,17 @@ MIXERS: dict[str, Any] = {
 CONTEXTS = ["plain", "documents", "left padding"]
 
 
-def _naive(x: Tensor, kernel: Tensor, documents: Tensor | None = None) -> Tensor:
+def _naive(x: Tensor, kernel: Tensor, documents: Tensor | None = None, dilation: int = 1) -> Tensor:
     rows = []
     for row in range(len(x)):
         for t in range(x.shape[1]):
-            lags = [
-                lag
-                for lag in range(min(kernel.shape[1], t + 1))
-                if documents is None or documents[row, t] == documents[row, t - lag]
+            seen = [
+                (j, t - j * dilation)
+                for j in range(kernel.shape[1])
+                if t >= j * dilation
+                and (documents is None or documents[row, t] == documents[row, t - j * dilation])
             ]
-            rows.append(torch.stack([kernel[:, lag] * x[row, t - lag] for lag in lags]).sum(0))
+            rows.append(torch.stack([kernel[:, j] * x[row, at] for j, at in seen]).sum(0))
     return torch.stack(rows).view_as(x)
 
 
@@ -84,9 +85,9 @@ def _text(batch: int = 3, length: int = LENGTH, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("width", [2, 3, 5])
+@pytest.mark.parametrize(("width", "dilation"), [(2, 1), (3, 1), (5, 1), (4, 3)])
 @pytest.mark.parametrize("length", [1, 2, 20])
-def test_values_and_gradients(length: int, width: int, packed: bool) -> None:
+def test_values_and_gradients(length: int, width: int, dilation: int, packed: bool) -> None:
     torch.manual_seed(0)
     # More rows than one block takes.
     x = torch.randn(30, length, 400 if length == 20 else 3, dtype=torch.float64)[
@@ -100,11 +101,17 @@ def test_values_and_gradients(length: int, width: int, packed: bool) -> None:
     same = (
         []
         if documents is None
-        else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, width)]
+        else [
+            documents[:, lag:] == documents[:, :-lag]
+            for lag in range(dilation, width * dilation, dilation)
+        ]
     )
-    theirs = _naive(x, kernel, documents)
+    theirs = _naive(x, kernel, documents, dilation)
     expected = theirs, *torch.autograd.grad((theirs * probe).sum(), (x, kernel))
-    for ours in (causal_convolution(x, kernel, documents), plain_convolution(x, kernel, same)):
+    for ours in (
+        causal_convolution(x, kernel, documents, dilation),
+        plain_convolution(x, kernel, same, dilation),
+    ):
         actual = ours, *torch.autograd.grad((ours * probe).sum(), (x, kernel))
         for mine, naive in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine, naive, **EXACT)

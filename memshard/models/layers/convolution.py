@@ -2,7 +2,7 @@
 attention"), and their state in decoding.
 
 One kernel for each channel of each head, applied after the projections of queries, keys and values.
-B batch, T length, C channels, K width.
+B batch, T length, C channels, K width, dilation the distance of the tokens that a kernel sees.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,14 @@ _TAKEN_BACK = 16
 class CausalConvolution(nn.Module):
     """The kernels of C channels.
 
-    width: number of tokens that a token sees, itself included. weight: [C K], the lags of a channel
-    together, starting with lag 0. Flat, because optimizers apply weight decay to matrices only.
+    width: number of tokens that a token sees, itself included; dilation: their distance. weight: [C
+    K], the lags of a channel together, starting with lag 0. Flat, because optimizers apply weight
+    decay to matrices only.
     """
 
-    def __init__(self, channels: int, width: int = 3) -> None:
+    def __init__(self, channels: int, width: int = 3, dilation: int = 1) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.dilation = width, dilation
         self.weight = nn.Parameter(torch.empty(channels * width))
         self.reset_parameters()
 
@@ -91,13 +92,18 @@ class RecentRows:
 class Convolutions(nn.ModuleDict):
     """The convolutions after several projections, by the projections' names. width 0: none.
 
-    channels: of each projection.
+    channels: of each projection. dilation: distance of the tokens that are seen.
     """
 
-    def __init__(self, channels: dict[str, int], width: int) -> None:
+    def __init__(self, channels: dict[str, int], width: int, dilation: int = 1) -> None:
         super().__init__(
-            {name: CausalConvolution(count, width) for name, count in channels.items() if width}
+            {
+                name: CausalConvolution(count, width, dilation)
+                for name, count in channels.items()
+                if width
+            }
         )
+        self.dilation, self.needed = dilation, max(0, width - 1) * dilation
         self.neighbours: Neighbours | None = None
         """Set by a mixer's `share_sequence`, where ranks share the tokens of a sequence."""
 
@@ -124,18 +130,17 @@ class Convolutions(nn.ModuleDict):
                 kernels,
                 inputs,
                 ctx,
-                self._before(self.neighbours, inputs, ctx, kernels[0].shape[1] - 1),
+                self._before(self.neighbours, inputs, ctx, self.needed),
             )[0], None
         if recent is None:
             return [
-                causal_convolution(x, kernel, ctx.documents)
+                causal_convolution(x, kernel, ctx.documents, self.dilation)
                 for x, kernel in zip(inputs, kernels, strict=True)
             ], None
         return self._convolve(kernels, inputs, ctx, recent)
 
-    @staticmethod
     def _convolve(
-        kernels: Sequence[Tensor], inputs: Sequence[Tensor], ctx: Context, recent: RecentRows
+        self, kernels: Sequence[Tensor], inputs: Sequence[Tensor], ctx: Context, recent: RecentRows
     ) -> tuple[list[Tensor], RecentRows]:
         needed = slice(recent.rows.shape[1] - recent.needed, None)
         before = recent.rows[:, needed].split([x.shape[-1] for x in inputs], -1)
@@ -146,7 +151,7 @@ class Convolutions(nn.ModuleDict):
         )
         known = torch.cat((recent.documents[:, needed], documents), 1)
         outputs = [
-            causal_convolution(torch.cat((old.to(x.dtype), x), 1), kernel, known)[
+            causal_convolution(torch.cat((old.to(x.dtype), x), 1), kernel, known, self.dilation)[
                 :, recent.needed :
             ]
             for old, x, kernel in zip(before, inputs, kernels, strict=True)
@@ -171,50 +176,57 @@ class Convolutions(nn.ModuleDict):
         kernels = self.kernels()
         if not kernels:
             return None
-        kept = kernels[0].shape[1] - 1
-        rows = kernels[0].new_zeros(
-            batch, kept + _TAKEN_BACK, sum(len(kernel) for kernel in kernels)
-        )
-        return RecentRows(
-            rows, torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device), kept
-        )
+        channels = sum(len(kernel) for kernel in kernels)
+        return nothing_recent(kernels[0], batch, channels, self.needed)
 
     def kernels(self) -> list[Tensor]:
         """Return each projection's kernels, [C, K]."""
         return [layer.kernel for layer in self.values() if isinstance(layer, CausalConvolution)]
 
 
-def causal_convolution(x: Tensor, kernel: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Return y[t] = sum of kernel[:, j] x[t - j] over lags j < K that stay in the document.
+def nothing_recent(like: Tensor, batch: int, channels: int, needed: int) -> RecentRows:
+    """Return the state before a text begins. like: a tensor of the rows' dtype and device; needed:
+    rows that the next token needs.
+    """
+    rows = like.new_zeros(batch, needed + _TAKEN_BACK, channels)
+    documents = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+    return RecentRows(rows, documents, needed)
+
+
+def causal_convolution(
+    x: Tensor, kernel: Tensor, documents: Tensor | None = None, dilation: int = 1
+) -> Tensor:
+    """Return y[t] = sum of kernel[:, j] x[t - j dilation] over the j < K that stay in the document.
 
     x: [B, T, C]; kernel: [C, K]; documents: [B, T] int64, None for one. Returns [B, T, C] in x's
     dtype; sums are fp32 at least. Backward keeps only x.
     """
-    same = (
-        []
-        if documents is None
-        else [documents[:, lag:] == documents[:, :-lag] for lag in range(1, kernel.shape[1])]
-    )
+    lags = range(dilation, kernel.shape[1] * dilation, dilation)
+    same = [] if documents is None else [documents[:, n:] == documents[:, :-n] for n in lags]
     # torch.compile would break the graph at the function's slices and in-place sums.
     if torch.compiler.is_compiling():
-        return plain_convolution(x, kernel, same)
-    return _CausalConvolution.apply(x, kernel, *same)
+        return plain_convolution(x, kernel, same, dilation)
+    return _CausalConvolution.apply(x, kernel, dilation, *same)
 
 
-def plain_convolution(x: Tensor, kernel: Tensor, same: Sequence[Tensor]) -> Tensor:
-    """Do what `causal_convolution` does, in a form that torch.compile can fuse. same: for every lag
-    from 1, where it stays in the document, [B, T - lag] bool; empty for one document.
+def plain_convolution(
+    x: Tensor, kernel: Tensor, same: Sequence[Tensor], dilation: int = 1
+) -> Tensor:
+    """Do what `causal_convolution` does, in a form that torch.compile can fuse. same: for every
+    lag, where it stays in the document, [B, T - lag] bool; empty for one document.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     total = wide * kernel[:, 0]
-    for lag in range(1, min(kernel.shape[1], x.shape[1])):
-        total = total + F.pad(_seen(wide[:, :-lag], same, lag) * kernel[:, lag], (0, 0, lag, 0))
+    for j in range(1, min(kernel.shape[1], -(-x.shape[1] // dilation))):
+        lag = j * dilation
+        total = total + F.pad(_seen(wide[:, :-lag], same, j) * kernel[:, j], (0, 0, lag, 0))
     return total.to(x.dtype)
 
 
 class _CausalConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, *same: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, dilation: int, *same: Tensor) -> Tensor:
+        ctx.dilation = dilation
         ctx.save_for_backward(x, kernel, *same)
         dtype = torch.promote_types(x.dtype, torch.float32)
         lags = kernel.to(dtype).t().contiguous()
@@ -223,8 +235,9 @@ class _CausalConvolution(torch.autograd.Function):
             read = x[rows].to(dtype)
             # Written into the result where dtypes agree, which saves a copy of x.
             total = torch.mul(read, lags[0], out=out[rows] if x.dtype == dtype else None)
-            for lag in range(1, len(lags)):
-                total[:, lag:].addcmul_(_seen(read[:, :-lag], same, lag, rows), lags[lag])
+            for j in range(1, len(lags)):
+                lag = j * dilation
+                total[:, lag:].addcmul_(_seen(read[:, :-lag], same, j, rows), lags[j])
             if x.dtype != dtype:
                 out[rows] = total
         return out
@@ -246,18 +259,19 @@ class _CausalConvolution(torch.autograd.Function):
             # against 7 for 8 x 256 x 512).
             products = given * read
             to_lags[0] += products.sum((0, 1))
-            for lag in range(1, len(lags)):
-                # What y[t] = kernel[lag] x[t - lag] sends back: to x the gradient
+            for j in range(1, len(lags)):
+                lag = j * ctx.dilation
+                # What y[t] = kernel[j] x[t - lag] sends back: to x the gradient
                 # of `lag` tokens later.
-                late = _seen(given[:, lag:], same, lag, rows)
-                total[:, :-lag].addcmul_(late, lags[lag])
+                late = _seen(given[:, lag:], same, j, rows)
+                total[:, :-lag].addcmul_(late, lags[j])
                 torch.mul(late, read[:, :-lag], out=products[:, lag:])
                 # Zeros, because a sum over all rows is 15 times faster than one over a slice.
                 products[:, :lag] = 0
-                to_lags[lag] += products.sum((0, 1))
+                to_lags[j] += products.sum((0, 1))
             if x.dtype != dtype:
                 to_x[rows] = total
-        return to_x, to_lags.t().to(kernel.dtype), *(None for _ in same)
+        return to_x, to_lags.t().to(kernel.dtype), None, *(None for _ in same)
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -268,6 +282,6 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, len(x), step)]
 
 
-def _seen(x: Tensor, same: Sequence[Tensor], lag: int, rows: slice = slice(None)) -> Tensor:
-    """Return x, with 0 where the lag leads to another document."""
-    return x * same[lag - 1][rows, :, None] if same else x
+def _seen(x: Tensor, same: Sequence[Tensor], j: int, rows: slice = slice(None)) -> Tensor:
+    """Return x, with 0 where the j-th lag leads to another document."""
+    return x * same[j - 1][rows, :, None] if same else x
