@@ -21,6 +21,7 @@ from memshard.models.memory.kinds import (
     check_sizes,
     check_value_dim,
 )
+from memshard.models.memory.layer import MemoryLayer
 from memshard.models.memory.look_up import look_up
 from memshard.models.memory.product_topk import product_topk
 from memshard.models.memory.query_norm import QueryNorm
@@ -28,7 +29,7 @@ from memshard.models.memory.table import ValueTable
 from memshard.models.recompute.replay import Replay, run_once
 
 
-class ProductKeyMemory(nn.Module):
+class ProductKeyMemory(MemoryLayer):
     """A position-wise layer that reads heads x topk of keys^2 values.
 
     Each head's query, split in two halves, scores two sets of `keys` sub-keys; the slots (i1, i2)
@@ -126,24 +127,6 @@ class ProductKeyMemory(nn.Module):
         """The tables that the layer reads, all at the same rows."""
         return (self.values,)
 
-    @property
-    def learns(self) -> bool:
-        """Whether any of the layer's own weights needs a gradient; hidden tables learn only then.
-
-        Adapters that wrap its matrices are not its own.
-        """
-        own = self._own_weights()
-        if not own:
-            # FSDP1 shows no weights at all; where adapters wrap all parts, there are theirs.
-            return not any(True for part in self._parts() for _ in part.parameters())
-        return any(weight.requires_grad for weight in own)
-
-    def _parts(self) -> list[nn.Module]:
-        return [part for part in self.children() if not isinstance(part, ValueTable)]
-
-    def _own_weights(self) -> list[nn.Parameter]:
-        return [weight for part in self._parts() for weight in part.parameters(recurse=False)]
-
     def forward(
         self, x: Tensor, padding: Tensor | None = None, replay: Replay | None = None
     ) -> Tensor:
@@ -175,10 +158,7 @@ class ProductKeyMemory(nn.Module):
             real = self.forward(x[padding], replay=replay)
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
-        for table in self.tables:
-            table.layer_learns = self.learns
-            if table.hidden and table.reads and torch.is_grad_enabled():
-                table.settle_reads(self._own_weights())
+        self.prepare_tables()
         y = self.read(tokens, replay).to(x.dtype)
         if self.output is not None:
             # Imported memories may have an output projection alone.
