@@ -11,8 +11,16 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 from memshard.models.memory.kinds import MEMORIES, MemoryConfig
 from memshard.models.mixers.kinds import MixerConfig, names
+from memshard.models.ngram.kinds import NgramConfig
 
-__all__ = ["Activation", "FeedForwardConfig", "MemoryConfig", "MixerConfig", "ModelConfig"]
+__all__ = [
+    "Activation",
+    "FeedForwardConfig",
+    "MemoryConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "NgramConfig",
+]
 
 _WIDEST = 1 << 20
 _LIMITS = {
@@ -96,6 +104,9 @@ class ModelConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Product-key memory layers."""
 
+    ngram: NgramConfig = field(default_factory=NgramConfig)
+    """Memories that are addressed by the tokens themselves."""
+
     program: str | None = None
     """Replaces mixer, feedforward and residual by a block of primitives from `memshard search`: the
     JSON file of a compiled program. Runs and checkpoints keep a copy of its text.
@@ -151,6 +162,7 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         _check_memory(self)
+        _check_ngram(self)
         _check_block(self)
         _check_positions(self)
         _check_encoder(self)
@@ -211,16 +223,38 @@ def _check_limits(section: Any, prefix: str = "model.") -> None:
 
 
 def _check_memory(model: ModelConfig) -> None:
-    layers = model.memory.layers
+    _check_layers("model.memory", model.memory.layers, model.layers)
+    MEMORIES[model.memory.kind].check(model.memory, model.dim)
+
+
+def _check_ngram(model: ModelConfig) -> None:
+    layers = model.ngram.layers
+    if not layers:
+        return
+    _check_layers("model.ngram", layers, model.layers)
+    model.ngram.width(model.dim)
+    if model.encoder_layers:
+        raise ValueError(
+            "model.ngram has layers and model.encoder_layers is "
+            f"{model.encoder_layers}: n-grams are for language models, so leave one out"
+        )
+    both = set(layers) & set(model.memory.layers)
+    if model.ngram.place == "replace" and both:
+        raise ValueError(
+            f"model.ngram.place is replace, but layer {min(both)} has a product-key memory: use "
+            "place=feedforward, or other layers"
+        )
+
+
+def _check_layers(section: str, layers: tuple[int, ...], count: int) -> None:
     for layer in layers:
-        if not 0 <= layer < model.layers:
+        if not 0 <= layer < count:
             raise ValueError(
-                f"model.memory.layers names layer {layer}, but the model has {model.layers} "
-                f"layers: use numbers from 0 to {model.layers - 1}"
+                f"{section}.layers names layer {layer}, but the model has {count} "
+                f"layers: use numbers from 0 to {count - 1}"
             )
     if len(set(layers)) < len(layers):
-        raise ValueError(f"model.memory.layers names a layer twice: {list(layers)}")
-    MEMORIES[model.memory.kind].check(model.memory, model.dim)
+        raise ValueError(f"{section}.layers names a layer twice: {list(layers)}")
 
 
 def _check_block(model: ModelConfig) -> None:

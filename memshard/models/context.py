@@ -20,7 +20,8 @@ class Context:
     (evaluation, or a model without dropout). source: [batch, source length, dim], the encoder's
     output that a decoder reads; source_padding: [batch, source length] bool, True
     for its real tokens. predicted: [n] int64, the places in the flat batch whose losses are wanted;
-    None leaves it to the targets.
+    None leaves it to the targets. window: [batch, length, n] int64, the tokens of the n-gram that
+    ends at each token (ngram/recent_tokens.py), for memories that are addressed by them.
 
     Where ranks share the tokens of a sequence, mixers see all of them and other layers only this
     rank's: local_part has the facts of those. padding_tokens: how many tokens at the end of the
@@ -36,6 +37,7 @@ class Context:
     source: Tensor | None = None
     source_padding: Tensor | None = None
     predicted: Tensor | None = None
+    window: Tensor | None = None
 
     @property
     def local(self) -> "Context":
@@ -49,11 +51,14 @@ class Context:
         # An empty sequence would be a step of 0, which range refuses.
         for first in range(0, length, size or max(1, length)):
             span = slice(first, first + (size or length))
-            documents, padding = (
+            documents, padding, window = (
                 None if field is None else field[:, span]
-                for field in (local.documents, local.padding)
+                for field in (local.documents, local.padding, local.window)
             )
-            yield span, Context(local.positions[:, span], documents, padding, self.random)
+            yield (
+                span,
+                Context(local.positions[:, span], documents, padding, self.random, window=window),
+            )
 
     @staticmethod
     def of(tokens: Tensor, start: int = 0) -> "Context":

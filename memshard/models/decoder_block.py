@@ -12,6 +12,7 @@ from memshard.models.context import Context
 from memshard.models.layers.residual import Residual
 from memshard.models.mixers.bidirectional import BidirectionalMixer, SourceState
 from memshard.models.mixers.mixer import MixerState
+from memshard.models.recompute.replay import Replay
 
 # After the mixer's 0 and the feedforward's 1 (block.py): part of the key of a dropout mask.
 _CROSS_BRANCH = 2
@@ -38,11 +39,11 @@ class DecoderBlock(Block):
         self.cross, self.cross_residual = cross, cross_residual
 
     def after_mixer(
-        self, x: Tensor, ctx: Context, state: MixerState | None = None
+        self, x: Tensor, ctx: Context, state: MixerState | None = None, replay: Replay | None = None
     ) -> tuple[Tensor, MixerState | None]:
         """Return the stream after mixer and cross attention, and their advanced states."""
         assert state is None or isinstance(state, DecoderState)
-        x, mixer = super().after_mixer(x, ctx, None if state is None else state.mixer)
+        x, mixer = super().after_mixer(x, ctx, None if state is None else state.mixer, replay)
         y, source = self.cross(
             self.cross_residual.before(x), ctx, None if state is None else state.source
         )

@@ -53,14 +53,6 @@ class EncoderDecoder(Transformer):
             x, _ = run_block(checkpointing, block, x, ctx, None, self.recompute.chunk)
         return self.encoder_norm(x)
 
-    def init_states(self, batch: int, capacity: int) -> list[MixerState]:
-        """Return empty states of the decoder's blocks, as `Transformer.init_states` does."""
-        return [block.init_state(batch, capacity) for block in self.stack]
-
-    def reorder(self, states: Sequence[MixerState], rows: Tensor) -> list[MixerState]:
-        """Return the states whose row i is row rows[i] of these. rows: [new batch] int64."""
-        return [block.reorder(state, rows) for block, state in zip(self.stack, states, strict=True)]
-
     @property
     def stack(self) -> list[DecoderBlock]:
         """The decoder's blocks."""

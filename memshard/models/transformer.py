@@ -1,32 +1,27 @@
 """A language model of three-slot blocks; with encoder blocks alone, a model of masked tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from memshard.models.block import Block
+from memshard.models.build_blocks import build_blocks, build_ngrams
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
-from memshard.models.decoder_block import DecoderBlock
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
-from memshard.models.layers.feedforward import FeedForward
+from memshard.models.layers.convolution import RecentRows
 from memshard.models.layers.linear import Projection, TokenEmbedding
 from memshard.models.layers.norm import build_norm
 from memshard.models.layers.position import AxialPositions, near_square, sinusoids
-from memshard.models.layers.residual import Residual
-from memshard.models.load_class import load_class
 from memshard.models.loss import IGNORE, chunked, places_of, token_losses
 from memshard.models.memory.check_input import kind_of
-from memshard.models.memory.kinds import MEMORIES
 from memshard.models.memory.product_key import ProductKeyMemory
-from memshard.models.memory.table import ValueTable
-from memshard.models.mixers.bidirectional import BidirectionalMixer
-from memshard.models.mixers.build import build_mixer
 from memshard.models.mixers.mixer import MixerState
-from memshard.models.program.mixer import ProgramMixer
-from memshard.models.program.program import Program
+from memshard.models.ngram.memory import NgramMemory
+from memshard.models.ngram.recent_tokens import TokenWindow
 from memshard.models.random import dropout
 from memshard.models.recompute.checkpointing import Recompute, checkpointed, run_block
 from memshard.models.recompute.grid import Grid
@@ -51,11 +46,17 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.positions = _build_positions(config)
-        shared = _build_tables(config) if config.memory.layers and config.memory.share else []
-        blocks = nn.ModuleList(
-            _build_block(config, layer, shared) for layer in range(config.layers)
-        )
+        ngrams = build_ngrams(config)
+        blocks = nn.ModuleList(build_blocks(config, ngrams))
         self.blocks = cast("list[Block]", blocks)
+        self.window: TokenWindow | None = None
+        """Finds the n-grams of a text, for the memories that are addressed by them, if any."""
+        self.embedding_ngram: NgramMemory | None = None
+        """A memory that is added to the embedding."""
+        if config.ngram.layers:
+            self.window = TokenWindow(config.ngram, config.vocab_size)
+            if config.ngram.place == "embedding":
+                self.embedding_ngram = ngrams[0]
         self.grid = Grid() if config.residual == "reversible" else None
         # A tied head has the embedding's width and so reads the mean of two streams.
         width = 2 * config.dim if self.grid is not None and not config.tie_head else config.dim
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         targets, their `token_losses`, [batch, length]; and the advanced states.
 
         tokens: [batch, length] int64. ctx: default: plain unpadded text from position 0. states:
-        one per block from `init_states`, when tokens continue what they have seen. targets: [batch,
+        those of `init_states`, when tokens continue what they have seen. targets: [batch,
         length] int64; the head is then computed `chunk` tokens at a time.
         """
         if tokens.ndim != 2 or tokens.is_floating_point():
@@ -137,6 +138,11 @@ class Transformer(nn.Module):
         replay: Replay | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
         length = tokens.shape[1]
+        text: RecentRows | None = None
+        if self.window is not None:
+            text = cast(RecentRows, states[-1]) if states else None
+            window, text = self.window(tokens, ctx, text)
+            ctx = replace(ctx, window=window)
         if self.share_sequence is not None:
             if states:
                 raise ValueError(
@@ -150,7 +156,7 @@ class Transformer(nn.Module):
             x1, x2, advanced = reversible_blocks(
                 self.stack,
                 self.grid,
-                self._embed(tokens, ctx),
+                self._embed(tokens, ctx, replay=replay),
                 ctx,
                 states,
                 self.recompute.check_inversion,
@@ -158,7 +164,7 @@ class Transformer(nn.Module):
             )
             streams = [x1, x2]
         else:
-            x = self._embed(tokens, ctx)
+            x = self._embed(tokens, ctx, replay=replay)
             checkpointing = self.recompute.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
             for layer, block in enumerate(self.stack):
@@ -174,6 +180,8 @@ class Transformer(nn.Module):
                 if state is not None:
                     advanced.append(state)
             streams = [x]
+        if text is not None:
+            advanced.append(cast(MixerState, text))
         if targets is not None:
             assert self.share_sequence is None
             return self._losses(*streams, targets, places=ctx.predicted), advanced or None
@@ -231,8 +239,43 @@ class Transformer(nn.Module):
         return self.blocks
 
     def init_states(self, batch: int, capacity: int) -> list[MixerState]:
-        """Return empty states of all blocks, for `batch` rows of at most `capacity` tokens."""
-        return [block.mixer.init_state(batch, capacity) for block in self.blocks]
+        """Return empty states for `batch` rows of at most `capacity` tokens: one of each block, and
+        that of the text where n-grams are read.
+        """
+        states = [block.init_state(batch, capacity) for block in self.stack]
+        if self.window is not None:
+            device = self.embedding.weight.device
+            states.append(cast(MixerState, self.window.init_state(batch, device)))
+        return states
+
+    def reorder(self, states: Sequence[MixerState], rows: Tensor) -> list[MixerState]:
+        """Return the states whose row i is row rows[i] of these. rows: [new batch] int64."""
+        return [
+            part.reorder(state, rows) for part, state in zip(self._keepers, states, strict=True)
+        ]
+
+    def rollback(self, states: Sequence[MixerState], tokens: int) -> list[MixerState]:
+        """Return the states before their last `tokens` tokens. ValueError where they are gone."""
+        return [
+            part.rollback(state, tokens) for part, state in zip(self._keepers, states, strict=True)
+        ]
+
+    def reset(self, states: Sequence[MixerState], rows: Tensor) -> list[MixerState]:
+        """Forget everything in the given rows (a document ended there). rows: [batch] bool."""
+        return [part.reset(state, rows) for part, state in zip(self._keepers, states, strict=True)]
+
+    @property
+    def _keepers(self) -> list[Any]:
+        """The parts of the model that have states, in their order."""
+        return [*self.stack, *([] if self.window is None else [self.window])]
+
+    def ngrams(self) -> Iterator[tuple[int, NgramMemory]]:
+        """Yield (layer, memory) for every memory that is addressed by tokens."""
+        if self.embedding_ngram is not None:
+            yield 0, self.embedding_ngram
+        for block in self.blocks:
+            if block.ngram is not None:
+                yield block.layer, block.ngram
 
     def memories(self) -> Iterator[tuple[int, ProductKeyMemory]]:
         """Yield (layer, memory) for every block with a memory."""
@@ -240,8 +283,12 @@ class Transformer(nn.Module):
             if block.memory is not None:
                 yield block.layer, block.memory
 
-    def _embed(self, tokens: Tensor, ctx: Context, branch: int = 0) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, ctx: Context, branch: int = 0, replay: Replay | None = None
+    ) -> Tensor:
         x = self.embedding(tokens)
+        if self.embedding_ngram is not None:
+            x = x + self.embedding_ngram(x, ctx.local, None, replay)[0]
         if self.positions is not None:
             x = x + self.positions(ctx.local.positions)
         elif self.config.position == "sinusoidal":
@@ -267,62 +314,3 @@ def _build_positions(config: ModelConfig) -> nn.Module | None:
     if config.position == "axial":
         return AxialPositions(config.axial or near_square(config.max_length), config.dim)
     return TokenEmbedding(config.max_length, config.dim)
-
-
-def _build_tables(config: ModelConfig) -> list[ValueTable]:
-    memory = config.memory
-    return [ValueTable(memory.slots, memory.value_dim or config.dim) for _ in range(memory.tables)]
-
-
-def _build_memory(config: ModelConfig, shared: list[ValueTable]) -> ProductKeyMemory:
-    kind = MEMORIES[config.memory.kind]
-    memory: ProductKeyMemory = load_class(kind.path).from_config(
-        config, shared or _build_tables(config)
-    )
-    return memory
-
-
-def _build_block(config: ModelConfig, layer: int, shared: list[ValueTable]) -> Block:
-    memory = _build_memory(config, shared) if layer in config.memory.layers else None
-    if config.program is not None:
-        added = Residual("whole" if memory is None else "pre", config.norm, config.dim)
-        return Block(
-            layer,
-            _build_program(config),
-            None,
-            memory,
-            (Residual("whole", config.norm, config.dim), added),
-            config.dropout,
-        )
-    # Two branches a layer write to the stream: their variances then add up to that of one.
-    output_scale = (2 * config.layers) ** -0.5
-    mixer = build_mixer(config, layer, output_scale)
-    feedforward = None
-    if memory is None or config.memory.mode == "add":
-        feedforward = FeedForward(
-            config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale
-        )
-    norm_after = config.feedforward.norm == "after"
-    residuals = (
-        Residual(config.residual, config.norm, config.dim),
-        Residual(config.residual, config.norm, config.dim, norm_after),
-    )
-    block = layer, mixer, feedforward, memory, residuals, config.dropout
-    if not config.translates or layer < config.encoder_layers:
-        return Block(*block)
-    return DecoderBlock(
-        BidirectionalMixer.from_config(config, layer, output_scale, cross=True),
-        Residual(config.residual, config.norm, config.dim),
-        *block,
-    )
-
-
-def _build_program(config: ModelConfig) -> ProgramMixer:
-    assert config.program is not None
-    program = Program.from_json(config.program)
-    if program.width != config.dim:
-        raise ValueError(
-            f"model.dim is {config.dim} but model.program was compiled for {program.width}: set "
-            f"model.dim={program.width}"
-        )
-    return ProgramMixer(program)

@@ -7,6 +7,8 @@ an attribute or a hook that the module leaves open, and this is the whole list:
                                     (`apply`)
     Transformer.share_sequence      cuts this rank's part from tokens and context (`segments.py`,
                                     `tensor.py`)
+    Convolutions.neighbours         gives an n-gram memory the rows before this rank's tokens
+                                    (`apply`)
     Mixer.share_sequence            gives a mixer the state, and its convolutions the last rows, of
                                     the segment before this rank's (`segments.py`)
     Mixer.heads, .kv_heads          become this rank's number of heads (`tensor.py`)
@@ -18,10 +20,12 @@ an attribute or a hook that the module leaves open, and this is the whole list:
     ValueTable.gradient_scale       factor of row gradients (`tables/shard_tables.py`, `apply`)
     pre-forward hooks               gather the sequence: of mixers, feedforwards and shared query
                                     maps (`tensor.py`), of memories that read for a whole tensor
-                                    group (`_gather_sequence_for_memory`)
+                                    group (`_gather_sequence_for_memory`,
+                                    `_gather_sequence_for_ngrams`)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,10 +37,11 @@ from memshard.models.loss import token_losses
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.memory.query_norm import QueryNorm
 from memshard.models.memory.table import externalize_tables
+from memshard.models.ngram.memory import NgramMemory
 from memshard.models.transformer import Transformer
 from memshard.parallel.collectives import differentiable_sum
 from memshard.parallel.mesh import AXES, DATA, group, groups_beside_ddp, tensor_size
-from memshard.parallel.segments import segment_losses, share_sequences
+from memshard.parallel.segments import RankNeighbours, segment_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
 from memshard.parallel.tables.layouts import LayoutName, layout_named
@@ -82,6 +87,10 @@ def apply(
 
             placement = split_dense(model, mesh)
     row = layout_named(layout)
+    if ranks > 1 and not row.within_tensor_group:
+        for module in model.modules():
+            if isinstance(module, NgramMemory):
+                module.convolutions.neighbours = RankNeighbours(group(mesh, ("tensor",)))
     copies = tuple(axis for axis in AXES if axis not in row.axes)
     # Ranks along the tensor axis may read the same.
     sharing, reading = groups_beside_ddp(mesh, row.axes, DATA if row.within_tensor_group else AXES)
@@ -92,6 +101,8 @@ def apply(
         for module in model.modules():
             if isinstance(module, ProductKeyMemory):
                 _gather_sequence_for_memory(module, group(mesh, row.axes), ranks)
+            elif isinstance(module, NgramMemory):
+                _gather_sequence_for_ngrams(module, group(mesh, row.axes), ranks)
     for module in model.modules():
         if isinstance(module, QueryNorm):
             # The sum's backward sums as well: a query's gradient goes through the statistics of
@@ -138,3 +149,18 @@ def _gather_sequence_for_memory(
 
     memory.register_forward_pre_hook(before)
     memory.register_forward_hook(lambda _, inputs, y: split(y, group, 1 / ranks))
+
+
+def _gather_sequence_for_ngrams(memory: NgramMemory, group: dist.ProcessGroup, ranks: int) -> None:
+    """Do for a memory that is addressed by tokens what `_gather_sequence_for_memory` does."""
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, ctx, *rest = inputs
+        facts = {name: getattr(ctx, name) for name in ("documents", "padding", "window")}
+        whole = {
+            name: None if fact is None else gathered(fact, group) for name, fact in facts.items()
+        }
+        return gather(x, group), replace(ctx, **whole), *rest
+
+    memory.register_forward_pre_hook(before)
+    memory.register_forward_hook(lambda _, inputs, y: (split(y[0], group, 1 / ranks), y[1]))

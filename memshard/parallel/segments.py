@@ -114,12 +114,12 @@ def share_sequences(model: Transformer, ranks: dist.ProcessGroup) -> None:
 
     def local_part(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
         tokens, ctx, real = fill_up(tokens, ctx, ranks)
-        documents, padding = (
+        documents, padding, window = (
             None if facts is None else local_segment(facts, ranks)
-            for facts in (ctx.documents, real)
+            for facts in (ctx.documents, real, ctx.window)
         )
         return local_segment(tokens, ranks), Context(
-            local_segment(ctx.positions, ranks), documents, padding, ctx.random
+            local_segment(ctx.positions, ranks), documents, padding, ctx.random, window=window
         )
 
     model.share_sequence = local_part

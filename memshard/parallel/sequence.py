@@ -65,12 +65,14 @@ def fill_up(
         # Token 0 at position 0 is always in the vocabulary and in the table of positions.
         tokens, positions = F.pad(tokens, (0, missing)), F.pad(ctx.positions, (0, missing))
         documents = None if ctx.documents is None else F.pad(ctx.documents, (0, missing))
+        window = None if ctx.window is None else F.pad(ctx.window, (0, 0, 0, missing), value=-1)
         ctx = replace(
             ctx,
             positions=positions,
             documents=documents,
             padding=None if ctx.padding is None else real,
             padding_tokens=missing,
+            window=window,
         )
     return tokens, ctx, real
 

@@ -276,10 +276,12 @@ def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:
     # No token sees what comes after it, so mixers need not know about the padding. Layers that take
     # tokens one by one (norm statistics, memories) must leave it out.
     tokens, ctx, real = fill_up(tokens, ctx, ranks)
+    documents, padding, window = (
+        None if facts is None else local_segment(facts, ranks)
+        for facts in (ctx.documents, real, ctx.window)
+    )
     part = Context(
-        local_segment(ctx.positions, ranks),
-        padding=None if real is None else local_segment(real, ranks),
-        random=ctx.random,
+        local_segment(ctx.positions, ranks), documents, padding, ctx.random, window=window
     )
     return tokens, replace(ctx, local_part=part)
 

@@ -5,6 +5,7 @@ from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.layers.feedforward import FeedForward
 from memshard.models.mixers.mixer import Mixer
 from memshard.models.mixers.projections import HeadProjections
+from memshard.models.ngram.memory import NgramMemory
 from memshard.models.program.mixer import ProgramMixer
 from memshard.models.transformer import Transformer
 from memshard.parallel.spec import ShardSpec
@@ -33,7 +34,12 @@ def split_matrices(model: Transformer, ranks: int) -> dict[str, ShardSpec]:
             )
     elif model.head is not None:
         placement["head.weight"] = _split(vocabulary, 0)
+    whole = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, NgramMemory)
+    )
     for name, module in model.named_modules():
+        if name.startswith(whole):
+            continue
         if isinstance(module, ProgramMixer):
             if ranks > 1:
                 raise ValueError(

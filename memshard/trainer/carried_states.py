@@ -45,7 +45,7 @@ class Carried:
         ]
         self._place = torch.zeros(lanes, dtype=torch.int64)
         self._place[self._dealt[rank]] = torch.arange(len(self._dealt[rank]))
-        self._mixers = [block.mixer for block in model.blocks]
+        self._model = model
         self._continues = continues
         # Ranks with only filler rows also have states, which are never stored.
         # Capacity 0: these mixers' states have a constant size.
@@ -59,10 +59,7 @@ class Carried:
         """
         fresh = ~self._continues(samples) | (samples < 0)
         rows, fresh = to_device(self._device, self._rows(samples), fresh)
-        return [
-            mixer.reset(mixer.reorder(state, rows), fresh)
-            for mixer, state in zip(self._mixers, self._states, strict=True)
-        ]
+        return self._model.reset(self._model.reorder(self._states, rows), fresh)
 
     def advance(self, samples: Tensor, states: Sequence[MixerState]) -> None:
         """Keep the states that those rows end with until the step is committed."""

@@ -19,7 +19,7 @@ from memshard.data_pipeline.stream.open_stream import (
 )
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.stream.train_stream import TrainStream
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from memshard.models.config import ModelConfig
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.seq2seq import build_model
@@ -178,9 +178,17 @@ def _kept_files(recipe: Recipe) -> dict[str, bytes]:
     return files
 
 
+def _eos(path: str) -> int | None:
+    """Return the token that ends documents; None where the data's tokens are no text."""
+    index = load_index(path)
+    if not index.records.tokenizer:
+        return None
+    return Tokenizer(local_copy(path, TOKENIZER_FILE, index.tokenizer_sha256)).eos_id
+
+
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with what its data decides filled in: vocabulary size, longest sequence,
-    buckets of LSH, order of sequences.
+    buckets of LSH, order of sequences, the token that ends documents.
     """
     if not recipe.data.path:
         raise ValueError("data.path is empty, as in exports: give data.path=DIR")
@@ -199,6 +207,8 @@ def resolve(recipe: Recipe) -> Recipe:
             "raise it or leave it out"
         )
     model = replace(model, vocab_size=model.vocab_size or vocabulary)
+    if model.ngram.layers and model.ngram.eos is None:
+        model = replace(model, ngram=replace(model.ngram, eos=_eos(recipe.data.path)))
     data = recipe.data
     order = resolve_order(data.path, data.order, data.mixture, recipe.train.carry_state)
     return replace(recipe, model=model.for_length(data.length), data=replace(data, order=order))

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from memshard.data_pipeline.stream.batch import IGNORE, Batch
 from memshard.data_pipeline.stream.rank_share import rank_share
-from memshard.models.config import MixerConfig
+from memshard.models.config import MixerConfig, NgramConfig
 from memshard.models.memory.table import find_tables
 from memshard.models.recompute.checkpointing import Checkpointing
 from memshard.parallel.apply import Share, losses_on
@@ -62,6 +62,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation": "squared_relu",
         "norm_after": True,
         "norm": "primer",
+    },
+    "Engram beside product keys": {
+        "memory": {"query_norm": "layer"},
+        "mixer": {"pattern": ("softmax", "delta", "local"), "window": 3},
+        "ngram": NgramConfig(layers=(0, 2), rows=13, heads=2, value_dim=6, convolution=3),
+        "position": "rotary",
+    },
+    "n-grams at the embedding": {
+        "memory": {"query_norm": "rms", "mode": "add"},
+        "ngram": NgramConfig(
+            layers=(0,),
+            rule="longcat",
+            place="embedding",
+            rows=13,
+            heads=2,
+            value_dim=6,
+            gate="none",
+        ),
+    },
+    "bigrams before every mixer": {
+        "memory": {"layers": (2,), "query_norm": "layer"},
+        "ngram": NgramConfig(
+            layers=(0, 1, 2), rule="bigram", rows=31, share=True, gate="scalar", convolution=0
+        ),
+        "position": "none",
+    },
+    "n-grams in place of a feedforward": {
+        "memory": {"query_norm": "layer"},
+        "ngram": NgramConfig(layers=(0,), rule="token", place="replace", value_dim=12, gate="glu"),
+        "tie_head": False,
     },
     "PEER, post-norm": {
         "memory": {"kind": "peer", "query_norm": "lagged"},

@@ -37,6 +37,12 @@ KINDS = {
     ),
     "peer": ("model.memory.kind=peer", "model.tie_head=false", "model.position=rotary"),
     "fast weights": ("model.mixer.kind=delta", "model.position=sinusoidal"),
+    "n-grams": (
+        "model.ngram.layers=[0,1]",
+        "model.ngram.heads=2",
+        "model.ngram.rows=13",
+        "model.ngram.value_dim=4",
+    ),
     "lsh": ("model.mixer.kind=lsh", "model.mixer.chunk=2", "model.position=rotary"),
     "reversible": (
         "model.residual=reversible",

@@ -308,12 +308,14 @@ def _length(args: argparse.Namespace, loaded: "LoadedModel") -> int:
 
 def _write_dead_rows(loaded: "LoadedModel", evaluation: "Evaluation", file: Path) -> None:
     from memshard.models.memory.product_key import row_slots
+    from memshard.models.memory.table import find_tables
 
-    keys = loaded.recipe.model.memory.keys
+    keys = {name: table.keys for name, table in find_tables(loaded.model)}
     # Row numbers would mean nothing outside: slots are what keys and exports speak of.
     dead = {
-        name: row_slots((counter.counts == 0).nonzero().flatten(), keys)
+        name: rows if of_table is None else row_slots(rows, of_table)
         for name, counter in evaluation.counters.items()
+        for rows, of_table in [((counter.counts == 0).nonzero().flatten(), keys[name])]
     }
     file.write_text(
         json.dumps({name: slots.sort().values.tolist() for name, slots in dead.items()}),
@@ -325,6 +327,7 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
     import torch
 
     from memshard.models.memory.product_key import row_slots
+    from memshard.models.memory.table import find_tables
     from memshard.trainer.evaluation.pictures import loss_curve, usage_map
     from memshard.trainer.watch.metrics import METRICS_FILE
 
@@ -336,14 +339,16 @@ def _draw(loaded: "LoadedModel", evaluation: "Evaluation", folder: Path) -> list
     if metrics.exists():
         loss_curve({metrics.parent.name: metrics}, folder / "loss.png")
         drawn.append(str(folder / "loss.png"))
-    keys = loaded.recipe.model.memory.keys
+    keys = {name: table.keys for name, table in find_tables(loaded.model)}
     for name, counter in evaluation.counters.items():
+        if (side := keys[name]) is None:
+            continue
         # Rows are stored diagonal by diagonal; the map shows slots i1 * keys + i2 as a square.
         counts = counter.counts.cpu()  # a table's are on its device
         in_slot_order = torch.empty_like(counts)
-        in_slot_order[row_slots(torch.arange(len(counts)), keys)] = counts
+        in_slot_order[row_slots(torch.arange(len(counts)), side)] = counts
         picture = folder / f"{name.removesuffix('.memory.values')}.png"
-        usage_map(in_slot_order, keys, picture)
+        usage_map(in_slot_order, side, picture)
         drawn.append(str(picture))
     return drawn
 

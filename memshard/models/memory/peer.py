@@ -63,6 +63,7 @@ class Peer(ProductKeyMemory):
         self.down = (
             down if down is not None else ValueTable(keys**2, dim, device=device, dtype=dtype)
         )
+        self.down.keys = keys
 
     @classmethod
     def from_config(cls, config: ModelConfig, tables: Sequence[ValueTable]) -> Self:

@@ -96,6 +96,7 @@ class ProductKeyMemory(MemoryLayer):
             if values is not None
             else ValueTable(keys**2, value_dim, device=device, dtype=dtype)
         )
+        self.values.keys = keys
         self.key_use: KeyUse | None = None
         """Watches the search in training, if set."""
         self.gate: nn.Linear | None = None

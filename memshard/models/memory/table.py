@@ -79,6 +79,10 @@ class ValueTable(HideableTable):
         self.dim = dim
         self.first_row = local_rows.start
         self.local_columns = local_columns
+        self.keys: int | None = None
+        """Sub-keys per half of the memory that searches the table, whose rows are then slots in the
+        order of `slot_rows`; None where layers know their rows.
+        """
         self.observer: ReadObserver | None = None
         self.gradient_scale = 1.0
         """Factor that turns the sum of all collected row gradients into the gradient of the loss

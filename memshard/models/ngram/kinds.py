@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from memshard.models.ngram.primes import first_primes
 
-Place = Literal["embedding", "mixer", "feedforward", "replace", "values"]
-GateKind = Literal["none", "scalar", "context", "glu", "heads"]
+Place = Literal["embedding", "mixer", "feedforward", "replace"]
+GateKind = Literal["none", "scalar", "context", "glu"]
 TokenMapKind = Literal["none", "text"]
 
 Sizes = Callable[["NgramConfig", int, int], tuple[int, ...]]
@@ -140,7 +140,7 @@ class NgramConfig:
 
     place: Place = "mixer"
     """Where a token's rows enter: at the embedding, before a layer's mixer, beside its feedforward
-    or in place of it (replace), or into the values of its attention.
+    or in place of it (replace).
     """
 
     share: bool = False
@@ -189,11 +189,14 @@ class NgramConfig:
     """Seed of the multipliers of engram and qwen; the published models have 0 and 1234."""
 
     gate: GateKind = "context"
-    """What a token's rows are multiplied with before they enter."""
+    """What decides how much of a token's rows e enters: none, W e; scalar, a learned number times
+    W e; context, a number in (0, 1) from the agreement of e with the stream, times W e (Engram);
+    glu, W (silu(G x) * e) (STEM).
+    """
 
-    convolution: int = 4
+    convolution: int | None = None
     """Width of the causal depthwise convolution after the gate, whose dilation is the order; 0 for
-    none.
+    none. Default: 4 before a mixer, the only place that has one, 0 elsewhere.
     """
 
     def __post_init__(self) -> None:
@@ -242,6 +245,11 @@ class NgramConfig:
             raise ValueError(
                 f"model.ngram.rows is {self.rows}; the limit is {1 << 40:,}: check the number"
             )
+        if self.convolution and self.place != "mixer":
+            raise ValueError(
+                f"model.ngram.convolution is {self.convolution}, which place {self.place} does not "
+                "have: leave it out, or set model.ngram.place=mixer"
+            )
         if self.convolution == 1:
             raise ValueError(
                 "model.ngram.convolution is 1; a width is at least 2 (Engram's is 4), or 0 for none"
@@ -258,6 +266,12 @@ class NgramConfig:
     def tables_of_order(self) -> int:
         """Number of reads of each order: `heads`, or the rule's."""
         return RULES[self.rule].heads if self.heads is None else self.heads
+
+    @property
+    def kernel(self) -> int:
+        """Width of the convolution: `convolution`, or that of the place."""
+        default = 4 if self.place == "mixer" else 0
+        return default if self.convolution is None else self.convolution
 
     @property
     def reads(self) -> int:

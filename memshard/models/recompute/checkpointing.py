@@ -58,10 +58,7 @@ def run_block(
     """
     if chunk and chunk < ctx.local.positions.shape[1]:
         if kind == "full":
-            # No replay: all that must happen once is in memories, so in the other half.
-            x, state = checkpoint(
-                block.after_mixer, x, ctx, state, use_reentrant=False, preserve_rng_state=False
-            )
+            x, state = checkpointed(block.after_mixer, x, ctx, state)
         else:
             x, state = block.after_mixer(x, ctx, state)
         # A checkpoint for each chunk, so that backward has the activations of one at a time.

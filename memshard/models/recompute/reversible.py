@@ -87,10 +87,15 @@ def reversible_blocks(
 
 
 def mixer_change(
-    block: Block, grid: Grid, x: Tensor, ctx: Context, state: MixerState | None = None
+    block: Block,
+    grid: Grid,
+    x: Tensor,
+    ctx: Context,
+    state: MixerState | None = None,
+    replay: Replay | None = None,
 ) -> tuple[Tensor, MixerState | None]:
     """Return f(x), which the mixer adds to the first stream, given the second."""
-    y, state = block.mixer_branch(_as_weights(block.mixer_residual.norm, x), ctx, state)
+    y, state = block.mixer_branch(_as_weights(block.mixer_residual.norm, x), ctx, state, replay)
     return grid.round(y), state
 
 
@@ -163,7 +168,8 @@ class _Step:
     ) -> None:
         self.block, self.grid, self.ctx, self.rebuilt = block, grid, ctx, rebuilt
         self.first, self.last, self.check, self.chunk = first, last, check, chunk
-        self.replay = Replay()
+        # Backward repeats the halves in the other order.
+        self.mixer_replay, self.replay = Replay(), Replay()
         self.state: MixerState | None = None
         self.advanced: MixerState | None = None
         self.device = ctx.positions.device.type
@@ -186,7 +192,12 @@ class _Step:
         # No autocast cache: see the paragraph at the top of this file.
         with torch.set_grad_enabled(compiled), self.autocast_context(cached=False):
             change, self.advanced = mixer_change(
-                self.block, self.grid, x2.detach().requires_grad_(compiled), self.ctx, self.state
+                self.block,
+                self.grid,
+                x2.detach().requires_grad_(compiled),
+                self.ctx,
+                self.state,
+                self.mixer_replay,
             )
             y1 = x1 + change.detach()
             del change
@@ -219,7 +230,7 @@ class _Step:
                 y2[:, tokens] -= change.detach()
                 # Tables hold on to `upstream` until the optimizer step, and d2 is modified in place
                 # below: clone.
-                upstream = d2[:, tokens] if self.block.memory is None else d2[:, tokens].clone()
+                upstream = d2[:, tokens].clone() if self.block.has_table else d2[:, tokens]
                 to_y1, *gradients = torch.autograd.grad(
                     change, [leaf, *trained], upstream, allow_unused=True, retain_graph=keep_graph
                 )
@@ -229,13 +240,25 @@ class _Step:
                 ]
                 del change, upstream, to_y1, gradients
         x2 = y2.requires_grad_()
-        with torch.enable_grad(), self.autocast_context(self.cached):
-            change, _ = mixer_change(self.block, self.grid, x2, self.ctx, self.state)
+        with (
+            self.mixer_replay.repeat(),
+            torch.enable_grad(),
+            self.autocast_context(self.cached),
+        ):
+            change, _ = mixer_change(
+                self.block, self.grid, x2, self.ctx, self.state, self.mixer_replay
+            )
         x1 = y1.sub_(change.detach())
         # Only the output's place in the graph is needed now, not its values.
         edge = torch.autograd.graph.get_gradient_edge(change)
         del change
-        to_x2, *from_mixer = torch.autograd.grad(edge, [x2, *trained], d1, allow_unused=True)
+        to_x2, *from_mixer = torch.autograd.grad(
+            edge,
+            [x2, *trained],
+            d1.clone() if self.block.has_table else d1,
+            allow_unused=True,
+            retain_graph=keep_graph,
+        )
         x2 = x2.detach()
         if self.checksum is not None and not torch.equal(_checksum(x1, x2), self.checksum):
             raise RuntimeError(

@@ -77,7 +77,7 @@ def open_checkpoint(folder: Path, check: bool = True) -> StoredModel:
         except ValueError as error:
             raise DamagedCheckpoint(folder, str(error)) from error
     kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in index.items()}
-    names = _table_names(folder, recipe, kinds)
+    names = _table_keys(folder, recipe, kinds)
     stored = {name: MappedTensor(folder, tensor) for name, tensor in index.items()}
     tables = {name: stored.pop(f"{name}.weight") for name in names}
     return StoredModel(
@@ -123,21 +123,20 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
             if name not in scales
         }
         tables = {
-            name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None))
-            for name in _table_names(folder, recipe, kinds)
+            name: (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.{SCALE}", None), keys)
+            for name, keys in _table_keys(folder, recipe, kinds).items()
         }
-        keys = recipe.model.memory.keys
         return StoredModel(
             folder=folder,
             recipe=recipe,
             step=about["step"],
             tokenizer=Tokenizer(folder / TOKENIZER_FILE),
             dense={name: tensor.clone for name, tensor in tensors.items()},
-            tables={name: partial(_read_slots, *pair, keys) for name, pair in tables.items()},
+            tables={name: partial(_read_slots, *stored) for name, stored in tables.items()},
             table_dtype=next(
                 (
                     torch.float32 if scale is not None else values.dtype
-                    for values, scale in tables.values()
+                    for values, scale, _ in tables.values()
                 ),
                 torch.float32,
             ),
@@ -156,8 +155,8 @@ def _recipe(folder: Path) -> Recipe:
     return replace(recipe, model=recipe.model.for_length(recipe.data.length))
 
 
-def _read_slots(values: Tensor, scale: Tensor | None, keys: int, rows: Tensor) -> Tensor:
-    slots = row_slots(rows, keys)
+def _read_slots(values: Tensor, scale: Tensor | None, keys: int | None, rows: Tensor) -> Tensor:
+    slots = rows if keys is None else row_slots(rows, keys)
     # Exports are in slot order, i1 * keys + i2, and training's rows in Morton order.
     return values[slots] if scale is None else values[slots].float() * scale[slots, None]
 
@@ -169,11 +168,12 @@ def _read_dtype(name: str, values: Tensor, tensors: Mapping[str, Tensor]) -> tor
     return torch.float32 if values.dtype == torch.int8 and scaled else values.dtype
 
 
-def _table_names(
+def _table_keys(
     folder: Path, recipe: Recipe, kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> list[str]:
-    """Return the names of the model's tables. ValueError unless the tensors that the folder holds
-    are the model's: a recipe of a terabyte is refused before anything is allocated.
+) -> dict[str, int | None]:
+    """Return the names of the model's tables, with their `keys`. ValueError unless the tensors that
+    the folder holds are the model's: a recipe of a terabyte is refused before anything is
+    allocated.
     """
     if recipe.model.layers > len(kinds):
         raise ValueError(
@@ -201,4 +201,4 @@ def _table_names(
             )
         if (dtype in DTYPES.values()) != floating:
             raise ValueError(f"{folder} does not fit its recipe: {name} is {dtype} there")
-    return [name for name, _ in find_tables(model)]
+    return {name: table.keys for name, table in find_tables(model)}

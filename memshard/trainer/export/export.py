@@ -14,7 +14,7 @@ from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.io import whole_folder
 from memshard.models.context import Context
 from memshard.models.memory.product_key import slot_rows
-from memshard.models.memory.table import find_tables
+from memshard.models.memory.table import ValueTable, find_tables
 from memshard.models.random import fold
 from memshard.models.seq2seq import build_model
 from memshard.trainer.checkpoint.load_model import (
@@ -65,7 +65,8 @@ def export(
 
     source: run folder, checkpoint or export. dtype: fp32, fp16 or bf16; tables: the same or int8 (a
     scale a row), by default as dtype. huggingface: add the code with which transformers loads it.
-    The configuration names no path and no address. Tables are in slot order, i1 * keys + i2. The
+    The configuration names no path and no address. Tables of
+    product keys are in slot order, i1 * keys + i2. The
     export is compared with its source, both read through memory maps, before it gets its name.
     ValueError if `out` is taken or the two disagree.
     """
@@ -107,9 +108,8 @@ def _entries(stored: StoredModel, dtype: str, tables: str) -> Iterator[Entry]:
         yield Entry(PREFIX + name, narrow, tuple(values.shape), _dense(read, narrow))
     with torch.device("meta"):
         model = build_model(stored.recipe.model)
-    keys = stored.recipe.model.memory.keys
     for name, table in find_tables(model):
-        blocks = _in_slot_order(stored, name, keys, table.dim)
+        blocks = _in_slot_order(stored, name, table)
         if tables == _INT8:
             scales: list[Tensor] = []
             yield Entry(
@@ -134,12 +134,16 @@ def _dense(read: Any, dtype: torch.dtype) -> Iterator[Tensor]:
     yield read().to(dtype)
 
 
-def _in_slot_order(stored: StoredModel, name: str, keys: int, dim: int) -> Iterator[Tensor]:
+def _in_slot_order(stored: StoredModel, name: str, table: ValueTable) -> Iterator[Tensor]:
     # 16 MB at a time, whatever the size of the table.
-    step = max(1, _BLOCK_BYTES // (4 * dim))
-    for first in range(0, keys * keys, step):
-        slots = torch.arange(first, min(first + step, keys * keys))
-        yield stored.tables[name](slot_rows(slots // keys, slots % keys, keys))
+    step = max(1, _BLOCK_BYTES // (4 * table.dim))
+    for first in range(0, table.slots, step):
+        slots = torch.arange(first, min(first + step, table.slots))
+        yield stored.tables[name](
+            slots
+            if table.keys is None
+            else slot_rows(slots // table.keys, slots % table.keys, table.keys)
+        )
 
 
 def _quantised(blocks: Iterator[Tensor], scales: list[Tensor]) -> Iterator[Tensor]:

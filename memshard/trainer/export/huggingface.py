@@ -8,6 +8,7 @@ from typing import Any
 
 from memshard.models.config import ModelConfig
 from memshard.models.memory.kinds import MEMORIES
+from memshard.models.ngram.kinds import RULES
 
 _ROOT = Path(__file__).parents[2]
 _HOME = "memshard.trainer.export.remote"
@@ -64,6 +65,8 @@ _LEFT_OUT: dict[str, Callable[[ModelConfig], bool]] = {
     ),
     "memshard.models.layers.adaptive_softmax": lambda model: not model.adaptive_cutoffs,
     "memshard.models.mixers.bidirectional": lambda model: not model.encoder_layers,
+    "memshard.models.ngram.memory": lambda model: not model.ngram.layers,
+    "memshard.models.ngram.recent_tokens": lambda model: not model.ngram.layers,
     "memshard.models.program.mixer": lambda model: model.program is None,
     "memshard.models.program.program": lambda model: model.program is None,
     "memshard.models.recompute.grid": lambda model: model.residual != "reversible",
@@ -111,12 +114,14 @@ def write_code(folder: Path, model: ModelConfig, eos_id: int) -> dict[str, Any]:
 
 
 def _class_loader(model: ModelConfig) -> str:
-    """Return the source of a `load_class` that imports the model's mixers and memory by name, which
-    is what transformers looks for.
+    """Return the source of a `load_class` that imports the model's mixers, memory and rule of
+    n-grams by name, which is what transformers looks for.
     """
     paths = {model.mixer.kind_of(layer).path for layer in range(model.layers)}
     if model.memory.layers:
         paths.add(MEMORIES[model.memory.kind].path)
+    if model.ngram.layers:
+        paths.add(RULES[model.ngram.rule].path)
     classes = [path.split(":") for path in sorted(paths)]
     imports = "".join(f"from {module} import {name}\n" for module, name in classes)
     rows = "".join(f'    "{module}:{name}": {name},\n' for module, name in classes)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.ngram.addresses import Addresses, build_addresses
+from memshard.models.ngram.addresses import Addresses
+from memshard.models.ngram.build import build_addresses
 from memshard.models.ngram.kinds import RULES, NgramConfig
 from memshard.models.ngram.naive import (
     naive_bigram,

@@ -23,33 +23,39 @@ _IGNORE = -100  # transformers' own convention for labels
 
 
 class SlotTable(ValueTable):
-    """A table in slot order, i1 * keys + i2, as exports hold it; trainable like any parameter."""
+    """A table as exports hold it, of product keys in slot order, i1 * keys + i2; trainable like any
+    parameter.
+    """
 
-    def __init__(self, slots: int, dim: int, keys: int) -> None:
+    def __init__(self, slots: int, dim: int, keys: int | None) -> None:
         super().__init__(slots, dim)
         self.keys = keys
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Do what `ValueTable.weighted_sum` does."""
-        return super().weighted_sum(row_slots(rows, self.keys), weights)
+        return super().weighted_sum(_stored_at(rows, self.keys), weights)
 
     def dot(self, rows: Tensor, x: Tensor) -> Tensor:
         """Do what `ValueTable.dot` does."""
-        return super().dot(row_slots(rows, self.keys), x)
+        return super().dot(_stored_at(rows, self.keys), x)
 
 
 class Int8Table(MappedTable):
-    """A table in slot order whose rows are int8 times a scale; for inference."""
+    """A table as exports hold it whose rows are int8 times a scale; for inference."""
 
-    def __init__(self, slots: int, dim: int, keys: int) -> None:
+    def __init__(self, slots: int, dim: int, keys: int | None) -> None:
         super().__init__(slots, dim, self._dequantised)
         self.keys = keys
         self.weight = nn.Parameter(torch.empty(slots, dim, dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(slots), requires_grad=False)
 
     def _dequantised(self, rows: Tensor) -> Tensor:
-        slots = row_slots(rows, self.keys).to(self.weight.device)
+        slots = _stored_at(rows, self.keys).to(self.weight.device)
         return self.weight[slots].float() * self.scale[slots, None].float()
+
+
+def _stored_at(rows: Tensor, keys: int | None) -> Tensor:
+    return rows if keys is None else row_slots(rows, keys)
 
 
 class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
@@ -66,8 +72,7 @@ class MemshardForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Transformer(settings)
         table = Int8Table if config.memshard.get("tables") == "int8" else SlotTable
         new: dict[str, ValueTable] = {
-            name: table(old.slots, old.dim, settings.memory.keys)
-            for name, old in find_tables(self.model)
+            name: table(old.slots, old.dim, old.keys) for name, old in find_tables(self.model)
         }
         replace_tables(self.model, new)
         self._tied_weights_keys = _shared_weights(self)
@@ -184,10 +189,7 @@ class States:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i be row beam_idx[i] from now on (beam search)."""
         self.tokens = self.tokens[beam_idx]
-        self.layers = [
-            block.mixer.reorder(state, beam_idx)
-            for block, state in zip(self.model.blocks, self.layers, strict=True)
-        ]
+        self.layers = self.model.reorder(self.layers, beam_idx)
 
 
 def build(kind: Any, values: dict[str, Any]) -> Any:
