@@ -41,6 +41,10 @@ BENCHMARKS = {
             "gpu.run",
         ),
         _benchmark("product-topk", "product-key search: what tie order costs and pruning saves"),
+        _benchmark(
+            "ngram-hash",
+            "rows of n-grams against the public references: whether they agree, and times",
+        ),
         _benchmark("lsh", "LSH attention on long sequences: time and memory, against its peers"),
         _benchmark("million-tokens", "one training step on a million tokens: time and memory"),
         _benchmark("reversible", "plain, checkpointed and reversible blocks: time and memory"),

@@ -23,6 +23,7 @@ SMALLEST = {
     "million-tokens": "--tokens 1024 --dim 32 --heads 2 --layers 1",
     "reversible": "--layers 1 --dim 32 --length 16 --batch 2 --rounds 1 --time-layers 1",
     "fast-weights": "--rounds 1",
+    "ngram-hash": "--vocabulary 64 --rows 100 --batch 1 --length 16 --rounds 1",
     "primer": "--rounds 1",
     "candidates": "--count 4 --seeds 1",
     "duplicates": "--documents 2000",

@@ -15,12 +15,13 @@ class Addresses(nn.Module):
 
     All rules are the same arithmetic, in 64-bit integers that wrap around: a mixture of the last
     tokens' ids, each times a multiplier of the read, modulo a modulus of the read, plus where its
-    part of the table begins. The numbers, int64 `multipliers` [reads, order], `moduli` and
-    `offsets` [reads], are stored with the model, so that rows keep their meaning.
+    part of the table begins. The numbers, int64 `multipliers` [orders, heads, order], `moduli` and
+    `offsets` [orders, heads], are stored with the model, so that rows keep their meaning.
 
-    settings, token_ids, layer: as for `build_addresses`. multipliers: of each read, for the token
-    and those before it, as many as its n-gram has tokens. mix: what combines the products, XOR or a
-    sum. spare: keep the last row of each part for tokens with none before them.
+    settings, token_ids, layer: as for `build_addresses`. multipliers: for each order those of each
+    head, or of all of them, for the token and those before it, as many as an n-gram has tokens.
+    mix: what combines the products, XOR or a sum. spare: keep the last row of each part for tokens
+    with none before them.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Addresses(nn.Module):
         settings: NgramConfig,
         token_ids: int,
         layer: int,
-        multipliers: list[list[int]],
+        multipliers: list[list[list[int]]],
         mix: Callable[[Any, Any], Any] = operator.xor,
         spare: bool = False,
     ) -> None:
@@ -38,13 +39,16 @@ class Addresses(nn.Module):
         self.mix, self.spare = mix, spare
         self._sizes = settings.sizes(token_ids, layer)
         # A multiplier of 0 takes a token out of a mixture.
-        self._multipliers = [row + [0] * (self.order - len(row)) for row in multipliers]
-        for name, shape in (
-            ("multipliers", (self.reads, self.order)),
-            ("moduli", (self.reads,)),
-            ("offsets", (self.reads,)),
+        self._multipliers = [
+            [row + [0] * (self.order - len(row)) for row in rows] for rows in multipliers
+        ]
+        shape = (len(multipliers), settings.tables_of_order)
+        for name, size in (
+            ("multipliers", (shape[0], len(multipliers[0]), self.order)),
+            ("moduli", shape),
+            ("offsets", shape),
         ):
-            self.register_buffer(name, torch.empty(shape, dtype=torch.int64))
+            self.register_buffer(name, torch.empty(size, dtype=torch.int64))
         self.multipliers: Tensor
         self.moduli: Tensor
         self.offsets: Tensor
@@ -54,8 +58,8 @@ class Addresses(nn.Module):
         """Set the buffers, which a model made on the meta device loses."""
         sizes = torch.tensor(self._sizes, device="cpu")
         self.multipliers.copy_(torch.tensor(self._multipliers, device="cpu"))
-        self.moduli.copy_(sizes - 1 if self.spare else sizes)
-        self.offsets.copy_(sizes.cumsum(0) - sizes)
+        self.moduli.copy_((sizes - 1 if self.spare else sizes).view(self.moduli.shape))
+        self.offsets.copy_((sizes.cumsum(0) - sizes).view(self.moduli.shape))
 
     def forward(self, window: Tensor) -> Tensor:
         """Return the rows [..., reads], int64 from 0 to slots - 1, of windows [..., order] int64:
@@ -76,11 +80,11 @@ class Addresses(nn.Module):
     def _rows(self, window: Any, multipliers: Any, moduli: Any, offsets: Any) -> Any:
         # torch's and numpy's operators agree, `%` rounding down included; a product with a truth
         # value is a choice in both.
-        ids = window + (window < 0) * (self.padding - window)
-        mixture = ids[..., 0, None] * multipliers[:, 0]
+        ids = (window + (window < 0) * (self.padding - window))[..., None, None]
+        mixture = ids[..., 0, :, :] * multipliers[..., 0]
         for back in range(1, self.order):
-            mixture = self.mix(mixture, ids[..., back, None] * multipliers[:, back])
+            mixture = self.mix(mixture, ids[..., back, :, :] * multipliers[..., back])
         rows = mixture % moduli
         if self.spare:
-            rows = rows + (window[..., 1, None] < 0) * (moduli - rows)
-        return rows + offsets
+            rows = rows + (window[..., 1, None, None] < 0) * (moduli - rows)
+        return (rows + offsets).reshape(*window.shape[:-1], self.reads)

@@ -15,14 +15,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 def token(settings: NgramConfig, token_ids: int, layer: int) -> Addresses:
     """Return addresses where a token reads the row of its id."""
-    return Addresses(settings, token_ids, layer, [[1]])
+    return Addresses(settings, token_ids, layer, [[[1]]])
 
 
 def bigram(settings: NgramConfig, token_ids: int, layer: int) -> Addresses:
     """Return addresses by KellerJordan/modded-nanogpt's hash of the last two ids, in 64 bits where
     that has 32 (up to 59,139 ids they agree); a token with none before it has the last row.
     """
-    return Addresses(settings, token_ids, layer, [[36313, 27191]], spare=True)
+    return Addresses(settings, token_ids, layer, [[[36313, 27191]]], spare=True)
 
 
 def longcat(settings: NgramConfig, token_ids: int, layer: int) -> Addresses:
@@ -36,9 +36,13 @@ def longcat(settings: NgramConfig, token_ids: int, layer: int) -> Addresses:
             f"below {token_ids} must fit into 64 bits: set it to at most "
             f"{_MOST // (settings.length * token_ids) - 2 * len(sizes):,}"
         )
+    heads = settings.tables_of_order
     multipliers = [
-        [pow(token_ids, back, size) for back in range(length)]
-        for size, length in zip(sizes, _lengths(settings), strict=True)
+        [
+            [pow(token_ids, back, size) for back in range(length)]
+            for size in sizes[(length - 2) * heads : (length - 1) * heads]
+        ]
+        for length in range(2, settings.length + 1)
     ]
     return Addresses(settings, token_ids, layer, multipliers, operator.add)
 
@@ -76,15 +80,10 @@ def _by_products(
 ) -> Addresses:
     """Return addresses whose multipliers are the odd numbers 2 m + 1 of the numbers drawn."""
     odd = [2 * number + 1 for number in drawn]
-    multipliers = [odd[:length] for length in _lengths(settings)]
+    multipliers = [[odd[:length]] for length in range(2, settings.length + 1)]
     return Addresses(settings, token_ids, layer, multipliers)
 
 
 def _multiplier_bound(token_ids: int) -> int:
     """Return a bound that keeps products of 2 m + 1 with ids, m below it, within 63 bits."""
     return _MOST // token_ids // 2
-
-
-def _lengths(settings: NgramConfig) -> list[int]:
-    """Return the number of tokens of each read's n-gram."""
-    return [2 + read // settings.tables_of_order for read in range(settings.reads)]

@@ -53,8 +53,8 @@ def test_engram_and_qwen_by_hand() -> None:
     """With multipliers 3, 5, 7 and sizes 11, 13: 4 * 3 ^ 2 * 5 = 12 ^ 10 = 6, and 6 ^ 1 * 7 = 1."""
     for rule in ("engram", "qwen"):
         layer = addresses(rule, 50, rows=11, heads=1, layer=1)
-        layer.multipliers.copy_(torch.tensor([[3, 5, 0], [3, 5, 7]]))
-        assert layer.moduli.tolist() == [11, 13]
+        layer.multipliers.copy_(torch.tensor([[[3, 5, 0]], [[3, 5, 7]]]))
+        assert layer.moduli.tolist() == [[11], [13]]
         assert layer(torch.tensor([4, 2, 1])).tolist() == [6, 11 + 1]
 
 
@@ -72,8 +72,8 @@ def test_engram_multipliers_are_numpys() -> None:
         layer = addresses("engram", token_ids, seed=seed, order=4)
         bound = MOST // token_ids // 2
         drawn = np.random.default_rng(seed + 10007 * 3).integers(0, bound, 4, dtype=np.int64)
-        assert layer.multipliers[-1].tolist() == (drawn * 2 + 1).tolist()
-        assert layer.multipliers[0].tolist() == [*(drawn * 2 + 1).tolist()[:2], 0, 0]
+        assert layer.multipliers[-1, 0].tolist() == (drawn * 2 + 1).tolist()
+        assert layer.multipliers[0, 0].tolist() == [*(drawn * 2 + 1).tolist()[:2], 0, 0]
 
 
 @pytest.mark.parametrize("bound", [(1 << 32) + 1, (1 << 62) + 1, 1 << 63, MOST // 248_320 // 2])
@@ -95,14 +95,14 @@ def test_qwen_multipliers_are_splitmix64s() -> None:
     bound = MOST // 248_320 // 2
     golden = 0x9E3779B97F4A7C15
     expected = [2 * (splitmix64((1234 + golden * k) % (1 << 64)) % bound) + 1 for k in (1, 2, 3)]
-    assert layer.multipliers[-1].tolist() == expected
+    assert layer.multipliers[-1, 0].tolist() == expected
 
 
 def test_layers_have_multipliers_and_primes_of_their_own_unless_shared() -> None:
     window = torch.tensor([[5, 6, 7]])
     for rule in ("engram", "qwen"):
         first, second = (addresses(rule, 50, layer=layer) for layer in (1, 3))
-        assert not set(first.moduli.tolist()) & set(second.moduli.tolist())
+        assert not set(first.moduli.flatten().tolist()) & set(second.moduli.flatten().tolist())
         assert not torch.equal(first.multipliers, second.multipliers)
         first, second = (addresses(rule, 50, layer=layer, share=True) for layer in (1, 3))
         assert torch.equal(first(window), second(window))
@@ -125,7 +125,7 @@ def _naive(rule: str, layer: Addresses, window: list[int], token_ids: int) -> li
         return naive_bigram(window, layer.slots)
     if rule == "longcat":
         return naive_longcat(window, token_ids, heads, 1000, layer.padding)
-    multipliers, primes = layer.multipliers[-1].tolist(), layer.moduli.tolist()
+    multipliers, primes = layer.multipliers[-1, 0].tolist(), layer.moduli.flatten().tolist()
     return naive_engram(window, multipliers, primes, heads, layer.padding)
 
 
@@ -158,9 +158,9 @@ def test_reads_have_parts_of_the_table_of_their_own() -> None:
     layer = addresses("engram", 50, rows=10, heads=2)
     rows: Tensor = layer(torch.randint(50, (500, 3)))
     for read in range(4):
-        start = int(layer.offsets[read])
+        start = int(layer.offsets.flatten()[read])
         assert sorted(set(rows[:, read].tolist())) == list(
-            range(start, start + int(layer.moduli[read]))
+            range(start, start + int(layer.moduli.flatten()[read]))
         )
 
 
