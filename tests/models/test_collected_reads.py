@@ -180,3 +180,65 @@ def test_values_that_are_given_with_a_gradient_are_refused() -> None:
     del given["values.weight"]
     torch.func.functional_call(memory, given, (x,)).sum().backward()
     assert given["query.weight"].grad is not None
+
+
+def test_parameters_are_stepped_within_backward_and_tables_after_it() -> None:
+    torch.manual_seed(0)
+    visible = nn.Sequential(ProductKeyMemory(8, **_SIZES), ProductKeyMemory(8, **_SIZES)).double()
+    hidden = copy.deepcopy(visible)
+    rows = RowAdam(externalize_tables(hidden), 1e-2, semantics="dense")
+
+    def step(weight: torch.Tensor) -> None:
+        dense[weight].step()
+        dense[weight].zero_grad()
+
+    dense = {weight: Adam([weight], 1e-2) for weight in hidden.parameters()}
+    for weight in dense:
+        weight.register_post_accumulate_grad_hook(step)
+    optimizer = Adam(visible.parameters(), 1e-2)
+    for _ in range(3):
+        x = torch.randn(5, 8).double()
+        hidden(x).square().mean().backward()
+        rows.step()
+        visible(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(hidden.state_dict(), visible.state_dict(), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_that_a_hidden_table_would_not_call_are_refused(kind: str) -> None:
+    memory = ProductKeyMemory(8, **_SIZES)
+    optimizer = RowAdam(externalize_tables(memory))
+    (anchor,) = _shown(optimizer)
+    handle = getattr(anchor, kind)(lambda _: None)
+    with pytest.raises(NotImplementedError, match=r"step RowAdam after backward\(\)"):
+        memory(torch.randn(4, 8)).sum().backward()
+    handle.remove()
+    memory(torch.randn(4, 8)).sum().backward()
+
+
+def test_two_optimizers_of_the_same_reads_are_refused() -> None:
+    memory = ProductKeyMemory(8, **_SIZES)
+    tables = externalize_tables(memory)
+    first, second = RowAdam(tables), RowAdam(tables)
+    memory(torch.randn(4, 8)).sum().backward()
+    first.step()
+    with pytest.raises(RuntimeError, match="make one RowAdam for each table"):
+        second.step()
+
+
+def test_optimizers_of_a_table_take_turns() -> None:
+    """Each has a backward pass of its own, or replaces the one before."""
+    memory = ProductKeyMemory(8, **_SIZES)
+    tables = externalize_tables(memory)
+    optimizers = [RowAdam(tables), RowAdam(tables)]
+    for optimizer in optimizers * 2:
+        memory(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    optimizers[1].zero_grad()
+    optimizers[0].step()  # nothing was read
+    memory(torch.randn(4, 8)).sum().backward()
+    optimizers[1].step()
+    RowAdam(tables).step()
+    assert [optimizer.state[tables[0].anchor]["step"] for optimizer in optimizers] == [2, 3]

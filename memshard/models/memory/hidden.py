@@ -28,6 +28,7 @@ factor (`settle_reads`).
 
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,6 +90,8 @@ class HideableTable(nn.Module):
         """Whether an optimizer takes the collected reads; `RowAdam` sets it. A copy of the table
         has none, since the optimizer does not know it.
         """
+        self.spent_by: weakref.ref[Any] | None = None
+        """The optimizer that took the last reads, until they are cleared or others come."""
         self.trained_beside: Sequence[Tensor] = ()
         """Parameters that the same CombinedOptimizer trains."""
         self.settled = False
@@ -253,10 +256,16 @@ class HideableTable(nn.Module):
             self._collect(read)
 
     def _collect(self, read: Read) -> None:
+        if self.anchor._backward_hooks or self.anchor._post_accumulate_grad_hooks:
+            raise NotImplementedError(
+                "hooks on what a RowAdam's param_groups hold would not be called, as a hidden "
+                "table's gradient is no tensor of autograd's: register them on "
+                "model.parameters(), and step RowAdam after backward()"
+            )
         # Since the forward pass, which has settled what was there, someone has scaled or cleared.
         if (factor := self._factor()) != 1:
             self._scale_reads(factor)
-        self.left_alone = not self.has_optimizer
+        self.left_alone, self.spent_by = not self.has_optimizer, None
         self.reads.append(read)
         if len(self.reads) == _MANY_READS:
             warnings.warn(
@@ -279,7 +288,7 @@ class HideableTable(nn.Module):
         """Forget the collected gradient."""
         self.reads.clear()
         self.reads_asked = 0
-        self.anchor.grad = None
+        self.anchor.grad = self.spent_by = None
 
     def to_table_device(self, *tensors: Tensor) -> list[Tensor]:
         """Move the tensors to the device that stores the table."""
@@ -355,13 +364,13 @@ class HideableTable(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Loaded libraries cannot be copied or pickled, and a copy may wake up on another device.
         # Gradients stay behind, as a parameter's do.
-        left_out = ("backend", "reads", "trained_beside")
+        left_out = ("backend", "reads", "spent_by", "trained_beside")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.has_optimizer = self.left_alone = False
-        self.trained_beside = ()
+        self.spent_by, self.trained_beside = None, ()
         if self.hidden:
             self.reads = []
             self.drop_reads()

@@ -125,7 +125,7 @@ class RowAdam(Optimizer):
         )
         for table in self.tables:
             self.state[table.anchor] = _new_state(table, semantics, rounding)
-            table.has_optimizer = True
+            table.has_optimizer, table.spent_by = True, None
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's leaves out what a subclass adds.
@@ -172,6 +172,12 @@ class RowAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for table in self.tables:
+            if table.spent_by and table.spent_by() not in (None, self):
+                raise RuntimeError(
+                    "another RowAdam has taken this backward pass's reads of a table, and left "
+                    "none for this one: make one RowAdam for each table. Where each has a "
+                    "backward pass of its own, call zero_grad() of the other after its step"
+                )
             if table.anchor.grad is None:
                 # Cleared by hand, over param_groups.
                 table.drop_reads()
@@ -280,6 +286,7 @@ class RowAdam(Optimizer):
             else:
                 last.index_fill_(0, part.rows, step.number)
         table.drop_reads()
+        table.spent_by = weakref.ref(self)
         return asked, updated
 
 
