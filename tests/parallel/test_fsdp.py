@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, Optimizer
 
@@ -63,6 +63,21 @@ def _apart(rank: int, world: int) -> None:
         model(_batches(world)[0, 1, rank])
 
 
+def _held_back(rank: int, world: int) -> None:
+    model = _model()
+    tables = shard_tables(model)
+    # Gradients of another dtype than the weights' are summed where only FSDP2 sees them.
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    model.set_requires_gradient_sync(False)
+    optimizer = CombinedOptimizer(Adam(model.parameters()), RowAdam(tables))
+    model(_batches(world)[0, 0, rank]).square().mean().backward()
+    model(_batches(world)[0, 1, rank]).square().mean().backward()
+    assert len(tables[0].reads) == 2
+    _scale(optimizer)
+    with pytest.raises(RuntimeError, match="scale after the last micro-batch"):
+        model(_batches(world)[0, 2, rank])
+
+
 def test_gradients_that_are_scaled_after_each_micro_batch_count() -> None:
     """FSDP2 hides from a layer that its weights have gradients."""
     model = _model()
@@ -80,3 +95,7 @@ def test_gradients_that_are_scaled_after_each_micro_batch_count() -> None:
 
 def test_optimizers_apart_are_refused_where_reads_would_be_lost() -> None:
     run_distributed(_apart, 2)
+
+
+def test_gradients_that_fsdp_holds_back_are_not_taken_for_those_of_a_skipped_step() -> None:
+    run_distributed(_held_back, 2)

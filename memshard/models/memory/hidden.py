@@ -223,15 +223,19 @@ class HideableTable(nn.Module):
         # FSDP shows a layer other tensors during a pass, without gradients.
         if own and not self.split:
             return False
-        if beside:
-            return _any_gradient(beside)
+        if _any_gradient(beside):
+            return True
+        # FSDP2 keeps gradients to itself that it was told not to reduce yet.
+        if beside and not any(hasattr(x, "device_mesh") for x in beside):
+            return False
         assert self.anchor.grad is not None
         if bool(self.anchor.grad[1].isnan()):
             return False  # a loss scaler's overflow
         raise RuntimeError(
             "a hidden table's gradient has been scaled since the last backward pass, and whether "
-            "that step was skipped does not show, as other optimizers train the parameters: step "
-            "all by one, CombinedOptimizer(AdamW(...), RowAdam(tables)), or call zero_grad() of "
+            "that step was skipped does not show, as other optimizers train the parameters or FSDP "
+            "has not reduced their gradients: step all by one, CombinedOptimizer(AdamW(...), "
+            "RowAdam(tables)), scale after the last micro-batch of a step, or call zero_grad() of "
             "RowAdam where a step is skipped"
         )
 
