@@ -1,9 +1,10 @@
 """`memshard export`: one safetensors file from a sharded checkpoint."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from memshard.launch.cli.outcome import usage_errors
+from memshard.launch.cli.outcome import UsageError, usage_errors
 from memshard.launch.cli.parser import Subparsers
 
 
@@ -32,11 +33,19 @@ def add_parser(subparsers: Subparsers) -> None:
         action="store_true",
         help="add the code for transformers (AutoModelForCausalLM, AutoTokenizer)",
     )
+    parser.add_argument(
+        "--ngrams",
+        action="store_true",
+        help="only the n-gram memories, in DeepSeek's or Qwen's format as model.ngram.rule says, "
+        "with tables as they are",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Export a model, and compare its logits with the source's."""
+    if args.ngrams:
+        return _run_ngrams(args)
     with usage_errors():
         from memshard.trainer.export.export import export
 
@@ -58,3 +67,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": exported.bytes,
         "largest_logit_difference": exported.difference,
     }
+
+
+def _run_ngrams(args: argparse.Namespace) -> dict[str, Any]:
+    if args.huggingface or args.tables or args.dtype != "fp32":
+        raise UsageError("--ngrams goes with no other option: leave them out")
+    with usage_errors():
+        from memshard.trainer.export.ngrams import export_ngrams
+
+        size = export_ngrams(args.checkpoint, Path(args.out))
+    if not args.json:
+        print(f"{args.out}: n-gram memories, {size / 1e6:,.1f} MB")
+    return {"export": args.out, "bytes": size}

@@ -33,6 +33,12 @@ def add_parser(subparsers: Subparsers) -> None:
         help="how scores become weights, which the weights do not show either (default softmax; "
         "relu for lucidrains' non_competitive_gates)",
     )
+    parser.add_argument(
+        "--into",
+        metavar="CKPT",
+        help="a run folder, a checkpoint or an export of a model whose n-gram memories SRC "
+        "replaces, in DeepSeek's or Qwen's format as its model.ngram.rule says",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,11 +49,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from memshard.trainer.checkpoint.open_checkpoint import is_export
         from memshard.trainer.export.bring_back import bring_back
         from memshard.trainer.export.foreign import import_memories
+        from memshard.trainer.export.ngrams import import_ngrams
 
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is there already: give the name of a new folder")
-        if is_export(source):
-            step = bring_back(source, out)
+        if args.into is not None or is_export(source):
+            step = (
+                bring_back(source, out)
+                if args.into is None
+                else import_ngrams(source, args.into, out)
+            )
             if not args.json:
                 print(
                     f"{out}: checkpoint of step {step}, for eval, generate, export and train "

@@ -9,7 +9,7 @@ import torch
 from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.memory.table import find_tables
 from memshard.trainer.checkpoint.global_tensors import model_tensors
-from memshard.trainer.checkpoint.load_model import load_model
+from memshard.trainer.checkpoint.load_model import LoadedModel, load_model
 from memshard.trainer.checkpoint.save_load import save_checkpoint
 from memshard.trainer.config.load import dump
 from memshard.trainer.optim.dense.kinds import DENSE_KINDS
@@ -21,7 +21,11 @@ def bring_back(source: Path, out: Path) -> int:
     """Write the checkpoint to a new folder; return its step. Moments and their step counts, which
     an export does not have, are 0.
     """
-    loaded = load_model(source)
+    return write_checkpoint(load_model(source), out)
+
+
+def write_checkpoint(loaded: LoadedModel, out: Path) -> int:
+    """Write a loaded model as a checkpoint to a new folder, with moments of 0; return its step."""
     model = loaded.model
     tensors = model_tensors(model, {}, None)
     tables = dict(find_tables(model))

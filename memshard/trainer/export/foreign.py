@@ -85,7 +85,8 @@ def import_memories(
     )
     if not places:
         raise ValueError(
-            f"{source} holds no memory: expected tensors <name>.keys and <name>.{_VALUES}"
+            f"{source} holds no memory: expected tensors <name>.keys and <name>.{_VALUES} (n-gram "
+            "memories need --into)"
         )
     converted = []
     for place in places:
