@@ -64,3 +64,29 @@ def test_a_large_memory_takes_400_launches_and_one_wait_in_plain_torch() -> None
     assert launches[15000] == launches[12288]
     assert counts.launches.total() + launches[12288] - launches[1024] <= 400, counts.launches
     assert all(update.waits.total() == 1 for update in updates.values())
+
+
+def _gradients(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[torch.dtype, list[float]]:
+    """Return how the gradient of sums is kept under autocast, and that of the weights."""
+    with fake_cuda(capability):
+        table = ValueTable(3, 2)
+        with torch.no_grad():
+            table.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        table.hide()
+        table.cuda()
+        table.has_optimizer = True
+        weights = torch.ones(1, 3).cuda().requires_grad_()
+        with torch.autocast("cuda", dtype):
+            sums = table.weighted_sum(torch.tensor([[0, 1, 2]]).cuda(), weights)
+        # 2^-12 is beyond what bf16 has of 1 and 2.
+        sums.backward(torch.tensor([[1.0, 2.0]]).cuda() * (1 + 2**-12))
+        assert weights.grad is not None
+        return table.reads[0].upstream.dtype, weights.grad.flatten().tolist()
+
+
+def test_gradients_of_sums_are_kept_in_bf16_under_autocast_where_kernels_take_them() -> None:
+    exact = [1 + 2**-12, 2 + 2**-11, 3 + 3 * 2**-12]
+    kept = on_fake_cuda(_gradients, torch.bfloat16, (9, 0))
+    assert kept == (torch.bfloat16, [1.0, 2.0, 3.0])
+    for dtype, capability in ((torch.float16, (9, 0)), (torch.bfloat16, (6, 0))):
+        assert on_fake_cuda(_gradients, dtype, capability) == (torch.float32, exact)
