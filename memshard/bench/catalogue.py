@@ -59,6 +59,7 @@ BENCHMARKS = {
             "block against DTensor's",
         ),
         _benchmark("plain-loop", "`memshard train` against a plain training loop, on one process"),
+        _benchmark("against", "training steps of this checkout against another one's, in turns"),
         _benchmark("data", "web pages a second by stage, tokenizers, tokens a second of a stream"),
         _benchmark("duplicates", "memory and time of finding the duplicates of many documents"),
         _benchmark("extraction", "main-text extraction against gold article bodies: F1 and speed"),

@@ -28,6 +28,7 @@ SMALLEST = {
     "candidates": "--count 4 --seeds 1",
     "duplicates": "--documents 2000",
     "export": "--slots 1024 --dim 16",
+    "against": f"{ROOT} {ROOT} --only table --rounds 1 --steps 1",
 }
 
 
@@ -92,6 +93,11 @@ def test_runs_at_its_smallest_size(
     out = tmp_path / "result.json"
     assert main(["bench", name, *SMALLEST[name].split(), "--out", str(out)]) == 0
     assert capfd.readouterr().out.strip() and json.loads(out.read_text())
+
+
+def test_another_checkout_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "against", str(tmp_path), str(tmp_path)]) == 2
+    assert "is no checkout: it has no folder memshard" in capfd.readouterr().err
 
 
 def test_a_gpu_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
