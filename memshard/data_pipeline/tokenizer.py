@@ -232,3 +232,16 @@ class Tokenizer:
         """
         known = [int(token) for token in ids if 0 <= token < self.vocab_size]
         return self._processor.decode(known)
+
+    def texts(self) -> list[str | None]:
+        """Return the text of each token, its spaces included; None for bytes, <unk>, <eos> and
+        other tokens that stand for no text.
+        """
+        processor = self._processor
+        no_text = (processor.is_byte, processor.is_unknown, processor.is_control)
+        return [
+            None
+            if any(check(token) for check in no_text)
+            else processor.id_to_piece(token).replace(SPACE_MARK, " ")
+            for token in range(self.vocab_size)
+        ]

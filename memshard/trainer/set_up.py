@@ -19,7 +19,7 @@ from memshard.data_pipeline.stream.open_stream import (
 )
 from memshard.data_pipeline.stream.records import HeldOutRecords
 from memshard.data_pipeline.stream.train_stream import TrainStream
-from memshard.data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from memshard.data_pipeline.tokenizer import TOKENIZER_FILE
 from memshard.models.config import ModelConfig
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.seq2seq import build_model
@@ -32,6 +32,7 @@ from memshard.trainer.config.load import dump
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.estimate import check_fits
 from memshard.trainer.cost.layout_choice import layout_choice
+from memshard.trainer.ngram_tokens import map_tokens, resolve_ngrams
 from memshard.trainer.resume import resume
 from memshard.trainer.run import Run
 from memshard.trainer.run_folder import CONFIG_FILE, check_identity, write_config
@@ -121,6 +122,8 @@ def build_training(
         layout=layout.name,
         share=recipe.parallel.share,
     )
+    if model.window is not None and model.window.token_map is not None:
+        model.window.set_token_map(map_tokens(recipe.model, recipe.data.path)[0])
     if recipe.tables.revive or recipe.train.key_balance:
         for _, memory in model.memories():
             memory.key_use = KeyUse(memory.heads, recipe.model.memory.keys, device, all_sum)
@@ -178,17 +181,9 @@ def _kept_files(recipe: Recipe) -> dict[str, bytes]:
     return files
 
 
-def _eos(path: str) -> int | None:
-    """Return the token that ends documents; None where the data's tokens are no text."""
-    index = load_index(path)
-    if not index.records.tokenizer:
-        return None
-    return Tokenizer(local_copy(path, TOKENIZER_FILE, index.tokenizer_sha256)).eos_id
-
-
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with what its data decides filled in: vocabulary size, longest sequence,
-    buckets of LSH, order of sequences, the token that ends documents.
+    buckets of LSH, order of sequences, ids of n-grams.
     """
     if not recipe.data.path:
         raise ValueError("data.path is empty, as in exports: give data.path=DIR")
@@ -207,8 +202,7 @@ def resolve(recipe: Recipe) -> Recipe:
             "raise it or leave it out"
         )
     model = replace(model, vocab_size=model.vocab_size or vocabulary)
-    if model.ngram.layers and model.ngram.eos is None:
-        model = replace(model, ngram=replace(model.ngram, eos=_eos(recipe.data.path)))
+    model = resolve_ngrams(model, recipe.data.path)
     data = recipe.data
     order = resolve_order(data.path, data.order, data.mixture, recipe.train.carry_state)
     return replace(recipe, model=model.for_length(data.length), data=replace(data, order=order))

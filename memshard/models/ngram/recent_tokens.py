@@ -21,12 +21,20 @@ class TokenWindow(nn.Module):
         super().__init__()
         self.order, self.needed = settings.length, settings.length - 1
         self.eos, self.resets = settings.eos, settings.reset
-        self.token_map: Tensor | None = None
+        self.token_map: Tensor | None
         """[vocab_size] int64, the id of each token in n-grams; None where they are the same. It is
         stored with the model, since it comes from the tokenizer.
         """
-        if settings.token_map != "none":
-            self.register_buffer("token_map", torch.arange(vocab_size))
+        mapped = settings.token_map != "none"
+        self.register_buffer(
+            "token_map", torch.empty(vocab_size, dtype=torch.int64) if mapped else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let each token stay itself, until `set_token_map`."""
+        if self.token_map is not None:
+            torch.arange(len(self.token_map), out=self.token_map)
 
     def set_token_map(self, ids: Sequence[int]) -> None:
         """Set the id of each token in n-grams. ValueError where it does not fit the settings."""
