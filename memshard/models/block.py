@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memshard.models.context import Context
 from memshard.models.layers.convolution import RecentRows
+from memshard.models.layers.linear import cast_once
 from memshard.models.layers.residual import Residual
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.mixer import Mixer, MixerState
@@ -114,7 +115,10 @@ class Block(nn.Module):
         if self.mixer.applies_norm and state is None and ctx.local_part is None:
             y, state = self.mixer(x, ctx, None, norm=self.mixer_residual.norm_before)
         else:
-            y, state = self.mixer(self.mixer_residual.before(x), ctx, state)
+            h = self.mixer_residual.before(x)
+            # A program casts what it multiplies and computes all else in fp32.
+            h = h if self.mixer_residual.kind == "whole" else cast_once(h)
+            y, state = self.mixer(h, ctx, state)
         return self._dropout(self.mixer_residual.after(y), ctx, _MIXER_BRANCH), state
 
     def feedforward_branch(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.decoder_block import DecoderBlock
+from memshard.models.layers.linear import cast_once
 from memshard.models.layers.norm import build_norm
 from memshard.models.mixers.mixer import MixerState
 from memshard.models.recompute.checkpointing import run_block
@@ -41,7 +42,8 @@ class EncoderDecoder(Transformer):
         ctx = ctx or Context.of(tokens, states[0].length if states else 0)
         if source is not None:
             # Once a text: later calls have keys and values in their states.
-            ctx = replace(ctx, source=self.encode(*source), source_padding=source[1].padding)
+            read = cast_once(self.encode(*source))
+            ctx = replace(ctx, source=read, source_padding=source[1].padding)
         return super().forward(tokens, ctx, states, targets)
 
     def encode(self, tokens: Tensor, ctx: Context) -> Tensor:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from memshard.models.context import Context
 from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.layers.feedforward import FeedForward
-from memshard.models.layers.linear import TokenEmbedding
+from memshard.models.layers.linear import TokenEmbedding, cast_once
 from memshard.models.loss import IGNORE
 from memshard.models.mixers.mixer import Mixer
 from memshard.models.mixers.projections import HeadProjections
@@ -262,10 +262,8 @@ def _gather_channels(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
 
 
 def _gather_to_multiply(x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        # The matrix product would cast it anyway; casting first halves what is sent.
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return gather(x, fairscale_groups.get_model_parallel_group())
+    # Casting first halves what is sent.
+    return gather(cast_once(x), fairscale_groups.get_model_parallel_group())
 
 
 def _share_sequence(tokens: Tensor, ctx: Context) -> tuple[Tensor, Context]:

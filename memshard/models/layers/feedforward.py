@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memshard.models.layers.linear import Projection
+from memshard.models.layers.linear import Projection, cast_once
 from memshard.models.layers.squared_relu import squared_relu
 
 
@@ -35,6 +35,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same shape as x: [..., dim]."""
+        x = cast_once(x)
         h = self.up(x)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * h)

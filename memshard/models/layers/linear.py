@@ -1,8 +1,17 @@
 """Linear maps and embeddings of the dense trunk, and how they are initialised."""
 
+import torch
 from torch import Tensor, nn
 
 INIT_STD = 0.02
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """Return x in autocast's dtype where that is on, for products that would each cast it anew."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class Projection(nn.Linear):

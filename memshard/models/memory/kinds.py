@@ -44,8 +44,7 @@ def product_keys_kept(size: MemorySize) -> float:
     kept = 4.0 * settings.heads * settings.key_dim * _QUERY_COPIES[settings.query_norm]
     if settings.gate:
         # The fp32 reading, and in the activations' dtype the gate, its silu and their product.
-        # Autocast casts the input for the gate's matrix once more.
-        kept += (4 + 3 * a) * size.value_dim + (a * size.dim if a == 2 else 0)
+        kept += (4 + 3 * a) * size.value_dim
     if size.key_balance:
         kept += 8 * settings.heads * settings.keys
     return kept + a * size.dim

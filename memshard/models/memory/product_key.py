@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memshard.models import compat
 from memshard.models.config import ModelConfig
 from memshard.models.kernels.backend import lookup_for
+from memshard.models.layers.linear import cast_once
 from memshard.models.memory.check_input import check_dtype, check_padding, kind_of
 from memshard.models.memory.key_use import KeyUse
 from memshard.models.memory.kinds import (
@@ -159,6 +160,8 @@ class ProductKeyMemory(MemoryLayer):
             real = self.forward(x[padding], replay=replay)
             return real.new_zeros(x.shape).index_put((padding,), real)
         tokens = x.reshape(-1, x.shape[-1])
+        if self.gate is not None:
+            tokens = cast_once(tokens)
         self.prepare_tables()
         y = self.read(tokens, replay).to(x.dtype)
         if self.output is not None:

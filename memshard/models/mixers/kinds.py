@@ -32,20 +32,12 @@ class LayerSize:
 
 def attention_kept(size: LayerSize) -> float:
     """Return the bytes that attention keeps of a token for backward: for a bytes a value and width
-    d, a d (5, or 7 under autocast) and 4 heads; keys and values, two of the 5, take kv_heads /
-    heads; convolutions a d for each of their inputs; rotary positions a (d + 2 d / heads); an
-    explicit mask a length.
+    d, 5 a d and 4 heads; keys and values, two of the 5, take kv_heads / heads; convolutions a d for
+    each of their inputs; rotary positions a (d + 2 d / heads); an explicit mask a length.
     """
     settings, a, d = size.settings, size.value_bytes, size.dim
-    # Under autocast each projection casts the input for itself, unless it was cast before ranks
-    # gathered it.
-    inputs = 3 - settings.share_qk if a == 2 and size.ranks == 1 else 1
     keys_and_values = 2 * d * (settings.kv_heads or settings.heads) // settings.heads
-    kept = (
-        a * (2 * d + keys_and_values) / size.ranks
-        + 4 * settings.heads / size.ranks
-        + inputs * a * d
-    )
+    kept = a * (2 * d + keys_and_values) / size.ranks + 4 * settings.heads / size.ranks + a * d
     if settings.convolution:
         kept += a * ((0 if settings.share_qk else d) + keys_and_values) / size.ranks
     if size.rotary:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.layers.convolution import Convolutions, RecentRows
-from memshard.models.layers.linear import Projection
+from memshard.models.layers.linear import Projection, cast_once
 from memshard.models.lsh.banded import banded_attention
 from memshard.models.lsh.bucket_state import (
     PADDING,
@@ -255,6 +255,7 @@ class LSHMixer(Mixer):
         rows of the weights are given, and the convolutions' advanced state if `recent` is given.
         """
         width = self.value.weight.shape[0] // self.heads
+        x = cast_once(x)
         projected, recent = self.convolutions(
             [F.linear(x, weight) for weight in weights[:2]], ctx, recent, weights[2:]
         )

@@ -159,5 +159,4 @@ def _feedforward(config: ModelConfig, a: int, tensor: int) -> float:
     settings = config.feedforward
     gated = settings.activation == "swiglu"
     hidden = settings.hidden or (config.dim * 8 // 3 if gated else config.dim * 4)
-    inputs = 2 if gated and a == 2 and tensor == 1 else 1
-    return a * (inputs * config.dim + _HIDDEN_COPIES[settings.activation] * hidden / tensor)
+    return a * (config.dim + _HIDDEN_COPIES[settings.activation] * hidden / tensor)
