@@ -59,12 +59,18 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
     which tensors have numbers; in models too large to compute, a few thousand.
     """
     from memshard.models import random
-    from memshard.models.kernels import backend, dropout, scan
+    from memshard.models.kernels import backend, delta_steps, dropout, scan
     from memshard.models.lsh import hashing
 
     fake_device.capability = capability
     # Choices are for a capability, and fakes of another watch are not for this one.
-    for choice in (backend.backend_for, backend._lookup, dropout._kernel, scan._kernel):
+    for choice in (
+        backend.backend_for,
+        backend._lookup,
+        dropout._kernel,
+        scan._kernel,
+        delta_steps._kernels,
+    ):
         choice.cache_clear()
     for made in (hashing.rotations, random.quantiles_on):
         made.cache_clear()

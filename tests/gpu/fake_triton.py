@@ -30,12 +30,14 @@ def install() -> None:
     compat.is_fake = lambda x: not x.is_cuda and fake(x)
     from triton.runtime.jit import JITFunction
 
-    from memshard.models.fast_weights.delta_rule import plain_scan
+    from memshard.models.fast_weights.delta_rule import PLAIN, plain_scan
     from memshard.models.kernels import (
         backend,
+        delta_steps,
         dropout,
         plain_rows,
         scan,
+        triton_delta,
         triton_dropout,
         triton_lookup,
         triton_rows,
@@ -45,12 +47,14 @@ def install() -> None:
 
     # They compare numbers, which kernels that do not run have none of.
     backend.row_backend_fault = lambda *_: None
-    backend.lookup_agrees = dropout.agrees = scan.agrees = lambda *_: True
+    backend.lookup_agrees = dropout.agrees = scan.agrees = delta_steps.agrees = lambda *_: True
     JITFunction.run = _launch
     for name in ("gather_sum", "score_gradients", "segment_sums", "adam_rows"):
         plain = getattr(plain_rows, name)
         setattr(triton_rows, name, _with_numbers(getattr(triton_rows, name), plain))
     triton_dropout.dropped = _with_numbers(triton_dropout.dropped, plain_dropout)
+    kernels = delta_steps.Steps(*map(_with_numbers, triton_delta.steps(), PLAIN))
+    triton_delta.steps = lambda: kernels
     triton_scan.scan = _with_numbers(triton_scan.scan, plain_scan)
     triton_lookup.look_up = _with_numbers(triton_lookup.look_up, _look_up)
     triton_lookup.gradients = _with_numbers(triton_lookup.gradients, _gradients)

@@ -5,18 +5,22 @@ delta rule, sequence by sequence.
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memshard.models.fast_weights.delta_rule import delta_rule, plain_scan
+from memshard.models.fast_weights.delta_rule import PLAIN, delta_rule, plain_scan
+from memshard.models.kernels import delta_steps
 from memshard.models.kernels.fla_delta_rule import by_kernel, choose_kernel, difference
 from memshard.models.kernels.scan import agrees
 from tests.models.without_gpu import compiled, passed_in_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIZES = ((20, 35, 7), (64, 64, 32))
+"""Features, width and tokens of chunks."""
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
@@ -119,19 +123,37 @@ def test_other_devices_and_dtypes_take_chunks() -> None:
 def test_the_scan_of_all_chunks_is_that_of_plain_torch() -> None:
     from memshard.models.kernels.triton_scan import scan
 
-    assert agrees(scan, plain_scan, torch.device("cpu"))
-    assert not agrees(lambda state, *rest: scan(2 * state, *rest), plain_scan, torch.device("cpu"))
+    for sizes in SIZES:
+        assert agrees(scan, plain_scan, torch.device("cpu"), *sizes)
+
+    def wrong(state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return scan(2 * state, *rest)
+
+    assert not agrees(wrong, plain_scan, torch.device("cpu"), *SIZES[0])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, see the next test")
+def test_the_steps_of_all_chunks_are_those_of_plain_torch() -> None:
+    from memshard.models.kernels.triton_delta import steps
+
+    ours, device = steps(), torch.device("cpu")
+    for sizes in SIZES:
+        assert delta_steps.agrees(ours, PLAIN, device, *sizes)
+    for name, step in ours._asdict().items():
+        wrong = ours._replace(**{name: lambda q, *rest, step=step: step(2 * q, *rest)})
+        assert not delta_steps.agrees(wrong, PLAIN, device, *SIZES[0]), name
 
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_tritons_interpreter() -> None:
-    assert "1 passed" in passed_in_interpreter(__file__, "all_chunks")
+    assert "2 passed" in passed_in_interpreter(__file__, "all_chunks")
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "capability", ["80", *(pytest.param(x, marks=pytest.mark.slow) for x in ("70", "90", "100"))]
-)
-def test_the_scan_compiles_without_a_gpu(capability: str, tmp_path: Path) -> None:
-    assert compiled("compile_scan.py", capability, tmp_path).split() == ["scan_chunks"] * 4
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["70", "80", "90", "100"])
+def test_chunks_compile_without_a_gpu(capability: str, tmp_path: Path) -> None:
+    kernels = compiled("compile_delta.py", capability, tmp_path).split()
+    steps = ["solve_chunks", "read_chunks", "begin_gradients", "end_gradients"]
+    assert kernels == [*["scan_chunks"] * 4, *steps]

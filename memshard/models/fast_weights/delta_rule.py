@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memshard.models.fast_weights.chunks import Fading, cut, fading, join, start
+from memshard.models.kernels.delta_steps import Steps, steps_for
 from memshard.models.kernels.fla_delta_rule import by_kernel, kernel_for
 from memshard.models.kernels.scan import scan_for
 from memshard.models.once import Saved, differentiable_once
@@ -52,7 +53,9 @@ def delta_rule(
     chunk = min(chunk, length)
     with torch.autocast(v.device.type, enabled=False):
         faded = fading(log_decay, resets, chunk, state.dtype)
-        blocks = [cut(x.to(state.dtype), chunk) for x in (q, k, v, beta[..., None])]
+        # As chunks take them: products would copy other orders once each.
+        ordered = (x.to(state.dtype).contiguous() for x in (q, k, v, beta[..., None]))
+        blocks = [cut(x, chunk) for x in ordered]
         out, state = _DeltaRule.apply(
             *blocks, state, *((None,) * 4 if faded is None else vars(faded).values())
         )
@@ -65,16 +68,12 @@ class _DeltaRule(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, *fade: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         faded = None if fade[0] is None else Fading(*fade)  # type: ignore[arg-type]
-        inverse = _inverse(k, beta, faded)
-        # U = (I + A)^-1 diag(beta) (V - K S) is linear in S: U = writes - key_writes S. Both
-        # factors are formed for all chunks at once, before any S is known; the scan adds `read`
-        # = key_writes S.
-        key_writes, writes = inverse @ (beta * _carried(k, faded)), inverse @ (beta * v)
-        ends = _kept(k, faded).mT
-        scan, whole = scan_for(state, key_writes, plain_scan), _whole(faded)
-        states, read, state = scan(state, ends @ writes, ends, key_writes, whole, False)
-        writes = writes - read
-        out = _carried(q, faded) @ states + _pairs(q @ k.mT, faded) @ writes
+        steps = steps_for(q, v, PLAIN) if faded is None else PLAIN
+        inverse, key_writes, writes, added = steps.solve(k, v, beta, faded)
+        scan = scan_for(state, key_writes, plain_scan)
+        kept, whole = _kept(k, faded).mT, _whole(faded)
+        states, taken, state = scan(state, added, kept, key_writes, whole, False)
+        out = steps.read(q, k, writes - taken, states, faded)
         ctx.save_for_backward(q, k, v, beta, inverse, states, *fade)
         return out, state
 
@@ -84,44 +83,92 @@ class _DeltaRule(torch.autograd.Function):
         ctx: Any, saved: Saved, d_out: Tensor, d_state: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, beta, inverse, states, *fade = saved
+        faded = None if fade[0] is None else Fading(*fade)
+        steps = steps_for(q, v, PLAIN) if faded is None else PLAIN
         with torch.autocast(q.device.type, enabled=False):
-            return _backward(
+            # Writes are computed again, from the inverses and the states that chunks began with:
+            # for 2,048 tokens and chunks of 32 the states are 64 matrices, not 2,048.
+            errors, writes, key_writes, d_writes, d_starts = steps.begin(
+                q, k, v, beta, inverse, states, d_out, faded
+            )
+            # The state's gradient obeys the same recursion from the last chunk to the first, with
+            # the two factors transposed and exchanged.
+            kept, whole = _kept(k, faded), _whole(faded)
+            scan = scan_for(d_state, kept, plain_scan)
+            d_ends, passed, d_state = scan(d_state, d_starts, key_writes.mT, kept, whole, True)
+            d_q, d_k, d_v, d_beta, *d_fade = steps.end(
                 q,
                 k,
-                v,
                 beta,
                 inverse,
                 states,
-                None if fade[0] is None else Fading(*fade),
                 d_out,
-                d_state,
+                errors,
+                writes,
+                d_writes + passed,
+                d_ends,
+                faded,
             )
+        return d_q, d_k, d_v, d_beta, d_state, *(d_fade or (None,) * 4)
 
 
-def _backward(
+def solve(k: Tensor, v: Tensor, beta: Tensor, faded: Fading | None = None) -> tuple[Tensor, ...]:
+    """Return (I + A)^-1, [..., C, C], key writes [..., C, D], writes [..., C, M] and what these add
+    to a state, [..., D, M], of all chunks.
+
+    U = (I + A)^-1 diag(beta) (V - K S) is linear in S: U = writes - key_writes S. Both factors are
+    formed for all chunks at once, before any S is known; the scan forms key_writes S.
+    """
+    inverse = _inverse(k, beta, faded)
+    key_writes, writes = inverse @ (beta * _carried(k, faded)), inverse @ (beta * v)
+    return inverse, key_writes, writes, _kept(k, faded).mT @ writes
+
+
+def read(
+    q: Tensor, k: Tensor, writes: Tensor, states: Tensor, faded: Fading | None = None
+) -> Tensor:
+    """Return Y from the values written and the states that chunks begin with."""
+    return _carried(q, faded) @ states + _pairs(q @ k.mT, faded) @ writes
+
+
+def begin(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
     inverse: Tensor,
     states: Tensor,
-    faded: Fading | None,
     d_out: Tensor,
-    d_state: Tensor,
-) -> tuple[Tensor | None, ...]:
-    k_carried, k_kept = _carried(k, faded), _kept(k, faded)
-    # Writes are computed again, from the inverses and the states that chunks began with: for 2,048
-    # tokens and chunks of 32 the states are 64 matrices, not 2,048.
+    faded: Fading | None = None,
+) -> tuple[Tensor, ...]:
+    """Return errors, the values written, key writes, and the gradients of the values written and of
+    the states that chunks begin with, but for what later chunks add to these.
+    """
+    k_carried = _carried(k, faded)
     errors = v - k_carried @ states
     writes = inverse @ (beta * errors)
     key_writes = inverse @ (beta * k_carried)
     d_writes = _pairs(q @ k.mT, faded).mT @ d_out
     d_starts = _carried(q, faded).mT @ d_out - key_writes.mT @ d_writes
-    # The state's gradient obeys the same recursion from the last chunk to the first, with the two
-    # factors transposed and exchanged.
-    scan = scan_for(d_state, k_kept, plain_scan)
-    d_ends, passed, d_state = scan(d_state, d_starts, key_writes.mT, k_kept, _whole(faded), True)
-    d_writes = d_writes + passed
+    return errors, writes, key_writes, d_writes, d_starts
+
+
+def end(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    inverse: Tensor,
+    states: Tensor,
+    d_out: Tensor,
+    errors: Tensor,
+    writes: Tensor,
+    d_writes: Tensor,
+    d_ends: Tensor,
+    faded: Fading | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, beta and, where writes fade, of how they do. d_ends: of the
+    states that chunks end with.
+    """
     # U = (I + A)^-1 R, so dR = (I + A)^-T dU, and dA = -dR U^T below the diagonal.
     d_right = inverse.mT @ d_writes
     d_system = -(d_right @ writes.mT).tril(-1)
@@ -138,7 +185,7 @@ def _backward(
         -1, keepdim=True
     )
     if faded is None:
-        return d_q, d_k, d_values, d_beta, d_state, None, None, None, None
+        return d_q, d_k, d_values, d_beta
     d_pair = d_attention * (q @ k.mT) + d_system * beta * gram
     d_carried = (reads * q).sum(-1, keepdim=True) - (early * k).sum(-1, keepdim=True)
     d_kept = (late * k).sum(-1, keepdim=True)
@@ -147,7 +194,10 @@ def _backward(
         d.sum_to_size(f.shape)
         for d, f in zip((d_pair, d_carried, d_kept, d_whole), vars(faded).values(), strict=True)
     ]
-    return d_q, d_k, d_values, d_beta, d_state, *shaped
+    return d_q, d_k, d_values, d_beta, *shaped
+
+
+PLAIN = Steps(solve, read, begin, end)
 
 
 def plain_scan(

@@ -124,7 +124,7 @@ class FastWeightMixer(HeadProjections):
         q, k, v, recent = self.project(x, ctx, state.recent if state else None)
         if self.rotary:
             q, k = rotate(q, ctx.positions), rotate(k, ctx.positions)
-        q, k = self.features(q), self.features(k)
+        q, k = self.features(torch.stack((q, k))).unbind()
         beta = (
             # The sum rule knows no strength; ones let both rules share padding and rollback.
             torch.ones_like(k[..., 0])
