@@ -1,10 +1,14 @@
 """The registry of rules, the settings of n-gram tables, and their sizes."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import memshard
+from memshard.models.load_class import load_class
 from memshard.models.ngram.kinds import RULES, NgramConfig
 from memshard.models.ngram.primes import first_primes, is_prime
 
@@ -112,3 +116,27 @@ def test_settings_load_no_torch() -> None:
         "NgramConfig(layers=(0,)).slots(9, 0)\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_rules_lead_to_what_builds_their_addresses() -> None:
+    for name, rule in RULES.items():
+        settings = NgramConfig(rule=name, layers=(2,), eos=1)
+        addresses = load_class(rule.path)(settings, 50, 2)
+        assert rule.name == name
+        assert (addresses.reads, addresses.order) == (settings.reads, settings.length)
+        assert addresses.slots == settings.slots(50, 2)
+
+
+def test_no_other_file_names_a_rule() -> None:
+    """But the public formats, one a rule. `token` means much else."""
+    package = Path(memshard.__file__).parent
+    rooms = [package / room for room in ("models", "parallel", "trainer")]
+    files = [path for room in rooms for path in room.rglob("*.py")]
+    named = [
+        f"{path}:{node.lineno}"
+        for path in files
+        if path.name not in ("kinds.py", "ngram_formats.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in RULES.keys() - {"token"}
+    ]
+    assert not named
