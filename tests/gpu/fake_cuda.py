@@ -60,7 +60,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
     """
     from memshard.models import random
     from memshard.models.kernels import backend, delta_steps, dropout, scan
-    from memshard.models.lsh import hashing
+    from memshard.models.lsh import hashing, tiles
 
     fake_device.capability = capability
     # Choices are for a capability, and fakes of another watch are not for this one.
@@ -72,7 +72,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
         delta_steps._kernels,
     ):
         choice.cache_clear()
-    for made in (hashing.rotations, random.quantiles_on):
+    for made in (hashing.rotations, random.quantiles_on, tiles.outside_window):
         made.cache_clear()
     watch = Watch(computed)
     fake_device.waited = lambda what: watch.count("waits", what)

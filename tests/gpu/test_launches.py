@@ -35,6 +35,7 @@ def _step(*overrides: str) -> Counts:
     [
         ("softmax", 750),
         pytest.param("delta", 1500, marks=pytest.mark.slow),
+        pytest.param("lsh", 3000, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_of_12_layers(mixer: str, most: int) -> None:

@@ -122,7 +122,7 @@ def test_the_compiled_kernel_is_plain_torch(
     torch.manual_seed(length)
     q, k, v, d_out = (torch.randn(2, length, size).to(dtype) for size in (dim, dim, width, width))
     k = torch.nn.functional.normalize(k, dim=-1)
-    orders = [order_tokens(groups, window, chunk) for groups in torch.randint(4, (3, 2, length))]
+    orders = order_tokens(torch.randint(4, (2, 3, length)), window, chunk)
     out, logs = cpu_banded.forward(q, k, v, orders, window, chunk, itself)
     ours = out, logs, *cpu_banded.backward(q, k, v, orders, out, logs, d_out, window, chunk, itself)
     exact = [x.double() for x in (q, k, v, out, logs, d_out)]

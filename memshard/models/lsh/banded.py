@@ -66,9 +66,9 @@ class _Banded(torch.autograd.Function):
         outs, totals = [], []
         ctx.orders = {}
         for rows in _row_groups(q):
-            orders = _orders(groups[rows], window, chunk)
+            orders = order_tokens(groups[rows], window, chunk)
             if q.is_cuda:
-                # 24 bytes a token and round, which making them again would take 17 launches for.
+                # 24 bytes a token and round, which making them again would take 15 launches for.
                 ctx.orders[rows.start] = orders
             out, total = (cpu_banded.forward if _serves(q) else _forward)(
                 q[rows], k[rows], v[rows], orders, *settings
@@ -87,7 +87,7 @@ class _Banded(torch.autograd.Function):
         window, chunk, _ = ctx.settings
         parts = []
         for rows in _row_groups(q):
-            orders = ctx.orders.get(rows.start) or _orders(groups[rows], window, chunk)
+            orders = ctx.orders.get(rows.start) or order_tokens(groups[rows], window, chunk)
             tensors = q[rows], k[rows], v[rows], orders, out[rows], total[rows], d_out[rows]
             parts.append(
                 (cpu_banded.backward if _serves(q) else _backward)(*tensors, *ctx.settings)
@@ -102,51 +102,51 @@ def _forward(
     sees no other.
     """
     rows, length, dim = v.shape
-    # One row more than there are tokens: places without a token write there.
     exact = _exact(v)
     q = q * _LOG2_E
     # Online softmax: each tile updates a token's largest score, total weight and weighted sum,
-    # which also joins the rounds. The first largest score is above unseen ones, so a tile of unseen
-    # pairs adds weights of exactly 0.
-    highest = q.new_full((rows * length + 1, 1), _LOWEST, dtype=exact)
-    weight = torch.zeros_like(highest)
-    total = v.new_zeros(rows * length + 1, dim, dtype=exact)
+    # which also joins the rounds; the first round writes them. The first largest score is above
+    # unseen ones, so a tile of unseen pairs adds weights of exactly 0. One row more than there are
+    # tokens: places without a token write there.
+    highest, weight, total = (
+        v.new_empty(rows * length + 1, width, dtype=exact) for width in (1, 1, dim)
+    )
     # bf16 products on CPU add in pairs and round each time.
     summed = v.to(exact) if v.device.type == "cpu" else v
-    outside = outside_window(window, chunk, itself, v.device)
+    ones = highest.new_ones(1, 2 * chunk, 1)
+    outside = _outside(v, window, chunk, itself)
     for number, order in enumerate(orders):
         for tiles, unseen in tiles_of(orders, number, window, chunk, itself, outside):
             keys, values = tiles.keys(k), tiles.keys(summed)
-            scores = (
-                torch.bmm(tiles.queries(q), keys.mT)
-                .to(exact)
-                .add_(unseen.to(exact), alpha=-_UNSEEN)
-            )
+            scores = torch.bmm(tiles.queries(q), keys.mT).to(exact).masked_fill_(unseen, -_UNSEEN)
             queries = order.places[tiles.places]
-            old_top, old_weight, old_total = (
-                x.index_select(0, queries).view(-1, chunk, x.shape[1])
-                for x in (highest, weight, total)
-            )
-            top = torch.maximum(scores.amax(-1, keepdim=True), old_top)
+            top = scores.amax(-1, keepdim=True)
+            if number:
+                old_top, old_weight, old_total = (
+                    x.index_select(0, queries).view(-1, chunk, x.shape[1])
+                    for x in (highest, weight, total)
+                )
+                top = torch.maximum(top, old_top)
+            else:
+                top = top.clamp_(min=_LOWEST)
             new = scores.sub_(top).exp2_()
-            keep = old_top.sub_(top).exp2_()
-            highest.index_copy_(0, queries, top.flatten(0, 1))
             # Later tokens of other groups move a token's keys to other places, and with them the
             # order in which a library adds; products differ by that less often than sum().
-            added = torch.bmm(new, new.new_ones(1, 2 * chunk, 1).expand(len(new), -1, -1))
-            weight.index_copy_(0, queries, old_weight.mul_(keep).add_(added).flatten(0, 1))
-            total.index_copy_(
-                0,
-                queries,
-                old_total.mul_(keep).add_(torch.bmm(new.to(values.dtype), values)).flatten(0, 1),
-            )
+            added = torch.bmm(new, ones.expand(len(new), -1, -1))
+            read = torch.bmm(new.to(values.dtype), values).to(exact)
+            if number:
+                keep = old_top.sub_(top).exp2_()
+                added, read = (
+                    old.mul_(keep).add_(x) for old, x in ((old_weight, added), (old_total, read))
+                )
+            for of_all, x in ((highest, top), (weight, added), (total, read)):
+                of_all.index_copy_(0, queries, x.flatten(0, 1))
     weight, highest, total = weight[:-1], highest[:-1], total[:-1]
     # A token without predecessors in its groups has weight 0.
-    seen = weight > 0
-    out = torch.where(seen, total.div_(weight), v.flatten(0, 1).to(exact))
-    return out.to(v.dtype).view_as(v), torch.where(seen, highest + weight.log2(), torch.inf).view(
-        rows, length
-    )
+    alone = weight <= 0
+    out = torch.where(alone, v.flatten(0, 1).to(exact), total.div_(weight))
+    logs = (highest + weight.log2()).masked_fill_(alone, torch.inf)
+    return out.to(v.dtype).view_as(v), logs.view(rows, length)
 
 
 def _backward(
@@ -167,9 +167,12 @@ def _backward(
     # Softmax's backward: d score = weight (d weight - mean), where mean = sum of weight x d weight
     # over keys = d_out . out, as in FlashAttention (Dao et al. 2022, appendix B).
     mean = (d_out.to(exact) * out.to(exact)).sum(-1, keepdim=True)
+    logs_and_means = torch.cat((logs, mean), -1)
     # Sums over rounds, with one row more for places without a token.
-    d_q, d_k, d_v = (x.new_zeros(logs.numel() + 1, x.shape[-1], dtype=exact) for x in (q, k, v))
-    outside = outside_window(window, chunk, itself, v.device)
+    widths = [x.shape[-1] for x in (q, k, v)]
+    sums = v.new_zeros(logs.numel() + 1, sum(widths), dtype=exact)
+    d_q, d_k, d_v = sums.split(widths, 1)
+    outside = _outside(v, window, chunk, itself)
     for number, order in enumerate(orders):
         for tiles, unseen in tiles_of(orders, number, window, chunk, itself, outside):
             queries, upstream, keys, values = (
@@ -180,27 +183,31 @@ def _backward(
             )
             # From the saved logarithm of the total weight, so no second pass looks for the largest
             # score. It is infinite for tokens that saw no other: weights 0.
+            log, mean = tiles.queries(logs_and_means).split(1, -1)
             weights = (
                 torch.bmm(queries, keys.mT)
                 .to(exact)
-                .add_(unseen.to(exact), alpha=-_UNSEEN)
-                .sub_(tiles.queries(logs))
+                .masked_fill_(unseen, -_UNSEEN)
+                .sub_(log)
                 .exp2_()
             )
-            d_scores = (
-                torch.bmm(upstream, values.mT)
-                .to(exact)
-                .sub_(tiles.queries(mean))
-                .mul_(weights)
-                .to(q.dtype)
-            )
+            d_scores = torch.bmm(upstream, values.mT).to(exact).sub_(mean).mul_(weights).to(q.dtype)
             _add_rows(d_q, order.places[tiles.places], torch.bmm(d_scores, keys))
             seen = order.places[tiles.with_previous]
-            _add_overlapped(d_k, seen, torch.bmm(d_scores.mT, queries))
-            _add_overlapped(d_v, seen, torch.bmm(weights.to(v.dtype).mT, upstream))
+            of_keys = torch.bmm(d_scores.mT, queries)
+            of_values = torch.bmm(weights.to(v.dtype).mT, upstream)
+            if q.is_cuda:
+                # Both together: five launches for fourteen. Rows are distinct but for empty places,
+                # which nobody reads.
+                both = torch.cat((of_keys, of_values), -1)
+                for rows, x in ((seen[:-chunk], both[:, :chunk]), (seen[chunk:], both[:, chunk:])):
+                    sums[:, widths[0] :].index_add_(0, rows, x.to(exact).flatten(0, 1))
+            else:
+                _add_rows(d_k, seen, _overlapped(of_keys))
+                _add_rows(d_v, seen, _overlapped(of_values))
     d_q, d_k, d_v = (x[:-1].view(*logs.shape[:2], -1) for x in (d_q, d_k, d_v))
     d_k *= math.log(2)  # its queries were scaled
-    d_v += torch.where(logs.isinf(), d_out, 0)
+    d_v += d_out.masked_fill(logs != torch.inf, 0)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
@@ -224,9 +231,7 @@ def _kernel_agrees() -> bool:
     # Odd sizes on purpose: 45 tokens leave a part of a chunk of 8, and 20 channels
     # part of a vector.
     q, k, v, d_out = torch.randn(4, 2, 45, 20, generator=random)
-    orders = [
-        order_tokens(groups, 5, 8) for groups in torch.randint(3, (3, 2, 45), generator=random)
-    ]
+    orders = order_tokens(torch.randint(3, (2, 3, 45), generator=random), 5, 8)
     for itself in (False, True):
         settings = 5, 8, itself
         out, total = _forward(q, k, v, orders, *settings)
@@ -247,6 +252,11 @@ def _exact(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _outside(v: Tensor, window: int, chunk: int, itself: bool) -> Tensor:
+    made = outside_window.__wrapped__ if is_traced(v) else outside_window
+    return made(window, chunk, itself, v.device)
+
+
 def _row_groups(q: Tensor) -> Iterator[slice]:
     """Yield slices of rows to sort together: several short ones, or one long one."""
     # Some 65,000 tokens at once keep the sort's arrays in a core's cache.
@@ -256,21 +266,6 @@ def _row_groups(q: Tensor) -> Iterator[slice]:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-
-
-def _orders(groups: Tensor, window: int, chunk: int) -> list[Order]:
-    return [order_tokens(groups[:, r], window, chunk) for r in range(groups.shape[1])]
-
-
-def _add_overlapped(total: Tensor, rows: Tensor, x: Tensor) -> None:
-    """Do total[rows] += x, [tiles, 2C, d], where neighbouring tiles share a chunk of rows."""
-    chunk = x.shape[1] // 2
-    if x.is_cuda:
-        # Two launches for seven. Rows are distinct but for empty places, which nobody reads.
-        total.index_add_(0, rows[:-chunk], x[:, :chunk].to(total.dtype).flatten(0, 1))
-        total.index_add_(0, rows[chunk:], x[:, chunk:].to(total.dtype).flatten(0, 1))
-    else:
-        _add_rows(total, rows, _overlapped(x))
 
 
 def _overlapped(x: Tensor) -> Tensor:

@@ -56,12 +56,12 @@ def hash_buckets(x: Tensor, buckets: int, rounds: int, seed: int, first_head: in
     # One head at a time stays in a CPU's cache; on a GPU each would be a dozen launches.
     step = len(x) if x.is_cuda else 1
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return torch.cat(
-            [
-                _hash_heads(part.flatten(1, -2), rounds, *some)
-                for part, *some in zip(*(y.split(step) for y in (x, *directions)), strict=True)
-            ]
-        ).unflatten(-1, x.shape[1:-1])
+        parts = [
+            _hash_heads(part.flatten(1, -2), rounds, *some)
+            for part, *some in zip(*(y.split(step) for y in (x, *directions)), strict=True)
+        ]
+        hashed = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return hashed.unflatten(-1, x.shape[1:-1])
 
 
 def _hash_heads(x: Tensor, rounds: int, *rotated: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _hash_heads(x: Tensor, rounds: int, *rotated: Tensor) -> Tensor:
             index = torch.where(
                 highest.values >= -lowest.values, highest.indices, lowest.indices + half
             )
-            hashed[:, :, block] += scale * index.mT
+            hashed[:, :, block].add_(index.mT, alpha=scale)
         scale *= 2 * half
     return hashed
 

@@ -4,6 +4,7 @@ pairs of them do not count. Letters as in `banded`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def _pairs(numbers: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     )[:, None]
 
 
+@lru_cache(maxsize=16)
 def outside_window(window: int, chunk: int, itself: bool, device: torch.device) -> Tensor:
     """Return which of two chunks' places are no predecessors of the second's, [C, 2C] bool."""
     keys = torch.arange(2 * chunk, device=device)
