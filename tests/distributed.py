@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def _run_rank(
     writer: Connection,
     streams: None,
 ) -> None:
+    threading.Thread(target=_end_with_pytest, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(
@@ -114,6 +116,16 @@ def _run_rank(
     except BaseException:
         report = pickle.dumps((False, traceback.format_exc()))
     writer.send_bytes(report)
+
+
+def _end_with_pytest() -> None:
+    """End this rank when pytest is gone, however that ended: ranks are the server's children, which
+    lives as long as one of them does.
+    """
+    pytest = multiprocessing.parent_process()
+    assert pytest is not None
+    pytest.join()
+    os._exit(1)
 
 
 def _collect(readers: list[Connection], timeout: float) -> list[Any]:

@@ -1,5 +1,8 @@
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +53,36 @@ def test_hanging_and_dying_ranks_do_not_hang_the_test(how: str, timeout: int, me
     with pytest.raises(AssertionError, match=message):
         run_distributed(_hang_or_die, 2, how, timeout=timeout)
     assert time.monotonic() - started < 200
+
+
+def _write_number(rank: int, world_size: int, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_ranks_end_when_the_tests_are_killed(tmp_path: Path) -> None:
+    """They are the server's children, and nobody else would end them."""
+    call = (
+        "from pathlib import Path\n"
+        "from tests.distributed import run_distributed\n"
+        "from tests.test_distributed_helper import _write_number\n"
+        f"run_distributed(_write_number, 2, Path({str(tmp_path)!r}), timeout=600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", call]) as tests:
+        deadline = time.monotonic() + 120
+        while len(ranks := list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        tests.kill()
+    assert len(ranks) == 2
+    for rank in ranks:
+        while _lives(int(rank.name)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def _lives(process: int) -> bool:
+    try:
+        # Whoever adopts it may leave it as a zombie.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -17,7 +17,12 @@ from memshard.io import file_time, parse_json, read_small
 from memshard.launch.env import lacks_kernels
 from memshard.models.kernels import plain_rows
 from memshard.models.kernels.backend import SWITCH, backend_for
-from memshard.trainer.checkpoint.folders import committed, unfinished
+from memshard.trainer.checkpoint.folders import (
+    committed,
+    no_marker,
+    unfinished,
+    without_marker,
+)
 from memshard.trainer.checkpoint.hashed_pieces import verify
 from memshard.trainer.checkpoint.save_load import DamagedCheckpoint, index_of, load_state, step_of
 from memshard.trainer.watch.heartbeat import describe_stragglers, read_beats, silent
@@ -222,6 +227,8 @@ def _checkpoints(root: Path, deep: bool) -> Iterator[Finding]:
                 + ("good" if deep else "complete, with files as long as they should be")
                 + ("" if deep else " (--deep reads them)")
             )
+    for path in without_marker(root):
+        yield Finding(no_marker(path), bad=True)
     for path in sorted(unfinished(root)) if root.exists() else ():
         yield Finding(
             f"{path} is not complete: a save goes on, or was interrupted; the next one removes it"

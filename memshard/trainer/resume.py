@@ -21,9 +21,12 @@ from memshard.trainer.checkpoint.folders import (
     committed,
     find_checkpoints,
     is_committed,
+    named_step,
+    no_marker,
     prune,
     remove,
     set_aside,
+    without_marker,
 )
 from memshard.trainer.checkpoint.init_from import init_from
 from memshard.trainer.checkpoint.save_load import (
@@ -124,12 +127,17 @@ def resume(run: Run) -> None:
     """Load the newest committed checkpoint, or with a warning an older one if that is damaged; if
     there is none, start from the recipe's `init_from`.
 
-    ValueError if the data has changed since, if every checkpoint is damaged, or if `init_from` does
-    not fit.
+    ValueError if the data has changed since, if no checkpoint is whole, or if `init_from` does not
+    fit.
     """
     damaged: dict[Path, DamagedCheckpoint] = {}
     # All ranks must try the same folders in the same order, since loading is a collective.
-    checkpoints = broadcast_from_rank0(committed(run.folder / CHECKPOINTS))
+    root = run.folder / CHECKPOINTS
+    checkpoints, unmarked = broadcast_from_rank0((committed(root), without_marker(root)))
+    if unmarked and not checkpoints:
+        raise ValueError(
+            f"{no_marker(unmarked[-1])}: finish it, or delete that folder to begin the run anew"
+        )
     for folder in reversed(checkpoints):
         try:
             _load(run, folder)
@@ -147,6 +155,11 @@ def resume(run: Run) -> None:
                 problem.reason,
                 run.progress.step,
             )
+        for folder in unmarked:
+            if (named_step(folder) or 0) > run.progress.step:
+                log.warning(
+                    "%s: the run goes on from step %d", no_marker(folder), run.progress.step
+                )
     if not checkpoints and run.recipe.init_from is not None:
         _start_from(run, broadcast_from_rank0(find_checkpoints(Path(run.recipe.init_from))[0]))
 

@@ -26,7 +26,9 @@ def copy(data: Path, tmp_path: Path) -> Path:
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change it as one who may leave out its own hash, as folders of older versions do."""
     fields = json.loads((folder / "index.json").read_text())
+    del fields["sha256"]
     change(fields)
     (folder / "index.json").write_text(json.dumps(fields))
 
@@ -101,10 +103,29 @@ def test_verify_covers_the_report(copy: Path) -> None:
     with pytest.raises(ValueError, match="report.json: is missing"):
         verify_data(copy)
     index = json.loads((copy / "index.json").read_text())
-    del index["report_sha256"]
+    del index["report_sha256"], index["sha256"]
     (copy / "index.json").write_text(json.dumps(index))
     verify_data(copy)  # of an older version
     assert load_index(copy).fingerprint == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"text_bytes": ', '"text_bytes": 1'),
+        ('"words": ', '"words": 1'),
+        ('"eos_id": 1', '"eos_id": 2'),
+        ('"eos_id": 1', '"eos_id": 1, "eos_id": 2'),
+        ('"vocab_size": ', '"vocab_size": 1'),
+    ],
+)
+def test_a_number_of_the_index_that_changed_is_noticed(before: str, after: str, copy: Path) -> None:
+    """Bits per byte, say, would be wrong, and nothing else in the folder tells."""
+    text = (copy / "index.json").read_text()
+    (copy / "index.json").write_text(text.replace(before, after, 1))
+    for reads in (load_index, verify_data):
+        with pytest.raises(ValueError, match="index.json is damaged .its content differs from"):
+            reads(copy)
 
 
 def test_verify_finds_every_changed_file(copy: Path) -> None:

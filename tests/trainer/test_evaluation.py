@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memshard
+from memshard.data_pipeline.format.shards import read_sidecar
+from memshard.data_pipeline.prepare.inputs import Sources, find_files
+from memshard.data_pipeline.prepare.pipeline import build_data
 from memshard.data_pipeline.stream.held_out import HeldOutStream
 from memshard.data_pipeline.stream.reader import SplitReader
 from memshard.launch.cli.main import main
@@ -24,6 +27,7 @@ from memshard.trainer.checkpoint.load_model import LoadedModel, load_model
 from memshard.trainer.evaluation.perplexity import Evaluation, evaluate
 from memshard.trainer.export.export import export
 from memshard.trainer.tasks.language_model import LanguageModelTask
+from tests.data_pipeline.conftest import write_corpus
 from tests.distributed import run_distributed
 from tests.trainer.tiny_run import TABLE, train_run
 
@@ -306,3 +310,24 @@ def test_several_prompts_are_continued_as_each_alone(
     (tmp_path / "prompts").write_bytes(b"caf\xe9\n")
     assert main(["generate", str(trained.path), "--prompts", str(tmp_path / "prompts")]) == 2
     assert "prompts is not UTF-8 text" in capfd.readouterr().err
+
+
+def test_damaged_text_is_in_no_bits_per_byte(
+    trained: LoadedModel, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its bytes and words are still counted, and its tokens are not."""
+    write_corpus(tmp_path / "text", seed=7)
+    sources = Sources(find_files([tmp_path / "text"]))
+    build_data(sources, tmp_path / "data", tokenizer=data, held_out=0.9, workers=1)
+    held_out = SplitReader(tmp_path / "data", "heldout")
+    shortest = int(held_out.lengths.argmin())
+    arguments = ["eval", str(trained.path), "--data", str(tmp_path / "data"), "--json"]
+    assert main(arguments) == 0 and "bits_per_byte" in json.loads(capfd.readouterr().out)
+    sidecar = read_sidecar(tmp_path / "data", held_out.index.splits["heldout"].shards[0])
+    with (tmp_path / "data/heldout-00000.tar").open("r+b") as shard:
+        shard.seek(int(sidecar[shortest][0]))
+        shard.write(b"\0\0")
+    assert main(arguments) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["tokens"] < held_out.lengths.sum() - 1
+    assert not {"bits_per_byte", "word_perplexity"} & result.keys()

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_a_strangers_matplotlibrc_in_the_current_folder_changes_no_picture(tmp_p
     )
     subprocess.run([sys.executable, "-P", "-c", draw], cwd=tmp_path, check=True)
     assert (tmp_path / "his.png").read_bytes() == (tmp_path / "usual.png").read_bytes()
+
+
+def test_a_pipe_called_matplotlibrc_is_not_waited_for(tmp_path: Path) -> None:
+    file = write_metrics(tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "matplotlibrc")
+    draw = (
+        "from memshard.trainer.evaluation.pictures import loss_curve\n"
+        f"loss_curve({{'run': {str(file)!r}}}, 'loss.png')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", draw],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"{tmp_path}/matplotlibrc is no regular file: remove it" in ended.stderr
 
 
 def test_loss_curves_of_several_runs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from memshard.trainer.checkpoint.load_model import load_model
 from memshard.trainer.run_folder import CONFIG_FILE
 from memshard.trainer.watch.metrics import METRICS_FILE, read_metrics
 from tests.distributed import run_distributed
+from tests.launch.test_doctor import examine
 from tests.trainer.tiny_run import TABLE, assert_same, checkpoint_state, prepare, train_run
 
 REPRODUCIBLE = (
@@ -127,6 +129,43 @@ def test_what_is_not_committed_is_not_there(recipe: Path, tmp_path: Path) -> Non
         "step-00000010",
         "unfinished-step-00000010",
     ]
+
+
+def test_a_checkpoint_without_its_marker_is_said(
+    recipe: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As where a copy goes on: the steps since the one before it would be lost without a word, and
+    the whole run where there is none.
+    """
+    run = tmp_path / "run"
+    train_run(recipe, run, "train.save_every=2", stop_at=4)
+    (run / "checkpoints/step-00000004/COMMITTED").unlink()
+    bad, _ = examine(capfd, run)
+    said = "step-00000004 has no COMMITTED, as if a copy of it were not finished"
+    assert any(said in line for line in bad)
+    assert load_model(run).step == 2
+    assert f"{said}: the checkpoint before it is read" in caplog.text
+    prepare(recipe, run)
+    assert f"{said}: the run goes on from step 2" in caplog.text
+    (run / "checkpoints/step-00000002/COMMITTED").unlink()
+    with pytest.raises(ValueError, match="step-00000004 has no COMMITTED.* to begin the run anew"):
+        prepare(recipe, run)
+
+
+def test_a_run_that_begins_anew_over_its_metrics_says_so(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the disk of its checkpoints is not mounted."""
+    train_run(recipe, tmp_path, stop_at=4)
+    assert "begins anew" not in caplog.text
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").mkdir()
+    train_run(recipe, tmp_path, stop_at=2)
+    said = f"{METRICS_FILE} went to step 4, but there is no checkpoint: the run begins anew"
+    assert said in caplog.text
 
 
 def test_the_newest_checkpoints_are_kept(recipe: Path, tmp_path: Path) -> None:

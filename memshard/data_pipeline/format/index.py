@@ -76,18 +76,32 @@ class Index:
         """SHA-256 of the index, and so of the hashes of all shards and the tokenizer; without that
         of the report, which names files on the machine that built the data.
         """
-        data = dataclasses.replace(self, report_sha256="")
-        return hashlib.sha256(dump_index(data).encode()).hexdigest()
+        return _sha256(_fields(dataclasses.replace(self, report_sha256="")))
 
 
 def dump_index(index: Index) -> str:
-    """Return the text of index.json, without fields that have their defaults."""
+    """Return the text of index.json, with the SHA-256 of its fields: counts of bytes and words can
+    be checked by nothing else, and bits per byte rest on them.
+    """
+    fields = _fields(index)
+    return _text({**fields, "sha256": _sha256(fields)})
+
+
+def _fields(index: Index) -> dict[str, Any]:
     fields = dataclasses.asdict(index)
     # So a field that is added later changes neither text nor fingerprint of older folders.
     for item in dataclasses.fields(Index):
         if fields[item.name] == item.default:
             del fields[item.name]
-    return json.dumps({"format": FORMAT_VERSION, **fields}, indent=1) + "\n"
+    return {"format": FORMAT_VERSION, **fields}
+
+
+def _text(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=1) + "\n"
+
+
+def _sha256(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(fields).encode()).hexdigest()
 
 
 def load_index(path: str | os.PathLike[str]) -> Index:
@@ -133,6 +147,7 @@ def read_index(folder: Path) -> Index:
         fields: dict[str, Any] = parse_json(read_small(file))
         version = fields.pop("format")
         if version == FORMAT_VERSION:
+            sha256 = fields.pop("sha256", None)  # folders of older versions have none
             splits = {
                 name: Split(
                     **{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])}
@@ -144,6 +159,8 @@ def read_index(folder: Path) -> Index:
                 splits=splits,
             )
             _check(index)
+            if sha256 not in (None, _sha256(_fields(index))):
+                raise ValueError("its content differs from its hash")
             return index
     # Whatever JSON can hold: a list instead of an object, a missing field, one too many.
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from memshard.io import is_absence, is_partial, partial_path
+from memshard.trainer.checkpoint.index import INDEX_FILE
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,33 @@ def named_step(folder: Path) -> int | None:
 
 def committed(root: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first. OSError if the folder cannot be read."""
+    return [folder for folder in _of_steps(root) if is_committed(folder)]
+
+
+def without_marker(root: Path) -> list[Path]:
+    """Return the folders with a checkpoint's name and index, but no marker, oldest first: of copies
+    that go on or were cut short, since a save gives the name last.
+    """
+    return [
+        folder
+        for folder in _of_steps(root)
+        if not is_committed(folder) and (folder / INDEX_FILE).exists()
+    ]
+
+
+def no_marker(folder: Path) -> str:
+    """Return what is wrong with a folder of `without_marker`."""
+    return f"{folder} has no {COMMIT}, as if a copy of it were not finished"
+
+
+def _of_steps(root: Path) -> list[Path]:
     try:
         # Not by glob, which passes over folders that cannot be read: a run would begin anew.
         names = os.listdir(root)
     except FileNotFoundError:
         return []
     steps = sorted(step for name in names if (step := named_step(Path(name))) is not None)
-    folders = [checkpoint_folder(root, step) for step in steps]
-    return [folder for folder in folders if is_committed(folder)]
+    return [checkpoint_folder(root, step) for step in steps]
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -48,7 +68,11 @@ def find_checkpoints(path: Path) -> list[Path]:
     """
     if is_committed(path):
         return [path]
-    folders = committed(path / "checkpoints")
+    root = path / "checkpoints"
+    folders = committed(root)
+    for folder in without_marker(root) if folders else ():
+        if (named_step(folder) or 0) > (named_step(folders[-1]) or 0):
+            log.warning("%s: the checkpoint before it is read", no_marker(folder))
     if not folders:
         what = "does not exist" if not path.exists() else "holds no committed checkpoint"
         raise ValueError(

@@ -1,6 +1,7 @@
 """The common style of all pictures. Needs matplotlib (extra `eval`)."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,10 +21,14 @@ COLORS = [
     "#4b3f35",
 ]
 INK, GRID = "#2b2b2b", "#e3e3e3"
+_STYLE = "matplotlibrc"
 
 
 def canvas(width: float, height: float) -> "Figure":
     """Return an empty figure; sizes in inches. ValueError without matplotlib."""
+    if "matplotlib" not in sys.modules and Path(_STYLE).exists() and not Path(_STYLE).is_file():
+        # matplotlib reads it as it is imported, a pipe for ever.
+        raise ValueError(f"{Path(_STYLE).absolute()} is no regular file: remove it")
     try:
         from matplotlib import rcdefaults
         from matplotlib.figure import Figure

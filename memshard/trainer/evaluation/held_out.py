@@ -69,6 +69,8 @@ def evaluate_held_out(
         )
     elif isinstance(task, TranslationTask):
         pass  # words and bytes would be those of sources and targets together
+    elif evaluation.tokens < held_out.tokens:
+        pass  # bytes and words are also those of damaged documents, whose tokens do not count
     elif held_out.words is not None and held_out.text_bytes is not None:
         result["word_perplexity"] = evaluation.word_perplexity(held_out.words)
         result["bits_per_byte"] = evaluation.bits_per_byte(held_out.text_bytes)

@@ -43,9 +43,14 @@ class Metrics:
             return
         train = recipe.train
         path = folder / METRICS_FILE
-        kept = (
-            [line for line in read_metrics(path) if line["step"] <= first] if path.exists() else []
-        )
+        lines = read_metrics(path) if path.exists() else []
+        kept = [line for line in lines if line["step"] <= first]
+        if lines and not first:
+            log.warning(
+                "%s went to step %d, but there is no checkpoint: the run begins anew",
+                path,
+                lines[-1]["step"],
+            )
         # Neither a kill nor a power cut may cost the lines that are kept.
         with atomic_write(path, durable=True) as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
