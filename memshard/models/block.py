@@ -1,6 +1,6 @@
 """The three-slot block: a mixer, a feedforward or memory (or both), and their residuals."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from memshard.models.layers.linear import cast_once
 from memshard.models.layers.residual import Residual
 from memshard.models.memory.product_key import ProductKeyMemory
 from memshard.models.mixers.mixer import Mixer, MixerState
+from memshard.models.ngram.kinds import Place
 from memshard.models.ngram.memory import NgramMemory
 from memshard.models.random import dropout
 from memshard.models.recompute.replay import Replay
@@ -35,8 +36,7 @@ class NgramState:
 class Block(nn.Module):
     """One layer. Where both a feedforward and a memory are given, their outputs are added.
 
-    ngram: a memory addressed by tokens, in front of the mixer, or, with ngram_beside, beside or in
-    place of the feedforward.
+    ngram: a memory addressed by tokens. place: where it is, as `NgramConfig.place` says.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Block(nn.Module):
         residuals: tuple[Residual, Residual],
         dropout_rate: float,
         ngram: NgramMemory | None = None,
-        ngram_beside: bool = False,
+        place: Place = "mixer",
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -57,7 +57,12 @@ class Block(nn.Module):
         self.memory = memory
         self.mixer_residual, self.feedforward_residual = residuals
         self.dropout_rate = dropout_rate
-        self.ngram, self.ngram_beside = ngram, ngram_beside
+        self.ngram = ngram
+        self.place: Place | None = None if ngram is None else place
+
+    @property
+    def _ngram_beside(self) -> bool:
+        return self.place in ("feedforward", "replace")
 
     @property
     def has_table(self) -> bool:
@@ -84,7 +89,7 @@ class Block(nn.Module):
 
     def after_feedforward(self, x: Tensor, ctx: Context, replay: Replay | None = None) -> Tensor:
         """Return the stream after the second half; a program may have none."""
-        if self.feedforward is None and self.memory is None and not self.ngram_beside:
+        if self.feedforward is None and self.memory is None and not self._ngram_beside:
             return x
         return self.feedforward_residual.join(x, self.feedforward_branch(x, ctx, replay))
 
@@ -96,19 +101,19 @@ class Block(nn.Module):
         An n-gram memory in front of it adds n(x) first: the sum n(x) + f(x + n(x)) is a branch like
         any other, which reversible streams need.
         """
-        if self.ngram is None or self.ngram_beside:
-            return self._mixed(x, ctx, state)
+        if self.ngram is None or self.place != "mixer":
+            return self._mixed(x, ctx, state, replay)
         mixer, recent = (
             (state.mixer, state.ngram) if isinstance(state, NgramState) else (state, None)
         )
         added, recent = self.ngram(x, ctx.local, recent, replay)
-        y, mixer = self._mixed(x + added, ctx, mixer)
+        y, mixer = self._mixed(x + added, ctx, mixer, replay)
         if self.mixer_residual.kind != "whole":
             y = added + y
         return y, mixer if mixer is None or recent is None else NgramState(mixer, recent)
 
     def _mixed(
-        self, x: Tensor, ctx: Context, state: MixerState | None
+        self, x: Tensor, ctx: Context, state: MixerState | None, replay: Replay | None
     ) -> tuple[Tensor, MixerState | None]:
         # With sequence sharding (local_part) tokens are normalised before they are gathered, so the
         # mixer cannot apply the norm itself.
@@ -118,6 +123,8 @@ class Block(nn.Module):
             h = self.mixer_residual.before(x)
             # A program casts what it multiplies and computes all else in fp32.
             h = h if self.mixer_residual.kind == "whole" else cast_once(h)
+            if self.ngram is not None and self.place == "values":
+                ctx = replace(ctx, values=self.ngram(h, ctx.local, None, replay)[0])
             y, state = self.mixer(h, ctx, state)
         return self._dropout(self.mixer_residual.after(y), ctx, _MIXER_BRANCH), state
 
@@ -127,7 +134,7 @@ class Block(nn.Module):
         outputs = [] if self.feedforward is None else [self.feedforward(h)]
         if self.memory is not None:
             outputs.append(self.memory(h, ctx.local.padding, replay))
-        if self.ngram is not None and self.ngram_beside:
+        if self.ngram is not None and self._ngram_beside:
             outputs.append(self.ngram(h, ctx.local, None, replay)[0])
         # From outputs[0] and not from sum's 0, which would cost another pass over the activations.
         y = self.feedforward_residual.after(sum(outputs[1:], outputs[0]))

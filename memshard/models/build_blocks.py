@@ -32,9 +32,12 @@ def build_ngrams(config: ModelConfig) -> dict[int, NgramMemory]:
     memories: dict[int, NgramMemory] = {}
     values: ValueTable | None = None
     settings = replace(config.ngram, token_ids=config.ngram.token_ids or config.vocab_size)
+    # Values are no branch of the residual stream.
+    scale = 1.0 if settings.place == "values" else (2 * config.layers) ** -0.5
+    heads = config.mixer.kv_heads or config.mixer.heads
     for layer in settings.layers:
         memories[layer] = NgramMemory(
-            settings, config.dim, layer, values, (2 * config.layers) ** -0.5
+            settings, config.dim, layer, values, scale, config.ngram_outputs, heads
         )
         values = memories[layer].values if settings.share else None
     return memories
@@ -57,7 +60,6 @@ def _build_block(
     config: ModelConfig, layer: int, shared: list[ValueTable], ngram: NgramMemory | None
 ) -> Block:
     memory = _build_memory(config, shared) if layer in config.memory.layers else None
-    ngram_beside = ngram is not None and config.ngram.place != "mixer"
     if config.program is not None:
         added = Residual("whole" if memory is None else "pre", config.norm, config.dim)
         return Block(
@@ -68,14 +70,14 @@ def _build_block(
             (Residual("whole", config.norm, config.dim), added),
             config.dropout,
             ngram,
-            ngram_beside,
+            config.ngram.place,
         )
     # Two branches a layer write to the stream: their variances then add up to that of one.
     output_scale = (2 * config.layers) ** -0.5
     mixer = build_mixer(config, layer, output_scale)
     feedforward = None
     replaced = memory is not None and config.memory.mode == "replace"
-    if not replaced and not (ngram_beside and config.ngram.place == "replace"):
+    if not replaced and (ngram is None or config.ngram.place != "replace"):
         feedforward = FeedForward(
             config.dim, config.feedforward.activation, config.feedforward.hidden, output_scale
         )
@@ -84,7 +86,7 @@ def _build_block(
         Residual(config.residual, config.norm, config.dim),
         Residual(config.residual, config.norm, config.dim, norm_after),
     )
-    block = layer, mixer, feedforward, memory, residuals, config.dropout, ngram, ngram_beside
+    block = layer, mixer, feedforward, memory, residuals, config.dropout, ngram, config.ngram.place
     if not config.translates or layer < config.encoder_layers:
         return Block(*block)
     return DecoderBlock(

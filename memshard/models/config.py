@@ -169,6 +169,13 @@ class ModelConfig:
         _check_adaptive_softmax(self)
 
     @property
+    def ngram_outputs(self) -> int:
+        """Width of what an n-gram memory adds: of the stream, or of all heads' values."""
+        if self.ngram.place != "values":
+            return self.dim
+        return self.dim // self.mixer.heads * (self.mixer.kv_heads or self.mixer.heads)
+
+    @property
     def translates(self) -> bool:
         """True if the model has both an encoder and a decoder."""
         return 0 < self.encoder_layers < self.layers
@@ -232,7 +239,12 @@ def _check_ngram(model: ModelConfig) -> None:
     if not layers:
         return
     _check_layers("model.ngram", layers, model.layers)
-    model.ngram.width(model.dim)
+    model.ngram.width(model.ngram_outputs)
+    if model.ngram.place == "values" and (model.program is not None or model.mixer.heads_at_once):
+        raise ValueError(
+            "model.ngram.place is values, which model.program and model.mixer.heads_at_once do not "
+            "have: use place=mixer, or leave them out"
+        )
     if model.encoder_layers:
         raise ValueError(
             "model.ngram has layers and model.encoder_layers is "

@@ -22,6 +22,8 @@ class Context:
     for its real tokens. predicted: [n] int64, the places in the flat batch whose losses are wanted;
     None leaves it to the targets. window: [batch, length, n] int64, the tokens of the n-gram that
     ends at each token (ngram/recent_tokens.py), for memories that are addressed by them.
+    values: [batch, length, channels of all heads' values], what such a memory adds to the values of
+    the mixer that is called.
 
     Where ranks share the tokens of a sequence, mixers see all of them and other layers only this
     rank's: local_part has the facts of those. padding_tokens: how many tokens at the end of the
@@ -38,6 +40,7 @@ class Context:
     source_padding: Tensor | None = None
     predicted: Tensor | None = None
     window: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def local(self) -> "Context":

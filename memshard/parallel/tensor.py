@@ -253,7 +253,13 @@ def _do_not_draw(weight: Tensor) -> Tensor:
 
 def _gather_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Gather the sequence: pre-forward hook of layers that need all of it."""
-    return _gather_to_multiply(inputs[0]), *inputs[1:]
+    x, *rest = inputs
+    if isinstance(module, Mixer) and (values := rest[0].values) is not None:
+        ranks = fairscale_groups.get_model_parallel_group()
+        # What is added to the values of this rank's heads.
+        mine = gather(values, ranks).chunk(dist.get_world_size(ranks), -1)[dist.get_rank(ranks)]
+        rest[0] = replace(rest[0], values=mine)
+    return _gather_to_multiply(x), *rest
 
 
 def _gather_channels(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

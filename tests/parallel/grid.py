@@ -88,6 +88,12 @@ MODELS: dict[str, dict[str, Any]] = {
         ),
         "position": "none",
     },
+    "value embeddings": {
+        "memory": {"query_norm": "layer"},
+        "mixer": {"pattern": ("softmax", "lsh", "linear"), "chunk": 2, "buckets": 2},
+        "ngram": NgramConfig(layers=(0, 1, 2), rule="token", place="values", gate="heads"),
+        "position": "rotary",
+    },
     "n-grams in place of a feedforward": {
         "memory": {"query_norm": "layer"},
         "ngram": NgramConfig(layers=(0,), rule="token", place="replace", value_dim=12, gate="glu"),
@@ -109,6 +115,11 @@ FAST_WEIGHTS: dict[str, dict[str, Any]] = {
             "features": "dpfp",
         },
         "activation": "squared_relu",
+    },
+    "fast weights behind n-grams": {
+        "memory": {"query_norm": "layer"},
+        "mixer": {"pattern": ("delta", "linear"), "convolution": 2},
+        "ngram": NgramConfig(layers=(0, 1), rows=13, heads=2, value_dim=6, convolution=3),
     },
     "normalised fast weights": {
         "memory": {"query_norm": "layer"},

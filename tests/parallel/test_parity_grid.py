@@ -107,6 +107,8 @@ def test_the_whole_grid(ranks: tuple[int, int]) -> None:
 
 SEQUENCES = [
     Point("fast weights", 2, "rows", "standard", 2, share="sequence"),
+    Point("fast weights behind n-grams", 2, "rows-unique", "standard", 2, share="sequence"),
+    Point("fast weights behind n-grams", 2, "tensor-columns", "reversible", 1, share="sequence"),
     Point(
         "normalised fast weights",
         2,
@@ -137,7 +139,7 @@ def test_sequences_over_ranks(world: int) -> None:
         world,
         SEQUENCES
         if world == 2
-        else [*SEQUENCES, replace(SEQUENCES[0], tensor=4), replace(SEQUENCES[1], tensor=4)],
+        else [*SEQUENCES, *(replace(point, tensor=4) for point in SEQUENCES[:4])],
     )
 
 

@@ -256,9 +256,10 @@ class LSHMixer(Mixer):
         """
         width = self.value.weight.shape[0] // self.heads
         x = cast_once(x)
-        projected, recent = self.convolutions(
-            [F.linear(x, weight) for weight in weights[:2]], ctx, recent, weights[2:]
-        )
+        projected = [F.linear(x, weight) for weight in weights[:2]]
+        if ctx.values is not None:
+            projected[1] = projected[1] + ctx.values.to(projected[1].dtype)
+        projected, recent = self.convolutions(projected, ctx, recent, weights[2:])
         q, v = (tensor.unflatten(-1, (-1, width)).transpose(1, 2) for tensor in projected)
         return (q, unit_keys(q, self.rule), v), recent
 

@@ -50,9 +50,10 @@ class HeadProjections(Mixer):
         length, dim].
         """
         names = ("key", "value") if self.share_qk else ("query", "key", "value")
-        projected, recent = self.convolutions(
-            [getattr(self, name)(x) for name in names], ctx, recent
-        )
+        projected = [getattr(self, name)(x) for name in names]
+        if ctx.values is not None:
+            projected[-1] = projected[-1] + ctx.values.to(projected[-1].dtype)
+        projected, recent = self.convolutions(projected, ctx, recent)
         if self.share_qk:
             projected.insert(0, self.query(projected[0]))
         counts = self.heads, self.kv_heads, self.kv_heads

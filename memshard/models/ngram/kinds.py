@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from memshard.models.ngram.primes import first_primes
 
-Place = Literal["embedding", "mixer", "feedforward", "replace"]
-GateKind = Literal["none", "scalar", "context", "glu"]
+Place = Literal["embedding", "mixer", "feedforward", "replace", "values"]
+GateKind = Literal["none", "scalar", "context", "glu", "heads"]
 TokenMapKind = Literal["none", "text"]
 
 Sizes = Callable[["NgramConfig", int, int], tuple[int, ...]]
@@ -140,7 +140,7 @@ class NgramConfig:
 
     place: Place = "mixer"
     """Where a token's rows enter: at the embedding, before a layer's mixer, beside its feedforward
-    or in place of it (replace).
+    or in place of it (replace), or into the values of its attention.
     """
 
     share: bool = False
@@ -191,7 +191,8 @@ class NgramConfig:
     gate: GateKind = "context"
     """What decides how much of a token's rows e enters: none, W e; scalar, a learned number times
     W e; context, a number in (0, 1) from the agreement of e with the stream, times W e (Engram);
-    glu, W (silu(G x) * e) (STEM).
+    glu, W (silu(G x) * e) (STEM); heads, for place values alone: each head's part of W e times a
+    number in (0, 3) from the first 12 channels of the stream (nanochat's value embeddings).
     """
 
     convolution: int | None = None
@@ -244,6 +245,13 @@ class NgramConfig:
         if self.rows > 1 << 40:
             raise ValueError(
                 f"model.ngram.rows is {self.rows}; the limit is {1 << 40:,}: check the number"
+            )
+        if (self.gate == "heads") > (self.place == "values") or (
+            self.place == "values" and self.gate in ("context", "glu")
+        ):
+            raise ValueError(
+                f"model.ngram.gate is {self.gate} and model.ngram.place {self.place}: values take "
+                "gate none, scalar or heads, other places none, scalar, context or glu"
             )
         if self.convolution and self.place != "mixer":
             raise ValueError(

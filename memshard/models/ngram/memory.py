@@ -20,6 +20,7 @@ from memshard.models.ngram.kinds import NgramConfig
 from memshard.models.recompute.replay import Replay, run_once
 
 _FIRST_SCALE = 0.1
+_GATE_CHANNELS = 12
 
 
 class NgramMemory(MemoryLayer):
@@ -27,13 +28,14 @@ class NgramMemory(MemoryLayer):
 
     settings: `token_ids` must be set. dim: width of input and output. layer: number of the block,
     which some rules mix into their hashes. values: a table to share with other layers; by default
-    a new one.
+    a new one. outputs: width of the output, by default dim; heads: that share it.
 
     With gate "none" the output is W e; "scalar" a W e with a learned number a, 0.1 at first;
     "context" sigmoid(s(k . q / sqrt(dim))) W e with k = norm(K e), q = norm(x) and s the signed
-    root (Engram); "glu" W (silu(G x) * e) (STEM, arXiv 2601.10639). A `convolution` adds silu(conv(
-    norm(y))) to the output y, by kernels that begin at 0. W is left out where e is as wide as the
-    model and no gate is between.
+    root (Engram); "glu" W (silu(G x) * e) (STEM, arXiv 2601.10639); "heads" 3 sigmoid(g . x) times
+    each head's part of W e, with g of 12 channels (nanochat's value embeddings). A convolution adds
+    silu(conv(norm(y))) to the output y, by kernels that begin at 0. W is left out where e is as
+    wide as the output and no gate is between.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class NgramMemory(MemoryLayer):
         layer: int,
         values: ValueTable | None = None,
         output_scale: float = 1.0,
+        outputs: int | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__()
         assert settings.token_ids is not None
-        self.dim, self.gating = dim, settings.gate
+        self.dim, self.outputs, self.gating = dim, outputs or dim, settings.gate
         self.addresses = build_addresses(settings, settings.token_ids, layer)
-        value_dim = settings.width(dim)
+        value_dim = settings.width(self.outputs)
         width = self.addresses.reads * value_dim
         self.values = values or ValueTable(self.addresses.slots, value_dim)
         self.scale: nn.Parameter | None = None
@@ -62,8 +66,11 @@ class NgramMemory(MemoryLayer):
         if settings.gate == "context":
             self.key = Projection(width, dim)
             self.key_norm, self.query_norm = build_norm("rms", dim), build_norm("rms", dim)
-        if settings.gate in ("context", "glu") or width != dim:
-            self.output = Projection(width, dim, scale=output_scale)
+        self.head_gate: Projection | None = None
+        if settings.gate == "heads":
+            self.head_gate = Projection(min(_GATE_CHANNELS, dim), heads)
+        if settings.gate in ("context", "glu") or width != self.outputs:
+            self.output = Projection(width, self.outputs, scale=output_scale)
         # Tokens that the hashed n-grams already reach are of no use to the kernel.
         self.convolutions = Convolutions({"output": dim}, settings.kernel, self.addresses.order)
         if self.convolutions:
@@ -94,8 +101,8 @@ class NgramMemory(MemoryLayer):
         recent: RecentRows | None = None,
         replay: Replay | None = None,
     ) -> tuple[Tensor, RecentRows | None]:
-        """Return what the memory adds to the stream, of x's shape [batch, length, dim], and the
-        convolution's advanced state where `recent` is given.
+        """Return what the memory adds, [batch, length, outputs], and the convolution's advanced
+        state where `recent` is given. x: [batch, length, dim].
 
         ctx: with the `window` of x's tokens; padding gives 0 and reads nothing. replay: that of a
         pass which backward repeats; the table is then read once.
@@ -131,6 +138,9 @@ class NgramMemory(MemoryLayer):
         y: Tensor = read if self.output is None else self.output(read)
         if self.scale is not None:
             return y * self.scale.to(y.dtype)
+        if self.head_gate is not None:
+            gates = 3 * self.head_gate(x[..., :_GATE_CHANNELS]).sigmoid()
+            return (y.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(-2)
         if self.key is None:
             return y
         key, query = self.key_norm(_wide(self.key(read))), self.query_norm(_wide(x))

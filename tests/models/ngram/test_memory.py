@@ -95,6 +95,26 @@ def test_the_layer_equals_its_formulas(gate: str, convolution: int, hidden: bool
     torch.testing.assert_close(_row_gradient(memory.values), expected_gradients[-1])
 
 
+@pytest.mark.parametrize("gate", ["none", "heads"])
+def test_values_of_each_head_are_weighed(gate: str) -> None:
+    torch.manual_seed(1)
+    settings = NgramConfig(
+        layers=(0,), rule="token", place="values", token_ids=VOCABULARY, gate=gate
+    )
+    memory = NgramMemory(settings, DIM, 0, outputs=8, heads=2).double()
+    tokens, x = torch.randint(VOCABULARY, (2, 9)), torch.randn(2, 9, DIM, dtype=torch.float64)
+    ctx = Context.of(tokens)
+    window, _ = TokenWindow(settings, VOCABULARY)(tokens, ctx)
+    y, _ = memory(x, Context(ctx.positions, window=window))
+    expected = memory.values.weight[tokens]
+    if gate == "heads":
+        weights = 3 * torch.sigmoid(x[..., :12] @ memory.head_gate.weight.T)
+        expected = torch.cat(
+            (expected[..., :4] * weights[..., :1], expected[..., 4:] * weights[..., 1:]), -1
+        )
+    torch.testing.assert_close(y, expected)
+
+
 def _row_gradient(table: ValueTable) -> Tensor | None:
     if not table.hidden:
         return table.weight.grad

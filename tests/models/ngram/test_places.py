@@ -21,6 +21,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "mixer": {"place": "mixer", "layers": (0, 2), "gate": "context", "convolution": 3},
     "mixer, shared": {"place": "mixer", "layers": (0, 1, 2), "gate": "scalar", "share": True},
     "feedforward": {"place": "feedforward", "layers": (1,), "gate": "glu"},
+    "values": {"place": "values", "layers": (0, 2), "gate": "heads"},
     "replace": {"place": "replace", "layers": (0,), "gate": "glu"},
 }
 _CHUNKS = ((0, 5), (5, 6), (6, 7), (7, 11), (11, 12))
@@ -104,8 +105,12 @@ def test_a_state_that_is_reset_has_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("place", ["mixer", "feedforward"])
+@pytest.mark.parametrize("place", ["mixer", "feedforward", "values"])
 def test_no_token_sees_a_later_one(mixer: str, place: str) -> None:
+    if place == "values" and MIXERS[mixer].get("heads_at_once"):
+        with pytest.raises(ValueError, match="heads_at_once"):
+            model_with(ngram("engram", place), mixer=MIXERS[mixer])
+        return
     model = model_with(ngram("engram", place), mixer=MIXERS[mixer]).train()
     tokens, other = tiny_tokens(2, LENGTH), tiny_tokens(2, LENGTH, seed=5)
     other[:, :CHANGED] = tokens[:, :CHANGED]
