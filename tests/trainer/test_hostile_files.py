@@ -332,3 +332,19 @@ def test_every_file_of_an_export_is_compared_with_its_hash(
         (folder / name).write_bytes(content)
         message = refused(capfd, "generate", folder, "--prompt", "a", *memmap)
         assert f"export is damaged (ValueError: {name} does not match its hash)" in message
+
+
+def test_a_number_of_an_exports_configuration_that_changed_is_noticed(
+    run_and_export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers builds the model from it, and would compute other logits without a word."""
+    config = pytest.importorskip("memshard.trainer.export.remote.configuration_memshard")
+    folder = Path(shutil.copytree(run_and_export / "export", tmp_path / "export"))
+    fields = json.loads((folder / "config.json").read_text())
+    config.MemshardConfig(**fields)
+    fields["model"]["memory"]["topk"] -= 1
+    (folder / "config.json").write_text(json.dumps(fields))
+    said = "the model in config.json does not match its hash"
+    assert said in refused(capfd, "generate", folder, "--prompt", "a")
+    with pytest.raises(ValueError, match=said):
+        config.MemshardConfig(**fields)

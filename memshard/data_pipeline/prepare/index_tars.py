@@ -230,9 +230,8 @@ def _scan(watch: Watch, tar: Path, suffix: str, folder: Path) -> None:
 def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
     """Yield offset and content of every member that is a document and not blank."""
     try:
-        # "r:" refuses compressed tars: a document in one cannot be read by its offset.
         size = tar.stat().st_size
-        with tarfile.open(tar, "r:") as archive:
+        with _open(tar) as archive:
             for member in _headers(tar, archive):
                 if member.isfile() and member.name.endswith(f".{suffix}"):
                     # Before it is read: a header can claim any size, and holes of any size.
@@ -253,6 +252,14 @@ def _members(tar: Path, suffix: str) -> Iterator[tuple[int, bytes]]:
                             f"{tar}: {member.name} is not UTF-8 text ({error}): leave the tar out"
                         ) from error
     except tarfile.TarError as error:
+        raise _no_tar(tar, error) from error
+
+
+def _open(tar: Path) -> tarfile.TarFile:
+    try:
+        # "r:" refuses compressed tars: a document in one cannot be read by its offset.
+        return tarfile.open(tar, "r:")
+    except ValueError as error:  # of numbers in the first header
         raise _no_tar(tar, error) from error
 
 

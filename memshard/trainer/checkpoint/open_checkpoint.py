@@ -1,10 +1,12 @@
 """Open a checkpoint or an export, to read it by tensors and rows through memory maps."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +100,11 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
     """
     file = folder / WEIGHTS
     try:
-        about = parse_json(read_small(folder / CONFIG_JSON))["memshard"]
+        config = parse_json(read_small(folder / CONFIG_JSON))
+        about = config["memshard"]
+        # transformers builds the model from it; exports of older versions have no hash.
+        if about.get("model_sha256") not in (None, sha256_json(config["model"])):
+            raise ValueError(f"the model in {CONFIG_JSON} does not match its hash")
         for name in ("config.yaml", TOKENIZER_FILE):
             if hashlib.sha256(read_small(folder / name)).hexdigest() != about["files"][name]:
                 raise ValueError(f"{name} does not match its hash")
@@ -147,6 +153,11 @@ def open_export(folder: Path, check: bool = True) -> StoredModel:
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}: {error}): export it again"
         ) from error
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of a value of JSON, whatever the order of keys and the white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _recipe(folder: Path) -> Recipe:

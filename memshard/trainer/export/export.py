@@ -29,6 +29,7 @@ from memshard.trainer.checkpoint.open_checkpoint import (
     SCALE,
     WEIGHTS,
     StoredModel,
+    sha256_json,
 )
 from memshard.trainer.config.load import dump, to_dict
 from memshard.trainer.config.recipe import Recipe
@@ -177,7 +178,7 @@ def _published(recipe: Recipe) -> Recipe:
 
 
 def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[str, Any]:
-    model = stored.recipe.model
+    model, settings = stored.recipe.model, to_dict(stored.recipe)["model"]
     return {
         "model_type": "memshard",
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
@@ -186,8 +187,13 @@ def _config(stored: StoredModel, dtype: str, tables: str, digest: str) -> dict[s
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.mixer.heads,
         "max_position_embeddings": model.max_length,
-        "model": to_dict(stored.recipe)["model"],
-        "memshard": {"step": stored.step, "tables": tables, "sha256": digest},
+        "model": settings,
+        "memshard": {
+            "step": stored.step,
+            "tables": tables,
+            "sha256": digest,
+            "model_sha256": sha256_json(settings),
+        },
     }
 
 
