@@ -45,6 +45,9 @@ BENCHMARKS = {
             "ngram-hash",
             "rows of n-grams against the public references: whether they agree, and times",
         ),
+        _benchmark(
+            "ngram", "training steps and forward passes with n-gram memories against without"
+        ),
         _benchmark("lsh", "LSH attention on long sequences: time and memory, against its peers"),
         _benchmark("million-tokens", "one training step on a million tokens: time and memory"),
         _benchmark("reversible", "plain, checkpointed and reversible blocks: time and memory"),

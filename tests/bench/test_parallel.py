@@ -52,6 +52,18 @@ def test_the_plain_loop_has_the_same_model(
     assert all(_in_order(rate) for rate in result.values())
 
 
+def test_n_grams_are_measured_against_a_model_without(
+    data: Path,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    sizes = "--rows", "20,40", "--value-dim", "4"
+    assert main(["bench", "ngram", str(data), *TINY, *sizes, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    small, large = result["tables"].values()
+    assert small["slots"] < large["slots"]
+    assert _in_order(small["training"]) and _in_order(large["inference"])
+
+
 def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "parallel", "--ranks", "1"]) == 2
     assert "memshard bench plain-loop" in capsys.readouterr().err

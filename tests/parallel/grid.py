@@ -93,6 +93,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixer": {"pattern": ("softmax", "lsh", "linear"), "chunk": 2, "buckets": 2},
         "ngram": NgramConfig(layers=(0, 1, 2), rule="token", place="values", gate="heads"),
         "position": "rotary",
+        "norm": "rms",
     },
     "n-grams in place of a feedforward": {
         "memory": {"query_norm": "layer"},
