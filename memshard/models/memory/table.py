@@ -369,7 +369,8 @@ def externalize_tables(model: nn.Module) -> list[ValueTable]:
 
     Call it before DDP or DeepSpeed wrap the model, which broadcast, cast and all-reduce whatever
     `parameters()` shows, and after PEFT, which copies layers. A frozen table stays frozen.
-    ValueError if DDP or FSDP has wrapped visible tables already.
+    ValueError if DDP or FSDP has wrapped visible tables already, or if values are tied to another
+    module's parameter.
     """
     tables = [table for _, table in find_tables(model)]
     readers = [module for module in model.modules() if isinstance(module, TableReader)]
@@ -379,6 +380,15 @@ def externalize_tables(model: nn.Module) -> list[ValueTable]:
             "DDP waits for a gradient of every parameter that it has wrapped: hide or split tables "
             "before it wraps the model"
         )
+    for module in model.modules():
+        for table in tables:
+            tied = module is not table and not table.hidden
+            if tied and any(weight is table.weight for weight in module._parameters.values()):
+                raise ValueError(
+                    f"a table's values are also the weight of a {type(module).__name__}, which "
+                    "would learn apart from it once it is hidden: let layers share the table "
+                    "itself, ProductKeyMemory(..., values=other.values), or do not hide it"
+                )
     for table in tables:
         learns = [
             reader.learns for reader in readers if any(table is read for read in reader.tables)

@@ -155,6 +155,24 @@ def test_a_shared_table_that_was_frozen_with_a_layer_stays_frozen(frozen: int) -
     torch.testing.assert_close(table.weight, before, rtol=0, atol=0)
 
 
+def test_values_that_are_tied_to_another_weight_are_refused() -> None:
+    """Each of the two would learn from its own gradient, with moments of its own."""
+    layers = nn.ModuleList([ProductKeyMemory(8, **_SIZES), ProductKeyMemory(8, **_SIZES)])
+    first, second = (memory.values for memory in layers)  # type: ignore[union-attr]
+    linear = nn.Linear(8, 16, bias=False)
+    linear.weight = first.weight
+    with pytest.raises(ValueError, match="also the weight of a Linear"):
+        externalize_tables(nn.ModuleList([layers, linear]))
+    second.weight = first.weight
+    with pytest.raises(ValueError, match="also the weight of a ValueTable"):
+        externalize_tables(layers)
+    second.weight = nn.Parameter(second.weight.detach().clone())
+    tables = externalize_tables(layers)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match="two tables have the same values in memory"):
+        RowAdam(tables)
+
+
 def test_a_compiled_step_updates_as_a_plain_one() -> None:
     """torch.compile(optimizer.step), or of a whole training step."""
     values = []

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from memshard.models import compat
 from memshard.models.memory.hidden import ANCHOR_UNIT
 from memshard.models.memory.huge_pages import prefer_huge_pages
 from memshard.models.memory.row_gradient import SortedReads
@@ -94,6 +95,13 @@ class RowAdam(Optimizer):
                     "RowAdam needs externalised tables: pass it what externalize_tables(model) "
                     "returns"
                 )
+        stored = {id(x): x.weight for x in self.tables if not compat.is_fake(x.weight)}
+        addresses = [values.data_ptr() for values in stored.values() if values.numel()]
+        if len(set(addresses)) < len(addresses):
+            raise ValueError(
+                "two tables have the same values in memory, and would both update them: let layers "
+                "share the table itself, ProductKeyMemory(..., values=other.values)"
+            )
         for name, value, choices in (
             ("semantics", semantics, get_args(Semantics)),
             ("rounding", rounding, get_args(Rounding)),
