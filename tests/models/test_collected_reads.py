@@ -209,6 +209,10 @@ def test_parameters_are_stepped_within_backward_and_tables_after_it() -> None:
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_hooks_that_a_hidden_table_would_not_call_are_refused(kind: str) -> None:
     memory = ProductKeyMemory(8, **_SIZES)
+    handle = getattr(memory.values.weight, kind)(lambda _: None)
+    with pytest.raises(ValueError, match="would not be called once it is hidden"):
+        externalize_tables(memory)
+    handle.remove()
     optimizer = RowAdam(externalize_tables(memory))
     (anchor,) = _shown(optimizer)
     handle = getattr(anchor, kind)(lambda _: None)

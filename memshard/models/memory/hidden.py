@@ -151,6 +151,11 @@ class HideableTable(nn.Module):
                     "a table's values are no plain parameter any more: hide or split tables before "
                     "FSDP wraps the model, and before its values are parametrized or pruned"
                 )
+            if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+                raise ValueError(
+                    "hooks on a table's values would not be called once it is hidden, as its "
+                    "gradient is then no tensor: remove them, or do not hide the table"
+                )
             # Unfrozen in a frozen layer, it learns alone.
             self.follows_layer = self.layer_learns or not self.weight.requires_grad
             # A table that was frozen together with its layer follows it from now on.

@@ -382,8 +382,9 @@ def externalize_tables(model: nn.Module) -> list[ValueTable]:
         )
     for module in model.modules():
         for table in tables:
-            tied = module is not table and not table.hidden
-            if tied and any(weight is table.weight for weight in module._parameters.values()):
+            values = table._parameters.get("weight")
+            others = module._parameters.values() if module is not table else ()
+            if values is not None and any(weight is values for weight in others):
                 raise ValueError(
                     f"a table's values are also the weight of a {type(module).__name__}, which "
                     "would learn apart from it once it is hidden: let layers share the table "
