@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from memshard.bench.common.peak_memory import freed_at_once, in_new_process, resident
-from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.config import (
+    FeedForwardConfig,
+    MemoryConfig,
+    MixerConfig,
+    ModelConfig,
+    NgramConfig,
+)
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.random import RandomKey
@@ -28,6 +34,7 @@ from memshard.trainer.training import build_for_training, training_step
 
 VOCABULARY = 8192
 _MEMORY = MemoryConfig(layers=(2,), keys=256, heads=4, topk=16, key_dim=128)
+_NGRAM = NgramConfig(layers=(0, 2), rows=4096, value_dim=24)
 _MODEL = ModelConfig(layers=6, dim=384, mixer=MixerConfig(heads=6))
 _BASE = Recipe(data=DataConfig(path="", length=256), model=_MODEL, train=TrainConfig(batch=16))
 
@@ -51,6 +58,10 @@ RECIPES = {
             "tables.dtype": "fp16",
             "tables.rounding": "stochastic",
         },
+    ),
+    "n-grams in two layers": changed_by(_BASE, {"model.ngram": _NGRAM}),
+    "memory and n-grams, full checkpointing": changed_by(
+        _BASE, {"model.memory": _MEMORY, "model.ngram": _NGRAM, "train.checkpointing": "full"}
     ),
 }
 

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args, get_origin
 
 from memshard.models.memory.kinds import MEMORIES, MemoryConfig
+from memshard.models.memory.table_group import TableGroup
 from memshard.models.mixers.kinds import MixerConfig, names
 from memshard.models.ngram.kinds import NgramConfig
 
@@ -30,6 +31,7 @@ _LIMITS = {
     "adaptive_cutoffs": 1 << 32,
     "max_length": 1 << 40,
     "axial": 1 << 40,
+    "rows": 1 << 40,
 }
 """Largest sizes by name, where not `_WIDEST`. Products of three stay below 2^63."""
 
@@ -187,6 +189,15 @@ class ModelConfig:
         """
         assert self.vocab_size is not None
         return self.adaptive_cutoffs[0] if self.adaptive_cutoffs else self.vocab_size
+
+    @property
+    def table_groups(self) -> list[TableGroup]:
+        """The value tables, by the section that describes them. `vocab_size` must be set."""
+        assert self.vocab_size is not None
+        groups = [self.memory.table_group(self.dim)] if self.memory.layers else []
+        if self.ngram.layers:
+            groups.append(self.ngram.table_group(self.ngram_outputs, self.vocab_size))
+        return groups
 
     def longest(self, length: int) -> int:
         """Return `max_length`, or its default for sequences of `length` tokens."""

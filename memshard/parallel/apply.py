@@ -44,7 +44,7 @@ from memshard.parallel.mesh import AXES, DATA, group, groups_beside_ddp, tensor_
 from memshard.parallel.segments import RankNeighbours, segment_losses, share_sequences
 from memshard.parallel.sequence import gather, gathered, split
 from memshard.parallel.spec import ShardSpec
-from memshard.parallel.tables.layouts import LayoutName, layout_named
+from memshard.parallel.tables.layouts import Layouts, layout_named
 from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
 
@@ -54,13 +54,14 @@ Share = Literal["heads", "sequence"]
 def apply(
     model: nn.Module,
     mesh: DeviceMesh | None,
-    layout: LayoutName = "rows",
+    layout: Layouts = "rows",
     share: Share = "heads",
 ) -> dict[str, ShardSpec]:
     """Hide the model's tables and split them, split the dense matrices over the tensor axis, and
     sum query statistics over all tokens.
 
-    layout: how tables are split, a name in `tables.layouts.LAYOUTS`. share: what ranks along the
+    layout: how tables are split, a name in `tables.layouts.LAYOUTS`, or one for each kind of table
+    that the model has; all or none of them within tensor groups. share: what ranks along the
     tensor axis share: "heads", the large matrices and, between them, the tokens of sequences; or
     "sequence", only the tokens, through the states of fast weights, with whole matrices.
 
@@ -86,7 +87,13 @@ def apply(
             from memshard.parallel.tensor import split_dense
 
             placement = split_dense(model, mesh)
-    row = layout_named(layout)
+    names = [layout] if isinstance(layout, str) else list(layout.values())
+    rows = [layout_named(name) for name in names or ["rows"]]
+    if len({row.axes for row in rows}) > 1:
+        raise ValueError(
+            f"layouts {' and '.join(names)} split tables along different axes: use one for all"
+        )
+    row = rows[0]
     if ranks > 1 and not row.within_tensor_group:
         for module in model.modules():
             if isinstance(module, NgramMemory):
@@ -111,8 +118,9 @@ def apply(
     # `state_dict()` lists a shared table under the name of every reader.
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ShardedTable):
-            size = (module.slots, module.dim)[row.split_dim]
-            placement[f"{name}.weight"] = ShardSpec(row.split_dim, row.axes, size)
+            dim = module.layout.split_dim
+            size = (module.slots, module.dim)[dim]
+            placement[f"{name}.weight"] = ShardSpec(dim, module.layout.axes, size)
     return placement
 
 

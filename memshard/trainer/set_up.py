@@ -31,7 +31,7 @@ from memshard.trainer.carried_states import Carried
 from memshard.trainer.config.load import dump
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.estimate import check_fits
-from memshard.trainer.cost.layout_choice import layout_choice
+from memshard.trainer.cost.layout_choice import layout_choices
 from memshard.trainer.ngram_tokens import map_tokens, resolve_ngrams
 from memshard.trainer.resume import resume
 from memshard.trainer.run import Run
@@ -108,7 +108,7 @@ def build_training(
 ) -> Training:
     """Build the model and its optimizers as the recipe says, spread over all ranks."""
     mesh = build_mesh(device.type, recipe.parallel.memory, recipe.parallel.tensor)
-    layout = layout_choice(recipe, ranks)
+    choices = layout_choices(recipe, recipe.model.table_groups, ranks)
     # Built without memory; each rank then allocates and draws its part only.
     with torch.device("meta"):
         model = build(recipe.model)
@@ -119,7 +119,7 @@ def build_training(
         recipe.train,
         device=device,
         mesh=mesh,
-        layout=layout.name,
+        layout={section: choice.name for section, choice in choices.items()},
         share=recipe.parallel.share,
     )
     if model.window is not None and model.window.token_map is not None:

@@ -36,7 +36,7 @@ from memshard.parallel.apply import Share, apply
 from memshard.parallel.checksum import check_copies
 from memshard.parallel.mesh import tensor_size
 from memshard.parallel.spec import ShardSpec
-from memshard.parallel.tables.layouts import LayoutName
+from memshard.parallel.tables.layouts import Layouts
 from memshard.trainer.checkpoint.global_tensors import model_tensors, optimizer_tensors
 from memshard.trainer.config.fields import check_finite
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
@@ -112,7 +112,7 @@ def build_for_training(
     *,
     device: torch.device | str = "cpu",
     mesh: DeviceMesh | None = None,
-    layout: LayoutName = "rows",
+    layout: Layouts = "rows",
     share: Share = "heads",
 ) -> Training:
     """Build a model on its device, spread over the mesh, its tables hidden, with all that trains

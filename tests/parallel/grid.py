@@ -17,7 +17,7 @@ from memshard.models.memory.table import find_tables
 from memshard.models.recompute.checkpointing import Checkpointing
 from memshard.parallel.apply import Share, losses_on
 from memshard.parallel.mesh import build_mesh
-from memshard.parallel.tables.layouts import LAYOUTS, LayoutName
+from memshard.parallel.tables.layouts import LAYOUTS, LayoutName, Layouts
 from memshard.trainer.checkpoint.global_tensors import model_tensors
 from memshard.trainer.config.optimizers import OptimizerConfig, TableOptimizerConfig
 from memshard.trainer.config.training import LossScaleConfig, TrainConfig
@@ -31,6 +31,11 @@ TABLES: dict[str, tuple[LayoutName, int | None]] = {
     "rows, two copies": ("rows", 2),
 }
 """Layout, and ranks that split a table (None: all)."""
+BY_KIND: dict[str, tuple[Layouts, int | None]] = {
+    "by kind": ({"memory": "columns", "ngram": "rows-unique"}, None),
+    "by kind, two copies": ({"memory": "rows", "ngram": "rows-unique"}, 2),
+}
+"""As `TABLES`, for models with tables of two kinds."""
 MODELS: dict[str, dict[str, Any]] = {
     "tied head, batch statistics": {"memory": {"share": True}},
     "SwiGLU, own head, Memory+": {
@@ -195,7 +200,7 @@ def train(point: Point) -> dict[str, Any]:
     # The streams of a reversible model must stay on their grid.
     model = tiny_model(replace(config, mixer=mixer, feedforward=feedforward), spread=0.1)
     model.to(torch.float64 if point.wide else torch.float32)
-    layout, memory = TABLES[point.tables]
+    layout, memory = {**TABLES, **BY_KIND}[point.tables]
     mesh = _mesh(memory, point.tensor)
     ranks, rank = (
         (1, 0) if mesh is None else (mesh.size() // point.tensor, mesh.get_rank() // point.tensor)

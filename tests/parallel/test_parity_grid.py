@@ -105,6 +105,20 @@ def test_the_whole_grid(ranks: tuple[int, int]) -> None:
     check(ranks[0] * ranks[1], points(*ranks))
 
 
+TWO_KINDS = [
+    Point("Engram beside product keys", 1, "by kind", "standard", 2),
+    Point("Engram beside product keys", 2, "by kind", "checkpointed", 1),
+    Point("bigrams before every mixer", 2, "by kind", "reversible", 1),
+]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tables_of_two_kinds_in_two_layouts(world: int) -> None:
+    """With four ranks, there may be two copies of both."""
+    copies = replace(TWO_KINDS[0], tables="by kind, two copies")
+    check(world, TWO_KINDS if world == 2 else [*TWO_KINDS, copies])
+
+
 SEQUENCES = [
     Point("fast weights", 2, "rows", "standard", 2, share="sequence"),
     Point("fast weights behind n-grams", 2, "rows-unique", "standard", 2, share="sequence"),

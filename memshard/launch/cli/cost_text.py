@@ -19,14 +19,18 @@ def describe_ranks(cost: "Estimate") -> str:
     )
 
 
-def describe_tables(cost: "Estimate") -> str:
-    """Return how the tables are split over ranks, and why."""
+def describe_tables(cost: "Estimate") -> list[str]:
+    """Return how the tables of each section are split over ranks, and why."""
     copies = cost.ranks // cost.memory_ranks
-    text = (
-        "whole on each rank"
-        if cost.memory_ranks == 1
-        else f"split by {cost.layout.name}, over {cost.memory_ranks} ranks"
-    )
-    if copies > 1:
-        text += f", {copies} copies whose row gradients are summed"
-    return text if cost.memory_ranks == 1 else f"{text} ({cost.layout.reason})"
+    texts = []
+    for section, table in cost.tables.items():
+        text = f"{section}: " if len(cost.tables) > 1 else ""
+        text += (
+            "whole on each rank"
+            if cost.memory_ranks == 1
+            else f"split by {table.layout.name}, over {cost.memory_ranks} ranks"
+        )
+        if copies > 1:
+            text += f", {copies} copies whose row gradients are summed"
+        texts.append(text if cost.memory_ranks == 1 else f"{text} ({table.layout.reason})")
+    return texts

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from memshard.trainer.config.recipe import Recipe
 
 ASSUMED_VOCABULARY = 32_768
+SECTIONS = ("memory", "ngram")
+"""Of the settings of a model, those that describe tables."""
 EXPLAINED = "wide"
 """The recipe whose step GPU work is held to."""
 
@@ -99,7 +101,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 train=replace(recipe.train, offload=False),
             )
         vocab_size, source = _vocabulary(recipe, args.vocab)
-        duplicates = args.duplicates or _measured_duplicates(args.recipe)
+        duplicates = (
+            dict.fromkeys(SECTIONS, args.duplicates)
+            if args.duplicates
+            else _measured_duplicates(args.recipe)
+        )
         device = device_named(args.device, args.world)
         precision = device.half if recipe.train.precision == "auto" else recipe.train.precision
         half = precision != "fp32"
@@ -112,9 +118,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             from memshard.trainer.cost.counted.rates import rates_of
             from memshard.trainer.cost.counted.step import explain, suggest
 
-            rates = rates_of(args.device)
-            explained = explain(recipe, vocab_size, precision, rates, duplicates)
-            suggested = suggest(recipe, explained, precision, rates, duplicates)
+            rates, repeated = rates_of(args.device), duplicates.get("memory")
+            explained = explain(recipe, vocab_size, precision, rates, repeated)
+            suggested = suggest(recipe, explained, precision, rates, repeated)
     site = Site(device, args.world, vocab_size, precision, args.node)
     # Host memory is not compared: how much of it a node has is not known here.
     fits = cost.bytes.total <= device.memory
@@ -167,18 +173,22 @@ def _vocabulary(recipe: "Recipe", given: int | None) -> tuple[int, str]:
     )
 
 
-def _measured_duplicates(recipe: str) -> float | None:
-    """Return what a run last measured, if `recipe` is the folder of a run on several ranks."""
+def _measured_duplicates(recipe: str) -> dict[str, float]:
+    """Return what a run last measured, by section, if `recipe` is the folder of a run on several
+    ranks.
+    """
     from memshard.trainer.watch.metrics import METRICS_FILE, numbers, read_metrics
 
     file = Path(recipe) / METRICS_FILE
     lines = read_metrics(file) if file.exists() else []
-    measured = [
-        value
+    # The newest: how often rows are read again changes as the model learns.
+    return {
+        section: value
         for line in lines
         for key in line
         if key.endswith("/micro_batch_duplicates")
+        for section in SECTIONS
+        # Such as blocks.1.memory.values/micro_batch_duplicates.
+        if section in key.replace("_", ".").split(".")
         for _, value in numbers([line], key)
-    ]
-    # The newest: how often rows are read again changes as the model learns.
-    return measured[-1] if measured else None
+    }

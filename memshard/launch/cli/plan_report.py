@@ -40,13 +40,16 @@ def report(
 
 def _work(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[str]:
     """Return lines on what is trained and what a step computes."""
-    tables = cost.parameters.tables
-    slots = f"{tables} x {recipe.model.memory.slots:,} slots" if tables else "no memory layer"
+    tables = " and ".join(
+        f"{table.group.tables} x {'up to ' * (len(set(table.group.slots)) > 1)}"
+        f"{max(table.group.slots):,} {'slots' if table.group.summed else 'rows'}"
+        for table in cost.tables.values()
+    )
     batches = "1 micro-batch" if cost.micro_batches == 1 else f"{cost.micro_batches} micro-batches"
     return [
         f"vocabulary      {result['vocab_size']:,} ({result['vocab_source']})",
         f"parameters      dense {_short(cost.parameters.dense)}, "
-        f"table {_short(cost.parameters.table)} ({slots})",
+        f"table {_short(cost.parameters.table)} ({tables or 'no memory layer'})",
         f"step            {cost.tokens_per_step:,} tokens; a rank takes {batches} of "
         f"{cost.micro_batch} x {recipe.data.length}",
         f"operations      {_short(cost.flops_per_token)}FLOP a token, "
@@ -69,8 +72,7 @@ def _sent(recipe: "Recipe", cost: "Estimate") -> list[str]:
             "parameters are split"
         )
         sent += f"; {_gb(cost.tensor_traffic * tokens)} for activations"
-    if cost.parameters.tables:
-        lines.append(f"tables          {describe_tables(cost)}")
+    lines += [f"tables          {text}" for text in describe_tables(cost)]
     if cost.replica_traffic:
         sent += f"; {_gb(cost.replica_traffic)} for row gradients between copies"
     return [*lines, f"a rank sends    {sent}"]
@@ -105,13 +107,16 @@ def _bytes(recipe: "Recipe", cost: "Estimate", result: dict[str, Any]) -> list[s
 
 def _sizes(recipe: "Recipe", cost: "Estimate", sizes: "RankBytes", precision: str) -> list[str]:
     """Return a line for each field that is not zero, with a note."""
-    rows, columns = cost.table_part
+    parts = " and ".join(
+        f"{rows:,} x {columns:,} of {max(table.group.slots):,} rows"
+        for table in cost.tables.values()
+        for rows, columns in [table.part]
+    )
     notes = {
         "dense weights": "fp32" if precision == "fp32" else f"{precision} and fp32",
         "dense gradients": "fp32",
         "dense moments": f"{DENSE_KINDS[recipe.optimizer.kind].title}, fp32",
-        "table rows": f"{rows:,} x {columns:,} of {recipe.model.memory.slots:,} rows, "
-        f"{recipe.tables.dtype}",
+        "table rows": f"{parts}, {recipe.tables.dtype}",
         "table moments": "fp32, and an fp32 copy of the values"
         # More than two fp32 moments: then a master copy is kept beside 16-bit values.
         if recipe.tables.state_bytes > 8
@@ -153,10 +158,8 @@ def _variants(result: dict[str, Any]) -> list[str]:
 def _suggested(cost: "Estimate", result: dict[str, Any]) -> str:
     where = f"on {cost.ranks} x {result['device']}"
     if result["suggestion"] is None:
-        return (
-            f"suggested {where}: nothing fits; more ranks, a smaller model.memory.keys or "
-            "reversible blocks"
-        )
+        keys = " or ".join(table.group.size_key for table in cost.tables.values()) or "model"
+        return f"suggested {where}: nothing fits; more ranks, a smaller {keys} or reversible blocks"
     settings, seconds = result["suggestion"]
     if not settings:
         return f"suggested {where}: as it is"

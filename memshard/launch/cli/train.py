@@ -216,8 +216,8 @@ def opening(prepared: "Run", launcher: str) -> str:
         f"launcher     {launcher}",
         f"arithmetic   {_arithmetic(prepared)}",
     ]
-    if cost.parameters.tables:
-        lines.append(f"tables       {describe_tables(cost)}")
+    if cost.tables:
+        lines += [f"tables       {text}" for text in describe_tables(cost)]
         lines.append(f"table path   {_path(prepared)}")
     # A set: layers of the same mixer say the same, once.
     choices = {

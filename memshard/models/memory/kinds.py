@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
+from memshard.models.memory.table_group import TableGroup
+
 QueryNormKind = Literal["batch", "layer", "layer-half", "rms", "lagged", "none"]
 WeightingKind = Literal["softmax", "sigmoid", "relu"]
 ScorePrecision = Literal["fp32", "tf32", "bf16x3"]
@@ -266,3 +268,16 @@ class MemoryConfig:
     def reads(self) -> int:
         """Number of rows of each table that a token reads in a layer."""
         return self.heads * self.topk
+
+    def table_group(self, dim: int) -> TableGroup:
+        """Return the tables of all layers, in a model `dim` wide."""
+        tables = self.tables * (1 if self.share else len(self.layers))
+        return TableGroup(
+            section="memory",
+            slots=(self.slots,) * tables,
+            value_dim=self.value_dim or dim,
+            reads=self.reads,
+            lookups=self.tables * len(self.layers),
+            summed=True,
+            size_key="model.memory.keys",
+        )

@@ -1,5 +1,7 @@
 """What all layers that read value tables have in common."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -8,6 +10,9 @@ from memshard.models.memory.table import ValueTable
 
 class MemoryLayer(nn.Module):
     """A layer that reads `tables`, which learn only as long as the layer does."""
+
+    section: ClassVar[str] = "memory"
+    """The section of a model's settings that describes the tables."""
 
     @property
     def tables(self) -> tuple[ValueTable, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
+from memshard.models.memory.table_group import TableGroup
 from memshard.models.ngram.primes import first_primes
 
 Place = Literal["embedding", "mixer", "feedforward", "replace", "values"]
@@ -324,3 +325,51 @@ class NgramConfig:
         """Return the number of rows of the layer's table."""
         multiple = RULES[self.rule].multiple
         return -(-sum(self.sizes(token_ids, layer)) // multiple) * multiple
+
+    def table_group(self, outputs: int, vocab_size: int) -> TableGroup:
+        """Return the tables of all layers. outputs: width of what a layer adds; vocab_size: number
+        of the model's tokens.
+        """
+        layers = self.layers[:1] if self.share else self.layers
+        return TableGroup(
+            section="ngram",
+            slots=tuple(self.slots(self.token_ids or vocab_size, layer) for layer in layers),
+            value_dim=self.width(outputs),
+            reads=self.reads,
+            lookups=len(self.layers),
+            summed=False,
+            size_key="model.ngram.rows",
+        )
+
+    def kept(self, dim: int, outputs: int, value_bytes: int) -> float:
+        """Return the bytes that a layer keeps of a token for backward, without `reads_kept`.
+
+        dim: of the model; outputs: width of what a layer adds; value_bytes: of an activation, 4, or
+        2 under autocast.
+        """
+        a, width = value_bytes, self.reads * self.width(outputs)
+        projected = self.gate in ("context", "glu") or width != outputs
+        # The rows that a token reads, for the gradient of the projection.
+        kept = float(a * width) if projected else 0.0
+        if self.gate in ("scalar", "heads"):
+            kept += a * outputs if projected else 4 * width
+        elif self.gate == "context":
+            # Of both norms input, scaled input and result, in fp32, the product, and numbers; under
+            # autocast each projection casts the rows anew.
+            kept += (a * width if a == 2 else 0) + (2 * 3 * 4 + a) * dim + 28
+        elif self.gate == "glu":
+            # The gate's input, its result, what silu makes of it, and the rows.
+            kept += a * dim + 2 * a * width + 4 * width
+        if self.gate in ("context", "glu") and self.place == "feedforward" and a == 4:
+            kept -= 4 * dim  # the feedforward beside it keeps the same input
+        if self.kernel:
+            kept += 4 * 4 * dim + 4
+        return kept
+
+    @property
+    def reads_kept(self) -> float:
+        """Bytes that a layer keeps of a token's reads, apart from what the table's layout adds,
+        even where the rest is computed again: number (int32) and weight of each row, and where its
+        read begins (int64).
+        """
+        return 16.0 * self.reads

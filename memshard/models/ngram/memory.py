@@ -38,6 +38,8 @@ class NgramMemory(MemoryLayer):
     wide as the output and no gate is between.
     """
 
+    section = "ngram"
+
     def __init__(
         self,
         settings: NgramConfig,

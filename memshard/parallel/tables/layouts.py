@@ -5,7 +5,7 @@ memshard names a layout: recipes, planner, opening screen and metrics ask the ro
 no torch, because `memshard config show` and `memshard plan --help` read it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,11 +23,12 @@ at 1 GB/s.
 
 @dataclass(frozen=True)
 class Lookup:
-    """A token's lookup in a split table: what the closed forms of a layout depend on.
+    """A weighted sum of rows of a split table: what the closed forms of a layout depend on.
 
-    ranks: that split the table. value_dim: values in a row. reads: rows a token reads (heads x
-    topk). duplicates: how often a rank reads a row in a micro-batch, of the rows it reads at all.
-    row_bytes: of one stored value.
+    ranks: that split the table. value_dim: values in a row. reads: rows in the sum (of a token with
+    product keys heads x topk; 1 where rows are taken as they are). duplicates: how often a rank
+    reads a row in a micro-batch, of the rows it reads at all. row_bytes: of one stored value.
+    weights_learn: whether weights get a gradient.
     """
 
     ranks: int
@@ -35,6 +36,7 @@ class Lookup:
     reads: int
     duplicates: float = 1.0
     row_bytes: int = 4
+    weights_learn: bool = True
 
     @property
     def others(self) -> int:
@@ -46,11 +48,16 @@ class Lookup:
         """Share of something spread evenly that is on other ranks."""
         return self.others / self.ranks
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight and its gradient, each sent once."""
+        return _VALUE * (2 if self.weights_learn else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to split a table over P ranks. All closed forms are for one token of a rank and one
-    table, forward and backward.
+    """One way to split a table over P ranks. All closed forms are for one sum of a rank (with
+    product keys that of a token) and one table, forward and backward.
     """
 
     name: str
@@ -118,7 +125,7 @@ LAYOUTS = {
             # A sum and its gradient; (row, weight) and the weight's gradient; how many reads.
             sent=lambda x: (
                 2 * x.others * x.value_dim * _VALUE
-                + x.share * x.reads * (_ID + 2 * _VALUE)
+                + x.share * x.reads * (_ID + x.weight_bytes)
                 + x.others * _ID
             ),
             sorted_reads=lambda x: 2 * x.reads,
@@ -155,7 +162,7 @@ LAYOUTS = {
             # Slices of a sum and of its gradient; (row, weight) and the weight's
             # gradient for every rank.
             sent=lambda x: (
-                2 * x.share * x.value_dim * _VALUE + x.others * x.reads * (_ID + 2 * _VALUE)
+                2 * x.share * x.value_dim * _VALUE + x.others * x.reads * (_ID + x.weight_bytes)
             ),
             sorted_reads=lambda x: x.reads * x.ranks,
             # Row and weight of the other ranks' reads, 4 bytes each.
@@ -172,7 +179,9 @@ LAYOUTS = {
             "store a slice of every row, and send no row numbers.",
             split_dim=1,
             # An all-gather of the sum's slices, an all-reduce of the weights' gradients.
-            sent=lambda x: x.share * (x.value_dim + 2 * x.reads) * _VALUE,
+            sent=lambda x: (
+                x.share * (x.value_dim + (2 * x.reads if x.weights_learn else 0)) * _VALUE
+            ),
             sorted_reads=lambda x: x.reads,
             kept=lambda x: 0,
             collected_reads=lambda x: x.reads,
@@ -187,6 +196,11 @@ if TYPE_CHECKING:
     LayoutName = str
 else:
     LayoutName = Literal[tuple(LAYOUTS)]
+
+Layouts = LayoutName | Mapping[str, LayoutName]
+"""One layout for all tables, or one for those of each section of a model's settings (`memory`,
+`ngram`).
+"""
 
 
 def layout_named(name: str) -> Layout:

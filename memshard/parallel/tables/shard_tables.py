@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import nn
 
 from memshard.models.load_class import load_class
+from memshard.models.memory.layer import MemoryLayer
 from memshard.models.memory.table import ValueTable, externalize_tables
-from memshard.parallel.tables.layouts import LayoutName, layout_named
+from memshard.parallel.tables.layouts import Layouts, layout_named
 from memshard.parallel.tables.sharded import ShardedTable
 
 TableClass = Callable[[int, int, dist.ProcessGroup, dist.ProcessGroup | None], ShardedTable]
@@ -19,7 +20,7 @@ def shard_tables(
     model: nn.Module,
     group: dist.ProcessGroup | None = None,
     average: bool = True,
-    layout: LayoutName = "rows",
+    layout: Layouts = "rows",
     replicas: dist.ProcessGroup | None = None,
 ) -> list[ValueTable]:
     """Split every table of the model over the ranks of a group (default: all, in a new group), hide
@@ -29,7 +30,8 @@ def shard_tables(
     model; a table on the meta device stays there. average: divide row gradients by the number of
     ranks, to match DDP, where each rank's loss is a mean over its own tokens; False where the
     losses of the ranks add up to the total. layout: a name in `layouts.LAYOUTS`, ValueError for
-    any other. replicas: the ranks that store the same shard in other groups. RuntimeError
+    any other; or one for each kind of table, `memory` and `ngram` ("rows" for those not named).
+    replicas: the ranks that store the same shard in other groups. RuntimeError
     without a process group, ValueError if the tables are split already.
     """
     if not dist.is_initialized():
@@ -41,7 +43,12 @@ def shard_tables(
     # DDP sends its buckets through the default group, where reads would queue behind them.
     group = group or dist.new_group()
     assert group is not None
-    table_class: TableClass = load_class(layout_named(layout).table)
+    sections = {
+        table: layer.section
+        for layer in model.modules()
+        if isinstance(layer, MemoryLayer)
+        for table in layer.tables
+    }
     sharded: dict[nn.Module, ShardedTable] = {}
     tables = externalize_tables(model)
     if any(isinstance(table, ShardedTable) for table in tables):
@@ -49,6 +56,9 @@ def shard_tables(
             "the model's tables are split already: use what shard_tables returned, or find_tables"
         )
     for table in tables:
+        section = sections.get(table, "memory")
+        name = layout if isinstance(layout, str) else layout.get(section, "rows")
+        table_class: TableClass = load_class(layout_named(name).table)
         shard = sharded[table] = _shard(table, table_class, group, replicas)
         shard.gradient_scale = 1 / (shard.ranks * shard.replica_count) if average else 1.0
     for module in list(model.modules()):

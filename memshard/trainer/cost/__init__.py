@@ -13,6 +13,6 @@
     dry_run          one rank of many, built in this process on meta tensors
 
 Each kind describes its part: a table layout in `parallel/tables/layouts.py`, a mixer in
-`models/mixers/kinds.py`, a memory in `models/memory/kinds.py`, a
+`models/mixers/kinds.py`, memories in `models/memory/kinds.py` and `models/ngram/kinds.py`, a
 dense optimizer in `trainer/optim/dense/kinds.py`.
 """

@@ -163,12 +163,15 @@ def _single_changes(recipe: Recipe, site: Site) -> Iterator[Settings]:
         [{key: value} for value in values[values.index(_current(recipe, site, key)) + 1 :]]
         for key, values in choices.items()
     ]
-    memory = recipe.model.memory
+    memory, ngram = recipe.model.memory, recipe.model.ngram
     if _has_wide_tables(recipe):
         options.append([_HALF_TABLES])
     if memory.layers:
         halves = (memory.keys >> halvings for halvings in range(1, memory.keys.bit_length()))
         options.append([{"model.memory.keys": keys} for keys in halves if keys >= memory.topk])
+    if ngram.layers:
+        halves = (ngram.rows >> halvings for halvings in range(1, ngram.rows.bit_length() - 1))
+        options.append([{"model.ngram.rows": rows} for rows in halves])
     for settings in options:
         fitting = (values for values in settings if _fits(recipe, values, site))
         yield from [values for values in [next(fitting, None)] if values is not None]
@@ -210,7 +213,7 @@ def _choices(recipe: Recipe, site: Site) -> dict[str, tuple[Any, ...]]:
     the most memory to the least.
     """
     reversible = recipe.model.residual == "reversible"
-    has_host = bool(recipe.model.memory.layers) and site.device.name != "cpu"
+    has_host = _has_tables(recipe) and site.device.name != "cpu"
     micro_batch = _current(recipe, site, "train.micro_batch")
     tensor = (1, 2, 4, 8)
     return {
@@ -243,8 +246,12 @@ def _fits(recipe: Recipe, settings: Settings, site: Site) -> bool:
         return False
 
 
+def _has_tables(recipe: Recipe) -> bool:
+    return bool(recipe.model.memory.layers or recipe.model.ngram.layers)
+
+
 def _has_wide_tables(recipe: Recipe) -> bool:
-    return bool(recipe.model.memory.layers) and recipe.tables.dtype == "fp32"
+    return _has_tables(recipe) and recipe.tables.dtype == "fp32"
 
 
 def _largest(fits: Callable[[int], bool], up_to: int) -> int:

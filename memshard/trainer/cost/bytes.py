@@ -58,18 +58,16 @@ def rank_bytes(
     model: ModelConfig,
     division: Division,
     parameters: Parameters,
-    layout: LayoutChoice,
+    layouts: dict[str, LayoutChoice],
     local_values: int,
     half: bool,
 ) -> tuple[RankBytes, RankBytes]:
     """Return what a rank needs on its device and in host memory.
 
-    model: the recipe's, with vocabulary and length filled in. local_values: values of all tables on
-    the rank. half: under bf16 or fp16 autocast.
+    model: the recipe's, with vocabulary and length filled in. layouts: by section.
+    local_values: values of all tables on the rank. half: under bf16 or fp16 autocast.
     """
-    activations, backward = _activations_and_workspace(
-        recipe, model, division, bool(parameters.tables), layout, half
-    )
+    activations, backward = _activations_and_workspace(recipe, model, division, layouts, half)
     dense_device, dense_host = dense_bytes(
         recipe.train,
         DENSE_KINDS[recipe.optimizer.kind],
@@ -80,7 +78,7 @@ def rank_bytes(
     )
     # Reads are collected over all micro-batches of a step, activations over one.
     looked_up = division.sequences * recipe.data.length / division.lookup_ranks
-    reads, update = _read_bytes(model, layout)
+    reads, update = _read_bytes(model, layouts)
     update *= looked_up
     table = {
         "table_rows": local_values * recipe.tables.value_bytes,
@@ -104,8 +102,7 @@ def _activations_and_workspace(
     recipe: Recipe,
     model: ModelConfig,
     division: Division,
-    has_tables: bool,
-    layout: LayoutChoice,
+    layouts: dict[str, LayoutChoice],
     half: bool,
 ) -> tuple[float, float]:
     """Return what forward keeps of a micro-batch, and what backward needs besides."""
@@ -114,7 +111,7 @@ def _activations_and_workspace(
     kept, again = activation_bytes(
         model,
         length,
-        layout,
+        layouts,
         half=half,
         document_mask=recipe.data.document_mask,
         tensor=division.matrix_ranks,
@@ -126,7 +123,7 @@ def _activations_and_workspace(
     whole_head = division.sequence_ranks > 1 and train.chunk > 0
     activations = tokens * (kept + 4 * model.logits_per_token * whole_head)
     scores = 0.0
-    if has_tables:
+    if memory.layers:
         search = MEMORIES[memory.kind].search_workspace(MemorySize(memory, model.dim))
         scores = search / division.lookup_ranks * division.sequence_ranks
     # Logits and their gradient, fp32.
@@ -141,15 +138,14 @@ def _activations_and_workspace(
     return activations, backward
 
 
-def _read_bytes(model: ModelConfig, layout: LayoutChoice) -> tuple[float, float]:
+def _read_bytes(model: ModelConfig, layouts: dict[str, LayoutChoice]) -> tuple[float, float]:
     """Return, for each token of the step, the bytes collected by all tables' reads, and the bytes
     that the update of one table needs besides.
     """
-    memory = model.memory
-    reads, gradients = layout.collected
-    layers_of_a_table = len(memory.layers) if memory.share else min(len(memory.layers), 1)
-    return (
+    collected, update = 0.0, 0.0
+    for group in model.table_groups:
+        reads, gradients = layouts[group.section].collected
         # For each read a row number in int32 and an fp32 weight.
-        len(memory.layers) * memory.tables * (8 * reads + gradients),
-        layers_of_a_table * (_SORTED_READ * reads + gradients),
-    )
+        collected += group.lookups * (8 * reads + gradients)
+        update = max(update, group.layers_of_a_table * (_SORTED_READ * reads + gradients))
+    return collected, update

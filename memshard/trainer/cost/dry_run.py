@@ -3,7 +3,7 @@ process group and meta tensors.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,10 @@ from memshard.models.seq2seq import build_model
 from memshard.parallel.apply import apply
 from memshard.parallel.compat import init_fake_group
 from memshard.parallel.mesh import build_mesh
-from memshard.parallel.tables.layouts import LayoutName
+from memshard.parallel.tables.layouts import Layouts
 from memshard.trainer.config.recipe import Recipe
-from memshard.trainer.cost.layout_choice import layout_choice
+from memshard.trainer.cost.layout_choice import layout_choices
+from memshard.trainer.cost.parameters import sized_model
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,16 @@ def dry_run(recipe: Recipe, ranks: int, vocab_size: int) -> list[RankParameters]
     that has joined others.
     """
     assert not dist.is_initialized(), "this process has joined other ranks"
-    layout = layout_choice(recipe, ranks).name
-    config = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size)
-    config = config.for_length(recipe.data.length)
+    config = sized_model(recipe, vocab_size)
+    choices = layout_choices(recipe, config.table_groups, ranks)
+    layout = {section: choice.name for section, choice in choices.items()}
     # Only the last ranks' shards may be smaller: the first and the last rank are the extremes.
     parts = (_as_rank(recipe, config, rank, ranks, layout) for rank in sorted({0, ranks - 1}))
     return [part for part in parts if part is not None]
 
 
 def _as_rank(
-    recipe: Recipe, config: ModelConfig, rank: int, ranks: int, layout: LayoutName
+    recipe: Recipe, config: ModelConfig, rank: int, ranks: int, layout: Layouts
 ) -> RankParameters | None:
     if not init_fake_group(rank, ranks):
         return None

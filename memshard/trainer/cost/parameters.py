@@ -1,7 +1,7 @@
 """Count the parameters of a model, on a model without memory."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -12,6 +12,7 @@ from memshard.models.memory.table import find_tables
 from memshard.models.seq2seq import build_model
 from memshard.parallel.tensor_placement import split_matrices
 from memshard.trainer.carried_states import state_tensors
+from memshard.trainer.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class Parameters:
     def dense_on_rank(self, tensor_ranks: int) -> int:
         """Return the number of dense parameters on a rank of a tensor-parallel group."""
         return self.dense - self.split + math.ceil(self.split / tensor_ranks)
+
+
+def sized_model(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """Return the recipe's model with what its data decides filled in, where the recipe is silent:
+    `vocab_size` tokens, the longest sequence, and some token that ends documents.
+    """
+    model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab_size)
+    if model.ngram.layers and model.ngram.eos is None:
+        model = replace(model, ngram=replace(model.ngram, eos=0))
+    return model.for_length(recipe.data.length)
 
 
 @cache

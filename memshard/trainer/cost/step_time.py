@@ -1,6 +1,5 @@
 """Estimate how long a step takes, if arithmetic, memory and network work one after the other."""
 
-import math
 from dataclasses import dataclass
 
 from memshard.trainer.config.recipe import Recipe
@@ -51,7 +50,7 @@ def step_time(
                 a ninth more with selective checkpointing
     tables      a read moves a row forward, and a row and a gradient of the sum backward; a row that
                 was read is updated: value and states are read once and written once; for tables in
-                host memory, sums and their gradients also cross PCIe
+                host memory, sums (n-grams: rows) and their gradients also cross PCIe
     update      the optimizer's bytes for each dense value that this rank updates
     network     each node sends its share of dense gradients over all its adapters, each rank the
                 lookups that leave its node; tensor-parallel ranks are neighbours
@@ -73,28 +72,8 @@ def step_time(
         / (device.flops[precision] * PRODUCTS)
     )
 
-    memory, width = model.memory, model.memory.value_dim or model.dim
-    reads = cost.tokens_per_step * memory.reads * memory.tables  # of one layer
-    layers_of_a_table = len(memory.layers) if memory.share else 1
-    touched = (
-        # The share of rows that at least one of so many even reads hits.
-        -math.expm1(-reads / memory.tables * layers_of_a_table / memory.slots)
-        if memory.layers
-        else 0.0
-    )
-    moved = len(memory.layers) * reads / world * width * (2 * recipe.tables.value_bytes + 4)
-    moved += (
-        cost.parameters.tables
-        * math.prod(cost.table_part)
-        * touched
-        * 2
-        * (recipe.tables.value_bytes + recipe.tables.state_bytes)
-    )
-    in_host = recipe.tables.place == "host"
-    tables = moved / (_HOST_MEMORY if in_host else device.bandwidth * BANDWIDTH)
+    tables = _table_seconds(recipe, cost, device)
     tokens = cost.tokens_per_step / world * cost.tensor_ranks
-    if in_host:
-        tables += len(memory.layers) * tokens * 2 * 4 * width / _HOST_LINK
     division = divide(recipe, world)
     updated = updated_values(
         recipe.train,
@@ -117,3 +96,21 @@ def step_time(
     sending += lookups * max(outside / network, (1 - outside) / link)
     sending += cost.tensor_traffic * tokens / (link if cost.tensor_ranks <= node else network)
     return StepTime(products, tables, update, sending)
+
+
+def _table_seconds(recipe: Recipe, cost: Estimate, device: Device) -> float:
+    """Return the seconds in which a rank reads and updates the rows of its part of the tables."""
+    stored, states = recipe.tables.value_bytes, recipe.tables.state_bytes
+    tokens, moved, over_link = cost.tokens_per_step / cost.ranks, 0.0, 0.0
+    for table in cost.tables.values():
+        group = table.group
+        # Of a sum, backward reads the row again for the weight; of a row taken as it is, sum and
+        # gradient are as large as the row.
+        read = 2 * stored + 4 if group.summed else stored + 2 * 4
+        moved += group.lookups * tokens * group.reads * group.value_dim * read
+        moved += table.values * group.touched(cost.tokens_per_step) * 2 * (stored + states)
+        sent = 2 * 4 if group.summed else group.reads * (stored + 4)
+        over_link += group.lookups * sent * group.value_dim
+    if recipe.tables.place != "host":
+        return moved / (device.bandwidth * BANDWIDTH)
+    return moved / _HOST_MEMORY + over_link * tokens * cost.tensor_ranks / _HOST_LINK

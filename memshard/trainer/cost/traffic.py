@@ -1,8 +1,9 @@
 """Compute what a rank sends besides lookups, in closed form."""
 
-import math
+from collections.abc import Mapping
 
 from memshard.models.config import ModelConfig
+from memshard.models.memory.table_group import TableGroup
 from memshard.models.mixers.kinds import LayerSize
 from memshard.trainer.config.recipe import Recipe
 from memshard.trainer.cost.dense_bytes import dense_traffic
@@ -38,17 +39,17 @@ def gradient_traffic(
     )
 
 
-def replica_traffic(recipe: Recipe, division: Division, local_values: int) -> float:
+def replica_traffic(
+    recipe: Recipe, division: Division, groups: list[TableGroup], local_values: Mapping[str, int]
+) -> float:
     """Return the bytes that a rank sends in a step to sum row gradients over copies of its tables,
-    if reads are spread evenly. local_values: values of all tables on the rank.
+    if reads are spread evenly. local_values: of each group's tables on the rank.
     """
-    memory = recipe.model.memory
-    reads = recipe.train.batch * recipe.data.length * memory.reads
-    # Share of rows that a step reads: e^(-n/N) of N slots stay unread after n reads.
-    touched = -math.expm1(-reads / memory.slots)
+    tokens = recipe.train.batch * recipe.data.length
+    summed = sum(group.touched(tokens) * local_values[group.section] for group in groups)
     copies = division.ranks // division.table_ranks
     # fp32, once to the rank that sums a part and once back.
-    return 8 * sent_share(copies) * touched * local_values
+    return 8 * sent_share(copies) * summed
 
 
 def sent_share(ranks: int) -> float:
@@ -60,10 +61,11 @@ def _matrix_traffic(model: ModelConfig, ranks: int, value_bytes: int) -> float:
     """Return the bytes of gathers and sums around each mixer and feedforward, forward and backward,
     and around head and embedding (whose sum is fp32).
     """
+    # A memory in place of a feedforward gathers nothing.
     memories = len(model.memory.layers) if model.memory.mode == "replace" else 0
-    return (
-        sent_share(ranks) * model.dim * (value_bytes * (4 * (2 * model.layers - memories) + 2) + 12)
-    )
+    ngrams = len(model.ngram.layers) if model.ngram.place == "replace" else 0
+    halves = 2 * model.layers - memories - ngrams
+    return sent_share(ranks) * model.dim * (value_bytes * (4 * halves + 2) + 12)
 
 
 def _state_traffic(model: ModelConfig, ranks: int, length: int) -> float:

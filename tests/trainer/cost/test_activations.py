@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshard.models.config import FeedForwardConfig, MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.config import (
+    FeedForwardConfig,
+    MemoryConfig,
+    MixerConfig,
+    ModelConfig,
+    NgramConfig,
+)
 from memshard.models.context import Context
 from memshard.models.loss import token_losses
 from memshard.models.memory.key_use import KeyUse
@@ -16,7 +22,7 @@ from memshard.models.transformer import Transformer
 from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.cost.parameters import count_parameters
 from tests.live_bytes import LiveBytes
-from tests.trainer.cost.models import MEMORY, MODEL
+from tests.trainer.cost.models import MEMORY, MODEL, NGRAM
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -62,6 +68,29 @@ from tests.trainer.cost.models import MEMORY, MODEL
             memory=MemoryConfig(),
             mixer=MixerConfig(heads=4, convolution=3, kv_heads=2),
             dropout=0.1,
+        ),
+        replace(MODEL, ngram=NGRAM),
+        replace(MODEL, memory=MemoryConfig(), ngram=replace(NGRAM, value_dim=48, convolution=0)),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            ngram=NgramConfig(layers=(0, 2), rule="token", place="replace", gate="glu"),
+        ),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            ngram=replace(NGRAM, place="feedforward", layers=(1,), value_dim=48),
+        ),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            ngram=replace(NGRAM, place="embedding", layers=(0,), gate="scalar", value_dim=64),
+        ),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            mixer=MixerConfig(heads=4, kv_heads=2),
+            ngram=NgramConfig(layers=(0, 2), rule="token", place="values", gate="heads"),
         ),
     ],
 )
@@ -120,6 +149,12 @@ def test_activations_are_what_autograd_saves(
             tie_head=False,
         ),
         replace(MODEL, memory=replace(MEMORY, layers=(0, 1, 2), query_norm="lagged", share=True)),
+        replace(MODEL, memory=replace(MEMORY, query_norm="rms"), ngram=NGRAM),
+        replace(
+            MODEL,
+            memory=MemoryConfig(),
+            ngram=replace(NGRAM, place="feedforward", gate="glu", value_dim=16),
+        ),
     ],
 )
 @pytest.mark.parametrize("chunk", [0, 16])

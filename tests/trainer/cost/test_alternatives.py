@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig, NgramConfig
 from memshard.trainer.config.recipe import DataConfig, Recipe
 from memshard.trainer.config.training import TrainConfig
 from memshard.trainer.cost.alternatives import (
@@ -82,19 +82,29 @@ def test_what_is_suggested_fits() -> None:
     assert suggestion(deep, _site(1e5)) is None
 
 
-def test_every_remedy_works() -> None:
-    site = _site(_site(0).bytes(RECIPE) / 2)
-    suggested = remedies(RECIPE, site)
+NGRAMS = replace(
+    RECIPE,
+    model=replace(
+        MODEL, memory=MemoryConfig(), ngram=NgramConfig(layers=(0, 2), rows=1 << 19, value_dim=16)
+    ),
+)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, NGRAMS], ids=["product keys", "n-grams"])
+def test_every_remedy_works(recipe: Recipe) -> None:
+    site = _site(_site(0).bytes(recipe) / 2)
+    suggested = remedies(recipe, site)
+    assert any("model.ngram.rows" in remedy for remedy in suggested) == (recipe is NGRAMS)
     assert any("ranks" in remedy for remedy in suggested)
     for remedy in suggested:
         words = remedy.partition(" (")[0].split()
         if "ranks" in remedy:
-            assert replace(site, ranks=int(words[1])).fits(RECIPE), remedy
+            assert replace(site, ranks=int(words[1])).fits(recipe), remedy
         else:
             pairs = (word.split("=") for word in words[1:])
             settings = {key: int(text) if text.isdigit() else text for key, text in pairs}
-            assert site.fits(changed_by(RECIPE, settings)), remedy
-    assert remedies(RECIPE, _site(1000)) == []
+            assert site.fits(changed_by(recipe, settings)), remedy
+    assert remedies(recipe, _site(1000)) == []
 
 
 def test_time_of_a_step() -> None:

@@ -37,7 +37,19 @@ def test_1024_ranks_in_one_process_store_what_is_estimated(
     dense = cost.parameters.dense - cost.parameters.split * (1 - 1 / tensor)
     for part in parts:
         assert part.dense == pytest.approx(dense, rel=1e-3)
-        assert part.table == cost.table_part[0] * cost.table_part[1]
+        assert part.table == cost.tables["memory"].part[0] * cost.tables["memory"].part[1]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("ngram-320m", 8), ("ngram-384m", 64)])
+def test_published_tables_of_n_grams_are_stored_as_estimated(name: str, ranks: int) -> None:
+    recipe = load_recipe(name, [])
+    cost, parts = estimate(recipe, ranks, 0, half=True), dry_run(recipe, ranks, 0)
+    whole = cost.tables["ngram"].group
+    assert cost.tables["ngram"].layout.name == "rows-unique"
+    for part in parts:
+        # The last rank has fewer rows, where they do not divide.
+        assert part.table == pytest.approx(cost.tables["ngram"].values, rel=1e-5)
+        assert part.table == pytest.approx(sum(whole.slots) * whole.value_dim / ranks, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig
+from memshard.models.config import MemoryConfig, MixerConfig, ModelConfig, NgramConfig
 from memshard.models.memory.table import externalize_tables
 from memshard.models.transformer import Transformer
 from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
@@ -13,7 +13,7 @@ from memshard.trainer.cost.estimate import check_fits, estimate
 from memshard.trainer.cost.operations import flops_per_token
 from memshard.trainer.cost.parameters import count_parameters, state_bytes
 from memshard.trainer.cost.this_machine import device_named, peak_flops
-from tests.trainer.cost.models import MEMORY, MODEL
+from tests.trainer.cost.models import MEMORY, MODEL, NGRAM
 
 
 def test_segments_hold_one_piece() -> None:
@@ -63,7 +63,7 @@ def test_paper_size_model_by_hand() -> None:
         parallel=ParallelConfig(layout="rows"),
     )
     cost = estimate(recipe, 32, 50_000)
-    assert cost.parameters.table == 2**30 and cost.table_part == (2**15, 1024)
+    assert cost.parameters.table == 2**30 and cost.tables["memory"].part == (2**15, 1024)
     assert (
         cost.bytes.table_rows == 2**15 * 1024 * 4
         and cost.bytes.table_moments == 2 * cost.bytes.table_rows
@@ -76,7 +76,50 @@ def test_paper_size_model_by_hand() -> None:
     assert cost.flops_per_token == pytest.approx(
         6 * (dense - 512 * 1024 + 16 * 512 * 1024 + 128 * 1024), rel=0.001
     )
-    assert estimate(recipe, 33, 50_000).table_part[0] * 33 >= 2**20
+    assert estimate(recipe, 33, 50_000).tables["memory"].part[0] * 33 >= 2**20
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_tables_of_two_kinds_are_the_models(share: bool) -> None:
+    config = replace(MODEL, ngram=replace(NGRAM, share=share))
+    parameters, tables = count_parameters(config), externalize_tables(Transformer(config))
+    groups = config.table_groups
+    assert [group.section for group in groups] == ["memory", "ngram"]
+    assert parameters.tables == len(tables) == sum(group.tables for group in groups)
+    assert parameters.table == sum(table.weight.numel() for table in tables)
+    for group in groups:
+        of_group = {table.slots for table in tables if table.dim == group.value_dim}
+        assert set(group.slots) == of_group
+    # Layers that share a table read the same rows of it.
+    assert groups[1].lookups == 2 and groups[1].layers_of_a_table == (2 if share else 1)
+    few = 10 * groups[1].reads * groups[1].tables / sum(groups[1].slots)
+    assert groups[1].touched(10) == pytest.approx(few, rel=0.06)
+
+
+def test_a_published_table_by_hand() -> None:
+    """One of 320,001,536 rows of 160 values, of which a token reads 16."""
+    ngram = NgramConfig(layers=(2,), rule="qwen", rows=20_000_000, value_dim=160)
+    recipe = Recipe(
+        data=DataConfig(path="nowhere", length=512),
+        model=ModelConfig(dim=1024, ngram=ngram),
+        train=TrainConfig(batch=64, micro_batch=4),
+    )
+    cost, without = (
+        estimate(replace(recipe, model=model), 8, 248_320)
+        for model in (recipe.model, ModelConfig(dim=1024))
+    )
+    table = cost.tables["ngram"]
+    assert table.group.slots == (320_001_536,) and table.part == (40_000_192, 160)
+    assert cost.bytes.table_rows == 40_000_192 * 160 * 4
+    # Each distinct row comes once; its gradient (fp32) and row number go once.
+    assert cost.lookup_traffic == pytest.approx(16 * 7 / 8 * (160 * 8 + 4), rel=1e-3)
+    tokens = 64 * 512 / 8
+    # A row and a weight, where its gradient begins, and that.
+    assert cost.bytes.reads == pytest.approx(tokens * 16 * (8 + 8 + 160 * 4), rel=1e-3)
+    # Key and value projections of 2,560 read values; norms and the convolution multiply, too.
+    flops = cost.flops_per_token - without.flops_per_token
+    assert flops == pytest.approx(6 * 2 * 2560 * 1024, rel=1e-2)
+    assert without.tables == {} and without.lookup_traffic == 0
 
 
 def test_flops_of_attention_and_lookup_count() -> None:
@@ -103,6 +146,10 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_is_allocated() -> 
         match=r"the value table needs 7,68\d\.\d GB a rank .*lower model.memory.keys, or use more "
         r"ranks",
     ):
+        check_fits(huge, 1, 100, torch.device("cpu"))
+    ngram = NgramConfig(layers=(0,), rows=1 << 33, value_dim=64)
+    huge = replace(RECIPE, model=replace(RECIPE.model, memory=MemoryConfig(), ngram=ngram))
+    with pytest.raises(ValueError, match="lower model.ngram.rows, or use more ranks"):
         check_fits(huge, 1, 100, torch.device("cpu"))
 
 

@@ -3,6 +3,7 @@ chooses by them.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,11 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memshard.models.config import MemoryConfig, ModelConfig, NgramConfig
 from memshard.models.memory.table import ValueTable
 from memshard.parallel.tables.layouts import LAYOUTS, Lookup, layout_named
 from memshard.parallel.tables.shard_tables import shard_tables
 from memshard.parallel.tables.sharded import ShardedTable
-from memshard.trainer.cost.layout_choice import choose_layout, uniform_duplicates
+from memshard.trainer.config.recipe import DataConfig, ParallelConfig, Recipe
+from memshard.trainer.config.training import TrainConfig
+from memshard.trainer.cost.layout_choice import (
+    choose_layout,
+    layout_choices,
+    uniform_duplicates,
+)
 from tests.distributed import run_distributed
 
 SPREAD = [name for name, layout in LAYOUTS.items() if not layout.within_tensor_group]
@@ -23,9 +31,9 @@ SPREAD = [name for name, layout in LAYOUTS.items() if not layout.within_tensor_g
 SMALL, WIDE = Lookup(2, 36, 8), Lookup(2, 1024, 128)
 
 
-def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
+def _sent_bytes(rank: int, world: int) -> dict[tuple[str, bool], tuple[int, float]]:
     """Return the bytes that this rank really sends to others for a read of 48 tokens and its
-    backward, and how often it read a row.
+    backward, and how often it read a row; by layout, and whether rows are taken as they are.
     """
     sent = 0
     exchange = dist.all_to_all_single
@@ -40,17 +48,20 @@ def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
 
     dist.all_to_all_single = counted  # type: ignore[assignment]
     measured = {}
-    for name in SPREAD:
+    for name, gathered in product(SPREAD, (False, True)):
         (table,) = shard_tables(
             torch.nn.Sequential(ValueTable(slots=64, dim=SMALL.value_dim)), layout=name
         )
         rows = torch.randint(64, (48, 8), generator=torch.Generator().manual_seed(rank))
         before = sent
-        table.weighted_sum(rows, torch.rand(48, 8, requires_grad=True)).sum().backward()
+        if gathered:
+            table.gather(rows).sum().backward()
+        else:
+            table.weighted_sum(rows, torch.rand(48, 8, requires_grad=True)).sum().backward()
         assert isinstance(table, ShardedTable) and table.duplicates is not None
         assert table.layout is LAYOUTS[name]
         assert table.traffic.reads == pytest.approx(sent - before, rel=0.01)
-        measured[name] = (table.traffic.reads, table.duplicates)
+        measured[name, gathered] = (table.traffic.reads, table.duplicates)
     return measured
 
 
@@ -58,10 +69,13 @@ def _sent_bytes(rank: int, world: int) -> dict[str, tuple[int, float]]:
 def test_traffic_is_what_the_ranks_send(world: int) -> None:
     for measured in run_distributed(_sent_bytes, world):
         for name in SPREAD:
-            counted, duplicates = measured[name]
+            counted, duplicates = measured[name, False]
             lookup = replace(SMALL, ranks=world, duplicates=duplicates)
             # Rows do not divide by 3, so ranks differ a little.
             assert counted == pytest.approx(48 * LAYOUTS[name].sent(lookup), rel=0.05), name
+            counted, duplicates = measured[name, True]
+            single = replace(lookup, reads=1, weights_learn=False, duplicates=duplicates)
+            assert counted == pytest.approx(48 * 8 * LAYOUTS[name].sent(single), rel=0.05), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -99,6 +113,35 @@ def test_a_recipe_can_ask_for_a_layout(name: str) -> None:
 def test_a_whole_table_takes_the_layout_that_sorts_nothing() -> None:
     assert choose_layout("auto", replace(WIDE, ranks=1)).name == "columns"
     assert choose_layout("auto", replace(WIDE, ranks=1, value_dim=16)).name == "rows"
+
+
+@pytest.mark.parametrize(("ranks", "dim"), [(8, 160), (64, 256)])
+def test_narrow_rows_that_are_taken_as_they_are_are_sent_once(ranks: int, dim: int) -> None:
+    """Sizes of published tables, whose tokens read 16 rows."""
+    lookup = Lookup(ranks, dim, 1, row_bytes=2, weights_learn=False)
+    choice = choose_layout("auto", lookup, 16)
+    assert choice.name == "rows-unique"
+    assert choice.sent["rows-unique"] == 16 * (ranks - 1) / ranks * (dim * (2 + 4) + 4)
+    # An owner answers for each read of a rank, mostly with zeros.
+    assert choice.sent["rows"] > 2 * (ranks - 1) * 16 * dim * 4
+
+
+def test_each_kind_of_table_has_a_layout_of_its_own() -> None:
+    memory = MemoryConfig(layers=(1,), keys=512)
+    ngram = NgramConfig(layers=(0, 2), rows=100_000, value_dim=64)
+    model = ModelConfig(vocab_size=1000, dim=1024, memory=memory, ngram=ngram)
+    recipe = Recipe(data=DataConfig(path="nowhere"), model=model, train=TrainConfig(batch=64))
+    choices = layout_choices(recipe, model.table_groups, 8)
+    assert {section: choice.name for section, choice in choices.items()} == {
+        "memory": "columns",
+        "ngram": "rows-unique",
+    }
+    named = replace(recipe, parallel=ParallelConfig(layout="rows"))
+    choices = layout_choices(named, model.table_groups, 8)
+    assert {choice.name for choice in choices.values()} == {"rows"}
+    repeated = layout_choices(recipe, model.table_groups, 8, {"ngram": 3.0})
+    assert repeated["ngram"].lookup.duplicates == 3.0
+    assert repeated["memory"] == layout_choices(recipe, model.table_groups, 8)["memory"]
 
 
 def test_an_unknown_layout_is_named() -> None:

@@ -85,7 +85,12 @@ def explain(
     tables in host memory.
     """
     model, settings = recipe.model, recipe.model.memory
-    if len(settings.layers) != 1 or settings.kind != MemoryConfig().kind or settings.gate:
+    if (
+        model.ngram.layers
+        or len(settings.layers) != 1
+        or settings.kind != MemoryConfig().kind
+        or settings.gate
+    ):
         raise ValueError("--explain counts models with one product-key memory without a gate")
     if recipe.tables.place == "host" or settings.mode == "add":
         raise ValueError("--explain counts a memory on the device in place of a feedforward")
