@@ -1,7 +1,7 @@
 """The context of a batch: what layers may know about tokens besides their features."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -39,6 +39,7 @@ class Context:
     source: Tensor | None = None
     source_padding: Tensor | None = None
     predicted: Tensor | None = None
+    _mask: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     window: Tensor | None = None
     values: Tensor | None = None
 
@@ -71,15 +72,20 @@ class Context:
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         return Context(positions=positions.expand(tokens.shape[0], -1))
 
-    @cached_property
+    @property
     def attention_mask(self) -> Tensor | None:
         """Mask, [batch, 1, length, length] bool, True where a query (row) may see a key (column);
         None when merely causal.
         """
-        # Computed once and used by all layers; cached_property writes to __dict__, which a frozen
-        # dataclass does not guard.
         if self.documents is None and self.padding is None:
             return None
+        # Computed once and used by all layers. Not a cached_property, whose lock in Python 3.11
+        # torch.compile cannot take.
+        if self._mask is None:
+            object.__setattr__(self, "_mask", self._made_mask())
+        return self._mask
+
+    def _made_mask(self) -> Tensor:
         length = self.positions.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.positions.device).tril()
         mask = causal.expand(self.positions.shape[0], -1, -1)
@@ -97,9 +103,9 @@ class Context:
         document. Waits for the device once a batch.
         """
         changes = torch.zeros_like(self.positions[:, 1:], dtype=torch.bool)
-        for field in (self.documents, self.padding):
-            if field is not None:
-                changes = changes | (field[:, 1:] != field[:, :-1])
+        for numbers in (self.documents, self.padding):
+            if numbers is not None:
+                changes = changes | (numbers[:, 1:] != numbers[:, :-1])
         length = self.positions.shape[1]
         ends = [
             [*(place + 1 for place, change in enumerate(row) if change), length]

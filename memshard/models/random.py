@@ -5,7 +5,7 @@ A draw depends neither on earlier draws nor on the rank that makes it. Keys beco
 arithmetic and one table look-up, so CPU and GPU agree bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,12 +21,28 @@ _NORMAL_BITS = 16
 class RandomKey:
     """The part of a key that is the same in a whole forward pass; layer and branch are added later.
 
-    seed, step: of the run. samples: [batch] int64, global number of each row's sample.
+    seed, step: of the run; for layers that torch.compile compiles, the step is a tensor, which is
+    no new program in every step. samples: [batch] int64, global number of each row's sample.
     """
 
     seed: int
-    step: int
+    step: int | Tensor
     samples: Tensor
+
+    def on(self, device: torch.device) -> "RandomKey":
+        """Return the key with its step as a tensor on a device, made without a copy."""
+        assert isinstance(self.step, int)
+        step = torch.full((), self.step, dtype=torch.int64, device=device)
+        return replace(self, step=step, samples=self.samples.to(device))
+
+    def place_key(self, layer: int, branch: int) -> int | Tensor:
+        """Return `fold` of seed, step, layer and branch; an int64 tensor if the step is one."""
+        if not isinstance(self.step, Tensor):
+            return fold(self.seed, self.step, layer, branch)
+        key = fold_tensor(fold(self.seed), self.step)
+        for number in (layer, branch):
+            key = fold_tensor(number, key)
+        return key
 
 
 def fold(*numbers: int) -> int:
@@ -42,7 +58,7 @@ def fold(*numbers: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
-def fold_tensor(key: int, numbers: Tensor) -> Tensor:
+def fold_tensor(key: int | Tensor, numbers: Tensor) -> Tensor:
     """Mix a key with each of many numbers, in the manner of `fold`. numbers: int64 of any shape;
     returns int64 of that shape.
     """
@@ -90,11 +106,13 @@ def dropout(
     # Not at the top: what chooses among kernels asks this module for the bits to compare with.
     from memshard.models.kernels.dropout import dropout_for
 
-    folded = fold(key.seed, key.step, layer, branch)
+    folded = key.place_key(layer, branch)
     return dropout_for(x, plain_dropout)(x, rate, folded, key.samples.to(x.device), positions)
 
 
-def plain_dropout(x: Tensor, rate: float, key: int, samples: Tensor, positions: Tensor) -> Tensor:
+def plain_dropout(
+    x: Tensor, rate: float, key: int | Tensor, samples: Tensor, positions: Tensor
+) -> Tensor:
     """Do what `dropout` does, in plain torch. key: of the run, the step and the place in the model,
     folded; samples: [batch] int64.
     """

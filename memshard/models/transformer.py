@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memshard.models.block import Block
 from memshard.models.build_blocks import build_blocks, build_ngrams
+from memshard.models.compat import is_compiled
 from memshard.models.config import ModelConfig
 from memshard.models.context import Context
 from memshard.models.layers.adaptive_softmax import AdaptiveHead
@@ -167,12 +168,15 @@ class Transformer(nn.Module):
             x = self._embed(tokens, ctx, replay=replay)
             checkpointing = self.recompute.checkpointing if torch.is_grad_enabled() else "none"
             advanced = []
+            traced = ctx
+            if ctx.random is not None and any(map(is_compiled, self.stack)):
+                traced = replace(ctx, random=ctx.random.on(x.device))
             for layer, block in enumerate(self.stack):
                 x, state = run_block(
                     checkpointing,
                     block,
                     x,
-                    ctx,
+                    traced if is_compiled(block) else ctx,
                     states[layer] if states else None,
                     self.recompute.chunk,
                     replay,

@@ -167,7 +167,7 @@ def build_for_training(
             train.label_smoothing,
         )
         if train.compile:
-            _compile_layers(model)
+            _compile_layers(model, train, mesh)
     dtype = compute_dtype(train.precision, device)
     engine = _engine(model, optimizer, train, mesh, placement, dtype)
     return Training(
@@ -191,18 +191,23 @@ def _constant(rate: float, step: int) -> float:
     return rate
 
 
-def _compile_layers(model: Transformer) -> None:
-    """Compile each mixer and feedforward in place, at its first use; names and parameters stay.
+def _compile_layers(model: Transformer, train: TrainConfig, mesh: DeviceMesh | None) -> None:
+    """Compile each block in place, at its first use; names and parameters stay.
 
-    Memory layers stay as they are: their reads are custom functions with collected gradients,
-    kernels of their own and exchanges between ranks. So do whole blocks: their dropout draws from
-    64-bit keys of the step's number, which the compiler either takes for a new program in every
-    step or cannot print (an OverflowError in torch 2.13).
+    Of blocks that are not one graph mixer and feedforward are compiled, each on its own. Such are
+    blocks with a memory, whose reads are custom functions with collected gradients, kernels of
+    their own and exchanges between ranks; those that backward repeats in parts; and those that
+    tensor-parallel ranks share.
     """
+    whole = model.grid is None and train.checkpointing == "none" and not train.chunk
+    whole = whole and tensor_size(mesh) == 1
     for block in model.blocks:
-        block.mixer.compile()
         if isinstance(block, DecoderBlock):
             block.cross.compile()
+        elif whole and block.mixer.one_graph and not block.has_table:
+            block.compile()
+            continue
+        block.mixer.compile()
         if block.feedforward is not None:
             block.feedforward.compile()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from memshard.models.compat import is_traced
 from memshard.models.kernels.tested import tested_kernel
 
-Dropout = Callable[[Tensor, float, int, Tensor, Tensor], Tensor]
+Dropout = Callable[[Tensor, float, Any, Tensor, Tensor], Tensor]
 
 
 def dropout_for(x: Tensor, plain: Dropout) -> Dropout:

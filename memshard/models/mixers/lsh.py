@@ -47,6 +47,8 @@ class LSHMixer(Mixer):
     convolution: width of Primer's convolutions of queries and values, 0 for none.
     """
 
+    one_graph = False  # rotations are kept from pass to pass
+
     def __init__(
         self,
         dim: int,
@@ -227,11 +229,10 @@ class LSHMixer(Mixer):
                 "parallel.tensor adds unless it divides "
                 "data.length): use strict"
             )
-        seed = (
-            fold(self.seed, ctx.random.step)
-            if self.resample and ctx.random is not None
-            else self.seed
-        )
+        seed = self.seed
+        if self.resample and ctx.random is not None:
+            assert isinstance(ctx.random.step, int)
+            seed = fold(seed, ctx.random.step)
         return self._attend(q, k, v, self._groups(q, heads, numbers, ctx.padding, seed))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ class Mixer(nn.Module):
     row_parallel: tuple[str, ...] = ("output",)
     """Names of the projections whose inputs belong to heads."""
 
+    one_graph = True
+    """Whether torch.compile takes `forward` without a break, so that it takes a block whole."""
+
     heads: int
     """Heads computed here: all, or this rank's where ranks share them (set by `parallel/`)."""
     first_head = 0

@@ -29,6 +29,8 @@ class ProgramState:
 class ProgramMixer(Mixer):
     """Runs a program. Its parameters are named by the number of their node's value: `values.12`."""
 
+    one_graph = False  # looks at the numbers of padding
+
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program

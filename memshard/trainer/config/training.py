@@ -112,7 +112,9 @@ class TrainConfig:
     """
 
     compile: bool = may_change(False)
-    """Compile mixers and feedforwards: the first step takes minutes, later ones less time."""
+    """Compile blocks, or their mixers and feedforwards: the first step takes minutes, later ones
+    less time.
+    """
 
     profile: tuple[int, int] | None = may_change(None)
     """First and last step, counted from 1, that each rank traces into the run's folder."""
