@@ -116,6 +116,8 @@ def test_workers_change_nothing(raw: Path, order: Order, workers: int) -> None:
     [
         ({"size": str(1 << 45)}, "ends inside big.txt"),
         ({"GNU.sparse.size": str(1 << 45), "GNU.sparse.map": "0,1"}, "big.txt has holes"),
+        # The map of the holes would be in the member.
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, "hostile.tar is no tar that can be"),
     ],
 )
 def test_sizes_that_a_tar_claims_are_not_believed(
