@@ -95,7 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "value embeddings": {
         "memory": {"query_norm": "layer"},
-        "mixer": {"pattern": ("softmax", "lsh", "linear"), "chunk": 2, "buckets": 2},
+        "mixer": {"pattern": ("softmax", "local", "linear"), "window": 3},
         "ngram": NgramConfig(layers=(0, 1, 2), rule="token", place="values", gate="heads"),
         "position": "rotary",
         "norm": "rms",
