@@ -93,6 +93,38 @@ def test_memories_added_to_a_dense_model_change_nothing_and_learn(
             assert not torch.equal(value, start[name]), name
 
 
+NGRAM = (
+    "model.ngram.layers=[0,1]",
+    "model.ngram.heads=2",
+    "model.ngram.rows=13",
+    "model.ngram.value_dim=4",
+)
+
+
+def test_n_grams_added_to_a_model_change_nothing_and_keep_their_rows(
+    trained: Path, recipe: Path, tmp_path: Path
+) -> None:
+    source = trained / "memory"
+    loss = _begin(0, 1, recipe, source, tmp_path / "added", *NGRAM)
+    assert loss == numbers(source, "eval/loss")[10]
+    before, after = checkpoint_state(source), checkpoint_state(tmp_path / "added")
+    assert not after["model.blocks.0.ngram.values.weight"].any()
+    kept = {name for name in before if name.startswith(("model.", "exp_avg", "last_step."))}
+    assert_same({name: before[name] for name in kept}, {name: after[name] for name in kept})
+    train_run(recipe, tmp_path / "added", *NGRAM, f"init_from={source}")
+    trained_rows = checkpoint_state(tmp_path / "added")["model.blocks.0.ngram.values.weight"]
+    assert trained_rows.any()
+    _begin(0, 1, recipe, tmp_path / "added", tmp_path / "again", *NGRAM)
+    again = checkpoint_state(tmp_path / "again")
+    assert torch.equal(again["model.blocks.0.ngram.values.weight"], trained_rows)
+    with pytest.raises(ValueError, match="of another size n-grams have other rows"):
+        _begin(0, 1, recipe, tmp_path / "added", tmp_path / "x", *NGRAM, "model.ngram.rows=29")
+    shared = (*NGRAM, "model.ngram.share=true", "model.ngram.layers=[0]")
+    train_run(recipe, tmp_path / "shared", *shared)
+    with pytest.raises(ValueError, match="model.ngram.layers adds a layer to the readers"):
+        _begin(0, 1, recipe, tmp_path / "shared", tmp_path / "x", *NGRAM, "model.ngram.share=true")
+
+
 def test_a_memory_may_take_the_place_of_a_feedforward(
     trained: Path, recipe: Path, tmp_path: Path
 ) -> None:

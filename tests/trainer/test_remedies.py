@@ -122,6 +122,16 @@ def test_revival_is_refused_where_an_engine_would_undo_it(recipe: Path) -> None:
         load_recipe(recipe, ("tables.revive=true", "train.engine=deepspeed", "train.zero=1"))
 
 
+@pytest.mark.parametrize("setting", BOTH)
+def test_what_is_for_sub_keys_is_refused_where_only_n_grams_are_read(
+    setting: str, recipe: Path
+) -> None:
+    ngram = ("model.ngram.layers=[0]", "model.ngram.rows=13", "model.ngram.value_dim=4")
+    load_recipe(recipe, (*ngram, setting))
+    with pytest.raises(ValueError, match=f"{setting.partition('=')[0]} is .* leave it out"):
+        load_recipe(recipe, (*ngram, setting, "model.memory.layers=[]"))
+
+
 def _revive(
     rank: int, world: int, recipe: Path, source: Path, layouts: dict[str, tuple[str, ...]]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Start from another run's checkpoint; memory layers, convolutions and keys may be added."""
+"""Start from another run's checkpoint; memories, convolutions and keys may be added."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from torch import Size, Tensor
 
 from memshard.models.layers.convolution import CausalConvolution
 from memshard.models.memory.table import find_tables
+from memshard.models.ngram.memory import NgramMemory
 from memshard.models.transformer import Transformer
 from memshard.trainer.checkpoint.grow import grow_sub_keys, grow_table, local_part
 from memshard.trainer.checkpoint.save_load import (
@@ -39,20 +40,41 @@ def init_from(
         for layer, _ in model.memories()
         if f"model.blocks.{layer}.memory.sub_keys.weight" not in saved
     ]
+    ngrams = {
+        f"{name}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, NgramMemory) and f"model.{name}.addresses.moduli" not in saved
+    }
     convolutions = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, CausalConvolution) and f"model.{name}.weight" not in saved
+        if isinstance(module, CausalConvolution)
+        and f"model.{name}.weight" not in saved
+        # The convolution of a new memory changes nothing, whatever its kernels are.
+        and not name.startswith(tuple(ngrams))
     }
-    new = *(f"blocks.{layer}.memory." for layer in fresh), *(f"{name}." for name in convolutions)
+    new = (
+        *(f"blocks.{layer}.memory." for layer in fresh),
+        *ngrams,
+        *(f"{name}." for name in convolutions),
+        *(("window.",) if ngrams and "model.window.token_map" not in saved else ()),
+    )
     tables = {f"{name}.weight": table for name, table in find_tables(model)}
     steps = table_steps_of(
         checkpoint,
         recorded,
         [name.removesuffix(".weight") for name in tables if not name.startswith(new)],
     )
-    _check_readers(model, fresh, [name for name in tables if not name.startswith(new)])
-    _check_all_used(checkpoint, model, fresh, tensors, saved)
+    old_tables = [name for name in tables if not name.startswith(new)]
+    of_ngrams = {id(memory.values) for _, memory in model.ngrams()}
+    _check_readers(model, fresh, [name for name in old_tables if id(tables[name]) not in of_ngrams])
+    if model.config.ngram.share and 0 < len(ngrams) < len(list(model.ngrams())):
+        raise ValueError(
+            "model.ngram.layers adds a layer to the readers of a table that the checkpoint has "
+            "trained: set model.ngram.share=false, or leave the layer out"
+        )
+    new_layers = [layer for layer, memory in model.ngrams() if memory in ngrams.values()]
+    _check_all_used(checkpoint, model, [*fresh, *new_layers], tensors, saved)
 
     pairs = [
         (name, name)
@@ -69,18 +91,21 @@ def init_from(
     for source, target in pairs:
         if source not in saved:
             raise ValueError(
-                f"{checkpoint} has no {source}: only memory layers and convolutions may be new "
-                "with init_from"
+                f"{checkpoint} has no {source}: only memories and convolutions may be new with "
+                "init_from"
             )
         if saved[source] == tensors[target].shape:
             same[source] = tensors[target]
         else:
+            table = tables.get(_parameter(target))
+            if id(table) in of_ngrams:
+                raise ValueError(
+                    f"{source} is {list(saved[source])} in {checkpoint} and "
+                    f"{list(tensors[target].shape)} here: in a table of another size n-grams have "
+                    "other rows, so set model.ngram.* as there"
+                )
             _check_growth(
-                checkpoint,
-                source,
-                saved[source],
-                tensors[target].shape,
-                _parameter(target) in tables,
+                checkpoint, source, saved[source], tensors[target].shape, table is not None
             )
             grown.append((source, target))
     load_tensors(checkpoint, same)
@@ -91,7 +116,7 @@ def init_from(
         kernel[:, 0] = 1
     # Only these tables become 0. PEER's other table keeps its draw: each one's gradient has the
     # other as a factor, so two tables of zeros would never leave 0.
-    outputs = {id(memory.values) for _, memory in model.memories()}
+    outputs = {id(memory.values) for _, memory in model.memories()} | of_ngrams
     for source, target in grown:
         table = tables.get(_parameter(target))
         if table is None:
@@ -180,8 +205,8 @@ def _check_all_used(
     for name in saved:
         if name.startswith("model.") and name not in tensors and not name.startswith(replaced):
             raise ValueError(
-                f"{checkpoint} has {name}, which this model lacks: init_from only adds memory "
-                "layers, convolutions and keys; "
+                f"{checkpoint} has {name}, which this model lacks: init_from only adds "
+                "memories, convolutions and keys; "
                 f"set model.* as there (memshard config diff {checkpoint} RECIPE)"
             )
 

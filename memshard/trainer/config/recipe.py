@@ -204,6 +204,7 @@ class Recipe:
         _check_masks(self)
         _check_label_smoothing(self)
         _check_engine(self)
+        _check_sub_keys(self)
 
 
 def _check_recomputation(train: TrainConfig, model: ModelConfig) -> None:
@@ -264,6 +265,19 @@ def _check_engine(recipe: Recipe) -> None:
             "tables.revive moves sub-keys, of which DeepSpeed keeps copies: set "
             "train.engine=torch, or train.zero=0"
         )
+
+
+def _check_sub_keys(recipe: Recipe) -> None:
+    model = recipe.model
+    for key, value in (
+        ("tables.revive", recipe.tables.revive),
+        ("train.key_balance", recipe.train.key_balance),
+    ):
+        if value and model.ngram.layers and not model.memory.layers:
+            raise ValueError(
+                f"{key} is {value}, and is for the sub-keys of product-key memories; tables of "
+                "n-grams have none: leave it out"
+            )
 
 
 def check_states(
