@@ -49,6 +49,14 @@ def kernel_for(*arguments: Any) -> None:
 def by_kernel(*arguments: Any) -> Any:
     """Never called."""
 ''',
+    "memshard.models.kernels.tested": '''"""Exports take plain torch everywhere."""
+
+from typing import Any
+
+
+def tested_kernel(*arguments: Any) -> None:
+    """No compiled kernel."""
+''',
     "memshard.models.kernels.cpu_banded": '''"""Exports take plain torch everywhere."""
 
 
