@@ -32,6 +32,26 @@ def test_plan_prints_a_table_and_says_what_to_change(
     assert "does not fit" in out and "ranks" in out and "model.memory.keys=" in out
 
 
+def test_each_kind_of_table_is_planned_by_what_a_run_has_measured_of_it(
+    recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(Path(recipe_file).read_text("utf-8"), "utf-8")
+    measured = {"blocks.1.memory.values": 3.0, "blocks.0.ngram.values": 7.5}
+    line = {"step": 1} | {f"{table}/micro_batch_duplicates": x for table, x in measured.items()}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n", "utf-8")
+    ngram = ("model.ngram.layers=[0,2]", "model.ngram.rows=1000", "model.ngram.rule=longcat")
+    command = ["plan", str(tmp_path), *ngram, "--world", "4", "--device", "a100"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "1 x 4,096 slots and 2 x 8,064 rows)" in out
+    tables = [line for line in out.splitlines() if line.startswith("tables ")]
+    for reads, line in zip(("3.0", "7.5"), tables, strict=True):
+        assert f"at {reads} reads of a row" in line
+    assert [line.split()[1] for line in tables] == ["memory:", "ngram:"]
+    assert main([*command, "--duplicates", "2"]) == 0
+    assert capsys.readouterr().out.count("at 2.0 reads of a row") == 2
+
+
 def test_plan_as_json(recipe_file: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
