@@ -90,6 +90,7 @@ def test_each_launcher(env: dict[str, str], expected: Ranks) -> None:
         ("n[3-5,9]", "n3"),
         ("127.0.0.[1-2]", "127.0.0.1"),
         ("gpu[03-05]-ib,login1", "gpu03-ib"),
+        ("rack[1-2]n[03,05-9],login1", "rack1n03"),
     ],
 )
 def test_first_host(nodes: str, first: str) -> None:

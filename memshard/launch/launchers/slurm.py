@@ -121,9 +121,10 @@ def detect(env: Mapping[str, str]) -> Ranks | None:
 # Parsed here, since `scontrol show hostnames` is often missing inside a container.
 def first_host(nodes: str) -> str:
     """Return the first of a SLURM node list, such as gpu[03-05,9]-ib,login1."""
-    parts = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodes)
-    assert parts is not None
-    return "".join(part or "" for part in parts.groups())
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None
+    # Names may have several ranges: rack[1-2]n[3-4] begins with rack1n3.
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first[0])
 
 
 @dataclass(frozen=True, kw_only=True)
