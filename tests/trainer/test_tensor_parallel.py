@@ -130,7 +130,7 @@ def _kept_bytes(rank: int, world: int) -> list[tuple[float, float]]:
                 measured,
                 batch
                 * length
-                * activation_bytes(config, length, layout, half=half, tensor=world)[0],
+                * activation_bytes(config, length, {"memory": layout}, half=half, tensor=world)[0],
             )
         )
     return rows
