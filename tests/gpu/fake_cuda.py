@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu import fake_device, fake_triton, own_process
+from tests.gpu import fake_device, fake_triton, own_process, python_side
 from tests.gpu.python_side import Python
 from tests.gpu.watch import Counts, Watch
 
@@ -76,7 +76,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), computed: int = 1 << 20) -> 
         made.cache_clear()
     watch = Watch(computed)
     fake_device.waited = lambda what: watch.count("waits", what)
-    fake_triton.launched = lambda what: watch.count("launches", what)
+    fake_triton.launched = python_side.launched = lambda what: watch.count("launches", what)
     own_process.modes = watch, Python(watch)
     try:
         with watch, own_process.modes[1]:

@@ -73,7 +73,7 @@ def _with_numbers(function: Callable[..., Any], plain: Callable[..., Any]) -> Ca
     def run(*args: Any) -> Any:
         out = function(*args)
         numbers = [_numbers(x) for x in args]
-        if any(x is None for x in numbers):
+        if any(x is None and of is not None for x, of in zip(numbers, args, strict=True)):
             return out
         result = plain(*numbers)
         pairs = zip(out, result, strict=True) if isinstance(out, tuple) else [(out, result)]

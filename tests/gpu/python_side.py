@@ -13,6 +13,14 @@ from tests.gpu import fake_device
 from tests.gpu.watch import Watch, assumed, values_of
 
 
+def _nobody(what: str) -> None:
+    """Count nothing: nobody watches."""
+
+
+launched: Callable[[str], None] = _nobody
+"""Told what attention asks of the device; set by `fake_cuda`."""
+
+
 class Python(TorchFunctionMode):
     """What torch does in C++ with the numbers of a CUDA tensor before the dispatcher sees it."""
 
@@ -32,8 +40,6 @@ class Python(TorchFunctionMode):
         if func == Tensor.data.__set__ and isinstance(args[1], FakeTensor):
             become(args[0], args[1].detach())
             return None
-        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
-            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _from_python(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -52,50 +58,55 @@ class Python(TorchFunctionMode):
             made = made.to(device)
         return made.requires_grad_() if grad else made
 
-    def _attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if torch.is_autocast_enabled("cuda"):
-            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-        # Flash attention takes no masks and 16 bits only, the memory-efficient one no groups.
-        name = "attention in parts" if enable_gqa else "efficient attention"
-        if attn_mask is None and q.dtype != torch.float32:
-            name = "flash attention"
-        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        out: Tensor = _Attention.apply(self.watch, name, q, k, v, attn_mask, options)
-        return out
+
+_torch_attention = F.scaled_dot_product_attention
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if not isinstance(q, FakeTensor):
+        return _torch_attention(q, k, v, attn_mask, dropout_p, **options)
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    # Flash attention takes no masks and 16 bits only, the memory-efficient one no groups.
+    name = "attention in parts" if enable_gqa else "efficient attention"
+    if attn_mask is None and q.dtype != torch.float32:
+        name = "flash attention"
+    out: Tensor = _Attention.apply(name, q, k, v, attn_mask, options)
+    return out
 
 
 class _Attention(torch.autograd.Function):
     """One launch forward and one backward, as on a GPU; torch would choose another way here."""
 
     @staticmethod
-    def forward(ctx, watch, name, q, k, v, mask, options):  # type: ignore[no-untyped-def]
+    def forward(ctx, name, q, k, v, mask, options):  # type: ignore[no-untyped-def]
         tensors = [x for x in (q, k, v, mask) if x is not None]
         if any(not isinstance(x, FakeTensor) for x in tensors):
             raise RuntimeError(f"attention of tensors on {[str(x.device) for x in tensors]}")
         if not q.dtype == k.dtype == v.dtype:
             raise RuntimeError(f"attention of {q.dtype}, {k.dtype} and {v.dtype}")
-        ctx.watch, ctx.name, ctx.options, ctx.mask = watch, name, options, mask
+        ctx.name, ctx.options, ctx.mask = name, options, mask
         ctx.save_for_backward(q, k, v)
-        watch.count("launches", name)
+        launched(name)
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         numbers = [values_of(x) for x in tensors]
         if all(x is not None for x in numbers):
-            out.known_values = F.scaled_dot_product_attention(*numbers, **options)
+            out.known_values = _torch_attention(*numbers, **options)
         return out
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        ctx.watch.count("launches", f"{ctx.name} backward")
+        launched(f"{ctx.name} backward")
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
         numbers = [values_of(x) for x in (upstream, *inputs)]
@@ -103,12 +114,12 @@ class _Attention(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_() for x in numbers[1:]]
                 mask = None if ctx.mask is None else values_of(ctx.mask)
-                out = F.scaled_dot_product_attention(*leaves, mask, **ctx.options)
+                out = _torch_attention(*leaves, mask, **ctx.options)
             for gradient, values in zip(
                 gradients, torch.autograd.grad(out, leaves, numbers[0]), strict=True
             ):
                 gradient.known_values = values
-        return None, None, *gradients, None, None
+        return None, *gradients, None, None
 
 
 def install() -> None:
@@ -122,6 +133,8 @@ def install() -> None:
     FakeTensor.tolist = tolist
     # A GPU's tensors are of a type that torch takes many of at once.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
+    # Not in a mode, which is off while it handles `backward` and what that repeats.
+    F.scaled_dot_product_attention = _attention
     FakeTensor.record_stream = lambda x, stream: None
     nn.Module._apply = _apply
 

@@ -96,7 +96,8 @@ class RowAdam(Optimizer):
                     "returns"
                 )
         stored = {id(x): x.weight for x in self.tables if not compat.is_fake(x.weight)}
-        addresses = [values.data_ptr() for values in stored.values() if values.numel()]
+        # 0 is the address of values that are nowhere.
+        addresses = [x for x in (values.data_ptr() for values in stored.values()) if x]
         if len(set(addresses)) < len(addresses):
             raise ValueError(
                 "two tables have the same values in memory, and would both update them: let layers "
