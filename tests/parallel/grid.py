@@ -101,7 +101,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm": "rms",
     },
     "n-grams in place of a feedforward": {
-        "memory": {"query_norm": "layer"},
+        "memory": {"layers": (2,), "query_norm": "layer", "mode": "add"},
         "ngram": NgramConfig(layers=(0,), rule="token", place="replace", value_dim=12, gate="glu"),
         "tie_head": False,
     },

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memshard.models.block import Block
 from memshard.models.context import Context
+from memshard.models.layers.linear import cast_once
 from memshard.models.mixers.mixer import MixerState
 from memshard.models.random import dropout
 from memshard.models.transformer import Transformer
@@ -31,9 +32,9 @@ def naive_block(
             return y
         return dropout(y, block.dropout_rate, ctx.random, ctx.positions, block.layer, branch)
 
-    y1 = x1 + naive_round(
-        dropped(block.mixer(block.mixer_residual.norm(x2.clone()), ctx, state)[0], 0)
-    )
+    h = block.mixer_residual.norm(x2.clone())
+    h = h if block.mixer.applies_norm else cast_once(h)
+    y1 = x1 + naive_round(dropped(block.mixer(h, ctx, state)[0], 0))
     norm, norm_after = block.feedforward_residual.norm, block.feedforward_residual.norm_after
     h = y1.clone() if norm_after else norm(y1.clone())
     parts = [block.feedforward(h)] if block.feedforward is not None else []
