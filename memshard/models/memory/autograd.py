@@ -154,7 +154,8 @@ class FetchedSum(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, anchor: Tensor, fetch: Fetch) -> Tensor:
         fetched = fetch.fetch_rows()
         ctx.fetch = fetch
-        ctx.save_for_backward(fetched, weights)
+        # Rows that are taken as they are have no weights to learn, for which alone they are kept.
+        ctx.save_for_backward(fetched if ctx.needs_input_grad[0] else None, weights)
         return fetch.backend.gather_sum(fetched, fetch.inverse, weights, fetch.offsets)
 
     @staticmethod

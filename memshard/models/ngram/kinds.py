@@ -127,6 +127,12 @@ else:
     RuleName = Literal[tuple(RULES)]
 
 
+_MOST = {"order": 64, "heads": 1024, "rows": 1 << 40, "convolution": 64}
+"""Largest sizes: products of an id and a row's number stay below 2^63 for 2^22 ids, and primes are
+found one after the other.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NgramConfig:
     """Tables whose rows are chosen by the ids of the last tokens (n-grams)."""
@@ -242,11 +248,11 @@ class NgramConfig:
                 raise ValueError(f"model.ngram.{name} is {value!r}; it must be a whole number")
             if value < bound:
                 raise ValueError(f"model.ngram.{name} is {value}; it must be at least {bound}")
-        # Products of an id and a row's number stay below 2**63 for 2**22 ids.
-        if self.rows > 1 << 40:
-            raise ValueError(
-                f"model.ngram.rows is {self.rows}; the limit is {1 << 40:,}: check the number"
-            )
+            limit = _MOST.get(name)
+            if limit is not None and int(value) > limit:
+                raise ValueError(
+                    f"model.ngram.{name} is {value}; the limit is {limit:,}: check the number"
+                )
         if (self.gate == "heads") > (self.place == "values") or (
             self.place == "values" and self.gate in ("context", "glu")
         ):

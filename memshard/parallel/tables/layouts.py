@@ -147,7 +147,7 @@ LAYOUTS = {
             ),
             sorted_reads=lambda x: 2 * x.reads,  # at most: owners get each row of a rank once
             # The fetched rows, as weights' gradients need them, and where each read finds its row.
-            kept=lambda x: x.reads / x.duplicates * (4 * x.value_dim + 4),
+            kept=lambda x: x.reads / x.duplicates * (4 * x.value_dim * x.weights_learn + 4),
             # An owner gets one bag, with its gradient, for each distinct row of each rank: as many
             # as a rank reads, if reads are evenly spread.
             collected_reads=lambda x: x.reads / x.duplicates,

@@ -90,6 +90,7 @@ def test_rows_share_the_models_width() -> None:
         ({"rule": "token", "heads": 2}, "heads is 2; rule token has 1: leave it out"),
         ({"rows": 1}, "rows is 1; it must be at least 2"),
         ({"rows": 1 << 41}, "rows is 2199023255552; the limit is 1,099,511,627,776"),
+        ({"heads": 1 << 20}, "heads is 1048576; the limit is 1,024: check the number"),
         ({"heads": 2.0}, "heads is 2.0; it must be a whole number"),
         ({"pad": -1}, "pad is -1; it must be at least 0"),
         ({"convolution": 1}, "convolution is 1; a width is at least 2"),
