@@ -35,7 +35,9 @@ STAGES = {
         _stage("waits", 25, "how often a step waits for the GPU", gpu_only=True),
         _stage("bandwidth", 40, "reads, gradients, updates, searches and sorts beside a copy"),
         _stage("speed", 70, "MFU and memory of 12 layers of 1,024, with a memory and without"),
-        _stage("headline", 110, "6 layers, with a memory, 12 layers: loss by tokens and seconds"),
+        _stage(
+            "headline", 110, "6 layers, with either memory, 12 layers: loss by tokens and seconds"
+        ),
         _stage("page", 10, "a page and pictures of all of these"),
     )
 }

@@ -25,6 +25,13 @@ MAIN = {
     "peer": ("model.memory.kind=peer", "model.memory.query_norm=rms"),
     "lsh": (*_LSH, "model.residual=reversible", "model.memory.query_norm=lagged"),
     "delta": (*_DELTA, "train.carry_state=true", "data.document_mask=true"),
+    "n-grams": (
+        "model.ngram.layers=[0,1]",
+        "model.ngram.rows=50",
+        "model.ngram.heads=2",
+        "model.ngram.value_dim=4",
+        "data.document_mask=true",
+    ),
 }
 """The ones that differ most."""
 OTHERS = {

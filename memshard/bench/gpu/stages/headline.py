@@ -1,4 +1,4 @@
-"""A memory against twice the depth, on the same tokens: loss by tokens and by seconds."""
+"""Memories against twice the depth, on the same tokens: loss by tokens and by seconds."""
 
 import gc
 import math
@@ -22,6 +22,7 @@ model:
   dim: {dim}
   mixer: {{heads: {heads}}}
   memory: {{layers: [4], keys: {keys}, heads: 4, topk: {topk}, key_dim: {key_dim}}}
+  ngram: {{rows: {rows}}}
 train:
   {{steps: 1000, batch: {batch}, precision: bf16, eval_every: 0, eval_tokens: {held_out}}}
 optimizer: {{lr: 1e-3, warmup: {warmup}}}
@@ -29,16 +30,18 @@ tables: {{lr: 1e-2}}
 """
 LARGE = {
     "length": 256, "dim": 512, "heads": 8, "keys": 512, "topk": 32, "key_dim": 256, "batch": 64,
-    "warmup": 100, "held_out": 262_144,
+    "warmup": 100, "held_out": 262_144, "rows": 262_144,
 }  # fmt: skip
 SMALL = {
     "length": 32, "dim": 32, "heads": 2, "keys": 32, "topk": 4, "key_dim": 16, "batch": 2,
-    "warmup": 2, "held_out": 1000,
+    "warmup": 2, "held_out": 1000, "rows": 1024,
 }  # fmt: skip
 _NO_MEMORY = "model.memory.layers=[]"
 MODELS = {
     "6 layers": (_NO_MEMORY,),
     "6 layers + memory": (),
+    # As many values: 16 parts of keys^2 rows, each a sixteenth as wide.
+    "6 layers + n-grams": (_NO_MEMORY, "model.ngram.layers=[1]"),
     "12 layers": ("model.layers=12", _NO_MEMORY),
 }
 _MOST_BYTES = 40_000_000
