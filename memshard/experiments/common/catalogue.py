@@ -17,6 +17,7 @@ _PATHS = {
     "fast_weights/language": "memshard.experiments.fast_weights.language",
     "fast_weights/translation": "memshard.experiments.fast_weights.translation",
     "fast_weights/update": "memshard.experiments.fast_weights.update",
+    "lookup/alternatives": "memshard.experiments.lookup.alternatives",
     "pkm/headline": "memshard.experiments.pkm.studies:HEADLINE",
     "pkm/shuffled": "memshard.experiments.pkm.studies:SHUFFLED",
     "pkm/depth": "memshard.experiments.pkm.studies:DEPTH",

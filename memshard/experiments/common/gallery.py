@@ -15,6 +15,7 @@ from memshard.experiments.common import catalogue
 
 _PAPERS = {
     "pkm": "Product-key memories (Lample et al. 2019; Berges et al. 2024)",
+    "lookup": "Product keys and n-grams",
     "fast_weights": "Fast weights (Schlag et al. 2021)",
     "reformer": "Reformer (Kitaev et al. 2020)",
     "primer": "Primer (So et al. 2021)",

@@ -16,18 +16,19 @@ from memshard.experiments.pkm.runs import run_point
 class Size:
     """The sizes of a scale.
 
-    recipe, overrides: a model of `layers` layers with one memory. depths: in place of the paper's
-    12, 16 and 24 layers. keys: numbers of sub-keys compared; flat: those also compared with flat
-    keys; peer: overrides for PEER, which make its two tables as large as the memory's one. reads:
-    slots a token reads. steps: training steps. seeds: number of seeds of a study and of the
-    headline. clock: rounds of timing. wide: overrides of the headline's models for timing at the
-    published width.
+    recipe, overrides: a model of `layers` layers with one memory of `slots`. depths: in place of
+    the paper's 12, 16 and 24 layers. keys: numbers of sub-keys compared; flat: those also compared
+    with flat keys; peer: overrides for PEER, which make its two tables as large as the memory's
+    one. reads: slots a token reads. steps: training steps. seeds: number of seeds of a study and of
+    the headline. clock: rounds of timing. wide: overrides of the headline's models for timing at
+    the published width.
     """
 
     recipe: str
     overrides: tuple[str, ...]
     layers: int
     depths: tuple[int, int, int]
+    slots: int
     keys: tuple[int, ...]
     flat: tuple[int, ...]
     peer: tuple[str, ...]
@@ -67,13 +68,25 @@ _TINY = (
 )
 _SIZES: dict[Scale, Size] = {
     "smoke": Size(
-        "pkm-small", _TINY, 4, (2, 3, 4), (8, 16), (8,), ("model.memory.keys=23",), 8, 2, (1, 2), 1
+        "pkm-small",
+        _TINY,
+        4,
+        (2, 3, 4),
+        1024,
+        (8, 16),
+        (8,),
+        ("model.memory.keys=23",),
+        8,
+        2,
+        (1, 2),
+        1,
     ),
     "small": Size(
         "pkm-small",
         (),
         6,
         (6, 8, 12),
+        65_536,
         (64, 128, 256, 512),
         (32, 64, 128),
         # PEER has two tables: 2 x 181^2 rows are as many as the memory's 256^2, within 0.03 %.
@@ -89,6 +102,7 @@ _SIZES: dict[Scale, Size] = {
         ("model.layers=6", "model.memory.layers=[4]", "model.memory.keys=512"),
         6,
         (12, 16, 24),
+        262_144,
         (128, 256, 384, 512, 768, 1024),
         (128, 256),
         ("model.memory.keys=362",),
@@ -103,11 +117,12 @@ Model = dict[str, Any]
 """builder and overrides, on top of those of the scale; published, the paper's figures for it."""
 
 
-def _model(*overrides: str, builder: str = "transformer", published: str = "") -> Model:
+def variant(*overrides: str, builder: str = "transformer", published: str = "") -> Model:
+    """Return a model of a study; see `Model`."""
     return {"builder": builder, "overrides": overrides, "published": published}
 
 
-_NO_MEMORY = "model.memory.layers=[]"
+NO_MEMORY = "model.memory.layers=[]"
 
 
 def _at(*layers: int) -> str:
@@ -142,13 +157,13 @@ _FLAT = {"product": "97 to 100 %", "flat": "10 to 20 %"}
 def _headline(size: Size) -> dict[str, Model]:
     shallow, _, deep = size.depths
     return {
-        f"{shallow} layers": _model(
-            f"model.layers={shallow}", _NO_MEMORY, published="17.7 (12 layers)"
+        f"{shallow} layers": variant(
+            f"model.layers={shallow}", NO_MEMORY, published="17.7 (12 layers)"
         ),
-        f"{shallow} layers + memory": _model(
+        f"{shallow} layers + memory": variant(
             f"model.layers={shallow}", published="15.6 (12 layers + memory)"
         ),
-        f"{deep} layers": _model(f"model.layers={deep}", _NO_MEMORY, published="16.0 (24 layers)"),
+        f"{deep} layers": variant(f"model.layers={deep}", NO_MEMORY, published="16.0 (24 layers)"),
     }
 
 
@@ -169,7 +184,7 @@ def _depth(size: Size) -> dict[str, Model]:
                     if number < len(published)
                     else ""
                 )
-                models[f"{layers} layers + {memories}"] = _model(
+                models[f"{layers} layers + {memories}"] = variant(
                     f"model.layers={layers}", _evenly(layers, memories), published=quoted
                 )
     return models
@@ -177,16 +192,16 @@ def _depth(size: Size) -> dict[str, Model]:
 
 def _position(size: Size) -> dict[str, Model]:
     layers = range(size.layers)
-    return {"none": _model(_NO_MEMORY)} | {
-        f"layer {n + 1}": _model(_at(n), published=_BY_POSITION[n]) for n in layers
+    return {"none": variant(NO_MEMORY)} | {
+        f"layer {n + 1}": variant(_at(n), published=_BY_POSITION[n]) for n in layers
     }
 
 
 def _heads(size: Size) -> dict[str, Model]:
     # The reads of a token stay the same, so that only how they are divided differs.
     pairs = [(heads, size.reads // heads) for heads in (1, 2, 4, 8)]
-    return {"none": _model(_NO_MEMORY)} | {
-        f"{heads} x {topk}": _model(
+    return {"none": variant(NO_MEMORY)} | {
+        f"{heads} x {topk}": variant(
             f"model.memory.heads={heads}",
             f"model.memory.topk={topk}",
             published="about 20.5, 70 % (64 reads)",
@@ -196,8 +211,8 @@ def _heads(size: Size) -> dict[str, Model]:
 
 
 def _keys(size: Size) -> dict[str, Model]:
-    return {"none": _model(_NO_MEMORY)} | {
-        f"{keys**2:,} slots, {'batch norm' if norm == 'batch' else 'no norm'}": _model(
+    return {"none": variant(NO_MEMORY)} | {
+        f"{keys**2:,} slots, {'batch norm' if norm == 'batch' else 'no norm'}": variant(
             f"model.memory.keys={keys}",
             f"model.memory.query_norm={norm}",
             # False is 0: the first entry is without batch norm.
@@ -210,8 +225,8 @@ def _keys(size: Size) -> dict[str, Model]:
 
 def _flat(size: Size) -> dict[str, Model]:
     builders = {"product": "transformer", "flat": "flat keys"}
-    return {"none": _model(_NO_MEMORY)} | {
-        f"{keys**2:,} slots, {kind} keys": _model(
+    return {"none": variant(NO_MEMORY)} | {
+        f"{keys**2:,} slots, {kind} keys": variant(
             f"model.memory.keys={keys}", builder=builder, published=_FLAT[kind]
         )
         for keys in size.flat
@@ -222,15 +237,15 @@ def _flat(size: Size) -> dict[str, Model]:
 def _gates(size: Size) -> dict[str, Model]:
     three = _evenly(size.layers, 3)
     return {
-        "none": _model(_NO_MEMORY),
-        "softmax": _model(),
-        "sigmoid": _model("model.memory.weighting=sigmoid"),
-        "relu": _model("model.memory.weighting=relu"),
-        "added to the feedforward": _model("model.memory.mode=add"),
-        "Memory+": _model("model.memory.gate=true"),
-        "3 layers, a table each": _model(three),
-        "3 layers, one table": _model(three, "model.memory.share=true"),
-        "3 layers, one table, Memory+": _model(
+        "none": variant(NO_MEMORY),
+        "softmax": variant(),
+        "sigmoid": variant("model.memory.weighting=sigmoid"),
+        "relu": variant("model.memory.weighting=relu"),
+        "added to the feedforward": variant("model.memory.mode=add"),
+        "Memory+": variant("model.memory.gate=true"),
+        "3 layers, a table each": variant(three),
+        "3 layers, one table": variant(three, "model.memory.share=true"),
+        "3 layers, one table, Memory+": variant(
             three, "model.memory.share=true", "model.memory.gate=true"
         ),
     }
@@ -238,18 +253,22 @@ def _gates(size: Size) -> dict[str, Model]:
 
 def _alternatives(size: Size) -> dict[str, Model]:
     return {
-        "feedforward": _model(_NO_MEMORY),
-        "feedforward of equal operations": _model(builder="feedforward of equal operations"),
-        "product-key memory": _model(),
-        "Memory+": _model("model.memory.gate=true"),
-        "PEER": _model("model.memory.kind=peer", *size.peer),
-        "mixture of experts, 1 active": _model(builder="mixture of experts, 1 active"),
-        "mixture of experts, 2 active": _model(builder="mixture of experts, 2 active"),
+        "feedforward": variant(NO_MEMORY),
+        "feedforward of equal operations": variant(builder="feedforward of equal operations"),
+        "product-key memory": variant(),
+        "Memory+": variant("model.memory.gate=true"),
+        "PEER": variant("model.memory.kind=peer", *size.peer),
+        "mixture of experts, 1 active": variant(builder="mixture of experts, 1 active"),
+        "mixture of experts, 2 active": variant(builder="mixture of experts, 2 active"),
     }
 
 
 def _points(
-    models: Callable[[Size], dict[str, Model]], headline: bool, timed: bool, scale: Scale
+    models: Callable[[Size], dict[str, Model]],
+    headline: bool,
+    timed: bool,
+    wide: bool,
+    scale: Scale,
 ) -> list[Point]:
     """Return the training runs, seed by seed, and the comparisons of speed if timed."""
     size = _SIZES[scale]
@@ -277,7 +296,7 @@ def _points(
         points.append(
             {"clock": size.clock, "title": "Speed", "models": recipes, "trained": list(recipes)}
         )
-    if timed and headline and size.wide:
+    if wide and size.wide:
         points.append(_wide_clock(size))
     return points
 
@@ -289,10 +308,10 @@ def _wide_clock(size: Size) -> Point:
     """
     base = {"recipe": size.recipe, "builder": "transformer"}
     models = {
-        "12 layers": {**base, "overrides": [*size.wide, _NO_MEMORY]},
+        "12 layers": {**base, "overrides": [*size.wide, NO_MEMORY]},
         "12 layers + memory": {**base, "overrides": [*size.wide]},
         "12 layers + memory of bf16": {**base, "overrides": [*size.wide, "tables.dtype=bf16"]},
-        "24 layers": {**base, "overrides": [*size.wide, "model.layers=24", _NO_MEMORY]},
+        "24 layers": {**base, "overrides": [*size.wide, "model.layers=24", NO_MEMORY]},
     }
     title = "Speed at the published width of 1,024, not trained"
     return {
@@ -303,18 +322,22 @@ def _wide_clock(size: Size) -> Point:
     }
 
 
-def _study(
+def study(
     name: str,
     what: str,
     models: Callable[[Size], dict[str, Model]],
     hours: float,
     headline: bool = False,
     timed: bool = True,
+    wide: bool = False,
 ) -> Experiment:
-    """Return a study. hours: processor time at scale small, if no other study shares its models."""
+    """Return a study. hours: processor time at scale small, if no other study shares its models.
+    headline: whether it has the seeds of the headline; wide: whether the headline's models are
+    timed at the published width as well.
+    """
     return Experiment(
         what=f"{what} (needs data/pkm, at scale smoke data/smoke)",
-        points=partial(_points, models, headline, timed),
+        points=partial(_points, models, headline, timed, wide),
         run=run_point,
         report=partial(report, name=name),
         hours={"smoke": 0.01, "small": hours, "full": 1e6},
@@ -323,10 +346,15 @@ def _study(
 
 
 _TIMES = "perplexity, training and inference time a token"
-HEADLINE = _study(
-    "headline", f"a memory against twice the depth: {_TIMES}", _headline, 1.1, headline=True
+HEADLINE = study(
+    "headline",
+    f"a memory against twice the depth: {_TIMES}",
+    _headline,
+    1.1,
+    headline=True,
+    wide=True,
 )
-SHUFFLED = _study(
+SHUFFLED = study(
     "shuffled",
     "the headline's models on shuffled sequences",
     _shuffled,
@@ -334,25 +362,23 @@ SHUFFLED = _study(
     headline=True,
     timed=False,
 )
-DEPTH = _study("depth", "none to three memories in models of three depths", _depth, 3.0)
-POSITION = _study("position", "which layer of six holds the memory", _position, 1.4)
-HEADS = _study("heads", "heads x slots of a head, at equal reads", _heads, 1.0)
-KEYS = _study(
+DEPTH = study("depth", "none to three memories in models of three depths", _depth, 3.0)
+POSITION = study("position", "which layer of six holds the memory", _position, 1.4)
+HEADS = study("heads", "heads x slots of a head, at equal reads", _heads, 1.0)
+KEYS = study(
     "keys",
     "number of slots, with and without batch norm of queries: perplexity, usage, KL",
     _keys,
     1.8,
 )
-FLAT = _study(
-    "flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 2.1
-)
-GATES = _study(
+FLAT = study("flat", "product keys against a key for every slot: perplexity, usage, KL", _flat, 2.1)
+GATES = study(
     "gates",
     "softmax, sigmoid, relu; replace or add; Memory+; one table for three layers",
     _gates,
     1.8,
 )
-ALTERNATIVES = _study(
+ALTERNATIVES = study(
     "alternatives",
     "a memory against feedforwards, PEER and mixtures of experts of equal parameters",
     _alternatives,

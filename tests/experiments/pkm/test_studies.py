@@ -11,7 +11,7 @@ from memshard.experiments.pkm.picture import _family
 from memshard.experiments.pkm.report import report
 from tests.trainer.conftest import data  # noqa: F401
 
-STUDIES = [name for name in catalogue.names() if name.startswith("pkm/")]
+STUDIES = [name for name in catalogue.names() if name.startswith(("pkm/", "lookup/"))]
 
 
 def _points(name: str, data: Path) -> list[dict[str, Any]]:  # noqa: F811
