@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memshard.launch.cli.main import main
+from memshard.models.config import ModelConfig, NgramConfig
 from memshard.models.decode.generate import generate
 from memshard.models.loss import token_losses
 from memshard.models.program.mixer import ProgramMixer
@@ -21,6 +22,7 @@ from memshard.trainer.cost.activations import activation_bytes
 from memshard.trainer.export.export import export
 from tests.distributed import run_distributed
 from tests.live_bytes import LiveBytes
+from tests.models.tiny import tiny_model, tiny_tokens
 from tests.trainer.tiny_run import assert_same, checkpoint_state, train_run
 
 
@@ -47,6 +49,25 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         "train.steps=8",
         *memory,
     )
+
+
+def test_a_program_behind_n_grams_decodes_as_it_reads(settings: tuple[str, ...]) -> None:
+    """The residual is the program's own, so what an n-gram memory adds must come through it."""
+    ngram = NgramConfig(layers=(0, 1), rows=13, heads=2, value_dim=4)
+    text = Path(settings[0].partition("=")[2]).read_text()
+    config = ModelConfig(
+        vocab_size=23, layers=2, dim=16, program=text, position="sinusoidal", ngram=ngram
+    )
+    model, tokens = tiny_model(config).eval(), tiny_tokens(2, 12)
+    with torch.no_grad():
+        full, states, parts = model(tokens)[0], model.init_states(2, 12), []
+        for start, end in ((0, 5), (5, 6), (6, 12)):
+            logits, states = model(tokens[:, start:end], None, states)
+            parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-10, atol=1e-10)
+    tokens[:, 0] = (tokens[:, 0] + 1) % 23
+    with torch.no_grad():
+        assert not torch.equal(model(tokens)[0][:, 1], full[:, 1])
 
 
 def test_a_program_trains_resumes_generates_and_exports(
