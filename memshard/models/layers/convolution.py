@@ -26,14 +26,16 @@ _TAKEN_BACK = 16
 class CausalConvolution(nn.Module):
     """The kernels of C channels.
 
-    width: number of tokens that a token sees, itself included; dilation: their distance. weight: [C
-    K], the lags of a channel together, starting with lag 0. Flat, because optimizers apply weight
-    decay to matrices only.
+    width: number of tokens that a token sees, itself included; dilation: their distance. zero:
+    whether kernels begin at 0. weight: [C K], the lags of a channel together, starting with lag 0.
+    Flat, because optimizers apply weight decay to matrices only.
     """
 
-    def __init__(self, channels: int, width: int = 3, dilation: int = 1) -> None:
+    def __init__(
+        self, channels: int, width: int = 3, dilation: int = 1, zero: bool = False
+    ) -> None:
         super().__init__()
-        self.width, self.dilation = width, dilation
+        self.width, self.dilation, self.zero = width, dilation, zero
         self.weight = nn.Parameter(torch.empty(channels * width))
         self.reset_parameters()
 
@@ -44,9 +46,14 @@ class CausalConvolution(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set 1 / 2 for the current token and 1 / (2 K) for each earlier one, as published."""
-        self.kernel.fill_(0.5 / self.width)
-        self.kernel[:, 0] = 0.5
+        """Set 1 / 2 for the current token and 1 / (2 K) for each earlier one, as published, or
+        zeros.
+        """
+        if self.zero:
+            self.kernel.zero_()
+        else:
+            self.kernel.fill_(0.5 / self.width)
+            self.kernel[:, 0] = 0.5
 
 
 @dataclass(frozen=True)
@@ -92,13 +99,16 @@ class RecentRows:
 class Convolutions(nn.ModuleDict):
     """The convolutions after several projections, by the projections' names. width 0: none.
 
-    channels: of each projection. dilation: distance of the tokens that are seen.
+    channels: of each projection. dilation: distance of the tokens that are seen. zero: whether
+    kernels begin at 0.
     """
 
-    def __init__(self, channels: dict[str, int], width: int, dilation: int = 1) -> None:
+    def __init__(
+        self, channels: dict[str, int], width: int, dilation: int = 1, zero: bool = False
+    ) -> None:
         super().__init__(
             {
-                name: CausalConvolution(count, width, dilation)
+                name: CausalConvolution(count, width, dilation, zero)
                 for name, count in channels.items()
                 if width
             }

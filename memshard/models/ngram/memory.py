@@ -74,18 +74,18 @@ class NgramMemory(MemoryLayer):
         if settings.gate in ("context", "glu") or width != self.outputs:
             self.output = Projection(width, self.outputs, scale=output_scale)
         # Tokens that the hashed n-grams already reach are of no use to the kernel.
-        self.convolutions = Convolutions({"output": dim}, settings.kernel, self.addresses.order)
+        self.convolutions = Convolutions(
+            {"output": dim}, settings.kernel, self.addresses.order, zero=True
+        )
         if self.convolutions:
             self.convolution_norm = build_norm("rms", dim)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set what is not drawn: the number of a scalar gate, and the kernels."""
+        """Set the number of a scalar gate."""
         if self.scale is not None:
             self.scale.fill_(_FIRST_SCALE)
-        for kernel in self.convolutions.kernels():
-            kernel.zero_()
 
     @property
     def tables(self) -> tuple[ValueTable, ...]:

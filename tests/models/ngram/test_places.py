@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from memshard.models.context import Context
-from memshard.models.memory.table import externalize_tables
+from memshard.models.initialize import initialize
+from memshard.models.memory.table import ValueTable, externalize_tables
 from memshard.models.ngram.kinds import RULES, NgramConfig
 from memshard.models.recompute.checkpointing import Recompute
 from memshard.models.transformer import Transformer
@@ -155,6 +156,10 @@ def _learn(model: Transformer, tokens: Tensor, recompute: Recompute) -> dict[str
     tables = externalize_tables(model)
     model.train()
     model(tokens[:, :-1], targets=tokens[:, 1:])[0].sum().backward()
+    return _gradients(model, tables)
+
+
+def _gradients(model: Transformer, tables: list[ValueTable]) -> dict[str, Tensor]:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for number, table in enumerate(tables):
         gradients[f"table {number}"] = dense = torch.zeros_like(table.weight)
@@ -210,9 +215,12 @@ def _plain_reversible(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
         x1 = x1 + model.grid.round(block.mixer_branch(x2, ctx)[0])
         x2 = x2 + model.grid.round(block.feedforward_branch(x1, ctx))
     model._losses(x1, x2, targets).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for number, table in enumerate(tables):
-        gradients[f"table {number}"] = dense = torch.zeros_like(table.weight)
-        for sorted_reads in table.gradients(1):
-            dense[sorted_reads.rows] = sorted_reads.sums(0, len(sorted_reads.rows))
-    return gradients
+    return _gradients(model, tables)
+
+
+def test_a_convolution_begins_without_effect() -> None:
+    """Also where a run draws the weights of a model that was built without memory."""
+    model = model_with(ngram("engram", "mixer"))
+    initialize(model, 0)
+    for _, memory in model.ngrams():
+        assert memory.convolutions.kernels() and not memory.convolutions.kernels()[0].any()
